@@ -1,0 +1,121 @@
+"""A model bound to its device: inputs and outputs in its memory, and which provider runs each node."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from onnxcompress.errors import ModelError, RuntimeUnavailable
+from onnxcompress.runtime import PROVIDERS, ModelLike, label, one_line, session
+from onnxcompress.verify import Arrays
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where onnxruntime ran the nodes that were left after its own optimizations."""
+
+    nodes: dict[str, int]
+    """Provider -> number of nodes."""
+    computed_on_cpu: tuple[str, ...] = ()
+    """On a GPU: nodes that the CPU ran and that compute more than shapes, as "name (Op)"."""
+    shapes_on_cpu: tuple[str, ...] = ()
+    """On a GPU: nodes on scalars and vectors that onnxruntime leaves to the CPU; that is normal."""
+
+
+@dataclass(frozen=True)
+class Runner:
+    name: str
+    run: Callable[[], float]
+    """Run once; milliseconds."""
+    batch: int
+    placement: Placement
+
+
+def bind(name: str, model: ModelLike, provider: str, threads: int, feeds: Arrays) -> Runner:
+    """Open a session, run it once to see which provider runs what, and bind its inputs and outputs."""
+    device = "cpu" if provider == "cpu" else "cuda"
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        opened = session(
+            model,
+            provider=provider,
+            threads=threads,
+            profile=str(Path(folder) / "run"),
+            interleaved=True,
+        )
+        try:
+            binding = _bound(opened, feeds, device)
+        except Exception as error:  # onnxruntime's exceptions have no common base
+            raise ModelError(f"{label(model)}: the run failed ({one_line(error)})") from error
+        events = json.loads(Path(opened.end_profiling()).read_text(encoding="utf-8"))
+    placement = placement_of(events, provider)
+    _check_provider(name, provider, placement)
+
+    def run() -> float:
+        start = time.perf_counter_ns()
+        opened.run_with_iobinding(binding)
+        binding.synchronize_outputs()
+        return (time.perf_counter_ns() - start) / 1e6
+
+    first = next(iter(feeds.values()), np.zeros(()))
+    return Runner(name, run, first.shape[0] if first.ndim else 1, placement)
+
+
+def _bound(opened: Any, feeds: Arrays, device: str) -> Any:
+    """Bind inputs to the device, run once, and bind the outputs to what that run allocated."""
+    import onnxruntime as ort
+
+    binding = opened.io_binding()
+    for name, array in feeds.items():
+        binding.bind_ortvalue_input(name, ort.OrtValue.ortvalue_from_numpy(array, device, 0))
+    names = [o.name for o in opened.get_outputs()]
+    for name in names:
+        binding.bind_output(name, device, 0)
+    binding.synchronize_inputs()
+    opened.run_with_iobinding(binding)
+    binding.synchronize_outputs()
+    values = binding.get_outputs()
+    if all(v.is_tensor() for v in values):
+        binding.clear_binding_outputs()
+        for name, value in zip(names, values, strict=True):
+            binding.bind_ortvalue_output(name, value)
+    return binding
+
+
+def placement_of(events: Sequence[Mapping[str, Any]], provider: str) -> Placement:
+    """Read onnxruntime's profile of one run: each event of category Node names its provider."""
+    nodes: dict[str, int] = {}
+    computed: list[str] = []
+    shapes: list[str] = []
+    for event in events:
+        detail = event.get("args", {})
+        if event.get("cat") != "Node" or "provider" not in detail:
+            continue
+        ran = detail["provider"]
+        nodes[ran] = nodes.get(ran, 0) + 1
+        if provider != "cpu" and ran == PROVIDERS["cpu"]:
+            text = f"{event['name'].removesuffix('_kernel_time')} ({detail.get('op_name', '?')})"
+            (shapes if _only_shapes(detail) else computed).append(text)
+    return Placement(nodes, tuple(computed), tuple(shapes))
+
+
+def _only_shapes(detail: Mapping[str, Any]) -> bool:
+    """Whether all that the node writes is scalars and vectors: {"int64": [4]} in the profile."""
+    outputs = detail.get("output_type_shape", [])
+    return all(len(shape) <= 1 for output in outputs for shape in output.values())
+
+
+def _check_provider(name: str, provider: str, placement: Placement) -> None:
+    wanted = PROVIDERS[provider]
+    if placement.nodes and wanted not in placement.nodes:
+        ran = ", ".join(f"{p}: {n}" for p, n in placement.nodes.items())
+        raise RuntimeUnavailable(
+            f"{name}: no node ran on {wanted} ({ran}); this provider cannot run the model's "
+            "operators or types, use another"
+        )

@@ -1,0 +1,145 @@
+"""What a person sees: tables and progress by rich, plain lines where there is no terminal."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from onnxcompress import passing
+
+SHOWN = 12
+"""Refusals that are listed one by one; the rest is counted."""
+
+
+def stdout() -> Console:
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = max(console.width, 120)
+    return console
+
+
+def stderr() -> Console:
+    return Console(stderr=True, highlight=False)
+
+
+@contextmanager
+def progress() -> Iterator[passing.Progress]:
+    """Progress bars with time left on standard error; a line a stage where it is no terminal."""
+    console = stderr()
+    if not console.is_terminal:
+        yield _plain_progress(console)
+        return
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.completed}/{task.total}"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console, transient=True) as bars:
+        tasks: dict[str, Any] = {}
+
+        def report(stage: str, done: int, total: int) -> None:
+            if stage not in tasks:
+                tasks[stage] = bars.add_task(stage, total=total)
+            bars.update(tasks[stage], completed=done, total=total)
+
+        yield report
+
+
+def _plain_progress(console: Console) -> passing.Progress:
+    seen: dict[str, float] = {}
+
+    def report(stage: str, done: int, total: int) -> None:
+        start = seen.setdefault(stage, time.monotonic())
+        if done >= total:
+            console.print(f"{stage}: {total} in {time.monotonic() - start:.1f} s", markup=False)
+            seen.pop(stage)
+
+    return report
+
+
+def size(count: float) -> str:
+    """Bytes for a person: 12.3 MB (powers of 1000)."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000 or unit == "GB":
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.2f} {unit}"
+        count /= 1000
+    raise AssertionError
+
+
+def number(count: float) -> str:
+    """A count for a person: 1.23 M."""
+    for unit in ("", " k", " M", " G"):
+        if count < 1000 or unit == " G":
+            return f"{count:.0f}" if unit == "" else f"{count:.2f}{unit}"
+        count /= 1000
+    raise AssertionError
+
+
+def table(title: str, columns: list[str], rows: list[list[str]], *, left: int = 1) -> Table:
+    """A table whose first `left` columns are text and the others numbers."""
+    made = Table(title=title, title_justify="left", title_style="bold", header_style="bold")
+    for index, column in enumerate(columns):
+        made.add_column(column, justify="left" if index < left else "right", overflow="fold")
+    for row in rows:
+        made.add_row(*(escape(cell) for cell in row))
+    return made
+
+
+def show_refusals(console: Console, refusals: list[passing.Refusal]) -> None:
+    """What was left alone and why, alike ones counted."""
+    if not refusals:
+        return
+    console.print(f"[bold]left alone[/]: {len(refusals)}")
+    for refusal in refusals[:SHOWN]:
+        console.print(f"  {refusal}", markup=False)
+    if len(refusals) > SHOWN:
+        console.print(f"  … and {len(refusals) - SHOWN} more (all with --json)")
+
+
+def show_result(one: passing.Pass, result: passing.PassResult, source: Path, target: Path) -> None:
+    """The account of one pass."""
+    console = stdout()
+    if one.name == "drop-blocks":
+        from onnxcompress.cli.drop_blocks import show_drop_blocks
+
+        show_drop_blocks(console, result)
+    else:
+        kinds: dict[str, int] = {}
+        for change in result.changes:
+            kinds[change.what] = kinds.get(change.what, 0) + 1
+        for what, count in kinds.items():
+            console.print(f"{count} × {what}", markup=False)
+        if not result.changes:
+            console.print("nothing to change")
+    show_refusals(console, result.refusals)
+    _show_difference(console, result.measured.get("difference"))
+    before, after = _bytes(source), _bytes(target)
+    console.print(f"{source} → {target}: {size(before)} → {size(after)}", markup=False)
+
+
+def _bytes(path: Path) -> int:
+    data = path.with_name(path.name + ".data")
+    return path.stat().st_size + (data.stat().st_size if data.is_file() else 0)
+
+
+def _show_difference(console: Console, found: dict[str, Any] | None) -> None:
+    if found is None:
+        return
+    if "skipped" in found:
+        console.print(f"outputs not compared: {found['skipped']}", markup=False)
+        return
+    console.print(
+        f"largest output difference on random input: {found['max_abs']:.2e} absolute, "
+        f"{found['max_rel']:.2e} relative (output {found['output']!r})",
+        markup=False,
+    )

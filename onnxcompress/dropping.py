@@ -1,0 +1,82 @@
+"""Replace a block by the identity, and take away what that makes superfluous."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import onnx_graphsurgeon as gs
+
+from onnxcompress.blocks import Block, find_blocks
+from onnxcompress.errors import OptionError
+from onnxcompress.graph import (
+    constant_value,
+    consumers,
+    input_at,
+    is_op,
+    is_output,
+    producer,
+    remove_nodes,
+    replace_uses,
+)
+from onnxcompress.model import Model
+from onnxcompress.statistics import drop_missing
+
+KEEPS_SIGN = ("MaxPool", "Identity", "Dropout")
+"""Operators whose output has no value that their input did not have."""
+
+
+def drop_blocks(model: Model, exits: Iterable[str]) -> None:
+    """Drop the blocks with these exit tensors from `model`, in place.
+
+    Raises OptionError where one of them is no block (any more): it lay inside another one.
+    """
+    for exit in exits:
+        found = find_blocks(model)
+        try:
+            drop_block(model, found[exit])
+        except KeyError:
+            raise OptionError(
+                f"{exit!r} is no block that can be dropped; `onnxcompress inspect` lists them"
+            ) from None
+
+
+def drop_block(model: Model, block: Block) -> None:
+    """Drop one block: readers of its exit read its entry; an activation that repeats itself goes."""
+    tensors = model.graph.tensors()
+    entry, exit = tensors[block.entry], tensors[block.exit]
+    nodes = [tensors[name].inputs[0] for name in block.inner]
+    readers = consumers(exit)
+    replace_uses(model, exit, entry)
+    remove_nodes(model, nodes)
+    for reader in readers:
+        if _repeats(model, reader, entry) and not is_output(model, reader.outputs[0]):
+            replace_uses(model, reader.outputs[0], entry)
+            remove_nodes(model, [reader])
+    drop_missing(model)
+    model.touch()
+
+
+def _repeats(model: Model, node: gs.Node, entry: gs.Tensor) -> bool:
+    """Whether the activation changes nothing, because the same one made its input."""
+    if not is_op(node, "Relu", "Clip"):
+        return False
+    source = producer(entry)
+    while source is not None and is_op(source, *KEEPS_SIGN):
+        source = producer(source.inputs[0])
+    if source is None or not is_op(source, "Relu", "Clip"):
+        return False
+    low, high = _bounds(model, node)
+    inner_low, inner_high = _bounds(model, source)
+    return inner_low >= low and inner_high <= high
+
+
+def _bounds(model: Model, node: gs.Node) -> tuple[float, float]:
+    if node.op == "Relu":
+        return 0.0, float("inf")
+    low, high = node.attrs.get("min"), node.attrs.get("max")
+    if model.opset >= 11:
+        low, high = (None if (t := input_at(node, i)) is None else constant_value(model, t) for i in (1, 2))
+    return (
+        float("-inf") if low is None else float(low),
+        float("inf") if high is None else float(high),
+    )

@@ -1,0 +1,33 @@
+"""Every error a user can meet: one line that names the place, what was expected, what to try."""
+
+from __future__ import annotations
+
+
+class CompressError(Exception):
+    """Base of all errors of this package; the command line prints it and exits with `exit_code`."""
+
+    exit_code = 1
+
+
+class ModelError(CompressError):
+    """The ONNX file, or a place in its graph, is not what the operation needs."""
+
+
+class InputError(CompressError):
+    """Images or other inputs that cannot be used with this model."""
+
+
+class RuntimeUnavailable(CompressError):
+    """A library, an execution provider or a device that was asked for is not there."""
+
+
+class OptionError(CompressError):
+    """An option's value is wrong (exit code 2, as for any wrong usage)."""
+
+    exit_code = 2
+
+
+class TargetMissed(CompressError):
+    """The result was written, but it is not what the user's target asked for (exit code 3)."""
+
+    exit_code = 3

@@ -1,0 +1,193 @@
+"""Queries and edits on a graphsurgeon graph that the passes share.
+
+A tensor's consumers include nodes inside the bodies of If, Loop and Scan that capture it: an edit that
+looks at consumers is therefore safe for subgraphs, too. Bodies themselves are never edited.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_graphsurgeon as gs
+from onnx_graphsurgeon.exporters.onnx_exporter import OnnxExporter
+from onnx_graphsurgeon.ir.tensor import LazyValues
+
+from onnxcompress.model import Model
+
+DEFAULT_DOMAINS = (None, "", "ai.onnx")
+MAX_FOLDED = 1 << 16
+"""Elements from which on the result of a constant chain is not computed: it is no shape chain."""
+RANDOM_OPS = frozenset(
+    {"RandomNormal", "RandomUniform", "RandomNormalLike", "RandomUniformLike", "Bernoulli",
+     "Multinomial", "If", "Loop", "Scan", "Dropout"}
+)  # fmt: skip
+
+
+def is_op(node: gs.Node | None, *ops: str) -> bool:
+    """Whether the node is one of these operators of the default domain."""
+    return node is not None and node.op in ops and node.domain in DEFAULT_DOMAINS
+
+
+def producer(tensor: gs.Tensor) -> gs.Node | None:
+    """The node that computes the tensor; None for inputs and initializers."""
+    return tensor.inputs[0] if tensor.inputs else None
+
+
+def consumers(tensor: gs.Tensor) -> list[gs.Node]:
+    """Nodes that read the tensor, each once, those inside subgraphs included."""
+    seen: dict[int, gs.Node] = {id(node): node for node in tensor.outputs}
+    return list(seen.values())
+
+
+def is_output(model: Model, tensor: gs.Tensor) -> bool:
+    return any(tensor is output for output in model.graph.outputs)
+
+
+def only_consumer(model: Model, tensor: gs.Tensor) -> gs.Node | None:
+    """The one node that reads the tensor, where nothing else sees it."""
+    readers = list(tensor.outputs)
+    return readers[0] if len(readers) == 1 and not is_output(model, tensor) else None
+
+
+def read(tensor: gs.Constant) -> np.ndarray:
+    """Values of an initializer, without keeping them in memory if they lie in a file."""
+    values = tensor._values
+    return values.load() if isinstance(values, LazyValues) else values
+
+
+def constant_value(model: Model, tensor: gs.Tensor) -> np.ndarray | None:
+    """The value of a tensor that no input reaches, else None.
+
+    Looks through Constant, Identity, Cast and any chain of deterministic operators on constants, as
+    torch's exporters leave them for pads and slices. An initializer that is also a graph input (IR 3)
+    counts as a constant: overriding weights at run time is not supported.
+    """
+    if isinstance(tensor, gs.Constant):
+        return read(tensor)
+    if tensor.name not in model.constants:
+        node = producer(tensor)
+        model.constants[tensor.name] = None  # a cycle ends here
+        if node is not None and node.op not in RANDOM_OPS and tensor.name:
+            model.constants[tensor.name] = _evaluate(model, node, tensor)
+    return model.constants[tensor.name]
+
+
+def _evaluate(model: Model, node: gs.Node, tensor: gs.Tensor) -> np.ndarray | None:
+    if is_op(node, "Constant"):
+        return constant_attribute(node)
+    if node.domain not in DEFAULT_DOMAINS or not node.inputs:
+        return None
+    values = []
+    for source in node.inputs:
+        value = None if source.is_empty() else constant_value(model, source)
+        if value is None and not source.is_empty():
+            return None
+        values.append(value)
+    if is_op(node, "Identity"):
+        return values[0]
+    if sum(v.size for v in values if v is not None) > MAX_FOLDED:
+        return None
+    return _run_reference(model, node, values, tensor.name)
+
+
+def constant_attribute(node: gs.Node) -> np.ndarray | None:
+    """The value of a Constant node, whichever attribute holds it."""
+    for key, value in node.attrs.items():
+        if key == "value":
+            return read(value)
+        if key in ("value_float", "value_floats"):
+            return np.asarray(value, np.float32)
+        if key in ("value_int", "value_ints"):
+            return np.asarray(value, np.int64)
+    return None
+
+
+def _run_reference(
+    model: Model, node: gs.Node, values: list[np.ndarray | None], output: str
+) -> np.ndarray | None:
+    """Compute one node with onnx's reference implementation; None where it cannot."""
+    from onnx.reference import ReferenceEvaluator
+
+    feeds = {t.name: v for t, v in zip(node.inputs, values, strict=True) if v is not None}
+    graph = onnx.helper.make_graph(
+        [OnnxExporter.export_node(node)],
+        "constant",
+        [onnx.helper.make_tensor_value_info(
+            n, onnx.helper.np_dtype_to_tensor_dtype(v.dtype), v.shape) for n, v in feeds.items()],
+        [onnx.helper.make_empty_tensor_value_info(output)],
+    )  # fmt: skip
+    opset = onnx.helper.make_opsetid("", max(model.opset, 7))
+    proto = onnx.helper.make_model(graph, opset_imports=[opset], ir_version=8)
+    try:
+        result = ReferenceEvaluator(proto).run([output], feeds)[0]
+    except Exception:  # the reference raises whatever numpy raises; unknown is a right answer
+        return None
+    return result if isinstance(result, np.ndarray) else None
+
+
+def attribute(node: gs.Node, key: str, default: Any = None) -> Any:
+    return node.attrs.get(key, default)
+
+
+def input_at(node: gs.Node, index: int) -> gs.Tensor | None:
+    """The input at an index; None where it is left out."""
+    if index >= len(node.inputs) or node.inputs[index].is_empty():
+        return None
+    return node.inputs[index]
+
+
+def set_input(node: gs.Node, index: int, tensor: gs.Tensor) -> None:
+    """Set an input, filling the optional ones before it with empty tensors."""
+    while len(node.inputs) <= index:
+        node.inputs.append(gs.Variable.empty())
+    node.inputs[index] = tensor
+
+
+def unique_name(model: Model, base: str) -> str:
+    """`base`, or `base_1`, … : a name that no tensor of the model or its subgraphs has."""
+    taken = set(model.graph.tensors()) | {t.name for t in model.graph.inputs}
+    taken |= {origin.constant.name for origin in model._tensors}
+    for subgraph in model.graph.subgraphs(recursive=True):
+        taken |= set(subgraph.tensors())
+    name, number = base, 0
+    while name in taken:
+        number += 1
+        name = f"{base}_{number}"
+    return name
+
+
+def set_values(tensor: gs.Constant, values: np.ndarray) -> None:
+    """Replace an initializer's values; shape and type may change."""
+    tensor._values = values
+
+
+def replace_uses(model: Model, old: gs.Tensor, new: gs.Tensor) -> None:
+    """Let every consumer of `old` read `new`. `old` must not be a graph output."""
+    for node in consumers(old):
+        for index, tensor in enumerate(node.inputs):
+            if tensor is old:
+                node.inputs[index] = new
+
+
+def remove_nodes(model: Model, nodes: Iterable[gs.Node]) -> None:
+    """Take nodes out of the graph, and what only they needed (constants' chains, dead producers)."""
+    outputs = {id(t) for t in model.graph.outputs}
+    gone: set[int] = set()
+    pending = list(nodes)
+    while pending:
+        node = pending.pop()
+        if id(node) in gone:
+            continue
+        gone.add(id(node))
+        sources = [t for t in node.inputs if not t.is_empty()]
+        node.inputs.clear()
+        node.outputs.clear()
+        for tensor in sources:
+            source = producer(tensor)
+            if source is not None and not any(t.outputs or id(t) in outputs for t in source.outputs):
+                pending.append(source)
+    model.graph.nodes[:] = [n for n in model.graph.nodes if id(n) not in gone]
+    model.touch()

@@ -1,0 +1,1 @@
+"""Where a method's input images come from: files, the network's own statistics, or nothing at all."""

@@ -1,0 +1,410 @@
+"""An ONNX model as the passes see it: a graphsurgeon graph, and all that graphsurgeon would lose.
+
+    file --split--> skeleton --import_onnx--> graph     (weights stay in the file until they are read)
+                        \\-----------------> envelope  (metadata, value infos, functions, doc strings, …)
+    graph + envelope --export--> skeleton --join--> file
+
+graphsurgeon's round trip drops metadata_props, model_version, domain, doc strings of nodes, initializers
+listed as inputs, and attributes of types it does not know. So each node, initializer and value info keeps
+its original proto, and the export starts from that and writes only what a pass changed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_graphsurgeon as gs
+from google.protobuf.message import DecodeError
+from onnx_graphsurgeon.exporters.onnx_exporter import OnnxExporter
+from onnx_graphsurgeon.ir.tensor import LazyValues, SparseValues
+
+from onnxcompress import __version__, storage, wire
+from onnxcompress.errors import CompressError, ModelError
+from onnxcompress.storage import StoredValues
+
+PROVENANCE = "onnxcompress.provenance"
+"""Key in metadata_props: JSON list of {pass, options, version, input_sha256}, oldest first."""
+
+Shape = tuple[int | str | None, ...]
+
+
+@dataclass
+class _NodeOrigin:
+    node: gs.Node  # held so that id(node) stays its own
+    proto: onnx.NodeProto
+    attrs: dict[str, Any]
+
+
+@dataclass
+class _TensorOrigin:
+    constant: gs.Constant
+    proto: onnx.TensorProto
+    values: LazyValues
+    used: bool
+
+
+class Model:
+    """A model in memory. Create it with `load` or `Model.from_proto`; write it with `save`."""
+
+    def __init__(
+        self, proto: onnx.ModelProto, stored: dict[int, LazyValues | np.ndarray], name: str
+    ) -> None:
+        """`proto` may lack the raw data of the initializers whose index is in `stored`."""
+        self.name = name
+        self.external_data = any(isinstance(v, StoredValues) and v.external for v in stored.values())
+        self.input_digest: Callable[[], str] | None = None
+        self._shapes: dict[str, Shape] | None = None
+        self.constants: dict[str, np.ndarray | None] = {}
+        self.graph = _import(proto, name)
+        self._nodes = _node_origins(self.graph, proto)
+        self._tensors = _tensor_origins(self.graph, proto, stored)
+        self._envelope = onnx.ModelProto()
+        self._envelope.CopyFrom(_without_contents(proto))
+
+    @staticmethod
+    def from_proto(proto: onnx.ModelProto, name: str = "model") -> Model:
+        """Wrap a complete ModelProto. It is read, never changed; later changes to it are not seen."""
+        own = onnx.ModelProto()
+        own.CopyFrom(proto)
+        model = Model(own, {}, name)
+        model.input_digest = lambda: hashlib.sha256(proto.SerializeToString(deterministic=True)).hexdigest()
+        return model
+
+    @property
+    def opset(self) -> int:
+        """Version of the default operator set; 1 where the file names none."""
+        versions = [o.version for o in self._envelope.opset_import if o.domain in ("", "ai.onnx")]
+        return max(versions, default=1)
+
+    @property
+    def ir_version(self) -> int:
+        return int(self._envelope.ir_version)
+
+    @property
+    def producer(self) -> str:
+        return f"{self._envelope.producer_name} {self._envelope.producer_version}".strip()
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        """A copy of the model's metadata_props."""
+        return {p.key: p.value for p in self._envelope.metadata_props}
+
+    def set_metadata(self, key: str, value: str | None) -> None:
+        """Set one entry of metadata_props, or remove it where `value` is None."""
+        entries = self._envelope.metadata_props
+        for at in [i for i, p in enumerate(entries) if p.key == key][::-1]:
+            if value is None:
+                del entries[at]
+            else:
+                entries[at].value = value
+                return
+        if value is not None:
+            entries.add(key=key, value=value)
+
+    def touch(self) -> None:
+        """Say that the graph changed: what was derived from it is forgotten."""
+        self._shapes = None
+        self.constants.clear()
+        self.input_digest = None
+
+    def shapes(self) -> dict[str, Shape]:
+        """Shapes of all tensors by ONNX shape inference; str: symbolic, None: unknown dimension.
+
+        A tensor whose rank is unknown is absent. Computed once, until `touch`.
+        """
+        if self._shapes is None:
+            from onnxcompress.shapes import infer_shapes
+
+            self._shapes = infer_shapes(self)
+        return self._shapes
+
+    def copy(self) -> Model:
+        """An independent model; unchanged weights are shared, not copied."""
+        skeleton, tensors = self._export()
+        stored: dict[int, LazyValues | np.ndarray] = {}
+        for index, (proto, values) in enumerate(tensors):
+            skeleton.graph.initializer.append(proto)
+            if values is not None:
+                stored[index] = values
+        twin = Model(skeleton, stored, self.name)
+        twin.external_data = self.external_data
+        twin.input_digest = self.input_digest
+        return twin
+
+    def provenance(self) -> list[dict[str, Any]]:
+        """What was done to this model so far, oldest first."""
+        try:
+            entries = json.loads(self.metadata.get(PROVENANCE, "[]"))
+        except json.JSONDecodeError:
+            return []
+        return entries if isinstance(entries, list) else []
+
+    def add_provenance(self, name: str, options: dict[str, Any], digest: str) -> None:
+        """Append to the provenance; `digest` is the SHA-256 of what went in."""
+        entry = {"pass": name, "options": options, "version": __version__, "input_sha256": digest}
+        self.set_metadata(PROVENANCE, json.dumps([*self.provenance(), entry]))
+
+    def digest(self) -> str:
+        """SHA-256 of the model as it was read; after a change, of what `save` would write."""
+        if self.input_digest is not None:
+            return self.input_digest()
+        sha = _Hasher()
+        self._write(sha)  # type: ignore[arg-type]
+        return sha.hexdigest()
+
+    def to_proto(self) -> onnx.ModelProto:
+        """The complete model as a ModelProto, weights in memory. Raises ModelError from 2 GB on."""
+        proto, tensors = self._export()
+        for tensor, values in tensors:
+            if values is not None:
+                tensor.raw_data = storage.raw_bytes(values)
+            proto.graph.initializer.append(tensor)
+        return proto
+
+    def skeleton(self) -> onnx.ModelProto:
+        """The model with large initializers turned into graph inputs: small, valid, for analysis."""
+        proto, tensors = self._export()
+        listed = {i.name for i in proto.graph.input}
+        for tensor, values in tensors:
+            if values is None:
+                proto.graph.initializer.append(tensor)
+            elif tensor.name not in listed:
+                proto.graph.input.append(
+                    onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims)
+                )
+        return proto
+
+    def _export(self) -> tuple[onnx.ModelProto, list[storage.Stored]]:
+        proto = onnx.ModelProto()
+        proto.CopyFrom(self._envelope)
+        proto.graph.node.extend(self._export_node(node) for node in self.graph.nodes)
+        tensors = self._export_tensors()
+        _sync_values(proto, self.graph, {tensor.name for tensor, _ in tensors})
+        if proto.ir_version < 4:  # IR 3: an initializer must be listed as an input, too
+            listed = {i.name for i in proto.graph.input}
+            proto.graph.input.extend(
+                onnx.helper.make_tensor_value_info(t.name, t.data_type, t.dims)
+                for t, _ in tensors
+                if t.name not in listed
+            )
+        return proto, tensors
+
+    def _export_node(self, node: gs.Node) -> onnx.NodeProto:
+        origin = self._nodes.get(id(node))
+        if origin is None:
+            return OnnxExporter.export_node(node)
+        proto = onnx.NodeProto()
+        proto.CopyFrom(origin.proto)
+        proto.op_type, proto.name = node.op, node.name
+        for field, tensors in ((proto.input, node.inputs), (proto.output, node.outputs)):
+            names = [t.name for t in tensors]
+            if list(field) != names:
+                del field[:]
+                field.extend(names)
+        for key in [a.name for a in proto.attribute]:
+            if key in origin.attrs and key not in node.attrs:
+                _drop_attribute(proto, key)
+        for key, value in node.attrs.items():
+            if key not in origin.attrs or not _same(value, origin.attrs[key]):
+                _drop_attribute(proto, key)
+                proto.attribute.extend(OnnxExporter.export_attributes({key: value}))
+        return proto
+
+    def _export_tensors(self) -> list[storage.Stored]:
+        outputs = {t.name for t in self.graph.outputs}
+        known: set[str] = set()
+        tensors: list[storage.Stored] = []
+        for origin in self._tensors:
+            constant = origin.constant
+            known.add(constant.name)
+            if constant.outputs or not origin.used or constant.name in outputs:
+                tensors.append(storage.export(constant, origin.proto, origin.values))
+        for node in self.graph.nodes:
+            for tensor in node.inputs:
+                if isinstance(tensor, gs.Constant) and tensor.name not in known:
+                    known.add(tensor.name)
+                    if not isinstance(tensor._values, SparseValues):
+                        tensors.append(storage.export(tensor, None, None))
+        return tensors
+
+    def _write(self, file: Any) -> None:
+        proto, tensors = self._export()
+        storage.write(file, proto, tensors)
+
+
+def load(path: str | os.PathLike[str]) -> Model:
+    """Read an ONNX file; weights, inside the file or external, stay on disk until they are read.
+
+    Raises ModelError where the file is missing, broken, cut short, or its external data is missing
+    or lies outside the file's folder.
+    """
+    file = Path(path)
+    if not file.is_file():
+        raise ModelError(f"{file}: no such file")
+    try:
+        skeleton, places = wire.split(file)
+        proto = onnx.ModelProto()
+        proto.ParseFromString(skeleton)
+    except OSError as error:
+        raise ModelError(f"{file}: cannot be read ({error.strerror})") from error
+    except (DecodeError, ModelError) as error:
+        raise ModelError(f"{file}: not a readable ONNX model ({error})") from error
+    if not proto.graph.node and not proto.graph.output:
+        raise ModelError(f"{file}: not an ONNX model (it has no graph)")
+    model = Model(proto, storage.stored_values(proto, file, places), file.name)
+    model.input_digest = lambda: storage.file_digest(file)
+    return model
+
+
+def save(model: Model, path: str | os.PathLike[str]) -> None:
+    """Write the model whole or not at all; beyond 2 GB, or where the input had it so, weights go to
+    `<path>.data` beside it.
+
+    Raises ModelError where the folder cannot be written.
+    """
+    proto, tensors = model._export()
+    storage.save(Path(path), proto, tensors, external=model.external_data)
+
+
+class _Hasher:
+    """A file that is only hashed."""
+
+    def __init__(self) -> None:
+        self._sha = hashlib.sha256()
+
+    def write(self, data: bytes) -> None:
+        self._sha.update(data)
+
+    def writelines(self, pieces: Iterable[bytes]) -> None:
+        for piece in pieces:
+            self._sha.update(piece)
+
+    def hexdigest(self) -> str:
+        return self._sha.hexdigest()
+
+
+def _import(proto: onnx.ModelProto, name: str) -> gs.Graph:
+    gs_logger = gs.logger.G_LOGGER
+    gs_logger.severity = gs_logger.CRITICAL  # its warnings concern what the envelope keeps
+    for node in proto.graph.node:
+        for tensor in node.output:
+            if tensor and list(node.output).count(tensor) > 1:
+                raise ModelError(f"{name}: node {node.name!r} lists its output {tensor!r} twice")
+    try:
+        return gs.import_onnx(proto)
+    except CompressError:
+        raise
+    except Exception as error:  # gs raises bare exceptions of many types on a bad graph
+        raise ModelError(f"{name}: graphsurgeon cannot read the graph ({error})") from error
+
+
+def _node_origins(graph: gs.Graph, proto: onnx.ModelProto) -> dict[int, _NodeOrigin]:
+    return {
+        id(node): _NodeOrigin(
+            node,
+            original,
+            {k: list(v) if isinstance(v, list) else v for k, v in node.attrs.items()},
+        )
+        for node, original in zip(graph.nodes, proto.graph.node, strict=True)
+    }
+
+
+def _tensor_origins(
+    graph: gs.Graph, proto: onnx.ModelProto, stored: dict[int, LazyValues | np.ndarray]
+) -> list[_TensorOrigin]:
+    by_name = graph.tensors()
+    origins = []
+    for index, tensor in enumerate(proto.graph.initializer):
+        constant = by_name.get(tensor.name)
+        if not isinstance(constant, gs.Constant):  # nothing in the main graph reads it
+            constant = _captured(graph, tensor.name) or gs.Constant(tensor.name, LazyValues(tensor))
+        values = stored.get(index, constant._values)
+        constant._values = values
+        constant.data_location = None
+        origins.append(_TensorOrigin(constant, tensor, values, bool(constant.outputs)))
+    return origins
+
+
+def _captured(graph: gs.Graph, name: str) -> gs.Constant | None:
+    """The constant of that name which only the bodies of If, Loop or Scan read."""
+    for subgraph in graph.subgraphs(recursive=True):
+        for node in subgraph.nodes:
+            for tensor in node.inputs:
+                if tensor.name == name and isinstance(tensor, gs.Constant):
+                    return tensor
+    return None
+
+
+def _without_contents(proto: onnx.ModelProto) -> onnx.ModelProto:
+    """A shallow envelope: everything but the main graph's nodes and initializers."""
+    envelope = onnx.ModelProto()
+    for field, value in proto.ListFields():
+        if field.name == "graph":
+            for inner, part in value.ListFields():
+                if inner.name not in ("node", "initializer"):
+                    _assign(envelope.graph, inner.name, part)
+        else:
+            _assign(envelope, field.name, value)
+    return envelope
+
+
+def _assign(message: Any, name: str, value: Any) -> None:
+    target = getattr(message, name)
+    if hasattr(target, "extend"):
+        target.extend(value)
+    elif hasattr(target, "CopyFrom"):
+        target.CopyFrom(value)
+    else:
+        setattr(message, name, value)
+
+
+def _drop_attribute(proto: onnx.NodeProto, key: str) -> None:
+    for at in [i for i, a in enumerate(proto.attribute) if a.name == key][::-1]:
+        del proto.attribute[at]
+
+
+def _same(value: Any, before: Any) -> bool:
+    if isinstance(value, gs.Tensor | gs.Graph):
+        return value is before
+    return type(value) is type(before) and bool(value == before)
+
+
+def _names(graph: gs.Graph) -> Iterator[str]:
+    for node in graph.nodes:
+        for tensor in node.outputs:
+            yield tensor.name
+
+
+def _sync_values(proto: onnx.ModelProto, graph: gs.Graph, initializers: set[str]) -> None:
+    """Make inputs, outputs and value infos of the envelope agree with the graph, in their order."""
+    inputs = {t.name: t for t in graph.inputs}
+    kept = [i for i in proto.graph.input if i.name in inputs or i.name in initializers]
+    listed = {i.name for i in kept}
+    kept += [_value_info(t) for n, t in inputs.items() if n not in listed]
+    _replace(proto.graph.input, kept)
+    infos = {o.name: o for o in proto.graph.output}
+    _replace(proto.graph.output, [infos.get(t.name) or _value_info(t) for t in graph.outputs])
+    alive = initializers | set(_names(graph)) | set(inputs)
+    for field in (proto.graph.value_info, proto.graph.quantization_annotation):
+        key = "name" if field is proto.graph.value_info else "tensor_name"
+        _replace(field, [v for v in field if getattr(v, key) in alive])
+
+
+def _value_info(tensor: gs.Tensor) -> onnx.ValueInfoProto:
+    return OnnxExporter.export_value_info_proto(tensor, False)
+
+
+def _replace(field: Any, messages: list[Any]) -> None:
+    if len(messages) == len(field) and all(a is b for a, b in zip(field, messages, strict=True)):
+        return
+    copies = [type(m).FromString(m.SerializeToString()) for m in messages]
+    del field[:]
+    field.extend(copies)

@@ -1,0 +1,1 @@
+"""What needs torch: running a graph differentiably, and optimizing its parameters."""

@@ -1,0 +1,100 @@
+"""The contract of a pass: a frozen dataclass whose fields are its options, for Python, CLI and recipes."""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from onnxcompress.model import Model
+
+
+@dataclass(frozen=True)
+class Change:
+    """One thing that a pass did."""
+
+    node: str
+    what: str
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """One thing that a pass left alone: where, which rule forbids it, what would make it possible."""
+
+    node: str
+    rule: str
+    remedy: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.node}: {self.rule}" + (f" ({self.remedy})" if self.remedy else "")
+
+
+Progress = Callable[[str, int, int], None]
+"""Called with (what is being done, steps done, steps in all); it may be called often."""
+
+
+def silent(stage: str, done: int, total: int) -> None:
+    """The progress of someone who does not look."""
+
+
+@dataclass
+class PassResult:
+    """What a pass did to the model it was given."""
+
+    changes: list[Change] = field(default_factory=list)
+    refusals: list[Refusal] = field(default_factory=list)
+    measured: dict[str, Any] = field(default_factory=dict)
+    """Figures that the pass measured, by name; JSON values only."""
+
+    @property
+    def modified(self) -> bool:
+        return bool(self.changes)
+
+
+def option(default: Any, help: str, *, short: str | None = None, metavar: str | None = None) -> Any:
+    """A field of a pass that is an option. `help` states the unit where there is one."""
+    metadata = {"help": help, "short": short, "metavar": metavar}
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True)
+class Pass(ABC):
+    """A change of a model. Applied a second time it changes nothing."""
+
+    name: ClassVar[str]
+    """In kebab case; also the command and the recipe key."""
+
+    preserves_function: ClassVar[bool] = False
+    """Whether the outputs stay what they were, but for rounding."""
+
+    @abstractmethod
+    def apply(self, model: Model, progress: Progress = silent) -> PassResult:
+        """Change `model` in place. Raises CompressError where the model cannot be handled."""
+
+    def options(self) -> dict[str, Any]:
+        """The options as JSON values, for the provenance."""
+        return {f.name: _plain(getattr(self, f.name)) for f in dataclasses.fields(self)}
+
+
+def run(passes: Sequence[Pass], model: Model, progress: Progress = silent) -> list[PassResult]:
+    """Apply passes in order, noting each that changed something in the model's provenance."""
+    results = []
+    for one in passes:
+        digest = model.digest()
+        result = one.apply(model, progress)
+        if result.modified:
+            model.add_provenance(one.name, one.options(), digest)
+        results.append(result)
+    return results
+
+
+def _plain(value: Any) -> Any:
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value]
+    return str(value)

@@ -1,0 +1,297 @@
+"""onnxruntime sessions: which provider runs a model, what it takes in, and which provider really ran it.
+
+A provider that cannot start makes onnxruntime go on with the CPU and a line on stderr. Here that is an
+error with its remedy: a latency measured on the wrong device is worse than none.
+Does not handle: strings, sequences and bfloat16 as inputs, several GPUs (always device 0).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import difflib
+import importlib
+import io
+import os
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import onnx
+import onnx_graphsurgeon as gs
+from google.protobuf.message import DecodeError
+
+from onnxcompress import wire
+from onnxcompress.errors import CompressError, ModelError, OptionError, RuntimeUnavailable
+from onnxcompress.model import Model, Shape, save
+
+if TYPE_CHECKING:
+    import onnxruntime
+
+ModelLike = Model | onnx.ModelProto | bytes | str | os.PathLike[str]
+
+PROVIDERS = {
+    "cpu": "CPUExecutionProvider",
+    "cuda": "CUDAExecutionProvider",
+    "tensorrt": "TensorrtExecutionProvider",
+}
+_REMEDY = {
+    "cuda": "pip install 'onnxruntime-gpu[cuda,cudnn]' on a machine with an NVIDIA driver",
+    "tensorrt": "pip install 'onnxruntime-gpu[cuda,cudnn]' tensorrt, with an NVIDIA driver",
+}
+_IN_MEMORY_LIMIT = 1_900_000_000
+"""Bytes from which on a model goes to onnxruntime through a file: protobuf ends at 2 GB."""
+_DTYPES = {
+    "float": np.float32, "double": np.float64, "float16": np.float16, "bool": np.bool_,
+    "int8": np.int8, "int16": np.int16, "int32": np.int32, "int64": np.int64,
+    "uint8": np.uint8, "uint16": np.uint16, "uint32": np.uint32, "uint64": np.uint64,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class InputSpec:
+    """One input of a model; str: a symbolic dimension, None: an unknown one, or an unknown rank."""
+
+    name: str
+    dtype: np.dtype[Any]
+    shape: Shape | None
+
+
+def label(model: ModelLike) -> str:
+    """What messages call the model: its file name, or the name of its graph."""
+    if isinstance(model, Model):
+        return model.name
+    if isinstance(model, onnx.ModelProto):
+        return model.graph.name or "model"
+    return "model" if isinstance(model, bytes) else os.fspath(model)
+
+
+def session(
+    model: ModelLike,
+    *,
+    provider: str = "auto",
+    threads: int = 0,
+    optimize: bool = True,
+    profile: str | None = None,
+    interleaved: bool = False,
+) -> onnxruntime.InferenceSession:
+    """Open a session whose first provider is the one asked for.
+
+    `threads`: of one operator, 0 for all cores. `optimize` False turns all graph optimizations off.
+    `profile`: a path prefix; onnxruntime records each node until `end_profiling`.
+    `interleaved`: threads stop spinning when a run ends, so that they do not slow the next model's run.
+    Raises ModelError where onnxruntime refuses the model, RuntimeUnavailable where the provider
+    cannot start, OptionError for an unknown provider or negative threads.
+    """
+    import onnxruntime as ort
+
+    if threads < 0:
+        raise OptionError(f"threads: {threads}; expected 0 (all cores) or more")
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 3
+    if not optimize:
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    if interleaved:
+        options.add_session_config_entry("session.force_spinning_stop", "1")
+    if profile is not None:
+        options.enable_profiling = True
+        options.profile_file_prefix = profile
+    chosen = pick_provider(provider)
+    with _source(model) as source:
+        return _open(source, options, chosen, label(model))
+
+
+def pick_provider(provider: str) -> str:
+    """Resolve "auto" to "cuda" where a CUDA session starts on this machine, else to "cpu"."""
+    if provider in PROVIDERS:
+        return provider
+    if provider != "auto":
+        near = difflib.get_close_matches(provider, [*PROVIDERS, "auto"], 1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise OptionError(
+            f"provider: {provider!r} is not one of {', '.join([*PROVIDERS, 'auto'])}{hint}"
+        )
+    import onnxruntime as ort
+
+    if PROVIDERS["cuda"] not in ort.get_available_providers() or not cuda_devices():
+        return "cpu"
+    try:
+        _open(_identity(), ort.SessionOptions(), "cuda", "probe")
+    except CompressError:
+        return "cpu"
+    return "cuda"
+
+
+def cuda_devices() -> int:
+    """NVIDIA GPUs that the driver shows; 0 without a driver."""
+    library = "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"
+    try:
+        driver = ctypes.CDLL(library)
+    except OSError:
+        return 0
+    count = ctypes.c_int()
+    if driver.cuInit(0) != 0 or driver.cuDeviceGetCount(ctypes.byref(count)) != 0:
+        return 0
+    return count.value
+
+
+def input_specs(model: ModelLike) -> list[InputSpec]:
+    """Inputs that must be fed, in order. Raises ModelError for a type that is not handled."""
+    if isinstance(model, Model):
+        real = {t.name for t in model.graph.inputs if not isinstance(t, gs.Constant)}
+        return _proto_specs(model.skeleton(), only=real)
+    return _proto_specs(_proto(model), only=None)
+
+
+def one_line(error: BaseException) -> str:
+    """An exception's message without line ends and without onnxruntime's own prefix."""
+    text = " ".join(str(error).split())
+    if text.startswith("[ONNXRuntimeError]"):
+        text = text.split(" : ", 3)[-1]
+    return text if len(text) <= 300 else text[:297] + "..."
+
+
+def _open(source: str | bytes, options: Any, provider: str, name: str) -> Any:
+    import onnxruntime as ort
+
+    wanted = PROVIDERS[provider]
+    if wanted not in ort.get_available_providers():
+        raise RuntimeUnavailable(
+            f"provider {provider}: this onnxruntime has no {wanted}; {_REMEDY[provider]}, "
+            "or use provider cpu"
+        )
+    if provider != "cpu":
+        _load_gpu_libraries(provider)
+    try:
+        with _quiet(provider != "cpu"):
+            # onnxruntime's own fall-back would print to stdout and go on with the CPU
+            opened = ort.InferenceSession(
+                source, options, providers=_fallbacks(provider), enable_fallback=0
+            )
+    except Exception as error:  # onnxruntime's exceptions have no common base
+        if provider != "cpu" and not cuda_devices():
+            raise _not_started(provider, "no NVIDIA GPU or driver found") from error
+        if provider == "tensorrt" and "install TensorRT" in str(error):
+            raise _not_started(provider, "TensorRT's libraries were not found") from error
+        raise ModelError(f"{name}: onnxruntime cannot load it ({one_line(error)})") from error
+    if opened.get_providers()[0] != wanted:
+        why = "its CUDA libraries were not found" if cuda_devices() else "no NVIDIA GPU or driver"
+        raise _not_started(provider, why)
+    return opened
+
+
+def _not_started(provider: str, why: str) -> RuntimeUnavailable:
+    return RuntimeUnavailable(
+        f"provider {provider}: {PROVIDERS[provider]} did not start ({why}); "
+        f"{_REMEDY[provider]}, or use provider cpu"
+    )
+
+
+def _fallbacks(provider: str) -> list[str]:
+    """The provider, then those that take the nodes it has no kernel for."""
+    order = {"cpu": ["cpu"], "cuda": ["cuda", "cpu"], "tensorrt": ["tensorrt", "cuda", "cpu"]}
+    return [PROVIDERS[p] for p in order[provider]]
+
+
+def _load_gpu_libraries(provider: str) -> None:
+    """Load the CUDA, cuDNN and TensorRT libraries that pip installed: no search path has them."""
+    import onnxruntime as ort
+
+    if cuda_devices() and hasattr(ort, "preload_dlls"):
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(Exception):
+            ort.preload_dlls()  # what is missing shows when the session opens
+    if provider == "tensorrt":
+        with contextlib.suppress(Exception):
+            importlib.import_module("tensorrt_libs")
+
+
+@contextlib.contextmanager
+def _quiet(active: bool) -> Iterator[None]:
+    """Keep onnxruntime's process-wide log from stderr: what it says becomes our error."""
+    import onnxruntime as ort
+
+    if active:
+        ort.set_default_logger_severity(4)
+    try:
+        yield
+    finally:
+        if active:
+            ort.set_default_logger_severity(3)
+
+
+@contextlib.contextmanager
+def _source(model: ModelLike) -> Iterator[str | bytes]:
+    """The model as onnxruntime takes it: a path, or the bytes of a small enough model."""
+    if isinstance(model, bytes):
+        yield model
+    elif isinstance(model, str | os.PathLike):
+        if not Path(model).is_file():
+            raise ModelError(f"{os.fspath(model)}: no such file")
+        yield os.fspath(model)
+    elif isinstance(model, onnx.ModelProto):
+        yield model.SerializeToString()
+    elif weight_bytes(model) < _IN_MEMORY_LIMIT:
+        yield model.to_proto().SerializeToString()
+    else:
+        with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+            path = os.path.join(folder, "model.onnx")
+            save(model, path)
+            yield path
+
+
+def weight_bytes(model: Model) -> int:
+    """Bytes of all initializers, without reading them."""
+    tensors = model.graph.tensors().values()
+    return sum(int(t._values.nbytes) for t in tensors if isinstance(t, gs.Constant))
+
+
+def _proto(model: onnx.ModelProto | bytes | str | os.PathLike[str]) -> onnx.ModelProto:
+    """The graph of the model; of a file, without its weights."""
+    if isinstance(model, onnx.ModelProto):
+        return model
+    try:
+        data = model if isinstance(model, bytes) else wire.split(Path(model))[0]
+        return onnx.ModelProto.FromString(data)
+    except (OSError, DecodeError, ModelError) as error:
+        raise ModelError(f"{label(model)}: not a readable ONNX model ({error})") from error
+
+
+def _proto_specs(proto: onnx.ModelProto, only: set[str] | None) -> list[InputSpec]:
+    weights = {t.name for t in proto.graph.initializer}
+    specs = []
+    for value in proto.graph.input:
+        if value.name in weights or (only is not None and value.name not in only):
+            continue
+        tensor = value.type.tensor_type
+        shape: Shape | None = None
+        if tensor.HasField("shape"):
+            shape = tuple(
+                d.dim_value if d.dim_value > 0 else (d.dim_param or None) for d in tensor.shape.dim
+            )
+        kind = onnx.TensorProto.DataType.Name(tensor.elem_type).lower()
+        specs.append(InputSpec(value.name, _dtype(kind, value.name), shape))
+    return specs
+
+
+def _dtype(kind: str, name: str) -> np.dtype[Any]:
+    if kind not in _DTYPES:
+        raise ModelError(
+            f"input {name!r}: type {kind} is not handled; expected one of {', '.join(_DTYPES)}"
+        )
+    return np.dtype(_DTYPES[kind])
+
+
+def _identity() -> bytes:
+    value = onnx.helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, [1])
+    out = onnx.helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, [1])
+    node = onnx.helper.make_node("Relu", ["x"], ["y"])
+    graph = onnx.helper.make_graph([node], "probe", [value], [out])
+    opset = onnx.helper.make_opsetid("", 13)
+    proto = onnx.helper.make_model(graph, opset_imports=[opset], ir_version=8)
+    return bytes(proto.SerializeToString())

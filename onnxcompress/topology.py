@@ -1,0 +1,136 @@
+"""Order, data flow and trunk of a graph, computed once and asked often. Linear in nodes."""
+
+from __future__ import annotations
+
+import onnx_graphsurgeon as gs
+
+from onnxcompress.errors import ModelError
+from onnxcompress.graph import is_op, producer
+from onnxcompress.model import Model, Shape
+
+
+class Topology:
+    """Facts about a graph as it is now; make a new one after a change.
+
+    `order`    nodes in topological order
+    `index`    id(node) -> place in it
+    `dynamic`  ids of the tensors that depend on a graph input, by value or by shape
+    `data`     ids of those that carry data: reached from an input without passing a Shape or Size
+    """
+
+    def __init__(self, model: Model) -> None:
+        self.model = model
+        self.order = _sorted(model)
+        self.index = {id(node): i for i, node in enumerate(self.order)}
+        self.dynamic = {id(t) for t in model.graph.inputs}
+        self.data = set(self.dynamic)
+        for node in self.order:
+            for ids, stop in ((self.dynamic, False), (self.data, is_op(node, "Shape", "Size"))):
+                if not stop and any(id(t) in ids for t in _reads(node)):
+                    ids.update(id(t) for t in node.outputs)
+        self._trunk: list[gs.Tensor] | None = None
+
+    def position(self, tensor: gs.Tensor) -> int:
+        """Place of the node that makes the tensor; -1 for inputs and initializers."""
+        node = producer(tensor)
+        return -1 if node is None else self.index[id(node)]
+
+    def shape(self, tensor: gs.Tensor) -> Shape | None:
+        """Shape by inference; None where even the rank is unknown."""
+        return self.model.shapes().get(tensor.name)
+
+    def trunk(self) -> list[gs.Tensor]:
+        """Tensors through which every data path from the inputs to the outputs goes, in order.
+
+        A tensor is one exactly if, once it is made, nothing else that was made before is still needed.
+        """
+        if self._trunk is None:
+            last: dict[int, int] = {}
+            for place, node in enumerate(self.order):
+                if not is_op(node, "Shape", "Size"):  # who reads only a shape needs no data
+                    last.update((id(tensor), place) for tensor in _reads(node))
+            ends = {id(t): len(self.order) for t in self.model.graph.outputs}
+            found: list[gs.Tensor] = []
+            farthest = -1  # until where something made so far, but for the newest tensor, is needed
+            made = [t for t in self.model.graph.inputs]
+            if len(made) == 1:
+                found.append(made[0])
+            pending = max((max(last.get(id(t), -1), ends.get(id(t), -1)) for t in made), default=-1)
+            for place, node in enumerate(self.order):
+                farthest = max(farthest, pending)
+                pending = -1
+                outputs = [t for t in node.outputs if id(t) in self.data and not t.is_empty()]
+                for tensor in outputs:
+                    pending = max(pending, last.get(id(tensor), -1), ends.get(id(tensor), -1))
+                if len(outputs) == 1 and farthest <= place and pending > place:
+                    found.append(outputs[0])
+            self._trunk = found
+        return self._trunk
+
+    def between(self, entry: gs.Tensor, exit: gs.Tensor) -> tuple[gs.Node, ...]:
+        """Nodes with data between two neighbouring tensors of the trunk, the exit's own included."""
+        start, end = self.position(entry), self.position(exit)
+        return tuple(
+            n for n in self.order[start + 1 : end + 1] if any(id(t) in self.dynamic for t in n.outputs)
+        )
+
+    def feature(self) -> gs.Tensor | None:
+        """The features before the global pool: the last spatial tensor of the trunk (PRACTISE §3.2).
+
+        Rank 4 (or 3 and 5 in 1-d and 3-d networks) with a spatial extent above 1; None if there is none.
+        """
+        for tensor in reversed(self.trunk()):
+            shape = self.shape(tensor)
+            if shape is not None and len(shape) >= 3 and any(d != 1 for d in shape[2:]):
+                return tensor
+        return None
+
+
+def _reads(node: gs.Node) -> list[gs.Tensor]:
+    """Inputs of a node, and what its bodies capture from outside."""
+    reads = [t for t in node.inputs if not t.is_empty()]
+    for value in node.attrs.values():
+        if isinstance(value, gs.Graph):
+            inner = {id(t) for n in value.nodes for t in n.outputs}
+            for one in value.nodes:
+                reads += [t for t in _reads(one) if id(t) not in inner]
+    return reads
+
+
+def _sorted(model: Model) -> list[gs.Node]:
+    """Kahn's algorithm, keeping the file's order where it is already sorted."""
+    nodes = list(model.graph.nodes)
+    made: set[int] = set()
+    if _is_sorted(nodes, made):
+        return nodes
+    makers = {id(t): n for n in nodes for t in n.outputs}
+    order: list[gs.Node] = []
+    state: dict[int, int] = {}
+    for root in nodes:
+        stack = [root]
+        while stack:
+            node = stack[-1]
+            if state.get(id(node)) == 2:
+                stack.pop()
+                continue
+            missing = [
+                m for t in _reads(node) if (m := makers.get(id(t))) is not None and state.get(id(m)) != 2
+            ]
+            if state.get(id(node)) == 1 and missing:
+                raise ModelError(f"{model.name}: the graph has a cycle through node {node.name!r}")
+            state[id(node)] = 1
+            if missing:
+                stack.extend(missing)
+            else:
+                state[id(node)] = 2
+                order.append(node)
+                stack.pop()
+    return order
+
+
+def _is_sorted(nodes: list[gs.Node], made: set[int]) -> bool:
+    for node in nodes:
+        if any(producer(t) is not None and id(t) not in made for t in node.inputs if not t.is_empty()):
+            return False
+        made.update(id(t) for t in node.outputs)
+    return True

@@ -1,0 +1,169 @@
+"""What a model computes, and how far two models are apart: onnxruntime with graph optimizations off.
+
+The optimizer would fold and fuse one of two equal graphs and not the other; without it a difference
+comes from the graphs themselves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from onnxcompress.errors import InputError, ModelError, OptionError
+from onnxcompress.runtime import InputSpec, ModelLike, input_specs, label, one_line, session
+
+Arrays = Mapping[str, np.ndarray]
+
+INTEGER_RANGE = 8
+"""Random integers are below this: small enough for the index of any table."""
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How far outputs are from the reference's. `output` is the one with the largest `max_rel`."""
+
+    max_abs: float
+    max_rel: float
+    """Largest |a - b| of an output, divided by the largest magnitude of that output in `a`."""
+    output: str
+    per_output: dict[str, tuple[float, float]] = field(default_factory=dict)
+    """Output name -> (max_abs, max_rel)."""
+
+
+def random_feeds(
+    model: ModelLike,
+    *,
+    batch: int = 2,
+    seed: int = 0,
+    shapes: Mapping[str, Sequence[int]] | None = None,
+    fixed_batch_ok: bool = True,
+) -> dict[str, np.ndarray]:
+    """Random inputs: floats from N(0, 1), 8-bit integers over their range, others in [0, 8), bools.
+
+    A symbolic first dimension becomes `batch`; a fixed one stays, unless `fixed_batch_ok` is False and
+    it differs: then it is an error. `shapes` gives whole shapes by input name.
+    Raises OptionError for dimensions that are not known and names that are no inputs.
+    """
+    specs = input_specs(model)
+    given = dict(shapes or {})
+    for name in given:
+        if name not in {s.name for s in specs}:
+            known = ", ".join(s.name for s in specs) or "none"
+            raise OptionError(f"{label(model)}: shape for {name!r}; the model's inputs are {known}")
+    rng = np.random.default_rng(seed)
+    feeds = {}
+    for spec in specs:
+        shape = _resolve(spec, batch, given.get(spec.name), fixed_batch_ok, label(model))
+        feeds[spec.name] = _random(rng, spec.dtype, shape)
+    return feeds
+
+
+def run(
+    model: ModelLike, feeds: Arrays, optimize: bool = False, *, threads: int = 0
+) -> dict[str, np.ndarray]:
+    """All outputs by name, on the CPU. Raises ModelError where onnxruntime refuses the model or feeds."""
+    opened = session(model, provider="cpu", threads=threads, optimize=optimize)
+    names = [o.name for o in opened.get_outputs()]
+    try:
+        values = opened.run(names, dict(feeds))
+    except Exception as error:  # onnxruntime's exceptions have no common base
+        raise ModelError(f"{label(model)}: the run failed ({one_line(error)})") from error
+    for name, value in zip(names, values, strict=True):
+        if not isinstance(value, np.ndarray):
+            raise ModelError(f"{label(model)}: output {name!r} is not a tensor; not handled")
+    return dict(zip(names, values, strict=True))
+
+
+def difference(
+    a: ModelLike, b: ModelLike, feeds: Arrays, *, optimize: bool = False
+) -> Difference:
+    """Run both models on the same inputs and compare; `a` is the reference.
+
+    Outputs go together by name, or by order where the names differ.
+    """
+    return difference_of(run(a, feeds, optimize), run(b, feeds, optimize))
+
+
+def difference_of(a: Arrays, b: Arrays) -> Difference:
+    """Compare two models' outputs; `a` is the reference.
+
+    NaN in both, or the same infinity in both, is no difference; in one of them it is an infinite one.
+    Raises ModelError where the number of outputs or a shape differs.
+    """
+    if len(a) != len(b):
+        raise ModelError(f"the models have {len(a)} and {len(b)} outputs; expected as many")
+    pairs = zip(a, a if set(a) == set(b) else b, strict=True)
+    per_output = {name: _distance(name, a[name], b[other]) for name, other in pairs}
+    worst = max(per_output, key=lambda name: per_output[name][1], default="")
+    return Difference(
+        max_abs=max((d[0] for d in per_output.values()), default=0.0),
+        max_rel=max((d[1] for d in per_output.values()), default=0.0),
+        output=worst,
+        per_output=per_output,
+    )
+
+
+def _distance(name: str, a: np.ndarray, b: np.ndarray) -> tuple[float, float]:
+    if a.shape != b.shape:
+        raise ModelError(f"output {name!r}: shapes {list(a.shape)} and {list(b.shape)} differ")
+    if a.size == 0:
+        return 0.0, 0.0
+    left, right = a.astype(np.float64), b.astype(np.float64)
+    same = (left == right) | (np.isnan(left) & np.isnan(right))
+    with np.errstate(invalid="ignore"):
+        gap = np.where(same, 0.0, np.abs(left - right))
+    gap = np.where(np.isnan(gap), np.inf, gap)
+    max_abs = float(gap.max())
+    if max_abs == 0.0:
+        return 0.0, 0.0
+    finite = np.abs(left[np.isfinite(left)])
+    scale = float(finite.max()) if finite.size else 0.0
+    return max_abs, max_abs / scale if scale > 0 else float("inf")
+
+
+def _resolve(
+    spec: InputSpec, batch: int, given: Sequence[int] | None, fixed_batch_ok: bool, model: str
+) -> tuple[int, ...]:
+    """The shape to feed. `given` wins, but must agree with what the model fixes."""
+    where = f"{model}: input {spec.name!r}"
+    ask = f"give its shape, as in --shape {spec.name}=1x3x224x224"
+    if given is not None:
+        fixed = spec.shape if spec.shape is not None else (None,) * len(given)
+        clash = any(isinstance(f, int) and f != g for f, g in zip(fixed, given, strict=False))
+        if len(fixed) != len(given) or clash:
+            raise OptionError(f"{where}: expected the shape {dims(fixed)}, got {dims(given)}")
+        return tuple(given)
+    if spec.shape is None:
+        raise OptionError(f"{where}: its rank is not known; {ask}")
+    first = spec.shape[0] if spec.shape else None
+    if isinstance(first, int) and first != batch and not fixed_batch_ok:
+        raise OptionError(f"{where}: its batch is fixed to {first}, got {batch}; use batch {first}")
+    resolved = []
+    for axis, size in enumerate(spec.shape):
+        if isinstance(size, int):
+            resolved.append(size)
+        elif axis == 0 or (size is not None and size == first):
+            resolved.append(batch)
+        else:
+            raise OptionError(f"{where}: dimension {axis} of {dims(spec.shape)} is open; {ask}")
+    return tuple(resolved)
+
+
+def dims(shape: Sequence[int | str | None]) -> str:
+    """A shape for messages: 1x3x224x224, ? for what is not known."""
+    return "x".join("?" if d is None else str(d) for d in shape) or "scalar"
+
+
+def _random(rng: np.random.Generator, dtype: np.dtype[Any], shape: tuple[int, ...]) -> np.ndarray:
+    if dtype.kind == "f":
+        return np.asarray(rng.standard_normal(shape)).astype(dtype)
+    if dtype.kind == "b":
+        return np.asarray(rng.integers(0, 2, shape)).astype(dtype)
+    if dtype.kind not in "iu":
+        raise InputError(f"no random values of type {dtype}")
+    info = np.iinfo(dtype)
+    low, high = (int(info.min), int(info.max) + 1) if dtype.itemsize == 1 else (0, INTEGER_RANGE)
+    return np.asarray(rng.integers(low, high, shape)).astype(dtype)
