@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 
 from onnxcompress.errors import ModelError, RuntimeUnavailable
-from onnxcompress.runtime import PROVIDERS, ModelLike, label, one_line, session
+from onnxcompress.runtime import PROVIDERS, one_line, session
+from onnxcompress.sources import ModelLike, label
 from onnxcompress.verify import Arrays
 
 
@@ -38,7 +39,9 @@ class Runner:
     placement: Placement
 
 
-def bind(name: str, model: ModelLike, provider: str, threads: int, feeds: Arrays) -> Runner:
+def bind(
+    name: str, model: ModelLike, provider: str, threads: int, feeds: Arrays, *, interleaved: bool = True
+) -> Runner:
     """Open a session, run it once to see which provider runs what, and bind its inputs and outputs."""
     device = "cpu" if provider == "cpu" else "cuda"
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
@@ -47,7 +50,7 @@ def bind(name: str, model: ModelLike, provider: str, threads: int, feeds: Arrays
             provider=provider,
             threads=threads,
             profile=str(Path(folder) / "run"),
-            interleaved=True,
+            interleaved=interleaved,
         )
         try:
             binding = _bound(opened, feeds, device)

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
 
-from onnxcompress import macs, wire
+from onnxcompress import macs
 from onnxcompress.errors import ModelError
 from onnxcompress.evaluate import agreement, image_input, logits, score_output, topk
 from onnxcompress.inputs.images import ImageSet, check_fits
 from onnxcompress.latency import Ratio, Timing, benchmark, ratio
-from onnxcompress.model import Model, load
-from onnxcompress.runtime import ModelLike, input_specs, label
+from onnxcompress.sources import (
+    ModelLike,
+    as_model,
+    dims,
+    display_names,
+    input_specs,
+    label,
+    model_bytes,
+)
 from onnxcompress.verify import Difference, difference_of, random_feeds, run
 
 DIFFERENCE_BATCH = 32
@@ -88,7 +92,7 @@ def compare(
 
     The latency options are those of `benchmark`. Raises ModelError where inputs or outputs differ in form.
     """
-    names = _names(a, b)
+    names = display_names([a, b])
     if images is None:
         outputs = _on_random(a, b, seed, shapes)
     else:
@@ -104,69 +108,30 @@ def compare(
         seed=seed,
         shapes=shapes,
     )
-    sides = [
-        _side(name, model, timings[name], top1)
-        for name, model, top1 in zip(names, (a, b), outputs.top1, strict=True)
-    ]
+    return _joined((a, b), [timings[name] for name in names], outputs)
+
+
+def _joined(
+    models: tuple[ModelLike, ModelLike], timings: Sequence[Timing], outputs: _Outputs
+) -> Comparison:
+    a, b = (_side(m, t, top1) for m, t, top1 in zip(models, timings, outputs.top1, strict=True))
     return Comparison(
-        a=sides[0],
-        b=sides[1],
-        latency=ratio(sides[0].timing, sides[1].timing),
+        a=a,
+        b=b,
+        latency=ratio(a.timing, b.timing),
         difference=outputs.difference,
         agreement=outputs.agreement,
         inputs=outputs.inputs,
     )
 
 
-def model_bytes(model: ModelLike) -> int:
-    """Bytes of the model as a file, external data included."""
-    if isinstance(model, bytes):
-        return len(model)
-    if isinstance(model, onnx.ModelProto):
-        return int(model.ByteSize())
-    if isinstance(model, Model):
-        return int(model.to_proto().ByteSize())
-    path = Path(model)
-    if not path.is_file():
-        raise ModelError(f"{path}: no such file")
-    proto = onnx.ModelProto.FromString(wire.split(path)[0])
-    places = {
-        entry.value
-        for tensor in proto.graph.initializer
-        for entry in tensor.external_data
-        if entry.key == "location"
-    }
-    beside = (path.parent / place for place in places)
-    return path.stat().st_size + sum(p.stat().st_size for p in beside if p.is_file())
-
-
-def as_model(model: ModelLike) -> Model:
-    """Any form of a model as a Model."""
-    if isinstance(model, Model):
-        return model
-    if isinstance(model, bytes):
-        return Model.from_proto(onnx.ModelProto.FromString(model))
-    if isinstance(model, onnx.ModelProto):
-        return Model.from_proto(model)
-    return load(model)
-
-
-def _side(name: str, model: ModelLike, timing: Timing, top1: float | None) -> Side:
+def _side(model: ModelLike, timing: Timing, top1: float | None) -> Side:
     graph = as_model(model)
     try:
         work: int | None = macs.count_macs(graph)
     except ModelError:  # an open image size: unknown is what is shown
         work = None
-    return Side(name, model_bytes(model), macs.count_parameters(graph), work, timing, top1)
-
-
-def _names(a: ModelLike, b: ModelLike) -> tuple[str, str]:
-    """Names to show: file names, whole paths where these are equal, numbered where still equal."""
-    first, second = label(a), label(b)
-    short = os.path.basename(first), os.path.basename(second)
-    if short[0] != short[1]:
-        return short
-    return (first, second) if first != second else (f"{first} (a)", f"{second} (b)")
+    return Side(timing.name, model_bytes(model), macs.count_parameters(graph), work, timing, top1)
 
 
 def _on_random(
@@ -174,26 +139,21 @@ def _on_random(
 ) -> _Outputs:
     inputs = {s.name for s in input_specs(a)}
     given = {k: v for k, v in (shapes or {}).items() if k in inputs}
-    feeds = random_feeds(a, batch=DIFFERENCE_BATCH, seed=seed, shapes=given)
+    feeds = random_feeds(a, batch=_batch(a, b, DIFFERENCE_BATCH), seed=seed, shapes=given)
     left, right = run(a, feeds), run(b, _for(b, feeds))
     count = len(next(iter(feeds.values()), np.zeros(1)))
     scores = score_output(left, count), score_output(right, count)
     same = None
     if scores[0] is not None and scores[1] is not None:
         same = agreement(scores[0], scores[1])
-    return _Outputs(
-        difference_of(left, right), same, (None, None), f"{count} random inputs, N(0, 1)"
-    )
+    return _Outputs(difference_of(left, right), same, (None, None), f"{count} random inputs, N(0, 1)")
 
 
-def _on_images(
-    a: ModelLike, b: ModelLike, images: ImageSet, provider: str, threads: int
-) -> _Outputs:
+def _on_images(a: ModelLike, b: ModelLike, images: ImageSet, provider: str, threads: int) -> _Outputs:
     scores = [logits(m, images, provider=provider, threads=threads) for m in (a, b)]
     spec = image_input(a)
     check_fits(images, spec.shape, spec.name)
-    fixed = spec.shape[0] if spec.shape else None
-    size = fixed if isinstance(fixed, int) else min(DIFFERENCE_BATCH, len(images))
+    size = _batch(a, b, min(DIFFERENCE_BATCH, len(images)))
     x = images.take(np.arange(size) % len(images)).array().astype(spec.dtype)
     feeds = {spec.name: x}
     difference = difference_of(run(a, feeds), run(b, _for(b, feeds)))
@@ -204,11 +164,27 @@ def _on_images(
     return _Outputs(difference, same, top1, f"{len(images)} images")
 
 
+def _batch(a: ModelLike, b: ModelLike, default: int) -> int:
+    """The batch that both models take: a fixed one, else `default`."""
+    shapes = [s.shape for model in (a, b) for s in input_specs(model)]
+    fixed = sorted({s[0] for s in shapes if s and isinstance(s[0], int)})
+    if len(fixed) > 1:
+        raise ModelError(f"the models' inputs have fixed batches of {fixed[0]} and {fixed[1]}")
+    return fixed[0] if fixed else default
+
+
 def _for(model: ModelLike, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """The reference's feeds under the model's own input names, by order where the names differ."""
     specs = input_specs(model)
-    if {s.name for s in specs} == set(feeds):
-        return dict(feeds)
     if len(specs) != len(feeds):
         raise ModelError(f"the models have {len(feeds)} and {len(specs)} inputs; expected as many")
-    return {s.name: v for s, v in zip(specs, feeds.values(), strict=True)}
+    by_name = {s.name for s in specs} == set(feeds)
+    sources = [s.name for s in specs] if by_name else list(feeds)
+    for spec, source in zip(specs, sources, strict=True):
+        if not spec.takes(feeds[source].shape):
+            got, expected = dims(feeds[source].shape), dims(spec.shape or ())
+            raise ModelError(
+                f"{label(model)}: input {spec.name!r} takes {expected}, the other model's {got}; only "
+                "models with the same inputs can be compared"
+            )
+    return {s.name: feeds[source] for s, source in zip(specs, sources, strict=True)}

@@ -12,15 +12,8 @@ import numpy as np
 
 from onnxcompress.errors import InputError, ModelError, OptionError
 from onnxcompress.inputs.images import ImageSet, check_fits
-from onnxcompress.runtime import (
-    InputSpec,
-    ModelLike,
-    input_specs,
-    label,
-    one_line,
-    pick_provider,
-    session,
-)
+from onnxcompress.runtime import one_line, pick_provider, session
+from onnxcompress.sources import InputSpec, ModelLike, input_specs, label
 
 
 @dataclass(frozen=True)
@@ -116,14 +109,16 @@ def logits(
         index, scores = _scores(values, names, len(x), label(model))
         names = [names[index]]
         parts.append(scores[:real])
-    joined = np.concatenate(parts)
-    bad = np.flatnonzero(np.isnan(joined).any(axis=1))
+    scores = np.concatenate(parts)
+    _check_nan(scores, f"{label(model)}: output {names[0]!r}", images)
+    return scores
+
+
+def _check_nan(scores: np.ndarray, where: str, images: ImageSet) -> None:
+    bad = np.flatnonzero(np.isnan(scores).any(axis=1))
     if bad.size:
-        raise ModelError(
-            f"{label(model)}: output {names[0]!r} is NaN for {bad.size} of {len(joined)} images, first "
-            f"{images.names[bad[0]]}"
-        )
-    return joined
+        first = images.names[bad[0]]
+        raise ModelError(f"{where} is NaN for {bad.size} of {len(scores)} images, first {first}")
 
 
 def agreement(a: np.ndarray, b: np.ndarray) -> float:
@@ -155,9 +150,7 @@ def _squeezed(value: Any, count: int) -> np.ndarray | None:
     return np.asarray(value.reshape(value.shape[:2]), np.float32)
 
 
-def _scores(
-    values: list[Any], names: list[str], count: int, model: str
-) -> tuple[int, np.ndarray]:
+def _scores(values: list[Any], names: list[str], count: int, model: str) -> tuple[int, np.ndarray]:
     for index, value in enumerate(values):
         scores = _squeezed(value, count)
         if scores is not None:
@@ -166,9 +159,7 @@ def _scores(
     raise ModelError(f"{model}: no output of shape [{count}, classes]; got {shapes}")
 
 
-def _feeds(
-    images: ImageSet, spec: InputSpec, size: int, *, pad: bool
-) -> Iterator[tuple[np.ndarray, int]]:
+def _feeds(images: ImageSet, spec: InputSpec, size: int, *, pad: bool) -> Iterator[tuple[np.ndarray, int]]:
     """Batches in the input's type, and how many of each are images rather than filling."""
     for x in images.batches(size):
         if spec.dtype.kind in "iu" and not np.array_equal(x, np.round(x)):

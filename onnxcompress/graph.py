@@ -7,13 +7,13 @@ looks at consumers is therefore safe for subgraphs, too. Bodies themselves are n
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 from onnx_graphsurgeon.exporters.onnx_exporter import OnnxExporter
-from onnx_graphsurgeon.ir.tensor import LazyValues
+from onnx_graphsurgeon.ir.tensor import LazyValues, SparseValues
 
 from onnxcompress.model import Model
 
@@ -26,9 +26,14 @@ RANDOM_OPS = frozenset(
 )  # fmt: skip
 
 
-def is_op(node: gs.Node | None, *ops: str) -> bool:
+def is_op(node: gs.Node | None, *ops: str) -> TypeGuard[gs.Node]:
     """Whether the node is one of these operators of the default domain."""
     return node is not None and node.op in ops and node.domain in DEFAULT_DOMAINS
+
+
+def node_label(node: gs.Node) -> str:
+    """The node's name; where it has none, that of its first output."""
+    return str(node.name or next((t.name for t in node.outputs if t.name), node.op))
 
 
 def producer(tensor: gs.Tensor) -> gs.Node | None:
@@ -55,7 +60,7 @@ def only_consumer(model: Model, tensor: gs.Tensor) -> gs.Node | None:
 def read(tensor: gs.Constant) -> np.ndarray:
     """Values of an initializer, without keeping them in memory if they lie in a file."""
     values = tensor._values
-    return values.load() if isinstance(values, LazyValues) else values
+    return np.asarray(values.load() if isinstance(values, LazyValues) else values)
 
 
 def constant_value(model: Model, tensor: gs.Tensor) -> np.ndarray | None:
@@ -162,6 +167,40 @@ def unique_name(model: Model, base: str) -> str:
 def set_values(tensor: gs.Constant, values: np.ndarray) -> None:
     """Replace an initializer's values; shape and type may change."""
     tensor._values = values
+
+
+def set_constant(model: Model, node: gs.Node, index: int, values: np.ndarray, base: str) -> None:
+    """Give the node these values as an input: in place where it alone reads an initializer of that shape
+    and type there, else as a new initializer named after `base`. What nothing reads any more is removed.
+    """
+    old = input_at(node, index)
+    if isinstance(old, gs.Constant) and only_consumer(model, old) is node and _alike(old, values):
+        set_values(old, values)
+        return
+    set_input(node, index, gs.Constant(unique_name(model, base), values))
+    if old is not None:
+        remove_unread(model, [old])
+
+
+def _alike(constant: gs.Constant, values: np.ndarray) -> bool:
+    """Whether a dense initializer has the shape and the type of `values`."""
+    stored = constant._values
+    if isinstance(stored, SparseValues) or tuple(constant.shape) != values.shape:
+        return False
+    kind = onnx.helper.np_dtype_to_tensor_dtype(values.dtype)
+    if isinstance(stored, LazyValues):
+        return bool(stored.tensor.data_type == kind)
+    return bool(stored.dtype == values.dtype)
+
+
+def remove_unread(model: Model, tensors: Iterable[gs.Tensor]) -> None:
+    """Remove the nodes that make these tensors, where nothing reads any of their outputs."""
+    nodes = [producer(t) for t in tensors]
+    remove_nodes(model, [n for n in nodes if n is not None and not _is_read(model, n)])
+
+
+def _is_read(model: Model, node: gs.Node) -> bool:
+    return any(t.outputs or is_output(model, t) for t in node.outputs)
 
 
 def replace_uses(model: Model, old: gs.Tensor, new: gs.Tensor) -> None:

@@ -24,7 +24,8 @@ import numpy as np
 
 from onnxcompress.bound import Placement, Runner, bind
 from onnxcompress.errors import OptionError
-from onnxcompress.runtime import ModelLike, input_specs, pick_provider, session
+from onnxcompress.runtime import pick_provider, session
+from onnxcompress.sources import ModelLike, input_specs
 from onnxcompress.verify import random_feeds
 
 __all__ = ["Placement", "Ratio", "Timing", "benchmark", "ratio", "session"]
@@ -97,14 +98,13 @@ def benchmark(
         seconds = DEFAULT_SECONDS
     chosen = pick_provider(provider)
     feeds = _feeds(models, batch, seed, shapes or {})
-    runners = [bind(n, m, chosen, threads, feeds[n]) for n, m in models.items()]
+    several = len(models) > 1
+    runners = [bind(n, m, chosen, threads, feeds[n], interleaved=several) for n, m in models.items()]
     timed = [runner.run for runner in runners]
     with _without_gc():
         _warm(timed, warm_up)
         samples = interleave(timed, runs=runs, seconds=seconds, tolerance=tolerance, seed=seed)
-    return {
-        r.name: _summary(r, column, chosen) for r, column in zip(runners, samples.T, strict=True)
-    }
+    return {r.name: _summary(r, column, chosen) for r, column in zip(runners, samples.T, strict=True)}
 
 
 def ratio(a: Timing, b: Timing, *, confidence: float = 0.95) -> Ratio:

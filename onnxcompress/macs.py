@@ -44,12 +44,13 @@ def node_macs(node: gs.Node, shapes: Mapping[str, Shape]) -> int:
         weight = _sizes(node, node.inputs[1], shapes)
         return math.prod(_sizes(node, node.inputs[0], shapes)) * math.prod(weight[1:])
     if node.op == "Gemm":
-        inner = 0 if node.attrs.get("transA", 0) else 1
-        left = _sizes(node, node.inputs[0], shapes, batch=1 - inner)
-        return math.prod(_sizes(node, node.outputs[0], shapes)) * left[inner]
+        left, right = int(not node.attrs.get("transA", 0)), int(bool(node.attrs.get("transB", 0)))
+        inner = _inner(node, shapes, (node.inputs[0], left), (node.inputs[1], right))
+        return math.prod(_sizes(node, node.outputs[0], shapes)) * inner
     if node.op in _MATMUL:
-        left = _sizes(node, node.inputs[_MATMUL[node.op][0]], shapes)
-        return math.prod(_sizes(node, node.outputs[0], shapes)) * left[-1]
+        a, b = (node.inputs[i] for i in _MATMUL[node.op])
+        inner = _inner(node, shapes, (b, -2), (a, -1))
+        return math.prod(_sizes(node, node.outputs[0], shapes)) * inner
     return 0
 
 
@@ -109,19 +110,33 @@ def _is_float(dtype: object) -> bool:
     return bool(kind.kind == "f" or "float" in kind.name)
 
 
-def _sizes(
-    node: gs.Node, tensor: gs.Tensor, shapes: Mapping[str, Shape], batch: int = 0
-) -> list[int]:
-    shape: Sequence[int | str | None] | None = shapes.get(tensor.name)
-    if shape is None and isinstance(tensor, gs.Constant):
-        shape = tensor.shape
+def _inner(node: gs.Node, shapes: Mapping[str, Shape], *places: tuple[gs.Tensor, int]) -> int:
+    """The summed dimension of a product, from the first operand whose shape tells it."""
+    for tensor, axis in places:
+        shape = _shape(tensor, shapes)
+        if shape is not None and len(shape) >= max(axis + 1, -axis):
+            size = shape[axis]
+            if isinstance(size, int):
+                return size
+    raise ModelError(f"node {node.name!r} ({node.op}): the inner dimension of its product is unknown")
+
+
+def _shape(tensor: gs.Tensor, shapes: Mapping[str, Shape]) -> Sequence[int | str | None] | None:
+    if tensor.name in shapes:
+        return shapes[tensor.name]
+    constant = _constant(tensor)
+    return None if constant is None else tuple(constant.shape)
+
+
+def _sizes(node: gs.Node, tensor: gs.Tensor, shapes: Mapping[str, Shape]) -> list[int]:
+    shape = _shape(tensor, shapes)
     if shape is None:
         raise ModelError(f"node {node.name!r} ({node.op}): the shape of {tensor.name!r} is unknown")
     sizes = []
     for axis, size in enumerate(shape):
         if isinstance(size, int):
             sizes.append(size)
-        elif axis == batch:
+        elif axis == 0:
             sizes.append(1)
         else:
             text = "x".join("?" if d is None else str(d) for d in shape)

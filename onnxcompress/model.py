@@ -99,6 +99,9 @@ class Model:
 
     def set_metadata(self, key: str, value: str | None) -> None:
         """Set one entry of metadata_props, or remove it where `value` is None."""
+        if self.metadata.get(key) == value:
+            return
+        self.input_digest = None  # what would be saved is no longer what was read
         entries = self._envelope.metadata_props
         for at in [i for i, p in enumerate(entries) if p.key == key][::-1]:
             if value is None:
@@ -203,7 +206,8 @@ class Model:
             return OnnxExporter.export_node(node)
         proto = onnx.NodeProto()
         proto.CopyFrom(origin.proto)
-        proto.op_type, proto.name = node.op, node.name
+        if (proto.op_type, proto.name) != (node.op, node.name):  # setting an absent name makes it present
+            proto.op_type, proto.name = node.op, node.name
         for field, tensors in ((proto.input, node.inputs), (proto.output, node.outputs)):
             names = [t.name for t in tensors]
             if list(field) != names:

@@ -1,8 +1,8 @@
-"""onnxruntime sessions: which provider runs a model, what it takes in, and which provider really ran it.
+"""onnxruntime sessions, on the provider that was asked for.
 
 A provider that cannot start makes onnxruntime go on with the CPU and a line on stderr. Here that is an
 error with its remedy: a latency measured on the wrong device is worse than none.
-Does not handle: strings, sequences and bfloat16 as inputs, several GPUs (always device 0).
+Does not handle: several GPUs (always device 0).
 """
 
 from __future__ import annotations
@@ -12,27 +12,17 @@ import ctypes
 import difflib
 import importlib
 import io
-import os
 import sys
-import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import onnx
-import onnx_graphsurgeon as gs
-from google.protobuf.message import DecodeError
 
-from onnxcompress import wire
 from onnxcompress.errors import CompressError, ModelError, OptionError, RuntimeUnavailable
-from onnxcompress.model import Model, Shape, save
+from onnxcompress.sources import ModelLike, label, runnable
 
 if TYPE_CHECKING:
     import onnxruntime
-
-ModelLike = Model | onnx.ModelProto | bytes | str | os.PathLike[str]
 
 PROVIDERS = {
     "cpu": "CPUExecutionProvider",
@@ -43,31 +33,6 @@ _REMEDY = {
     "cuda": "pip install 'onnxruntime-gpu[cuda,cudnn]' on a machine with an NVIDIA driver",
     "tensorrt": "pip install 'onnxruntime-gpu[cuda,cudnn]' tensorrt, with an NVIDIA driver",
 }
-_IN_MEMORY_LIMIT = 1_900_000_000
-"""Bytes from which on a model goes to onnxruntime through a file: protobuf ends at 2 GB."""
-_DTYPES = {
-    "float": np.float32, "double": np.float64, "float16": np.float16, "bool": np.bool_,
-    "int8": np.int8, "int16": np.int16, "int32": np.int32, "int64": np.int64,
-    "uint8": np.uint8, "uint16": np.uint16, "uint32": np.uint32, "uint64": np.uint64,
-}  # fmt: skip
-
-
-@dataclass(frozen=True)
-class InputSpec:
-    """One input of a model; str: a symbolic dimension, None: an unknown one, or an unknown rank."""
-
-    name: str
-    dtype: np.dtype[Any]
-    shape: Shape | None
-
-
-def label(model: ModelLike) -> str:
-    """What messages call the model: its file name, or the name of its graph."""
-    if isinstance(model, Model):
-        return model.name
-    if isinstance(model, onnx.ModelProto):
-        return model.graph.name or "model"
-    return "model" if isinstance(model, bytes) else os.fspath(model)
 
 
 def session(
@@ -103,7 +68,7 @@ def session(
         options.enable_profiling = True
         options.profile_file_prefix = profile
     chosen = pick_provider(provider)
-    with _source(model) as source:
+    with runnable(model) as source:
         return _open(source, options, chosen, label(model))
 
 
@@ -114,9 +79,7 @@ def pick_provider(provider: str) -> str:
     if provider != "auto":
         near = difflib.get_close_matches(provider, [*PROVIDERS, "auto"], 1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise OptionError(
-            f"provider: {provider!r} is not one of {', '.join([*PROVIDERS, 'auto'])}{hint}"
-        )
+        raise OptionError(f"provider: {provider!r} is not one of {', '.join([*PROVIDERS, 'auto'])}{hint}")
     import onnxruntime as ort
 
     if PROVIDERS["cuda"] not in ort.get_available_providers() or not cuda_devices():
@@ -139,14 +102,6 @@ def cuda_devices() -> int:
     if driver.cuInit(0) != 0 or driver.cuDeviceGetCount(ctypes.byref(count)) != 0:
         return 0
     return count.value
-
-
-def input_specs(model: ModelLike) -> list[InputSpec]:
-    """Inputs that must be fed, in order. Raises ModelError for a type that is not handled."""
-    if isinstance(model, Model):
-        real = {t.name for t in model.graph.inputs if not isinstance(t, gs.Constant)}
-        return _proto_specs(model.skeleton(), only=real)
-    return _proto_specs(_proto(model), only=None)
 
 
 def one_line(error: BaseException) -> str:
@@ -223,68 +178,6 @@ def _quiet(active: bool) -> Iterator[None]:
     finally:
         if active:
             ort.set_default_logger_severity(3)
-
-
-@contextlib.contextmanager
-def _source(model: ModelLike) -> Iterator[str | bytes]:
-    """The model as onnxruntime takes it: a path, or the bytes of a small enough model."""
-    if isinstance(model, bytes):
-        yield model
-    elif isinstance(model, str | os.PathLike):
-        if not Path(model).is_file():
-            raise ModelError(f"{os.fspath(model)}: no such file")
-        yield os.fspath(model)
-    elif isinstance(model, onnx.ModelProto):
-        yield model.SerializeToString()
-    elif weight_bytes(model) < _IN_MEMORY_LIMIT:
-        yield model.to_proto().SerializeToString()
-    else:
-        with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-            path = os.path.join(folder, "model.onnx")
-            save(model, path)
-            yield path
-
-
-def weight_bytes(model: Model) -> int:
-    """Bytes of all initializers, without reading them."""
-    tensors = model.graph.tensors().values()
-    return sum(int(t._values.nbytes) for t in tensors if isinstance(t, gs.Constant))
-
-
-def _proto(model: onnx.ModelProto | bytes | str | os.PathLike[str]) -> onnx.ModelProto:
-    """The graph of the model; of a file, without its weights."""
-    if isinstance(model, onnx.ModelProto):
-        return model
-    try:
-        data = model if isinstance(model, bytes) else wire.split(Path(model))[0]
-        return onnx.ModelProto.FromString(data)
-    except (OSError, DecodeError, ModelError) as error:
-        raise ModelError(f"{label(model)}: not a readable ONNX model ({error})") from error
-
-
-def _proto_specs(proto: onnx.ModelProto, only: set[str] | None) -> list[InputSpec]:
-    weights = {t.name for t in proto.graph.initializer}
-    specs = []
-    for value in proto.graph.input:
-        if value.name in weights or (only is not None and value.name not in only):
-            continue
-        tensor = value.type.tensor_type
-        shape: Shape | None = None
-        if tensor.HasField("shape"):
-            shape = tuple(
-                d.dim_value if d.dim_value > 0 else (d.dim_param or None) for d in tensor.shape.dim
-            )
-        kind = onnx.TensorProto.DataType.Name(tensor.elem_type).lower()
-        specs.append(InputSpec(value.name, _dtype(kind, value.name), shape))
-    return specs
-
-
-def _dtype(kind: str, name: str) -> np.dtype[Any]:
-    if kind not in _DTYPES:
-        raise ModelError(
-            f"input {name!r}: type {kind} is not handled; expected one of {', '.join(_DTYPES)}"
-        )
-    return np.dtype(_DTYPES[kind])
 
 
 def _identity() -> bytes:

@@ -56,6 +56,7 @@ def drop_missing(model: Model) -> None:
     """Forget the statistics of tensors that the graph no longer has."""
     record = read_record(model)
     alive = {t.name for node in model.graph.nodes for t in node.outputs}
+    alive |= {t.name for t in model.graph.inputs}
     if any(name not in alive for name in record):
         write_record(model, {n: s for n, s in record.items() if n in alive})
 

@@ -173,7 +173,7 @@ def _equal(values: Any, before: LazyValues | None) -> bool:
         return False
     if values.nbytes >= wire.LARGE or before.nbytes != values.nbytes:
         return False
-    return values.dtype == before.dtype and values.tobytes() == before.load().tobytes()
+    return bool(values.dtype == before.dtype and values.tobytes() == before.load().tobytes())
 
 
 def _payload(values: LazyValues | np.ndarray) -> wire.Payload:

@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 
 from onnxcompress.errors import InputError, ModelError, OptionError
-from onnxcompress.runtime import InputSpec, ModelLike, input_specs, label, one_line, session
+from onnxcompress.runtime import one_line, session
+from onnxcompress.sources import InputSpec, ModelLike, dims, input_specs, label
 
 Arrays = Mapping[str, np.ndarray]
 
@@ -77,9 +78,7 @@ def run(
     return dict(zip(names, values, strict=True))
 
 
-def difference(
-    a: ModelLike, b: ModelLike, feeds: Arrays, *, optimize: bool = False
-) -> Difference:
+def difference(a: ModelLike, b: ModelLike, feeds: Arrays, *, optimize: bool = False) -> Difference:
     """Run both models on the same inputs and compare; `a` is the reference.
 
     Outputs go together by name, or by order where the names differ.
@@ -150,11 +149,6 @@ def _resolve(
         else:
             raise OptionError(f"{where}: dimension {axis} of {dims(spec.shape)} is open; {ask}")
     return tuple(resolved)
-
-
-def dims(shape: Sequence[int | str | None]) -> str:
-    """A shape for messages: 1x3x224x224, ? for what is not known."""
-    return "x".join("?" if d is None else str(d) for d in shape) or "scalar"
 
 
 def _random(rng: np.random.Generator, dtype: np.dtype[Any], shape: tuple[int, ...]) -> np.ndarray:

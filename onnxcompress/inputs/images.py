@@ -1,8 +1,8 @@
 """Real images: a folder of files or an .npz, kept as uint8 and normalized batch by batch.
 
-A folder is read recursively in sorted order; labels are the names of its first level of folders: class indices
-where all are numbers, else their sorted order. An .npz has `x` or `images` (N,H,W,C or N,H,W) and may
-have `y` or `labels` (N). EXIF orientation is ignored, as ImageNet's evaluation does; an alpha channel is
+A folder is read recursively in sorted order; labels are the names of its first level of folders: class
+indices where all are numbers, else their sorted order. An .npz has `x` or `images` (N,H,W,C or N,H,W) and
+may have `y` or `labels` (N). EXIF orientation is ignored, as in ImageNet's evaluation; an alpha channel is
 dropped.
 Does not handle: 16-bit and floating-point image files.
 """
@@ -193,9 +193,7 @@ def _folder_labels(folder: Path, files: Sequence[Path], needed: bool) -> np.ndar
     return np.array([index[p[0]] for p in parts], np.int64)
 
 
-def _choose(
-    total: int, y: np.ndarray | None, count: int | None, seed: int, source: Path
-) -> np.ndarray:
+def _choose(total: int, y: np.ndarray | None, count: int | None, seed: int, source: Path) -> np.ndarray:
     """Indices in order: all, or `count` drawn at random, balanced over the classes of `y`."""
     if count is None:
         return np.arange(total)
@@ -212,9 +210,7 @@ def _choose(
     return np.sort(order[:count])
 
 
-def _load_npz(
-    file: Path, preprocess: Preprocess, count: int | None, seed: int, labels: bool
-) -> ImageSet:
+def _load_npz(file: Path, preprocess: Preprocess, count: int | None, seed: int, labels: bool) -> ImageSet:
     x, y = _read_npz(file)
     if labels and y is None:
         raise InputError(f"{file}: no labels; expected an array y or labels beside the images")

@@ -45,14 +45,10 @@ def fit(image: Image.Image, preprocess: Preprocess, name: str) -> np.ndarray:
     return pixels[:, :, None] if pixels.ndim == 2 else pixels
 
 
-def _cropped(
-    image: Image.Image, size: tuple[int, int], preprocess: Preprocess, name: str
-) -> Image.Image:
+def _cropped(image: Image.Image, size: tuple[int, int], preprocess: Preprocess, name: str) -> Image.Image:
     height, width = size
     resize = preprocess.resize
-    kind = (
-        Image.Resampling.BICUBIC if preprocess.filter == "bicubic" else Image.Resampling.BILINEAR
-    )
+    kind = Image.Resampling.BICUBIC if preprocess.filter == "bicubic" else Image.Resampling.BILINEAR
     if resize == "stretch":
         return image.resize((width, height), kind)
     if not isinstance(resize, int) and (image.height < height or image.width < width):

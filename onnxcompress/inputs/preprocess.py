@@ -23,9 +23,9 @@ class Preprocess:
     """How images become the network's input.
 
     Without `size` images are taken as they are. With it, an image of that size is, too; a larger one is
-    scaled so that the crop is 0.875 of its short side, then cropped at the centre; a smaller one
-    is an error. `resize` says it explicitly: the short side in pixels (it also scales up), "stretch" (straight to
-    `size`) or "none" (crop alone).
+    scaled so that the crop is 0.875 of its short side, then cropped at the centre; a smaller one is an
+    error. `resize` says it explicitly: the short side in pixels (it also scales up), "stretch" (straight
+    to `size`) or "none" (crop alone).
     """
 
     mean: tuple[float, ...] = (0.0,)
@@ -94,9 +94,7 @@ PRESETS = {
         mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225), size=(224, 224), resize=256
     ),
     "imagenet-inception": Preprocess(mean=(0.5,), std=(0.5,), size=(224, 224), resize=256),
-    "cifar10": Preprocess(
-        mean=(0.4914, 0.4822, 0.4465), std=(0.2470, 0.2435, 0.2616), size=(32, 32)
-    ),
+    "cifar10": Preprocess(mean=(0.4914, 0.4822, 0.4465), std=(0.2470, 0.2435, 0.2616), size=(32, 32)),
     "fashion-mnist": Preprocess(mean=(0.2860,), std=(0.3530,), size=(28, 28)),
 }
 """`unit`: pixels / 255; `raw`: pixels from 0 to 255; the others by the name of their data set."""

@@ -10,8 +10,9 @@ Floating types: with dtype=None each tensor has the model's own type. With a typ
 tensors on the device have it: parameters, constants, feeds, and the results of casts to any floating
 type. Under torch.autocast, feeds and parameters are taken as they are.
 
-Does not handle: control flow, recurrent layers, sequences, strings, training mode, custom domains, and
-element types that torch cannot compute with (8-bit floats, 4-bit integers).
+Does not handle: control flow, recurrent layers, sequences (but for the pieces of a split), strings,
+training mode, custom domains, and element types that torch cannot compute with (8-bit floats, 4-bit
+integers).
 """
 
 from __future__ import annotations
@@ -61,10 +62,11 @@ class Executor:
                 "Convert it with onnx.version_converter"
             )
         self.device, self.dtype = torch.device(device), dtype
-        self._program = Program.of(graph, opset)
-        self._binding = Binding(self._program, self.device, dtype)
         self._plans: dict[tuple[frozenset[str], tuple[str, ...]], Plan] = {}
+        # Tensors made under inference_mode could not take part in a later backward pass.
         with torch.inference_mode(False), torch.no_grad():
+            self._program = Program.of(graph, opset)
+            self._binding = Binding(self._program, self.device, dtype)
             self.parameters: dict[str, Tensor] = {
                 name: convert(value, self.device, dtype)
                 for name, value in self._program.constants.items()
@@ -98,8 +100,9 @@ class Executor:
             if name not in self.parameters:  # a constant, of rank 0 perhaps
                 given[name] = replaced[name]
         plan = self._plan(given, outputs)
-        autocast = torch.is_autocast_enabled(self.device.type)
-        dtype = None if autocast else self.dtype
+        if self._binding.fixed_shapes:
+            self._check_shapes({**given, **replaced})
+        dtype = None if self._autocast() else self.dtype
         values = plan.initial.copy()
         for name, slot, on_device in plan.fed:
             tensor = given[name]
@@ -115,6 +118,19 @@ class Executor:
         """The nodes that `run` would compute, in the order in which they would run."""
         return [node.source for node in self._plan(feeds, outputs).nodes]
 
+    def _autocast(self) -> bool:
+        kind = self.device.type
+        return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+
+    def _check_shapes(self, replaced: Mapping[str, Tensor]) -> None:
+        for name in self._binding.fixed_shapes.intersection(replaced):
+            expected, got = self.parameters[name].shape, replaced[name].shape
+            if expected != got:
+                raise ExecutionError(
+                    f"parameter {name!r}: shape {tuple(got)} cannot replace {tuple(expected)}, "
+                    "which the graph uses in a constant"
+                )
+
     def _plan(self, feeds: Iterable[str], outputs: Iterable[str]) -> Plan:
         key = (frozenset(feeds), tuple(outputs))
         if key not in self._plans:
@@ -125,7 +141,8 @@ class Executor:
             binding = self._binding
             if fed:
                 binding = Binding(self._program, self.device, self.dtype, fed)
-            self._plans[key] = Planner(binding, *key).build()
+            with torch.inference_mode(False), torch.no_grad():
+                self._plans[key] = Planner(binding, *key).build()
         return self._plans[key]
 
     def _is_constant(self, name: str) -> bool:

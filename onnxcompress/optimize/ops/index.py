@@ -162,6 +162,26 @@ def _eye_like(site: Site) -> Kernel:
     return kernel
 
 
+def _split_to_sequence(site: Site) -> Kernel:
+    """A list of tensors, which only SequenceAt reads: torch's dynamo exporter splits so."""
+    axis, keep, read = site.integer("axis"), site.flag("keepdims", True), site.numbers(1)
+    split = site.constant(1)
+
+    def kernel(*arguments: Tensor) -> list[Tensor]:
+        x, sizes = arguments[0], read(arguments)
+        if sizes is None:
+            return list(torch.split(x, 1, axis)) if keep else list(torch.unbind(x, axis))
+        each = arguments[1] if split is None else split
+        return list(torch.split(x, sizes if each.ndim else sizes[0], axis))
+
+    return kernel
+
+
+def _sequence_at(site: Site) -> Kernel:
+    read = site.number(1)
+    return lambda *arguments: arguments[0][int(read(arguments))]
+
+
 OPS: dict[str, Op] = {
     "Compress": Op(_compress),
     "ConstantOfShape": Op(_constant_of_shape, static=(0,)),
@@ -171,8 +191,10 @@ OPS: dict[str, Op] = {
     "GatherND": Op(_gather_nd),
     "NonZero": plain(_non_zero),
     "OneHot": Op(_one_hot, static=(1,)),
-    "Range": Op(_range, static=()),
+    "Range": Op(_range),
     "Scatter": Op(_scatter_elements),
     "ScatterElements": Op(_scatter_elements),
     "ScatterND": Op(_scatter_nd),
+    "SequenceAt": Op(_sequence_at, static=(1,)),
+    "SplitToSequence": Op(_split_to_sequence, static=(1,)),
 }

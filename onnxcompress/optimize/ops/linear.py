@@ -43,7 +43,7 @@ def _conv(site: Site) -> Kernel:
 def _conv_transpose(site: Site) -> Kernel:
     """Weight (C, M/groups, kernel…). The full result is cropped by the pads and grown by output_padding:
 
-        full = (n − 1)·s + d·(k − 1) + 1,   out = full − begin − end + output_padding
+    full = (n − 1)·s + d·(k − 1) + 1,   out = full − begin − end + output_padding
     """
     window, groups = Window.of(site), site.integer("group", 1)
     extra, shape = site.integers("output_padding"), site.integers("output_shape")

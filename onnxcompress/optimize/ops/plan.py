@@ -6,8 +6,6 @@ from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-
 from onnxcompress.optimize.ops.core import ExecutionError, Kernel
 from onnxcompress.optimize.ops.program import Binding, Kind, Node
 from onnxcompress.optimize.ops.types import convert
@@ -41,7 +39,7 @@ class Plan:
 
 
 class Planner:
-    """Builds one plan: slots are given to (tensor, on device) pairs as the steps are laid out."""
+    """Builds one plan; slots are given to (tensor, on device) pairs as the steps are laid out."""
 
     def __init__(self, binding: Binding, feeds: frozenset[str], outputs: tuple[str, ...]) -> None:
         self.binding, self.feeds, self.wanted = binding, feeds, outputs
@@ -87,9 +85,7 @@ class Planner:
         if not reader and name not in self.binding.program.names:
             return ExecutionError(f"no tensor of the graph is named {name!r}")
         place = f"node {reader!r} needs it" if reader else "it was asked for"
-        return ExecutionError(
-            f"tensor {name!r} has no value ({place}); feed it, or a tensor after it"
-        )
+        return ExecutionError(f"tensor {name!r} has no value ({place}); feed it, or a tensor after it")
 
     def _new_slot(self, key: tuple[str, bool], value: Any = None) -> int:
         self.plan.initial.append(value)
@@ -109,8 +105,7 @@ class Planner:
         if name not in self.feeds and kind is Kind.CONSTANT:
             value = binding.values[name]
             if on_device:
-                with torch.inference_mode(False), torch.no_grad():
-                    value = convert(value, binding.device, binding.dtype)
+                value = convert(value, binding.device, binding.dtype)
             return self._new_slot((name, on_device), value)
         if name not in self.feeds and name in binding.values:
             slot = self._new_slot((name, True))

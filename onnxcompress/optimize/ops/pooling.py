@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +12,7 @@ from torch import Tensor
 from onnxcompress.optimize.ops.core import Kernel, Op, Site, plain
 from onnxcompress.optimize.ops.windows import Window, pad_spatial, window_sum
 
-_MAX = {3: F.max_pool1d, 4: F.max_pool2d, 5: F.max_pool3d}
+_MAX: dict[int, Callable[..., Any]] = {3: F.max_pool1d, 4: F.max_pool2d, 5: F.max_pool3d}
 _AVERAGE = {3: F.avg_pool1d, 4: F.avg_pool2d, 5: F.avg_pool3d}
 
 
@@ -40,14 +41,14 @@ def _max_pool(site: Site) -> Kernel:
     padding = _native_padding(window, kernel)
     if padding is not None:
 
-        def native(x: Tensor) -> Tensor:
+        def native(x: Tensor) -> Any:
             if not x.is_floating_point():
                 return native(x.double()).to(x.dtype)
             return pool(x, kernel, strides, padding, dilations, ceil_mode=window.ceil_mode)
 
         return native
 
-    def padded(x: Tensor) -> Tensor:
+    def padded(x: Tensor) -> Any:
         if not x.is_floating_point():
             return padded(x.double()).to(x.dtype)
         x = pad_spatial(x, window.edges(x.shape[2:], kernel), float("-inf"))
@@ -92,8 +93,7 @@ def _max_unpool(site: Site) -> Kernel:
 
     def compute(x: Tensor, indices: Tensor, output_shape: Tensor | None = None) -> Tensor:
         inferred = [
-            (n - 1) * strides[i] + kernel[i] - pads[i] - pads[rank + i]
-            for i, n in enumerate(x.shape[2:])
+            (n - 1) * strides[i] + kernel[i] - pads[i] - pads[rank + i] for i, n in enumerate(x.shape[2:])
         ]
         wanted = shape((x, indices, output_shape)) or [*x.shape[:2], *inferred]
         # The positions count cells of the inferred shape; a larger output keeps them in its corner.

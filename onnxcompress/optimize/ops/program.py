@@ -41,6 +41,7 @@ class Node:
     domain: str
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
+    attributes: Mapping[str, Any]
 
     @property
     def definition(self) -> Op | None:
@@ -89,7 +90,8 @@ def _snapshot(node: gs.Node) -> Node:
     while outputs and not outputs[-1]:
         outputs.pop()
     name = node.name or (outputs[0] if outputs else "")
-    return Node(node, name, node.op, node.domain or "", tuple(inputs), tuple(outputs))
+    attributes = {k: list(v) if isinstance(v, list) else v for k, v in node.attrs.items()}
+    return Node(node, name, node.op, node.domain or "", tuple(inputs), tuple(outputs), attributes)
 
 
 def _in_order(nodes: list[Node]) -> list[Node]:
@@ -135,6 +137,7 @@ class Binding:
     """A program with the set of its constants fixed: kinds of tensors, folded values, kernels.
 
     fed: names of constants that are given at run time instead (none, as a rule).
+    fixed_shapes: weights whose shape is read by a constant; they can only be replaced by equal shapes.
     """
 
     program: Program
@@ -143,6 +146,7 @@ class Binding:
     fed: frozenset[str] = frozenset()
     values: dict[str, Tensor] = field(default_factory=dict)
     kinds: dict[str, Kind] = field(default_factory=dict)
+    fixed_shapes: set[str] = field(default_factory=set)
     _kernels: dict[int, Kernel] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -160,6 +164,9 @@ class Binding:
         definition = node.definition
         if definition is None:
             return Kind.DEVICE
+        if definition.host and self.program.weights.issuperset(node.inputs):
+            self.fixed_shapes.update(node.inputs)
+            return Kind.CONSTANT
         kinds = {
             Kind.CONSTANT if self.is_number(node, i) else self.kinds.get(name, Kind.DEVICE)
             for i, name in enumerate(node.inputs)
@@ -181,9 +188,8 @@ class Binding:
                 continue
             if all(name in self.values for name in node.outputs if name):
                 continue
-            with torch.inference_mode(False), torch.no_grad():
-                arguments = [self.values[name] if name else None for name in node.inputs]
-                result = call(node, self.kernel(at), arguments)
+            arguments = [self.values[name] if name else None for name in node.inputs]
+            result = call(node, self.kernel(at), arguments)
             results = result if isinstance(result, tuple) else (result,)
             self.values.update(zip(node.outputs, results, strict=False))
 
@@ -195,8 +201,7 @@ class Binding:
             definition = node.definition
             if definition is None:
                 raise site.unsupported("no kernel for it")
-            with torch.inference_mode(False), torch.no_grad():
-                self._kernels[at] = definition.build(site)
+            self._kernels[at] = definition.build(site)
         return self._kernels[at]
 
     def _site(self, node: Node) -> Site:
@@ -212,7 +217,7 @@ class Binding:
             op=node.op,
             domain=node.domain,
             opset=self.program.opset,
-            attributes=_attributes(node.source.attrs),
+            attributes=_attributes(node.attributes),
             present=tuple(bool(name) for name in node.inputs),
             constants=tuple(known),
             outputs=len(node.outputs),
@@ -223,8 +228,7 @@ class Binding:
 
 def _attributes(attributes: Mapping[str, Any]) -> dict[str, Any]:
     return {
-        key: read(value) if isinstance(value, gs.Constant) else value
-        for key, value in attributes.items()
+        key: read(value) if isinstance(value, gs.Constant) else value for key, value in attributes.items()
     }
 
 
@@ -240,7 +244,7 @@ def explained(error: Exception, node: Node, arguments: list[Any]) -> Exception:
     """The error to raise for one that a kernel raised: itself where it is not about this call."""
     if isinstance(error, (UnsupportedOp, torch.OutOfMemoryError)):
         return error
-    shapes = ", ".join("-" if a is None else str(tuple(a.shape)) for a in arguments)
+    shapes = ", ".join(str(tuple(a.shape)) if isinstance(a, Tensor) else "-" for a in arguments)
     reason = (str(error).strip() or type(error).__name__).splitlines()[0]
     return ExecutionError(
         f"node {node.name!r} ({node.op}) cannot be computed from shapes {shapes}: {reason}"

@@ -23,13 +23,10 @@ def _reduction(function: Reduction) -> Op:
         def kernel(*arguments: Tensor) -> Tensor:
             x, wanted = arguments[0], axes(arguments)
             if not wanted:
-                # No axes: all of them, or none at all; over none, the function acts on each element.
-                dims = () if nothing else tuple(range(x.ndim))
-            else:
-                dims = axes_of(wanted, x.ndim)
-            if not dims:
+                wanted = () if nothing else range(x.ndim)
+            if not len(wanted):  # over no axis, the function acts on each element
                 return function(x.unsqueeze(0), (0,), False)
-            return function(x, dims, keep)
+            return function(x, axes_of(wanted, x.ndim), keep)
 
         return kernel
 

@@ -37,6 +37,8 @@ _NEAREST: dict[str, Callable[[float], int]] = {
     "floor": math.floor,
     "ceil": math.ceil,
 }
+_OLD_NEAREST = "simple"
+"""Before opset 11, as onnxruntime has it: the next cell where the axis shrinks, else the one before."""
 
 
 @dataclass(frozen=True)
@@ -113,7 +115,7 @@ def _is_outside(style: _Style, axis: _Axis, x: float) -> bool:
 def _resize_axis(x: Tensor, dim: int, style: _Style, axis: _Axis) -> Tensor:
     outside = [_is_outside(style, axis, _coordinate(style, axis, i)) for i in range(axis.out)]
     if style.mode == "nearest":
-        pick = _NEAREST[style.nearest]
+        pick = _NEAREST.get(style.nearest) or (math.ceil if axis.scale < 1 else math.floor)
         cells = (pick(_coordinate(style, axis, i)) for i in range(axis.out))
         y = take(x, dim, [min(max(cell, 0), axis.size - 1) for cell in cells])
     else:
@@ -152,7 +154,7 @@ def _targets(
 def _style(site: Site, mode: str, coordinates: str, nearest: str) -> _Style:
     if mode not in ("nearest", "linear", "cubic"):
         raise site.unsupported(f"mode is {mode!r}; nearest, linear and cubic are covered")
-    if coordinates not in _COORDINATES or nearest not in _NEAREST:
+    if coordinates not in _COORDINATES or nearest not in (*_NEAREST, _OLD_NEAREST):
         raise site.unsupported(f"it maps coordinates by {coordinates!r}, nearest {nearest!r}")
     return _Style(
         mode=mode,
@@ -169,7 +171,7 @@ def _resize(site: Site) -> Kernel:
     """Inputs (X, scales) in opset 10, (X, roi, scales, sizes) since 11."""
     mode = site.text("mode", "nearest")
     if site.opset < 11:
-        style = _style(site, mode, "asymmetric", "floor")
+        style = _style(site, mode, "asymmetric", _OLD_NEAREST)
         return _apply(site, style, scales=1, sizes=9, roi=9)
     coordinates = site.text("coordinate_transformation_mode", "half_pixel")
     style = _style(site, mode, coordinates, site.text("nearest_mode", "round_prefer_floor"))
@@ -178,7 +180,7 @@ def _resize(site: Site) -> Kernel:
 
 def _upsample(site: Site) -> Kernel:
     """Scales are an attribute in opset 7, an input in 9."""
-    style = _style(site, site.text("mode", "nearest"), "asymmetric", "floor")
+    style = _style(site, site.text("mode", "nearest"), "asymmetric", _OLD_NEAREST)
     return _apply(site, style, scales=1, sizes=9, roi=9)
 
 

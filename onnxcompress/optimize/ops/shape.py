@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from onnxcompress.optimize.ops.core import (
-    Arguments,
     ExecutionError,
     Kernel,
     Op,
     Site,
     axes_of,
-    axis_of,
     plain,
     take,
 )
@@ -136,7 +135,11 @@ def _expand(site: Site) -> Kernel:
 
     def kernel(*arguments: Tensor) -> Tensor:
         x = arguments[0]
-        return x.broadcast_to(torch.broadcast_shapes(x.shape, tuple(read(arguments))))
+        shape = [int(size) for size in read(arguments)]
+        shape[:0] = x.shape[: max(x.ndim - len(shape), 0)]
+        for i in range(1, x.ndim + 1):
+            shape[-i] = x.shape[-i] if shape[-i] == 1 else shape[-i]
+        return x.broadcast_to(shape)
 
     return kernel
 
@@ -195,9 +198,7 @@ def _pad(site: Site) -> Kernel:
     return kernel
 
 
-def _pad_amounts(
-    rank: int, pads: Sequence[int], axes: Sequence[int] | None
-) -> tuple[list[int], list[int]]:
+def _pad_amounts(rank: int, pads: Sequence[int], axes: Sequence[int] | None) -> tuple[list[int], list[int]]:
     dims = axes_of(axes, rank)
     if len(pads) != 2 * len(dims):
         raise ExecutionError(f"{len(pads)} pads for {len(dims)} axes; expected {2 * len(dims)}")
@@ -239,9 +240,8 @@ def _center_crop_pad(site: Site) -> Kernel:
 def _trilu(site: Site) -> Kernel:
     upper, read = site.flag("upper", True), site.number(1, 0)
 
-    def kernel(*arguments: Arguments) -> Tensor:
-        diagonal = int(read(arguments))
-        x: Tensor = arguments[0]  # type: ignore[assignment]
+    def kernel(*arguments: Any) -> Tensor:
+        x, diagonal = arguments[0], int(read(arguments))
         return torch.triu(x, diagonal) if upper else torch.tril(x, diagonal)
 
     return kernel
@@ -252,13 +252,16 @@ def _identity(x: Tensor) -> Tensor:
 
 
 def _dropout(site: Site) -> Kernel:
-    """Nothing is dropped in inference; the optional mask is all true."""
-    training = site.constant(2)
-    if training is not None and bool(training) and site.scalar(1) != 0:
-        raise site.unsupported("it is in training mode; export the model in inference mode")
-    if site.outputs == 1:
-        return lambda x, *_: x
-    return lambda x, *_: (x, torch.ones_like(x, dtype=torch.bool))
+    """Nothing is dropped in inference (or with a ratio of 0); the optional mask is all true."""
+    training, ratio = site.number(2, False), site.number(1, 0.5)
+
+    def kernel(*arguments: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        if training(arguments) and ratio(arguments):
+            raise site.unsupported("it is in training mode; export the model in inference mode")
+        x = arguments[0]
+        return x if site.outputs == 1 else (x, torch.ones_like(x, dtype=torch.bool))
+
+    return kernel
 
 
 OPS: dict[str, Op] = {

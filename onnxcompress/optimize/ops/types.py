@@ -41,9 +41,12 @@ def tensor_from(array: Any) -> Tensor | None:
     return torch.from_numpy(np.array(array, order="C"))
 
 
-_NUMPY_NAMES = frozenset(
-    f"{kind}{bits}" for kind in ("int", "uint") for bits in (8, 16, 32, 64)
-) | {"bool", "float16", "float32", "float64"}
+_NUMPY_NAMES = frozenset(f"{kind}{bits}" for kind in ("int", "uint") for bits in (8, 16, 32, 64)) | {
+    "bool",
+    "float16",
+    "float32",
+    "float64",
+}
 
 
 def type_at(site: Site, element_type: int) -> torch.dtype:
@@ -60,8 +63,10 @@ def type_at(site: Site, element_type: int) -> torch.dtype:
     return dtype
 
 
-def convert(x: Tensor, device: torch.device | None, dtype: torch.dtype | None) -> Tensor:
-    """`x` on the device, and in the type if it is floating (None: as it is)."""
+def convert(x: Any, device: torch.device | None, dtype: torch.dtype | None) -> Any:
+    """A tensor (or a list of them) on the device, and in the type if floating (None: as it is)."""
+    if isinstance(x, list):
+        return [convert(part, device, dtype) for part in x]
     if dtype is not None and x.is_floating_point():
         return x.to(device=device, dtype=dtype)
     return x if device is None else x.to(device=device)

@@ -1,0 +1,58 @@
+"""`onnxcompress evaluate`: top-1 and top-5 on labelled images."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+import click
+
+from onnxcompress.cli import options
+
+
+@click.command()
+@click.argument("model", metavar="MODEL")
+@options.images(required=True)
+@click.option("--output", metavar="NAME", help="The output with the scores.  [default: the first such]")
+@options.runtime(batch=64)
+@options.seed()
+@options.as_json()
+def evaluate(
+    model: str,
+    images: str,
+    preprocess: str | None,
+    count: int | None,
+    seed: int,
+    as_json: bool,
+    **chosen: Any,
+) -> None:
+    """Measure top-1 and top-5 accuracy on labelled images.
+
+    Labels are the first level of folders in DIR (numbers: class indices; names: in sorted order), or y in
+    the .npz beside x (uint8, N,H,W,C).
+
+    \b
+    Example: onnxcompress evaluate net.onnx --images val/ --preprocess imagenet
+    """
+    from onnxcompress import evaluate as measure
+    from onnxcompress.sources import display_names
+
+    loaded = options.read_images(images, preprocess, count, seed, labels=True)
+    accuracy = measure.evaluate(model, loaded, **chosen)
+    low, high = accuracy.interval
+    if as_json:
+        found = {"model": model, "images": images, "preprocess": str(loaded.preprocess)}
+        options.print_json({**found, **asdict(accuracy), "top1_interval": [low, high]})
+        return
+    from onnxcompress.cli.console import stdout, table
+
+    row = [
+        *display_names([model]),
+        f"{accuracy.top1:.2%}",
+        f"{low:.2%} to {high:.2%}",
+        f"{accuracy.top5:.2%}",
+        str(accuracy.count),
+        f"{accuracy.seconds:.1f} s",
+    ]
+    columns = ["model", "top-1", "95 % interval", "top-5", "images", "took"]
+    stdout().print(table(f"accuracy on {images}, {accuracy.provider}", columns, [row]))

@@ -1,0 +1,160 @@
+"""Options that several commands share, each defined once, and how commands print JSON."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from onnxcompress.errors import OptionError
+
+if TYPE_CHECKING:
+    from onnxcompress.inputs.images import ImageSet
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+Decorator = Callable[[Command], Command]
+
+DEFAULT_PREPROCESS = "unit"
+PREPROCESS_HELP = (
+    "A preset (imagenet, imagenet-inception, cifar10, fashion-mnist, unit, raw), or pairs such as "
+    '"mean=0.485,0.456,0.406 std=0.229,0.224,0.225 size=224 layout=nchw", on pixels/255. Further keys: '
+    "resize (short side | stretch | none), channels, order (rgb | bgr), scale, filter."
+)
+
+
+def images(*, required: bool) -> Decorator[Any]:
+    """--images, --preprocess and --count."""
+    return _chain(
+        click.option(
+            "--images", metavar="DIR|NPZ", required=required, help="A folder of images or an .npz."
+        ),
+        click.option("--preprocess", metavar="TEXT", help=PREPROCESS_HELP),
+        click.option("--count", type=click.IntRange(1), help="Use this many images, drawn at random."),
+    )
+
+
+def runtime(*, batch: int) -> Decorator[Any]:
+    """--provider, --threads and --batch."""
+    return _chain(
+        click.option(
+            "--provider",
+            type=click.Choice(["auto", "cpu", "cuda", "tensorrt"]),
+            default="auto",
+            show_default=True,
+            help="Of onnxruntime; auto: cuda where it works, else cpu.",
+        ),
+        click.option(
+            "--threads",
+            type=click.IntRange(0),
+            default=0,
+            help="CPU threads; 0: all cores.",
+            show_default=True,
+        ),
+        click.option(
+            "--batch", type=click.IntRange(1), default=batch, help="Images a run.", show_default=True
+        ),
+    )
+
+
+def timing() -> Decorator[Any]:
+    """--runs, --seconds, --tolerance and --shape."""
+    return _chain(
+        click.option("--runs", type=click.IntRange(1), help="Time exactly this many runs of each model."),
+        click.option(
+            "--seconds",
+            type=click.FloatRange(0, min_open=True),
+            help="Time for at most this long.  [default: 10, without --runs]",
+        ),
+        click.option(
+            "--tolerance",
+            type=click.FloatRange(0, 100, min_open=True),
+            default=1.0,
+            show_default=True,
+            metavar="PERCENT",
+            help="End once the ratios' intervals are within ± this.",
+        ),
+        click.option(
+            "--shape",
+            "shapes",
+            multiple=True,
+            metavar="NAME=DIMS",
+            callback=_shapes,
+            help="Shape of an input that the model leaves open, as input=1x3x224x224.",
+        ),
+    )
+
+
+def seed() -> Decorator[Any]:
+    return click.option("--seed", type=int, default=0, show_default=True, help="Of all random draws.")
+
+
+def as_json() -> Decorator[Any]:
+    return click.option("--json", "as_json", is_flag=True, help="Print one JSON object, nothing else.")
+
+
+def parse_shape(text: str) -> tuple[str, tuple[int, ...]]:
+    """Read `name=1x3x224x224`. Raises OptionError."""
+    name, equals, sizes = text.rpartition("=")
+    try:
+        shape = tuple(int(size) for size in sizes.split("x"))
+    except ValueError:
+        shape = ()
+    if not equals or not name or not shape or min(shape) < 1:
+        raise OptionError(f"--shape {text!r}: expected NAME=DIMS, such as input=1x3x224x224")
+    return name, shape
+
+
+def read_images(
+    path: str, preprocess: str | None, count: int | None, seed: int, *, labels: bool = False
+) -> ImageSet:
+    """Load what --images, --preprocess and --count name; says on stderr what it assumes."""
+    from onnxcompress.inputs.images import load_images
+    from onnxcompress.inputs.preprocess import Preprocess
+
+    if preprocess is None:
+        click.echo("note: no --preprocess; pixels/255, no mean and std", err=True)
+    parsed = Preprocess.parse(preprocess or DEFAULT_PREPROCESS)
+    return load_images(path, preprocess=parsed, count=count, seed=seed, labels=labels)
+
+
+def print_json(value: dict[str, Any]) -> None:
+    """One JSON object on stdout; what is not finite becomes null, which JSON has."""
+    click.echo(json.dumps(_finite(value), indent=2, allow_nan=False))
+
+
+def warn_placements(placements: Sequence[tuple[str, Any]]) -> None:
+    """Say on stderr which nodes of a GPU run the CPU computed, by model."""
+    for name, placement in placements:
+        left = placement.computed_on_cpu
+        if left:
+            shown = ", ".join(left[:5]) + (", …" if len(left) > 5 else "")
+            click.echo(f"warning: {name}: the CPU ran {len(left)} nodes that compute: {shown}", err=True)
+        if placement.shapes_on_cpu:
+            count = len(placement.shapes_on_cpu)
+            click.echo(f"note: {name}: the CPU ran {count} nodes on shapes, as is usual", err=True)
+
+
+def _shapes(
+    context: click.Context, parameter: click.Parameter, values: tuple[str, ...]
+) -> dict[str, tuple[int, ...]]:
+    return dict(parse_shape(value) for value in values)
+
+
+def _chain(*options: Decorator[Any]) -> Decorator[Any]:
+    def decorate(command: Any) -> Any:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return decorate
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

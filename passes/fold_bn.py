@@ -1,0 +1,173 @@
+"""Fold BatchNorm into the linear layer before it, or after it, and record what it knew of the data.
+
+With the BatchNorm `n(x) = s x + t` per channel (`onnxcompress.batchnorm`; s = gamma / sqrt(variance +
+epsilon), t = beta - mean s) and a linear layer with weight W and offset b (`onnxcompress.linear`), all in
+float64:
+
+    behind it   n(W x + b) = (s W) x + (s b + t)                       s along the output channels
+                n((W x + b) + a) = (s W) x + (s (b + a) + t)           an Add of a constant a between
+    before it   W n(x) + b = (W s) x + (b + W t)                       s along the input channels,
+                                                                       W t summed over the kernel's taps
+The layer's bias takes the offset (Gemm: alpha stays, `beta C` becomes C). MatMul has none: the BatchNorm
+node turns into an Add, or the Add beside it takes it. Sources: Krishnamoorthi, arXiv 1806.08342, §3.2;
+Horton et al., arXiv 2011.09058, §3.1 for the record; the ONNX operator specification for the layouts.
+
+Legality (1 to 5 in `batchnorm`, 6 and 7 in `linear`; everything else stays, with the reason):
+ 8. what lies between layer and BatchNorm is read by nobody else: no second consumer (the bodies of If, Loop
+    and Scan count), no graph output;
+ 9. the layer has as many channels as the BatchNorm;
+10. no other node reads the weight, or `copy_shared` allows to copy it (a shared bias always gives way to an
+    own one, as where there was none);
+11. the bias is a constant, where it has to change;
+12. the new values are finite in the layer's type;
+13. before a layer: nothing pads it with zeros (they would not be normalized), or t = 0; of a ConvTranspose
+    all taps must reach every output (1x1, stride 1), or t = 0; a Gemm must not transpose its input.
+    A Flatten from axis 1 may lie between.
+
+A BatchNorm is folded backward where possible, else forward, again and again until none folds. Backward, the
+layer's output takes the name of the BatchNorm's, so graph outputs and the record stay valid. Forward, that
+tensor is gone: the record then holds the layer's new input, with the stored mean and deviation.
+Does not handle: BatchNorm inside the bodies of If, Loop, Scan and inside functions, or across Transpose,
+Reshape, pooling, Concat, Relu; a lone BatchNorm stays as it is: one node is the cheapest form of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import onnx_graphsurgeon as gs
+
+from onnxcompress import statistics
+from onnxcompress.batchnorm import BatchNorm, is_batch_norm, read_batch_norm
+from onnxcompress.graph import is_op, node_label, producer
+from onnxcompress.model import Model
+from onnxcompress.passes import _fold_after, _fold_before
+from onnxcompress.passing import Change, Pass, PassResult, Progress, Refusal, option, silent
+from onnxcompress.statistics import ChannelStatistics
+
+
+@dataclass(frozen=True)
+class FoldBatchNorm(Pass):
+    """Fold BatchNorm into the convolutions and matrix products beside it.
+
+    The outputs stay the same but for rounding. The mean and deviation of each BatchNorm's output are
+    recorded in the file, for passes that have no other data.
+    """
+
+    name: ClassVar[str] = "fold-bn"
+    preserves_function: ClassVar[bool] = True
+
+    copy_shared: bool = option(False, "Fold a weight that several layers share by copying it.")
+
+    def apply(self, model: Model, progress: Progress = silent) -> PassResult:
+        """Fold every BatchNorm of the main graph that can be; the others come back as refusals.
+
+        `measured`: numbers of BatchNorms `folded` and `left`, and of tensors `recorded`.
+        """
+        result = PassResult(refusals=list(_in_bodies(model)))
+        nodes = [node for node in model.graph.nodes if is_batch_norm(node)]
+        before = statistics.read_record(model)
+        record = before | _record(model, nodes)
+        left = _fold_all(_Folding(model, self.copy_shared, record, result), nodes, progress)
+        statistics.write_record(model, record)
+        statistics.drop_missing(model)
+        result.refusals += left
+        result.measured = {
+            "folded": len(result.changes),
+            "left": len(result.refusals),
+            "recorded": len(record),
+        }
+        if not result.changes and record.keys() != before.keys():
+            result.changes.append(Change(model.name, f"recorded the statistics of {len(record)} tensors"))
+        return result
+
+
+@dataclass
+class _Folding:
+    """One application of the pass."""
+
+    model: Model
+    copy_shared: bool
+    record: dict[str, ChannelStatistics]
+    result: PassResult
+    ranks: dict[str, int] | None = field(default=None)
+
+    def rank(self, tensor: gs.Tensor) -> int | None:
+        """Rank of a tensor of the graph as it was: folding changes none. Inferred when first needed."""
+        if is_op(producer(tensor), "Flatten", "Gemm"):
+            return 2
+        if self.ranks is None:
+            self.ranks = {name: len(shape) for name, shape in self.model.shapes().items()}
+        return self.ranks.get(tensor.name)
+
+
+def _record(model: Model, nodes: list[gs.Node]) -> dict[str, ChannelStatistics]:
+    """Mean and deviation of every output of a BatchNorm in inference mode, by tensor name."""
+    norms = [read_batch_norm(model, node) for node in nodes]
+    return {
+        norm.node.outputs[0].name: ChannelStatistics(
+            norm.beta.astype("float32"), abs(norm.gamma).astype("float32")
+        )
+        for norm in norms
+        if isinstance(norm, BatchNorm)
+    }
+
+
+def _fold_all(work: _Folding, nodes: list[gs.Node], progress: Progress) -> list[Refusal]:
+    """Fold until nothing folds any more; returns why the others stay."""
+    total = len(nodes)
+    while True:
+        refusals, left = [], []
+        for node in nodes:
+            refusal = _fold(work, node)
+            if refusal is None:
+                progress("folding", len(work.result.changes), total)
+                continue
+            refusals.append(refusal)
+            left.append(node)
+        if len(left) == len(nodes):
+            return refusals
+        nodes = left
+
+
+def _fold(work: _Folding, node: gs.Node) -> Refusal | None:
+    """Fold one BatchNorm backward or forward, or say why not."""
+    norm = read_batch_norm(work.model, node)
+    if isinstance(norm, Refusal):
+        return norm
+    label, source, output = node_label(node), node.inputs[0], node.outputs[0].name
+    behind = _fold_after.fold(work.model, norm, work.copy_shared, work.rank)
+    if isinstance(behind, str):
+        work.result.changes.append(Change(label, behind))
+        return None
+    ahead = _fold_before.fold(work.model, norm, work.copy_shared, work.rank)
+    if isinstance(ahead, str):
+        work.result.changes.append(Change(label, ahead))
+        work.record.pop(output, None)
+        work.record.setdefault(
+            source.name,
+            ChannelStatistics(norm.mean.astype("float32"), norm.deviation.astype("float32")),
+        )
+        return None
+    return behind or ahead or _lone(node)
+
+
+def _lone(node: gs.Node) -> Refusal:
+    origin = producer(node.inputs[0])
+    readers = " and ".join(sorted({n.op for n in node.outputs[0].outputs})) or "nothing else"
+    before = f"follows {origin.op} {node_label(origin)!r}" if origin else "follows an input"
+    return Refusal(node_label(node), f"no linear layer is beside it: it {before}, {readers} reads it")
+
+
+def _in_bodies(model: Model) -> Iterator[Refusal]:
+    """BatchNorms of subgraphs and functions."""
+    for graph in model.graph.subgraphs(recursive=True):
+        for node in filter(is_batch_norm, graph.nodes):
+            rule = f"it is inside {graph.name!r}, the body of an If, Loop or Scan"
+            yield Refusal(node_label(node), rule, "fold before the control flow is exported")
+    for function in model.graph.functions:
+        for node in filter(is_batch_norm, function.nodes):
+            rule = f"it is inside the function {function.name!r}"
+            yield Refusal(node_label(node), rule, "inline the functions with onnx.inliner")
