@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import lru_cache
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
@@ -24,6 +25,12 @@ BLOCK_TYPES = {  # classes of torchvision, and `Block` of the zoo's own ResNet-2
     *("BasicBlock", "Bottleneck", "Block", "InvertedResidual", "MBConv"),
     *("ResBottleneckBlock", "CNBlock", "_DenseLayer"),
 }
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread() -> Iterator[None]:
+    with zoo.one_thread():
+        yield
 
 
 @pytest.mark.parametrize("variant", zoo.VARIANTS)

@@ -8,7 +8,8 @@ Two processes may ask for the same file at once: one exports, the other waits.
     dynamo  torch.onnx.export(dynamo=True)           folded  what the exporter does by default
 
 The dynamo exporter folds BN into Conv in its optimizer, not in its translation: `optimize=False`
-keeps BN, and with it all else the optimizer would clean up (a computed zero bias at each Conv, say).
+keeps BN, and with it all else the optimizer would clean up: a zero bias computed at each Conv, say,
+or SplitToSequence and SequenceAt where torch has `chunk`.
 Both files of an exporter hold the same weights, so their outputs agree.
 """
 
@@ -20,6 +21,8 @@ import sys
 import time
 import types
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from importlib.metadata import version
 from itertools import pairwise
@@ -84,8 +87,22 @@ def path(variant: str) -> Path:
         name, exporter, _ = variant.split("-")
         with FileLock(folder / f"{name}-{exporter}.lock"):
             if not file.exists():
-                (_export_ts if exporter == "ts" else _export_dynamo)(name, folder)
+                with one_thread():
+                    (_export_ts if exporter == "ts" else _export_dynamo)(name, folder)
     return file
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Keep torch to one thread: two test processes on two cores otherwise wait for each other."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def image_size(name: str) -> int:
@@ -105,7 +122,7 @@ def build(name: str) -> torch.nn.Module:
     """The network in inference mode, with the same weights at every call; (N, 3, s, s) -> (N, 10)."""
     import torch
 
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
+    with one_thread(), torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(0)
         net = _architecture(name).eval()
         _randomize_norms(net)

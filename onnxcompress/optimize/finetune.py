@@ -1,16 +1,15 @@
 """Fine-tune a student to a teacher's features on a few unlabelled images (PRACTISE, arXiv 2202.07861 §3.3).
 
-    loss = Σ_p w_p · ‖s_p − t_p‖² / ‖t_p‖²        p: the feature tensor (w = 1) and tensors of the trunk
+    loss = ‖s − t‖² / ‖t‖²        s, t: the feature tensor of student and teacher
 
-The published procedure matches the features before the pool only; tensors of the trunk that both networks
-have give the early layers a target of their own. Each step sees newly augmented images (flips, shifts, and
+Starting from refitted layers, and with rates relative to each weight's size. Each step sees newly augmented images (flips, shifts, and
 patches pasted from another image: no label to keep right), the teacher's answer to which is the target.
 Everything before the feature is trained, the classifier behind it has no gradient.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -30,8 +29,6 @@ class Schedule:
     """Of Adam at its peak, relative to each parameter tensor's root mean square."""
     warm_up: float = 0.05
     """Share of the steps in which the rate rises."""
-    trunk_weight: float = 1.0
-    """Sum of the weights of the trunk tensors; the feature's is 1."""
     seed: int = 0
 
 
@@ -42,16 +39,18 @@ def finetune(
     images: Tensor,
     source: str,
     feature: str,
-    trunk: Sequence[str],
     schedule: Schedule,
+    *,
+    nhwc: bool = False,
     progress: Progress = silent,
 ) -> dict[str, Tensor]:
     """Train all that the feature depends on; returns {initializer: value} in float32.
 
-    images: (N, C, H, W) or (N, H, W, C), normalized; source: the input's name; parameters: where to
-    start; trunk: names of tensors that both graphs have.
+    images: (N, C, H, W), or (N, H, W, C) with `nhwc`, normalized; source: the input's name; parameters:
+    where to start.
     """
-    names = [feature, *trunk]
+    if nhwc:
+        images = images.permute(0, 3, 1, 2)
     values, rates = _leaves(student, parameters, source, feature)
     groups = [
         {"params": [v], "lr": schedule.learning_rate * r}
@@ -60,17 +59,15 @@ def finetune(
     adam = torch.optim.Adam(groups, betas=(0.9, 0.98))
     scheduler = torch.optim.lr_scheduler.LambdaLR(adam, lambda step: _rate(step, schedule))
     generator = torch.Generator().manual_seed(schedule.seed)
-    weights = [1.0] + [schedule.trunk_weight / max(1, len(trunk))] * len(trunk)
-    device = student.device.type
     for step in range(schedule.steps):
         x = augment(images, schedule.batch, generator).to(student.device)
-        with torch.autocast(device, torch.bfloat16, enabled=fast_bfloat16(device)):
+        if nhwc:
+            x = x.permute(0, 2, 3, 1)
+        with autocast(student.device):
             with torch.no_grad():
-                wanted = teacher.run({source: x}, names)
-            got = student.run({source: x}, names, values)
-        loss = torch.stack(
-            [w * _relative(got[n], wanted[n]) for n, w in zip(names, weights, strict=True)]
-        ).sum()
+                wanted = teacher.run({source: x}, [feature])[feature]
+            got = student.run({source: x}, [feature], values)[feature]
+        loss = _relative(got, wanted)
         adam.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
         adam.step()
@@ -107,12 +104,13 @@ def _relative(got: Tensor, wanted: Tensor) -> Tensor:
     return (got.float() - wanted).square().mean() / wanted.square().mean().clamp_min(1e-12)
 
 
-def fast_bfloat16(device: str) -> bool:
-    """Whether bfloat16 pays: on a GPU, and on a CPU with the instructions for it."""
-    if device == "cuda":
-        return torch.cuda.is_bf16_supported()
-    supported = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
-    return bool(supported and supported())
+def autocast(device: torch.device) -> torch.autocast:
+    """Mixed precision in bfloat16 where it pays: on a GPU, and on a CPU with the instructions for it."""
+    if device.type == "cuda":
+        pays = torch.cuda.is_bf16_supported()
+    else:
+        pays = bool(getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)())
+    return torch.autocast(device.type, torch.bfloat16, enabled=pays)
 
 
 def augment(images: Tensor, batch: int, generator: torch.Generator) -> Tensor:

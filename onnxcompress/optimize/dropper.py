@@ -1,0 +1,293 @@
+"""The steps of dropping blocks, on one model: score, choose, refit, fine-tune, measure."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from onnxcompress.blocks import Block, Discovery
+from onnxcompress.dropping import drop_blocks
+from onnxcompress.errors import InputError, ModelError, OptionError
+from onnxcompress.graph import read, set_values
+from onnxcompress.inputs.images import ImageSet, check_fits, load_images
+from onnxcompress.inputs.preprocess import Preprocess
+from onnxcompress.latency import benchmark, ratio
+from onnxcompress.model import Model
+from onnxcompress.optimize.device import pick_device
+from onnxcompress.optimize.executor import Executor
+from onnxcompress.optimize.finetune import Schedule, finetune
+from onnxcompress.optimize.reconstruct import Reconstruction, segments
+from onnxcompress.optimize.score import Probe, Scorer, probe
+from onnxcompress.optimize.select import Choice, choose
+from onnxcompress.passing import Progress
+from onnxcompress.shares import Share, latency_shares, usable
+from onnxcompress.topology import Topology
+
+if TYPE_CHECKING:
+    from onnxcompress.passes.drop_blocks import DropBlocks
+
+SCORING_IMAGES = 256
+"""Images that the first scores are measured on, at most."""
+CHOOSING_IMAGES = 128
+"""Images that the scores after a drop are measured on, at most."""
+REFIT_IMAGES = 500
+"""Images that layers are refitted on, at most."""
+TAPS_BYTES = 2 << 30
+"""Memory that the tensors kept for scoring may take; fewer images are used where they would need more."""
+
+
+class Dropper:
+    """One run of the pass `drop-blocks`. `model` has BatchNorm folded and is changed in place."""
+
+    def __init__(
+        self, options: DropBlocks, original: Model, model: Model, found: Discovery, progress: Progress
+    ) -> None:
+        self.options, self.original, self.model, self.found = options, original, model, found
+        self.progress = progress
+        self.feature = _feature(model, options.feature)
+        self.source, images = _load(options, model)
+        self.nhwc = images.preprocess.layout == "nhwc"
+        self.images = torch.from_numpy(images.array())
+        self.device = pick_device(options.device)
+        self.teacher = Executor.from_model(model, device=self.device)
+        self.dropped: list[Block] = []
+        self.weights: dict[str, Tensor] = {}
+        self.shares: dict[str, Share] = {}
+        self.scores: dict[str, dict[str, float]] = {}
+        self.measured: dict[str, Any] = {"feature": self.feature, "images": len(images)}
+
+    def run(self) -> None:
+        """All steps, in order."""
+        if self.options.drop:
+            names = [self.found[name] for name in self.options.drop]
+            self.dropped = sorted(names, key=self.found.blocks.index)
+            drop_blocks(self.model, [b.exit for b in self.dropped])
+        else:
+            self._score()
+            self._choose()
+        self._tune()
+        self._measure()
+
+    def _probe(self, limit: int) -> Probe:
+        shapes = self.model.shapes()
+        each = sum(_elements(shapes[b.entry]) * 2 for b in self.found.blocks) * 4
+        count = max(8, min(limit, len(self.images), TAPS_BYTES // max(each, 1)))
+        return probe(self.teacher, self.images[:count], self.source, self.feature)
+
+    def _score(self) -> None:
+        self.probe = self._probe(SCORING_IMAGES)
+        if self._read_scores():
+            return
+        blocks = self.found.blocks
+        options = self.options
+        self.progress("measuring latency shares", 0, 1)
+        self.shares = latency_shares(
+            self.model,
+            blocks,
+            provider=options.provider,
+            batch=options.latency_batch,
+            threads=options.threads,
+            seed=options.seed,
+        )
+        self.progress("measuring latency shares", 1, 1)
+        tau = self._tau()
+        scorer = Scorer(self.model, blocks, self.probe, executor=self.teacher)
+        for done, block in enumerate(blocks):
+            loss = scorer.recover(block).loss
+            self.scores[block.exit] = {"recoverability": loss, "score": loss / tau[block.exit]}
+            self.progress("scoring blocks", done + 1, len(blocks))
+        self._write_scores()
+
+    def _tau(self) -> dict[str, float]:
+        tau, noisy = usable(self.shares, self.found.blocks)
+        self.measured["noisy_latency"] = noisy
+        return tau
+
+    def _read_scores(self) -> bool:
+        path = Path(self.options.scores) if self.options.scores else None
+        if path is None or not path.exists():
+            return False
+        try:
+            saved = json.loads(path.read_text())
+            rows = {row["exit"]: row for row in saved["blocks"]}
+            same = saved["model_sha256"] == self.original.digest()
+            self.shares = {e: Share(*row["latency_share"]) for e, row in rows.items()}
+            self.scores = {
+                e: {k: float(row[k]) for k in ("recoverability", "score")} for e, row in rows.items()
+            }
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise InputError(f"{path}: no file of scores ({error}); delete it to measure anew") from error
+        if not same or set(rows) != {b.exit for b in self.found.blocks}:
+            raise InputError(f"{path}: these are the scores of another model; delete it or name another")
+        return True
+
+    def _write_scores(self) -> None:
+        if self.options.scores is None:
+            return
+        saved = {"model_sha256": self.original.digest(), "feature": self.feature, "blocks": self._rows()}
+        try:
+            Path(self.options.scores).write_text(json.dumps(saved, indent=1))
+        except OSError as error:
+            raise InputError(
+                f"--scores {self.options.scores}: cannot be written ({error.strerror})"
+            ) from error
+
+    def _rows(self) -> list[dict[str, Any]]:
+        """One row for each block, as the report shows them."""
+        gone = {b.exit for b in self.dropped}
+        rows = []
+        for block in self.found.blocks:
+            row: dict[str, Any] = {"name": block.name, "exit": block.exit, "dropped": block.exit in gone}
+            if block.exit in self.scores:
+                share = self.shares[block.exit]
+                row |= {"latency_share": [share.value, share.low, share.high], **self.scores[block.exit]}
+            rows.append(row)
+        return rows
+
+    def _choose(self) -> None:
+        choice = choose(
+            self.model,
+            {exit: row["score"] for exit, row in self.scores.items()},
+            self._tau(),
+            self.probe.head(CHOOSING_IMAGES),
+            self._enough,
+            device=self.device,
+            progress=self.progress,
+            expected=self.options.blocks or 0,
+        )
+        self.dropped, self.weights = choice.dropped, choice.weights
+        self.measured["order"] = [b.name for b in choice.dropped]
+        self.measured["choosing_loss"] = choice.loss
+
+    def _enough(self, choice: Choice) -> bool:
+        if self.options.blocks is not None:
+            return len(choice.dropped) >= self.options.blocks
+        target = (self.options.latency_reduction or 0.0) / 100
+        predicted = sum(self.shares[b.exit].value for b in choice.dropped)
+        if not choice.dropped or predicted < 0.9 * target:
+            return False
+        return 1 - self._latency(choice.model, seconds=5.0)["ratio"] >= target
+
+    def _tune(self) -> None:
+        if not self.dropped:
+            return
+        student = Executor.from_model(self.model, device=self.device)
+        pieces = segments(self.model, self.feature)
+        refit = Reconstruction(student, self.teacher, pieces, seed=self.options.seed)
+        weights = {n: w for n, w in self.weights.items() if n in student.parameters}
+        if pieces and pieces[0].start == self.source:
+            weights = refit.run(self.images[:REFIT_IMAGES].to(self.device), self.progress)
+        if self.options.steps:
+            schedule = Schedule(
+                steps=self.options.steps,
+                batch=self.options.batch,
+                learning_rate=self.options.learning_rate,
+                seed=self.options.seed,
+            )
+            weights = finetune(
+                student, self.teacher, weights, self.images, self.source, self.feature, schedule,
+                nhwc=self.nhwc, progress=self.progress,
+            )  # fmt: skip
+        self._store(weights)
+
+    def _store(self, weights: dict[str, Tensor]) -> None:
+        """Put the new values into the model, in its own types."""
+        tensors = self.model.graph.tensors()
+        for name, value in weights.items():
+            dtype = read(tensors[name]).dtype
+            new = value.detach().to("cpu", torch.float32).numpy().astype(dtype)
+            if not np.isfinite(new).all():
+                raise ModelError(
+                    f"{self.model.name}: weight {name!r} became infinite; try a smaller --learning-rate"
+                )
+            set_values(tensors[name], np.ascontiguousarray(new))
+        self.model.touch()
+
+    def _latency(self, model: Model, seconds: float) -> dict[str, float]:
+        """Of `model` against the original, interleaved: ratio and its 95 % interval, milliseconds."""
+        options = self.options
+        timings = benchmark(
+            {"before": self.original, "after": model},
+            provider=options.provider,
+            batch=options.latency_batch,
+            threads=options.threads,
+            seconds=seconds,
+            tolerance=0.005,
+            seed=options.seed,
+        )
+        before, after = timings["before"], timings["after"]
+        found = ratio(before, after)
+        return {
+            "before_ms": before.median_ms,
+            "after_ms": after.median_ms,
+            "ratio": found.value,
+            "low": found.low,
+            "high": found.high,
+        }
+
+    def _measure(self) -> None:
+        self.progress("measuring the result", 0, 1)
+        final = self.measured["latency"] = self._latency(self.model, seconds=8.0)
+        self.measured["blocks"] = self._rows()
+        self.measured["feature_error"] = self._feature_error()
+        target = self.options.latency_reduction
+        if target is not None and 100 * (1 - final["ratio"]) < target:
+            self.measured["target_missed"] = (
+                f"latency is {100 * (1 - final['ratio']):.1f} % lower, {target:g} % was asked for; "
+                "the file was written as it is"
+            )
+        self.progress("measuring the result", 1, 1)
+
+    def _feature_error(self) -> float:
+        """Relative squared error of the features on the given images, nothing augmented."""
+        student = Executor.from_model(self.model, device=self.device)
+        lost = energy = 0.0
+        with torch.no_grad():
+            for part in self.images[:SCORING_IMAGES].split(64):
+                feeds = {self.source: part.to(self.device)}
+                wanted = self.teacher.run(feeds, [self.feature])[self.feature].double()
+                got = student.run(feeds, [self.feature])[self.feature].double()
+                lost += float((got - wanted).square().sum())
+                energy += float(wanted.square().sum())
+        return lost / max(energy, 1e-30)
+
+
+def _elements(shape: tuple[int | str | None, ...]) -> int:
+    count = 1
+    for dim in shape[1:]:
+        count *= dim if isinstance(dim, int) else 1
+    return count
+
+
+def _feature(model: Model, name: str | None) -> str:
+    """The tensor that student and teacher are matched at."""
+    if name is None:
+        found = Topology(model).feature()
+        if found is None:
+            raise ModelError(
+                f"{model.name}: no spatial tensor that all goes through; name one with --feature"
+            )
+        return str(found.name)
+    if name not in {t.name for node in model.graph.nodes for t in node.outputs}:
+        raise OptionError(f"--feature {name!r}: the model has no such tensor")
+    return name
+
+
+def _load(options: DropBlocks, model: Model) -> tuple[str, ImageSet]:
+    """(name of the image input, images that fit it)."""
+    inputs = list(model.graph.inputs)
+    if len(inputs) != 1:
+        names = ", ".join(t.name for t in inputs)
+        raise ModelError(f"{model.name}: one image input expected, it has {len(inputs)} ({names})")
+    assert options.images is not None
+    text = options.preprocess or model.metadata.get("preprocessing", "unit")
+    images = load_images(
+        options.images, preprocess=Preprocess.parse(text), count=options.count, seed=options.seed
+    )
+    check_fits(images, inputs[0].shape, inputs[0].name)
+    return str(inputs[0].name), images

@@ -1,0 +1,121 @@
+"""Drop residual blocks until the network is as fast as asked, with a few unlabelled images.
+
+Wang & Wu, Practical Network Acceleration with Tiny Sets (CVPR 2023, arXiv 2202.07861), with what beats it:
+
+ 1. BatchNorm is folded; blocks are found in the graph            `passes.fold_bn`, `blocks`
+ 2. τ(B): the share of each block, measured in onnxruntime        `shares`
+ 3. R(B): what adapters cannot recover, in closed form            `optimize.score`
+ 4. the lowest R/τ is dropped, what is left is scored again       `optimize.select`
+ 5. the layers behind are refitted in closed form                 `optimize.reconstruct`
+ 6. the network is fine-tuned to the original's features          `optimize.finetune`
+
+Adapters are folded into the convolutions beside them as they are found: the output has no node that the
+input did not have. The classifier behind the features is not touched, no label is used.
+
+Does not handle: several inputs; networks whose features are not one tensor (name one with `feature`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from difflib import get_close_matches
+from typing import ClassVar, Literal
+
+from onnxcompress.blocks import Discovery, find_blocks
+from onnxcompress.errors import ModelError, OptionError
+from onnxcompress.model import Model
+from onnxcompress.passes.fold_bn import FoldBatchNorm
+from onnxcompress.passing import Change, Pass, PassResult, Progress, option, silent
+
+
+@dataclass(frozen=True)
+class DropBlocks(Pass):
+    """Drop residual blocks of a CNN to make it faster, with a few unlabelled images.
+
+    \b
+    Give one target:
+      --latency-reduction 20   until onnxruntime is 20 % faster, as measured
+      --blocks 3               three blocks
+      --drop layer1.1,layer2.3 these blocks (`onnxcompress inspect` lists them)
+
+    \b
+    Example:
+      onnxcompress drop-blocks net.onnx fast.onnx --images photos/ \\
+          --preprocess imagenet --latency-reduction 20
+
+    The output is the input's network with fewer blocks and new weights, BatchNorm folded. Exit code 3: it
+    was written but misses the target.
+    """
+
+    name: ClassVar[str] = "drop-blocks"
+
+    images: str | None = option(
+        None, "Folder of images or an .npz; labels are not used.", metavar="DIR|NPZ"
+    )
+    preprocess: str | None = option(
+        None, "imagenet, cifar10, …, or 'mean=… std=… size=… layout=…', on pixels/255.", metavar="TEXT"
+    )
+    count: int | None = option(None, "Use this many of the images, drawn with the seed.")
+    latency_reduction: float | None = option(None, "Target, in percent of the latency.", metavar="PCT")
+    blocks: int | None = option(None, "Target, in blocks.", metavar="K")
+    drop: tuple[str, ...] = option((), "Names of the blocks to drop, with commas.", metavar="NAME,…")
+    feature: str | None = option(None, "Tensor to match; default: the one before the global pool.")
+    scores: str | None = option(
+        None, "Scores are read from this file, or written to it if it is new.", metavar="JSON"
+    )
+    steps: int = option(400, "Steps of fine-tuning; 0: none.")
+    batch: int = option(64, "Images in a step of fine-tuning.")
+    learning_rate: float = option(0.01, "Peak rate of fine-tuning, relative to a weight's size.")
+    latency_batch: int = option(1, "Images in a run when latency is measured.")
+    provider: Literal["auto", "cpu", "cuda", "tensorrt"] = option("auto", "Of onnxruntime.")
+    threads: int = option(0, "CPU threads of onnxruntime; 0: all cores.")
+    device: Literal["auto", "cpu", "cuda"] = option("auto", "Where torch optimizes.")
+    seed: int = option(0, "Of images, augmentation and order; the same seed gives the same file.")
+
+    def apply(self, model: Model, progress: Progress = silent) -> PassResult:
+        """Drop blocks from `model` in place; `measured` holds scores, latency and errors.
+
+        Raises OptionError for wrong options, InputError for unusable images, ModelError where the
+        network has no block or no feature tensor.
+        """
+        self._check_options()
+        original = model.copy()
+        folded = FoldBatchNorm().apply(model)
+        found = find_blocks(model)
+        self._check_blocks(model, found)
+        from onnxcompress.optimize.dropper import Dropper
+
+        work = Dropper(self, original, model, found, progress)
+        work.run()
+        changes = [Change(b.name, f"{b.kind} block dropped") for b in work.dropped]
+        if folded.changes:
+            changes.append(Change(model.name, f"{len(folded.changes)} BatchNorms folded"))
+        return PassResult(changes, list(found.near_misses), work.measured)
+
+    def _check_options(self) -> None:
+        targets = [self.latency_reduction is not None, self.blocks is not None, bool(self.drop)]
+        if sum(targets) != 1:
+            raise OptionError("give one target: --latency-reduction PCT, --blocks K or --drop NAME,...")
+        if self.images is None:
+            raise OptionError("--images is needed: a folder or .npz with about 50 to 500 images")
+        if self.latency_reduction is not None and not 0 < self.latency_reduction < 100:
+            raise OptionError(f"--latency-reduction {self.latency_reduction}: expected 0 to 100 percent")
+        for name in ("blocks", "batch", "latency_batch"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise OptionError(f"--{name.replace('_', '-')} {value}: expected 1 or more")
+        if self.steps < 0 or self.learning_rate <= 0:
+            raise OptionError("--steps must not be negative, --learning-rate must be above 0")
+
+    def _check_blocks(self, model: Model, found: Discovery) -> None:
+        if not found.blocks:
+            raise ModelError(
+                f"{model.name}: no block can be dropped; `onnxcompress inspect {model.name}` says why"
+            )
+        for name in self.drop:
+            if name not in {n for b in found.blocks for n in (b.name, b.exit)}:
+                near = get_close_matches(name, [b.name for b in found.blocks], n=1)
+                hint = f"did you mean {near[0]!r}?" if near else "`onnxcompress inspect` lists them"
+                raise OptionError(f"--drop {name!r}: no such block; {hint}")
+        if self.blocks is not None and self.blocks > len(found.blocks):
+            raise OptionError(f"--blocks {self.blocks}: the network has {len(found.blocks)} to drop")

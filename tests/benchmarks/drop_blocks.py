@@ -1,0 +1,159 @@
+"""Figures of drop-blocks: scoring against the published procedure, and accuracy by blocks dropped.
+
+    python tests/benchmarks/drop_blocks.py scoring  MODEL TRAIN.npz --preprocess TEXT
+    python tests/benchmarks/drop_blocks.py accuracy MODEL TRAIN.npz TEST.npz --preprocess TEXT
+
+`scoring` scores all blocks with this tool and with the published procedure (tests/benchmarks/practise.py)
+in one run: seconds of each, and the rank correlation of R/τ, τ measured once for both. `accuracy` runs whole
+commands, one for each number of blocks and seed.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+
+@click.group()
+def cli() -> None:
+    """Figures of drop-blocks."""
+
+
+@cli.command()
+@click.argument("model")
+@click.argument("train")
+@click.option("--preprocess", required=True)
+@click.option("--count", default=500)
+@click.option("--steps", default=60, help="Adapter steps a block of the published procedure.")
+def scoring(model: str, train: str, preprocess: str, count: int, steps: int) -> None:
+    """Seconds to score all blocks, and the rank correlation with the published score."""
+    import torch
+    from scipy.stats import spearmanr
+
+    from onnxcompress.blocks import find_blocks
+    from onnxcompress.inputs.images import load_images
+    from onnxcompress.inputs.preprocess import Preprocess
+    from onnxcompress.model import load
+    from onnxcompress.optimize.dropper import SCORING_IMAGES
+    from onnxcompress.optimize.executor import Executor
+    from onnxcompress.optimize.score import Scorer, probe
+    from onnxcompress.passes.fold_bn import FoldBatchNorm
+    from onnxcompress.shares import latency_shares, usable
+    from onnxcompress.topology import Topology
+    from tests.benchmarks.practise import published_recoverability
+
+    network = load(model)
+    FoldBatchNorm().apply(network)
+    images = load_images(train, preprocess=Preprocess.parse(preprocess), count=count, seed=0)
+    x = torch.from_numpy(images.array())
+    source = network.graph.inputs[0].name
+    start = time.perf_counter()
+    found = find_blocks(network)
+    shares = latency_shares(network, found.blocks)
+    tau, noisy = usable(shares, found.blocks)
+    latency_s = time.perf_counter() - start
+    start = time.perf_counter()
+    feature = Topology(network).feature()
+    assert feature is not None
+    executor = Executor.from_model(network)
+    scorer = Scorer(
+        network, found.blocks, probe(executor, x[:SCORING_IMAGES], source, feature.name), executor=executor
+    )
+    ours = {b.exit: scorer.recover(b).loss for b in found.blocks}
+    plain = Scorer(network, found.blocks, scorer.probe, executor=executor, adapters=False)
+    ours_s = time.perf_counter() - start
+    damage = {b.exit: plain.recover(b).loss for b in found.blocks}
+    start = time.perf_counter()
+    published = {
+        b.exit: published_recoverability(network, b, x, source, feature.name, steps=steps)
+        for b in found.blocks
+    }
+    published_s = time.perf_counter() - start
+    for b in found.blocks:
+        print(f"{b.name:12} ours {ours[b.exit]:.4f}  plain {damage[b.exit]:.4f}  published {published[b.exit]:.4f}"
+              f"  tau {100 * shares[b.exit].value:.2f} %")  # fmt: skip
+    exits = [b.exit for b in found.blocks]
+
+    def rank(values: dict[str, float], divide: bool) -> float:
+        a = [values[e] / (tau[e] if divide else 1) for e in exits]
+        b = [published[e] / (tau[e] if divide else 1) for e in exits]
+        return float(spearmanr(a, b)[0])
+
+    print(f"latency shares: {latency_s:.1f} s, used by both{' (too noisy: by MACs)' if noisy else ''}")
+    print(
+        f"scoring {len(exits)} blocks: ours {ours_s:.1f} s, published ({steps} steps a block) {published_s:.1f} s"
+    )
+    print(f"ours with latency: {ours_s + latency_s:.1f} s; ratio {published_s / (ours_s + latency_s):.1f}")
+    print(
+        f"rank correlation of R/tau with the published: {rank(ours, True):.3f} (plain damage {rank(damage, True):.3f})"
+    )
+    print(f"rank correlation of R: {rank(ours, False):.3f} (plain damage {rank(damage, False):.3f})")
+
+
+@cli.command()
+@click.argument("model")
+@click.argument("train")
+@click.argument("test")
+@click.option("--preprocess", required=True)
+@click.option("--count", default=500)
+@click.option("--blocks", default="4,8,12")
+@click.option("--seeds", default="0,1,2")
+@click.argument("options", nargs=-1)
+def accuracy(
+    model: str,
+    train: str,
+    test: str,
+    preprocess: str,
+    count: int,
+    blocks: str,
+    seeds: str,
+    options: tuple[str, ...],
+) -> None:
+    """Top-1 on TEST after dropping blocks with images of TRAIN; whole commands, timed."""
+    common = [sys.executable, "-m", "onnxcompress.cli.main"]
+    for number in blocks.split(","):
+        found: list[float] = []
+        for seed in seeds.split(","):
+            with tempfile.TemporaryDirectory() as folder:
+                out = str(Path(folder) / "out.onnx")
+                start = time.perf_counter()
+                command = ["drop-blocks", model, out, "--images", train, "--preprocess", preprocess]
+                command += ["--count", str(count), "--blocks", number, "--seed", seed, "--json", *options]
+                result = _json([*common, *command])
+                seconds = time.perf_counter() - start
+                command = ["evaluate", out, "--images", test, "--preprocess", preprocess, "--json"]
+                top1 = _json([*common, *command])["models"][0]["top1"]
+            found.append(100 * top1)
+            latency = result["measured"]["latency"]
+            print(
+                f"{number} blocks, seed {seed}: {100 * top1:.2f} %, {seconds:.0f} s, latency "
+                f"{100 * (1 - latency['ratio']):.1f} % less, dropped {' '.join(result['measured']['order'])}",
+                flush=True,
+            )
+        print(
+            f"{number} blocks, {count} images: mean {np.mean(found):.2f} % of {len(found)} seeds",
+            flush=True,
+        )
+
+
+def _json(command: list[str]) -> dict[str, Any]:
+    import json
+
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"{' '.join(command)}: {done.stderr}")
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
+
+
+if __name__ == "__main__":
+    cli()

@@ -1,0 +1,99 @@
+"""The published procedure of PRACTISE (arXiv 2202.07861, and its public reference), to compare with.
+
+Scoring: for each block, identity 1×1 adapters after the convolutions that write to its stream and before
+those that read it, trained by SGD (lr 0.02, momentum 0.9, weight decay 1e-4, batch 64, ×0.1 after 40 % of
+the steps) on the squared error of the features, both whole networks run in each step; R is the error that
+is left on all images. The reference takes 1,000 steps and more a block; fewer keep a comparison short.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from onnxcompress.blocks import Block
+from onnxcompress.dropping import drop_blocks
+from onnxcompress.model import Model
+from onnxcompress.optimize.executor import Executor
+from onnxcompress.optimize.finetune import autocast
+from onnxcompress.optimize.layers import ConvLayer, readers, writers
+
+
+def published_recoverability(
+    teacher: Model, block: Block, images: Tensor, source: str, feature: str, *, steps: int, seed: int = 0
+) -> float:
+    """R of one block after `steps` of adapter training; images (N, C, H, W), normalized."""
+    whole = Executor.from_model(teacher)
+    pruned = teacher.copy()
+    drop_blocks(pruned, [block.exit])
+    without = Executor.from_model(pruned)
+    stream = pruned.graph.tensors()[block.entry]
+    before, after = readers(pruned, stream), writers(pruned, stream)
+    adapters = {f"r{i}": torch.eye(x.inputs, requires_grad=True) for i, x in enumerate(before)}
+    adapters |= {f"w{i}": torch.eye(x.outputs, requires_grad=True) for i, x in enumerate(after)}
+    generator = torch.Generator().manual_seed(seed)
+    sgd = torch.optim.SGD(adapters.values(), lr=0.02, momentum=0.9, weight_decay=1e-4)
+    schedule = torch.optim.lr_scheduler.MultiStepLR(sgd, [int(0.4 * steps)], gamma=0.1)
+    for _ in range(steps):
+        x = _augmented(images, 64, generator)
+        with autocast(whole.device):
+            with torch.no_grad():
+                wanted = whole.run({source: x}, [feature])[feature]
+            folded = _folded(without, before, after, adapters)
+            got = without.run({source: x}, [feature], folded)[feature]
+        loss = (got.float() - wanted.float()).square().mean()
+        sgd.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        sgd.step()
+        schedule.step()
+    with torch.no_grad():
+        folded = _folded(without, before, after, adapters)
+        return _error(whole, without, images, source, feature, folded)
+
+
+def _folded(
+    executor: Executor, before: Sequence[ConvLayer], after: Sequence[ConvLayer], adapters: dict[str, Tensor]
+) -> dict[str, Tensor]:
+    """Effective weights with the adapters in them, differentiable."""
+    values: dict[str, Tensor] = {}
+    for i, layer in enumerate(before):
+        weight = executor.parameters[layer.weight]
+        values[layer.weight] = torch.einsum("oihw,ij->ojhw", weight, adapters[f"r{i}"])
+    for i, layer in enumerate(after):
+        weight = values.get(layer.weight, executor.parameters[layer.weight])
+        values[layer.weight] = torch.einsum("po,oihw->pihw", adapters[f"w{i}"], weight)
+        if layer.bias is not None:
+            values[layer.bias] = adapters[f"w{i}"] @ executor.parameters[layer.bias]
+    return values
+
+
+def _error(
+    whole: Executor,
+    without: Executor,
+    images: Tensor,
+    source: str,
+    feature: str,
+    folded: dict[str, Tensor],
+) -> float:
+    lost = energy = 0.0
+    with autocast(whole.device):
+        for part in images.split(125):
+            wanted = whole.run({source: part}, [feature])[feature].float()
+            got = without.run({source: part}, [feature], folded)[feature].float()
+            lost += float((got - wanted).square().sum())
+            energy += float(wanted.square().sum())
+    return lost / energy
+
+
+def _augmented(images: Tensor, batch: int, generator: torch.Generator) -> Tensor:
+    """Random crops with a padding of 4 and flips, as the reference does."""
+    x = images[torch.randint(len(images), (batch,), generator=generator)].clone()
+    flip = torch.rand(batch, generator=generator) < 0.5
+    x[flip] = x[flip].flip(-1)
+    padded = torch.nn.functional.pad(x, (4, 4, 4, 4))
+    top, left = torch.randint(9, (2, batch), generator=generator).tolist()
+    height, width = x.shape[-2:]
+    crops = [p[:, t : t + height, s : s + width] for p, t, s in zip(padded, top, left, strict=True)]
+    return torch.stack(crops).contiguous(memory_format=torch.channels_last)
