@@ -180,7 +180,13 @@ def train(model: Network, images: Images, labels: Labels, epochs: int) -> None:
     """SGD with Nesterov momentum, one-cycle schedule, bfloat16 autocast. Ends in eval mode."""
     x, y = torch.from_numpy(normalize(images)), torch.from_numpy(labels.astype(np.int64))
     model.train().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    sgd = torch.optim.SGD(model.parameters(), MAX_LR, MOMENTUM, weight_decay=WEIGHT_DECAY, nesterov=True)
+    sgd = torch.optim.SGD(
+        model.parameters(),
+        lr=MAX_LR,
+        momentum=MOMENTUM,
+        weight_decay=WEIGHT_DECAY,
+        nesterov=True,
+    )
     steps = len(x) // BATCH
     schedule = torch.optim.lr_scheduler.OneCycleLR(sgd, MAX_LR, total_steps=epochs * steps)
     for epoch in range(epochs):
@@ -214,6 +220,21 @@ def accuracy(file: Path, images: Images, labels: Labels) -> float:
     return float(100 * np.mean(logits_of(file, images).argmax(1) == labels))
 
 
+def unshare(model: onnx.ModelProto) -> None:
+    """Give each node its own weights.
+
+    The exporter writes equal tensors once, with an `Identity` node for every further use: the two
+    BN biases before the sum of a projection block get the same gradients, so they are equal.
+    """
+    graph = model.graph
+    weights = {w.name: w for w in graph.initializer}
+    for node in [node for node in graph.node if node.op_type == "Identity"]:
+        copy = graph.initializer.add()
+        copy.CopyFrom(weights[node.input[0]])
+        copy.name = node.output[0]
+        graph.node.remove(node)
+
+
 def export(model: Network, file: Path, images: Images) -> None:
     """Write `model` with its batch normalization unfolded, and compare it with torch."""
     x = torch.from_numpy(normalize(images))
@@ -229,7 +250,10 @@ def export(model: Network, file: Path, images: Images) -> None:
         output_names=["logits"],
         dynamic_axes={"input": {0: "N"}, "logits": {0: "N"}},
     )
-    onnx.checker.check_model(onnx.load(file), full_check=True)
+    exported = onnx.load(file)
+    unshare(exported)
+    onnx.checker.check_model(exported, full_check=True)
+    onnx.save(exported, file)
     with torch.no_grad():
         expected = model(x).numpy()
     np.testing.assert_allclose(logits_of(file, images), expected, rtol=0, atol=1e-4)

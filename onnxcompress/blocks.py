@@ -158,11 +158,8 @@ def _branch(topology: Topology, branch: gs.Tensor, entry: gs.Tensor) -> list[gs.
             continue
         node = producer(tensor)
         if node is None or topology.index[id(node)] <= floor:
-            source = producer(entry)
-            through = f"{source.op} {source.name or source.outputs[0].name!r}" if source else "an input"
             raise _Illegal(
-                f"both sides of the Add change what came in: the shorter one goes through {through}",
-                "a projection cannot become the identity",
+                "neither side of the Add is what goes into the other: the shortcut is a projection"
             )
         if id(node) not in found:
             found[id(node)] = node
@@ -203,7 +200,7 @@ def _check(model: Model, topology: Topology, region: _Region) -> None:
         raise _Illegal(
             "the shape is unknown", "export with static spatial dimensions, or run shape inference"
         )
-    if before != after:
+    if len(before) != len(after) or before[1:] != after[1:]:
         raise _Illegal(f"input {_dims(before)} and output {_dims(after)} differ in shape")
     if not any(_has_weight(topology, node) for node in region.nodes):
         raise _Illegal("it has no layer with weights")

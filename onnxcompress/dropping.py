@@ -25,35 +25,44 @@ KEEPS_SIGN = ("MaxPool", "Identity", "Dropout")
 """Operators whose output has no value that their input did not have."""
 
 
-def drop_blocks(model: Model, exits: Iterable[str]) -> None:
+def drop_blocks(model: Model, exits: Iterable[str]) -> dict[str, str]:
     """Drop the blocks with these exit tensors from `model`, in place.
 
-    Raises OptionError where one of them is no block (any more): it lay inside another one.
+    Returns {tensor that is gone: tensor that is read in its place}. Raises OptionError where one of them is no block (any more): it lay inside another one.
     """
+    instead: dict[str, str] = {}
     for exit in exits:
         found = find_blocks(model)
         try:
-            drop_block(model, found[exit])
+            new = drop_block(model, found[exit])
         except KeyError:
             raise OptionError(
                 f"{exit!r} is no block that can be dropped; `onnxcompress inspect` lists them"
             ) from None
+        instead = {old: new.get(name, name) for old, name in instead.items()} | new
+    return instead
 
 
-def drop_block(model: Model, block: Block) -> None:
-    """Drop one block: readers of its exit read its entry; an activation that repeats itself goes."""
+def drop_block(model: Model, block: Block) -> dict[str, str]:
+    """Drop one block: readers of its exit read its entry; an activation that repeats itself goes.
+
+    Returns {tensor that is gone: tensor that is read in its place}, inner tensors left out.
+    """
     tensors = model.graph.tensors()
     entry, exit = tensors[block.entry], tensors[block.exit]
     nodes = [tensors[name].inputs[0] for name in block.inner]
     readers = consumers(exit)
     replace_uses(model, exit, entry)
     remove_nodes(model, nodes)
+    instead = {exit.name: entry.name}
     for reader in readers:
         if _repeats(model, reader, entry) and not is_output(model, reader.outputs[0]):
+            instead[reader.outputs[0].name] = entry.name
             replace_uses(model, reader.outputs[0], entry)
             remove_nodes(model, [reader])
     drop_missing(model)
     model.touch()
+    return instead
 
 
 def _repeats(model: Model, node: gs.Node, entry: gs.Tensor) -> bool:

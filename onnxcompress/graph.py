@@ -6,13 +6,13 @@ looks at consumers is therefore safe for subgraphs, too. Bodies themselves are n
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import Any, TypeGuard
 
 import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
-from onnx_graphsurgeon.exporters.onnx_exporter import OnnxExporter
 from onnx_graphsurgeon.ir.tensor import LazyValues, SparseValues
 
 from onnxcompress.model import Model
@@ -20,10 +20,11 @@ from onnxcompress.model import Model
 DEFAULT_DOMAINS = (None, "", "ai.onnx")
 MAX_FOLDED = 1 << 16
 """Elements from which on the result of a constant chain is not computed: it is no shape chain."""
-RANDOM_OPS = frozenset(
+NOT_EVALUATED = frozenset(
     {"RandomNormal", "RandomUniform", "RandomNormalLike", "RandomUniformLike", "Bernoulli",
-     "Multinomial", "If", "Loop", "Scan", "Dropout"}
+     "Multinomial", "If", "Loop", "Scan", "Dropout", "BatchNormalization"}
 )  # fmt: skip
+"""Operators that are not evaluated: random ones, and those that the reference runs in training mode."""
 
 
 def is_op(node: gs.Node | None, *ops: str) -> TypeGuard[gs.Node]:
@@ -75,7 +76,7 @@ def constant_value(model: Model, tensor: gs.Tensor) -> np.ndarray | None:
     if tensor.name not in model.constants:
         node = producer(tensor)
         model.constants[tensor.name] = None  # a cycle ends here
-        if node is not None and node.op not in RANDOM_OPS and tensor.name:
+        if node is not None and node.op not in NOT_EVALUATED and tensor.name:
             model.constants[tensor.name] = _evaluate(model, node, tensor)
     return model.constants[tensor.name]
 
@@ -84,6 +85,11 @@ def _evaluate(model: Model, node: gs.Node, tensor: gs.Tensor) -> np.ndarray | No
     if is_op(node, "Constant"):
         return constant_attribute(node)
     if node.domain not in DEFAULT_DOMAINS or not node.inputs:
+        return None
+    if is_op(node, "Shape") and isinstance(node.inputs[0], gs.Constant) and not node.attrs:
+        return np.array(node.inputs[0].shape, np.int64)
+    large = sum(math.prod(t.shape) for t in node.inputs if isinstance(t, gs.Constant)) > MAX_FOLDED
+    if large and not is_op(node, "Identity"):
         return None
     values = []
     for source in node.inputs:
@@ -118,7 +124,7 @@ def _run_reference(
 
     feeds = {t.name: v for t, v in zip(node.inputs, values, strict=True) if v is not None}
     graph = onnx.helper.make_graph(
-        [OnnxExporter.export_node(node)],
+        [model._export_node(node)],
         "constant",
         [onnx.helper.make_tensor_value_info(
             n, onnx.helper.np_dtype_to_tensor_dtype(v.dtype), v.shape) for n, v in feeds.items()],
@@ -127,7 +133,7 @@ def _run_reference(
     opset = onnx.helper.make_opsetid("", max(model.opset, 7))
     proto = onnx.helper.make_model(graph, opset_imports=[opset], ir_version=8)
     try:
-        result = ReferenceEvaluator(proto).run([output], feeds)[0]
+        (result,) = ReferenceEvaluator(proto).run([output], feeds)
     except Exception:  # the reference raises whatever numpy raises; unknown is a right answer
         return None
     return result if isinstance(result, np.ndarray) else None
@@ -155,6 +161,7 @@ def unique_name(model: Model, base: str) -> str:
     """`base`, or `base_1`, … : a name that no tensor of the model or its subgraphs has."""
     taken = set(model.graph.tensors()) | {t.name for t in model.graph.inputs}
     taken |= {origin.constant.name for origin in model._tensors}
+    taken |= model.sparse_names
     for subgraph in model.graph.subgraphs(recursive=True):
         taken |= set(subgraph.tensors())
     name, number = base, 0
@@ -223,6 +230,10 @@ def remove_nodes(model: Model, nodes: Iterable[gs.Node]) -> None:
         gone.add(id(node))
         sources = [t for t in node.inputs if not t.is_empty()]
         node.inputs.clear()
+        for body in node.subgraphs(recursive=True):  # what they captured is no longer read
+            for inner in body.nodes:
+                sources += [t for t in inner.inputs if not t.is_empty()]
+                inner.inputs.clear()
         node.outputs.clear()
         for tensor in sources:
             source = producer(tensor)

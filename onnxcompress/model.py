@@ -14,7 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,9 @@ from onnx_graphsurgeon.exporters.onnx_exporter import OnnxExporter
 from onnx_graphsurgeon.ir.tensor import LazyValues, SparseValues
 
 from onnxcompress import __version__, storage, wire
-from onnxcompress.errors import CompressError, ModelError
+from onnxcompress.envelope import sync_values, without_contents
+from onnxcompress.errors import ModelError
+from onnxcompress.importing import import_graph
 from onnxcompress.storage import StoredValues
 
 PROVENANCE = "onnxcompress.provenance"
@@ -63,19 +65,24 @@ class Model:
         self.input_digest: Callable[[], str] | None = None
         self._shapes: dict[str, Shape] | None = None
         self.constants: dict[str, np.ndarray | None] = {}
-        self.graph = _import(proto, name)
+        self.graph = import_graph(proto, name)
         self._nodes = _node_origins(self.graph, proto)
         self._tensors = _tensor_origins(self.graph, proto, stored)
         self._envelope = onnx.ModelProto()
-        self._envelope.CopyFrom(_without_contents(proto))
+        self._envelope.CopyFrom(without_contents(proto))
 
     @staticmethod
     def from_proto(proto: onnx.ModelProto, name: str = "model") -> Model:
         """Wrap a complete ModelProto. It is read, never changed; later changes to it are not seen."""
+        for tensor in proto.graph.initializer:
+            if tensor.data_location == onnx.TensorProto.EXTERNAL:
+                raise ModelError(
+                    f"{name}: initializer {tensor.name!r} lies in external data; load the file instead"
+                )
         own = onnx.ModelProto()
         own.CopyFrom(proto)
         model = Model(own, {}, name)
-        model.input_digest = lambda: hashlib.sha256(proto.SerializeToString(deterministic=True)).hexdigest()
+        model.input_digest = lambda: hashlib.sha256(own.SerializeToString(deterministic=True)).hexdigest()
         return model
 
     @property
@@ -87,6 +94,16 @@ class Model:
     @property
     def ir_version(self) -> int:
         return int(self._envelope.ir_version)
+
+    @property
+    def sparse_names(self) -> set[str]:
+        """Names of the sparse initializers."""
+        return {sparse.values.name for sparse in self._envelope.graph.sparse_initializer}
+
+    @property
+    def functions(self) -> Sequence[onnx.FunctionProto]:
+        """The model's local functions, as in the file."""
+        return list(self._envelope.functions)
 
     @property
     def producer(self) -> str:
@@ -160,7 +177,7 @@ class Model:
         if self.input_digest is not None:
             return self.input_digest()
         sha = _Hasher()
-        self._write(sha)  # type: ignore[arg-type]
+        self._write(sha)
         return sha.hexdigest()
 
     def to_proto(self) -> onnx.ModelProto:
@@ -190,7 +207,7 @@ class Model:
         proto.CopyFrom(self._envelope)
         proto.graph.node.extend(self._export_node(node) for node in self.graph.nodes)
         tensors = self._export_tensors()
-        _sync_values(proto, self.graph, {tensor.name for tensor, _ in tensors})
+        sync_values(proto, self.graph, {tensor.name for tensor, _ in tensors})
         if proto.ir_version < 4:  # IR 3: an initializer must be listed as an input, too
             listed = {i.name for i in proto.graph.input}
             proto.graph.input.extend(
@@ -203,7 +220,8 @@ class Model:
     def _export_node(self, node: gs.Node) -> onnx.NodeProto:
         origin = self._nodes.get(id(node))
         if origin is None:
-            return OnnxExporter.export_node(node)
+            new: onnx.NodeProto = OnnxExporter.export_node(node)
+            return new
         proto = onnx.NodeProto()
         proto.CopyFrom(origin.proto)
         if (proto.op_type, proto.name) != (node.op, node.name):  # setting an absent name makes it present
@@ -263,6 +281,7 @@ def load(path: str | os.PathLike[str]) -> Model:
         raise ModelError(f"{file}: not a readable ONNX model ({error})") from error
     if not proto.graph.node and not proto.graph.output:
         raise ModelError(f"{file}: not an ONNX model (it has no graph)")
+    storage.inline_nested(proto, file)
     model = Model(proto, storage.stored_values(proto, file, places), file.name)
     model.input_digest = lambda: storage.file_digest(file)
     return model
@@ -293,21 +312,6 @@ class _Hasher:
 
     def hexdigest(self) -> str:
         return self._sha.hexdigest()
-
-
-def _import(proto: onnx.ModelProto, name: str) -> gs.Graph:
-    gs_logger = gs.logger.G_LOGGER
-    gs_logger.severity = gs_logger.CRITICAL  # its warnings concern what the envelope keeps
-    for node in proto.graph.node:
-        for tensor in node.output:
-            if tensor and list(node.output).count(tensor) > 1:
-                raise ModelError(f"{name}: node {node.name!r} lists its output {tensor!r} twice")
-    try:
-        return gs.import_onnx(proto)
-    except CompressError:
-        raise
-    except Exception as error:  # gs raises bare exceptions of many types on a bad graph
-        raise ModelError(f"{name}: graphsurgeon cannot read the graph ({error})") from error
 
 
 def _node_origins(graph: gs.Graph, proto: onnx.ModelProto) -> dict[int, _NodeOrigin]:
@@ -347,29 +351,6 @@ def _captured(graph: gs.Graph, name: str) -> gs.Constant | None:
     return None
 
 
-def _without_contents(proto: onnx.ModelProto) -> onnx.ModelProto:
-    """A shallow envelope: everything but the main graph's nodes and initializers."""
-    envelope = onnx.ModelProto()
-    for field, value in proto.ListFields():
-        if field.name == "graph":
-            for inner, part in value.ListFields():
-                if inner.name not in ("node", "initializer"):
-                    _assign(envelope.graph, inner.name, part)
-        else:
-            _assign(envelope, field.name, value)
-    return envelope
-
-
-def _assign(message: Any, name: str, value: Any) -> None:
-    target = getattr(message, name)
-    if hasattr(target, "extend"):
-        target.extend(value)
-    elif hasattr(target, "CopyFrom"):
-        target.CopyFrom(value)
-    else:
-        setattr(message, name, value)
-
-
 def _drop_attribute(proto: onnx.NodeProto, key: str) -> None:
     for at in [i for i, a in enumerate(proto.attribute) if a.name == key][::-1]:
         del proto.attribute[at]
@@ -379,36 +360,3 @@ def _same(value: Any, before: Any) -> bool:
     if isinstance(value, gs.Tensor | gs.Graph):
         return value is before
     return type(value) is type(before) and bool(value == before)
-
-
-def _names(graph: gs.Graph) -> Iterator[str]:
-    for node in graph.nodes:
-        for tensor in node.outputs:
-            yield tensor.name
-
-
-def _sync_values(proto: onnx.ModelProto, graph: gs.Graph, initializers: set[str]) -> None:
-    """Make inputs, outputs and value infos of the envelope agree with the graph, in their order."""
-    inputs = {t.name: t for t in graph.inputs}
-    kept = [i for i in proto.graph.input if i.name in inputs or i.name in initializers]
-    listed = {i.name for i in kept}
-    kept += [_value_info(t) for n, t in inputs.items() if n not in listed]
-    _replace(proto.graph.input, kept)
-    infos = {o.name: o for o in proto.graph.output}
-    _replace(proto.graph.output, [infos.get(t.name) or _value_info(t) for t in graph.outputs])
-    alive = initializers | set(_names(graph)) | set(inputs)
-    for field in (proto.graph.value_info, proto.graph.quantization_annotation):
-        key = "name" if field is proto.graph.value_info else "tensor_name"
-        _replace(field, [v for v in field if getattr(v, key) in alive])
-
-
-def _value_info(tensor: gs.Tensor) -> onnx.ValueInfoProto:
-    return OnnxExporter.export_value_info_proto(tensor, False)
-
-
-def _replace(field: Any, messages: list[Any]) -> None:
-    if len(messages) == len(field) and all(a is b for a, b in zip(field, messages, strict=True)):
-        return
-    copies = [type(m).FromString(m.SerializeToString()) for m in messages]
-    del field[:]
-    field.extend(copies)

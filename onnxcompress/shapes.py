@@ -7,11 +7,17 @@ therefore replaced by their value first.
 
 from __future__ import annotations
 
+import numpy as np
 import onnx
+import onnx_graphsurgeon as gs
 
 from onnxcompress.errors import ModelError
-from onnxcompress.graph import constant_value
+from onnxcompress.graph import constant_value, is_op, producer
 from onnxcompress.model import Model, Shape
+
+
+ROUNDS = 50
+"""Each round passes one more computed target shape; ShuffleNetV2 needs one a unit."""
 
 
 def infer_shapes(model: Model) -> dict[str, Shape]:
@@ -19,6 +25,55 @@ def infer_shapes(model: Model) -> dict[str, Shape]:
 
     Raises ModelError where the graph contradicts itself.
     """
+    shapes: dict[str, Shape] = {}
+    for _ in range(ROUNDS):
+        shapes = _infer_once(model)
+        if not _learn_sizes(model, shapes):
+            break
+    return shapes
+
+
+def _learn_sizes(model: Model, shapes: dict[str, Shape]) -> bool:
+    """Make constants of the sizes that the graph reads off tensors whose size is known by now."""
+    learned = False
+    for node in model.graph.nodes:
+        source = producer(node.inputs[0]) if is_op(node, "Gather", "Slice") else node
+        if source is None or not is_op(source, "Shape"):
+            continue
+        if model.constants.get(node.outputs[0].name) is not None:
+            continue
+        shape = shapes.get(source.inputs[0].name)
+        value = None if shape is None or source.attrs else _picked(model, node, shape)
+        if value is not None:
+            if not learned:
+                for name in [n for n, v in model.constants.items() if v is None]:
+                    del model.constants[name]
+            model.constants[node.outputs[0].name] = value
+            learned = True
+    return learned
+
+
+def _picked(model: Model, node: gs.Node, shape: Shape) -> np.ndarray | None:
+    """What Shape, Gather(Shape) or Slice(Shape) gives, where it takes known dimensions only."""
+    unknown = -(1 << 40)
+    sizes = np.array([d if isinstance(d, int) else unknown for d in shape], np.int64)
+    if node.op == "Gather":
+        index = constant_value(model, node.inputs[1])
+        picked = None if index is None else np.asarray(sizes[index])
+    elif node.op == "Slice":
+        if len(node.inputs) < 3:
+            return None
+        bounds = [constant_value(model, t) for t in node.inputs[1:]]
+        if any(b is None or b.size != 1 for b in bounds) or (len(bounds) > 2 and int(bounds[2]) != 0):
+            return None
+        step = int(bounds[3]) if len(bounds) > 3 else 1
+        picked = sizes[int(bounds[0]) : int(bounds[1]) : step]
+    else:
+        picked = sizes
+    return None if picked is None or (picked == unknown).any() else picked
+
+
+def _infer_once(model: Model) -> dict[str, Shape]:
     proto = model.skeleton()
     folded = {}
     for node in model.graph.nodes:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -15,6 +15,7 @@ import onnx_graphsurgeon as gs
 from onnx_graphsurgeon.ir.tensor import LazyValues
 
 from onnxcompress import wire
+from onnxcompress.envelope import nested_tensors
 from onnxcompress.errors import ModelError
 
 PIECE = 1 << 22
@@ -94,6 +95,14 @@ def stored_values(
     return stored
 
 
+def inline_nested(proto: onnx.ModelProto, path: Path) -> None:
+    """Read external data of tensors that are no initializers (attributes, bodies) into the proto."""
+    for tensor in nested_tensors(proto.graph):
+        if tensor.data_location == onnx.TensorProto.EXTERNAL:
+            values = _external(tensor, path, DataFile)
+            tensor.raw_data = values.file.read(values.offset, values.length)
+
+
 def _external(tensor: onnx.TensorProto, path: Path, opened: Any) -> StoredValues:
     entries = {e.key: e.value for e in tensor.external_data}
     where = f"{path}: initializer {tensor.name!r}"
@@ -132,10 +141,11 @@ def raw_bytes(values: LazyValues | np.ndarray) -> bytes:
 
 
 def _packed(array: np.ndarray) -> np.ndarray:
-    """The array in the byte order and packing of raw_data (little endian, two int4 a byte)."""
+    """The bytes of raw_data, shape (bytes,), uint8: little endian, two int4 a byte."""
     if array.dtype.name in ("int4", "uint4", "int2", "uint2", "float4_e2m1fn"):
         return np.frombuffer(onnx.numpy_helper.from_array(array).raw_data, np.uint8)
-    return np.ascontiguousarray(array.astype(array.dtype.newbyteorder("<"), copy=False))
+    little = array.astype(array.dtype.newbyteorder("<"), copy=False)
+    return np.ascontiguousarray(little).reshape(-1).view(np.uint8)
 
 
 def export(constant: gs.Constant, origin: onnx.TensorProto | None, before: LazyValues | None) -> Stored:
@@ -151,7 +161,8 @@ def export(constant: gs.Constant, origin: onnx.TensorProto | None, before: LazyV
         return proto, before if isinstance(before, StoredValues | np.ndarray) else None
     proto = onnx.TensorProto(name=constant.name)
     if origin is not None:
-        proto.doc_string = origin.doc_string
+        if origin.doc_string:
+            proto.doc_string = origin.doc_string
         proto.metadata_props.extend(origin.metadata_props)
     if isinstance(values, LazyValues):
         proto.dims.extend(values.tensor.dims)
@@ -161,6 +172,10 @@ def export(constant: gs.Constant, origin: onnx.TensorProto | None, before: LazyV
         proto.data_type = onnx.helper.np_dtype_to_tensor_dtype(values.dtype)
     if isinstance(values, StoredValues):
         return proto, values
+    if isinstance(values, np.ndarray) and values.dtype == object:
+        proto.data_type = onnx.TensorProto.STRING
+        proto.string_data.extend(_text(values))
+        return proto, None
     if isinstance(values, np.ndarray) and values.nbytes >= wire.LARGE:
         return proto, values
     proto.raw_data = raw_bytes(values)
@@ -171,9 +186,16 @@ def _equal(values: Any, before: LazyValues | None) -> bool:
     """Whether a small tensor that something loaded still holds what the file held."""
     if not isinstance(values, np.ndarray) or before is None or isinstance(before, np.ndarray):
         return False
+    if values.dtype == object:  # strings: bytes in the file, text once loaded
+        same = list(before.tensor.string_data) == _text(values)
+        return same and tuple(before.shape) == values.shape
     if values.nbytes >= wire.LARGE or before.nbytes != values.nbytes:
         return False
     return bool(values.dtype == before.dtype and values.tobytes() == before.load().tobytes())
+
+
+def _text(values: np.ndarray) -> list[bytes]:
+    return [v if isinstance(v, bytes) else str(v).encode() for v in values.flat]
 
 
 def _payload(values: LazyValues | np.ndarray) -> wire.Payload:
@@ -181,7 +203,7 @@ def _payload(values: LazyValues | np.ndarray) -> wire.Payload:
         return values.length, values.pieces
     array = values if isinstance(values, np.ndarray) else values.load()
     packed = _packed(array)
-    return packed.nbytes, lambda: [memoryview(packed).cast("B") if packed.nbytes else b""]
+    return packed.nbytes, lambda: [packed.data]
 
 
 def write(file: BinaryIO, proto: onnx.ModelProto, tensors: list[Stored]) -> None:
@@ -196,18 +218,29 @@ def write(file: BinaryIO, proto: onnx.ModelProto, tensors: list[Stored]) -> None
 
 
 def save(path: Path, proto: onnx.ModelProto, tensors: list[Stored], *, external: bool) -> None:
-    """Write to `path` through a temporary file in its folder, then rename: whole or not at all."""
+    """Write to `path` through a temporary file in its folder, then rename: whole or not at all.
+
+    With external data both files are complete before the first gets its name.
+    """
     size = proto.ByteSize() + sum(
         t.ByteSize() + (_payload(v)[0] if v is not None else 0) + 32 for t, v in tensors
     )
     data = path.with_name(path.name + ".data")
+    written: list[tuple[Path, Path]] = []
     try:
+        if path.is_dir():
+            raise ModelError(f"{path}: cannot be written (it is a folder)")
         if external or size > PROTOBUF_LIMIT:
-            _replace_atomically(data, lambda file: _write_external(file, data.name, tensors))
+            _write_beside(data, lambda file: _write_external(file, data.name, tensors), written)
             tensors = [(t, None) for t, _ in tensors]
-        _replace_atomically(path, lambda file: write(file, proto, tensors))
+        _write_beside(path, lambda file: write(file, proto, tensors), written)
+        for temporary, target in written:
+            os.replace(temporary, target)
     except OSError as error:
         raise ModelError(f"{path}: cannot be written ({error.strerror})") from error
+    finally:
+        for temporary, _ in written:
+            temporary.unlink(missing_ok=True)
 
 
 def _write_external(file: BinaryIO, name: str, tensors: list[Stored]) -> None:
@@ -222,17 +255,14 @@ def _write_external(file: BinaryIO, name: str, tensors: list[Stored]) -> None:
         file.writelines(pieces())
 
 
-def _replace_atomically(path: Path, fill: Any) -> None:
+def _write_beside(path: Path, fill: Callable[[BinaryIO], None], written: list[tuple[Path, Path]]) -> None:
+    """Fill a temporary file in the folder of `path`; it is noted in `written` before anything can fail."""
     if not path.parent.is_dir():
         raise ModelError(f"{path}: cannot be written (no folder {str(path.parent)!r})")
     umask = os.umask(0)
     os.umask(umask)
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
-    try:
-        with os.fdopen(handle, "wb", buffering=PIECE) as file:
-            fill(file)
-        os.chmod(name, 0o666 & ~umask)
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
+    written.append((Path(name), path))
+    with os.fdopen(handle, "wb", buffering=PIECE) as file:
+        fill(file)
+    os.chmod(name, 0o666 & ~umask)

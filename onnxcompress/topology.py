@@ -52,7 +52,7 @@ class Topology:
             ends = {id(t): len(self.order) for t in self.model.graph.outputs}
             found: list[gs.Tensor] = []
             farthest = -1  # until where something made so far, but for the newest tensor, is needed
-            made = [t for t in self.model.graph.inputs]
+            made = list(self.model.graph.inputs)
             if len(made) == 1:
                 found.append(made[0])
             pending = max((max(last.get(id(t), -1), ends.get(id(t), -1)) for t in made), default=-1)
@@ -62,7 +62,8 @@ class Topology:
                 outputs = [t for t in node.outputs if id(t) in self.data and not t.is_empty()]
                 for tensor in outputs:
                     pending = max(pending, last.get(id(tensor), -1), ends.get(id(tensor), -1))
-                if len(outputs) == 1 and farthest <= place and pending > place:
+                plain = "Sequence" not in node.op or node.op == "SequenceAt"
+                if plain and len(outputs) == 1 and farthest <= place and pending > place:
                     found.append(outputs[0])
             self._trunk = found
         return self._trunk

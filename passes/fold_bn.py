@@ -41,7 +41,7 @@ import onnx_graphsurgeon as gs
 
 from onnxcompress import statistics
 from onnxcompress.batchnorm import BatchNorm, is_batch_norm, read_batch_norm
-from onnxcompress.graph import is_op, node_label, producer
+from onnxcompress.graph import DEFAULT_DOMAINS, is_op, node_label, producer
 from onnxcompress.model import Model
 from onnxcompress.passes import _fold_after, _fold_before
 from onnxcompress.passing import Change, Pass, PassResult, Progress, Refusal, option, silent
@@ -167,7 +167,8 @@ def _in_bodies(model: Model) -> Iterator[Refusal]:
         for node in filter(is_batch_norm, graph.nodes):
             rule = f"it is inside {graph.name!r}, the body of an If, Loop or Scan"
             yield Refusal(node_label(node), rule, "fold before the control flow is exported")
-    for function in model.graph.functions:
-        for node in filter(is_batch_norm, function.nodes):
-            rule = f"it is inside the function {function.name!r}"
-            yield Refusal(node_label(node), rule, "inline the functions with onnx.inliner")
+    for function in model.functions:
+        for inner in function.node:
+            if inner.op_type == "BatchNormalization" and inner.domain in DEFAULT_DOMAINS:
+                rule = f"it is inside the function {function.name!r}"
+                yield Refusal(inner.name or inner.output[0], rule, "inline it with onnx.inliner")

@@ -95,11 +95,11 @@ def table(title: str, columns: list[str], rows: list[list[str]], *, left: int = 
     return made
 
 
-def show_refusals(console: Console, refusals: list[passing.Refusal]) -> None:
-    """What was left alone and why, alike ones counted."""
+def show_refusals(console: Console, refusals: list[passing.Refusal], title: str = "left alone") -> None:
+    """What was not done, where and why: the first ones listed, the rest counted."""
     if not refusals:
         return
-    console.print(f"[bold]left alone[/]: {len(refusals)}")
+    console.print(f"[bold]{title}[/]: {len(refusals)}")
     for refusal in refusals[:SHOWN]:
         console.print(f"  {refusal}", markup=False)
     if len(refusals) > SHOWN:

@@ -49,7 +49,7 @@ class Dropper:
     ) -> None:
         self.options, self.original, self.model, self.found = options, original, model, found
         self.progress = progress
-        self.feature = _feature(model, options.feature)
+        self.feature = self.student_feature = _feature(model, options.feature)
         self.source, images = _load(options, model)
         self.nhwc = images.preprocess.layout == "nhwc"
         self.images = torch.from_numpy(images.array())
@@ -66,7 +66,8 @@ class Dropper:
         if self.options.drop:
             names = [self.found[name] for name in self.options.drop]
             self.dropped = sorted(names, key=self.found.blocks.index)
-            drop_blocks(self.model, [b.exit for b in self.dropped])
+            instead = drop_blocks(self.model, [b.exit for b in self.dropped])
+            self.student_feature = instead.get(self.feature, self.feature)
         else:
             self._score()
             self._choose()
@@ -161,6 +162,7 @@ class Dropper:
             expected=self.options.blocks or 0,
         )
         self.dropped, self.weights = choice.dropped, choice.weights
+        self.student_feature = choice.feature
         self.measured["order"] = [b.name for b in choice.dropped]
         self.measured["choosing_loss"] = choice.loss
 
@@ -177,7 +179,7 @@ class Dropper:
         if not self.dropped:
             return
         student = Executor.from_model(self.model, device=self.device)
-        pieces = segments(self.model, self.feature)
+        pieces = segments(self.model, self.student_feature)
         refit = Reconstruction(student, self.teacher, pieces, seed=self.options.seed)
         weights = {n: w for n, w in self.weights.items() if n in student.parameters}
         if pieces and pieces[0].start == self.source:
@@ -190,7 +192,8 @@ class Dropper:
                 seed=self.options.seed,
             )
             weights = finetune(
-                student, self.teacher, weights, self.images, self.source, self.feature, schedule,
+                student, self.teacher, weights, self.images, self.source,
+                (self.student_feature, self.feature), schedule,
                 nhwc=self.nhwc, progress=self.progress,
             )  # fmt: skip
         self._store(weights)
@@ -251,7 +254,7 @@ class Dropper:
             for part in self.images[:SCORING_IMAGES].split(64):
                 feeds = {self.source: part.to(self.device)}
                 wanted = self.teacher.run(feeds, [self.feature])[self.feature].double()
-                got = student.run(feeds, [self.feature])[self.feature].double()
+                got = student.run(feeds, [self.student_feature])[self.student_feature].double()
                 lost += float((got - wanted).square().sum())
                 energy += float(wanted.square().sum())
         return lost / max(energy, 1e-30)

@@ -38,7 +38,7 @@ def finetune(
     parameters: Mapping[str, Tensor],
     images: Tensor,
     source: str,
-    feature: str,
+    feature: tuple[str, str],
     schedule: Schedule,
     *,
     nhwc: bool = False,
@@ -46,12 +46,13 @@ def finetune(
 ) -> dict[str, Tensor]:
     """Train all that the feature depends on; returns {initializer: value} in float32.
 
-    images: (N, C, H, W), or (N, H, W, C) with `nhwc`, normalized; source: the input's name; parameters:
-    where to start.
+    images: (N, C, H, W), or (N, H, W, C) with `nhwc`, normalized; source: the input's name; feature: the
+    name in the student's graph, and in the teacher's; parameters: where to start.
     """
+    ours, theirs = feature
     if nhwc:
         images = images.permute(0, 3, 1, 2)
-    values, rates = _leaves(student, parameters, source, feature)
+    values, rates = _leaves(student, parameters, source, ours)
     groups = [
         {"params": [v], "lr": schedule.learning_rate * r}
         for v, r in zip(values.values(), rates, strict=True)
@@ -65,8 +66,8 @@ def finetune(
             x = x.permute(0, 2, 3, 1)
         with autocast(student.device):
             with torch.no_grad():
-                wanted = teacher.run({source: x}, [feature])[feature]
-            got = student.run({source: x}, [feature], values)[feature]
+                wanted = teacher.run({source: x}, [theirs])[theirs]
+            got = student.run({source: x}, [ours], values)[ours]
         loss = _relative(got, wanted)
         adam.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]

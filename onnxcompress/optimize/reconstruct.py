@@ -17,8 +17,8 @@ Does not handle: convolutions with automatic padding, with shared weights, or wi
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -112,7 +112,8 @@ class Reconstruction:
             total += a.shape[2]
             gram = _add(gram, a @ a.transpose(1, 2))
             cross = _add(cross, r @ a.transpose(1, 2))
-        assert gram is not None and cross is not None
+        assert gram is not None
+        assert cross is not None
         delta = _solve(gram, cross, self.ridge, layer.bias is not None)
         weight = self.new.get(layer.weight, self.student.parameters[layer.weight])
         step = delta[..., :-1].reshape(layer.outputs, -1).reshape(weight.shape)
@@ -127,7 +128,7 @@ def segments(student: Model, feature: str) -> list[Segment]:
     topology = Topology(student)
     trunk = topology.trunk()
     found = []
-    for start, end in zip(trunk, trunk[1:], strict=False):
+    for start, end in pairwise(trunk):
         layers = [
             (layer, (only_add_after(student, layer) or (layer.node,))[0])
             for layer in conv_layers(student, topology.between(start, end)).values()
@@ -164,10 +165,3 @@ def _solve(gram: Tensor, cross: Tensor, ridge: float, bias: bool) -> Tensor:
     system = gram + torch.diag_embed(damping[:, None].expand(-1, gram.shape[1]))
     system[:, -1, -1] = gram[:, -1, -1] if bias else torch.finfo(gram.dtype).max ** 0.25
     return torch.linalg.solve(system, cross.transpose(1, 2)).transpose(1, 2)
-
-
-def layers_between(segment_list: list[Segment]) -> Iterator[ConvLayer]:
-    """All layers of the segments, in order."""
-    for segment in segment_list:
-        for layer, _ in segment.layers:
-            yield layer

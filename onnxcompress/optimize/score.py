@@ -70,7 +70,8 @@ class Recovery:
 class Scorer:
     """Scores the blocks of a network that may lack others already; R counts their loss, too.
 
-    parameters: current values of initializers, where they differ from the executor's.
+    feature: the tensor that stands for the probe's, where the model has another. parameters: current
+    values of initializers, where they differ from the executor's.
     """
 
     def __init__(
@@ -79,6 +80,7 @@ class Scorer:
         blocks: Sequence[Block],
         probe: Probe,
         *,
+        feature: str | None = None,
         executor: Executor | None = None,
         parameters: Mapping[str, Tensor] | None = None,
         adapters: bool = True,
@@ -86,7 +88,7 @@ class Scorer:
         batch: int = 64,
     ) -> None:
         self.executor = executor or Executor.from_model(model, device=device)
-        self.probe, self.batch = probe, batch
+        self.probe, self.batch, self.feature = probe, batch, feature or probe.feature
         known = self.executor.parameters  # an adapted layer may have been dropped since
         self.parameters = {n: v for n, v in (parameters or {}).items() if n in known}
         self.readers = {b.exit: next_readers(model, b) if adapters else ("", ()) for b in blocks}
@@ -118,7 +120,7 @@ class Scorer:
 
     def _loss(self, block: Block, parameters: Mapping[str, Tensor]) -> float:
         """Relative squared error of the features when the exit is fed with the entry."""
-        feature = self.probe.feature
+        feature = self.feature
         total = 0.0
         parts = zip(self.probe.images.split(self.batch), self.probe.wanted.split(self.batch), strict=True)
         for values, (image, wanted) in zip(self._stored, parts, strict=True):

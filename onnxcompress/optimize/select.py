@@ -31,6 +31,8 @@ class Choice:
     """The student as it grows smaller."""
 
     model: Model
+    feature: str
+    """The tensor that stands for the original's features."""
     dropped: list[Block] = field(default_factory=list)
     weights: dict[str, Tensor] = field(default_factory=dict)
     """Adapters of the dropped blocks, folded."""
@@ -53,14 +55,15 @@ def choose(
 
     scores: first score R / τ by the block's exit; shares: τ by exit, above 0; both for all blocks.
     """
-    choice = Choice(model)
+    choice = Choice(model, probe.feature)
     known = dict(scores)
     while not enough(choice):
         left = [b for b in find_blocks(model).blocks if b.exit in known]
         if not left:
             break
         block, recovery = _best(choice, left, known, shares, probe, device)
-        drop_block(model, block)
+        instead = drop_block(model, block)
+        choice.feature = instead.get(choice.feature, choice.feature)
         choice.dropped.append(block)
         choice.weights.update(recovery.weights)
         choice.loss = recovery.loss
@@ -79,7 +82,9 @@ def _best(
 ) -> tuple[Block, Recovery]:
     """The block with the lowest score now; `known` learns what is measured."""
     order = sorted(left, key=lambda b: known[b.exit])[:LOOKS]
-    scorer = Scorer(choice.model, order, probe, parameters=choice.weights, device=device)
+    scorer = Scorer(
+        choice.model, order, probe, feature=choice.feature, parameters=choice.weights, device=device
+    )
     found: dict[str, Recovery] = {}
     best: Block | None = None
     for block in order:

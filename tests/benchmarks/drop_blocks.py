@@ -131,7 +131,7 @@ def accuracy(
                 result = _json([*common, *command])
                 seconds = time.perf_counter() - start
                 command = ["evaluate", out, "--images", test, "--preprocess", preprocess, "--json"]
-                top1 = _json([*common, *command])["models"][0]["top1"]
+                top1 = _json([*common, *command])["top1"]
             found.append(100 * top1)
             latency = result["measured"]["latency"]
             print(

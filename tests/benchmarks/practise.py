@@ -27,7 +27,7 @@ def published_recoverability(
     """R of one block after `steps` of adapter training; images (N, C, H, W), normalized."""
     whole = Executor.from_model(teacher)
     pruned = teacher.copy()
-    drop_blocks(pruned, [block.exit])
+    ours = drop_blocks(pruned, [block.exit]).get(feature, feature)
     without = Executor.from_model(pruned)
     stream = pruned.graph.tensors()[block.entry]
     before, after = readers(pruned, stream), writers(pruned, stream)
@@ -42,7 +42,7 @@ def published_recoverability(
             with torch.no_grad():
                 wanted = whole.run({source: x}, [feature])[feature]
             folded = _folded(without, before, after, adapters)
-            got = without.run({source: x}, [feature], folded)[feature]
+            got = without.run({source: x}, [ours], folded)[ours]
         loss = (got.float() - wanted.float()).square().mean()
         sgd.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
@@ -50,7 +50,7 @@ def published_recoverability(
         schedule.step()
     with torch.no_grad():
         folded = _folded(without, before, after, adapters)
-        return _error(whole, without, images, source, feature, folded)
+        return _error(whole, without, images, source, (ours, feature), folded)
 
 
 def _folded(
@@ -74,14 +74,14 @@ def _error(
     without: Executor,
     images: Tensor,
     source: str,
-    feature: str,
+    feature: tuple[str, str],
     folded: dict[str, Tensor],
 ) -> float:
     lost = energy = 0.0
     with autocast(whole.device):
         for part in images.split(125):
-            wanted = whole.run({source: part}, [feature])[feature].float()
-            got = without.run({source: part}, [feature], folded)[feature].float()
+            wanted = whole.run({source: part}, [feature[1]])[feature[1]].float()
+            got = without.run({source: part}, [feature[0]], folded)[feature[0]].float()
             lost += float((got - wanted).square().sum())
             energy += float(wanted.square().sum())
     return lost / energy
