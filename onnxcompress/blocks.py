@@ -3,7 +3,7 @@
 A *block* is a region with one entry tensor and one exit tensor of the same shape, nothing inside of which
 is seen outside. Dropping it lets every reader of the exit read the entry. Three kinds are offered:
 
-residual    exit = Add(branch(entry), entry): a residual branch and its Add (PRACTISE, arXiv 2202.07861 §3.1).
+residual    exit = Add(branch(entry), entry): a residual branch and its Add (arXiv 2202.07861 §3.1).
 unit        a region of the trunk that splits and ends in a Concat (ShuffleNetV2, Inception).
 run         a shape-preserving convolution of the trunk with its BatchNorm and activation (VGG).
 

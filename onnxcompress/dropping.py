@@ -28,7 +28,8 @@ KEEPS_SIGN = ("MaxPool", "Identity", "Dropout")
 def drop_blocks(model: Model, exits: Iterable[str]) -> dict[str, str]:
     """Drop the blocks with these exit tensors from `model`, in place.
 
-    Returns {tensor that is gone: tensor that is read in its place}. Raises OptionError where one of them is no block (any more): it lay inside another one.
+    Returns {tensor that is gone: tensor that is read in its place}. Raises OptionError where one of
+    them is no block (any more): it lay inside another one.
     """
     instead: dict[str, str] = {}
     for exit in exits:

@@ -15,7 +15,7 @@ taps), without copying. Where the channels are (ONNX operator specification; axi
 
 Legality, numbered on from `batchnorm`:
  6. the weight is a dense float tensor of at least two axes, an initializer or Constant, directly or through
-    Identity or Cast (a DequantizeLinear is none: folding would undo the quantization);
+    Identity, Cast or Transpose (a DequantizeLinear is none: folding would undo the quantization);
  7. of a MatMul one operand is such a weight with two axes, and the channels of the other are axis 1: x has
     rank 2 on the left of W, rank 3 on its right (in `x @ W` with x of rank 3, axis 1 is not multiplied).
 Does not handle: linear layers of other domains (FusedConv), Einsum, quantized operators.
@@ -39,6 +39,9 @@ from onnxcompress.passing import Refusal
 LINEAR_OPS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 BIAS_AT = 2
 """Input of Conv, ConvTranspose and Gemm that is the bias; MatMul has none."""
+
+COPIES = ("Identity", "Cast", "Transpose")
+"""What may lie between an initializer and the layer that reads it as its weight."""
 
 Rank = Callable[[gs.Tensor], "int | None"]
 
@@ -170,11 +173,11 @@ def _check_matmul(
 
 
 def chain(tensor: gs.Tensor) -> list[gs.Tensor]:
-    """The tensor and those it is a copy of: through Identity and Cast, to an initializer or Constant."""
+    """The tensor and those it is a copy of: through COPIES, to an initializer or Constant."""
     found = [tensor]
     while True:
         node = producer(found[-1])
-        if not is_op(node, "Identity", "Cast") or any(t is node.inputs[0] for t in found):
+        if not is_op(node, *COPIES) or any(t is node.inputs[0] for t in found):
             return found
         found.append(node.inputs[0])
 
@@ -187,6 +190,8 @@ def stored_value(tensor: gs.Tensor) -> np.ndarray | None:
         node = producer(copy)
         if value is not None and is_op(node, "Cast"):
             value = value.astype(onnx.helper.tensor_dtype_to_np_dtype(node.attrs["to"]))
+        elif value is not None and is_op(node, "Transpose"):
+            value = value.transpose(attribute(node, "perm"))
     return value if value is not None and is_float(value) else None
 
 

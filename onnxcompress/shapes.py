@@ -15,7 +15,6 @@ from onnxcompress.errors import ModelError
 from onnxcompress.graph import constant_value, is_op, producer
 from onnxcompress.model import Model, Shape
 
-
 ROUNDS = 50
 """Each round passes one more computed target shape; ShuffleNetV2 needs one a unit."""
 
@@ -64,10 +63,10 @@ def _picked(model: Model, node: gs.Node, shape: Shape) -> np.ndarray | None:
         if len(node.inputs) < 3:
             return None
         bounds = [constant_value(model, t) for t in node.inputs[1:]]
-        if any(b is None or b.size != 1 for b in bounds) or (len(bounds) > 2 and int(bounds[2]) != 0):
+        numbers = [int(b.item()) for b in bounds if b is not None and b.size == 1]
+        if len(numbers) < len(bounds) or (len(numbers) > 2 and numbers[2] != 0):
             return None
-        step = int(bounds[3]) if len(bounds) > 3 else 1
-        picked = sizes[int(bounds[0]) : int(bounds[1]) : step]
+        picked = sizes[numbers[0] : numbers[1] : numbers[3] if len(numbers) > 3 else 1]
     else:
         picked = sizes
     return None if picked is None or (picked == unknown).any() else picked

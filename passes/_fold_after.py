@@ -9,6 +9,7 @@ import onnx_graphsurgeon as gs
 
 from onnxcompress.batchnorm import BatchNorm
 from onnxcompress.graph import (
+    constant_value,
     consumers,
     is_op,
     is_output,
@@ -18,7 +19,7 @@ from onnxcompress.graph import (
     remove_unread,
     set_constant,
 )
-from onnxcompress.linear import LINEAR_OPS, Linear, Rank, as_linear, stored_value
+from onnxcompress.linear import LINEAR_OPS, Linear, Rank, as_linear
 from onnxcompress.model import Model
 from onnxcompress.passes import _layer
 from onnxcompress.passing import Refusal
@@ -45,7 +46,7 @@ def fold(model: Model, norm: BatchNorm, copy_shared: bool, rank: Rank) -> str | 
     refusal = _layer.check_shared(model, layer, label, copy_shared)
     if refusal:
         return refusal
-    bias = _layer.bias(layer)
+    bias = _layer.bias(model, layer)
     if bias is None:  # rule 11
         return _layer.computed_bias(layer, label)
     scale, shift = layer.spread(norm.scale), layer.spread(norm.shift)
@@ -81,7 +82,7 @@ def _match(model: Model, norm: BatchNorm, rank: Rank) -> _Match | Refusal | None
     between = [norm.node.inputs[0]]
     node, add, constant, constant_at = producer(between[0]), None, None, 0
     if is_op(node, "Add"):
-        values = [stored_value(t) for t in node.inputs]
+        values = [constant_value(model, t) for t in node.inputs]
         if (values[0] is None) == (values[1] is None):
             return None
         add, constant_at = node, int(values[1] is not None)

@@ -11,6 +11,7 @@ import onnx_graphsurgeon as gs
 from onnxcompress.batchnorm import BatchNorm
 from onnxcompress.graph import (
     attribute,
+    constant_value,
     is_op,
     is_output,
     node_label,
@@ -19,10 +20,13 @@ from onnxcompress.graph import (
     set_constant,
     unique_name,
 )
-from onnxcompress.linear import LINEAR_OPS, Linear, Rank, as_linear, stored_value
+from onnxcompress.linear import LINEAR_OPS, Linear, Rank, as_linear
 from onnxcompress.model import Model
 from onnxcompress.passes import _layer
 from onnxcompress.passing import Refusal
+
+FARTHEST_MEAN = 64
+"""In deviations: folding forward loses at most its 6 binary digits of 24 (rule 14)."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +52,7 @@ def fold(model: Model, norm: BatchNorm, copy_shared: bool, rank: Rank) -> str | 
         return refusal
     weight = layer.scaled(inputs=match.scale)
     response = layer.response(match.shift) if match.shift.any() else np.zeros(layer.outputs)
-    bias = _layer.bias(layer) if response.any() else np.zeros(())
+    bias = _layer.bias(model, layer) if response.any() else np.zeros(())
     if bias is None:  # rule 11
         return _layer.computed_bias(layer, label)
     offset = _layer.stored(bias + layer.spread(response), layer)
@@ -85,10 +89,16 @@ def _match(model: Model, norm: BatchNorm, rank: Rank) -> _Match | Refusal | None
     if node.inputs[layer.data_at] is not output:
         return None
     if node.op == "Gemm" and attribute(node, "transA", 0):  # rule 13
-        return Refusal(label, f"{name} behind it transposes its input: channels are not what it multiplies")
+        rule = f"{name} behind it transposes its input: channels are not what it multiplies"
+        return Refusal(label, rule)
     repeat = layer.inputs // norm.channels
     if repeat * norm.channels != layer.inputs or (repeat > 1 and reader is node):  # rule 9
         return Refusal(label, f"it has {norm.channels} channels, {name} behind it takes {layer.inputs}")
+    far = (np.abs(norm.mean) > FARTHEST_MEAN * norm.deviation) & (norm.scale != 0)
+    if far.any():  # rule 14
+        channel = int(np.flatnonzero(far)[0])
+        rule = f"the mean of channel {channel} is over {FARTHEST_MEAN} deviations from zero"
+        return Refusal(label, f"{rule}: {name} behind it would lose digits")
     if norm.shift.any() and _is_uneven(node, layer.weight):  # rule 13
         rule = f"{name} behind it pads with zeros, which the BatchNorm does not shift"
         if node.op == "ConvTranspose":
@@ -137,7 +147,7 @@ def _add_behind(model: Model, layer: Linear, response: np.ndarray) -> str:
     add = _reader(model, output)
     if is_op(add, "Add"):
         at = next(i for i, t in enumerate(add.inputs) if t is not output)
-        constant = stored_value(add.inputs[at])
+        constant = constant_value(model, add.inputs[at])
         if constant is not None and layer.is_per_channel(constant):
             total = _layer.stored(constant.astype(np.float64) + offset, layer)
             if np.isfinite(total).all():

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import numpy as np
 
-from onnxcompress.graph import attribute, input_at, is_output, node_label, set_constant
-from onnxcompress.linear import BIAS_AT, Linear, chain, is_float, stored_value
+from onnxcompress.graph import attribute, constant_value, input_at, is_output, node_label, set_constant
+from onnxcompress.linear import BIAS_AT, Linear, chain, is_float
 from onnxcompress.model import Model
 from onnxcompress.passing import Refusal
 
 
-def bias(layer: Linear) -> np.ndarray | None:
+def bias(model: Model, layer: Linear) -> np.ndarray | None:
     """The layer's offset as it broadcasts onto the output, float64 (Gemm: beta C); None: it is computed."""
     tensor = input_at(layer.node, BIAS_AT) if layer.takes_bias else None
     factor = attribute(layer.node, "beta", 1.0) if layer.node.op == "Gemm" else 1.0
     if tensor is None or factor == 0:
         return np.zeros(())
-    value = stored_value(tensor)
-    if value is None:
+    value = constant_value(model, tensor)  # torch's newer exporter computes a zero bias with Expand
+    if value is None or not is_float(value):
         return None
     value = value.astype(np.float64) * factor
     return value if layer.node.op == "Gemm" else layer.spread(value)

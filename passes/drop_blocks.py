@@ -4,8 +4,9 @@ Wang & Wu, Practical Network Acceleration with Tiny Sets (CVPR 2023, arXiv 2202.
 
  1. BatchNorm is folded; blocks are found in the graph            `passes.fold_bn`, `blocks`
  2. τ(B): the share of each block, measured in onnxruntime        `shares`
- 3. R(B): what adapters cannot recover, in closed form            `optimize.score`
+ 3. R(B): what adapters cannot recover                            `optimize.score`
  4. the lowest R/τ is dropped, what is left is scored again       `optimize.select`
+    (the lowest R where the target is a number of blocks)
  5. the layers behind are refitted in closed form                 `optimize.reconstruct`
  6. the network is fine-tuned to the original's features          `optimize.finetune`
 

@@ -22,10 +22,12 @@ Legality (1 to 5 in `batchnorm`, 6 and 7 in `linear`; everything else stays, wit
 12. the new values are finite in the layer's type;
 13. before a layer: nothing pads it with zeros (they would not be normalized), or t = 0; of a ConvTranspose
     all taps must reach every output (1x1, stride 1), or t = 0; a Gemm must not transpose its input.
-    A Flatten from axis 1 may lie between.
+    A Flatten from axis 1 may lie between;
+14. before a layer: no channel's mean is more than 64 deviations from zero. The BatchNorm subtracts it at
+    once; folded, the layer sums terms that large, and the difference comes last, with their rounding.
 
-A BatchNorm is folded backward where possible, else forward, again and again until none folds. Backward, the
-layer's output takes the name of the BatchNorm's, so graph outputs and the record stay valid. Forward, that
+A BatchNorm is folded backward where possible, else forward, again and again until none folds. Backward,
+the layer's output takes the name of the BatchNorm's, so graph outputs and the record stay valid. Forward, that
 tensor is gone: the record then holds the layer's new input, with the stored mean and deviation.
 Does not handle: BatchNorm inside the bodies of If, Loop, Scan and inside functions, or across Transpose,
 Reshape, pooling, Concat, Relu; a lone BatchNorm stays as it is: one node is the cheapest form of it.

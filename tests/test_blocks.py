@@ -9,13 +9,13 @@ import onnx
 import onnx.parser
 import onnxruntime
 import pytest
-from tests import zoo
 
 from onnxcompress.blocks import Discovery, find_blocks
 from onnxcompress.dropping import drop_blocks
 from onnxcompress.errors import OptionError
 from onnxcompress.model import Model, load
 from onnxcompress.topology import Topology
+from tests import zoo
 
 MODELS = Path(__file__).resolve().parent.parent / "models"
 

@@ -7,7 +7,8 @@ from collections.abc import Mapping
 import numpy as np
 import pytest
 import torch
-from test_executor import executor, images, model, runtime
+
+from tests.test_executor import executor, images, model, runtime
 
 
 def agree(text: str, feeds: Mapping[str, np.ndarray], tolerance: float = 2e-6) -> None:

@@ -296,6 +296,15 @@ def test_gemm_behind_that_transposes() -> None:
     stays(graph("(float[4,4] x) => (float[M,N] y)", body, {"w": weight(4, 5), **norm(4)}), "transposes")
 
 
+def test_far_mean_before_a_layer() -> None:
+    arrays = {"w": weight(3, 4, 3, 3), **norm(4)}
+    arrays["m"] = np.array([0, 1000, 0, 1000], np.float32)  # the last channel's gamma is 0
+    body = "c = BatchNormalization(x, g, b, m, v) y = Conv(c, w)"
+    stays(graph(IMAGE, body, arrays), "the mean of channel 1 is over 64 deviations from zero")
+    arrays["m"][1] = 10
+    folds(graph(IMAGE, body, arrays), ["Conv"], tolerance=1e-5)
+
+
 def test_add_that_broadcasts_over_the_channels() -> None:
     arrays = {"w": weight(1, 4, 3, 3), "a": weight(5, 1, 1), **norm(5)}
     stays(graph(IMAGE, f"r = Conv(x, w) c = Add(r, a) {BN}", arrays), "has 1")
@@ -473,6 +482,18 @@ def test_constants_reached_through_nodes(way: str) -> None:
         proto.graph.node.extend(copies)
     after = folds(proto, ["Conv"])
     assert len(after.graph.initializer) == 2
+
+
+def test_weight_behind_transpose_and_computed_bias() -> None:
+    """As torch's newer exporter leaves them without its optimizer."""
+    arrays = {"w0": weight(5, 4), "zero": np.float32(0.25), "shape": np.array([5]), **norm(5)}
+    body = f"w = Transpose <perm = [1,0]> (w0) d = Expand(zero, shape) p = MatMul(x, w) c = Add(p, d) {BN}"
+    signature = "(float[N,4] x) => (float[N,5] y)"
+    folds(graph(signature, body, arrays), ["MatMul", "Add"])
+    arrays["w0"] = weight(4, 5, 3, 3)
+    body = f"w = Transpose <perm = [1,0,2,3]> (w0) d = Expand(zero, shape) c = Conv(x, w, d) {BN}"
+    after = folds(graph(IMAGE, body, arrays), ["Conv"])
+    assert after.graph.node[0].input == ["x", "w_folded", "w_bias"]
 
 
 @pytest.mark.parametrize("through", [False, True])

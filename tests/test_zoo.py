@@ -11,7 +11,8 @@ import numpy as np
 import numpy.typing as npt
 import onnx
 import pytest
-import zoo
+
+from tests import zoo
 
 if TYPE_CHECKING:
     import torch

@@ -86,7 +86,7 @@ def _show_facts(console: Console, facts: dict[str, Any]) -> None:
     operators = ", ".join(f"{op} {count}" for op, count in facts["operators"].items())
     rows = {
         "size": f"{size(facts['bytes'])}, {number(facts['parameters'])} parameters",
-        "work": "unknown: the image size is open" if facts["macs"] is None else f"{number(facts['macs'])} MACs an image",
+        "work": _work(facts["macs"]),
         "inputs": shapes(facts["inputs"]),
         "outputs": shapes(facts["outputs"]),
         "format": f"opset {facts['opset']}, IR {facts['ir_version']}, by {facts['producer'] or 'unknown'}",
@@ -104,6 +104,12 @@ def _show_facts(console: Console, facts: dict[str, Any]) -> None:
         grid.add_row(key, value)
     console.print(grid)
     console.print()
+
+
+def _work(macs: int | None) -> str:
+    from onnxcompress.cli.console import number
+
+    return "unknown: the image size is open" if macs is None else f"{number(macs)} MACs an image"
 
 
 def _norms(facts: dict[str, Any]) -> str:

@@ -40,7 +40,8 @@ def least_squares_adapter(cross: Tensor, gram: Tensor, ridge: float = RIDGE) -> 
     gram, cross = gram.double(), cross.double()
     eye = torch.eye(gram.shape[0], dtype=gram.dtype, device=gram.device)
     damping = ridge * gram.diagonal().mean().clamp_min(1e-12) * eye
-    return torch.linalg.solve(gram + damping, (cross + damping).T).T
+    solved: Tensor = torch.linalg.solve(gram + damping, (cross + damping).T)
+    return solved.T
 
 
 def moments(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:

@@ -31,10 +31,8 @@ from onnxcompress.topology import Topology
 if TYPE_CHECKING:
     from onnxcompress.passes.drop_blocks import DropBlocks
 
-SCORING_IMAGES = 256
-"""Images that the first scores are measured on, at most."""
-CHOOSING_IMAGES = 128
-"""Images that the scores after a drop are measured on, at most."""
+SCORING_IMAGES = 128
+"""Images that blocks are scored on, at most."""
 REFIT_IMAGES = 500
 """Images that layers are refitted on, at most."""
 TAPS_BYTES = 2 << 30
@@ -74,14 +72,14 @@ class Dropper:
         self._tune()
         self._measure()
 
-    def _probe(self, limit: int) -> Probe:
+    def _probe(self) -> Probe:
         shapes = self.model.shapes()
         each = sum(_elements(shapes[b.entry]) * 2 for b in self.found.blocks) * 4
-        count = max(8, min(limit, len(self.images), TAPS_BYTES // max(each, 1)))
+        count = max(8, min(SCORING_IMAGES, len(self.images), TAPS_BYTES // max(each, 1)))
         return probe(self.teacher, self.images[:count], self.source, self.feature)
 
     def _score(self) -> None:
-        self.probe = self._probe(SCORING_IMAGES)
+        self.probe = self._probe()
         if self._read_scores():
             return
         blocks = self.found.blocks
@@ -151,11 +149,12 @@ class Dropper:
         return rows
 
     def _choose(self) -> None:
+        by_latency = self.options.blocks is None  # a target in blocks costs 1 a block, whatever its τ
         choice = choose(
             self.model,
-            {exit: row["score"] for exit, row in self.scores.items()},
-            self._tau(),
-            self.probe.head(CHOOSING_IMAGES),
+            {e: row["score" if by_latency else "recoverability"] for e, row in self.scores.items()},
+            self._tau() if by_latency else dict.fromkeys(self.scores, 1.0),
+            self.probe,
             self._enough,
             device=self.device,
             progress=self.progress,
@@ -251,7 +250,7 @@ class Dropper:
         student = Executor.from_model(self.model, device=self.device)
         lost = energy = 0.0
         with torch.no_grad():
-            for part in self.images[:SCORING_IMAGES].split(64):
+            for part in torch.split(self.images[:SCORING_IMAGES], 64):
                 feeds = {self.source: part.to(self.device)}
                 wanted = self.teacher.run(feeds, [self.feature])[self.feature].double()
                 got = student.run(feeds, [self.student_feature])[self.student_feature].double()

@@ -2,9 +2,9 @@
 
     loss = ‖s − t‖² / ‖t‖²        s, t: the feature tensor of student and teacher
 
-Starting from refitted layers, and with rates relative to each weight's size. Each step sees newly augmented images (flips, shifts, and
-patches pasted from another image: no label to keep right), the teacher's answer to which is the target.
-Everything before the feature is trained, the classifier behind it has no gradient.
+from refitted layers on, with rates relative to each weight's size. Each step sees newly augmented images
+(flips, shifts, and patches pasted from another image: no label to keep right); the teacher's answer to
+them is the target. All before the feature is trained, the classifier behind it has no gradient.
 """
 
 from __future__ import annotations

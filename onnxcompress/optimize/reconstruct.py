@@ -88,7 +88,7 @@ class Reconstruction:
         new = self.new if executor is self.student else {}
         parts = [
             executor.run({segment.start: part}, [segment.end], new)[segment.end]
-            for part in values.split(self.batch)
+            for part in torch.split(values, self.batch)
         ]
         return torch.cat(parts)
 
@@ -103,7 +103,7 @@ class Reconstruction:
     ) -> None:
         gram = cross = None
         total = 0
-        for x, t in zip(ours.split(self.batch), theirs.split(self.batch), strict=True):
+        for x, t in zip(torch.split(ours, self.batch), torch.split(theirs, self.batch), strict=True):
             if total >= ROWS:
                 break
             mine = self.student.run({segment.start: x}, [layer.input, check], self.new)
@@ -149,10 +149,15 @@ def _regression(
     patches = F.unfold(padded, layer.kernel, layer.dilations, 0, layer.strides)  # N, I·k, L
     length = patches.shape[2]
     take = torch.randperm(length, generator=generator)[:PLACES]
-    grouped = patches[:, :, take].unflatten(1, (layer.groups, -1)).permute(1, 2, 0, 3).flatten(2)
-    wanted = residual.float().flatten(2)[:, :, take].unflatten(1, (layer.groups, -1))
+    grouped = _grouped(patches[:, :, take], layer.groups)
     ones = torch.ones_like(grouped[:, :1])
-    return torch.cat([grouped, ones], 1), wanted.permute(1, 2, 0, 3).flatten(2)
+    return torch.cat([grouped, ones], 1), _grouped(residual.float().flatten(2)[:, :, take], layer.groups)
+
+
+def _grouped(x: Tensor, groups: int) -> Tensor:
+    """(N, G·C, L) as (G, C, N·L)."""
+    count, channels, length = x.shape
+    return x.reshape(count, groups, channels // groups, length).permute(1, 2, 0, 3).flatten(2)
 
 
 def _add(total: Tensor | None, part: Tensor) -> Tensor:
@@ -164,4 +169,5 @@ def _solve(gram: Tensor, cross: Tensor, ridge: float, bias: bool) -> Tensor:
     damping = ridge * gram.diagonal(dim1=1, dim2=2)[:, :-1].mean(1).clamp_min(1e-12)
     system = gram + torch.diag_embed(damping[:, None].expand(-1, gram.shape[1]))
     system[:, -1, -1] = gram[:, -1, -1] if bias else torch.finfo(gram.dtype).max ** 0.25
-    return torch.linalg.solve(system, cross.transpose(1, 2)).transpose(1, 2)
+    solved: Tensor = torch.linalg.solve(system, cross.transpose(1, 2))
+    return solved.transpose(1, 2)

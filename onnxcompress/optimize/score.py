@@ -3,10 +3,10 @@
     R(B) = min_α ‖f(x; Θ) − f₋B(x; Θ, α)‖² / ‖f(x; Θ)‖²        (PRACTISE, arXiv 2202.07861 eq. 3)
 
 f: the features before the global pool. The publication trains the adapters α of each block for 1,000
-steps, both networks run whole in each. Here the adapters before the block's next readers are the
-least-squares solution on what they read (see `adapters`), from second moments gathered in one pass, and
-only what lies behind the block runs again, once: feeding the block's exit with its entry *is* the network
-without the block. The teacher's features are computed once for all blocks and all rounds.
+steps, both networks run whole in each. Here only what lies behind the first adapter runs (feeding the
+block's exit with its entry *is* the network without the block), the original's features are computed once
+for all blocks and rounds, and few steps of a faster rate rank the blocks alike. Adapters sit before all
+convolutions that read the stream behind the block, and after the last one that writes to it before.
 """
 
 from __future__ import annotations
@@ -18,12 +18,19 @@ import torch
 from torch import Tensor
 
 from onnxcompress.blocks import Block
-from onnxcompress.graph import consumers, is_op
 from onnxcompress.model import Model
-from onnxcompress.optimize.adapters import fold_before, least_squares_adapter, moments
+from onnxcompress.optimize.adapters import fold_after, fold_before
 from onnxcompress.optimize.executor import Executor
 from onnxcompress.optimize.finetune import autocast
-from onnxcompress.optimize.layers import conv_layers
+from onnxcompress.optimize.layers import ConvLayer, readers, writers
+from onnxcompress.topology import Topology
+
+BATCH = 64
+"""Images that run at once when nothing is trained."""
+STEPS = 16
+TRAIN_BATCH = 32
+RATE = 0.1
+"""Of SGD on the relative squared error, falling to zero."""
 
 
 @dataclass(frozen=True)
@@ -38,10 +45,6 @@ class Probe:
     wanted: Tensor
     """(N, …) features of the original network."""
 
-    def head(self, count: int) -> Probe:
-        """The first `count` images only."""
-        return Probe(self.source, self.feature, self.images[:count], self.wanted[:count])
-
     @property
     def energy(self) -> float:
         return float(self.wanted.float().square().sum())
@@ -52,7 +55,7 @@ def probe(executor: Executor, images: Tensor, source: str, feature: str, batch: 
     with torch.no_grad(), autocast(executor.device):
         parts = [
             executor.run({source: part.to(executor.device)}, [feature])[feature]
-            for part in images.split(batch)
+            for part in torch.split(images, batch)
         ]
     return Probe(source, feature, images, torch.cat(parts))
 
@@ -71,7 +74,8 @@ class Scorer:
     """Scores the blocks of a network that may lack others already; R counts their loss, too.
 
     feature: the tensor that stands for the probe's, where the model has another. parameters: current
-    values of initializers, where they differ from the executor's.
+    values of initializers, where they differ from the executor's. steps: of adapter training a block; 0
+    scores the plain damage.
     """
 
     def __init__(
@@ -83,58 +87,113 @@ class Scorer:
         feature: str | None = None,
         executor: Executor | None = None,
         parameters: Mapping[str, Tensor] | None = None,
-        adapters: bool = True,
+        steps: int = STEPS,
         device: str = "cpu",
-        batch: int = 64,
     ) -> None:
         self.executor = executor or Executor.from_model(model, device=device)
-        self.probe, self.batch, self.feature = probe, batch, feature or probe.feature
+        self.probe, self.steps, self.feature = probe, steps, feature or probe.feature
         known = self.executor.parameters  # an adapted layer may have been dropped since
         self.parameters = {n: v for n, v in (parameters or {}).items() if n in known}
-        self.readers = {b.exit: next_readers(model, b) if adapters else ("", ()) for b in blocks}
-        taps = [b.entry for b in blocks] + [s for s, weights in self.readers.values() if weights]
+        self.sites = {b.exit: adapter_site(model, b) if steps else AdapterSite(b.entry) for b in blocks}
+        cuts = list(dict.fromkeys(site.cut for site in self.sites.values()))
         with torch.no_grad(), autocast(self.executor.device):
-            self._stored = [
-                self.executor.run(self._feed(part), list(dict.fromkeys(taps)), self.parameters)
-                for part in probe.images.split(batch)
+            parts = [
+                self.executor.run(self._feed(part), cuts, self.parameters)
+                for part in torch.split(probe.images, BATCH)
             ]
+        self._prefix = {cut: torch.cat([part[cut] for part in parts]) for cut in cuts}
 
     def _feed(self, part: Tensor) -> dict[str, Tensor]:
         return {self.probe.source: part.to(self.executor.device)}
 
     def recover(self, block: Block) -> Recovery:
         """Adapters and R of dropping `block`."""
+        site = self.sites[block.exit]
+        adapters = site.adapters(self.executor.device)
+        weights = self._train(block, site, adapters) if adapters else {}
+        lost = 0.0
         with torch.no_grad(), autocast(self.executor.device):
-            weights = self._adapted(block)
-            return Recovery(self._loss(block, self.parameters | weights), weights)
+            for at in range(0, len(self.probe.images), BATCH):
+                index = torch.arange(at, min(at + BATCH, len(self.probe.images)))
+                lost += float(self._error(block, site, index, weights).sum())
+        return Recovery(lost / self.probe.energy, weights)
 
-    def _adapted(self, block: Block) -> dict[str, Tensor]:
-        stream, weights = self.readers[block.exit]
-        if not weights:
-            return {}
-        pairs = [moments(values[block.entry], values[stream]) for values in self._stored]
-        cross, gram = (torch.stack(sums).double().sum(0) for sums in zip(*pairs, strict=True))
-        adapter = least_squares_adapter(cross, gram)
+    def _train(self, block: Block, site: AdapterSite, adapters: dict[str, Tensor]) -> dict[str, Tensor]:
+        """A few steps of SGD on all adapters, from the identity; returns the folded weights."""
         now = self.executor.parameters | self.parameters
-        return {name: fold_before(now[name], adapter) for name in weights}
+        sgd = torch.optim.SGD(adapters.values(), lr=RATE, momentum=0.9)
+        mean = self.probe.energy / self.probe.wanted.numel()
+        for step in range(self.steps):
+            sgd.param_groups[0]["lr"] = RATE * (1 - step / self.steps)
+            index = torch.arange(step * TRAIN_BATCH, (step + 1) * TRAIN_BATCH) % len(self.probe.images)
+            with autocast(self.executor.device):
+                error = self._error(block, site, index, site.folded(now, adapters))
+            sgd.zero_grad()
+            (error.mean() / mean).backward()  # type: ignore[no-untyped-call]
+            sgd.step()
+        with torch.no_grad():
+            return site.folded(now, adapters)
 
-    def _loss(self, block: Block, parameters: Mapping[str, Tensor]) -> float:
-        """Relative squared error of the features when the exit is fed with the entry."""
-        feature = self.feature
-        total = 0.0
-        parts = zip(self.probe.images.split(self.batch), self.probe.wanted.split(self.batch), strict=True)
-        for values, (image, wanted) in zip(self._stored, parts, strict=True):
-            feeds = self._feed(image) | {block.exit: values[block.entry]}
-            got = self.executor.run(feeds, [feature], parameters)[feature]
-            total += float((got.float() - wanted.float()).square().sum())
-        return total / self.probe.energy
+    def _error(
+        self, block: Block, site: AdapterSite, index: Tensor, weights: Mapping[str, Tensor]
+    ) -> Tensor:
+        """Squared errors of the features when the block's exit is fed with its entry."""
+        parameters = self.parameters | dict(weights)
+        entry = self._prefix[site.cut][index]
+        if site.cut != block.entry:
+            entry = self.executor.run({site.cut: entry}, [block.entry], parameters)[block.entry]
+        feeds = self._feed(self.probe.images[index]) | {block.exit: entry}
+        got = self.executor.run(feeds, [self.feature], parameters)[self.feature]
+        return (got.float() - self.probe.wanted[index].float()).square()
 
 
-def next_readers(model: Model, block: Block) -> tuple[str, tuple[str, ...]]:
-    """(the stream behind the block, weights of the dense convolutions that read it there)."""
-    stream = model.graph.tensors()[block.exit]
-    after = consumers(stream)
-    if len(after) == 1 and is_op(after[0], "Relu", "Clip"):
-        stream = after[0].outputs[0]
-    layers = conv_layers(model, consumers(stream)).values()
-    return stream.name, tuple(x.weight for x in layers if x.groups == 1)
+@dataclass(frozen=True)
+class AdapterSite:
+    """Where the adapters of one block sit."""
+
+    cut: str
+    """The tensor in front of the first adapter; what comes before never changes."""
+    before: tuple[ConvLayer, ...] = ()
+    """Dense convolutions that read the stream behind the block."""
+    after: tuple[ConvLayer, ...] = ()
+    """Dense convolutions that write to it in front of the block, the last one only."""
+
+    def adapters(self, device: torch.device) -> dict[str, Tensor]:
+        """Identities, one for each layer, to be trained."""
+        return {
+            **{f"before {x.node}": _identity(x.inputs, device) for x in self.before},
+            **{f"after {x.node}": _identity(x.outputs, device) for x in self.after},
+        }
+
+    def folded(self, now: Mapping[str, Tensor], adapters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """{initializer: value with its adapters folded in}, differentiable."""
+        values: dict[str, Tensor] = {}
+        for layer in self.before:
+            values[layer.weight] = fold_before(now[layer.weight], adapters[f"before {layer.node}"])
+        for layer in self.after:
+            weight = values.get(layer.weight, now[layer.weight])
+            bias = None if layer.bias is None else now[layer.bias]
+            weight, bias = fold_after(weight, bias, adapters[f"after {layer.node}"])
+            values[layer.weight] = weight
+            if layer.bias is not None and bias is not None:
+                values[layer.bias] = bias
+        return values
+
+
+def _identity(size: int, device: torch.device) -> Tensor:
+    return torch.eye(size, device=device, requires_grad=True)
+
+
+def adapter_site(model: Model, block: Block) -> AdapterSite:
+    """The convolutions that take adapters when `block` goes, and the tensor in front of them."""
+    topology = Topology(model)
+    tensors = model.graph.tensors()
+    entry = tensors[block.entry]
+    after = sorted(writers(model, entry), key=lambda x: topology.position(tensors[x.node]))[-1:]
+    cut = block.entry
+    if after:
+        place = topology.position(tensors[after[0].node])
+        earlier = [t for t in topology.trunk() if topology.position(t) < place]
+        cut = earlier[-1].name if earlier else block.entry
+        after = after if earlier else []
+    return AdapterSite(str(cut), tuple(readers(model, tensors[block.exit])), tuple(after))

@@ -5,7 +5,7 @@ spared depends on those that are gone. So after each drop the marginal score of 
 
     s(B | D) = (R(D ∪ B) − R(D)) / τ(B)
 
-is measured again, lazily: losses rarely shrink as more is dropped, so a block whose last known score is
+(τ = 1 where the target is a number of blocks) is measured again, lazily: losses rarely shrink as more is dropped, so a block whose last known score is
 above the best new one need not be looked at (Minoux 1978, Accelerated greedy algorithms).
 """
 
@@ -19,7 +19,7 @@ from torch import Tensor
 from onnxcompress.blocks import Block, find_blocks
 from onnxcompress.dropping import drop_block
 from onnxcompress.model import Model
-from onnxcompress.optimize.score import Probe, Recovery, Scorer
+from onnxcompress.optimize.score import STEPS, Probe, Recovery, Scorer
 from onnxcompress.passing import Progress, silent
 
 LOOKS = 6
@@ -47,13 +47,15 @@ def choose(
     probe: Probe,
     enough: Callable[[Choice], bool],
     *,
+    steps: int = STEPS,
     device: str = "cpu",
     progress: Progress = silent,
     expected: int = 0,
 ) -> Choice:
     """Drop blocks from `model`, in place, until `enough` or none is left.
 
-    scores: first score R / τ by the block's exit; shares: τ by exit, above 0; both for all blocks.
+    scores: first score R / τ by the block's exit; shares: τ by exit, above 0; both for all blocks. steps:
+    of adapter training a look.
     """
     choice = Choice(model, probe.feature)
     known = dict(scores)
@@ -61,7 +63,7 @@ def choose(
         left = [b for b in find_blocks(model).blocks if b.exit in known]
         if not left:
             break
-        block, recovery = _best(choice, left, known, shares, probe, device)
+        block, recovery = _best(choice, left, known, shares, probe, steps, device)
         instead = drop_block(model, block)
         choice.feature = instead.get(choice.feature, choice.feature)
         choice.dropped.append(block)
@@ -78,12 +80,19 @@ def _best(
     known: dict[str, float],
     shares: Mapping[str, float],
     probe: Probe,
+    steps: int,
     device: str,
 ) -> tuple[Block, Recovery]:
     """The block with the lowest score now; `known` learns what is measured."""
     order = sorted(left, key=lambda b: known[b.exit])[:LOOKS]
     scorer = Scorer(
-        choice.model, order, probe, feature=choice.feature, parameters=choice.weights, device=device
+        choice.model,
+        order,
+        probe,
+        feature=choice.feature,
+        parameters=choice.weights,
+        steps=steps,
+        device=device,
     )
     found: dict[str, Recovery] = {}
     best: Block | None = None

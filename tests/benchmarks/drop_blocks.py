@@ -4,8 +4,8 @@
     python tests/benchmarks/drop_blocks.py accuracy MODEL TRAIN.npz TEST.npz --preprocess TEXT
 
 `scoring` scores all blocks with this tool and with the published procedure (tests/benchmarks/practise.py)
-in one run: seconds of each, and the rank correlation of R/τ, τ measured once for both. `accuracy` runs whole
-commands, one for each number of blocks and seed.
+in one run: seconds of each, and the rank correlation of R/τ, τ measured once for both. `accuracy` runs
+whole commands, one for each number of blocks and seed.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def scoring(model: str, train: str, preprocess: str, count: int, steps: int) -> 
         network, found.blocks, probe(executor, x[:SCORING_IMAGES], source, feature.name), executor=executor
     )
     ours = {b.exit: scorer.recover(b).loss for b in found.blocks}
-    plain = Scorer(network, found.blocks, scorer.probe, executor=executor, adapters=False)
+    plain = Scorer(network, found.blocks, scorer.probe, executor=executor, steps=0)
     ours_s = time.perf_counter() - start
     damage = {b.exit: plain.recover(b).loss for b in found.blocks}
     start = time.perf_counter()
@@ -79,8 +79,8 @@ def scoring(model: str, train: str, preprocess: str, count: int, steps: int) -> 
     }
     published_s = time.perf_counter() - start
     for b in found.blocks:
-        print(f"{b.name:12} ours {ours[b.exit]:.4f}  plain {damage[b.exit]:.4f}  published {published[b.exit]:.4f}"
-              f"  tau {100 * shares[b.exit].value:.2f} %")  # fmt: skip
+        row = (ours[b.exit], damage[b.exit], published[b.exit], 100 * shares[b.exit].value)
+        print("{:12} ours {:.4f}  plain {:.4f}  published {:.4f}  tau {:.2f} %".format(b.name, *row))
     exits = [b.exit for b in found.blocks]
 
     def rank(values: dict[str, float], divide: bool) -> float:
@@ -90,11 +90,13 @@ def scoring(model: str, train: str, preprocess: str, count: int, steps: int) -> 
 
     print(f"latency shares: {latency_s:.1f} s, used by both{' (too noisy: by MACs)' if noisy else ''}")
     print(
-        f"scoring {len(exits)} blocks: ours {ours_s:.1f} s, published ({steps} steps a block) {published_s:.1f} s"
+        f"scoring {len(exits)} blocks: ours {ours_s:.1f} s, "
+        f"published ({steps} steps a block) {published_s:.1f} s"
     )
     print(f"ours with latency: {ours_s + latency_s:.1f} s; ratio {published_s / (ours_s + latency_s):.1f}")
     print(
-        f"rank correlation of R/tau with the published: {rank(ours, True):.3f} (plain damage {rank(damage, True):.3f})"
+        f"rank correlation of R/tau with the published: {rank(ours, True):.3f} "
+        f"(plain damage {rank(damage, True):.3f})"
     )
     print(f"rank correlation of R: {rank(ours, False):.3f} (plain damage {rank(damage, False):.3f})")
 
@@ -136,7 +138,7 @@ def accuracy(
             latency = result["measured"]["latency"]
             print(
                 f"{number} blocks, seed {seed}: {100 * top1:.2f} %, {seconds:.0f} s, latency "
-                f"{100 * (1 - latency['ratio']):.1f} % less, dropped {' '.join(result['measured']['order'])}",
+                f"{100 * (1 - latency['ratio']):.1f} % less: {' '.join(result['measured']['order'])}",
                 flush=True,
             )
         print(

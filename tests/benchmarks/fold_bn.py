@@ -3,8 +3,8 @@
     python tests/benchmarks/fold_bn.py [--rounds 7] [--model FILE]
 
 Rows: plain `onnx.load` and `onnx.save` (the yardstick of the ratios), `onnxcompress fold-bn --no-verify`,
-onnxoptimizer (its fusions of BatchNorm alone), onnxslim, onnxsim. The processes of a round run one after the
-other, so that a slow spell of the machine hits all. Peak memory is the kernel's maximum resident set.
+onnxoptimizer (its fusions of BatchNorm alone), onnxslim, onnxsim. The processes of a round run one after
+the other, so that a slow spell of the machine hits all. Peak memory is the kernel's maximum resident set.
 """
 
 from __future__ import annotations

@@ -79,7 +79,7 @@ def _error(
 ) -> float:
     lost = energy = 0.0
     with autocast(whole.device):
-        for part in images.split(125):
+        for part in torch.split(images, 125):
             wanted = whole.run({source: part}, [feature[1]])[feature[1]].float()
             got = without.run({source: part}, [feature[0]], folded)[feature[0]].float()
             lost += float((got - wanted).square().sum())

@@ -1,0 +1,70 @@
+"""Folding an adapter is exact: compared with the adapter as a 1×1 convolution of its own."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import onnx.parser
+import onnxruntime
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from onnxcompress.optimize.adapters import (  # noqa: E402
+    fold_after,
+    fold_before,
+    least_squares_adapter,
+    moments,
+)
+
+GRAPH = """<ir_version: 8, opset_import: ["" : 17]>
+g (float[N,6,9,9] x) => (float[N,6,5,5] y) <float[6,6,1,1] before, float[6,6,3,3] w, float[6] b,
+float[6,6,1,1] after, float[6] a> {
+  h = Conv(x, before) z = Conv<pads = [1, 1, 1, 1], strides = [2, 2]>(h, w, b) y = Conv(z, after, a) }"""
+
+
+def test_folded_adapters_give_the_same_outputs() -> None:
+    rng = np.random.default_rng(0)
+    explicit = onnx.parser.parse_model(GRAPH)
+    values = {
+        t.name: rng.normal(0, 1, tuple(t.dims)).astype(np.float32) for t in explicit.graph.initializer
+    }
+    x = rng.normal(0, 1, (2, 6, 9, 9)).astype(np.float32)
+    tensors = {name: torch.from_numpy(value) for name, value in values.items()}
+    weight = fold_before(tensors["w"], tensors["before"][..., 0, 0])
+    weight, bias = fold_after(weight, tensors["b"], tensors["after"][..., 0, 0], tensors["a"])
+    assert bias is not None
+    eye = np.eye(6, dtype=np.float32)[..., None, None]
+    folded = values | {
+        "w": weight.numpy(),
+        "b": bias.numpy(),
+        "before": eye,
+        "after": eye,
+        "a": 0 * values["a"],
+    }
+    wanted, got = _run(explicit, values, x), _run(explicit, folded, x)
+    assert np.abs(got - wanted).max() < 1e-5 * np.abs(wanted).max()
+
+
+def test_the_adapter_is_the_least_squares_solution() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(8, 5, 4, 4, generator=generator)
+    true = torch.randn(5, 5, generator=generator)
+    adapter = least_squares_adapter(*moments(x, torch.einsum("ij,njhw->nihw", true, x)), ridge=1e-9)
+    torch.testing.assert_close(adapter.float(), true, atol=1e-4, rtol=1e-4)
+
+
+def test_with_nothing_to_learn_from_the_adapter_is_the_identity() -> None:
+    zero = torch.zeros(2, 3, 4, 4)
+    torch.testing.assert_close(least_squares_adapter(*moments(zero, zero)).float(), torch.eye(3))
+
+
+def _run(proto: onnx.ModelProto, values: dict[str, np.ndarray], x: np.ndarray) -> np.ndarray:
+    model = onnx.ModelProto()
+    model.CopyFrom(proto)
+    del model.graph.initializer[:]
+    model.graph.initializer.extend(onnx.numpy_helper.from_array(v, n) for n, v in values.items())
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    session = onnxruntime.InferenceSession(model.SerializeToString(), options)
+    return np.asarray(session.run(None, {"x": x})[0])
