@@ -58,6 +58,11 @@ def only_consumer(model: Model, tensor: gs.Tensor) -> gs.Node | None:
     return readers[0] if len(readers) == 1 and not is_output(model, tensor) else None
 
 
+def value_readers(tensor: gs.Tensor) -> list[gs.Node]:
+    """Nodes that read more of the tensor than its shape; twice where they read it twice."""
+    return [node for node in tensor.outputs if not is_op(node, "Shape", "Size")]
+
+
 def read(tensor: gs.Constant) -> np.ndarray:
     """Values of an initializer, without keeping them in memory if they lie in a file."""
     values = tensor._values
@@ -86,6 +91,10 @@ def _evaluate(model: Model, node: gs.Node, tensor: gs.Tensor) -> np.ndarray | No
         return constant_attribute(node)
     if node.domain not in DEFAULT_DOMAINS or not node.inputs:
         return None
+    if is_op(node, "Shape") and isinstance(node.inputs[0], gs.Constant):  # its values need not be read
+        return _shape_of(node)
+    if is_op(node, "CastLike"):
+        return _cast_like(constant_value(model, node.inputs[0]), node.inputs[1].dtype)
     if is_op(node, "Shape") and isinstance(node.inputs[0], gs.Constant) and not node.attrs:
         return np.array(node.inputs[0].shape, np.int64)
     large = sum(math.prod(t.shape) for t in node.inputs if isinstance(t, gs.Constant)) > MAX_FOLDED
@@ -102,6 +111,19 @@ def _evaluate(model: Model, node: gs.Node, tensor: gs.Tensor) -> np.ndarray | No
     if sum(v.size for v in values if v is not None) > MAX_FOLDED:
         return None
     return _run_reference(model, node, values, tensor.name)
+
+
+def _shape_of(node: gs.Node) -> np.ndarray:
+    """What a Shape node gives for an initializer (`start` and `end` as in a Python slice)."""
+    part = slice(node.attrs.get("start", 0), node.attrs.get("end"))
+    return np.array(list(node.inputs[0].shape)[part], np.int64)
+
+
+def _cast_like(value: np.ndarray | None, kind: Any) -> np.ndarray | None:
+    """`kind`: a numpy type, a TensorProto.DataType, or None where it is not known."""
+    if value is None or kind is None:
+        return None
+    return value.astype(onnx.helper.tensor_dtype_to_np_dtype(kind) if isinstance(kind, int) else kind)
 
 
 def constant_attribute(node: gs.Node) -> np.ndarray | None:
@@ -177,16 +199,22 @@ def set_values(tensor: gs.Constant, values: np.ndarray) -> None:
 
 
 def set_constant(model: Model, node: gs.Node, index: int, values: np.ndarray, base: str) -> None:
-    """Give the node these values as an input: in place where it alone reads an initializer of that shape
-    and type there, else as a new initializer named after `base`. What nothing reads any more is removed.
+    """Give the node these values as an input, and remove what nothing reads any more.
+
+    In place where there is an initializer of that shape and type whose values only this node reads, else
+    as a new initializer named after `base`.
     """
     old = input_at(node, index)
-    if isinstance(old, gs.Constant) and only_consumer(model, old) is node and _alike(old, values):
+    if isinstance(old, gs.Constant) and _is_own(model, old) and _alike(old, values):
         set_values(old, values)
         return
     set_input(node, index, gs.Constant(unique_name(model, base), values))
     if old is not None:
         remove_unread(model, [old])
+
+
+def _is_own(model: Model, constant: gs.Constant) -> bool:
+    return len(value_readers(constant)) == 1 and not is_output(model, constant)
 
 
 def _alike(constant: gs.Constant, values: np.ndarray) -> bool:

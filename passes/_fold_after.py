@@ -61,7 +61,7 @@ def fold(model: Model, norm: BatchNorm, copy_shared: bool, rank: Rank) -> str | 
     refusal = _layer.check_finite(layer, label, weight, *offsets.values())
     if refusal:
         return refusal
-    what = f"folded into {layer.node.op} {node_label(layer.node)!r}"
+    what = f"folded into the {layer.node.op} before it"
     if layer.takes_bias:
         _layer.set_bias(model, layer, offsets["bias"])
     if into_layer:

@@ -59,7 +59,7 @@ def fold(model: Model, norm: BatchNorm, copy_shared: bool, rank: Rank) -> str | 
     refusal = _layer.check_finite(layer, label, weight, offset)
     if refusal:
         return refusal
-    what = f"folded forward into {layer.node.op} {node_label(layer.node)!r}"
+    what = f"folded into the {layer.node.op} behind it"
     at = next(i for i, t in enumerate(match.reader.inputs) if t is norm.node.outputs[0])
     match.reader.inputs[at] = norm.node.inputs[0]
     remove_nodes(model, [norm.node])
@@ -152,7 +152,7 @@ def _add_behind(model: Model, layer: Linear, response: np.ndarray) -> str:
             total = _layer.stored(constant.astype(np.float64) + offset, layer)
             if np.isfinite(total).all():
                 set_constant(model, add, at, total, _layer.bias_name(layer))
-                return f" and Add {node_label(add)!r}"
+                return " and its Add"
     inner = gs.Variable(unique_name(model, f"{output.name}_product"), output.dtype, output.shape)
     node.outputs[0] = inner
     values = gs.Constant(unique_name(model, _layer.bias_name(layer)), _layer.stored(offset, layer))
@@ -160,4 +160,4 @@ def _add_behind(model: Model, layer: Linear, response: np.ndarray) -> str:
     place = next(i for i, n in enumerate(model.graph.nodes) if n is node)
     model.graph.nodes.insert(place + 1, new)
     model.touch()
-    return " and a new Add behind it"
+    return " and a new Add"

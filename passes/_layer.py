@@ -4,7 +4,15 @@ from __future__ import annotations
 
 import numpy as np
 
-from onnxcompress.graph import attribute, constant_value, input_at, is_output, node_label, set_constant
+from onnxcompress.graph import (
+    attribute,
+    constant_value,
+    input_at,
+    is_output,
+    node_label,
+    set_constant,
+    value_readers,
+)
 from onnxcompress.linear import BIAS_AT, Linear, chain, is_float
 from onnxcompress.model import Model
 from onnxcompress.passing import Refusal
@@ -31,7 +39,7 @@ def computed_bias(layer: Linear, label: str) -> Refusal:
 def check_shared(model: Model, layer: Linear, label: str, copy_shared: bool) -> Refusal | None:
     """Rule 10 of `fold_bn`."""
     tensors = chain(layer.node.inputs[layer.weight_at])
-    shared = [t for t in tensors if len(t.outputs) > 1 or is_output(model, t)]
+    shared = [t for t in tensors if len(value_readers(t)) > 1 or is_output(model, t)]
     if copy_shared or not shared:
         return None
     rule = f"the weight {shared[-1].name!r} of {layer.node.op} {node_label(layer.node)!r} is shared"

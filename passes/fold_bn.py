@@ -16,8 +16,8 @@ Legality (1 to 5 in `batchnorm`, 6 and 7 in `linear`; everything else stays, wit
  8. what lies between layer and BatchNorm is read by nobody else: no second consumer (the bodies of If, Loop
     and Scan count), no graph output;
  9. the layer has as many channels as the BatchNorm;
-10. no other node reads the weight, or `copy_shared` allows to copy it (a shared bias always gives way to an
-    own one, as where there was none);
+10. no other node reads the weight (its shape it may), or `copy_shared` allows to copy it (a shared bias
+    always gives way to an own one, as where there was none);
 11. the bias is a constant, where it has to change;
 12. the new values are finite in the layer's type;
 13. before a layer: nothing pads it with zeros (they would not be normalized), or t = 0; of a ConvTranspose
@@ -27,8 +27,8 @@ Legality (1 to 5 in `batchnorm`, 6 and 7 in `linear`; everything else stays, wit
     once; folded, the layer sums terms that large, and the difference comes last, with their rounding.
 
 A BatchNorm is folded backward where possible, else forward, again and again until none folds. Backward,
-the layer's output takes the name of the BatchNorm's, so graph outputs and the record stay valid. Forward, that
-tensor is gone: the record then holds the layer's new input, with the stored mean and deviation.
+the layer's output takes the name of the BatchNorm's, so graph outputs and the record stay valid. Forward,
+that tensor is gone: the record then holds the layer's new input, with the stored mean and deviation.
 Does not handle: BatchNorm inside the bodies of If, Loop, Scan and inside functions, or across Transpose,
 Reshape, pooling, Concat, Relu; a lone BatchNorm stays as it is: one node is the cheapest form of it.
 """

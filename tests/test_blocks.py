@@ -20,16 +20,15 @@ from tests import zoo
 MODELS = Path(__file__).resolve().parent.parent / "models"
 
 
-def parse(body: str, outputs: str = "float[N,4,8,8] y", inputs: str = "float[N,4,8,8] x") -> Model:
-    """A model with 3×3 weights w, v (4 → 4), wide (4 → 8) and 1×1 dw (depthwise)."""
+def parse(body: str) -> Model:
+    """A model with 3×3 weights w and v (4 → 4 channels) and dw (1×1, depthwise)."""
     text = f"""<ir_version: 8, opset_import: ["" : 17]>
-    g ({inputs}) => ({outputs})
-    <float[4,4,3,3] w, float[4,4,3,3] v, float[8,4,1,1] wide, float[4,1,1,1] dw> {{ {body} }}"""
+    g (float[N,4,8,8] x) => (float[N,4,8,8] y) {{ {body} }}"""
     proto = onnx.parser.parse_model(text)
     rng = np.random.default_rng(0)
-    for tensor in proto.graph.initializer:
-        values = rng.normal(0, 0.1, tuple(tensor.dims)).astype(np.float32)
-        tensor.CopyFrom(onnx.numpy_helper.from_array(values, tensor.name))
+    for name, shape in {"w": (4, 4, 3, 3), "v": (4, 4, 3, 3), "dw": (4, 1, 1, 1)}.items():
+        values = rng.normal(0, 0.1, shape).astype(np.float32)
+        proto.graph.initializer.append(onnx.numpy_helper.from_array(values, name))
     return Model.from_proto(proto)
 
 

@@ -24,7 +24,11 @@ def show_drop_blocks(console: Console, result: PassResult) -> None:
             "the machine was too busy to tell blocks apart: their τ was taken by multiply-accumulates"
         )
     dropped = sum(bool(row["dropped"]) for row in measured.get("blocks", []))
-    console.print(f"dropped {dropped} blocks, matched at {measured['feature']!r}", markup=False)
+    console.print(
+        f"dropped {dropped} blocks; features matched at {measured['feature']!r} on {measured['images']} "
+        f"images ({measured['preprocess']})",
+        markup=False,
+    )
     _show_latency(console, measured.get("latency"))
     error = measured.get("feature_error")
     if error is not None:

@@ -57,7 +57,11 @@ class Dropper:
         self.weights: dict[str, Tensor] = {}
         self.shares: dict[str, Share] = {}
         self.scores: dict[str, dict[str, float]] = {}
-        self.measured: dict[str, Any] = {"feature": self.feature, "images": len(images)}
+        self.measured: dict[str, Any] = {
+            "feature": self.feature,
+            "images": len(images),
+            "preprocess": str(images.preprocess),
+        }
 
     def run(self) -> None:
         """All steps, in order."""

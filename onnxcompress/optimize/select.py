@@ -5,8 +5,9 @@ spared depends on those that are gone. So after each drop the marginal score of 
 
     s(B | D) = (R(D ∪ B) − R(D)) / τ(B)
 
-(τ = 1 where the target is a number of blocks) is measured again, lazily: losses rarely shrink as more is dropped, so a block whose last known score is
-above the best new one need not be looked at (Minoux 1978, Accelerated greedy algorithms).
+(τ = 1 where the target is a number of blocks) is measured again, lazily: losses rarely shrink as more is
+dropped, so a block whose last known score is above the best new one need not be looked at (Minoux 1978,
+Accelerated greedy algorithms).
 """
 
 from __future__ import annotations

@@ -109,6 +109,9 @@ def scoring(model: str, train: str, preprocess: str, count: int, steps: int) -> 
 @click.option("--count", default=500)
 @click.option("--blocks", default="4,8,12")
 @click.option("--seeds", default="0,1,2")
+@click.option(
+    "--plain", is_flag=True, help="Choose by plain damage instead: errors without adapters, once."
+)
 @click.argument("options", nargs=-1)
 def accuracy(
     model: str,
@@ -118,6 +121,7 @@ def accuracy(
     count: int,
     blocks: str,
     seeds: str,
+    plain: bool,
     options: tuple[str, ...],
 ) -> None:
     """Top-1 on TEST after dropping blocks with images of TRAIN; whole commands, timed."""
@@ -129,7 +133,11 @@ def accuracy(
                 out = str(Path(folder) / "out.onnx")
                 start = time.perf_counter()
                 command = ["drop-blocks", model, out, "--images", train, "--preprocess", preprocess]
-                command += ["--count", str(count), "--blocks", number, "--seed", seed, "--json", *options]
+                command += ["--count", str(count), "--seed", seed, "--json", *options]
+                if plain:
+                    command += _plain(model, train, preprocess, count, seed, number)
+                else:
+                    command += ["--blocks", number]
                 result = _json([*common, *command])
                 seconds = time.perf_counter() - start
                 command = ["evaluate", out, "--images", test, "--preprocess", preprocess, "--json"]
@@ -138,13 +146,41 @@ def accuracy(
             latency = result["measured"]["latency"]
             print(
                 f"{number} blocks, seed {seed}: {100 * top1:.2f} %, {seconds:.0f} s, latency "
-                f"{100 * (1 - latency['ratio']):.1f} % less: {' '.join(result['measured']['order'])}",
+                f"{100 * (1 - latency['ratio']):.1f} % less: "
+                f"{' '.join(r['name'] for r in result['measured']['blocks'] if r['dropped'])}",
                 flush=True,
             )
         print(
             f"{number} blocks, {count} images: mean {np.mean(found):.2f} % of {len(found)} seeds",
             flush=True,
         )
+
+
+def _plain(model: str, train: str, preprocess: str, count: int, seed: str, number: str) -> list[str]:
+    """--drop with the blocks whose lack alone, nothing adapted, damages the features least."""
+    import torch
+
+    from onnxcompress.blocks import find_blocks
+    from onnxcompress.inputs.images import load_images
+    from onnxcompress.inputs.preprocess import Preprocess
+    from onnxcompress.model import load
+    from onnxcompress.optimize.executor import Executor
+    from onnxcompress.optimize.score import Scorer, probe
+    from onnxcompress.passes.fold_bn import FoldBatchNorm
+    from onnxcompress.topology import Topology
+
+    network = load(model)
+    FoldBatchNorm().apply(network)
+    blocks = find_blocks(network).blocks
+    images = load_images(train, preprocess=Preprocess.parse(preprocess), count=count, seed=int(seed))
+    feature = Topology(network).feature()
+    assert feature is not None
+    executor = Executor.from_model(network)
+    x = torch.from_numpy(images.array())
+    source = network.graph.inputs[0].name
+    scorer = Scorer(network, blocks, probe(executor, x, source, feature.name), executor=executor, steps=0)
+    damage = {b.name: scorer.recover(b).loss for b in blocks}
+    return ["--drop", ",".join(sorted(damage, key=lambda name: damage[name])[: int(number)])]
 
 
 def _json(command: list[str]) -> dict[str, Any]:

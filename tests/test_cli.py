@@ -1,0 +1,81 @@
+"""The command line's frame: help without libraries, errors in one line, exit codes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from onnxcompress.cli.main import COMMANDS, main
+from onnxcompress.passes import CATALOGUE, load_pass
+
+
+def test_help_imports_no_library() -> None:
+    code = (
+        "import sys; from onnxcompress.cli.main import main; main(['--help'])\n"
+        "heavy = {'numpy', 'onnx', 'onnx_graphsurgeon', 'onnxruntime', 'torch', 'rich'}\n"
+        "heavy &= set(sys.modules)\n"
+        "sys.exit(str(heavy) if heavy else 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    for name in [*COMMANDS, *(entry.name for entry in CATALOGUE)]:
+        assert name in done.stdout
+
+
+@pytest.mark.parametrize("name", [*COMMANDS, *(entry.name for entry in CATALOGUE)])
+def test_each_command_has_help_with_an_example(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([name, "--help"]) == 0
+    assert f"onnxcompress {name}" in capsys.readouterr().out
+
+
+def test_the_catalogue_names_its_passes() -> None:
+    assert [load_pass(entry.name).name for entry in CATALOGUE] == [entry.name for entry in CATALOGUE]
+
+
+def test_an_unknown_command_suggests_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspct"]) == 2
+    assert "Did you mean 'inspect'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", [["inspect"], ["fold-bn"]])
+def test_a_broken_file_is_one_line(
+    command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    broken = tmp_path / "broken.onnx"
+    broken.write_bytes(b"\x08\x07\x3a\xff\xff\x03")
+    rest = [str(tmp_path / "out.onnx")] if command == ["fold-bn"] else []
+    assert main([*command, str(broken), *rest]) == 1
+    message = capsys.readouterr().err
+    assert message.startswith("error: ")
+    assert message.count("\n") == 1
+    assert not (tmp_path / "out.onnx").exists()
+
+
+def test_the_input_is_not_overwritten(
+    models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy = tmp_path / "net.onnx"
+    copy.write_bytes((models / "mobilenetv2-fashion.onnx").read_bytes())
+    assert main(["fold-bn", str(copy), str(copy)]) == 1
+    assert "would replace the input" in capsys.readouterr().err
+    assert copy.read_bytes() == (models / "mobilenetv2-fashion.onnx").read_bytes()
+
+
+def test_fold_bn_reports_and_compares(
+    models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "folded.onnx"
+    assert main(["fold-bn", str(models / "mobilenetv2-fashion.onnx"), str(out), "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert len(report["changes"]) == 32
+    assert report["measured"]["difference"]["max_rel"] < 1e-5
+    assert main(["inspect", str(out), "--statistics"]) == 0
+    shown = capsys.readouterr().out
+    assert "statistics of 32 tensors" in shown
+    assert "8 blocks that can be dropped" in shown
+    assert main(["fold-bn", str(out), str(tmp_path / "again.onnx")]) == 0
+    assert "nothing to change" in capsys.readouterr().out
