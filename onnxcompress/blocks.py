@@ -13,7 +13,8 @@ layer, a gate), and replacing it changes what is merged later. Legality, an allo
 
   R1  the shapes of entry and exit are known and equal
   R2  the region depends on nothing but its entry and constants
-  R3  no tensor inside is read outside or is a graph output; the exit is no graph output
+  R3  no tensor inside is read outside or is a graph output; the exit is no graph output, and no body of
+      an If, Loop or Scan reads it
   R4  it has at least one layer with weights (Conv, ConvTranspose, Gemm, MatMul)
   R5  a run's convolution mixes channels (group = 1) and lies before the feature tensor
 
@@ -28,8 +29,9 @@ from typing import Literal
 
 import onnx_graphsurgeon as gs
 
+from onnxcompress.errors import ModelError
 from onnxcompress.graph import consumers, input_at, is_op, is_output, producer
-from onnxcompress.macs import node_macs
+from onnxcompress.macs import node_macs, parameters_of
 from onnxcompress.model import Model, Shape
 from onnxcompress.passing import Refusal
 from onnxcompress.topology import Topology
@@ -108,7 +110,7 @@ def find_blocks(model: Model) -> Discovery:
                 if miss.refusal[0]:
                     misses.append(Refusal(node.name or node.outputs[0].name, *miss.refusal))
     covered = {id(n) for region in regions for n in region.nodes}
-    for candidate in _trunk_candidates(model, topology):
+    for candidate in _trunk_candidates(topology):
         if any(id(n) in covered for n in candidate.nodes):
             continue
         try:
@@ -118,7 +120,7 @@ def find_blocks(model: Model) -> Discovery:
         else:
             regions.append(candidate)
     regions.sort(key=lambda r: topology.index[id(producer(r.exit))])
-    return Discovery(_describe(model, regions), tuple(misses))
+    return Discovery(_describe(model, topology, regions), tuple(misses))
 
 
 def _residual(model: Model, topology: Topology, add: gs.Node) -> _Region:
@@ -167,7 +169,7 @@ def _branch(topology: Topology, branch: gs.Tensor, entry: gs.Tensor) -> list[gs.
     return sorted(found.values(), key=lambda n: topology.index[id(n)])
 
 
-def _trunk_candidates(model: Model, topology: Topology) -> Iterator[_Region]:
+def _trunk_candidates(topology: Topology) -> Iterator[_Region]:
     """Runs and units between neighbouring tensors of the trunk, before the feature tensor (R5)."""
     trunk = topology.trunk()
     limit = topology.feature()
@@ -196,10 +198,9 @@ def _trunk_candidates(model: Model, topology: Topology) -> Iterator[_Region]:
 def _check(model: Model, topology: Topology, region: _Region) -> None:
     inside = {id(node) for node in region.nodes}
     before, after = topology.shape(region.entry), topology.shape(region.exit)
-    if before is None or after is None or None in before[1:]:
-        raise _Illegal(
-            "the shape is unknown", "export with static spatial dimensions, or run shape inference"
-        )
+    remedy = "export with static spatial dimensions, or run shape inference"
+    if before is None or after is None or not all(isinstance(d, int) for d in before[1:]):
+        raise _Illegal("the shape is unknown", remedy)
     if len(before) != len(after) or before[1:] != after[1:]:
         raise _Illegal(f"input {_dims(before)} and output {_dims(after)} differ in shape")
     if not any(_has_weight(topology, node) for node in region.nodes):
@@ -208,6 +209,12 @@ def _check(model: Model, topology: Topology, region: _Region) -> None:
         raise _Illegal("a depthwise or grouped convolution on the trunk is half of a separable one")
     if is_output(model, region.exit):
         raise _Illegal("its output is an output of the graph")
+    if any(id(reader) not in topology.index for reader in consumers(region.exit)):
+        raise _Illegal("its output is read inside the body of an If, Loop or Scan")
+    try:
+        _macs(model, region)
+    except ModelError as error:
+        raise _Illegal(str(error), remedy) from error
     for node in region.nodes:
         for tensor in node.outputs:
             if tensor is region.exit:
@@ -236,13 +243,12 @@ def _label(region: _Region) -> str:
     return str(last.name or last.outputs[0].name)
 
 
-def _describe(model: Model, regions: list[_Region]) -> tuple[Block, ...]:
+def _describe(model: Model, topology: Topology, regions: list[_Region]) -> tuple[Block, ...]:
     shapes = model.shapes()
     names = [_name(region) for region in regions]
     blocks = []
     for region, name in zip(regions, names, strict=True):
         unique = name and names.count(name) == 1
-        weights = {t.name: t for n in region.nodes for t in n.inputs if isinstance(t, gs.Constant)}
         blocks.append(
             Block(
                 name=name if unique else region.exit.name,
@@ -251,19 +257,29 @@ def _describe(model: Model, regions: list[_Region]) -> tuple[Block, ...]:
                 exit=region.exit.name,
                 shape=shapes[region.exit.name],
                 inner=tuple(n.outputs[0].name for n in region.nodes),
-                parameters=sum(_size(t) for t in weights.values()),
-                macs=sum(node_macs(n, shapes) for n in region.nodes),
+                parameters=parameters_of(_with_constants(topology, region)),
+                macs=_macs(model, region),
                 signature=_signature(region, shapes),
             )
         )
     return tuple(blocks)
 
 
-def _size(tensor: gs.Constant) -> int:
-    count = 1
-    for dim in tensor.shape:
-        count *= dim
-    return count
+def _macs(model: Model, region: _Region) -> int:
+    return sum(node_macs(node, model.shapes()) for node in region.nodes)
+
+
+def _with_constants(topology: Topology, region: _Region) -> list[gs.Node]:
+    """The region's nodes, and those that make its constants: a MatMul's weight may be transposed first."""
+    found = {id(node): node for node in region.nodes}
+    pending = list(region.nodes)
+    while pending:
+        for tensor in pending.pop().inputs:
+            node = None if id(tensor) in topology.dynamic else producer(tensor)
+            if node is not None and id(node) not in found:
+                found[id(node)] = node
+                pending.append(node)
+    return list(found.values())
 
 
 def _signature(region: _Region, shapes: dict[str, Shape]) -> str:

@@ -187,4 +187,9 @@ def _for(model: ModelLike, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndar
                 f"{label(model)}: input {spec.name!r} takes {expected}, the other model's {got}; only "
                 "models with the same inputs can be compared"
             )
-    return {s.name: feeds[source] for s, source in zip(specs, sources, strict=True)}
+    return {s.name: _as_float(feeds[source], s.dtype) for s, source in zip(specs, sources, strict=True)}
+
+
+def _as_float(values: np.ndarray, dtype: np.dtype[Any]) -> np.ndarray:
+    """Floats in the type that the model takes: a float16 model is compared with its float32 original."""
+    return values.astype(dtype, copy=False) if values.dtype.kind == dtype.kind == "f" else values

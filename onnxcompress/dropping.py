@@ -57,13 +57,20 @@ def drop_block(model: Model, block: Block) -> dict[str, str]:
     remove_nodes(model, nodes)
     instead = {exit.name: entry.name}
     for reader in readers:
-        if _repeats(model, reader, entry) and not is_output(model, reader.outputs[0]):
+        if _repeats(model, reader, entry) and _can_go(model, reader):
             instead[reader.outputs[0].name] = entry.name
             replace_uses(model, reader.outputs[0], entry)
             remove_nodes(model, [reader])
     drop_missing(model)
     model.touch()
     return instead
+
+
+def _can_go(model: Model, node: gs.Node) -> bool:
+    """Whether only nodes of the main graph read what the node makes: bodies are never changed."""
+    bodies = {id(n) for body in model.graph.subgraphs(recursive=True) for n in body.nodes}
+    output = node.outputs[0]
+    return not is_output(model, output) and not any(id(n) in bodies for n in consumers(output))
 
 
 def _repeats(model: Model, node: gs.Node, entry: gs.Tensor) -> bool:

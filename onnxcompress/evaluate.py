@@ -34,7 +34,7 @@ class Accuracy:
         z, n, p = 1.959964, self.count, self.top1
         middle = (p + z * z / (2 * n)) / (1 + z * z / n)
         half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-        return middle - half, middle + half
+        return max(middle - half, 0.0), min(middle + half, 1.0)
 
 
 def evaluate(

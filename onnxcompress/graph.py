@@ -95,8 +95,6 @@ def _evaluate(model: Model, node: gs.Node, tensor: gs.Tensor) -> np.ndarray | No
         return _shape_of(node)
     if is_op(node, "CastLike"):
         return _cast_like(constant_value(model, node.inputs[0]), node.inputs[1].dtype)
-    if is_op(node, "Shape") and isinstance(node.inputs[0], gs.Constant) and not node.attrs:
-        return np.array(node.inputs[0].shape, np.int64)
     large = sum(math.prod(t.shape) for t in node.inputs if isinstance(t, gs.Constant)) > MAX_FOLDED
     if large and not is_op(node, "Identity"):
         return None
@@ -226,6 +224,17 @@ def _alike(constant: gs.Constant, values: np.ndarray) -> bool:
     if isinstance(stored, LazyValues):
         return bool(stored.tensor.data_type == kind)
     return bool(stored.dtype == values.dtype)
+
+
+def lift_weights(model: Model, *ops: str) -> None:
+    """Make initializers, of the same names, of the Constant nodes that hold weights of these operators."""
+    for node in list(model.graph.nodes):
+        for tensor in node.inputs[1:] if is_op(node, *ops) else ():
+            source = producer(tensor)
+            value = constant_attribute(source) if is_op(source, "Constant") else None
+            if value is not None and source is not None and not is_output(model, tensor):
+                replace_uses(model, tensor, gs.Constant(tensor.name, value))
+                remove_nodes(model, [source])
 
 
 def remove_unread(model: Model, tensors: Iterable[gs.Tensor]) -> None:

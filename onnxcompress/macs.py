@@ -7,7 +7,7 @@ left out, as is usual in the field.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 import onnx_graphsurgeon as gs
@@ -54,11 +54,6 @@ def node_macs(node: gs.Node, shapes: Mapping[str, Shape]) -> int:
     return 0
 
 
-def parameter_count(node: gs.Node) -> int:
-    """Numbers in the node's weights; weights that nodes share count at each of them."""
-    return sum(math.prod(t.shape) for t in _weights(node))
-
-
 def count_macs(model: Model) -> int:
     """Multiply-accumulates of the model for one image. Raises ModelError as `node_macs`."""
     shapes = model.shapes()
@@ -70,7 +65,12 @@ def count_macs(model: Model) -> int:
 
 def count_parameters(model: Model) -> int:
     """Numbers in all weights of the model, each tensor once."""
-    weights = {t.name: t for node in model.graph.nodes for t in _weights(node)}
+    return parameters_of(model.graph.nodes)
+
+
+def parameters_of(nodes: Iterable[gs.Node]) -> int:
+    """Numbers in the weights that these nodes read, each tensor once."""
+    weights = {t.name: t for node in nodes for t in _weights(node)}
     return sum(math.prod(t.shape) for t in weights.values())
 
 

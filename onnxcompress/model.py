@@ -61,7 +61,9 @@ class Model:
     ) -> None:
         """`proto` may lack the raw data of the initializers whose index is in `stored`."""
         self.name = name
-        self.external_data = any(isinstance(v, StoredValues) and v.external for v in stored.values())
+        external = [v for v in stored.values() if isinstance(v, StoredValues) and v.external]
+        self.external_data = bool(external)
+        self.external_files = {v.file.path for v in external}
         self.input_digest: Callable[[], str] | None = None
         self._shapes: dict[str, Shape] | None = None
         self.constants: dict[str, np.ndarray | None] = {}

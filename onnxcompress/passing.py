@@ -53,12 +53,9 @@ class PassResult:
         return bool(self.changes)
 
 
-def option(default: Any, help: str, *, short: str | None = None, metavar: str | None = None) -> Any:
+def option(default: Any, help: str, *, metavar: str | None = None) -> Any:
     """A field of a pass that is an option. `help` states the unit where there is one."""
-    metadata = {"help": help, "short": short, "metavar": metavar}
-    if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata=metadata)
-    return field(default=default, metadata=metadata)
+    return field(default=default, metadata={"help": help, "metavar": metavar})
 
 
 @dataclass(frozen=True)

@@ -66,6 +66,7 @@ def session(
         options.add_session_config_entry("session.force_spinning_stop", "1")
     if profile is not None:
         options.enable_profiling = True
+        options.log_severity_level = 4  # of a model it cannot load it also says that there is no profile
         options.profile_file_prefix = profile
     chosen = pick_provider(provider)
     with runnable(model) as source:

@@ -14,6 +14,7 @@ import onnx_graphsurgeon as gs
 from onnxcompress.errors import ModelError
 from onnxcompress.graph import constant_value, is_op, producer
 from onnxcompress.model import Model, Shape
+from onnxcompress.topology import sorted_nodes
 
 ROUNDS = 50
 """Each round passes one more computed target shape; ShuffleNetV2 needs one a unit."""
@@ -80,7 +81,9 @@ def _infer_once(model: Model) -> dict[str, Shape]:
             value = constant_value(model, tensor)
             if value is not None and node.op != "Constant":
                 folded[tensor.name] = value
-    keep = [n for n in proto.graph.node if not any(o in folded for o in n.output)]
+    nodes = {id(n): one for n, one in zip(model.graph.nodes, proto.graph.node, strict=True)}
+    order = [nodes[id(n)] for n in sorted_nodes(model)]  # inference reads the nodes in order, once
+    keep = [n for n in order if not any(o in folded for o in n.output)]
     del proto.graph.node[:]
     proto.graph.node.extend(keep)
     proto.graph.initializer.extend(onnx.numpy_helper.from_array(v, n) for n, v in folded.items())

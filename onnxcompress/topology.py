@@ -20,7 +20,7 @@ class Topology:
 
     def __init__(self, model: Model) -> None:
         self.model = model
-        self.order = _sorted(model)
+        self.order = sorted_nodes(model)
         self.index = {id(node): i for i, node in enumerate(self.order)}
         self.dynamic = {id(t) for t in model.graph.inputs}
         self.data = set(self.dynamic)
@@ -98,8 +98,8 @@ def _reads(node: gs.Node) -> list[gs.Tensor]:
     return reads
 
 
-def _sorted(model: Model) -> list[gs.Node]:
-    """Kahn's algorithm, keeping the file's order where it is already sorted."""
+def sorted_nodes(model: Model) -> list[gs.Node]:
+    """Nodes in topological order (Kahn), in the file's own order where that is one."""
     nodes = list(model.graph.nodes)
     made: set[int] = set()
     if _is_sorted(nodes, made):

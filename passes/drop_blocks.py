@@ -20,10 +20,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from difflib import get_close_matches
+from pathlib import Path
 from typing import ClassVar, Literal
 
-from onnxcompress.blocks import Discovery, find_blocks
+from onnxcompress.blocks import LINEAR, Discovery, find_blocks
 from onnxcompress.errors import ModelError, OptionError
+from onnxcompress.graph import lift_weights
 from onnxcompress.model import Model
 from onnxcompress.passes.fold_bn import FoldBatchNorm
 from onnxcompress.passing import Change, Pass, PassResult, Progress, option, silent
@@ -54,7 +56,10 @@ class DropBlocks(Pass):
         None, "Folder of images or an .npz; labels are not used.", metavar="DIR|NPZ"
     )
     preprocess: str | None = option(
-        None, "imagenet, cifar10, …, or 'mean=… std=… size=… layout=…', on pixels/255.", metavar="TEXT"
+        None,
+        "imagenet, cifar10, …, or 'mean=… std=… size=… layout=…', on pixels/255; default: what the model's "
+        "metadata has under `preprocessing`, else unit.",
+        metavar="TEXT",
     )
     count: int | None = option(None, "Use this many of the images, drawn with the seed.")
     latency_reduction: float | None = option(None, "Target, in percent of the latency.", metavar="PCT")
@@ -64,14 +69,14 @@ class DropBlocks(Pass):
     scores: str | None = option(
         None, "Scores are read from this file, or written to it if it is new.", metavar="JSON"
     )
-    steps: int = option(400, "Steps of fine-tuning; 0: none.")
+    steps: int = option(500, "Steps of fine-tuning; 0: none.")
     batch: int = option(64, "Images in a step of fine-tuning.")
-    learning_rate: float = option(0.01, "Peak rate of fine-tuning, relative to a weight's size.")
+    learning_rate: float = option(0.005, "Peak rate of fine-tuning, relative to a weight's size.")
     latency_batch: int = option(1, "Images in a run when latency is measured.")
     provider: Literal["auto", "cpu", "cuda", "tensorrt"] = option("auto", "Of onnxruntime.")
     threads: int = option(0, "CPU threads of onnxruntime; 0: all cores.")
     device: Literal["auto", "cpu", "cuda"] = option("auto", "Where torch optimizes.")
-    seed: int = option(0, "Of images, augmentation and order; the same seed gives the same file.")
+    seed: int = option(0, "Of all draws; the same seed and --scores give the same file.")
 
     def apply(self, model: Model, progress: Progress = silent) -> PassResult:
         """Drop blocks from `model` in place; `measured` holds scores, latency and errors.
@@ -82,6 +87,7 @@ class DropBlocks(Pass):
         self._check_options()
         original = model.copy()
         folded = FoldBatchNorm().apply(model)
+        lift_weights(model, *LINEAR)
         found = find_blocks(model)
         self._check_blocks(model, found)
         from onnxcompress.optimize.dropper import Dropper
@@ -89,9 +95,9 @@ class DropBlocks(Pass):
         work = Dropper(self, original, model, found, progress)
         work.run()
         changes = [Change(b.name, f"{b.kind} block dropped") for b in work.dropped]
-        if folded.changes:
-            changes.append(Change(model.name, f"{len(folded.changes)} BatchNorms folded"))
-        return PassResult(changes, list(found.near_misses), work.measured)
+        if folded.measured["folded"]:
+            changes.append(Change(model.name, f"{folded.measured['folded']} BatchNorms folded"))
+        return PassResult(changes, list(work.found.near_misses), work.measured)
 
     def _check_options(self) -> None:
         targets = [self.latency_reduction is not None, self.blocks is not None, bool(self.drop)]
@@ -105,8 +111,13 @@ class DropBlocks(Pass):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise OptionError(f"--{name.replace('_', '-')} {value}: expected 1 or more")
-        if self.steps < 0 or self.learning_rate <= 0:
-            raise OptionError("--steps must not be negative, --learning-rate must be above 0")
+        for name in ("steps", "threads", "seed"):
+            if getattr(self, name) < 0:
+                raise OptionError(f"--{name} {getattr(self, name)}: expected 0 or more")
+        if not 0 < self.learning_rate < float("inf"):
+            raise OptionError(f"--learning-rate {self.learning_rate}: expected more than 0")
+        if self.scores is not None and not Path(self.scores).parent.is_dir():
+            raise OptionError(f"--scores {self.scores}: name a file in an existing folder")
 
     def _check_blocks(self, model: Model, found: Discovery) -> None:
         if not found.blocks:

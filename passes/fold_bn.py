@@ -56,6 +56,9 @@ class FoldBatchNorm(Pass):
 
     The outputs stay the same but for rounding. The mean and deviation of each BatchNorm's output are
     recorded in the file, for passes that have no other data.
+
+    \b
+    Example: onnxcompress fold-bn net.onnx folded.onnx
     """
 
     name: ClassVar[str] = "fold-bn"

@@ -10,12 +10,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from onnxcompress.optimize.adapters import (  # noqa: E402
-    fold_after,
-    fold_before,
-    least_squares_adapter,
-    moments,
-)
+from onnxcompress.optimize.adapters import fold_after, fold_before  # noqa: E402
 
 GRAPH = """<ir_version: 8, opset_import: ["" : 17]>
 g (float[N,6,9,9] x) => (float[N,6,5,5] y) {
@@ -42,19 +37,6 @@ def test_folded_adapters_give_the_same_outputs() -> None:
     }
     wanted, got = _run(explicit, values, x), _run(explicit, folded, x)
     assert np.abs(got - wanted).max() < 1e-5 * np.abs(wanted).max()
-
-
-def test_the_adapter_is_the_least_squares_solution() -> None:
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(8, 5, 4, 4, generator=generator)
-    true = torch.randn(5, 5, generator=generator)
-    adapter = least_squares_adapter(*moments(x, torch.einsum("ij,njhw->nihw", true, x)), ridge=1e-9)
-    torch.testing.assert_close(adapter.float(), true, atol=1e-4, rtol=1e-4)
-
-
-def test_with_nothing_to_learn_from_the_adapter_is_the_identity() -> None:
-    zero = torch.zeros(2, 3, 4, 4)
-    torch.testing.assert_close(least_squares_adapter(*moments(zero, zero)).float(), torch.eye(3))
 
 
 def _run(proto: onnx.ModelProto, values: dict[str, np.ndarray], x: np.ndarray) -> np.ndarray:

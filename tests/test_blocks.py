@@ -13,6 +13,7 @@ import pytest
 from onnxcompress.blocks import Discovery, find_blocks
 from onnxcompress.dropping import drop_blocks
 from onnxcompress.errors import OptionError
+from onnxcompress.graph import lift_weights
 from onnxcompress.model import Model, load
 from onnxcompress.topology import Topology
 from tests import zoo
@@ -99,6 +100,57 @@ def test_an_activation_that_does_something_stays() -> None:
     model = parse(f"h = Sigmoid(x) a = Conv{CONV}(h, w) s = Add(a, h) r = Relu(s) y = Conv{CONV}(r, v)")
     drop_blocks(model, ["s"])
     assert [n.op for n in model.graph.nodes] == ["Sigmoid", "Relu", "Conv"]
+
+
+def with_body(body: str, read: str) -> Model:
+    """The body's model, whose output `q` goes through an If that reads the tensor `read`."""
+    model = parse(f"{body} c = Constant<value = bool {{1}}>() h0 = Relu(q) y = Relu(h0)").to_proto()
+    branch = onnx.parser.parse_graph(f"b () => (float[N,4,8,8] z) {{ z = Relu({read}) }}")
+    model.graph.node[-1].CopyFrom(
+        onnx.helper.make_node("If", ["c"], ["y"], then_branch=branch, else_branch=branch)
+    )
+    return Model.from_proto(model)
+
+
+def test_a_block_that_a_body_reads_is_none() -> None:
+    found = find_blocks(with_body(f"h = Relu(x) a = Conv{CONV}(h, w) s = Add(a, h) q = Relu(s)", "s"))
+    assert not found.blocks
+    assert "inside the body" in str(found.near_misses[0])
+
+
+def test_an_activation_that_a_body_reads_stays() -> None:
+    model = with_body(f"h = Relu(x) a = Conv{CONV}(h, w) s = Add(a, h) q = Relu(s)", "q")
+    assert drop_blocks(model, ["s"]) == {"s": "h"}
+    onnx.checker.check_model(model.to_proto(), full_check=True)
+
+
+def test_an_open_image_size_is_a_near_miss() -> None:
+    proto = parse(f"h = Relu(x) a = Conv{CONV}(h, w) s = Add(a, h) y = Relu(s)").to_proto()
+    for value in (proto.graph.input[0], proto.graph.output[0]):
+        value.type.tensor_type.shape.dim[2].dim_param = "H"
+    found = find_blocks(Model.from_proto(proto))
+    assert not found.blocks
+    assert "the shape is unknown" in str(found.near_misses[0])
+
+
+def test_a_transposed_weight_is_a_parameter_of_its_block() -> None:
+    proto = parse("h = Relu(x) a = MatMul(h, t) s = Add(a, h) y = Relu(s)").to_proto()
+    proto.graph.initializer.append(onnx.numpy_helper.from_array(np.ones((8, 8), np.float32), "m"))
+    proto.graph.node.insert(0, onnx.helper.make_node("Transpose", ["m"], ["t"], perm=[1, 0]))
+    (block,) = find_blocks(Model.from_proto(proto)).blocks
+    assert (block.parameters, block.macs) == (64, 4 * 8 * 8 * 8)
+
+
+def test_weights_in_constant_nodes_become_initializers() -> None:
+    proto = parse(f"y = Conv{CONV}(x, c)").to_proto()
+    weight = onnx.numpy_helper.from_array(np.ones((4, 4, 3, 3), np.float32))
+    proto.graph.node.insert(0, onnx.helper.make_node("Constant", [], ["c"], value=weight))
+    model = Model.from_proto(proto)
+    lift_weights(model, "Conv")
+    lifted = model.to_proto()
+    onnx.checker.check_model(lifted, full_check=True)
+    assert [n.op_type for n in lifted.graph.node] == ["Conv"]
+    assert "c" in {t.name for t in lifted.graph.initializer}
 
 
 def test_a_block_that_is_none_is_refused() -> None:

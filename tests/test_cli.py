@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import onnx
 import pytest
 
 from onnxcompress.cli.main import COMMANDS, main
@@ -29,7 +30,7 @@ def test_help_imports_no_library() -> None:
 @pytest.mark.parametrize("name", [*COMMANDS, *(entry.name for entry in CATALOGUE)])
 def test_each_command_has_help_with_an_example(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([name, "--help"]) == 0
-    assert f"onnxcompress {name}" in capsys.readouterr().out
+    assert f"onnxcompress {name}" in capsys.readouterr().out.split("Example")[1]
 
 
 def test_the_catalogue_names_its_passes() -> None:
@@ -63,6 +64,31 @@ def test_the_input_is_not_overwritten(
     assert main(["fold-bn", str(copy), str(copy)]) == 1
     assert "would replace the input" in capsys.readouterr().err
     assert copy.read_bytes() == (models / "mobilenetv2-fashion.onnx").read_bytes()
+
+
+def test_the_inputs_external_data_is_not_overwritten(
+    models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    proto = onnx.load(models / "mobilenetv2-fashion.onnx")
+    onnx.save(proto, tmp_path / "net.onnx", save_as_external_data=True, location="fast.onnx.data")
+    before = (tmp_path / "fast.onnx.data").read_bytes()
+    for out in ("fast.onnx", "fast.onnx.data"):
+        assert main(["fold-bn", str(tmp_path / "net.onnx"), str(tmp_path / out)]) == 1
+        assert "it holds the input's weights" in capsys.readouterr().err
+    assert (tmp_path / "fast.onnx.data").read_bytes() == before
+
+
+def test_an_open_image_size_is_shown_and_not_compared(
+    models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    proto = onnx.load(models / "mobilenetv2-fashion.onnx")
+    proto.graph.input[0].type.tensor_type.shape.dim[2].dim_param = "H"
+    del proto.graph.value_info[:]
+    onnx.save(proto, tmp_path / "net.onnx")
+    assert main(["inspect", str(tmp_path / "net.onnx")]) == 0
+    assert "is the image size open?" in capsys.readouterr().out
+    assert main(["fold-bn", str(tmp_path / "net.onnx"), str(tmp_path / "o.onnx")]) == 0
+    assert "outputs not compared" in capsys.readouterr().out
 
 
 def test_fold_bn_reports_and_compares(

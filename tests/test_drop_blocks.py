@@ -69,7 +69,13 @@ def scores(resnet: str, arguments: list[str], tmp_path_factory: pytest.TempPathF
         (["--drop", "blocks.11"], "did you mean 'blocks.1'"),
         (["--latency-reduction", "120"], "expected 0 to 100"),
         (["--blocks", "1", "--feature", "nowhere"], "no such tensor"),
+        (["--drop", "blocks.5", "--feature", "/blocks/blocks.1/Relu_output_0"], "do not depend on it"),
+        (["--blocks", "3", "--feature", "/blocks/blocks.1/Relu_output_0"], "depend on 2 blocks"),
         (["--blocks", "1", "--batch", "0"], "expected 1 or more"),
+        (["--blocks", "1", "--seed", "-1"], "expected 0 or more"),
+        (["--blocks", "1", "--learning-rate", "nan"], "expected more than 0"),
+        (["--blocks", "1", "--scores", "nowhere/s.json"], "an existing folder"),
+        (["--blocks", "1", "--latency-batch", "-4"], "expected 1 or more"),
     ],
 )
 def test_wrong_options_are_usage_errors(

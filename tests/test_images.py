@@ -257,6 +257,10 @@ def test_npz_without_labels_or_cut_short(tmp_path: Path) -> None:
     file.write_bytes(file.read_bytes()[:100])
     with pytest.raises(InputError, match="not a readable"):
         load_images(file, preprocess=UNIT)
+    with file.open("wb") as handle:
+        np.save(handle, np.zeros((2, 8, 8, 3), np.uint8))
+    with pytest.raises(InputError, match="no zip archive"):
+        load_images(file, preprocess=UNIT)
 
 
 def test_npz_gray_without_a_channel_axis(tmp_path: Path) -> None:

@@ -108,6 +108,8 @@ def show_refusals(console: Console, refusals: list[passing.Refusal], title: str 
 
 def show_result(one: passing.Pass, result: passing.PassResult, source: Path, target: Path) -> None:
     """The account of one pass."""
+    from onnxcompress.sources import model_bytes
+
     console = stdout()
     if one.name == "drop-blocks":
         from onnxcompress.cli.drop_blocks import show_drop_blocks
@@ -123,13 +125,8 @@ def show_result(one: passing.Pass, result: passing.PassResult, source: Path, tar
             console.print("nothing to change")
     show_refusals(console, result.refusals)
     _show_difference(console, result.measured.get("difference"))
-    before, after = _bytes(source), _bytes(target)
+    before, after = model_bytes(source), model_bytes(target)
     console.print(f"{source} → {target}: {size(before)} → {size(after)}", markup=False)
-
-
-def _bytes(path: Path) -> int:
-    data = path.with_name(path.name + ".data")
-    return path.stat().st_size + (data.stat().st_size if data.is_file() else 0)
 
 
 def _show_difference(console: Console, found: dict[str, Any] | None) -> None:

@@ -16,9 +16,8 @@ def show_drop_blocks(console: Console, result: PassResult) -> None:
     order = {name: place + 1 for place, name in enumerate(measured.get("order", []))}
     rows = [_row(row, order) for row in measured.get("blocks", [])]
     columns = ["block", "recoverability R", "latency share τ", "95 % interval", "score R/τ", "decision"]
-    console.print(
-        table("Blocks (lower scores are dropped first; scores change as blocks go)", columns, rows)
-    )
+    title = "Blocks (the lowest score goes first, with --blocks the lowest R; both change as blocks go)"
+    console.print(table(title, columns, rows))
     if measured.get("noisy_latency"):
         console.print(
             "the machine was too busy to tell blocks apart: their τ was taken by multiply-accumulates"
@@ -35,8 +34,6 @@ def show_drop_blocks(console: Console, result: PassResult) -> None:
         console.print(
             f"features on the given images: relative error {error**0.5:.3f} (root of the squares)"
         )
-    if "agreement" in measured:
-        console.print(f"top-1 agreement on the given images: {100 * measured['agreement']:.1f} %")
 
 
 def _row(row: dict[str, Any], order: dict[str, int]) -> list[str]:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from onnxcompress.cli.options import as_json, print_json
+from onnxcompress.errors import ModelError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -55,6 +56,10 @@ def _facts(model: Model, path: Path) -> dict[str, Any]:
 
     shapes = model.shapes()
     feature = Topology(model).feature()
+    try:
+        macs: int | None = count_macs(model)
+    except ModelError:  # an open image size, or an operator of another domain
+        macs = None
     return {
         "model": str(path),
         "bytes": model_bytes(path),
@@ -64,7 +69,7 @@ def _facts(model: Model, path: Path) -> dict[str, Any]:
         "inputs": {t.name: list(shapes.get(t.name, ())) for t in model.graph.inputs},
         "outputs": {t.name: list(shapes.get(t.name, ())) for t in model.graph.outputs},
         "parameters": count_parameters(model),
-        "macs": count_macs(model),
+        "macs": macs,
         "operators": dict(Counter(n.op for n in model.graph.nodes).most_common()),
         "batch_norms": sum(n.op == "BatchNormalization" for n in model.graph.nodes),
         "recorded_tensors": len(read_record(model)),
@@ -109,7 +114,9 @@ def _show_facts(console: Console, facts: dict[str, Any]) -> None:
 def _work(macs: int | None) -> str:
     from onnxcompress.cli.console import number
 
-    return "unknown: the image size is open" if macs is None else f"{number(macs)} MACs an image"
+    if macs is None:
+        return "unknown: not all shapes are known (is the image size open?)"
+    return f"{number(macs)} MACs an image"
 
 
 def _norms(facts: dict[str, Any]) -> str:
@@ -163,6 +170,9 @@ def _show_statistics(console: Console, model: Model) -> None:
          f"{s.std.min():.3g} … {s.std.max():.3g}"]
         for name, s in read_record(model).items()
     ]  # fmt: skip
+    if not rows:
+        console.print("no statistics are recorded")
+        return
     console.print(
         table("Recorded statistics", ["tensor", "source", "channels", "mean", "std"], rows, left=2)
     )

@@ -83,7 +83,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         error.show()
         return error.exit_code
     except (click.Abort, KeyboardInterrupt):
-        click.echo("interrupted: the output file was not written", err=True)
+        click.echo("interrupted", err=True)
         return INTERRUPTED
     except CompressError as error:
         click.echo(f"error: {error}", err=True)

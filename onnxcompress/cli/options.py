@@ -88,7 +88,8 @@ def timing() -> Decorator[Any]:
 
 
 def seed() -> Decorator[Any]:
-    return click.option("--seed", type=int, default=0, show_default=True, help="Of all random draws.")
+    kind = click.IntRange(0)
+    return click.option("--seed", type=kind, default=0, show_default=True, help="Of all random draws.")
 
 
 def as_json() -> Decorator[Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import types
 import typing
@@ -12,6 +11,7 @@ from typing import Any
 
 import click
 
+from onnxcompress.cli.options import print_json
 from onnxcompress.errors import CompressError, ModelError, TargetMissed
 from onnxcompress.passes import load_pass
 
@@ -45,22 +45,16 @@ def command(name: str) -> click.Command:
         verify = bool(options.pop("verify", False))
         _run(cls(**options), Path(source), Path(target), verify, as_json, quiet)
 
-    return click.Command(name, callback=callback, params=params, help=_help(cls))
-
-
-def _help(cls: type[Pass]) -> str:
-    return (cls.__doc__ or "").strip()
+    return click.Command(name, callback=callback, params=params, help=cls.__doc__)
 
 
 def _option(field: dataclasses.Field[Any], hint: Any) -> click.Option:
     names = ["--" + field.name.replace("_", "-"), field.name]
-    if field.metadata.get("short"):
-        names.append(field.metadata["short"])
     default = None if field.default is dataclasses.MISSING else field.default
     common: dict[str, Any] = {
         "help": field.metadata.get("help", ""),
         "default": default,
-        "show_default": default not in (None, False, (), ""),
+        "show_default": isinstance(default, int | float | str) and default is not False,
     }
     if field.metadata.get("metavar"):
         common["metavar"] = field.metadata["metavar"]
@@ -96,12 +90,20 @@ def check_target(source: Path, target: Path) -> None:
         raise ModelError(f"{target}: cannot be written; name a file in an existing, writable folder")
 
 
+def _check_external(model: Model, target: Path) -> None:
+    """Refuse to write over the file that holds the input's weights. Raises ModelError."""
+    for file in (target, target.with_name(target.name + ".data")):
+        if any(file.exists() and os.path.samefile(file, one) for one in model.external_files):
+            raise ModelError(f"{file}: it holds the input's weights; name another file or folder")
+
+
 def _run(one: Pass, source: Path, target: Path, verify: bool, as_json: bool, quiet: bool) -> None:
     from onnxcompress.model import load, save
     from onnxcompress.passing import run
 
     check_target(source, target)
     model = load(source)
+    _check_external(model, target)
     missed: TargetMissed | None = None
     if quiet or as_json:
         (result,) = run([one], model)
@@ -116,7 +118,7 @@ def _run(one: Pass, source: Path, target: Path, verify: bool, as_json: bool, qui
     if "target_missed" in result.measured:
         missed = TargetMissed(str(result.measured["target_missed"]))
     if as_json:
-        click.echo(json.dumps(_summary(one, model, result)))
+        print_json(_summary(one, model, result))
     elif not quiet:
         from onnxcompress.cli.console import show_result
 
@@ -128,9 +130,8 @@ def _run(one: Pass, source: Path, target: Path, verify: bool, as_json: bool, qui
 def _verify(source: Path, target: Path) -> dict[str, float | str]:
     from onnxcompress import verify
 
-    feeds = verify.random_feeds(source)
     try:
-        found = verify.difference(source, target, feeds)
+        found = verify.difference(source, target, verify.random_feeds(source))
     except CompressError as error:
         return {"skipped": str(error)}
     return {"max_abs": found.max_abs, "max_rel": found.max_rel, "output": found.output}

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from zipfile import BadZipFile
+from zipfile import BadZipFile, is_zipfile
 
 import numpy as np
 from PIL import Image
@@ -230,6 +230,8 @@ def _load_npz(file: Path, preprocess: Preprocess, count: int | None, seed: int, 
 
 
 def _read_npz(file: Path) -> tuple[np.ndarray, np.ndarray | None]:
+    if not is_zipfile(file):  # numpy would take a .npy or a pickle of that name for what it is
+        raise InputError(f"{file}: not a readable .npz (no zip archive)")
     try:
         with np.load(file, allow_pickle=False) as archive:
             x_key = next((k for k in ("x", "images") if k in archive.files), None)

@@ -24,7 +24,7 @@ from onnxcompress.optimize.finetune import Schedule, finetune
 from onnxcompress.optimize.reconstruct import Reconstruction, segments
 from onnxcompress.optimize.score import Probe, Scorer, probe
 from onnxcompress.optimize.select import Choice, choose
-from onnxcompress.passing import Progress
+from onnxcompress.passing import Progress, Refusal
 from onnxcompress.shares import Share, latency_shares, usable
 from onnxcompress.topology import Topology
 
@@ -45,14 +45,14 @@ class Dropper:
     def __init__(
         self, options: DropBlocks, original: Model, model: Model, found: Discovery, progress: Progress
     ) -> None:
-        self.options, self.original, self.model, self.found = options, original, model, found
-        self.progress = progress
-        self.feature = self.student_feature = _feature(model, options.feature)
+        self.options, self.original, self.model, self.progress = options, original, model, progress
         self.source, images = _load(options, model)
+        self.feature = self.student_feature = _feature(model, options.feature)
         self.nhwc = images.preprocess.layout == "nhwc"
         self.images = torch.from_numpy(images.array())
         self.device = pick_device(options.device)
         self.teacher = Executor.from_model(model, device=self.device)
+        self.found = self._in_front(found)
         self.dropped: list[Block] = []
         self.weights: dict[str, Tensor] = {}
         self.shares: dict[str, Share] = {}
@@ -65,9 +65,10 @@ class Dropper:
 
     def run(self) -> None:
         """All steps, in order."""
+        self._check_runtime()
         if self.options.drop:
-            names = [self.found[name] for name in self.options.drop]
-            self.dropped = sorted(names, key=self.found.blocks.index)
+            named = {self.found[name] for name in self.options.drop}
+            self.dropped = sorted(named, key=self.found.blocks.index)
             instead = drop_blocks(self.model, [b.exit for b in self.dropped])
             self.student_feature = instead.get(self.feature, self.feature)
         else:
@@ -76,11 +77,46 @@ class Dropper:
         self._tune()
         self._measure()
 
+    def _in_front(self, found: Discovery) -> Discovery:
+        """The blocks that the features depend on; what others lose, no score and no repair could see."""
+        needed = self.teacher.needed([self.source], [self.feature])
+        seen = {t.name for node in needed for t in node.outputs}
+        behind = [b for b in found.blocks if b.exit not in seen]
+        left = tuple(b for b in found.blocks if b.exit in seen)
+        rule, remedy = f"the features {self.feature!r} do not depend on it", "name a later --feature"
+        for name in self.options.drop:
+            if found[name] in behind:
+                raise OptionError(f"--drop {name!r}: {rule}; {remedy}")
+        if len(left) < (self.options.blocks or 1):
+            names = ", ".join(b.name for b in behind)
+            raise OptionError(
+                f"the features {self.feature!r} depend on {len(left)} blocks, not on {names}; {remedy}"
+            )
+        return Discovery(left, (*found.near_misses, *(Refusal(b.name, rule, remedy) for b in behind)))
+
+    def _check_runtime(self) -> None:
+        """Run the original once: a provider or a batch that cannot be is an error now, not at the end."""
+        options = self.options
+        benchmark(
+            {"before": self.original},
+            provider=options.provider,
+            batch=options.latency_batch,
+            threads=options.threads,
+            runs=1,
+            warm_up=0,
+        )
+
     def _probe(self) -> Probe:
         shapes = self.model.shapes()
         each = sum(_elements(shapes[b.entry]) * 2 for b in self.found.blocks) * 4
         count = max(8, min(SCORING_IMAGES, len(self.images), TAPS_BYTES // max(each, 1)))
-        return probe(self.teacher, self.images[:count], self.source, self.feature)
+        made = probe(self.teacher, self.images[:count], self.source, self.feature)
+        if not 0 < made.energy < float("inf"):
+            raise ModelError(
+                f"{self.model.name}: the features {self.feature!r} are all zero, or not finite, on these "
+                "images; check --preprocess"
+            )
+        return made
 
     def _score(self) -> None:
         self.probe = self._probe()
@@ -173,7 +209,8 @@ class Dropper:
         if self.options.blocks is not None:
             return len(choice.dropped) >= self.options.blocks
         target = (self.options.latency_reduction or 0.0) / 100
-        predicted = sum(self.shares[b.exit].value for b in choice.dropped)
+        tau = self._tau()  # not what a noisy clock says: all blocks might go before it adds up
+        predicted = sum(tau[b.exit] for b in choice.dropped)
         if not choice.dropped or predicted < 0.9 * target:
             return False
         return 1 - self._latency(choice.model, seconds=5.0)["ratio"] >= target

@@ -31,10 +31,6 @@ class ConvLayer:
     inputs: int
     kernel: tuple[int, int]
 
-    @property
-    def pads_zeros(self) -> bool:
-        return any(self.pads)
-
 
 def conv_layers(model: Model, nodes: Iterable[gs.Node] | None = None) -> dict[str, ConvLayer]:
     """All 2-d convolutions whose weight is an initializer that nothing else reads, by output tensor."""
