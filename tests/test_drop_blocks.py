@@ -274,3 +274,24 @@ def test_adapters_and_refitting_recover_features(resnet: str, models: Path) -> N
         got = student.run({"input": x}, [feature.name], new)[feature.name]
     refitted = float((got - target.wanted.float()).square().sum()) / target.energy
     assert refitted < losses[1] < losses[0]
+
+
+def test_a_batch_norm_that_stays_keeps_its_statistics() -> None:
+    """Training a variance would make it negative; only scale, offset and convolutions are trained."""
+    from onnxcompress.optimize.executor import Executor
+    from onnxcompress.optimize.finetune import Schedule, finetune
+
+    text = """<ir_version: 8, opset_import: ["" : 17]> g (float[N,2,6,6] x) => (float[N,2,6,6] y)
+    <float[2] s = {1, 1}, float[2] o = {0, 0}, float[2] m = {0, 0}, float[2] v = {0.001, 0.001}> {
+      n = BatchNormalization(x, s, o, m, v) r = Relu(n) y = Conv(r, w) }"""
+    proto = onnx.parser.parse_model(text)
+    weight = np.ones((2, 2, 1, 1), np.float32)
+    proto.graph.initializer.append(onnx.numpy_helper.from_array(weight, "w"))
+    student = Executor.from_model(Model.from_proto(proto))
+    proto.graph.initializer[-1].CopyFrom(onnx.numpy_helper.from_array(-weight, "w"))
+    teacher = Executor.from_model(Model.from_proto(proto))
+    x = torch.randn(8, 2, 6, 6, generator=torch.Generator().manual_seed(0))
+    schedule = Schedule(steps=5, batch=4, learning_rate=0.5, seed=0)
+    trained = finetune(student, teacher, {}, x, "x", ("y", "y"), schedule)
+    assert set(trained) == {"s", "o", "w"}
+    assert all(bool(value.isfinite().all()) for value in trained.values())

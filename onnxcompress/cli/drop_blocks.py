@@ -32,7 +32,7 @@ def show_drop_blocks(console: Console, result: PassResult) -> None:
     error = measured.get("feature_error")
     if error is not None:
         console.print(
-            f"features on the given images: relative error {error**0.5:.3f} (root of the squares)"
+            f"features on the images it was tuned on: relative error {error**0.5:.3f} (root of the squares)"
         )
 
 

@@ -12,9 +12,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import onnx_graphsurgeon as gs
 import torch
 from torch import Tensor
 
+from onnxcompress.graph import is_op
 from onnxcompress.optimize.executor import Executor
 from onnxcompress.passing import Progress, silent
 
@@ -23,13 +25,13 @@ from onnxcompress.passing import Progress, silent
 class Schedule:
     """How long and how fast to train."""
 
-    steps: int = 500
-    batch: int = 64
-    learning_rate: float = 1e-3
+    steps: int
+    batch: int
+    learning_rate: float
     """Of Adam at its peak, relative to each parameter tensor's root mean square."""
+    seed: int
     warm_up: float = 0.05
     """Share of the steps in which the rate rises."""
-    seed: int = 0
 
 
 def finetune(
@@ -81,7 +83,7 @@ def _leaves(
     student: Executor, start: Mapping[str, Tensor], source: str, feature: str
 ) -> tuple[dict[str, Tensor], list[float]]:
     """Trainable copies of the parameters that the feature depends on, and their scales."""
-    used = {t.name for node in student.needed([source], [feature]) for t in node.inputs}
+    used = {t.name for node in student.needed([source], [feature]) for t in _trainable(node)}
     values, scales = {}, []
     for name, value in student.parameters.items():
         if name in used:
@@ -89,6 +91,14 @@ def _leaves(
             values[name] = leaf
             scales.append(max(float(leaf.detach().square().mean().sqrt()), 1e-3))
     return values, scales
+
+
+def _trainable(node: gs.Node) -> list[gs.Tensor]:
+    """Inputs that may be trained: not a BatchNorm's statistics (a variance would turn negative), no scales
+    of a quantizer."""
+    if is_op(node, "BatchNormalization"):
+        return list(node.inputs[:3])
+    return [] if is_op(node, "QuantizeLinear", "DequantizeLinear") else list(node.inputs)
 
 
 def _rate(step: int, schedule: Schedule) -> float:

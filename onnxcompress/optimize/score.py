@@ -50,12 +50,12 @@ class Probe:
         return float(self.wanted.float().square().sum())
 
 
-def probe(executor: Executor, images: Tensor, source: str, feature: str, batch: int = 64) -> Probe:
+def probe(executor: Executor, images: Tensor, source: str, feature: str) -> Probe:
     """Compute the original network's features, once."""
     with torch.no_grad(), autocast(executor.device):
         parts = [
             executor.run({source: part.to(executor.device)}, [feature])[feature]
-            for part in torch.split(images, batch)
+            for part in torch.split(images, BATCH)
         ]
     return Probe(source, feature, images, torch.cat(parts))
 
