@@ -149,13 +149,12 @@ def test_the_output_is_the_input_with_fewer_nodes(
     assert passes == ["drop-blocks"]
 
 
-def test_the_same_seed_and_scores_give_the_same_file(
-    resnet: str, arguments: list[str], scores: Path, tmp_path: Path
-) -> None:
+def test_the_same_seed_gives_the_same_file(resnet: str, arguments: list[str], tmp_path: Path) -> None:
+    """With a number of blocks the clock has no say, so nothing but the seed matters."""
     files = []
     for name, seed in (("a", "1"), ("b", "1"), ("c", "2")):
         out = tmp_path / name
-        command = ["drop-blocks", resnet, str(out), *arguments, "--blocks", "2", "--scores", str(scores)]
+        command = ["drop-blocks", resnet, str(out), *arguments, "--blocks", "2"]
         assert main([*command, "--seed", seed, "--quiet"]) == 0
         files.append(out.read_bytes())
     assert files[0] == files[1]
