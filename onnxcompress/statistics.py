@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from onnxcompress.batchnorm import BatchNorm, is_batch_norm, read_batch_norm
 from onnxcompress.model import Model
 
 KEY = "onnxcompress.statistics"
@@ -50,6 +51,18 @@ def write_record(model: Model, record: dict[str, ChannelStatistics]) -> None:
         for name, s in sorted(record.items())
     }
     model.set_metadata(KEY, json.dumps(entries) if entries else None)
+
+
+def known_statistics(model: Model) -> dict[str, ChannelStatistics]:
+    """The record, and what the BatchNorms that are still in the graph say of their outputs, by tensor."""
+    norms = [read_batch_norm(model, node) for node in model.graph.nodes if is_batch_norm(node)]
+    return read_record(model) | {
+        norm.node.outputs[0].name: ChannelStatistics(
+            norm.beta.astype("float32"), abs(norm.gamma).astype("float32")
+        )
+        for norm in norms
+        if isinstance(norm, BatchNorm)
+    }
 
 
 def drop_missing(model: Model) -> None:

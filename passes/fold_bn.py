@@ -42,7 +42,7 @@ from typing import ClassVar
 import onnx_graphsurgeon as gs
 
 from onnxcompress import statistics
-from onnxcompress.batchnorm import BatchNorm, is_batch_norm, read_batch_norm
+from onnxcompress.batchnorm import is_batch_norm, read_batch_norm
 from onnxcompress.graph import DEFAULT_DOMAINS, is_op, node_label, producer
 from onnxcompress.model import Model
 from onnxcompress.passes import _fold_after, _fold_before
@@ -74,7 +74,7 @@ class FoldBatchNorm(Pass):
         result = PassResult(refusals=list(_in_bodies(model)))
         nodes = [node for node in model.graph.nodes if is_batch_norm(node)]
         before = statistics.read_record(model)
-        record = before | _record(model, nodes)
+        record = statistics.known_statistics(model)
         left = _fold_all(_Folding(model, self.copy_shared, record, result), nodes, progress)
         statistics.write_record(model, record)
         statistics.drop_missing(model)
@@ -106,18 +106,6 @@ class _Folding:
         if self.ranks is None:
             self.ranks = {name: len(shape) for name, shape in self.model.shapes().items()}
         return self.ranks.get(tensor.name)
-
-
-def _record(model: Model, nodes: list[gs.Node]) -> dict[str, ChannelStatistics]:
-    """Mean and deviation of every output of a BatchNorm in inference mode, by tensor name."""
-    norms = [read_batch_norm(model, node) for node in nodes]
-    return {
-        norm.node.outputs[0].name: ChannelStatistics(
-            norm.beta.astype("float32"), abs(norm.gamma).astype("float32")
-        )
-        for norm in norms
-        if isinstance(norm, BatchNorm)
-    }
 
 
 def _fold_all(work: _Folding, nodes: list[gs.Node], progress: Progress) -> list[Refusal]:
