@@ -10,8 +10,9 @@ A node is read as one where (legality, numbered; the code names the rule):
  4. they are vectors of one length, the number of channels;
  5. variance + epsilon > 0, and scale and shift are finite.
 
-Over the training set the output has mean beta and standard deviation |gamma|, and the input has the stored
-mean and variance (Horton et al., arXiv 2011.09058, §3.1).
+Over the training set the output has mean beta, and the input has the stored mean and variance. The output's
+standard deviation is |gamma| sqrt(variance / (variance + epsilon)): that is |gamma| (Horton et al., arXiv
+2011.09058, §3.1) but for channels that hardly vary, such as the dead ones of depthwise convolutions.
 Does not handle: operator sets below 7 (`is_test`, `consumed_inputs`).
 """
 
@@ -43,6 +44,8 @@ class BatchNorm:
     beta: np.ndarray
     mean: np.ndarray
     """Of the input, over the training set."""
+    variance: np.ndarray
+    """Of the input, over the training set."""
     deviation: np.ndarray
     """Of the input: sqrt(variance + epsilon)."""
 
@@ -53,6 +56,11 @@ class BatchNorm:
     @property
     def shift(self) -> np.ndarray:
         return np.asarray(self.beta - self.mean * self.scale)
+
+    @property
+    def output_std(self) -> np.ndarray:
+        """Standard deviation of the output over the training set."""
+        return np.asarray(np.abs(self.scale) * np.sqrt(np.maximum(self.variance, 0)))
 
     @property
     def channels(self) -> int:
@@ -82,7 +90,7 @@ def read_batch_norm(model: Model, node: gs.Node) -> BatchNorm | Refusal:
     gamma, beta, mean, variance = values
     with np.errstate(all="ignore"):
         deviation = np.sqrt(variance + attribute(node, "epsilon", DEFAULT_EPSILON))
-        norm = BatchNorm(node, gamma, beta, mean, deviation)
+        norm = BatchNorm(node, gamma, beta, mean, variance, deviation)
         bad = ~((deviation > 0) & np.isfinite(norm.scale) & np.isfinite(norm.shift))
     if bad.any():  # rule 5
         at = int(np.flatnonzero(bad)[0])

@@ -33,7 +33,7 @@ from onnxcompress.importing import import_graph
 from onnxcompress.storage import StoredValues
 
 PROVENANCE = "onnxcompress.provenance"
-"""Key in metadata_props: JSON list of {pass, options, version, input_sha256}, oldest first."""
+"""Key in metadata_props: JSON list of {pass, options, version, input_sha256, inputs}, oldest first."""
 
 Shape = tuple[int | str | None, ...]
 
@@ -169,9 +169,14 @@ class Model:
             return []
         return entries if isinstance(entries, list) else []
 
-    def add_provenance(self, name: str, options: dict[str, Any], digest: str) -> None:
-        """Append to the provenance; `digest` is the SHA-256 of what went in."""
+    def add_provenance(
+        self, name: str, options: dict[str, Any], digest: str, inputs: Any | None = None
+    ) -> None:
+        """Append to the provenance; `digest` is the SHA-256 of what went in, `inputs` what was learned from
+        (JSON: source, count and seed of each)."""
         entry = {"pass": name, "options": options, "version": __version__, "input_sha256": digest}
+        if inputs is not None:
+            entry["inputs"] = inputs
         self.set_metadata(PROVENANCE, json.dumps([*self.provenance(), entry]))
 
     def digest(self) -> str:

@@ -84,7 +84,7 @@ def run(passes: Sequence[Pass], model: Model, progress: Progress = silent) -> li
         digest = model.digest()
         result = one.apply(model, progress)
         if result.modified:
-            model.add_provenance(one.name, one.options(), digest)
+            model.add_provenance(one.name, one.options(), digest, result.measured.get("inputs"))
         results.append(result)
     return results
 

@@ -20,6 +20,8 @@ class Entry(NamedTuple):
 
 CATALOGUE: tuple[Entry, ...] = (
     Entry("fold-bn", "fold_bn", "FoldBatchNorm", "Fold BatchNorm into the layers beside it."),
+    Entry("calibrate", "calibrate", "Calibrate", "Estimate statistics where no BatchNorm knows them."),
+    Entry("equalize", "equalize", "Equalize", "Rescale channels between layers for fewer bits."),
     Entry("drop-blocks", "drop_blocks", "DropBlocks", "Drop residual blocks to meet a latency."),
 )
 

@@ -1,4 +1,4 @@
-"""Drop residual blocks until the network is as fast as asked, with a few unlabelled images.
+"""Drop residual blocks until the network is as fast as asked, with a few unlabelled images, or none.
 
 Wang & Wu, Practical Network Acceleration with Tiny Sets (CVPR 2023, arXiv 2202.07861), with what beats it:
 
@@ -26,6 +26,14 @@ from typing import ClassVar, Literal
 from onnxcompress.blocks import LINEAR, Discovery, find_blocks
 from onnxcompress.errors import ModelError, OptionError
 from onnxcompress.graph import lift_weights
+from onnxcompress.inputs.source import (
+    InputRequest,
+    count_option,
+    images_option,
+    inputs_option,
+    preprocess_option,
+    synthetic_option,
+)
 from onnxcompress.model import Model
 from onnxcompress.passes.fold_bn import FoldBatchNorm
 from onnxcompress.passing import Change, Pass, PassResult, Progress, option, silent
@@ -33,7 +41,7 @@ from onnxcompress.passing import Change, Pass, PassResult, Progress, option, sil
 
 @dataclass(frozen=True)
 class DropBlocks(Pass):
-    """Drop residual blocks of a CNN to make it faster, with a few unlabelled images.
+    """Drop residual blocks of a CNN to make it faster, with a few unlabelled images or none.
 
     \b
     Give one target:
@@ -52,16 +60,11 @@ class DropBlocks(Pass):
 
     name: ClassVar[str] = "drop-blocks"
 
-    images: str | None = option(
-        None, "Folder of images or an .npz; labels are not used.", metavar="DIR|NPZ"
-    )
-    preprocess: str | None = option(
-        None,
-        "imagenet, cifar10, …, or 'mean=… std=… size=… layout=…', on pixels/255; default: what the model's "
-        "metadata has under `preprocessing`, else unit.",
-        metavar="TEXT",
-    )
-    count: int | None = option(None, "Use this many of the images, drawn with the seed.")
+    images: str | None = images_option()
+    preprocess: str | None = preprocess_option()
+    count: int | None = count_option()
+    inputs: Literal["auto", "images", "distilled", "procedural", "layerwise"] = inputs_option()
+    synthetic: int = synthetic_option()
     latency_reduction: float | None = option(None, "Target, in percent of the latency.", metavar="PCT")
     blocks: int | None = option(None, "Target, in blocks.", metavar="K")
     drop: tuple[str, ...] = option((), "Names of the blocks to drop, with commas.", metavar="NAME,…")
@@ -103,8 +106,7 @@ class DropBlocks(Pass):
         targets = [self.latency_reduction is not None, self.blocks is not None, bool(self.drop)]
         if sum(targets) != 1:
             raise OptionError("give one target: --latency-reduction PCT, --blocks K or --drop NAME,...")
-        if self.images is None:
-            raise OptionError("--images is needed: a folder or .npz with about 50 to 500 images")
+        self.request.check()
         if self.latency_reduction is not None and not 0 < self.latency_reduction < 100:
             raise OptionError(f"--latency-reduction {self.latency_reduction}: expected 0 to 100 percent")
         for name in ("blocks", "batch", "latency_batch"):
@@ -118,6 +120,12 @@ class DropBlocks(Pass):
             raise OptionError(f"--learning-rate {self.learning_rate}: expected more than 0")
         if self.scores is not None and not Path(self.scores).parent.is_dir():
             raise OptionError(f"--scores {self.scores}: name a file in an existing folder")
+
+    @property
+    def request(self) -> InputRequest:
+        return InputRequest(
+            self.images, self.preprocess, self.count, self.inputs, self.synthetic, self.seed
+        )
 
     def _check_blocks(self, model: Model, found: Discovery) -> None:
         if not found.blocks:

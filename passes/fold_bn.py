@@ -39,6 +39,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import ClassVar
 
+import numpy as np
 import onnx_graphsurgeon as gs
 
 from onnxcompress import statistics
@@ -131,18 +132,20 @@ def _fold(work: _Folding, node: gs.Node) -> Refusal | None:
     if isinstance(norm, Refusal):
         return norm
     label, source, output = node_label(node), node.inputs[0], node.outputs[0].name
+    between = {source.name} | {t.name for n in source.inputs if is_op(n, "Add") for t in n.inputs}
     behind = _fold_after.fold(work.model, norm, work.copy_shared, work.rank)
     if isinstance(behind, str):
         work.result.changes.append(Change(label, behind))
+        for name in between:  # gone, or scaled
+            work.record.pop(name, None)
         return None
     ahead = _fold_before.fold(work.model, norm, work.copy_shared, work.rank)
     if isinstance(ahead, str):
         work.result.changes.append(Change(label, ahead))
         work.record.pop(output, None)
-        work.record.setdefault(
-            source.name,
-            ChannelStatistics(norm.mean.astype("float32"), norm.deviation.astype("float32")),
-        )
+        if source.name not in work.record or work.record[source.name].estimated:
+            std = np.sqrt(np.maximum(norm.variance, 0))
+            work.record[source.name] = ChannelStatistics(norm.mean.astype("float32"), std.astype("float32"))
         return None
     return behind or ahead or _lone(node)
 

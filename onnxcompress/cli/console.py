@@ -115,6 +115,10 @@ def show_result(one: passing.Pass, result: passing.PassResult, source: Path, tar
         from onnxcompress.cli.drop_blocks import show_drop_blocks
 
         show_drop_blocks(console, result)
+    elif one.name == "calibrate":
+        from onnxcompress.cli.calibrate import show_calibrate
+
+        show_calibrate(console, result)
     else:
         kinds: dict[str, int] = {}
         for change in result.changes:

@@ -24,16 +24,21 @@ def show_drop_blocks(console: Console, result: PassResult) -> None:
         )
     dropped = sum(bool(row["dropped"]) for row in measured.get("blocks", []))
     console.print(
-        f"dropped {dropped} blocks; features matched at {measured['feature']!r} on {measured['images']} "
-        f"images ({measured['preprocess']})",
+        f"dropped {dropped} blocks; features matched at {measured['feature']!r}\n"
+        f"learned from {_inputs(measured)}",
         markup=False,
     )
     _show_latency(console, measured.get("latency"))
     error = measured.get("feature_error")
     if error is not None:
         console.print(
-            f"features on the images it was tuned on: relative error {error**0.5:.3f} (root of the squares)"
+            f"features on what it was tuned on: relative error {error**0.5:.3f} (root of the squares)"
         )
+
+
+def _inputs(measured: dict[str, Any]) -> str:
+    used = ", ".join(f"{u['count']} {u['source']} ({u['why']})" for u in measured["inputs"])
+    return f"{used}; {measured['preprocess']}" if "preprocess" in measured else used
 
 
 def _row(row: dict[str, Any], order: dict[str, int]) -> list[str]:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @click.command()
 @click.argument("model")
-@click.option("--statistics", is_flag=True, help="List the recorded channel statistics, too.")
+@click.option("--statistics", is_flag=True, help="List what is known of each channel, too.")
 @as_json()
 def inspect(model: str, statistics: bool, as_json: bool) -> None:
     """Show a model: inputs, size, operators, and each block that can be dropped.
@@ -45,13 +45,13 @@ def inspect(model: str, statistics: bool, as_json: bool) -> None:
     _show_facts(console, facts)
     _show_blocks(console, found, facts)
     if statistics:
-        _show_statistics(console, loaded)
+        _show_statistics(console, loaded, facts)
 
 
 def _facts(model: Model, path: Path) -> dict[str, Any]:
     from onnxcompress.macs import count_macs, count_parameters
     from onnxcompress.sources import model_bytes
-    from onnxcompress.statistics import read_record
+    from onnxcompress.statistics import live_record, read_record
     from onnxcompress.topology import Topology
 
     shapes = model.shapes()
@@ -72,7 +72,8 @@ def _facts(model: Model, path: Path) -> dict[str, Any]:
         "macs": macs,
         "operators": dict(Counter(n.op for n in model.graph.nodes).most_common()),
         "batch_norms": sum(n.op == "BatchNormalization" for n in model.graph.nodes),
-        "recorded_tensors": len(read_record(model)),
+        "recorded_tensors": len(live_record(model)),
+        "recorded_tensors_gone": len(read_record(model)) - len(live_record(model)),
         "feature": None if feature is None else feature.name,
         "provenance": model.provenance(),
     }
@@ -125,7 +126,7 @@ def _norms(facts: dict[str, Any]) -> str:
         return f"{norms} nodes; statistics of {recorded} tensors are recorded in the file"
     if norms:
         return f"{norms} nodes, no statistics recorded yet (fold-bn records them)"
-    return "none, and no statistics recorded: data-free passes will have to estimate them"
+    return "none, and no statistics recorded: `onnxcompress calibrate` estimates them"
 
 
 def _show_blocks(console: Console, found: Discovery, facts: dict[str, Any]) -> None:
@@ -153,26 +154,58 @@ def _show_blocks(console: Console, found: Discovery, facts: dict[str, Any]) -> N
 
 
 def _statistics(model: Model) -> dict[str, Any]:
-    from onnxcompress.statistics import read_record
+    """What is known of tensors, by name in order; `where`: in the `graph`'s BatchNorm, or on `record`."""
+    from onnxcompress.statistics import graph_statistics, known_statistics
 
+    graph, known = graph_statistics(model), known_statistics(model)
+    made = [*model.graph.inputs, *(t for node in model.graph.nodes for t in node.outputs)]
+    order = [t.name for t in made if t.name in known]
     return {
-        name: {"source": s.source, "mean": s.mean.tolist(), "std": s.std.tolist()}
-        for name, s in read_record(model).items()
+        name: {
+            "source": known[name].source,
+            "where": "graph" if name in graph and not known[name].estimated else "record",
+            "mean": known[name].mean.tolist(),
+            "std": known[name].std.tolist(),
+            "dead": known[name].dead,
+        }
+        for name in order
     }
 
 
-def _show_statistics(console: Console, model: Model) -> None:
+def _show_statistics(console: Console, model: Model, facts: dict[str, Any]) -> None:
     from onnxcompress.cli.console import table
-    from onnxcompress.statistics import read_record
 
     rows = [
-        [name, s.source, str(len(s.mean)), f"{s.mean.min():.3g} … {s.mean.max():.3g}",
-         f"{s.std.min():.3g} … {s.std.max():.3g}"]
-        for name, s in read_record(model).items()
+        [name, "in graph" if s["where"] == "graph" else s["source"], str(len(s["mean"])),
+         _range(s["mean"]), _range(s["std"]), str(len(s["dead"]) or "")]
+        for name, s in _statistics(model).items()
     ]  # fmt: skip
-    if not rows:
-        console.print("no statistics are recorded")
-        return
-    console.print(
-        table("Recorded statistics", ["tensor", "source", "channels", "mean", "std"], rows, left=2)
-    )
+    columns = ["tensor", "known from", "channels", "mean", "std", "dead"]
+    if rows:
+        title = f"Statistics of {len(rows)} tensors (in graph: a BatchNorm is there; else as recorded)"
+        console.print(table(title, columns, rows, left=2))
+    for line in _advice(len(rows), facts):
+        console.print(line, markup=False)
+
+
+def _range(values: list[float]) -> str:
+    return f"{min(values):.3g} … {max(values):.3g}" if values else "none"
+
+
+def _advice(known: int, facts: dict[str, Any]) -> list[str]:
+    """How to get what is missing."""
+    gone, norms = facts["recorded_tensors_gone"], facts["batch_norms"]
+    lines = []
+    if gone:
+        lines.append(f"{gone} recorded tensors are no longer in the graph, their entries are not used")
+    if not known and norms:
+        lines.append(f"none of {norms} BatchNorms can be read: `onnxcompress fold-bn` says why")
+    if not known:
+        lines += [
+            "no statistics are known; there are two ways to get them:",
+            "  onnxcompress.export(torch_model, example, path) in Python exports with BatchNorm kept",
+            "  onnxcompress calibrate IN OUT estimates them, from --images or from images that it makes",
+        ]
+    elif norms and not facts["recorded_tensors"]:
+        lines.append("BatchNorm knows them; `onnxcompress fold-bn` folds it and keeps them in the file")
+    return lines

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import json
+import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,10 +13,9 @@ from torch import Tensor
 
 from onnxcompress.blocks import Block, Discovery
 from onnxcompress.dropping import drop_blocks
-from onnxcompress.errors import InputError, ModelError, OptionError
+from onnxcompress.errors import ModelError, OptionError
 from onnxcompress.graph import read, set_values
-from onnxcompress.inputs.images import ImageSet, check_fits, load_images
-from onnxcompress.inputs.preprocess import Preprocess
+from onnxcompress.inputs.source import gather_inputs, image_input
 from onnxcompress.latency import benchmark, ratio
 from onnxcompress.model import Model
 from onnxcompress.optimize.device import pick_device
@@ -23,7 +23,9 @@ from onnxcompress.optimize.executor import Executor
 from onnxcompress.optimize.finetune import Schedule, finetune
 from onnxcompress.optimize.reconstruct import Reconstruction, segments
 from onnxcompress.optimize.score import Probe, Scorer, probe
+from onnxcompress.optimize.score_file import read_scores, write_scores
 from onnxcompress.optimize.select import Choice, choose
+from onnxcompress.optimize.standardize import Twin, standardize
 from onnxcompress.passing import Progress, Refusal
 from onnxcompress.shares import Share, latency_shares, usable
 from onnxcompress.topology import Topology
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
 
 SCORING_IMAGES = 128
 """Images that blocks are scored on, at most."""
+TUNE_TWIN = False
 REFIT_IMAGES = 500
 """Images that layers are refitted on, at most."""
 REFIT_BYTES = 1 << 30
@@ -48,10 +51,8 @@ class Dropper:
         self, options: DropBlocks, original: Model, model: Model, found: Discovery, progress: Progress
     ) -> None:
         self.options, self.original, self.model, self.progress = options, original, model, progress
-        self.source, images = _load(options, model)
+        self.source, _ = image_input(model)
         self.feature = self.student_feature = _feature(model, options.feature)
-        self.nhwc = images.preprocess.layout == "nhwc"
-        self.images = torch.from_numpy(images.array())
         self.device = pick_device(options.device)
         self.teacher = Executor.from_model(model, device=self.device)
         self.found = self._in_front(found)
@@ -59,15 +60,24 @@ class Dropper:
         self.weights: dict[str, Tensor] = {}
         self.shares: dict[str, Share] = {}
         self.scores: dict[str, dict[str, float]] = {}
-        self.measured: dict[str, Any] = {
-            "feature": self.feature,
-            "images": len(images),
-            "preprocess": str(images.preprocess),
-        }
+        self.measured: dict[str, Any] = {"feature": self.feature}
+        self._check_runtime()
+        start = time.perf_counter()
+        self.inputs = gather_inputs(model, options.request, device=self.device, progress=progress)
+        self.measured["seconds"] = {"inputs": time.perf_counter() - start}
+        self.measured["inputs"] = [asdict(used) for used in self.inputs.sources]
+        images = self.inputs.images
+        self.measured["preprocess"] = str(images.preprocess)
+        self.nhwc = images.preprocess.layout == "nhwc"
+        self.images = torch.from_numpy(images.array())
+        self.twin: Twin | None = None
+        if self.inputs.layerwise:
+            self.twin = standardize(model, self.teacher, self.images[:SCORING_IMAGES])
+            self.twin.wear(model)
+        self.teacher = Executor.from_model(model, device=self.device)
 
     def run(self) -> None:
         """All steps, in order."""
-        self._check_runtime()
         if self.options.drop:
             named = {self.found[name] for name in self.options.drop}
             self.dropped = sorted(named, key=self.found.blocks.index)
@@ -122,7 +132,11 @@ class Dropper:
 
     def _score(self) -> None:
         self.probe = self._probe()
-        if self._read_scores():
+        exits = {b.exit for b in self.found.blocks}
+        file = Path(self.options.scores) if self.options.scores else None
+        saved = read_scores(file, self._scores_of(), exits) if file else None
+        if saved is not None:
+            self.shares, self.scores = saved
             return
         blocks = self.found.blocks
         options = self.options
@@ -142,33 +156,13 @@ class Dropper:
             loss = scorer.recover(block).loss
             self.scores[block.exit] = {"recoverability": loss, "score": loss / tau[block.exit]}
             self.progress("scoring blocks", done + 1, len(blocks))
-        self._write_scores()
+        if file:
+            write_scores(file, self._scores_of(), self._rows())
 
     def _tau(self) -> dict[str, float]:
         tau, noisy = usable(self.shares, self.found.blocks)
         self.measured["noisy_latency"] = noisy
         return tau
-
-    def _read_scores(self) -> bool:
-        path = Path(self.options.scores) if self.options.scores else None
-        if path is None or not path.exists():
-            return False
-        try:
-            saved = json.loads(path.read_text())
-            rows = {row["exit"]: row for row in saved["blocks"]}
-            same = saved["of"] == self._scores_of()
-            self.shares = {e: Share(*row["latency_share"]) for e, row in rows.items()}
-            self.scores = {
-                e: {k: float(row[k]) for k in ("recoverability", "score")} for e, row in rows.items()
-            }
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise InputError(f"{path}: no file of scores ({error}); delete it to measure anew") from error
-        if not same or set(rows) != {b.exit for b in self.found.blocks}:
-            raise InputError(
-                f"{path}: these are the scores of another model, or under other options; delete it or "
-                "name another"
-            )
-        return True
 
     def _scores_of(self) -> dict[str, Any]:
         """What scores depend on but the images."""
@@ -176,20 +170,9 @@ class Dropper:
         return {
             "model_sha256": self.original.digest(),
             "feature": self.feature,
-            "preprocess": self.measured["preprocess"],
+            "preprocess": self.measured.get("preprocess"),
             "latency": [options.provider, options.latency_batch, options.threads],
         }
-
-    def _write_scores(self) -> None:
-        if self.options.scores is None:
-            return
-        saved = {"of": self._scores_of(), "blocks": self._rows()}
-        try:
-            Path(self.options.scores).write_text(json.dumps(saved, indent=1))
-        except OSError as error:
-            raise InputError(
-                f"--scores {self.options.scores}: cannot be written ({error.strerror})"
-            ) from error
 
     def _rows(self) -> list[dict[str, Any]]:
         """One row for each block, as the report shows them."""
@@ -241,7 +224,7 @@ class Dropper:
             largest = max(_elements(self.model.shapes()[piece.end]) for piece in pieces)
             count = max(8, min(REFIT_IMAGES, len(self.images), REFIT_BYTES // (4 * largest)))
             weights = refit.run(self.images[:count].to(self.device), self.progress)
-        if self.options.steps:
+        if self.options.steps and (self.twin is None or TUNE_TWIN):
             schedule = Schedule(
                 steps=self.options.steps,
                 batch=self.options.batch,
@@ -251,9 +234,13 @@ class Dropper:
             weights = finetune(
                 student, self.teacher, weights, self.images, self.source,
                 (self.student_feature, self.feature), schedule,
-                nhwc=self.nhwc, progress=self.progress,
+                shares=self.inputs.shares(), nhwc=self.nhwc, progress=self.progress,
             )  # fmt: skip
         self._store(weights)
+        self.measured["feature_error"] = self._feature_error()
+        if self.twin is not None:
+            self.twin.take_off(self.model)
+            self._store(self.twin.restored(weights))
 
     def _store(self, weights: dict[str, Tensor]) -> None:
         """Put the new values into the model, in its own types."""
@@ -294,7 +281,6 @@ class Dropper:
         self.progress("measuring the result", 0, 1)
         final = self.measured["latency"] = self._latency(self.model, seconds=8.0)
         self.measured["blocks"] = self._rows()
-        self.measured["feature_error"] = self._feature_error()
         target = self.options.latency_reduction
         if (
             target is not None and 100 * (1 - final["low"]) < target
@@ -306,7 +292,7 @@ class Dropper:
         self.progress("measuring the result", 1, 1)
 
     def _feature_error(self) -> float:
-        """Relative squared error of the features on the given images, nothing augmented."""
+        """Relative squared error of the features on the images at hand, nothing augmented."""
         student = Executor.from_model(self.model, device=self.device)
         lost = energy = 0.0
         with torch.no_grad():
@@ -338,18 +324,3 @@ def _feature(model: Model, name: str | None) -> str:
     if name not in {t.name for node in model.graph.nodes for t in node.outputs}:
         raise OptionError(f"--feature {name!r}: the model has no such tensor")
     return name
-
-
-def _load(options: DropBlocks, model: Model) -> tuple[str, ImageSet]:
-    """(name of the image input, images that fit it)."""
-    inputs = list(model.graph.inputs)
-    if len(inputs) != 1:
-        names = ", ".join(t.name for t in inputs)
-        raise ModelError(f"{model.name}: one image input expected, it has {len(inputs)} ({names})")
-    assert options.images is not None
-    text = options.preprocess or model.metadata.get("preprocessing", "unit")
-    images = load_images(
-        options.images, preprocess=Preprocess.parse(text), count=options.count, seed=options.seed
-    )
-    check_fits(images, inputs[0].shape, inputs[0].name)
-    return str(inputs[0].name), images

@@ -43,13 +43,15 @@ def finetune(
     feature: tuple[str, str],
     schedule: Schedule,
     *,
+    shares: Tensor | None = None,
     nhwc: bool = False,
     progress: Progress = silent,
 ) -> dict[str, Tensor]:
     """Train all that the feature depends on; returns {initializer: value} in float32.
 
     images: (N, C, H, W), or (N, H, W, C) with `nhwc`, normalized; source: the input's name; feature: the
-    name in the student's graph, and in the teacher's; parameters: where to start.
+    name in the student's graph, and in the teacher's; parameters: where to start; shares: (N,), how often
+    each image is taken, relative to the others.
     """
     ours, theirs = feature
     if nhwc:
@@ -63,7 +65,7 @@ def finetune(
     scheduler = torch.optim.lr_scheduler.LambdaLR(adam, lambda step: _rate(step, schedule))
     generator = torch.Generator().manual_seed(schedule.seed)
     for step in range(schedule.steps):
-        x = augment(images, schedule.batch, generator).to(student.device)
+        x = augment(images, schedule.batch, generator, shares).to(student.device)
         if nhwc:
             x = x.permute(0, 2, 3, 1)
         with autocast(student.device):
@@ -124,9 +126,12 @@ def autocast(device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, torch.bfloat16, enabled=pays)
 
 
-def augment(images: Tensor, batch: int, generator: torch.Generator) -> Tensor:
+def augment(images: Tensor, batch: int, generator: torch.Generator, shares: Tensor | None = None) -> Tensor:
     """A batch of random views: mirrored, shifted by up to an eighth, half with a pasted patch."""
-    index = torch.randint(len(images), (batch,), generator=generator)
+    if shares is None:
+        index = torch.randint(len(images), (batch,), generator=generator)
+    else:
+        index = torch.multinomial(shares, batch, replacement=True, generator=generator)
     x = images[index].clone()
     flip = torch.rand(batch, generator=generator) < 0.5
     x[flip] = x[flip].flip(-1)

@@ -66,18 +66,22 @@ class Reconstruction:
     def run(self, images: Tensor, progress: Progress = silent) -> dict[str, Tensor]:
         """images: (N, …), what the first segment starts from. Returns `new`."""
         ours, theirs = images, images
-        changed = False
+        first = self.first_changed()
         generator = torch.Generator().manual_seed(self.seed)
         with torch.no_grad():
             for done, segment in enumerate(self.segments):
-                changed = changed or self._shortened(segment)
-                if changed:
+                if done >= first:
                     for layer, check in segment.layers:
                         self._refit(segment, layer, check, ours, theirs, generator)
                 theirs = self._forward(self.teacher, segment, theirs)
-                ours = self._forward(self.student, segment, ours) if changed else theirs
+                ours = self._forward(self.student, segment, ours) if done >= first else theirs
                 progress("refitting layers", done + 1, len(self.segments))
         return self.new
+
+    def first_changed(self) -> int:
+        """The first segment in front of which a block was dropped; their number where there is none."""
+        changed = (i for i, segment in enumerate(self.segments) if self._shortened(segment))
+        return next(changed, len(self.segments))
 
     def _shortened(self, segment: Segment) -> bool:
         """Whether a block was dropped at the segment's start."""

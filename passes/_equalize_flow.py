@@ -1,0 +1,237 @@
+"""Which channels of a network must be scaled together: the groundwork of `equalize`.
+
+Every channel of every tensor gets a label. Where a positive scale of a channel passes an operator
+unchanged (`_equalize_rules`), the output takes the input's labels; where two channels must have the same
+scale (the operands of an Add), their labels are tied. Linear layers end labels and begin them:
+
+    layer --writes--> labels --Relu, pools, Add, Concat, Pad, Slice, …--> labels <--reads-- layer
+
+Tied labels are one channel group. Its scale is free where every writer and every reader is a linear layer
+with a weight of its own and nothing bars it: an operator that is not homogeneous or has no rule, an input
+or output of the model, the body of an If, Loop or Scan. Labels go on through operators that are not
+homogeneous but keep channels in place (Clip, Sigmoid): the assumption-free scales of Horton et al. (arXiv
+2011.09058, §3.2) need to know which layers meet there.
+
+A label array has the rank of its tensor, and size 1 along each axis over which labels do not vary, as a
+rule (1, C, 1, 1). Channel shuffles, Flatten before a Gemm, Concat and Slice are plain array operations.
+
+Does not handle: what Loop, Scan and If compute, and sequences; their tensors are barred.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_graphsurgeon as gs
+
+from onnxcompress.graph import DEFAULT_DOMAINS, attribute, constant_value, is_op, node_label
+from onnxcompress.linear import LINEAR_OPS, Linear, as_linear
+from onnxcompress.model import Model
+from onnxcompress.passes import _layer
+from onnxcompress.passes._equalize_channels import (
+    ACCURATE,
+    Bounds,
+    Channels,
+    Flow,
+    Labels,
+    Layer,
+    Offset,
+    Unknown,
+)
+from onnxcompress.passes._equalize_rules import RULES
+from onnxcompress.passing import Refusal
+from onnxcompress.topology import Topology
+
+COMBINES = ("Add", "Concat", "Div", "Max", "Min", "Mul", "Sub", "Sum")
+"""Operators of which every input is data; of the others, the first one is."""
+IS_OUTPUT = "is an output of the model"
+
+
+def trace(model: Model, *, scale_clips: bool = False) -> Flow:
+    """Find the channel groups of a model. `scale_clips`: a Clip passes scales, in `Flow.bounds`."""
+    tracer = Tracer(model, scale_clips)
+    tracer.run()
+    return tracer.flow()
+
+
+class Tracer(Channels):
+    """Walks the graph once, in order; the rules talk to it."""
+
+    def __init__(self, model: Model, scale_clips: bool) -> None:
+        super().__init__()
+        self.model, self.scale_clips = model, scale_clips
+        self.topology = Topology(model)
+        self.offsets: list[Offset] = []
+        self.bounds: list[Bounds] = []
+        self._labels: dict[int, Labels] = {}
+        self._tensors: dict[str, Labels] = {}
+        self._layers: list[Layer] = []
+
+    # What the rules ask -----------------------------------------------------------------------------
+
+    def labels(self, tensor: gs.Tensor) -> Labels:
+        """The labels of a tensor that carries data. Raises Unknown where they are lost."""
+        if id(tensor) not in self._labels:
+            raise Unknown(f"has an input {tensor.name!r} whose channels are not known")
+        return self._labels[id(tensor)]
+
+    def carries(self, tensor: gs.Tensor) -> bool:
+        """Whether the tensor depends on the values of an input."""
+        return id(tensor) in self.topology.data
+
+    def constant(self, tensor: gs.Tensor | None) -> np.ndarray | None:
+        """The value of a tensor that no input reaches."""
+        if tensor is None or tensor.is_empty() or self.carries(tensor):
+            return None
+        return constant_value(self.model, tensor)
+
+    def sizes(self, tensor: gs.Tensor) -> list[int | None]:
+        """The tensor's shape, None for each dimension that is open. Raises Unknown without a rank."""
+        shape = self.topology.shape(tensor)
+        if shape is None:
+            raise Unknown(
+                f"has a tensor {tensor.name!r} of unknown rank", "store its shape with onnx.shape_inference"
+            )
+        return [d if isinstance(d, int) else None for d in shape]
+
+    def spelled(self, tensor: gs.Tensor, axis: int) -> Labels:
+        """The tensor's labels, written out along one axis."""
+        labels = self.labels(tensor)
+        size = self.sizes(tensor)[axis] if labels.shape[axis] == 1 else labels.shape[axis]
+        if size is None:
+            raise Unknown(
+                f"has a tensor {tensor.name!r} whose axis {axis} is open", "fix the size of the images"
+            )
+        return np.repeat(labels, size, axis) if labels.shape[axis] == 1 else labels
+
+    # The walk ----------------------------------------------------------------------------------------
+
+    def run(self) -> None:
+        for tensor in self.model.graph.inputs:
+            self._set_barred(tensor, Refusal(tensor.name, "is an input of the model"))
+        for node in self.topology.order:
+            if is_op(node, "Shape", "Size") or not any(self.carries(t) for t in node.inputs):
+                continue
+            rule = RULES.get(node.op) if node.domain in DEFAULT_DOMAINS else None
+            try:
+                if is_op(node, *LINEAR_OPS):
+                    self._linear(node)
+                    continue
+                if rule is None:
+                    raise Unknown(*_no_rule(node))
+                for tensor, labels in zip(node.outputs, rule(self, node), strict=False):
+                    self._set(tensor, labels)
+                if node.op not in COMBINES:
+                    self._bar_parameters(node, 0)
+            except Unknown as problem:
+                self._end(node, Refusal(node_label(node), f"({node.op}) {problem.rule}", problem.remedy))
+        self._bar_outside()
+
+    def _set(self, tensor: gs.Tensor, labels: Labels) -> None:
+        self._labels[id(tensor)] = self._tensors[tensor.name] = labels
+
+    def _set_barred(self, tensor: gs.Tensor, refusal: Refusal) -> None:
+        """New, barred labels for a tensor, where its number of channels is known."""
+        shape = self.topology.shape(tensor)
+        if shape is not None and len(shape) > 1 and isinstance(shape[1], int) and shape[1] > 0:
+            labels = self.fresh((1, shape[1], *[1] * (len(shape) - 2)))
+            self._set(tensor, self.bar(labels, refusal))
+
+    def _end(self, node: gs.Node, refusal: Refusal) -> None:
+        """Nothing is known of the node: it bars what it reads and what it makes."""
+        for tensor in node.inputs:
+            if id(tensor) in self._labels:
+                self.bar(self._labels[id(tensor)], refusal)
+        for tensor in node.outputs:
+            if self.carries(tensor) and not tensor.is_empty():
+                self._set_barred(tensor, refusal)
+
+    def _bar_parameters(self, node: gs.Node, data_at: int) -> None:
+        """Bar the channels that an operator takes as its parameters."""
+        for at, tensor in enumerate(node.inputs):
+            if at != data_at and id(tensor) in self._labels:
+                refusal = Refusal(node_label(node), f"({node.op}) takes {tensor.name!r} as a parameter")
+                self.bar(self._labels[id(tensor)], refusal)
+
+    def _linear(self, node: gs.Node) -> None:
+        """Enter a linear layer."""
+        linear = as_linear(self.model, node, self._rank)
+        if isinstance(linear, Refusal):
+            raise Unknown(linear.rule, linear.remedy)
+        if node.op == "Gemm" and attribute(node, "transA", 0):
+            raise Unknown("transposes its input")
+        problem = self._problem(linear)
+        data, output = node.inputs[linear.data_at], node.outputs[0]
+        try:
+            reads = self._channels(data, linear.inputs)
+        except Unknown as unknown:
+            reads = self.fresh((linear.inputs,))
+            self.bar(reads, Refusal(node_label(node), f"({node.op}) {unknown.rule}", unknown.remedy))
+        writes = self.fresh((1, linear.outputs, *[1] * (linear.rank - 2)))
+        self._set(output, writes)
+        if problem:
+            self.bar(reads, problem)
+            self.bar(writes, problem)
+            return
+        self._bar_parameters(node, linear.data_at)
+        if _layer.bias(self.model, linear) is None:
+            self.bar(writes, Refusal(node_label(node), f"({node.op}) has a bias that is not a constant"))
+        if linear.weight.dtype.name not in ACCURATE:
+            rule = f"({node.op}) has weights of type {linear.weight.dtype.name}, which scaling would round"
+            rounds = Refusal(node_label(node), rule, "convert the model to float32")
+            self.bar(reads, rounds)
+            self.bar(writes, rounds)
+        self._layers.append(Layer(linear, output.name, reads, writes.reshape(-1)))
+
+    def _problem(self, linear: Linear) -> Refusal | None:
+        """Why the layer's weight cannot be scaled at all."""
+        label = node_label(linear.node)
+        shared = _layer.check_shared(self.model, linear, label, copy_shared=False)
+        remedy = "give each node its own copy"
+        return Refusal(label, f"({linear.node.op}) shares its weight", remedy) if shared else None
+
+    def _channels(self, tensor: gs.Tensor, count: int) -> Labels:
+        """(count,) labels of the channels, axis 1, that a linear layer reads."""
+        labels = self.labels(tensor)
+        if labels.ndim < 2 or labels.shape[1] not in (1, count):
+            raise Unknown(f"reads {count} channels, {tensor.name!r} has shape {labels.shape}")
+        merged = self.merge(labels, (0, *range(2, labels.ndim)))
+        return np.array(np.broadcast_to(merged.reshape(-1), (count,)))
+
+    def _rank(self, tensor: gs.Tensor) -> int | None:
+        if id(tensor) in self._labels:
+            return self._labels[id(tensor)].ndim
+        shape = self.topology.shape(tensor)
+        return None if shape is None else len(shape)
+
+    def _bar_outside(self) -> None:
+        """Bar what is seen outside the main graph."""
+        main = {id(node) for node in self.model.graph.nodes}
+        outputs = {id(t) for t in self.model.graph.outputs}
+        for node in self.topology.order:
+            for tensor in node.outputs:
+                labels = self._labels.get(id(tensor))
+                if labels is None:
+                    continue
+                if id(tensor) in outputs:
+                    self.bar(labels, Refusal(tensor.name, IS_OUTPUT))
+                if any(id(reader) not in main for reader in tensor.outputs):
+                    self.bar(labels, Refusal(tensor.name, "is read inside the body of an If, Loop or Scan"))
+
+    # The result --------------------------------------------------------------------------------------
+
+    def flow(self) -> Flow:
+        """What was found, each label replaced by the one that stands for its group."""
+        roots = self.roots()
+        found = Flow(count=len(roots), barred=self.barred(roots))
+        for layer in self._layers:
+            found.layers.append(Layer(layer.linear, layer.name, roots[layer.reads], roots[layer.writes]))
+        found.tensors = {name: roots[labels] for name, labels in self._tensors.items()}
+        found.offsets = [o._replace(labels=roots[o.labels]) for o in self.offsets]
+        found.bounds = [b._replace(labels=roots[b.labels]) for b in self.bounds]
+        return found
+
+
+def _no_rule(node: gs.Node) -> tuple[str, str]:
+    if node.op in ("QuantizeLinear", "DequantizeLinear"):
+        return "quantizes", "equalize before quantizing"
+    return "is an operator without a rule for channels", ""

@@ -1,0 +1,198 @@
+"""Estimate the record of statistics where no BatchNorm knows it, from whatever inputs there are.
+
+Both modes of torch.onnx.export fold BatchNorm unless told otherwise, so most files know nothing of the data
+they were trained on. Here images go through the network, and mean and deviation of each channel of the
+image and of each linear layer's output are written to the record (`onnxcompress.estimate` has the sums and
+says which tensors), so that whatever needs statistics works.
+
+ 1. What a BatchNorm knows, in the graph or recorded before it was folded, holds for the training set: it is
+    kept. What was estimated before is estimated anew.
+ 2. Inputs are made without what was estimated before, or is overwritten: images distilled from estimates
+    would bring the estimates back, and the second run would differ from the first.
+ 3. An entry says what it was taken of: procedural images give the statistics of the network on procedural
+    images. How far they are from the training set's shows where a BatchNorm knows better.
+
+Where the new numbers are the old ones but for rounding, the old ones stay: a second run changes nothing.
+Does not handle: several inputs; samples of single layers, which are drawn from the very record.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+import numpy as np
+
+from onnxcompress.errors import OptionError
+from onnxcompress.inputs.source import (
+    InputRequest,
+    count_option,
+    gather_inputs,
+    images_option,
+    inputs_option,
+    preprocess_option,
+    synthetic_option,
+)
+from onnxcompress.model import Model
+from onnxcompress.passing import Change, Pass, PassResult, Progress, option, silent
+from onnxcompress.statistics import (
+    ESTIMATED,
+    ChannelStatistics,
+    known_statistics,
+    live_record,
+    read_record,
+    write_record,
+)
+
+if TYPE_CHECKING:
+    from onnxcompress.inputs.source import Used
+
+Record = dict[str, ChannelStatistics]
+
+ROUNDING = 1e-4
+"""Largest change, in deviations of a channel, that is taken for rounding: devices and threads differ so."""
+
+
+@dataclass(frozen=True)
+class Calibrate(Pass):
+    """Estimate the statistics that passes without data need, and write them into the file.
+
+    What BatchNorm knows of the training set is kept. The network itself stays as it is.
+
+    \b
+    Example:
+      onnxcompress calibrate net.onnx calibrated.onnx --images photos/ --preprocess imagenet
+      onnxcompress calibrate net.onnx calibrated.onnx --inputs procedural
+    """
+
+    name: ClassVar[str] = "calibrate"
+    preserves_function: ClassVar[bool] = True
+
+    images: str | None = images_option()
+    preprocess: str | None = preprocess_option()
+    count: int | None = count_option()
+    inputs: Literal["auto", "images", "distilled", "procedural"] = inputs_option()
+    synthetic: int = synthetic_option()
+    overwrite: bool = option(False, "Estimate what BatchNorm knows, too: it was for another network, say.")
+    batch: int = option(64, "Images that go through at once, at most.")
+    device: Literal["auto", "cpu", "cuda"] = option("auto", "Where torch computes.")
+    seed: int = option(0, "Of all draws.")
+
+    def apply(self, model: Model, progress: Progress = silent) -> PassResult:
+        """Write the record of `model`.
+
+        `measured`: `tensors` worth knowing, how many were `estimated` and `kept`; `dead` channels by
+        tensor; `agreement` of the estimates with what BatchNorm knows; the `inputs` used.
+        Raises OptionError for wrong options, InputError for unusable images, ModelError where the image
+        size is open and no images are given.
+        """
+        self._check()
+        from onnxcompress.estimate import estimate_statistics, measurable
+        from onnxcompress.optimize.device import pick_device
+
+        wanted, refusals = measurable(model)
+        wanted += [name for name in live_record(model) if name not in wanted]
+        exact = {n: s for n, s in known_statistics(model).items() if not s.estimated}
+        kept = {} if self.overwrite else exact
+        found: Record = {}
+        used: tuple[Used, ...] = ()
+        if any(name not in kept for name in wanted):
+            device = pick_device(self.device)
+            inputs = gather_inputs(_only(model, kept), self._request(), device=device, progress=progress)
+            used = inputs.sources
+            assert inputs.images is not None  # layerwise is no choice here
+            found = estimate_statistics(
+                model, inputs.images, wanted, source=source_of(used), batch=self.batch, device=device,
+                progress=progress,
+            )  # fmt: skip
+        record = found | kept
+        measured = {
+            "tensors": len(wanted),
+            "estimated": sum(name not in kept for name in wanted),
+            "kept": sum(name in kept for name in wanted),
+            "dead": {name: record[name].dead for name in wanted if record[name].dead},
+            "agreement": _agreement(found, exact),
+            "inputs": [asdict(one) for one in used],
+        }
+        return PassResult(_write(model, record), refusals, measured)
+
+    def _check(self) -> None:
+        if self.batch < 1:
+            raise OptionError(f"--batch {self.batch}: expected 1 or more")
+        if self.seed < 0:
+            raise OptionError(f"--seed {self.seed}: expected 0 or more")
+        if self.inputs not in ("auto", "images", "distilled", "procedural"):
+            raise OptionError(f"--inputs {self.inputs}: calibrate takes images, distilled or procedural")
+        if self.overwrite and self.inputs == "distilled":
+            raise OptionError(
+                "--overwrite --inputs distilled: images distilled from what is overwritten would bring it "
+                "back; take --images or --inputs procedural"
+            )
+
+    def _request(self) -> InputRequest:
+        circular = self.overwrite and self.inputs == "auto" and self.images is None
+        return InputRequest(
+            images=self.images,
+            preprocess=self.preprocess,
+            count=self.count,
+            inputs="procedural" if circular else self.inputs,
+            synthetic=self.synthetic,
+            seed=self.seed,
+        )
+
+
+def source_of(used: Sequence[Used]) -> str:
+    """What entries say that were taken of these inputs: `estimated: procedural 500, seed 0`."""
+    inputs = " + ".join(f"{one.source} {one.count}" for one in used)
+    return f"{ESTIMATED}: {inputs}, seed {used[0].seed}"
+
+
+def _only(model: Model, exact: Record) -> Model:
+    """The model as it is with nothing but these statistics on record."""
+    twin = model.copy()
+    write_record(twin, exact)
+    return twin
+
+
+def _write(model: Model, record: Record) -> list[Change]:
+    """Put the statistics into the record where they differ from what is there."""
+    before, new = read_record(model), dict(record)
+    changes = []
+    for name, found in record.items():
+        if name in before and _same(before[name], found):
+            new[name] = before[name]
+        else:
+            what = "estimated" if found.estimated else "recorded"
+            changes.append(Change(name, f"statistics {what}{' anew' if name in before else ''}"))
+    gone = sorted(before.keys() - new.keys())
+    write_record(model, new)
+    return changes + [Change(name, "statistics forgotten: the tensor is gone") for name in gone]
+
+
+def _same(before: ChannelStatistics, found: ChannelStatistics) -> bool:
+    """Whether the two say the same, but for rounding."""
+    if before.source != found.source or before.mean.shape != found.mean.shape:
+        return False
+    limit = ROUNDING * np.maximum(found.std, float(found.std.mean()))
+    close = (np.abs(before.mean - found.mean) <= limit) & (np.abs(before.std - found.std) <= limit)
+    return bool(close.all())
+
+
+def _agreement(found: Record, exact: Record) -> dict[str, Any] | None:
+    """How far the estimates are from what BatchNorm knows, over channels that vary; None: it knows none."""
+    both = [(found[name], exact[name]) for name in found if name in exact]
+    if not both:
+        return None
+    mean, std, true_mean, true_std = (
+        np.concatenate([getattr(pair[side], key) for pair in both])
+        for side, key in ((0, "mean"), (0, "std"), (1, "mean"), (1, "std"))
+    )
+    alive = true_std > 0
+    if not alive.any():
+        return None
+    return {
+        "tensors": len(both),
+        "mean_error": float(np.median(np.abs(mean - true_mean)[alive] / true_std[alive])),
+        "std_ratio": float(np.median(std[alive] / true_std[alive])),
+    }
