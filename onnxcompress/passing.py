@@ -6,9 +6,12 @@ import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from onnxcompress.model import Model
+if TYPE_CHECKING:
+    import onnx
+
+    from onnxcompress.model import Model
 
 
 @dataclass(frozen=True)
@@ -53,20 +56,40 @@ class PassResult:
         return bool(self.changes)
 
 
-def option(default: Any, help: str, *, metavar: str | None = None) -> Any:
-    """A field of a pass that is an option. `help` states the unit where there is one."""
-    return field(default=default, metadata={"help": help, "metavar": metavar})
+def option(
+    default: Any,
+    help: str,
+    *,
+    metavar: str | None = None,
+    file: Literal["read", "kept"] | None = None,
+) -> Any:
+    """A field of a pass that is an option. `help` states the unit where there is one.
+
+    `file`: it names a file or folder. "read": it must be there; "kept": read if it is there, else written.
+    """
+    return field(default=default, metadata={"help": help, "metavar": metavar, "file": file})
 
 
 @dataclass(frozen=True)
 class Pass(ABC):
-    """A change of a model. Applied a second time it changes nothing."""
+    """A change of a model. Applied a second time it changes nothing.
+
+    Fields are the options, each made by `option`. Two names have a meaning of their own: `provider` is
+    onnxruntime's, `device` is where torch computes; a chain asks for both before its first pass runs.
+    """
 
     name: ClassVar[str]
     """In kebab case; also the command and the recipe key."""
 
     preserves_function: ClassVar[bool] = False
     """Whether the outputs stay what they were, but for rounding."""
+
+    composite: ClassVar[bool] = False
+    """Whether it only applies other passes, which note themselves in the provenance."""
+
+    def check(self) -> None:
+        """Raise OptionError where options are out of range or contradict each other; looks at no model."""
+        return
 
     @abstractmethod
     def apply(self, model: Model, progress: Progress = silent) -> PassResult:
@@ -83,10 +106,24 @@ def run(passes: Sequence[Pass], model: Model, progress: Progress = silent) -> li
     for one in passes:
         digest = model.digest()
         result = one.apply(model, progress)
-        if result.modified:
+        if result.modified and not one.composite:
             model.add_provenance(one.name, one.options(), digest, result.measured.get("inputs"))
         results.append(result)
     return results
+
+
+def apply_to_proto(
+    one: Pass, proto: onnx.ModelProto, progress: Progress = silent
+) -> tuple[onnx.ModelProto, PassResult]:
+    """Apply a pass to a ModelProto with its weights in memory; returns a new one and what was done.
+
+    Raises ModelError where weights lie in external data, or the result has 2 GB and more.
+    """
+    from onnxcompress.model import Model
+
+    model = Model.from_proto(proto, proto.graph.name or "model")
+    (result,) = run([one], model, progress)
+    return model.to_proto(), result
 
 
 def _plain(value: Any) -> Any:

@@ -92,6 +92,13 @@ def pick_provider(provider: str) -> str:
     return "cuda"
 
 
+def check_provider(provider: str) -> None:
+    """Raise RuntimeUnavailable, or OptionError, where no session on `provider` can start here."""
+    import onnxruntime as ort
+
+    _open(_identity(), ort.SessionOptions(), pick_provider(provider), "probe")
+
+
 def cuda_devices() -> int:
     """NVIDIA GPUs that the driver shows; 0 without a driver."""
     library = "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"

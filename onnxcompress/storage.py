@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -225,17 +225,34 @@ def save(path: Path, proto: onnx.ModelProto, tensors: list[Stored], *, external:
     size = proto.ByteSize() + sum(
         t.ByteSize() + (_payload(v)[0] if v is not None else 0) + 32 for t, v in tensors
     )
-    data = path.with_name(path.name + ".data")
+    if external or size > PROTOBUF_LIMIT:
+        data = path.with_name(path.name + ".data")
+        inside: list[Stored] = [(t, None) for t, _ in tensors]
+        write_files(
+            [
+                (data, lambda file: _write_external(file, data.name, tensors)),
+                (path, lambda file: write(file, proto, inside)),
+            ]
+        )
+    else:
+        write_files([(path, lambda file: write(file, proto, tensors))])
+
+
+def write_files(fills: Sequence[tuple[Path, Callable[[BinaryIO], None]]]) -> None:
+    """Fill files in turn, through temporary ones beside them; all are complete before the first is renamed.
+
+    Raises ModelError where one cannot be written.
+    """
     written: list[tuple[Path, Path]] = []
+    path = fills[0][0]
     try:
-        if path.is_dir():
-            raise ModelError(f"{path}: cannot be written (it is a folder)")
-        if external or size > PROTOBUF_LIMIT:
-            _write_beside(data, lambda file: _write_external(file, data.name, tensors), written)
-            tensors = [(t, None) for t, _ in tensors]
-        _write_beside(path, lambda file: write(file, proto, tensors), written)
-        for temporary, target in written:
-            os.replace(temporary, target)
+        for path, fill in fills:
+            if path.exists() and not path.is_file():  # renaming would replace a device or a pipe
+                kind = "a folder" if path.is_dir() else "no regular file"
+                raise ModelError(f"{path}: cannot be written (it is {kind})")
+            _write_beside(path, fill, written)
+        for temporary, path in written:
+            os.replace(temporary, path)
     except OSError as error:
         raise ModelError(f"{path}: cannot be written ({error.strerror})") from error
     finally:

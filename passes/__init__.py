@@ -22,12 +22,22 @@ CATALOGUE: tuple[Entry, ...] = (
     Entry("fold-bn", "fold_bn", "FoldBatchNorm", "Fold BatchNorm into the layers beside it."),
     Entry("calibrate", "calibrate", "Calibrate", "Estimate statistics where no BatchNorm knows them."),
     Entry("equalize", "equalize", "Equalize", "Rescale channels between layers for fewer bits."),
+    Entry("absorb-bias", "absorb_bias", "AbsorbBias", "Move high biases into the layers behind."),
+    Entry("correct-bias", "correct_bias", "CorrectBias", "Give back what other weights changed in means."),
     Entry("drop-blocks", "drop_blocks", "DropBlocks", "Drop residual blocks to meet a latency."),
+    Entry("quantize", "quantize", "Quantize", "Quantize weights and activations to few bits."),
 )
 
 
 def load_pass(name: str) -> type[Pass]:
-    """The class of a pass. Raises KeyError where there is none of that name."""
-    entry = {e.name: e for e in CATALOGUE}[name]
+    """The class of a pass, of the catalogue or of another package.
+
+    Raises KeyError where there is none of that name, RuntimeUnavailable where its package is broken.
+    """
+    entry = next((e for e in CATALOGUE if e.name == name), None)
+    if entry is None:
+        from onnxcompress.plugins import load_plugin
+
+        return load_plugin(name)
     found: type[Pass] = getattr(import_module(f"onnxcompress.passes.{entry.module}"), entry.cls)
     return found

@@ -29,7 +29,7 @@ class Unknown(Exception):
 
 @dataclass(frozen=True)
 class Layer:
-    """A linear layer whose weight may be scaled."""
+    """A linear layer with a constant weight."""
 
     linear: Linear
     name: str
@@ -39,9 +39,13 @@ class Layer:
     writes: Labels
     """(output channels,)"""
 
+    own: bool
+    """Whether no other node reads its weight."""
+
     @property
-    def accurate(self) -> bool:
-        return self.linear.weight.dtype.name in ACCURATE
+    def scalable(self) -> bool:
+        """Whether it may get a new weight, exact but for rounding."""
+        return self.own and self.linear.weight.dtype.name in ACCURATE
 
 
 class Offset(NamedTuple):
@@ -63,16 +67,20 @@ class Bounds(NamedTuple):
 
 @dataclass
 class Flow:
-    """What `trace` found. Labels in `layers`, `tensors`, … are those of their groups already."""
+    """What `trace` found. Labels are those that stand for their groups, but in `origins`."""
 
     layers: list[Layer] = field(default_factory=list)
     tensors: dict[str, Labels] = field(default_factory=dict)
+    origins: dict[str, Labels] = field(default_factory=dict)
+    """As `tensors`, with labels that are not yet tied: which channel it was when its layer wrote it."""
     offsets: list[Offset] = field(default_factory=list)
     bounds: list[Bounds] = field(default_factory=list)
     barred: dict[int, Refusal] = field(default_factory=dict)
     """Channel group -> the first thing that bars it."""
     overflow: set[int] = field(default_factory=set)
     """Those of them whose scaled values their type could not hold."""
+    ended: set[int] = field(default_factory=set)
+    """Those that end in an operator without a rule, though they may go on behind it."""
     count: int = 0
     """All labels are below this."""
 

@@ -20,15 +20,16 @@ Does not handle: what Loop, Scan and If compute, and sequences; their tensors ar
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import onnx_graphsurgeon as gs
 
 from onnxcompress.graph import DEFAULT_DOMAINS, attribute, constant_value, is_op, node_label
-from onnxcompress.linear import LINEAR_OPS, Linear, as_linear
+from onnxcompress.linear import LINEAR_OPS, as_linear
 from onnxcompress.model import Model
 from onnxcompress.passes import _layer
 from onnxcompress.passes._equalize_channels import (
-    ACCURATE,
     Bounds,
     Channels,
     Flow,
@@ -43,7 +44,6 @@ from onnxcompress.topology import Topology
 
 COMBINES = ("Add", "Concat", "Div", "Max", "Min", "Mul", "Sub", "Sum")
 """Operators of which every input is data; of the others, the first one is."""
-IS_OUTPUT = "is an output of the model"
 
 
 def trace(model: Model, *, scale_clips: bool = False) -> Flow:
@@ -65,6 +65,7 @@ class Tracer(Channels):
         self._labels: dict[int, Labels] = {}
         self._tensors: dict[str, Labels] = {}
         self._layers: list[Layer] = []
+        self._ended: list[Labels] = []
 
     # What the rules ask -----------------------------------------------------------------------------
 
@@ -140,7 +141,7 @@ class Tracer(Channels):
         """Nothing is known of the node: it bars what it reads and what it makes."""
         for tensor in node.inputs:
             if id(tensor) in self._labels:
-                self.bar(self._labels[id(tensor)], refusal)
+                self._ended.append(self.bar(self._labels[id(tensor)], refusal))
         for tensor in node.outputs:
             if self.carries(tensor) and not tensor.is_empty():
                 self._set_barred(tensor, refusal)
@@ -159,35 +160,23 @@ class Tracer(Channels):
             raise Unknown(linear.rule, linear.remedy)
         if node.op == "Gemm" and attribute(node, "transA", 0):
             raise Unknown("transposes its input")
-        problem = self._problem(linear)
-        data, output = node.inputs[linear.data_at], node.outputs[0]
+        output, label = node.outputs[0], node_label(node)
         try:
-            reads = self._channels(data, linear.inputs)
+            reads = self._channels(node.inputs[linear.data_at], linear.inputs)
         except Unknown as unknown:
             reads = self.fresh((linear.inputs,))
-            self.bar(reads, Refusal(node_label(node), f"({node.op}) {unknown.rule}", unknown.remedy))
+            self.bar(reads, Refusal(label, f"({node.op}) {unknown.rule}", unknown.remedy))
         writes = self.fresh((1, linear.outputs, *[1] * (linear.rank - 2)))
         self._set(output, writes)
-        if problem:
-            self.bar(reads, problem)
-            self.bar(writes, problem)
-            return
-        self._bar_parameters(node, linear.data_at)
+        own = _layer.check_shared(self.model, linear, label, copy_shared=False) is None
+        layer = Layer(linear, output.name, reads, writes.reshape(-1), own)
+        self._layers.append(layer)
+        if not layer.scalable:
+            self.bar(reads, _fixed(layer))
+            self.bar(writes, _fixed(layer))
         if _layer.bias(self.model, linear) is None:
-            self.bar(writes, Refusal(node_label(node), f"({node.op}) has a bias that is not a constant"))
-        if linear.weight.dtype.name not in ACCURATE:
-            rule = f"({node.op}) has weights of type {linear.weight.dtype.name}, which scaling would round"
-            rounds = Refusal(node_label(node), rule, "convert the model to float32")
-            self.bar(reads, rounds)
-            self.bar(writes, rounds)
-        self._layers.append(Layer(linear, output.name, reads, writes.reshape(-1)))
-
-    def _problem(self, linear: Linear) -> Refusal | None:
-        """Why the layer's weight cannot be scaled at all."""
-        label = node_label(linear.node)
-        shared = _layer.check_shared(self.model, linear, label, copy_shared=False)
-        remedy = "give each node its own copy"
-        return Refusal(label, f"({linear.node.op}) shares its weight", remedy) if shared else None
+            self.bar(writes, Refusal(label, f"({node.op}) has a bias that is not a constant"))
+        self._bar_parameters(node, linear.data_at)
 
     def _channels(self, tensor: gs.Tensor, count: int) -> Labels:
         """(count,) labels of the channels, axis 1, that a linear layer reads."""
@@ -213,7 +202,7 @@ class Tracer(Channels):
                 if labels is None:
                     continue
                 if id(tensor) in outputs:
-                    self.bar(labels, Refusal(tensor.name, IS_OUTPUT))
+                    self.bar(labels, Refusal(tensor.name, "is an output of the model"))
                 if any(id(reader) not in main for reader in tensor.outputs):
                     self.bar(labels, Refusal(tensor.name, "is read inside the body of an If, Loop or Scan"))
 
@@ -224,11 +213,22 @@ class Tracer(Channels):
         roots = self.roots()
         found = Flow(count=len(roots), barred=self.barred(roots))
         for layer in self._layers:
-            found.layers.append(Layer(layer.linear, layer.name, roots[layer.reads], roots[layer.writes]))
+            found.layers.append(replace(layer, reads=roots[layer.reads], writes=roots[layer.writes]))
+        found.origins = dict(self._tensors)
         found.tensors = {name: roots[labels] for name, labels in self._tensors.items()}
         found.offsets = [o._replace(labels=roots[o.labels]) for o in self.offsets]
         found.bounds = [b._replace(labels=roots[b.labels]) for b in self.bounds]
+        found.ended = {int(root) for labels in self._ended for root in np.unique(roots[labels])}
         return found
+
+
+def _fixed(layer: Layer) -> Refusal:
+    """Why the layer's weight stays."""
+    node = layer.linear.node
+    if not layer.own:
+        return Refusal(node_label(node), f"({node.op}) shares its weight", "give each node its own copy")
+    rule = f"({node.op}) has weights of type {layer.linear.weight.dtype.name}, which scaling would round"
+    return Refusal(node_label(node), rule, "convert the model to float32")
 
 
 def _no_rule(node: gs.Node) -> tuple[str, str]:

@@ -168,6 +168,8 @@ def reshape(tracer: Tracer, node: gs.Node) -> Sequence[Labels]:
     source, target = node.inputs[0], node.outputs[0]
     labels = tracer.labels(source)
     before, after = tracer.sizes(source)[1:], tracer.sizes(target)[1:]
+    if not tracer.sizes(source) or not tracer.sizes(target):
+        raise Unknown("reshapes to or from a single number")
     if before == after and None not in before:
         return [labels]
     if None in before or after.count(None) > 1:

@@ -66,7 +66,7 @@ def fold(model: Model, norm: BatchNorm, copy_shared: bool, rank: Rank) -> str | 
     if response.any() and layer.takes_bias:
         _layer.set_bias(model, layer, offset)
     elif response.any():
-        what += _add_behind(model, layer, response)
+        what += add_behind(model, layer, response)
     _layer.set_weight(model, layer, weight)
     return what
 
@@ -99,7 +99,7 @@ def _match(model: Model, norm: BatchNorm, rank: Rank) -> _Match | Refusal | None
         channel = int(np.flatnonzero(far)[0])
         rule = f"the mean of channel {channel} is over {FARTHEST_MEAN} deviations from zero"
         return Refusal(label, f"{rule}: {name} behind it would lose digits")
-    if norm.shift.any() and _is_uneven(node, layer.weight):  # rule 13
+    if norm.shift.any() and is_uneven(node, layer.weight):  # rule 13
         rule = f"{name} behind it pads with zeros, which the BatchNorm does not shift"
         if node.op == "ConvTranspose":
             rule = f"not all taps of {name} behind it reach every output, so its shift varies by position"
@@ -126,7 +126,7 @@ def _not_alone(model: Model, label: str, output: gs.Tensor) -> Refusal | None:
     return Refusal(label, f"its output {output.name!r} has several consumers: {readers}")
 
 
-def _is_uneven(node: gs.Node, weight: np.ndarray) -> bool:
+def is_uneven(node: gs.Node, weight: np.ndarray) -> bool:
     """Whether a constant input may give an output that varies along the spatial axes (rule 13)."""
     if node.op not in ("Conv", "ConvTranspose"):
         return False
@@ -140,7 +140,7 @@ def _is_uneven(node: gs.Node, weight: np.ndarray) -> bool:
     return bool(not pointwise or strided or resized or auto_pad.startswith("SAME"))
 
 
-def _add_behind(model: Model, layer: Linear, response: np.ndarray) -> str:
+def add_behind(model: Model, layer: Linear, response: np.ndarray) -> str:
     """Add the response to a MatMul's output: in the Add of a constant that follows, else in a new one."""
     node, offset = layer.node, layer.spread(response)
     output = node.outputs[0]

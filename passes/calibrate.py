@@ -87,7 +87,7 @@ class Calibrate(Pass):
         Raises OptionError for wrong options, InputError for unusable images, ModelError where the image
         size is open and no images are given.
         """
-        self._check()
+        self.check()
         from onnxcompress.estimate import estimate_statistics, measurable
         from onnxcompress.optimize.device import pick_device
 
@@ -117,7 +117,8 @@ class Calibrate(Pass):
         }
         return PassResult(_write(model, record), refusals, measured)
 
-    def _check(self) -> None:
+    def check(self) -> None:
+        """Raise OptionError for values out of range, and for inputs that cannot serve."""
         if self.batch < 1:
             raise OptionError(f"--batch {self.batch}: expected 1 or more")
         if self.seed < 0:
@@ -129,6 +130,7 @@ class Calibrate(Pass):
                 "--overwrite --inputs distilled: images distilled from what is overwritten would bring it "
                 "back; take --images or --inputs procedural"
             )
+        self._request().check()
 
     def _request(self) -> InputRequest:
         circular = self.overwrite and self.inputs == "auto" and self.images is None

@@ -70,7 +70,7 @@ class DropBlocks(Pass):
     drop: tuple[str, ...] = option((), "Names of the blocks to drop, with commas.", metavar="NAME,…")
     feature: str | None = option(None, "Tensor to match; default: the one before the global pool.")
     scores: str | None = option(
-        None, "Scores are read from this file, or written to it if it is new.", metavar="JSON"
+        None, "Scores are read from this file, or written to it if it is new.", metavar="JSON", file="kept"
     )
     steps: int = option(500, "Steps of fine-tuning; 0: none.")
     batch: int = option(64, "Images in a step of fine-tuning.")
@@ -87,7 +87,7 @@ class DropBlocks(Pass):
         Raises OptionError for wrong options, InputError for unusable images, ModelError where the
         network has no block or no feature tensor.
         """
-        self._check_options()
+        self.check()
         original = model.copy()
         folded = FoldBatchNorm().apply(model)
         lift_weights(model, *LINEAR)
@@ -102,7 +102,8 @@ class DropBlocks(Pass):
             changes.append(Change(model.name, f"{folded.measured['folded']} BatchNorms folded"))
         return PassResult(changes, list(work.found.near_misses), work.measured)
 
-    def _check_options(self) -> None:
+    def check(self) -> None:
+        """Raise OptionError for anything but one target, and for values out of range."""
         targets = [self.latency_reduction is not None, self.blocks is not None, bool(self.drop)]
         if sum(targets) != 1:
             raise OptionError("give one target: --latency-reduction PCT, --blocks K or --drop NAME,...")

@@ -40,7 +40,7 @@ from onnxcompress.linear import Linear
 from onnxcompress.model import Model
 from onnxcompress.passes import _equalize_apply as edits
 from onnxcompress.passes._equalize_channels import Flow
-from onnxcompress.passes._equalize_flow import IS_OUTPUT, trace
+from onnxcompress.passes._equalize_flow import trace
 from onnxcompress.passes._equalize_solve import Balance, Side
 from onnxcompress.passing import Change, Pass, PassResult, Progress, Refusal, option, silent
 
@@ -106,7 +106,7 @@ class Equalize(Pass):
         free[list(flow.barred)] = False
         loose = met & ~free
         for layer in flow.layers:
-            if not layer.accurate:
+            if not layer.scalable:
                 loose[layer.reads] = loose[layer.writes] = False
         loose[list(flow.overflow)] = False
         return free, loose & self.assumption_free
@@ -139,6 +139,7 @@ def assumption_free_scales(model: Model, *, shared: bool = True) -> dict[str, La
     return {
         layer.name: LayerScales(np.exp(balance.reads(at)), np.exp(-balance.writes(at)))
         for at, layer in enumerate(flow.layers)
+        if layer.own
     }
 
 
@@ -186,7 +187,7 @@ def _refusals(flow: Flow, balance: Balance) -> list[Refusal]:
         labels = np.unique(np.concatenate([side.unique for side in writers]))
         barred = [label for label in labels.tolist() if label in flow.barred and not balance.loose[label]]
         bar = flow.barred[barred[0]] if barred else None
-        if bar is None or (not readers and bar.rule == IS_OUTPUT):
+        if bar is None or not (readers or flow.ended.intersection(barred)):
             continue
         some = "" if len(barred) == len(labels) else f"{len(barred)} of {len(labels)} channels "
         behind = f" with {node_label(flow.layers[readers[0].layer].linear.node)!r}" if readers else ""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -16,3 +18,18 @@ MODELS = Path(__file__).resolve().parent.parent / "models"
 def models() -> Path:
     """The folder of the shipped networks and images."""
     return MODELS
+
+
+@pytest.fixture
+def quick_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Latency from a few rounds, for tests of what is done with it."""
+    from onnxcompress import latency
+
+    original = latency.interleave
+
+    @functools.wraps(original)
+    def few(*args: Any, **options: Any) -> Any:
+        return original(*args, **(options | {"runs": 4}))
+
+    monkeypatch.setattr(latency, "interleave", few)
+    monkeypatch.setattr(latency, "_warm", lambda timed, seconds: None)

@@ -18,6 +18,7 @@ from onnxcompress.optimize.executor import Executor
 from onnxcompress.optimize.standardize import standardize
 from onnxcompress.passes.fold_bn import FoldBatchNorm
 from onnxcompress.statistics import known_statistics, read_record, write_record
+from onnxcompress.topology import Topology
 
 MODELS = Path(__file__).parents[1] / "models"
 FASHION = Preprocess.parse("fashion-mnist")
@@ -90,7 +91,9 @@ def test_a_file_without_statistics_is_refused() -> None:
 def test_a_twin_has_the_recorded_statistics_on_noise() -> None:
     model = _folded()
     noise = torch.randn(64, 1, 28, 28, generator=torch.Generator().manual_seed(0))
-    twin = standardize(model, Executor.from_model(model), noise)
+    feature = Topology(model).feature()
+    assert feature is not None
+    twin = standardize(model, Executor.from_model(model), noise, feature.name)
     worn = model.copy()
     twin.wear(worn)
     record = known_statistics(model)
@@ -106,10 +109,11 @@ def test_a_twin_has_the_recorded_statistics_on_noise() -> None:
 
 def test_a_twin_is_taken_off_without_a_trace() -> None:
     model = _folded()
-    before = model.digest()
     images = torch.from_numpy(replace(_blobs(32)).array())
     executor = Executor.from_model(model)
-    twin = standardize(model, executor, images)
+    feature = Topology(model).feature()
+    assert feature is not None
+    twin = standardize(model, executor, images, feature.name)
     twin.wear(model)
     worn = Executor.from_model(model).parameters
     assert any(not torch.equal(worn[n], executor.parameters[n]) for n in twin.weights)

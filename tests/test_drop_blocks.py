@@ -18,10 +18,12 @@ import pytest
 from onnxcompress.blocks import find_blocks
 from onnxcompress.cli.main import main
 from onnxcompress.dropping import drop_blocks
-from onnxcompress.errors import CompressError, OptionError
+from onnxcompress.errors import CompressError, ModelError
 from onnxcompress.model import Model, load
 from onnxcompress.passes.drop_blocks import DropBlocks
 from onnxcompress.passes.fold_bn import FoldBatchNorm
+from onnxcompress.passing import run
+from onnxcompress.statistics import write_record
 
 torch = pytest.importorskip("torch")
 
@@ -110,9 +112,58 @@ def test_a_network_without_blocks_is_refused() -> None:
         DropBlocks(images="x", blocks=1).apply(Model.from_proto(proto))
 
 
-def test_images_are_needed() -> None:
-    with pytest.raises(OptionError, match="--images is needed"):
-        DropBlocks(blocks=1).apply(Model.from_proto(onnx.ModelProto()))
+NO_DATA = {"preprocess": "fashion-mnist", "synthetic": 24, "steps": 2, "batch": 8, "drop": ("blocks.1",)}
+
+
+@pytest.mark.parametrize(
+    ("asked", "recorded", "source"),
+    [("auto", True, "distilled"), ("auto", False, "procedural"), ("layerwise", True, "layerwise")],
+)
+def test_without_images_the_best_inputs_are_made(
+    resnet: str, asked: str, recorded: bool, source: str, quick_clock: None
+) -> None:
+    """What was learned from, how many, with which seed and why stands in the provenance."""
+    model = load(resnet)
+    FoldBatchNorm().apply(model)
+    if not recorded:
+        write_record(model, {})
+    run([DropBlocks(inputs=asked, **NO_DATA)], model)  # type: ignore[arg-type]
+    (used,) = model.provenance()[-1]["inputs"]
+    assert (used["source"], used["count"], used["seed"]) == (source, 24, 0)
+    assert used["why"]
+
+
+def test_procedural_inputs_need_no_record(resnet: str, quick_clock: None) -> None:
+    """With BatchNorm in the file, and folded without a record, the same weights come out."""
+    results = []
+    for recorded in (True, False):
+        model = load(resnet)
+        if not recorded:
+            FoldBatchNorm().apply(model)
+            write_record(model, {})
+        DropBlocks(inputs="procedural", **NO_DATA).apply(model)  # type: ignore[arg-type]
+        results.append({t.name: onnx.numpy_helper.to_array(t) for t in model.to_proto().graph.initializer})
+    assert results[0].keys() == results[1].keys()
+    assert all(np.array_equal(results[0][name], value) for name, value in results[1].items())
+
+
+def test_layerwise_inputs_need_a_record(resnet: str) -> None:
+    model = load(resnet)
+    FoldBatchNorm().apply(model)
+    write_record(model, {})
+    with pytest.raises(ModelError, match="calibrate"):
+        DropBlocks(inputs="layerwise", **NO_DATA).apply(model)  # type: ignore[arg-type]
+
+
+def test_real_and_made_images_together(resnet: str, models: Path, quick_clock: None) -> None:
+    model = load(resnet)
+    images = str(models / "fashion-tiny.npz")
+    both = DropBlocks(images=images, count=8, inputs="procedural", **NO_DATA)  # type: ignore[arg-type]
+    run([both], model)
+    assert [(u["source"], u["count"]) for u in model.provenance()[-1]["inputs"]] == [
+        ("images", 8),
+        ("procedural", 24),
+    ]
 
 
 def test_the_output_is_the_input_with_fewer_nodes(

@@ -1,4 +1,4 @@
-"""equalize: ranges become equal and outputs stay, in hand-made, random and real networks; the record follows."""
+"""equalize: ranges become equal, outputs stay, the record follows: hand-made, random, real networks."""
 
 from __future__ import annotations
 
@@ -63,7 +63,6 @@ def equalizes(
     after, result = equalize(proto, **options)
     assert not result.refusals
     assert result.measured["converged"]
-    assert result.measured["lost_bits"]["after"] < result.measured["lost_bits"]["before"] - 0.1
     kept = {t.SerializeToString() for t in after.graph.initializer}
     for tensor in proto.graph.initializer:
         if tensor.name[0] in "wuv":
@@ -87,7 +86,7 @@ def values(proto: onnx.ModelProto) -> Arrays:
 
 
 def rows(array: np.ndarray) -> np.ndarray:
-    return np.abs(array).reshape(len(array), -1).max(1)
+    return np.asarray(np.abs(array).reshape(len(array), -1).max(1))
 
 
 def columns(array: np.ndarray) -> np.ndarray:
@@ -110,7 +109,10 @@ def test_a_pair_gets_the_formula_of_dfq() -> None:
 
 def test_a_depthwise_triple_gets_the_cube_root() -> None:
     arrays = {"w": weight(6, 4, 1, 1), "u": weight(6, 1, 3, 3), "v": weight(5, 6, 1, 1), "b": weight(6)}
-    body = "c = Conv(x, w) r = Relu(c) e = Conv<group = 6, pads = [1,1,1,1]>(r, u, b) s = Relu(e) y = Conv(s, v)"
+    body = (
+        "c = Conv(x, w) r = Relu(c) e = Conv<group = 6, pads = [1,1,1,1]>(r, u, b) "
+        "s = Relu(e) y = Conv(s, v)"
+    )
     after = values(equalizes(IMAGE, body, arrays))
     wanted = np.cbrt(rows(arrays["w"]) * rows(arrays["u"]) * columns(arrays["v"]))
     for found in (rows(after["w"]), rows(after["u"]), columns(after["v"])):
@@ -126,22 +128,27 @@ def test_a_residual_stream_shares_its_scales() -> None:
     )
     after = values(equalizes(IMAGE, body, arrays))
     scale = rows(after["w0"]) / rows(arrays["w0"])
+    assert scale.max() > 1.2 * scale.min()
+    np.testing.assert_allclose((arrays["u2"] / after["u2"])[0, :, 0, 0], scale, rtol=1e-4)
+    for i in (1, 2):  # scaled by the stream, and by what lies inside the branch
+        inside = (after[f"w{i}"] / arrays[f"w{i}"])[:, :, 0, 0] / scale[:, None]
+        np.testing.assert_allclose(inside, np.broadcast_to(inside[0], inside.shape), rtol=1e-4)
     relative = [rows(after[f"w{i}"]) / rows(after[f"w{i}"]).max() for i in range(3)]
     read = [columns(after[f"u{i}"]) / columns(after[f"u{i}"]).max() for i in range(3)]
     np.testing.assert_allclose(np.max(relative, 0), np.max(read, 0), rtol=5e-3)
-    assert scale.max() > 1.2 * scale.min()
-    for i, inner in (
-        (1, "u0"),
-        (2, "u1"),
-    ):  # w_i is scaled by the stream and by what lies inside the branch
-        inside = rows(after[inner]) / columns(after[inner]) * 0 + 1
-        np.testing.assert_allclose(
-            after[f"w{i}"] / arrays[f"w{i}"],
-            (scale[:, None] * (after[f"w{i}"] / arrays[f"w{i}"])[:1, :, 0, 0] / scale[0] * inside[0])[
-                :, :, None, None
-            ],
-            rtol=1e-4,
-        )
+
+
+def test_a_layer_that_reads_and_writes_one_stream_converges() -> None:
+    """Its rows and columns move each other: full steps would overshoot for ever."""
+    loop = [[0, 0.408, 0.957], [0, 0, 0.42], [13.197, 1.167, 0]]
+    arrays = {
+        "w": np.array([84.4, 2045.3, 95.5], np.float32).reshape(3, 1, 1, 1)
+        * np.ones((1, 4, 1, 1), np.float32),
+        "u": np.array(loop, np.float32)[:, :, None, None],
+        "v": np.array([[7.88, 44.3, 4.08]], np.float32)[:, :, None, None],
+    }
+    body = "a = Conv(x, w) r = Relu(a) c = Conv(r, u) s = Add(r, c) y = Conv(s, v)"
+    equalizes(IMAGE, body, arrays)
 
 
 def test_dead_channels_keep_scale_one() -> None:
@@ -160,7 +167,10 @@ def test_dead_channels_keep_scale_one() -> None:
 
 def test_scales_of_the_reader_of_a_concat_go_to_the_right_writer() -> None:
     arrays = {"w": weight(6, 4, 1, 1), "u": weight(3, 4, 1, 1), "v": weight(5, 9, 1, 1)}
-    body = "a = Conv(x, u) b = Conv(x, w) ar = Relu(a) br = LeakyRelu(b) c = Concat<axis = 1>(br, ar) y = Conv(c, v)"
+    body = (
+        "a = Conv(x, u) b = Conv(x, w) ar = Relu(a) br = LeakyRelu(b) "
+        "c = Concat<axis = 1>(br, ar) y = Conv(c, v)"
+    )
     after = values(equalizes(IMAGE, body, arrays))
     divisor = (arrays["v"] / after["v"])[0, :, 0, 0]
     np.testing.assert_allclose(divisor[:6], rows(after["w"]) / rows(arrays["w"]), rtol=1e-4)
@@ -230,7 +240,9 @@ def test_what_passes_between_two_convolutions(between: str) -> None:
     used = {k: v for k, v in CONSTANTS.items() if k in body.replace(",", " ").replace(")", " ").split()}
     used |= {k: CONSTANTS[k] for k in CONSTANTS if f"({k}" in body}
     signature = "(float[1,4,8,8] x) => (float[1,C,H,W] y)" if between == "zeros joined" else IMAGE
-    equalizes(signature, body, PAIR | used)
+    _, result = equalize(graph(signature, body, PAIR | used))
+    assert not result.refusals
+    assert result.measured["lost_bits"]["after"] < result.measured["lost_bits"]["before"] - 0.1
 
 
 @pytest.mark.parametrize(
@@ -246,24 +258,26 @@ def test_what_passes_between_two_convolutions(between: str) -> None:
             [(4, 3, 3, 3), (6, 2, 2, 2)],
         ),
         (
-            "c = Conv(x, w, b) p = GlobalAveragePool(c) f = Flatten(p) g = Gemm<alpha = 0.5, beta = 2.0, transB = 1>"
-            "(f, u, e) h = Relu(g) y = Gemm<alpha = 3.0>(h, v)",
+            "c = Conv(x, w, b) p = GlobalAveragePool(c) f = Flatten(p) "
+            "g = Gemm<alpha = 0.5, beta = 2.0, transB = 1>(f, u, e) h = Relu(g) "
+            "y = Gemm<alpha = 3.0>(h, v)",
             [(6, 4, 3, 3), (7, 6), (7, 5)],
         ),
         (
-            "c = Conv(x, w, b) f = Flatten(c) h = Relu(f) g = MatMul(h, u) a = Add(g, e) k = Relu(a) y = MatMul(k, v)",
+            "c = Conv(x, w, b) f = Flatten(c) h = Relu(f) g = MatMul(h, u) a = Add(g, e) "
+            "k = Relu(a) y = MatMul(k, v)",
             [(6, 4, 3, 3), (216, 7), (7, 5)],
         ),
         (
-            "c = Conv(x, w, b) p = ReduceMean<axes = [2,3], keepdims = 0>(c) t = Transpose(u) g = MatMul(p, t) "
-            "k = Relu(g) y = Gemm(k, v)",
+            "c = Conv(x, w, b) p = ReduceMean<axes = [2,3], keepdims = 0>(c) t = Transpose(u) "
+            "g = MatMul(p, t) k = Relu(g) y = Gemm(k, v)",
             [(6, 4, 3, 3), (7, 6), (7, 5)],
         ),
     ],
     ids=["grouped", "transposed", "gemm", "flatten", "matmul"],
 )
 def test_every_kind_of_layer(body: str, shapes: list[tuple[int, ...]]) -> None:
-    arrays = {name: weight(*shape, seed=3) for name, shape in zip("wuv", shapes, strict=False)}
+    arrays = {n: weight(*shape, seed=at) for at, (n, shape) in enumerate(zip("wuv", shapes, strict=False))}
     arrays["b"] = weight(6)
     if "e)" in body:
         arrays["e"] = weight(7)
@@ -271,7 +285,7 @@ def test_every_kind_of_layer(body: str, shapes: list[tuple[int, ...]]) -> None:
 
 
 def test_a_gemm_whose_offset_is_one_number_or_a_matrix() -> None:
-    for offset in (np.float32([0.7]), weight(2, 6)):
+    for offset in (np.array([0.7], np.float32), weight(2, 6)):
         arrays = {"w": weight(4, 6), "u": weight(6, 5), "c": offset}
         body = "a = Gemm<beta = 0.5>(x, w, c) r = Relu(a) y = Gemm(r, u)"
         equalizes("(float[2,4] x) => (float[2,5] y)", body, arrays)
@@ -283,7 +297,7 @@ def test_a_stream_whose_shortcut_pads_channels() -> None:
         "w": weight(4, 4, 1, 1),
         "u": weight(8, 4, 3, 3),
         "v": weight(5, 8, 1, 1),
-        "pads": np.array([0, 2, 0, 0, 0, 2, 0, 0]),
+        "pads": np.array([0, 1, 0, 0, 0, 3, 0, 0]),
         "from": np.array([0, 0]),
         "to": np.array([99, 99]),
         "axes": np.array([2, 3]),
@@ -295,7 +309,7 @@ def test_a_stream_whose_shortcut_pads_channels() -> None:
     )
     after = values(equalizes(IMAGE, body, arrays))
     stream = (arrays["v"] / after["v"])[0, :, 0, 0]
-    np.testing.assert_allclose(stream[2:6], rows(after["w"]) / rows(arrays["w"]), rtol=1e-4)
+    np.testing.assert_allclose(stream[1:5], rows(after["w"]) / rows(arrays["w"]), rtol=1e-4)
 
 
 # What does not --------------------------------------------------------------------------------------------
@@ -312,7 +326,7 @@ def test_a_stream_whose_shortcut_pads_channels() -> None:
         ("r = Div(one, c)", "divides by"),
         ("r = Softmax<axis = 1>(c)", "(Softmax)"),
         ("r = Pad(c, pads, one)", "pads with a number other than 0"),
-        ("r = BatchNormalization(c, g, b2, m, v)", "run fold-bn first"),
+        ("r = BatchNormalization(c, gn, bn, mn, vn)", "run fold-bn first"),
         ("s = Pow(c, two) r = Relu(s)", "(Pow)"),
         ("r = Cast<to = 1>(c)", "without a rule"),
         ("i = ArgMax<axis = 1>(c) k = Cast<to = 1>(i) r = Add(c, k)", "without a rule"),
@@ -322,8 +336,7 @@ def test_a_stream_whose_shortcut_pads_channels() -> None:
     ],
 )
 def test_what_bars(between: str, reason: str) -> None:
-    arrays = {**CONSTANTS, "six1": np.float32(6), **norm(6)}
-    arrays["b2"] = arrays.pop("b")
+    arrays = {**CONSTANTS, "six1": np.float32(6), **norm(6, "n")}
     body = f"c = Conv(x, w, b) {between} y = Conv(r, u, d)"
     words = set(body.replace(",", " ").replace("(", " ").replace(")", " ").split())
     stays(IMAGE, body, {k: v for k, v in {**arrays, **PAIR}.items() if k in words}, reason)
@@ -342,31 +355,27 @@ def test_a_tensor_seen_outside() -> None:
 
 def test_weights_that_are_shared_computed_or_short() -> None:
     arrays = {"w": weight(6, 4, 1, 1), "u": weight(4, 6, 1, 1)}
-    body = "a = Conv(x, w) b = Relu(a) c = Conv(b, u) d = Relu(c) e = Conv(d, w) f = Relu(e) y = Conv(f, u)"
+    body = "a = Conv(x, w) b = Relu(a) c = Conv(b, u) d = Relu(c) y = Conv(d, w)"
     proto = graph(IMAGE, body, arrays)
     after, result = equalize(proto)
     assert after == proto
-    assert not result.refusals  # no stream lies between two layers that could be scaled
-    arrays["v"] = weight(5, 4, 1, 1)
-    stays(
-        IMAGE,
-        body.replace("y = Conv(f, u)", "y = Conv(f, t)").replace("(b, u)", "(b, v2)"),
-        {"w": arrays["w"], "v2": weight(4, 6, 1, 1), "t": weight(5, 6, 1, 1)},
-        "shares its weight",
-    ) if False else None
-    halves = {k: v.astype(np.float16) for k, v in PAIR.items() if k in "wu"}
-    signature = "(float16[N,4,8,8] x) => (float16[N,C,H,W] y)"
-    stays(signature, "c = Conv(x, w) r = Relu(c) y = Conv(r, u)", halves, "weights of type float16")
+    assert [r.node for r in result.refusals] == ["a", "c"]
+    assert all("shares its weight (give each node its own copy)" in str(r) for r in result.refusals)
+    body = "c = Conv(x, w) r = Relu(c) y = Conv(r, u)"
+    halves = {k: PAIR[k].astype(np.float16) for k in "wu"}
+    stays("(float16[N,4,8,8] x) => (float16[N,C,H,W] y)", body, halves, "weights of type float16")
     signature = "(float[N,4,8,8] x, float[6] b) => (float[N,C,H,W] y)"
     parts = {k: PAIR[k] for k in "wu"}
     stays(signature, "c = Conv(x, w, b) r = Relu(c) y = Conv(r, u)", parts, "bias that is not a constant")
+    signature = "(float[N,4,8,8] x, float[5,6,3,3] u) => (float[N,C,H,W] y)"
+    stays(signature, body, {"w": PAIR["w"]}, "the weight of Conv 'y' is not a constant")
 
 
 def test_values_that_would_overflow() -> None:
     arrays = {"w": np.full((6, 4, 1, 1), 1e-20, np.float32), "b": np.full(6, 1e20, np.float32)}
     arrays["u"] = np.full((5, 6, 1, 1), 1e-20, np.float32)
     arrays["u"][:, :3] = 1e20
-    arrays["w"][:3] *= np.float32([[[[1]]], [[[2]]], [[[3]]]])
+    arrays["w"][:3] *= np.array([1, 2, 3], np.float32).reshape(3, 1, 1, 1)
     body = "c = Conv(x, w, b) r = Relu(c) y = Conv(r, u)"
     stays(IMAGE, body, arrays, "out of the range of float32")
 
@@ -532,7 +541,7 @@ def test_a_random_network(seed: int) -> None:
         now = outputs(_showing(after, made), feeds(proto))
         for name, known in read_record(Model.from_proto(after)).items():
             wanted = was[name] * known.std[None, :, None, None]
-            np.testing.assert_allclose(now[name], wanted, rtol=0, atol=1e-5 * np.abs(wanted).max() + 1e-30)
+            np.testing.assert_allclose(now[name], wanted, rtol=0, atol=1e-4 * np.abs(wanted).max() + 1e-30)
 
 
 def _random_body(rng: np.random.Generator) -> tuple[str, Arrays]:

@@ -1,19 +1,31 @@
-"""`onnxcompress compare`: two models side by side."""
+"""`onnxcompress compare`: two models side by side.
+
+--json prints one object:
+
+    a, b        {name, bytes, parameters, macs, timing, top1}; null for what is not known
+    latency     {value, low, high}: median of b over median of a, with its 95 % interval
+    difference  {max_abs, max_rel, output, per_output} of the outputs
+    agreement   share of `inputs` with the same top-1 class
+    inputs      what difference, agreement and top1 were taken on
+    gates       [{gate, limit, measured, passed, text}], one for each limit that was given
+"""
 
 from __future__ import annotations
 
+import dataclasses
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from onnxcompress.cli import options
-from onnxcompress.errors import OptionError
+from onnxcompress.cli.gating import SectionedCommand, gated, take_gates
+from onnxcompress.errors import OptionError, TargetMissed
 
 if TYPE_CHECKING:
     from onnxcompress.compare import Comparison
 
 
-@click.command()
+@click.command(cls=SectionedCommand)
 @click.argument("a", metavar="A")
 @click.argument("b", metavar="B")
 @options.images(required=False)
@@ -21,6 +33,7 @@ if TYPE_CHECKING:
 @options.timing()
 @options.seed()
 @options.as_json()
+@gated
 def compare(
     a: str,
     b: str,
@@ -39,18 +52,31 @@ def compare(
 
     \b
     Example: onnxcompress compare net.onnx fast.onnx --images val/ --preprocess imagenet
+             onnxcompress compare net.onnx fast.onnx --min-speedup 1.2 --max-size 5
     """
     from onnxcompress import compare as measure
+    from onnxcompress.cli.console import show_verdicts, stdout
+    from onnxcompress.gates import Gates
+    from onnxcompress.verdicts import Facts, judge, summary
 
     if images is None and (preprocess is not None or count is not None):
         raise OptionError("--preprocess and --count need --images")
-    loaded = options.read_images(images, preprocess, count, seed) if images is not None else None
+    gates = Gates(images=images, **take_gates(chosen))
+    gates.check(images="--images")
+    labels = gates.max_drop is not None
+    loaded = None
+    if images is not None:
+        loaded = options.read_images(images, preprocess, count, seed, labels=labels)
     found = measure.compare(a, b, images=loaded, tolerance=tolerance / 100, seed=seed, **chosen)
     options.warn_placements([(s.name, s.timing.placement) for s in (found.a, found.b)])
+    verdicts = judge(gates.limits, Facts.of(found))
     if as_json:
-        options.print_json(found.as_dict())
+        options.print_json(found.as_dict() | {"gates": [dataclasses.asdict(v) for v in verdicts]})
     else:
         _show(found)
+        show_verdicts(stdout(), verdicts)
+    if missed := summary(verdicts):
+        raise TargetMissed(missed)
 
 
 def _show(found: Comparison) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -14,6 +13,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from rich.table import Table
 
 from onnxcompress import passing
+from onnxcompress.verdicts import Verdict
 
 SHOWN = 12
 """Refusals that are listed one by one; the rest is counted."""
@@ -106,11 +106,8 @@ def show_refusals(console: Console, refusals: list[passing.Refusal], title: str 
         console.print(f"  … and {len(refusals) - SHOWN} more (all with --json)")
 
 
-def show_result(one: passing.Pass, result: passing.PassResult, source: Path, target: Path) -> None:
+def show_result(console: Console, one: passing.Pass, result: passing.PassResult) -> None:
     """The account of one pass."""
-    from onnxcompress.sources import model_bytes
-
-    console = stdout()
     if one.name == "drop-blocks":
         from onnxcompress.cli.drop_blocks import show_drop_blocks
 
@@ -119,6 +116,10 @@ def show_result(one: passing.Pass, result: passing.PassResult, source: Path, tar
         from onnxcompress.cli.calibrate import show_calibrate
 
         show_calibrate(console, result)
+    elif one.name == "quantize":
+        from onnxcompress.cli.quantize import show_quantize
+
+        show_quantize(console, result)
     else:
         kinds: dict[str, int] = {}
         for change in result.changes:
@@ -129,8 +130,13 @@ def show_result(one: passing.Pass, result: passing.PassResult, source: Path, tar
             console.print("nothing to change")
     show_refusals(console, result.refusals)
     _show_difference(console, result.measured.get("difference"))
-    before, after = model_bytes(source), model_bytes(target)
-    console.print(f"{source} → {target}: {size(before)} → {size(after)}", markup=False)
+
+
+def show_verdicts(console: Console, verdicts: list[Verdict]) -> None:
+    """A line for each gate."""
+    for one in verdicts:
+        word = "kept" if one.passed else "MISSED"
+        console.print(f"gate --{one.gate.replace('_', '-')} {word}: {one.text}", markup=False)
 
 
 def _show_difference(console: Console, found: dict[str, Any] | None) -> None:

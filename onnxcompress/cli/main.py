@@ -11,14 +11,20 @@ import click
 from onnxcompress import __version__
 from onnxcompress.errors import CompressError
 from onnxcompress.passes import CATALOGUE
+from onnxcompress.plugins import plugins
 
 COMMANDS: dict[str, tuple[str, str, str]] = {
+    "run": ("Chain", "run", "Apply the passes of a recipe; resumable."),
     "inspect": ("Look", "inspect", "Show a model, its figures and the blocks that can be dropped."),
     "benchmark": ("Look", "benchmark", "Measure latency in onnxruntime, models interleaved."),
     "evaluate": ("Look", "evaluate", "Measure top-1 and top-5 accuracy on labelled images."),
     "compare": ("Look", "compare", "Compare two models: size, latency, outputs, agreement."),
+    "synthesize": ("Make", "synthesize", "Make images from what the file knows, or from nothing."),
 }
 """Name -> (group in the help, module in onnxcompress.cli with a function of that name, summary)."""
+
+GROUPS = {"Chain": "Chain passes", "Look": "Look at models", "Make": "Make inputs"}
+"""Group -> its title in the help."""
 
 INTERRUPTED = 130
 
@@ -27,14 +33,14 @@ class LazyGroup(click.Group):
     """Imports a command when it is called; the help text needs none of them."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        return [entry.name for entry in CATALOGUE] + list(COMMANDS)
+        return [name for name, _ in _passes()] + list(COMMANDS)
 
     def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
         if name in COMMANDS:
             found = getattr(import_module(f"onnxcompress.cli.{COMMANDS[name][1]}"), COMMANDS[name][1])
             assert isinstance(found, click.Command)
             return found
-        if any(entry.name == name for entry in CATALOGUE):
+        if any(entry.name == name for entry in CATALOGUE) or name in plugins():
             from onnxcompress.cli.passes import command
 
             return command(name)
@@ -54,11 +60,16 @@ class LazyGroup(click.Group):
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Change a model (IN OUT)"):
-            formatter.write_dl([(e.name, e.summary) for e in CATALOGUE])
-        for title in dict.fromkeys(group for group, _, _ in COMMANDS.values()):
-            with formatter.section(f"{title} at models"):
-                rows = [(n, text) for n, (group, _, text) in COMMANDS.items() if group == title]
+            formatter.write_dl(_passes())
+        for word, title in GROUPS.items():
+            with formatter.section(title):
+                rows = [(n, text) for n, (group, _, text) in COMMANDS.items() if group == word]
                 formatter.write_dl(rows)
+
+
+def _passes() -> list[tuple[str, str]]:
+    """Names and summaries of the catalogue's passes and of other packages'."""
+    return [(e.name, e.summary) for e in CATALOGUE] + list(plugins().items())
 
 
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})

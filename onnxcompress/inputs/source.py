@@ -63,6 +63,8 @@ class InputRequest:
             raise OptionError(
                 "--count: how many of --images to use; --synthetic counts those that are made"
             )
+        if self.preprocess is not None:
+            Preprocess.parse(self.preprocess)
         for name in ("count", "synthetic"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -89,6 +91,11 @@ class Inputs:
     layerwise: bool = False
     """Whether each layer is to be brought to its recorded statistics."""
 
+    @property
+    def real(self) -> bool:
+        """Whether all are real images."""
+        return all(used.source == "images" for used in self.sources)
+
     def shares(self) -> Tensor | None:
         """(N,), how often to draw each image so that all sources come alike; None: there is but one."""
         import torch
@@ -103,7 +110,7 @@ class Inputs:
 
 
 def images_option() -> Any:
-    return option(None, "Folder of images or an .npz; labels are not used.", metavar="DIR|NPZ")
+    return option(None, "Folder of images or an .npz; labels are not used.", metavar="DIR|NPZ", file="read")
 
 
 def preprocess_option() -> Any:
@@ -154,6 +161,7 @@ def gather_inputs(
         kind = "images" if kind == "auto" else kind
     if kind == "auto":
         kind, why = best_kind(model)
+        why = f"no --images; {why}"
     if kind == "layerwise":
         _need_statistics(model, kind)
     if kind != "images":
@@ -172,10 +180,10 @@ def best_kind(model: Model) -> tuple[str, str]:
     known = known_statistics(model)
     real = [s for s in known.values() if "procedural" not in s.source]
     if real:
-        return "distilled", f"no --images; the file knows the statistics of {len(real)} tensors"
+        return "distilled", f"the file knows the statistics of {len(real)} tensors"
     if known:
-        return "procedural", "no --images; the file's statistics were themselves taken of procedural images"
-    return "procedural", "no --images, and the file has neither BatchNorm nor recorded statistics"
+        return "procedural", "the file's statistics were themselves taken of procedural images"
+    return "procedural", "the file has neither BatchNorm nor recorded statistics"
 
 
 def synthetic_images(
@@ -250,7 +258,7 @@ def _geometry(
 def _need_statistics(model: Model, kind: str) -> None:
     if not known_statistics(model):
         raise ModelError(
-            f"{model.name}: --inputs {kind} needs BatchNorm or recorded statistics, the file has neither; "
-            "export with BatchNorm kept (onnxcompress.export), estimate them (onnxcompress calibrate), or "
-            "take --inputs procedural"
+            f"{model.name}: making {kind} inputs needs BatchNorm or recorded statistics, the file has "
+            "neither; export with BatchNorm kept (onnxcompress.export), estimate them (onnxcompress "
+            "calibrate), or take procedural ones"
         )

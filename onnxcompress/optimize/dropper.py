@@ -21,7 +21,7 @@ from onnxcompress.model import Model
 from onnxcompress.optimize.device import pick_device
 from onnxcompress.optimize.executor import Executor
 from onnxcompress.optimize.finetune import Schedule, finetune
-from onnxcompress.optimize.reconstruct import Reconstruction, segments
+from onnxcompress.optimize.reconstruct import RIDGE, RIDGE_SYNTHETIC, Reconstruction, segments
 from onnxcompress.optimize.score import Probe, Scorer, probe
 from onnxcompress.optimize.score_file import read_scores, write_scores
 from onnxcompress.optimize.select import Choice, choose
@@ -35,11 +35,13 @@ if TYPE_CHECKING:
 
 SCORING_IMAGES = 128
 """Images that blocks are scored on, at most."""
-TUNE_TWIN = False
 REFIT_IMAGES = 500
 """Images that layers are refitted on, at most."""
 REFIT_BYTES = 1 << 30
 """Memory that one tensor of all those images may take; refitting holds about four."""
+BATCH_BYTES = 16 << 20
+"""Memory that one tensor of a batch may take: beyond, each is new memory that the system has to clear."""
+MAX_BATCH = 125
 TAPS_BYTES = 2 << 30
 """Memory that the tensors kept for scoring may take; fewer images are used where they would need more."""
 
@@ -70,9 +72,12 @@ class Dropper:
         self.measured["preprocess"] = str(images.preprocess)
         self.nhwc = images.preprocess.layout == "nhwc"
         self.images = torch.from_numpy(images.array())
+        if not self.nhwc:  # depthwise convolutions on the CPU are three times as fast
+            self.images = self.images.contiguous(memory_format=torch.channels_last)
         self.twin: Twin | None = None
         if self.inputs.layerwise:
-            self.twin = standardize(model, self.teacher, self.images[:SCORING_IMAGES])
+            given = self.images[:SCORING_IMAGES].to(self.device)
+            self.twin = standardize(model, self.teacher, given, self.feature, batch=_batch(model))
             self.twin.wear(model)
         self.teacher = Executor.from_model(model, device=self.device)
 
@@ -218,13 +223,20 @@ class Dropper:
             return
         student = Executor.from_model(self.model, device=self.device)
         pieces = segments(self.model, self.student_feature)
-        refit = Reconstruction(student, self.teacher, pieces, seed=self.options.seed)
+        refit = Reconstruction(
+            student,
+            self.teacher,
+            pieces,
+            batch=_batch(self.model),
+            seed=self.options.seed,
+            ridge=RIDGE if self.inputs.real else RIDGE_SYNTHETIC,
+        )
         weights = {n: w for n, w in self.weights.items() if n in student.parameters}
         if pieces and pieces[0].start == self.source:
             largest = max(_elements(self.model.shapes()[piece.end]) for piece in pieces)
             count = max(8, min(REFIT_IMAGES, len(self.images), REFIT_BYTES // (4 * largest)))
             weights = refit.run(self.images[:count].to(self.device), self.progress)
-        if self.options.steps and (self.twin is None or TUNE_TWIN):
+        if self.options.steps and self.twin is None:
             schedule = Schedule(
                 steps=self.options.steps,
                 batch=self.options.batch,
@@ -310,6 +322,12 @@ def _elements(shape: tuple[int | str | None, ...]) -> int:
     for dim in shape[1:]:
         count *= dim if isinstance(dim, int) else 1
     return count
+
+
+def _batch(model: Model) -> int:
+    """Images that run at once when nothing is trained: larger tensors cost more than they gain."""
+    largest = max((_elements(shape) for shape in model.shapes().values() if len(shape) > 2), default=1)
+    return max(1, min(MAX_BATCH, BATCH_BYTES // (4 * largest)))
 
 
 def _feature(model: Model, name: str | None) -> str:

@@ -61,7 +61,8 @@ class LayerSampler:
     ) -> None:
         """statistics: by tensor, `known_statistics(model)` unless given. executor: of the same graph.
 
-        images: (N, …), normalized, taken in place of noise at the graph's only input, as they are.
+        images: (N, …), normalized, taken in place of noise at the graph's only input, as they are: the best
+        there is without data are procedural ones (see `Noise`).
         """
         self.noise = noise
         self.statistics = dict(known_statistics(model) if statistics is None else statistics)

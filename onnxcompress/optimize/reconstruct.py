@@ -34,6 +34,8 @@ MAX_FAN_IN = 2304
 """Inputs per group × kernel size from which on a layer is left to fine-tuning: the solve is cubic in it."""
 RIDGE = 1e-2
 """λ as a share of the mean of the patches' second moments."""
+RIDGE_SYNTHETIC = 0.3
+"""λ on inputs that are not real: where they say little, the weights stay what they were."""
 ROWS = 40_000
 """Patches from which on a regression takes no further images."""
 PLACES = 128

@@ -6,8 +6,8 @@ deviations drift from layer to layer. The twin's convolutions bring each channel
     y' = a y + b,   a = |γ| / σ(y),   b = β − a μ(y)        W' = a W,   b₀' = a b₀ + b
 
 found layer by layer, each on what the twin's earlier layers give it: a BatchNorm in training mode whose
-scale and offset are the recorded ones. So each layer gets samples with the statistics of its real inputs, as
-in Horton et al. (arXiv 2011.09058, §3.1), and with the correlations between places and channels that the
+scale and offset are the recorded ones. So each layer gets samples with the statistics of its real inputs,
+as in Horton et al. (arXiv 2011.09058, §3.1), and with the correlations between places and channels that the
 network itself makes. Student and teacher get the same maps; what a student learned is carried back by
 dividing by a.
 
@@ -31,7 +31,6 @@ from onnxcompress.optimize.layers import ConvLayer, conv_layers
 from onnxcompress.statistics import ChannelStatistics, known_statistics
 from onnxcompress.topology import Topology
 
-BATCH = 64
 MOST = 16.0
 """Factor by which a channel is scaled, at most: beyond it, it is dead on these inputs."""
 
@@ -85,11 +84,15 @@ def standardize(
     model: Model,
     executor: Executor,
     values: Tensor,
+    last: str,
+    *,
+    batch: int = 32,
     statistics: Mapping[str, ChannelStatistics] | None = None,
 ) -> Twin:
     """The maps that give the network the recorded statistics on `values` (N, …) at its one input.
 
-    executor: of the model. statistics: default: what the file knows.
+    executor: of the model. last: the tensor of the trunk at which to end. statistics: default: what the
+    file knows.
     """
     known = known_statistics(model) if statistics is None else statistics
     twin = Twin()
@@ -102,16 +105,20 @@ def standardize(
                 layer = layers.get(node.outputs[0].name)
                 if layer is None or layer.bias is None or layer.node not in known:
                     continue
-                out = _run(executor, start.name, layer.node, values, now)
+                out = _run(executor, start.name, layer.node, values, now, batch)
                 _map(twin, layer, out, known[layer.node])
                 for name in (layer.weight, layer.bias):
                     now[name] = twin.mapped(name, executor.parameters[name])
-            values = _run(executor, start.name, end.name, values, now)
+            if end.name == last:
+                break
+            values = _run(executor, start.name, end.name, values, now, batch)
     return twin
 
 
-def _run(executor: Executor, start: str, end: str, values: Tensor, now: Mapping[str, Tensor]) -> Tensor:
-    parts = [executor.run({start: part}, [end], now)[end] for part in torch.split(values, BATCH)]
+def _run(
+    executor: Executor, start: str, end: str, values: Tensor, now: Mapping[str, Tensor], batch: int
+) -> Tensor:
+    parts = [executor.run({start: part}, [end], now)[end] for part in torch.split(values, batch)]
     return torch.cat(parts)
 
 

@@ -1,12 +1,12 @@
-"""Figures of drop-blocks without data: source x network x accuracy x time, and how well synthetic scores rank.
+"""Figures of drop-blocks without data: source x network x accuracy x time, and how synthetic scores rank.
 
     python tests/benchmarks/data_free.py accuracy MODEL TEST --preprocess TEXT --blocks 8 [--train IMAGES]
     python tests/benchmarks/data_free.py ranks    MODEL TRAIN --preprocess TEXT
 
-`accuracy` runs whole commands: drop-blocks, with images of TRAIN (if given) and with each source that needs
-none, then evaluate. `folded` is the same network with BatchNorm folded and no record, as exporters leave it.
-With `--split N`, N images of TEST (drawn with the seed, balanced) tune and the others test. `ranks` compares
-the recoverabilities of all blocks by synthetic inputs with those by real ones (Spearman).
+`accuracy` runs whole commands: drop-blocks, with images of TRAIN (if given) and with each source that
+needs none, then evaluate. `folded` is the same network with BatchNorm folded and no record, as exporters
+leave it. With `--split N`, N images of TEST (balanced) tune and the others test. `ranks` compares the
+recoverabilities of all blocks by synthetic inputs with those by real ones (Spearman).
 """
 
 from __future__ import annotations

@@ -1,0 +1,182 @@
+"""What a pass's command and `run` have in common: read, apply, write, compare, gate, tell.
+
+IN --load--> model --Pipeline.run--> model --save--> OUT --gates--> verdicts --> account, exit code
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from onnxcompress.cli.options import print_json
+from onnxcompress.cli.passes import check_external, check_target
+from onnxcompress.cli.streams import Files, opened
+from onnxcompress.errors import CompressError, ModelError, TargetMissed
+from onnxcompress.gates import Gates
+from onnxcompress.pipeline import Pipeline, Run
+from onnxcompress.verdicts import Verdict, judge, summary
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from onnxcompress.model import Model
+    from onnxcompress.passing import Pass
+    from onnxcompress.resume import Cache
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a command line asks for."""
+
+    source: str
+    target: str
+    chain: Pipeline
+    gates: Gates
+    account: Callable[[Outcome], dict[str, Any]]
+    """What --json prints."""
+    cache: Cache | None = None
+    verify: bool = False
+    as_json: bool = False
+    quiet: bool = False
+    dry_run: bool = False
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of it."""
+
+    run: Run
+    files: Files
+    verdicts: list[Verdict]
+    bytes: tuple[int, int]
+    """Of IN and OUT."""
+
+
+def pass_account(found: Outcome) -> dict[str, Any]:
+    """The JSON of a pass's command (`cli.passes` has its keys)."""
+    step = found.run.steps[0].as_dict()
+    kept = {key: step[key] for key in ("pass", "options", "changes", "refusals", "measured")}
+    gates = [dataclasses.asdict(v) for v in found.verdicts]
+    return kept | {"gates": gates, "provenance": found.run.model.provenance()}
+
+
+def execute(job: Job) -> None:
+    """Do what the command line asks for. Raises TargetMissed where it was done and is not worth it."""
+    job.chain.check()
+    with opened(job.source, job.target, as_json=job.as_json) as files:
+        model = _load(files)
+        baseline = job.gates.prepare(files.source)
+        if job.dry_run:
+            _preview(job, files, model)
+            return
+        run = _apply(job, model)
+        from onnxcompress.model import save
+        from onnxcompress.sources import model_bytes
+
+        save(run.model, files.target)
+        if job.verify:
+            run.steps[-1].result.measured["difference"] = _difference(files)
+        verdicts = judge(job.gates.limits, job.gates.measure(baseline, files.target))
+        sizes = model_bytes(files.source), model_bytes(files.target)
+        _tell(job, Outcome(run, files, verdicts, sizes))
+        files.send()
+    missed = [str(s.result.measured.get("target_missed", "")) for s in run.steps] + [summary(verdicts)]
+    if any(missed):
+        raise TargetMissed("; ".join(filter(None, missed)))
+
+
+def _load(files: Files) -> Model:
+    from onnxcompress.model import load
+
+    check_target(files.source, files.target)
+    model = load(files.source)
+    check_external(model, files.target)
+    if files.to_stream and model.external_data:
+        raise ModelError(
+            f"{files.source_name}: its weights lie in external data, which no stream carries; name a file "
+            "for OUT"
+        )
+    if files.source_name != str(files.source):
+        model.name = files.source_name
+    return model
+
+
+def _apply(job: Job, model: Model) -> Run:
+    if job.quiet or job.as_json:
+        return job.chain.run(model, cache=job.cache)
+    from onnxcompress.cli.console import progress
+
+    with progress() as report:
+        return job.chain.run(model, report, cache=job.cache)
+
+
+def _difference(files: Files) -> dict[str, float | str]:
+    from onnxcompress import verify
+
+    try:
+        found = verify.difference(files.source, files.target, verify.random_feeds(files.source))
+    except CompressError as error:
+        return {"skipped": str(error)}
+    return {"max_abs": found.max_abs, "max_rel": found.max_rel, "output": found.output}
+
+
+def _tell(job: Job, found: Outcome) -> None:
+    if job.as_json:
+        print_json(job.account(found))
+        return
+    if job.quiet:
+        return
+    from onnxcompress.cli.console import show_result, show_verdicts, size
+
+    console = _console(found.files)
+    steps = found.run.steps
+    for number, step in enumerate(steps, 1):
+        if len(steps) > 1:
+            took = f"{step.seconds:.1f} s" + (", kept from an earlier run" if step.cached else "")
+            console.print(f"\n[bold]{number}. {step.pass_.name}[/] ({took})")
+        show_result(console, step.pass_, step.result)
+    show_verdicts(console, found.verdicts)
+    before, after = found.bytes
+    files = found.files
+    console.print(
+        f"{files.source_name} → {files.target_name}: {size(before)} → {size(after)}", markup=False
+    )
+
+
+def _preview(job: Job, files: Files, model: Model) -> None:
+    """Say what would be done, and of what the results are at hand."""
+    known = job.chain.cached(model, job.cache) if job.cache is not None else 0
+    steps = [
+        {"pass": one.name, "options": one.options(), "cached": at < known}
+        for at, one in enumerate(job.chain.passes)
+    ]
+    if job.as_json:
+        print_json({"dry_run": True, "steps": steps, "gates": job.gates.limits})
+        return
+    console = _console(files)
+    console.print(f"{files.source_name} → {files.target_name}, nothing is run or written", markup=False)
+    for number, (one, step) in enumerate(zip(job.chain.passes, steps, strict=True), 1):
+        note = "  (kept from an earlier run)" if step["cached"] else ""
+        console.print(f"{number}. {one.name}{_chosen(one)}{note}", markup=False)
+    for name, limit in job.gates.limits.items():
+        console.print(f"gate --{name.replace('_', '-')} {limit:g}", markup=False)
+
+
+def _chosen(one: Pass) -> str:
+    """The options that are not the default, as on a command line."""
+    words = []
+    for f in dataclasses.fields(one):
+        value = getattr(one, f.name)
+        if value != f.default:
+            flag = " --" + f.name.replace("_", "-")
+            text = ",".join(value) if isinstance(value, tuple) else str(value)
+            words.append(flag if value is True else f"{flag} {text}")
+    return "".join(words)
+
+
+def _console(files: Files) -> Console:
+    from onnxcompress.cli.console import stderr, stdout
+
+    return stderr() if files.to_stream else stdout()

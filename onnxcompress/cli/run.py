@@ -1,0 +1,173 @@
+"""`onnxcompress run`: a recipe, a chain of passes in a file.
+
+--json prints one object:
+
+    recipe, input, output
+    steps       [{pass, options, changes, refusals, measured, seconds, cached}]; as of a pass's own command,
+                `seconds` of the run that made it, `cached` where that was an earlier one
+    bytes       {before, after}
+    gates       [{gate, limit, measured, passed, text}], one for each limit that was given
+    provenance  all passes so far, oldest first
+
+and with --dry-run {dry_run, steps: [{pass, options, cached}], gates: {name: limit}}.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from onnxcompress.cli.gating import SectionedCommand, gate_options, gates_of
+from onnxcompress.cli.options import print_json
+from onnxcompress.cli.passes import running_options
+from onnxcompress.errors import OptionError
+
+if TYPE_CHECKING:
+    from onnxcompress.cli.execute import Outcome
+    from onnxcompress.resume import Cache
+
+CACHE_VARIABLE = "ONNXCOMPRESS_CACHE"
+
+
+def _print_schema(context: click.Context, parameter: click.Parameter, value: bool) -> None:
+    if not value:
+        return
+    from onnxcompress.recipe import recipe_schema
+
+    print_json(recipe_schema())
+    context.exit()
+
+
+def _variables(
+    context: click.Context, parameter: click.Parameter, values: tuple[str, ...]
+) -> dict[str, str]:
+    found = {}
+    for text in values:
+        name, equals, value = text.partition("=")
+        if not equals or not name:
+            raise OptionError(f"-D {text!r}: expected NAME=VALUE, such as images=photos/")
+        found[name] = value
+    return found
+
+
+def _run(
+    recipe: str,
+    source: str,
+    target: str,
+    variables: dict[str, str],
+    cache: str | None,
+    no_cache: bool,
+    **options: Any,
+) -> None:
+    """Apply the passes of a recipe, in order.
+
+    \b
+    A recipe is a YAML file:
+      variables: {images: photos}   # defaults; -D images=... replaces one
+      passes:
+        - fold-bn
+        - drop-blocks:              # options as of `onnxcompress drop-blocks`, with _ for -
+            images: ${images}
+            latency_reduction: 20
+      gates: {max_size: 5}          # or --max-size 5; the command line wins
+
+    All of it is checked before the first pass runs. What each pass made is kept, so that an interrupted or
+    edited recipe redoes only what changed. IN and OUT may be -, the standard streams. A result that misses
+    a gate is written all the same.
+
+    \b
+    Example:
+      onnxcompress run models/fast-resnet20.yaml models/resnet20-fashion.onnx fast.onnx -D blocks=3
+    """
+    from onnxcompress.cli.execute import Job, execute
+    from onnxcompress.pipeline import Pipeline
+    from onnxcompress.recipe import read_recipe
+
+    if cache is not None and no_cache:
+        raise OptionError("--cache and --no-cache: give one of them")
+    read = read_recipe(recipe, variables)
+    gates = gates_of(options, read.gates)
+    kept = None if no_cache else _cache(cache)
+
+    def account(found: Outcome) -> dict[str, Any]:
+        return _account(recipe, found)
+
+    execute(Job(source, target, Pipeline(read.passes), gates, account=account, cache=kept, **options))
+
+
+def _cache(folder: str | None) -> Cache | None:
+    """The cache that was asked for, else the user's; None where that cannot be written."""
+    from onnxcompress.resume import Cache
+
+    if folder is not None:
+        return Cache(folder)
+    try:
+        return Cache(_user_cache())
+    except (OptionError, RuntimeError) as error:  # RuntimeError: no home folder
+        click.echo(f"note: results of passes are not kept ({error})", err=True)
+        return None
+
+
+def _user_cache() -> Path:
+    """Where this system's programs keep what can be made again."""
+    if sys.platform == "win32":
+        base = os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local"
+    elif sys.platform == "darwin":
+        base = Path.home() / "Library" / "Caches"
+    else:
+        base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "onnxcompress"
+
+
+def _account(recipe: str, found: Outcome) -> dict[str, Any]:
+    before, after = found.bytes
+    return {
+        "recipe": recipe,
+        "input": found.files.source_name,
+        "output": found.files.target_name,
+        "steps": [step.as_dict() for step in found.run.steps],
+        "bytes": {"before": before, "after": after},
+        "gates": [dataclasses.asdict(v) for v in found.verdicts],
+        "provenance": found.run.model.provenance(),
+    }
+
+
+run = SectionedCommand(
+    "run",
+    callback=_run,
+    help=_run.__doc__,
+    params=[
+        click.Argument(["recipe"], metavar="RECIPE.yaml"),
+        click.Argument(["source"], metavar="IN"),
+        click.Argument(["target"], metavar="OUT"),
+        click.Option(
+            ["-D", "variables"],
+            multiple=True,
+            metavar="NAME=VALUE",
+            callback=_variables,
+            help="Give a variable of the recipe its value.",
+        ),
+        click.Option(
+            ["--cache"],
+            metavar="DIR",
+            envvar=CACHE_VARIABLE,
+            help=f"Where results are kept, up to 10 GB.  [default: ${CACHE_VARIABLE}, else your cache]",
+        ),
+        click.Option(["--no-cache"], is_flag=True, help="Keep no results, and use none."),
+        click.Option(
+            ["--schema"],
+            is_flag=True,
+            is_eager=True,
+            expose_value=False,
+            callback=_print_schema,
+            help="Print the JSON Schema of recipes, for an editor, and end.",
+        ),
+        *running_options(),
+        *gate_options(),
+    ],
+)

@@ -1,0 +1,179 @@
+"""`onnxcompress synthesize`: images made from the network's statistics, or from nothing, to be kept."""
+
+from __future__ import annotations
+
+import time
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+import click
+
+from onnxcompress.cli import options
+from onnxcompress.errors import OptionError
+
+if TYPE_CHECKING:
+    from onnxcompress.inputs.images import ImageSet
+    from onnxcompress.model import Model
+    from onnxcompress.passing import Progress
+
+
+@click.command()
+@click.argument("source", metavar="MODEL")
+@click.argument("target", metavar="OUT.npz")
+@click.option(
+    "--kind",
+    type=click.Choice(["distilled", "procedural"]),
+    help="distilled: their statistics in the network are the training set's; procedural: dead leaves, "
+    "which need nothing of the file but its input's size.  [default: distilled where it has statistics]",
+)
+@click.option("--count", type=click.IntRange(1), default=500, show_default=True, help="Images to make.")
+@options.seed()
+@click.option(
+    "--preprocess",
+    metavar="TEXT",
+    help="How the network's inputs are normalized; as of drop-blocks.  [default: the model's metadata, "
+    "`preprocessing`, else mean=0.45 std=0.25]",
+)
+@click.option(
+    "--device",
+    type=click.Choice(["auto", "cpu", "cuda"]),
+    default="auto",
+    show_default=True,
+    help="Where images are distilled; auto: cuda where torch has it.",
+)
+@click.option(
+    "--sheet", metavar="OUT.png", help="Contact sheet of the first 100.  [default: OUT with .png]"
+)
+@click.option("--no-sheet", is_flag=True, help="Write no contact sheet.")
+@options.as_json()
+def synthesize(
+    source: str,
+    target: str,
+    kind: str | None,
+    count: int,
+    seed: int,
+    preprocess: str | None,
+    device: str,
+    sheet: str | None,
+    no_sheet: bool,
+    as_json: bool,
+) -> None:
+    """Make images for the network and write them to OUT.npz, which --images of every command reads.
+
+    OUT.npz holds x (uint8, N,H,W,C), and kind, seed and preprocess. The same seed gives the same images; a
+    smaller procedural set is the start of a larger one.
+
+    \b
+    Example: onnxcompress synthesize net.onnx images.npz --count 500 --preprocess imagenet
+    """
+    from onnxcompress.inputs.preprocess import Preprocess
+    from onnxcompress.inputs.source import best_kind
+
+    files = _files(Path(target), sheet, no_sheet)
+    Preprocess.parse(preprocess or "unit")  # what is wrong with it is said before the work
+    model = _load(Path(source), files)
+    kind, why = (kind, "asked for") if kind else best_kind(model)
+    device = _device(model, kind, device)
+    start = time.perf_counter()
+    with _progress(as_json) as progress:
+        images = _make(model, kind, count, preprocess, seed, device, progress)
+    _write(files, images, kind, seed)
+    asked = {"model": source, "kind": kind, "why": why, "count": count, "seed": seed, "device": device}
+    written = {"output": str(files[0]), "sheet": str(files[1]) if len(files) > 1 else None}
+    made = {"shape": list(images.x.shape[1:]), "preprocess": str(images.preprocess)}
+    account = {**asked, **written, **made, "seconds": time.perf_counter() - start}
+    options.print_json(account) if as_json else _show(account)
+
+
+def _load(source: Path, files: list[Path]) -> Model:
+    """The model. Raises ModelError where a file to be written is its own, or cannot be written."""
+    from onnxcompress.cli.passes import check_external, check_target
+    from onnxcompress.model import load
+
+    for file in files:
+        check_target(source, file)
+    model = load(source)
+    for file in files:
+        check_external(model, file)
+    return model
+
+
+def _device(model: Model, kind: str, name: str) -> str:
+    """Where images are made; torch is loaded if they will be distilled. Raises RuntimeUnavailable."""
+    from onnxcompress.statistics import known_statistics
+
+    if kind == "procedural" or not known_statistics(model):
+        return "cpu"
+    from onnxcompress.optimize.device import pick_device
+
+    return pick_device(name)
+
+
+def _progress(as_json: bool) -> AbstractContextManager[Progress]:
+    from onnxcompress.cli.console import progress
+    from onnxcompress.passing import silent
+
+    return nullcontext(silent) if as_json else progress()
+
+
+def _files(target: Path, sheet: str | None, no_sheet: bool) -> list[Path]:
+    """OUT.npz and, unless it is not wanted, the contact sheet. Raises OptionError."""
+    if target.suffix.lower() != ".npz":
+        raise OptionError(f"OUT.npz: {str(target)!r}; expected a name that ends in .npz")
+    if no_sheet and sheet is not None:
+        raise OptionError("--no-sheet: --sheet names one; leave one of them out")
+    if no_sheet:
+        return [target]
+    second = Path(sheet) if sheet is not None else target.with_suffix(".png")
+    if second.suffix.lower() != ".png":
+        raise OptionError(f"--sheet {sheet!r}: expected a name that ends in .png")
+    return [target, second]
+
+
+def _make(
+    model: Model, kind: str, count: int, text: str | None, seed: int, device: str, progress: Progress
+) -> ImageSet:
+    from onnxcompress.inputs.preprocess import Preprocess
+    from onnxcompress.inputs.source import STANDARDIZED, synthetic_images
+
+    text = text or model.metadata.get("preprocessing")
+    if text is None:
+        click.echo(
+            f"note: no --preprocess, and none in the model's metadata; taken to be {STANDARDIZED}", err=True
+        )
+    preprocess = Preprocess.parse(text) if text else None
+    return synthetic_images(model, kind, count, preprocess, seed, device=device, progress=progress)
+
+
+def _write(files: list[Path], images: ImageSet, kind: str, seed: int) -> None:
+    """All files, or none. The archive has no times in it: the same images give the same bytes."""
+    import numpy as np
+
+    from onnxcompress.inputs.contact_sheet import contact_sheet
+    from onnxcompress.storage import write_files
+
+    arrays: dict[str, Any] = {
+        "x": images.x,
+        "kind": np.array(kind),
+        "seed": np.array(seed, np.int64),
+        "preprocess": np.array(str(images.preprocess)),
+    }
+
+    def archive(file: BinaryIO) -> None:
+        np.savez(file, **arrays)
+
+    def picture(file: BinaryIO) -> None:
+        contact_sheet(images.x).save(file, "PNG")
+
+    write_files(list(zip(files, (archive, picture), strict=False)))
+
+
+def _show(account: dict[str, Any]) -> None:
+    size = "x".join(str(n) for n in account["shape"])
+    sheet = f", to look at: {account['sheet']}" if account["sheet"] else ""
+    click.echo(
+        f"{account['count']} {account['kind']} images ({account['why']}), {size}, in "
+        f"{account['seconds']:.1f} s: {account['output']}{sheet}"
+    )
+    click.echo(f"use: --images {account['output']} --preprocess '{account['preprocess']}'")

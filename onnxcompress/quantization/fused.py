@@ -1,0 +1,54 @@
+"""What onnxruntime makes of a QDQ model: its optimized graph, node by node.
+
+onnxruntime replaces DequantizeLinear -> operator -> QuantizeLinear by integer kernels (QLinearConv, …) when
+it loads a model. Here it writes the graph that it would run, and the nodes are counted.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import onnx
+
+from onnxcompress.model import Model, save
+
+INTEGER = ("QLinear", "QGemm", "ConvInteger", "MatMulInteger")
+FLOATING = ("Conv", "FusedConv", "NhwcFusedConv", "Gemm", "FusedGemm", "MatMul", "ConvTranspose", "Add",
+            "Mul", "GlobalAveragePool", "AveragePool", "Concat")  # fmt: skip
+
+
+def fused_counts(model: Model) -> dict[str, Any]:
+    """`fused`: how many of each integer operator; `float`: names of nodes left floating, by operator;
+    `conversions`: QuantizeLinear and DequantizeLinear that are left.
+
+    Raises ModelError where onnxruntime does not load the model.
+    """
+    import onnxruntime as ort
+
+    from onnxcompress.errors import ModelError
+    from onnxcompress.runtime import one_line
+
+    with tempfile.TemporaryDirectory() as folder:
+        source, target = Path(folder, "model.onnx"), Path(folder, "optimized.onnx")
+        save(model, source)
+        options = ort.SessionOptions()
+        options.optimized_model_filepath = str(target)
+        options.log_severity_level = 4
+        try:
+            ort.InferenceSession(str(source), options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # onnxruntime's exceptions have no common base
+            raise ModelError(
+                f"{model.name}: onnxruntime cannot load the result ({one_line(error)})"
+            ) from error
+        nodes = onnx.load(str(target), load_external_data=False).graph.node
+    ops = Counter(node.op_type for node in nodes)
+    return {
+        "fused": {op: n for op, n in sorted(ops.items()) if op.startswith(INTEGER)},
+        "float": {
+            op: [n.name or n.output[0] for n in nodes if n.op_type == op] for op in FLOATING if ops[op]
+        },
+        "conversions": ops["QuantizeLinear"] + ops["DequantizeLinear"],
+    }
