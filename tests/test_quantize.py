@@ -223,6 +223,19 @@ def test_rounding_beats_nearest_on_the_outputs(groups: int, outputs: int, fan: i
     assert torch.equal(found.integers, found.integers.round())
 
 
+def test_groups_that_read_nothing_or_a_constant_are_rounded() -> None:
+    """A channel that is saturated at 6, and one that is dead, as depthwise layers have them."""
+    w = torch.randn(3, 1, 9, generator=torch.Generator().manual_seed(1))
+    x = torch.full((3, 9, 3000), 6.0)
+    x[1] = 0
+    x[2] += torch.randn(9, 3000, generator=torch.Generator().manual_seed(2))
+    x[0, :, ::7] += 1e-5
+    found = reconstruct(w, moments_of(w, x, torch.zeros(3, 1, 3000)), -8, 7, True, ridge=1e-2, target=1e-2)
+    off = found.weight @ x + found.shift[..., None] - w @ x
+    assert torch.isfinite(off).all()
+    assert off.mean(2).abs().max() < 1e-2
+
+
 def test_rounding_is_near_the_best_of_all_integers() -> None:
     w = torch.randn(1, 6, 4, generator=torch.Generator().manual_seed(3))
     x = correlated(1, 4, 500, 4)

@@ -34,32 +34,47 @@ DEAD = 1e-4
 
 @dataclass
 class Moments:
-    """First and second moments of what a layer reads, and of its residual; float64."""
+    """First and second moments of what a layer reads, and of its residual; float64.
+
+    About `reference`, the mean of what was added first: a part is summed in float32, where a channel that
+    hardly varies about a large mean would lose its variance.
+    """
 
     gram: Tensor
-    """Σ x xᵀ, (G, F, F)"""
+    """Σ (x − reference)(x − reference)ᵀ, (G, F, F)"""
     cross: Tensor
-    """Σ r xᵀ, (G, O, F), r = t − W x: as the layer is."""
+    """Σ r (x − reference)ᵀ, (G, O, F), r = t − W x: as the layer is."""
     inputs: Tensor
-    """Σ x, (G, F)"""
+    """Σ (x − reference), (G, F)"""
     residual: Tensor
     """Σ r, (G, O)"""
-    rows: int
+    rows: int = 0
+    reference: Tensor | None = None
+    """(G, F)"""
 
     @staticmethod
     def empty(weight: Tensor) -> Moments:
         groups, outputs, fan = weight.shape
         zeros = torch.zeros(groups, fan, fan, dtype=torch.float64)
         cross = torch.zeros(groups, outputs, fan, dtype=torch.float64)
-        return Moments(zeros, cross, zeros[:, 0].clone(), cross[..., 0].clone(), 0)
+        return Moments(zeros, cross, zeros[:, 0].clone(), cross[..., 0].clone())
 
     def add(self, x: Tensor, residual: Tensor) -> None:
         """x: (G, F, R), residual: (G, O, R)."""
+        if self.reference is None:
+            self.reference = x.mean(2)
+        x = x - self.reference[..., None]
         self.gram += x @ x.transpose(1, 2)  # in float32: a part has few rows
         self.cross += residual @ x.transpose(1, 2)
         self.inputs += x.sum(2)
         self.residual += residual.sum(2)
         self.rows += x.shape[2]
+
+    @property
+    def mean(self) -> Tensor:
+        """E x, (G, F)"""
+        off = self.inputs / max(self.rows, 1)
+        return off if self.reference is None else off + self.reference
 
 
 @dataclass(frozen=True)
@@ -101,9 +116,9 @@ def reconstruct(
     squares target W*; infinity: the layer's own W.
     """
     rows = max(moments.rows, 1)
-    mean = moments.inputs / rows
-    h = moments.gram / rows - mean[:, :, None] * mean[:, None]
-    c = moments.cross / rows - (moments.residual / rows)[..., None] * mean[:, None]
+    off = moments.inputs / rows
+    h = moments.gram / rows - off[:, :, None] * off[:, None]
+    c = moments.cross / rows - (moments.residual / rows)[..., None] * off[:, None]
     size = h.diagonal(dim1=1, dim2=2).mean(1)
     size = size.clamp_min(DEAD * float(size.mean()) + 1e-12)  # groups that read nothing, too
     w = weight.double()
@@ -121,7 +136,7 @@ def reconstruct(
         integers = _descend(goal, hessian, integers, scale, low, high)
     before, after = (_error(goal - one, hessian) for one in (start.weight, integers * scale))
     change = (integers * scale).double() - weight.double()
-    shift = moments.residual / rows - torch.einsum("gof,gf->go", change, mean)
+    shift = moments.residual / rows - torch.einsum("gof,gf->go", change, moments.mean)
     return Rounded(integers, scale, shift.float(), float(after) / max(float(before), 1e-30))
 
 
@@ -148,7 +163,7 @@ def _gptq(w: Tensor, h: Tensor, scale: Tensor, low: int, high: int) -> Tensor:
     """Integers by error feedback, large diagonal entries first."""
     order = h.diagonal(dim1=1, dim2=2).mean(0).argsort(descending=True)
     inverse = torch.linalg.inv(h[:, order][:, :, order])
-    factor = torch.linalg.cholesky(inverse, upper=True).float()
+    factor = torch.linalg.cholesky((inverse + inverse.transpose(1, 2)) / 2, upper=True).float()
     left = w[..., order].clone()
     integers = torch.empty_like(left)
     fan = left.shape[2]
