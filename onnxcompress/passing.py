@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 if TYPE_CHECKING:
     import onnx
 
+    from onnxcompress.inputs.images import ImageSet
     from onnxcompress.model import Model
 
 
@@ -50,6 +51,8 @@ class PassResult:
     refusals: list[Refusal] = field(default_factory=list)
     measured: dict[str, Any] = field(default_factory=dict)
     """Figures that the pass measured, by name; JSON values only."""
+    shown: ImageSet | None = field(default=None, repr=False, compare=False)
+    """Some of what it learned from, to be looked at; nothing keeps it."""
 
     @property
     def modified(self) -> bool:

@@ -93,7 +93,7 @@ class Cache:
                 "digest": model.digest(),
                 "files": {file.name: file_digest(file) for file in sorted(work.iterdir())},
                 "seconds": seconds,
-                "result": dataclasses.asdict(result),
+                "result": dataclasses.asdict(dataclasses.replace(result, shown=None)),
             }
             (work / "result.json").write_text(json.dumps(found))
             shutil.rmtree(self.folder / key, ignore_errors=True)  # one that is not whole

@@ -25,6 +25,7 @@ CATALOGUE: tuple[Entry, ...] = (
     Entry("absorb-bias", "absorb_bias", "AbsorbBias", "Move high biases into the layers behind."),
     Entry("correct-bias", "correct_bias", "CorrectBias", "Give back what other weights changed in means."),
     Entry("drop-blocks", "drop_blocks", "DropBlocks", "Drop residual blocks to meet a latency."),
+    Entry("prune", "prune", "Prune", "Set weights to zero and make up for them with the others."),
     Entry("quantize", "quantize", "Quantize", "Quantize weights and activations to few bits."),
 )
 

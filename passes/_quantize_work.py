@@ -3,26 +3,25 @@
 from __future__ import annotations
 
 import time
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
-from onnxcompress.errors import InputError
-from onnxcompress.inputs.source import InputRequest, best_kind, gather_inputs
+from onnxcompress.inputs.source import gather_inputs
 from onnxcompress.model import Model
 from onnxcompress.optimize.channel_ranges import stretch
 from onnxcompress.optimize.device import pick_device
-from onnxcompress.optimize.executor import Executor
 from onnxcompress.optimize.quantizer import Learned, Quantizer, Settings
-from onnxcompress.optimize.standardize import Twin, standardize
+from onnxcompress.optimize.standardize import Twin
+from onnxcompress.optimize.subject import Subject, fixed_batch, twin_of, whole_batches
+from onnxcompress.passes._quantize_bits import choose_bits
 from onnxcompress.passing import Change, PassResult, Progress
 from onnxcompress.quantization.emit import emit
 from onnxcompress.quantization.fused import fused_counts
 from onnxcompress.quantization.grid import Grid, weight_limits
 from onnxcompress.quantization.plan import Bits, Layer, Plan, make_plan
-from onnxcompress.topology import Topology
+from onnxcompress.sensitivity import quick
 
 if TYPE_CHECKING:
     from onnxcompress.passes.quantize import Quantize
@@ -43,15 +42,11 @@ def quantize(
     if not plan.layers:
         return result
     start = time.perf_counter()
-    inputs = gather_inputs(model, _request(one, model), device=pick_device(one.device), progress=progress)
+    request, device = quick(one.request, model), pick_device(one.device)
+    inputs = gather_inputs(model, request, device=device, progress=progress)
     made = time.perf_counter() - start
-    batch = _fixed_batch(model)
-    x = torch.from_numpy(inputs.images.array())
-    x = x[: len(x) // batch * batch]
-    if not len(x):
-        raise InputError(
-            f"{model.name}: the file fixes a batch of {batch}, there are {len(inputs.images)} images"
-        )
+    batch = fixed_batch(model)
+    x = whole_batches(model, inputs, batch)
     settings = Settings(
         per_channel=one.per_channel,
         storage=one.activation_type,
@@ -63,18 +58,19 @@ def quantize(
         batch=batch if batch > 1 else BATCH,
         seed=one.seed,
     )
-    twin = Twin()
-    if inputs.layerwise:
-        topology = Topology(model)
-        last = topology.feature() or topology.trunk()[-1]
-        twin = standardize(model, Executor.from_model(model), x, last.name)
+    twin = twin_of(model, x) if inputs.layerwise else Twin()
     stretched = 0
     if one.stretch:
         stretched = stretch(model, plan, x, twin, settings.batch)
         plan = make_plan(model, bits)
+    chosen = None
+    if one.mixed:
+        subject = Subject(model, plan, x, twin, settings.batch)
+        chosen = choose_bits(one, subject, bits, original, progress)
+        plan = make_plan(model, bits, chosen.bits)
     worker = Quantizer(model, plan, settings, twin)
     learned = worker.run(x, progress)
-    learn = time.perf_counter() - start - made
+    learn = time.perf_counter() - start - made - (chosen.account["seconds"] if chosen else 0)
     weights = {id(layer.node): _integers(layer, learned, one) for layer in plan.layers.values()}
     biases = {i: b.numpy() for i, b in learned.biases.items()}
     rows = [_row(layer, learned, weights[id(layer.node)][1], plan) for layer in plan.layers.values()]
@@ -82,13 +78,17 @@ def quantize(
     result.changes += [
         Change(row["name"], f"weight {row['weight_bits']} bits, input {row['input_bits']}") for row in rows
     ]
+    result.shown = inputs.shown
     result.measured = {
         "layers": rows,
         "channel_ranges": stretched,
         "inputs": [asdict(u) for u in inputs.sources],
         "seconds": {"inputs": made, "layers": learn},
         "runtime": fused_counts(model),
-        "output_snr_db": _snr(original, model, x[: max(batch, SHOWN // batch * batch)].numpy(), batch),
+        **({} if chosen is None else {"budget": chosen.account}),
+        "output_snr_db": output_snr(
+            original, model, x[: max(batch, SHOWN // batch * batch)].numpy(), batch
+        ),
     }
     return result
 
@@ -108,14 +108,6 @@ def _integers(layer: Layer, learned: Learned, one: Quantize) -> tuple[np.ndarray
     return integers, Grid(scale, shift, low + shift, high + shift, one.weight_type)
 
 
-def _request(one: Quantize, model: Model) -> InputRequest:
-    """What `auto` means here: no distilled images, which take longer than all the rest."""
-    request = one.request
-    if request.inputs == "auto" and request.images is None and best_kind(model)[0] == "distilled":
-        return replace(request, inputs="layerwise")
-    return request
-
-
 def _row(layer: Layer, learned: Learned, grid: Grid, plan: Plan) -> dict[str, Any]:
     data = None if layer.input is None else learned.grids[plan.root(layer.input)]
     noise = learned.noise[id(layer.node)]
@@ -131,13 +123,7 @@ def _row(layer: Layer, learned: Learned, grid: Grid, plan: Plan) -> dict[str, An
     }
 
 
-def _fixed_batch(model: Model) -> int:
-    """The batch that the file fixes; 1 where it is open."""
-    shape = model.graph.inputs[0].shape
-    return int(shape[0]) if shape and isinstance(shape[0], int) else 1
-
-
-def _snr(original: Model, model: Model, x: np.ndarray, batch: int) -> dict[str, float]:
+def output_snr(original: Model, model: Model, x: np.ndarray, batch: int) -> dict[str, float]:
     """Signal to noise of each output on some of the inputs, in decibels, as onnxruntime computes it."""
     from onnxcompress.runtime import session
 

@@ -46,6 +46,7 @@ from onnxcompress.statistics import (
 )
 
 if TYPE_CHECKING:
+    from onnxcompress.inputs.images import ImageSet
     from onnxcompress.inputs.source import Used
 
 Record = dict[str, ChannelStatistics]
@@ -97,10 +98,11 @@ class Calibrate(Pass):
         kept = {} if self.overwrite else exact
         found: Record = {}
         used: tuple[Used, ...] = ()
+        shown: ImageSet | None = None
         if any(name not in kept for name in wanted):
             device = pick_device(self.device)
             inputs = gather_inputs(_only(model, kept), self._request(), device=device, progress=progress)
-            used = inputs.sources
+            used, shown = inputs.sources, inputs.shown
             assert inputs.images is not None  # layerwise is no choice here
             found = estimate_statistics(
                 model, inputs.images, wanted, source=source_of(used), batch=self.batch, device=device,
@@ -115,7 +117,7 @@ class Calibrate(Pass):
             "agreement": _agreement(found, exact),
             "inputs": [asdict(one) for one in used],
         }
-        return PassResult(_write(model, record), refusals, measured)
+        return PassResult(_write(model, record), refusals, measured, shown)
 
     def check(self) -> None:
         """Raise OptionError for values out of range, and for inputs that cannot serve."""

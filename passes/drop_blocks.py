@@ -100,7 +100,7 @@ class DropBlocks(Pass):
         changes = [Change(b.name, f"{b.kind} block dropped") for b in work.dropped]
         if folded.measured["folded"]:
             changes.append(Change(model.name, f"{folded.measured['folded']} BatchNorms folded"))
-        return PassResult(changes, list(work.found.near_misses), work.measured)
+        return PassResult(changes, list(work.found.near_misses), work.measured, work.inputs.shown)
 
     def check(self) -> None:
         """Raise OptionError for anything but one target, and for values out of range."""

@@ -20,6 +20,9 @@ Inputs: `auto` takes images if there are any; else procedural ones through the t
 statistics (`layerwise`: made at once; distilled ones take minutes, and are as good for ResNet-56 and better
 for EfficientNet-Lite0); else plain procedural ones.
 
+Mixed bits: with a budget, `weight_bits` is the most that a layer gets; what each costs in output error at
+fewer is measured first, or read from a file (`_quantize_bits`, which says what a budget counts).
+
 `reduce_range`: without it, onnxruntime's result on a CPU with AVX2 and no VNNI is far from what the file
 says (ResNet-56: 15 dB of signal to noise instead of 29); uint8 weights cannot overflow, and are slower.
 
@@ -58,6 +61,7 @@ class Quantize(Pass):
     Example:
       onnxcompress quantize net.onnx int8.onnx
       onnxcompress quantize net.onnx w4.onnx --weight-bits 4 --activation-bits 0
+      onnxcompress quantize net.onnx mixed.onnx --bits-budget 4.5
     """
 
     name: ClassVar[str] = "quantize"
@@ -67,9 +71,24 @@ class Quantize(Pass):
     count: int | None = count_option()
     inputs: Literal["auto", "images", "distilled", "procedural", "layerwise"] = inputs_option()
     synthetic: int = option(128, "Images to make.")
-    weight_bits: int = option(8, "Of weights, 2 to 8.")
+    weight_bits: int = option(8, "Of weights, 2 to 8; with a budget the most.")
     activation_bits: int = option(8, "Of what layers read, 2 to 8; 0: weights only.")
     first_last: int = option(8, "Bits of the first and last layer, at least; 0: as the others.")
+    bits_budget: float | None = option(
+        None,
+        "Average bits of all weights, at most; each layer gets its own, those with the least error. Fewer "
+        "bits make the file smaller only with --small-types; the budget then counts 4 or 8.",
+        metavar="BITS",
+    )
+    size_budget: float | None = option(
+        None, "The same as a size: MB (10⁶ bytes) of all weights, scales not counted.", metavar="MB"
+    )
+    sensitivity: str | None = option(
+        None,
+        "With a budget: what `onnxcompress sensitivity MODEL --json` printed, instead of measuring.",
+        metavar="JSON",
+        file="read",
+    )
     per_channel: bool = option(True, "A scale for each output channel of a weight, or one per tensor.")
     activation_type: Literal["uint8", "int8"] = option("uint8", "How activations are stored.")
     weight_type: Literal["int8", "uint8"] = option("int8", "How weights are stored.")
@@ -119,6 +138,19 @@ class Quantize(Pass):
                 raise OptionError(
                     f"--{name.replace('_', '-')} {value}: expected 2 to 8" + (", or 0" if not least else "")
                 )
+
+        for name, low, high in (("bits_budget", 2.0, 8.0), ("size_budget", 0.0, float("inf"))):
+            value = getattr(self, name)
+            if value is not None and not low <= value <= high:
+                said = "2 to 8 bits" if name == "bits_budget" else "0 or more megabytes"
+                raise OptionError(f"--{name.replace('_', '-')} {value:g}: expected {said}")
+        if self.sensitivity is not None and not self.mixed:
+            raise OptionError("--sensitivity: give a budget with it, --bits-budget or --size-budget")
+
+    @property
+    def mixed(self) -> bool:
+        """Whether layers get bits of their own, under a budget."""
+        return self.bits_budget is not None or self.size_budget is not None
 
     @property
     def safe(self) -> bool:

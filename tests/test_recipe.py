@@ -176,6 +176,7 @@ def test_options_that_name_files_say_so() -> None:
 SMALL = {
     "fast-resnet20.yaml": {"steps": "2", "blocks": "1"},
     "fast-resnet20-data-free.yaml": {"steps": "2", "synthetic": "8"},
+    "compress-resnet20.yaml": {"steps": "2", "blocks": "1"},
 }
 
 

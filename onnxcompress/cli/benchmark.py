@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from onnxcompress.cli import options
+from onnxcompress.cli import options, reporting
 
 if TYPE_CHECKING:
     from onnxcompress.latency import Ratio, Timing
@@ -19,7 +19,10 @@ if TYPE_CHECKING:
 @options.timing()
 @options.seed()
 @options.as_json()
-def benchmark(models: tuple[str, ...], tolerance: float, as_json: bool, **chosen: Any) -> None:
+@reporting.report()
+def benchmark(
+    models: tuple[str, ...], tolerance: float, as_json: bool, report: str | None, **chosen: Any
+) -> None:
     """Measure latency in onnxruntime.
 
     All models run once a round, in random order, so that drift hits all alike. The ratio of each to the
@@ -36,15 +39,13 @@ def benchmark(models: tuple[str, ...], tolerance: float, as_json: bool, **chosen
     first = timings[names[0]]
     ratios = {name: latency.ratio(first, timings[name]) for name in names[1:]}
     options.warn_placements([(t.name, t.placement) for t in timings.values()])
-    if as_json:
-        options.print_json(
-            {
-                "models": [t.as_dict() for t in timings.values()],
-                "ratios_to_first": {name: asdict(one) for name, one in ratios.items()},
-            }
-        )
-        return
-    _show(timings, ratios)
+    account = {
+        "models": [t.as_dict() for t in timings.values()],
+        "ratios_to_first": {name: asdict(one) for name, one in ratios.items()},
+    }
+    options.print_json(account) if as_json else _show(timings, ratios)
+    samples = {name: one.samples_ms for name, one in timings.items()}
+    reporting.write_report(report, account, [("model", m) for m in models], samples=samples)
 
 
 def _show(timings: dict[str, Timing], ratios: dict[str, Ratio]) -> None:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from onnxcompress.cli import options
+from onnxcompress.cli import options, reporting
 from onnxcompress.cli.gating import SectionedCommand, gated, take_gates
 from onnxcompress.errors import OptionError, TargetMissed
 
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 @options.timing()
 @options.seed()
 @options.as_json()
+@reporting.report()
 @gated
 def compare(
     a: str,
@@ -43,6 +44,7 @@ def compare(
     tolerance: float,
     seed: int,
     as_json: bool,
+    report: str | None,
     **chosen: Any,
 ) -> None:
     """Compare model B with the reference A.
@@ -70,11 +72,23 @@ def compare(
     found = measure.compare(a, b, images=loaded, tolerance=tolerance / 100, seed=seed, **chosen)
     options.warn_placements([(s.name, s.timing.placement) for s in (found.a, found.b)])
     verdicts = judge(gates.limits, Facts.of(found))
+    account = found.as_dict() | {"gates": [dataclasses.asdict(v) for v in verdicts]}
     if as_json:
-        options.print_json(found.as_dict() | {"gates": [dataclasses.asdict(v) for v in verdicts]})
+        options.print_json(account)
     else:
         _show(found)
         show_verdicts(stdout(), verdicts)
+    if report:
+        from onnxcompress.report.gather import pictures
+
+        shown = [] if loaded is None else [pictures(f"Images of {images}", loaded)]
+        reporting.write_report(
+            report,
+            account,
+            [("reference", a), ("model", b), *([] if images is None else [("images", images)])],
+            compared=reporting.Compared(found),
+            pictures=shown,
+        )
     if missed := summary(verdicts):
         raise TargetMissed(missed)
 

@@ -13,6 +13,8 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from rich.table import Table
 
 from onnxcompress import passing
+from onnxcompress.units import number as number
+from onnxcompress.units import size as size
 from onnxcompress.verdicts import Verdict
 
 SHOWN = 12
@@ -65,24 +67,6 @@ def _plain_progress(console: Console) -> passing.Progress:
             seen.pop(stage)
 
     return report
-
-
-def size(count: float) -> str:
-    """Bytes for a person: 12.3 MB (powers of 1000)."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000 or unit == "GB":
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.2f} {unit}"
-        count /= 1000
-    raise AssertionError
-
-
-def number(count: float) -> str:
-    """A count for a person: 1.23 M."""
-    for unit in ("", " k", " M", " G"):
-        if count < 1000 or unit == " G":
-            return f"{count:.0f}" if unit == "" else f"{count:.2f}{unit}"
-        count /= 1000
-    raise AssertionError
 
 
 def table(title: str, columns: list[str], rows: list[list[str]], *, left: int = 1) -> Table:

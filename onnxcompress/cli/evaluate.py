@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from onnxcompress.cli import options
+from onnxcompress.cli import options, reporting
+
+if TYPE_CHECKING:
+    from onnxcompress.evaluate import Accuracy
 
 
 @click.command()
@@ -17,6 +20,7 @@ from onnxcompress.cli import options
 @options.runtime(batch=64)
 @options.seed()
 @options.as_json()
+@reporting.report()
 def evaluate(
     model: str,
     images: str,
@@ -24,6 +28,7 @@ def evaluate(
     count: int | None,
     seed: int,
     as_json: bool,
+    report: str | None,
     **chosen: Any,
 ) -> None:
     """Measure top-1 and top-5 accuracy on labelled images.
@@ -35,17 +40,24 @@ def evaluate(
     Example: onnxcompress evaluate net.onnx --images val/ --preprocess imagenet
     """
     from onnxcompress import evaluate as measure
-    from onnxcompress.sources import display_names
 
     loaded = options.read_images(images, preprocess, count, seed, labels=True)
     accuracy = measure.evaluate(model, loaded, **chosen)
-    low, high = accuracy.interval
-    if as_json:
-        found = {"model": model, "images": images, "preprocess": str(loaded.preprocess)}
-        options.print_json({**found, **asdict(accuracy), "top1_interval": [low, high]})
-        return
-    from onnxcompress.cli.console import stdout, table
+    given = {"model": model, "images": images, "preprocess": str(loaded.preprocess)}
+    account = {**given, **asdict(accuracy), "top1_interval": list(accuracy.interval)}
+    options.print_json(account) if as_json else _show(model, images, accuracy)
+    if report:
+        from onnxcompress.report.gather import pictures
 
+        files = [("model", model), ("images", images)]
+        reporting.write_report(report, account, files, pictures=[pictures(f"Images of {images}", loaded)])
+
+
+def _show(model: str, images: str, accuracy: Accuracy) -> None:
+    from onnxcompress.cli.console import stdout, table
+    from onnxcompress.sources import display_names
+
+    low, high = accuracy.interval
     row = [
         *display_names([model]),
         f"{accuracy.top1:.2%}",

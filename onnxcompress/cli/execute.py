@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from onnxcompress.cli.options import print_json
 from onnxcompress.cli.passes import check_external, check_target
+from onnxcompress.cli.reporting import write_job_report
 from onnxcompress.cli.streams import Files, opened
 from onnxcompress.errors import CompressError, ModelError, TargetMissed
 from onnxcompress.gates import Gates
@@ -41,6 +42,7 @@ class Job:
     as_json: bool = False
     quiet: bool = False
     dry_run: bool = False
+    report: str | None = None
 
 
 @dataclass(frozen=True)
@@ -80,8 +82,10 @@ def execute(job: Job) -> None:
             run.steps[-1].result.measured["difference"] = _difference(files)
         verdicts = judge(job.gates.limits, job.gates.measure(baseline, files.target))
         sizes = model_bytes(files.source), model_bytes(files.target)
-        _tell(job, Outcome(run, files, verdicts, sizes))
+        outcome = Outcome(run, files, verdicts, sizes)
+        _tell(job, outcome)
         files.send()
+        write_job_report(job, outcome)
     missed = [str(s.result.measured.get("target_missed", "")) for s in run.steps] + [summary(verdicts)]
     if any(missed):
         raise TargetMissed("; ".join(filter(None, missed)))

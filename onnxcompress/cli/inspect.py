@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from onnxcompress.cli import reporting
 from onnxcompress.cli.options import as_json, print_json
 from onnxcompress.errors import ModelError
 
@@ -23,7 +24,8 @@ if TYPE_CHECKING:
 @click.argument("model")
 @click.option("--statistics", is_flag=True, help="List what is known of each channel, too.")
 @as_json()
-def inspect(model: str, statistics: bool, as_json: bool) -> None:
+@reporting.report()
+def inspect(model: str, statistics: bool, as_json: bool, report: str | None) -> None:
     """Show a model: inputs, size, operators, and each block that can be dropped.
 
     \b
@@ -36,6 +38,7 @@ def inspect(model: str, statistics: bool, as_json: bool) -> None:
     loaded = load(model)
     found = find_blocks(loaded)
     facts = _facts(loaded, Path(model))
+    reporting.write_report(report, facts | dataclasses.asdict(found), [("input", model)])
     if as_json:
         print_json(facts | {"statistics": _statistics(loaded)} | dataclasses.asdict(found))
         return

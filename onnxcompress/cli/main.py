@@ -18,6 +18,7 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     "inspect": ("Look", "inspect", "Show a model, its figures and the blocks that can be dropped."),
     "benchmark": ("Look", "benchmark", "Measure latency in onnxruntime, models interleaved."),
     "evaluate": ("Look", "evaluate", "Measure top-1 and top-5 accuracy on labelled images."),
+    "sensitivity": ("Look", "sensitivity", "Measure what each layer costs at given bits or sparsity."),
     "compare": ("Look", "compare", "Compare two models: size, latency, outputs, agreement."),
     "synthesize": ("Make", "synthesize", "Make images from what the file knows, or from nothing."),
 }
@@ -89,7 +90,7 @@ def cli() -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code: 0, 1 error, 2 usage, 3 target missed, 130 interrupted."""
     try:
-        cli.main(args=argv, prog_name="onnxcompress", standalone_mode=False)
+        cli.main(args=argv, prog_name="onnxcompress", standalone_mode=False, obj=argv and list(argv))
     except click.ClickException as error:
         error.show()
         return error.exit_code

@@ -23,6 +23,7 @@ from typing import Any
 import click
 
 from onnxcompress.cli.gating import SectionedCommand, gate_options, gates_of
+from onnxcompress.cli.reporting import report_option
 from onnxcompress.errors import ModelError
 from onnxcompress.passes import load_pass
 
@@ -60,7 +61,7 @@ def command(name: str) -> click.Command:
         from onnxcompress.pipeline import Pipeline
 
         gates = gates_of(options)
-        how = {key: options.pop(key) for key in ("as_json", "quiet", "dry_run")}
+        how = {key: options.pop(key) for key in ("as_json", "quiet", "dry_run", "report")}
         verify = bool(options.pop("verify", False))
         chain = Pipeline([cls(**options)])
         execute(Job(source, target, chain, gates, account=pass_account, verify=verify, **how))
@@ -70,11 +71,12 @@ def command(name: str) -> click.Command:
 
 
 def running_options() -> list[click.Option]:
-    """--dry-run, --json and --quiet."""
+    """--dry-run, --json, --quiet and --report."""
     return [
         click.Option(["--dry-run"], is_flag=True, help="Check all, say what would be done, and end."),
         click.Option(["--json", "as_json"], is_flag=True, help="Print one JSON object, nothing else."),
         click.Option(["--quiet", "-q"], is_flag=True, help="Print nothing but errors."),
+        report_option(),
     ]
 
 

@@ -26,6 +26,8 @@ def show_quantize(console: Console, result: PassResult) -> None:
     console.print(table(title, columns, [_row(row) for row in worst]))
     for used in measured["inputs"]:
         console.print(f"learned from {used['count']} {used['source']} ({used['why']})", markup=False)
+    if "budget" in measured:
+        _show_budget(console, measured["budget"])
     _show_runtime(console, measured["runtime"])
     for name, decibels in measured["output_snr_db"].items():
         console.print(f"output {name!r}: signal to noise {decibels:.1f} dB on those inputs", markup=False)
@@ -40,6 +42,20 @@ def _row(row: dict[str, Any]) -> list[str]:
         "" if span is None else f"{span[0]:.3g} to {span[1]:.3g}",
         f"{row['snr_db']:.1f} dB",
     ]
+
+
+def _show_budget(console: Console, budget: dict[str, Any]) -> None:
+    layers = ", ".join(f"{count} with {bits}" for bits, count in budget["layers_by_bits"].items())
+    console.print(
+        f"bits of the layers' weights: {layers}; sensitivities: {budget['sensitivity']}", markup=False
+    )
+    what = "as stored" if budget["counted"] == "stored" else "of information"
+    console.print(
+        f"weights: {budget['average_bits']:.2f} bits on average, {budget['megabytes']:.3g} MB {what} "
+        f"(budget {budget['budget_bits']:.2f} bits)"
+    )
+    if budget["counted"] != "stored":
+        console.print("fewer bits are held in 8-bit types: the file is smaller only with --small-types")
 
 
 def _show_runtime(console: Console, runtime: dict[str, Any]) -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 import click
 
-from onnxcompress.cli import options
+from onnxcompress.cli import options, reporting
 from onnxcompress.errors import OptionError
 
 if TYPE_CHECKING:
@@ -47,6 +47,7 @@ if TYPE_CHECKING:
 )
 @click.option("--no-sheet", is_flag=True, help="Write no contact sheet.")
 @options.as_json()
+@reporting.report()
 def synthesize(
     source: str,
     target: str,
@@ -58,6 +59,7 @@ def synthesize(
     sheet: str | None,
     no_sheet: bool,
     as_json: bool,
+    report: str | None,
 ) -> None:
     """Make images for the network and write them to OUT.npz, which --images of every command reads.
 
@@ -84,6 +86,15 @@ def synthesize(
     made = {"shape": list(images.x.shape[1:]), "preprocess": str(images.preprocess)}
     account = {**asked, **written, **made, "seconds": time.perf_counter() - start}
     options.print_json(account) if as_json else _show(account)
+    if report:
+        from onnxcompress.report.gather import pictures
+
+        reporting.write_report(
+            report,
+            account,
+            [("model", source), ("images", target)],
+            pictures=[pictures("The images", images)],
+        )
 
 
 def _load(source: Path, files: list[Path]) -> Model:

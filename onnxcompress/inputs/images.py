@@ -63,6 +63,12 @@ class ImageSet:
         y = None if self.y is None else self.y[indices]
         return replace(self, x=self.x[indices], y=y, names=tuple(self.names[i] for i in indices))
 
+    def spread(self, count: int) -> ImageSet:
+        """`count` images evenly from all, or all where there are fewer."""
+        if count >= len(self):
+            return self
+        return self.take(np.linspace(0, len(self) - 1, count).astype(int))
+
 
 def load_images(
     path: str | os.PathLike[str],

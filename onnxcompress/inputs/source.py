@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 SOURCES = ("auto", "images", "distilled", "procedural", "layerwise")
 SYNTHETIC = 500
 """Images that are made unless a number is given."""
+SHOWN = 128
+"""Images that a pass's result carries, at most."""
 STANDARDIZED = Preprocess(mean=(0.45,), std=(0.25,))
 """Where nobody says how images are normalized: procedural images get mean 0 and deviation 1, roughly."""
 
@@ -102,6 +104,11 @@ class Inputs:
 
         counts = [used.count for used in self.sources]
         return None if len(counts) == 1 else torch.cat([torch.full((n,), 1 / n) for n in counts])
+
+    @property
+    def shown(self) -> ImageSet:
+        """Some of all sources, for a report."""
+        return self.images.spread(SHOWN)
 
     @property
     def text(self) -> str:

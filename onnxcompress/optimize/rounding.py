@@ -76,6 +76,11 @@ class Moments:
         off = self.inputs / max(self.rows, 1)
         return off if self.reference is None else off + self.reference
 
+    def shift(self, weight: Tensor, new: Tensor) -> Tensor:
+        """What to add to the bias where the new weight takes the place of the layer's own, (G, O)."""
+        change = new.double() - weight.double()
+        return self.residual / max(self.rows, 1) - torch.einsum("gof,gf->go", change, self.mean)
+
 
 @dataclass(frozen=True)
 class Rounded:
@@ -115,6 +120,24 @@ def reconstruct(
     weight: (G, O, F) float32. ridge: λ, as a share of H's mean diagonal. target: as `ridge`, of the least
     squares target W*; infinity: the layer's own W.
     """
+    w, h = least_squares(weight, moments, ridge=ridge, target=target)
+    goal, hessian = w.float(), h.float()
+    start = nearest(goal, low, high, per_channel, hessian)
+    scale = start.scale
+    integers = _gptq(goal, h, scale, low, high)
+    for sweep in range(SWEEPS):
+        if sweep:
+            scale = _refit(goal, hessian, integers, scale, per_channel)
+        integers = _descend(goal, hessian, integers, scale, low, high)
+    before, after = (_error(goal - one, hessian) for one in (start.weight, integers * scale))
+    shift = moments.shift(weight, integers * scale)
+    return Rounded(integers, scale, shift.float(), float(after) / max(float(before), 1e-30))
+
+
+def least_squares(
+    weight: Tensor, moments: Moments, *, ridge: float, target: float
+) -> tuple[Tensor, Tensor]:
+    """W* and H, float64; arguments as of `reconstruct`."""
     rows = max(moments.rows, 1)
     off = moments.inputs / rows
     h = moments.gram / rows - off[:, :, None] * off[:, None]
@@ -126,18 +149,7 @@ def reconstruct(
         damped = h + torch.diag_embed((target * size)[:, None].expand(-1, h.shape[1]))
         w = w + torch.linalg.solve(damped, c.transpose(1, 2)).transpose(1, 2)
     h = h + torch.diag_embed((ridge * size)[:, None].expand(-1, h.shape[1]))
-    goal, hessian = w.float(), h.float()
-    start = nearest(goal, low, high, per_channel, hessian)
-    scale = start.scale
-    integers = _gptq(goal, h, scale, low, high)
-    for sweep in range(SWEEPS):
-        if sweep:
-            scale = _refit(goal, hessian, integers, scale, per_channel)
-        integers = _descend(goal, hessian, integers, scale, low, high)
-    before, after = (_error(goal - one, hessian) for one in (start.weight, integers * scale))
-    change = (integers * scale).double() - weight.double()
-    shift = moments.residual / rows - torch.einsum("gof,gf->go", change, moments.mean)
-    return Rounded(integers, scale, shift.float(), float(after) / max(float(before), 1e-30))
+    return w, h
 
 
 def best_scale(weight: Tensor, diagonal: Tensor, low: int, high: int, per_channel: bool) -> Tensor:

@@ -21,6 +21,7 @@ Does not handle: recurrent and attention operators, bodies of If, Loop and Scan.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -116,8 +117,11 @@ class Bits:
     """Of the first and last layer, weight and input; None: as the others."""
 
 
-def make_plan(model: Model, bits: Bits) -> Plan:
-    """Everything that can be quantized in the prepared model, and what cannot."""
+def make_plan(model: Model, bits: Bits, chosen: Mapping[str, int] | None = None) -> Plan:
+    """Everything that can be quantized in the prepared model, and what cannot.
+
+    chosen: bits of single layers' weights, by name of the weight; they win over `bits`.
+    """
     topology = Topology(model)
     plan = Plan()
     linears = _linears(model, topology, plan)
@@ -130,6 +134,8 @@ def make_plan(model: Model, bits: Bits) -> Plan:
             amount = max(bits.ends or 0, bits.activation) if own else bits.activation
             key = (node.inputs[linear.data_at].name, amount)
             plan.edges[id(node), linear.data_at] = key
+        name = str(node.inputs[linear.weight_at].name)
+        weight = (chosen or {}).get(name, weight)
         plan.layers[id(node)] = Layer(linear, node_label(node), weight, key)
     if bits.activation is not None and plan.layers:
         _streams(model, topology, plan)

@@ -1,0 +1,215 @@
+"""`onnxcompress sensitivity`: what each layer costs in output error, as a table, JSON and a plot."""
+
+from __future__ import annotations
+
+import time
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from onnxcompress.cli import options
+from onnxcompress.errors import ModelError, OptionError, RuntimeUnavailable
+from onnxcompress.inputs.source import SOURCES, InputRequest
+
+if TYPE_CHECKING:
+    from onnxcompress.passing import Progress
+    from onnxcompress.sensitivity import Row, Sensitivity
+
+IMAGES = 96
+"""As `onnxcompress.sensitivity` has it, which the help need not load."""
+PLOTS = (".png", ".svg", ".pdf")
+
+
+def _numbers(kind: type[int] | type[float]) -> Any:
+    def read(context: click.Context, parameter: click.Parameter, text: str) -> list[Any]:
+        try:
+            return [kind(part) for part in text.split(",") if part.strip()]
+        except ValueError as error:
+            word = "whole numbers" if kind is int else "numbers"
+            raise OptionError(
+                f"{parameter.opts[0]} {text!r}: expected {word} with commas between"
+            ) from error
+
+    return read
+
+
+@click.command()
+@click.argument("source", metavar="MODEL")
+@click.option(
+    "--weight-bits",
+    default="8,4",
+    show_default=True,
+    metavar="BITS,…",
+    callback=_numbers(int),
+    help="Of weights, each 2 to 8; '' for none.",
+)
+@click.option(
+    "--activation-bits",
+    default="8",
+    show_default=True,
+    metavar="BITS,…",
+    callback=_numbers(int),
+    help="Of what the layer reads, each 2 to 8; '' for none.",
+)
+@click.option(
+    "--sparsity",
+    default="",
+    metavar="SHARE,…",
+    callback=_numbers(float),
+    help="Shares of the weight that become zero, the smallest magnitudes; each between 0 and 1.",
+)
+@options.images(required=False)
+@click.option(
+    "--inputs",
+    type=click.Choice(SOURCES),
+    default="auto",
+    show_default=True,
+    help="What to measure on; auto: --images if given, else layerwise if the file has BatchNorm or a "
+    "record of it, else procedural.",
+)
+@click.option(
+    "--synthetic", type=click.IntRange(1), default=IMAGES, show_default=True, help="Images to make."
+)
+@click.option(
+    "--per-channel/--no-per-channel",
+    default=True,
+    show_default=True,
+    help="A scale for each output channel of a weight, or one per tensor.",
+)
+@click.option(
+    "--reconstruct/--no-reconstruct",
+    default=True,
+    show_default=True,
+    help="Round weights so that layers' outputs stay, not each to its nearest.",
+)
+@click.option(
+    "--stretch/--no-stretch",
+    default=True,
+    show_default=True,
+    help="Give channels between layers equal ranges first, as quantize does.",
+)
+@click.option(
+    "--workers",
+    type=click.IntRange(0),
+    default=0,
+    show_default=True,
+    help="Layers measured at once, 0: one for each core; the result does not depend on it.",
+)
+@click.option("--plot", metavar="OUT.png|svg|pdf", help="Draw it, too; needs matplotlib.")
+@options.seed()
+@options.as_json()
+def sensitivity(
+    source: str,
+    images: str | None,
+    preprocess: str | None,
+    count: int | None,
+    inputs: str,
+    synthetic: int,
+    seed: int,
+    plot: str | None,
+    as_json: bool,
+    **chosen: Any,
+) -> None:
+    """Measure what each layer costs in output error, quantized or pruned alone.
+
+    The error is that of the network's outputs, squared, over their variance. Of real images 96 are taken
+    unless --count says more. A third of the inputs is measured on, the others are learned from.
+
+    \b
+    Example:
+      onnxcompress sensitivity net.onnx --weight-bits 8,4 --sparsity 0.5 --plot layers.png
+      onnxcompress sensitivity net.onnx --weight-bits 2,4,8 --json > layers.json
+      onnxcompress quantize net.onnx out.onnx --bits-budget 4.5 --sensitivity layers.json
+    """
+    from onnxcompress.model import load
+
+    target = None if plot is None else _target(Path(source), plot)
+    model = load(source)
+    from onnxcompress import sensitivity as core
+
+    request = InputRequest(images, preprocess, count, inputs, synthetic, seed)
+    start = time.perf_counter()
+    with _progress(as_json) as progress:
+        found = core.sensitivity(
+            model,
+            request,
+            chosen["weight_bits"],
+            chosen["activation_bits"],
+            chosen["sparsity"],
+            per_channel=chosen["per_channel"],
+            reconstruct=chosen["reconstruct"],
+            stretch=chosen["stretch"],
+            workers=chosen["workers"],
+            progress=progress,
+        )
+    seconds = time.perf_counter() - start
+    if target is not None:
+        from onnxcompress.cli.sensitivity_plot import write_plot
+
+        write_plot(target, found.rows, Path(source).name)
+    if as_json:
+        how = {name: chosen[name] for name in ("per_channel", "reconstruct", "stretch")}
+        facts = {"model": source, "seed": seed, "options": how, "seconds": seconds}
+        options.print_json({**facts, **core.account(found, model.digest())})
+        return
+    _show(found, seconds, target)
+
+
+def _progress(as_json: bool) -> AbstractContextManager[Progress]:
+    from onnxcompress.cli.console import progress
+    from onnxcompress.passing import silent
+
+    return nullcontext(silent) if as_json else progress()
+
+
+def _target(source: Path, text: str) -> Path:
+    """Where to draw. Raises OptionError for another ending, RuntimeUnavailable without matplotlib."""
+    from importlib.util import find_spec
+
+    from onnxcompress.cli.passes import check_target
+
+    target = Path(text)
+    if target.suffix.lower() not in PLOTS:
+        raise OptionError(f"--plot {text!r}: expected a name that ends in {', '.join(PLOTS)}")
+    if find_spec("matplotlib") is None:
+        raise RuntimeUnavailable("--plot needs matplotlib, which is not installed: pip install matplotlib")
+    try:
+        check_target(source, target)
+    except ModelError as error:
+        raise OptionError(f"--plot {error}") from error
+    return target
+
+
+def _show(found: Sensitivity, seconds: float, plot: Path | None) -> None:
+    """A row for each layer, the most costly first."""
+    from onnxcompress.cli.console import number, show_refusals, stdout, table
+
+    layers: dict[str, list[Row]] = {}
+    for row in found.rows:
+        layers.setdefault(row.weight, []).append(row)
+    ranked = sorted(layers.values(), key=lambda rows: -max(row.error for row in rows))
+    first = ranked[0]
+    columns = ["layer", "weights", *(title(row) for row in first)]
+    cells = [[rows[0].layer, number(rows[0].parameters), *(_cell(row) for row in rows)] for rows in ranked]
+    changed = "" if first[0].changed is None else ", and share of other top-1 classes"
+    console = stdout()
+    console.print(
+        table(f"Output error of {len(ranked)} layers, each changed alone{changed}", columns, cells)
+    )
+    for used in found.inputs:
+        console.print(f"measured on {used.count} {used.source} ({used.why})", markup=False)
+    console.print(f"took {seconds:.1f} s" + ("" if plot is None else f"; drawn: {plot}"), markup=False)
+    show_refusals(console, found.refusals)
+
+
+def title(row: Row) -> str:
+    """For a person: `weight 4 bits`, `input 8 bits`, `50 % zeros`."""
+    if row.kind == "sparsity":
+        return f"{100 * row.value:g} % zeros"
+    return f"{'weight' if row.kind == 'weight_bits' else 'input'} {row.value:g} bits"
+
+
+def _cell(row: Row) -> str:
+    return f"{row.error:.2e}" + ("" if row.changed is None else f"  {100 * row.changed:.0f} %")

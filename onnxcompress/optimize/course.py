@@ -1,0 +1,212 @@
+"""The course of a network's layers, in one pass: the student reads what its own earlier layers give.
+
+    teacher:  x ─ layers ─> t
+    student:  x̂ ─ layers as learned so far ─> y
+
+Node by node, in the order of the graph, both networks run on the same inputs, and only tensors that a later
+node needs are held. A layer is learned (by the subclass: `quantizer`, `sparsify`) so that Ŵ x̂ + b̂ comes
+near t. Where only a residual addition reads the layer, it also makes up for what the other side of the sum
+lost: t + (s_teacher − s_student).
+
+With a twin (`standardize`) both run with the twin's maps, y' = a y + b₀, and the layer is learned as the
+network has it: the map of a channel is undone on both sides.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+
+import onnx_graphsurgeon as gs
+import torch
+from torch import Tensor
+
+from onnxcompress.graph import is_op, is_output, value_readers
+from onnxcompress.model import Model
+from onnxcompress.optimize.executor import Executor
+from onnxcompress.optimize.patches import Patches
+from onnxcompress.optimize.rounding import Moments
+from onnxcompress.optimize.standardize import Twin
+from onnxcompress.passing import Progress, silent
+from onnxcompress.quantization.plan import Layer, Plan
+from onnxcompress.topology import Topology
+
+RIDGE = 1e-2
+"""λ as a share of the mean of the patches' second moments."""
+TARGET_ROWS = 4
+"""Patches per weight of an output that the least-squares target takes at least."""
+MEMORY = 3 << 30
+"""Bytes of the tensors that are held; fewer images are used where they would take more."""
+COPIES = 3
+"""Of each tensor: the teacher's, the student's, one in work."""
+ROWS = 40_000
+
+
+@dataclass(frozen=True, kw_only=True)
+class CourseSettings:
+    """What every course needs to know."""
+
+    reconstruct: bool = True
+    batch: int = 32
+    """Images that go through at once."""
+    seed: int = 0
+
+
+@dataclass
+class Course(ABC):
+    """One run over the network."""
+
+    model: Model
+    plan: Plan
+    settings: CourseSettings
+    twin: Twin = field(default_factory=Twin)
+    device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        self.executor = Executor.from_model(self.model, device=self.device)
+        self.topology = Topology(self.model)
+        self._teacher: dict[str, Tensor] = {}
+        self._student: dict[str, Tensor] = {}
+        self._own: dict[str, Tensor] = {}
+        data = self.topology.data
+        self._nodes = [n for n in self.topology.order if any(id(t) in data for t in n.outputs)]
+        self._needs_of = [self._needs(node) for node in self._nodes]
+        self._last = {name: place for place, needed in enumerate(self._needs_of) for name in needed}
+        self._generator = torch.Generator().manual_seed(self.settings.seed)
+
+    def pass_through(self, images: Tensor, stage: str, progress: Progress = silent) -> None:
+        """images: (N, …) at the network's one input."""
+        name = self.model.graph.inputs[0].name
+        self._teacher[name] = self._student[name] = images[: self.affordable(len(images))]
+        mapped = (*self.twin.weights, *self.twin.biases)
+        self._maps = {n: self.twin.mapped(n, self.executor.parameters[n]) for n in mapped}
+        self._own.update(self._maps)
+        with torch.no_grad():
+            for place, node in enumerate(self._nodes):
+                self._step(node, self._needs_of[place])
+                for tensor in [t for t in self._teacher if self._last.get(t, -1) <= place]:
+                    del self._teacher[tensor], self._student[tensor]
+                progress(stage, place + 1, len(self._nodes))
+
+    @abstractmethod
+    def _learn(self, layer: Layer, x: Tensor, wanted: Tensor) -> None:
+        """Learn the layer and `_set` its parameters. x: what it reads; wanted: the teacher's output."""
+
+    def _seen(self, node: gs.Node, index: int, name: str) -> Tensor:
+        """The student's tensor as the node reads it at that input."""
+        return self._student[name]
+
+    def _learned(self, layer: Layer, wanted: Tensor, made: Tensor) -> None:
+        """Called with both networks' outputs once the layer is learned."""
+        return
+
+    def _needs(self, node: gs.Node) -> list[str]:
+        """Tensors with data that the node reads, itself or through computations of shapes."""
+        found: dict[str, None] = {}
+        pending, seen = list(node.inputs), set()
+        while pending:
+            tensor = pending.pop()
+            if id(tensor) in seen or id(tensor) not in self.topology.dynamic:
+                continue
+            seen.add(id(tensor))
+            if id(tensor) in self.topology.data:
+                found[tensor.name] = None
+            else:
+                pending += [t for maker in tensor.inputs for t in maker.inputs]
+        return list(found)
+
+    def _step(self, node: gs.Node, needs: list[str]) -> None:
+        outputs = [t.name for t in node.outputs if not t.is_empty()]
+        layer = self.plan.layers.get(id(node))
+        theirs = self._run(outputs, {n: self._teacher[n] for n in needs}, self._maps)
+        read = {n: self._student[n] for n in needs}
+        for index, tensor in enumerate(node.inputs):
+            if tensor.name in read:
+                read[tensor.name] = self._seen(node, index, tensor.name)
+        if layer is not None:
+            self._learn(layer, read[node.inputs[layer.linear.data_at].name], theirs[outputs[0]])
+        ours = self._run(outputs, read, self._own)
+        self._teacher.update(theirs)
+        self._student.update(ours)
+        if layer is not None:
+            self._learned(layer, theirs[outputs[0]], ours[outputs[0]])
+
+    def _run(
+        self, outputs: list[str], feeds: dict[str, Tensor], parameters: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        count = next(iter(feeds.values())).shape[0]
+        parts = []
+        for start in range(0, count, self.settings.batch):
+            part = {n: v[start : start + self.settings.batch] for n, v in feeds.items()}
+            parts.append(self.executor.run(part, outputs, parameters))
+        return {n: torch.cat([part[n] for part in parts]) for n in outputs}
+
+    def _mean_error(self, layer: Layer, x: Tensor, wanted: Tensor) -> Tensor:
+        """Of the learned layer's output, (outputs,), less the maps of the twin."""
+        source = layer.node.inputs[layer.linear.data_at].name
+        made = self._run([layer.output], {source: x}, self._own)[layer.output]
+        error = self._unmapped(layer, wanted) - self._unmapped(layer, made)
+        return error.mean([axis for axis in range(error.ndim) if axis != 1])
+
+    def _set(self, name: str, value: Tensor) -> None:
+        self._own[name] = self.twin.mapped(name, value) if name in self._maps else value
+
+    def _unmapped(self, layer: Layer, y: Tensor, offset: bool = True) -> Tensor:
+        """The layer's output without the maps of the twin."""
+        if layer.bias not in self.twin.biases:
+            return y
+        scale, shift = (along(part, y) for part in self.twin.biases[layer.bias])
+        return (y - shift) / scale if offset else y / scale
+
+    def _wanted(self, layer: Layer, y: Tensor) -> Tensor:
+        """What the layer should give: the teacher's output, and what the other side of a sum lost."""
+        lost = self._owed(layer)
+        y = self._unmapped(layer, y)
+        return y if lost is None or lost.shape != y.shape else y + self._unmapped(layer, lost, offset=False)
+
+    def _owed(self, layer: Layer) -> Tensor | None:
+        """What the other side of the residual addition that alone reads the layer lost."""
+        tensor = layer.node.outputs[0]
+        readers = value_readers(tensor)
+        if len(readers) != 1 or is_output(self.model, tensor) or not is_op(readers[0], "Add"):
+            return None
+        others = [(i, t) for i, t in enumerate(readers[0].inputs) if t is not tensor]
+        if len(others) != 1 or others[0][1].name not in self._student:
+            return None
+        index, other = others[0]
+        return self._teacher[other.name] - self._seen(readers[0], index, other.name)
+
+    def _moments(self, layer: Layer, cut: Patches, weight: Tensor, x: Tensor, wanted: Tensor) -> Moments:
+        """Of the layer's patches and of what it lacks as it is."""
+        moments = Moments.empty(weight)
+        if layer.bias is not None:
+            wanted = wanted - along(self.executor.parameters[layer.bias], wanted)
+        for start in range(0, len(x), self.settings.batch):
+            part = slice(start, start + self.settings.batch)
+            a, y = cut.take(x[part], wanted[part], self._generator)
+            moments.add(a, y - weight @ a)
+            if moments.rows >= ROWS:
+                break
+        return moments
+
+    def affordable(self, count: int) -> int:
+        """Images of which all tensors that are held at a time fit into MEMORY."""
+        shapes = self.model.shapes()
+        live: set[str] = {self.model.graph.inputs[0].name}
+        most = 0
+        for place, node in enumerate(self._nodes):
+            live |= {t.name for t in node.outputs}
+            most = max(most, sum(_floats(shapes.get(name, ())) for name in live))
+            live = {name for name in live if self._last.get(name, -1) > place}
+        return max(1, min(count, MEMORY // max(1, 4 * COPIES * most)))
+
+
+def along(vector: Tensor, like: Tensor) -> Tensor:
+    """(channels,) shaped to broadcast along axis 1."""
+    return vector.reshape(1, -1, *[1] * (like.ndim - 2))
+
+
+def _floats(shape: tuple[int | str | None, ...]) -> int:
+    """Of one image."""
+    return math.prod(d for d in shape[1:] if isinstance(d, int)) if len(shape) > 1 else 0

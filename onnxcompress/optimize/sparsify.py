@@ -1,0 +1,225 @@
+"""Prune a network layer by layer: a `course` whose layers get zeros, and new values for what stays.
+
+`Trials` walks through the teacher and tries some sparsities on each layer, on its own. `output_costs` says
+what each would do to the network's output f. With random v, independent for each image and output,
+
+    E (∂(Σ v f)/∂W · ΔW)² = Σ over images |Δf|²        to first order in ΔW
+
+so that one backward pass gives one sample of the cost of all layers, sparsities and rows at a time; errors
+that are alike at all places of an image add up in it, as they do in the network. `Sparsifier` then prunes:
+mask and values by least squares (`sparse`), on what the student reads.
+
+Does not handle in closed form: ConvTranspose, MatMul of higher rank, convolutions that are not 2-d or pad
+automatically: their smallest magnitudes go, and their bias is corrected by the mean error.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from onnxcompress.optimize.course import RIDGE, TARGET_ROWS, Course, CourseSettings
+from onnxcompress.optimize.executor import Executor
+from onnxcompress.optimize.patches import matrix, patches_of, stored
+from onnxcompress.optimize.rounding import Moments, least_squares
+from onnxcompress.optimize.sparse import Choice, Problem
+from onnxcompress.quantization.plan import Layer
+from onnxcompress.sparsities import UNSTRUCTURED, Pattern
+
+LEVELS = (0.3, 0.5, 0.65, 0.8, 0.9, 0.95)
+"""Sparsities that are tried."""
+TYPICAL = 2
+"""Of them, the one that tells rows apart."""
+TRIAL_STEPS, TRIAL_REFITS = 20, 10
+"""Of `Problem.solve`."""
+PROBES = 64
+PROBED = 8
+"""Images of a probe."""
+SPREAD = 20.0
+"""What a row is worth, over the layer's mean or under it, at most."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What pruning does to a layer that reads what the teacher gives, at each of LEVELS."""
+
+    weight: Tensor
+    """Ŵ − W, (levels, groups, outputs, fan)"""
+    bias: Tensor
+    """(levels, groups, outputs)"""
+    error: Tensor
+    """Mean square at the layer's outputs, (levels, groups, outputs)."""
+
+
+@dataclass
+class Trials(Course):
+    """Tries LEVELS on the layers named."""
+
+    names: frozenset[str] = frozenset()
+    found: dict[str, Trial] = field(default_factory=dict)
+
+    def _learn(self, layer: Layer, x: Tensor, wanted: Tensor) -> None:
+        cut = patches_of(self.model, layer)
+        if cut is None or layer.weight not in self.names:
+            return
+        weight, shape = matrix(layer, self.executor.parameters[layer.weight])
+        moments = self._moments(layer, cut, weight, x, self._unmapped(layer, wanted))
+        goal, h = _quadratic(weight, moments, math.inf)
+        problem = Problem.of(goal, h, torch.ones(weight.shape[:2]))
+        changes, biases, errors = [], [], []
+        for level in LEVELS:
+            choice = Choice(kept(weight.numel(), level), math.prod(shape[3:]))
+            new = problem.solve(choice, steps=TRIAL_STEPS, refits=TRIAL_REFITS)
+            off = new - goal
+            changes.append(off.float())
+            biases.append(moments.shift(weight, new).float())
+            errors.append(((off @ h) * off).sum(2))
+        self.found[layer.weight] = Trial(torch.stack(changes), torch.stack(biases), torch.stack(errors))
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Of pruning each layer, by name of its weight."""
+
+    levels: dict[str, list[float]]
+    """Squared error of the network's output at each of LEVELS."""
+    rows: dict[str, Tensor]
+    """What errors of a row are worth, (groups, outputs), about 1."""
+
+
+def output_costs(trials: Trials, images: Tensor) -> Costs:
+    """By PROBES backward passes."""
+    executor, twin = trials.executor, trials.twin
+    layers = [layer for layer in trials.plan.layers.values() if layer.weight in trials.found]
+    sums = {n: torch.zeros(len(LEVELS), dtype=torch.float64) for n in trials.found}
+    rows = {n: torch.zeros_like(t.error[0]) for n, t in trials.found.items()}
+    names = [n for layer in layers for n in (layer.weight, layer.bias) if n is not None]
+    maps = {n: twin.mapped(n, executor.parameters[n]) for n in (*twin.weights, *twin.biases)}
+    generator = torch.Generator().manual_seed(trials.settings.seed)
+    size = min(PROBED, len(images)) if trials.settings.batch >= PROBED else trials.settings.batch
+    for probe in range(PROBES):
+        start = probe * size % max(len(images) - size + 1, 1)
+        slopes = _slopes(executor, trials, images[start : start + size], names, maps, generator)
+        for layer in layers:
+            trial = trials.found[layer.weight]
+            slope = _undone(trials, layer.weight, slopes[layer.weight])
+            change = (matrix(layer, slope)[0] * trial.weight).sum(3)
+            if layer.bias is not None:
+                offset = _undone(trials, layer.bias, slopes[layer.bias])
+                change = change + offset.reshape(change.shape[1:]) * trial.bias
+            sums[layer.weight] += change.sum((1, 2)).double().square() / (PROBES * size)
+            rows[layer.weight] += change[TYPICAL].double().square()
+    worth = {n: _worth(rows[n] / trials.found[n].error[TYPICAL].clamp_min(1e-12)) for n in rows}
+    return Costs({n: v.tolist() for n, v in sums.items()}, worth)
+
+
+def _slopes(
+    executor: Executor,
+    trials: Trials,
+    images: Tensor,
+    names: list[str],
+    maps: Mapping[str, Tensor],
+    generator: torch.Generator,
+) -> dict[str, Tensor]:
+    """Of a random combination of the network's outputs, in its parameters."""
+    leaves = {n: maps.get(n, executor.parameters[n]).detach().clone().requires_grad_() for n in names}
+    outputs = [t.name for t in trials.model.graph.outputs if id(t) in trials.topology.data]
+    made = executor.run({trials.model.graph.inputs[0].name: images}, outputs, {**maps, **leaves})
+    total = torch.zeros(())
+    for value in made.values():
+        if value.is_floating_point():
+            v = torch.randn(value.shape, generator=generator).to(value)
+            total = total + (v * value).sum() / value.detach().std().clamp_min(1e-12)
+    found = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
+    return {
+        n: torch.zeros_like(leaf) if slope is None else slope
+        for (n, leaf), slope in zip(leaves.items(), found, strict=True)
+    }
+
+
+def _undone(trials: Trials, name: str, slope: Tensor) -> Tensor:
+    """In the network's own parameter, where the twin's was differentiated."""
+    if name in trials.twin.weights:
+        return slope * trials.twin.weights[name]
+    return slope * trials.twin.biases[name][0] if name in trials.twin.biases else slope
+
+
+def _worth(rows: Tensor) -> Tensor:
+    """Of few samples: the square root, within bounds."""
+    return (rows / rows.mean().clamp_min(1e-30)).clamp(1 / SPREAD, SPREAD).sqrt()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings(CourseSettings):
+    """How to prune."""
+
+    pattern: Pattern = UNSTRUCTURED
+    sparsity: Mapping[str, float] = field(default_factory=dict)
+    """By name of the weight; others stay dense, but make up for errors, too."""
+    rows: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass
+class Sparsifier(Course):
+    """One run over the network."""
+
+    settings: Settings
+    learned: dict[str, Tensor] = field(default_factory=dict)
+    """Parameters of the layers, by name."""
+    noise: dict[str, float] = field(default_factory=dict)
+    """Of each layer's output, by name of its weight: squared error over variance."""
+
+    def _learn(self, layer: Layer, x: Tensor, wanted: Tensor) -> None:
+        weight, shape = matrix(layer, self.executor.parameters[layer.weight])
+        cut = patches_of(self.model, layer)
+        share = self.settings.sparsity.get(layer.weight)
+        pattern = self.settings.pattern if share is not None else UNSTRUCTURED
+        choice = Choice(kept(weight.numel(), share or 0.0), math.prod(shape[3:]), pattern)
+        if cut is None:
+            new, shift = torch.where(choice.mask(weight.abs()), weight, 0.0), None
+        else:
+            moments = self._moments(layer, cut, weight, x, self._wanted(layer, wanted))
+            new = self._solved(layer, weight, moments, None if share is None else choice)
+            shift = moments.shift(weight, new).float()
+        self._note(layer.weight, stored(layer, new.float(), shape))
+        if layer.bias is not None:
+            bias = self.executor.parameters[layer.bias]
+            off = self._mean_error(layer, x, wanted) if shift is None else shift.reshape(-1)
+            self._note(layer.bias, bias + off)
+
+    def _solved(self, layer: Layer, weight: Tensor, moments: Moments, choice: Choice | None) -> Tensor:
+        """The least squares target, with the zeros chosen."""
+        few = moments.rows < TARGET_ROWS * weight.shape[2]
+        goal, h = _quadratic(weight, moments, math.inf if few else RIDGE)
+        if choice is None:
+            return goal
+        rows = self.settings.rows.get(layer.weight)
+        return Problem.of(goal, h, torch.ones(weight.shape[:2]) if rows is None else rows).solve(choice)
+
+    def _note(self, name: str, value: Tensor) -> None:
+        self.learned[name] = value
+        self._set(name, value)
+
+    def _learned(self, layer: Layer, wanted: Tensor, made: Tensor) -> None:
+        error = (made - wanted).square().mean()
+        self.noise[layer.weight] = float(error / wanted.var().clamp_min(1e-12))
+
+
+def _quadratic(weight: Tensor, moments: Moments, target: float) -> tuple[Tensor, Tensor]:
+    """W*, and H with the less off its diagonal the fewer patches there are for each of its columns.
+
+    Few patches (a classifier has one an image) can be had right by a few weights that are wrong elsewhere.
+    """
+    goal, h = least_squares(weight, moments, ridge=RIDGE, target=target)
+    fan = weight.shape[2]
+    diagonal = torch.diag_embed(h.diagonal(dim1=1, dim2=2))
+    return goal, h.lerp(diagonal, fan / (fan + moments.rows))
+
+
+def kept(size: int, sparsity: float) -> int:
+    """Weights that stay, one at least."""
+    return max(1, round((1 - sparsity) * size))

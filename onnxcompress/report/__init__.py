@@ -1,0 +1,15 @@
+"""The report: one HTML file with the story of a run, which needs no network and no script.
+
+    account of --json, files, timings, images --gather--> Material --tell--> Story --render--> page
+
+`tell` is a pure function, and what it gives is text, tables and charts as data: `charts` draws them with
+matplotlib as SVG whose colours are the page's (light, dark, print), each in a wide and a narrow form.
+"""
+
+from __future__ import annotations
+
+from onnxcompress.report.material import File, LayerSize, Material, Pictures
+from onnxcompress.report.page import render, write_page
+from onnxcompress.report.story import tell
+
+__all__ = ["File", "LayerSize", "Material", "Pictures", "render", "tell", "write_page"]

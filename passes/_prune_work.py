@@ -1,0 +1,181 @@
+"""The course of `prune`: from a model and options to the pruned one and its account."""
+
+from __future__ import annotations
+
+import math
+import time
+import zlib
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from onnxcompress.graph import read, set_values
+from onnxcompress.inputs.source import gather_inputs
+from onnxcompress.model import Model
+from onnxcompress.optimize.budget import sparsity_budget
+from onnxcompress.optimize.device import pick_device
+from onnxcompress.optimize.sparsify import LEVELS, Costs, Settings, Sparsifier, Trials, output_costs
+from onnxcompress.optimize.subject import Subject
+from onnxcompress.passes import _prune_storage as packing
+from onnxcompress.passes._prune_target import Target, choose_target, is_pruned, magnitudes, smallest_gone
+from onnxcompress.passes._quantize_prepare import prepare
+from onnxcompress.passes._quantize_work import output_snr
+from onnxcompress.passes.prune import SMALL, SMALL_PIXELS
+from onnxcompress.passing import Change, PassResult, Progress, Refusal
+from onnxcompress.sensitivity import quick, read_rows
+from onnxcompress.sparsities import by_cost, by_magnitude, share_of, uniform
+
+if TYPE_CHECKING:
+    from onnxcompress.passes.prune import Prune
+
+SHOWN = 32
+"""Images on which the outputs of both networks are compared."""
+NO_SPEED = "onnxruntime computes zeros as any other weight: no speed is to be expected"
+
+
+def prune(one: Prune, model: Model, progress: Progress) -> PassResult:
+    """Prune in place."""
+    original, looked_at = model.copy(), model.copy()
+    changes = prepare(looked_at)
+    target = choose_target(one, looked_at)
+    result = PassResult(refusals=target.refusals)
+    pruned = bool(target.layers) and is_pruned(target, one.sparsity)
+    if not target.layers or (pruned and one.storage == "dense"):
+        return result
+    prepare(model)
+    target = choose_target(one, model)
+    result.changes = changes
+    if not pruned:
+        if one.reconstruct:
+            _reconstruct(one, original, model, target, result, progress)
+        else:
+            shares = layer_sparsities(one, original, target, None)
+            _write(model, smallest_gone(target, shares))
+            result.measured["layers"] = _rows(target, shares, {})
+        target = choose_target(one, model)
+    _account(one, model, target, result)
+    return result
+
+
+def layer_sparsities(
+    one: Prune, original: Model, target: Target, costs: Mapping[str, list[float]] | None
+) -> dict[str, float]:
+    """Share of zeros of each layer, by name of its weight. costs: at LEVELS; None: not measured."""
+    sizes, total = target.sizes, target.total
+    if target.pattern.group:
+        return dict.fromkeys(sizes, target.pattern.sparsity)
+    if one.scope == "layer":
+        return uniform(sizes, total, one.sparsity)
+    if one.sensitivity is not None:
+        rows = read_rows(Path(one.sensitivity), original.digest())
+        return sparsity_budget(rows, sizes, share_of(sum(sizes.values()), total, one.sparsity))
+    if costs is not None:
+        return by_cost(costs, LEVELS, sizes, total, one.sparsity)
+    return by_magnitude(magnitudes(target), total, one.sparsity)
+
+
+def _reconstruct(
+    one: Prune, original: Model, model: Model, target: Target, result: PassResult, progress: Progress
+) -> None:
+    """Mask and values in closed form."""
+    start = time.perf_counter()
+    request, device = quick(one.request, model), pick_device(one.device)
+    if one.synthetic is None and 0 < _pixels(model) <= SMALL_PIXELS:
+        request = replace(request, synthetic=SMALL)
+    inputs = gather_inputs(model, request, device=device, progress=progress)
+    result.shown = inputs.shown
+    subject = Subject.of(model, inputs, stretched=False)
+    made = time.perf_counter() - start
+    costs = _costs(one, subject, target, progress)
+    shares = layer_sparsities(one, original, target, costs.levels if costs else None)
+    settings = Settings(
+        batch=subject.batch,
+        seed=one.seed,
+        pattern=target.pattern,
+        sparsity=shares,
+        rows=costs.rows if costs else {},
+    )
+    worker = Sparsifier(model, subject.plan, settings, subject.twin)
+    worker.pass_through(subject.images, "pruning layers", progress)
+    _write(model, {name: value.numpy() for name, value in worker.learned.items()})
+    few = subject.images[: max(subject.batch, SHOWN // subject.batch * subject.batch)].numpy()
+    result.measured |= {
+        "layers": _rows(target, shares, worker.noise),
+        "inputs": [asdict(used) for used in inputs.sources],
+        "seconds": {"inputs": made, "layers": time.perf_counter() - start - made},
+        "output_snr_db": output_snr(original, model, few, subject.batch),
+    }
+
+
+def _write(model: Model, values: Mapping[str, np.ndarray]) -> None:
+    tensors = model.graph.tensors()
+    for name, value in values.items():
+        set_values(tensors[name], value.astype(np.float32))
+    model.touch()
+
+
+def _pixels(model: Model) -> int:
+    """Of an input; 0 where the file leaves its size open."""
+    shape = model.graph.inputs[0].shape or ()
+    return math.prod(d for d in shape[1:] if isinstance(d, int) and d > 4) if len(shape) == 4 else 0
+
+
+def _costs(one: Prune, subject: Subject, target: Target, progress: Progress) -> Costs | None:
+    """None where neither sparsities nor rows are chosen by them."""
+    if target.pattern.group or one.sensitivity is not None:
+        return None
+    settings = Settings(batch=subject.batch, seed=one.seed)
+    trials = Trials(subject.model, subject.plan, settings, subject.twin, names=frozenset(target.layers))
+    trials.pass_through(subject.images, "trying sparsities", progress)
+    return output_costs(trials, subject.images)
+
+
+def _account(one: Prune, model: Model, target: Target, result: PassResult) -> None:
+    """Store the zeros as asked, and say how many there are and what they save."""
+    weights = {name: read(model.graph.tensors()[name]) for name in target.weights}
+    zeros = sum(int(w.size - np.count_nonzero(w)) for w in weights.values())
+    size = {
+        "dense": sum(w.nbytes for w in weights.values()),
+        "deflated": sum(len(zlib.compress(w.tobytes())) for w in weights.values()),
+    }
+    if one.storage == "sparse":
+        saved = _pack(model, target, result)
+        size["sparse"] = size["dense"] - saved
+    result.measured |= {
+        "sparsity": zeros / max(target.total, 1),
+        "weights": target.total,
+        "zeros": zeros,
+        "bytes": size,
+        "speed": NO_SPEED,
+    }
+    text = ", ".join(f"{count / 1e6:.2f} MB {how}" for how, count in size.items())
+    share = f"{zeros / max(target.total, 1):.1%} of {target.total} weights are zero"
+    result.changes.append(Change(model.name, f"{share}: {text}; {NO_SPEED}"))
+
+
+def _pack(model: Model, target: Target, result: PassResult) -> int:
+    """Bytes saved."""
+    if model.opset < packing.OPSET:
+        rule = f"opset {model.opset}: sparse storage needs {packing.OPSET} or later"
+        result.refusals.append(Refusal(model.name, rule, "convert it with onnx.version_converter"))
+        return 0
+    saved = 0
+    for layer in target.weights.values():
+        weight = read(layer.node.inputs[layer.linear.weight_at])
+        stored = packing.pack(model, layer.linear, weight)
+        saved += 0 if stored is None else weight.nbytes - stored
+    model.touch()
+    return saved
+
+
+def _rows(target: Target, shares: Mapping[str, float], noise: Mapping[str, float]) -> list[dict[str, Any]]:
+    rows = []
+    for name, layer in target.layers.items():
+        row = {"name": layer.label, "op": layer.node.op, "weight": name, "sparsity": shares.get(name, 0.0)}
+        if name in noise:
+            row["snr_db"] = float(-10 * np.log10(max(noise[name], 1e-12)))
+        rows.append(row)
+    return rows
