@@ -19,7 +19,7 @@ from onnxcompress.passes._quantize_bits import choose_bits
 from onnxcompress.passing import Change, PassResult, Progress
 from onnxcompress.quantization.emit import emit
 from onnxcompress.quantization.fused import fused_counts
-from onnxcompress.quantization.grid import Grid, weight_limits
+from onnxcompress.quantization.grid import Grid
 from onnxcompress.quantization.plan import Bits, Layer, Plan, make_plan
 from onnxcompress.sensitivity import quick
 
@@ -42,7 +42,8 @@ def quantize(
     if not plan.layers:
         return result
     start = time.perf_counter()
-    request, device = quick(one.request, model), pick_device(one.device)
+    few = one.weight_bits < 8 or 0 < one.activation_bits < 8
+    request, device = one.request if few else quick(one.request, model), pick_device(one.device)
     inputs = gather_inputs(model, request, device=device, progress=progress)
     made = time.perf_counter() - start
     batch = fixed_batch(model)
@@ -96,12 +97,12 @@ def quantize(
 def _integers(layer: Layer, learned: Learned, one: Quantize) -> tuple[np.ndarray, Grid]:
     """The weight's integers in the initializer's layout, and their grid."""
     found = learned.weights[id(layer.node)]
-    low, high = weight_limits(layer.weight_bits, safe=one.safe)
+    low, high = layer.limits(one.safe)
     integers = np.empty(layer.linear.weight.shape, np.int32)
     view = layer.linear.view(integers)
     view[...] = found.integers.numpy().reshape(view.shape)
     scale = found.scale.numpy().reshape(-1).astype(np.float32)
-    scale = scale if one.per_channel else scale[0].reshape(())
+    scale = scale if one.per_channel else scale[:1].reshape(())
     if one.small_types and layer.weight_bits <= 4:
         return integers, Grid(scale, 0, low, high, "int4")
     shift = 128 if one.weight_type == "uint8" else 0

@@ -16,15 +16,14 @@ file is no faster. Fewer are held in 8-bit types, in the narrower range (see `qu
 `small_types` in 4-bit ones. The first and last layer keep 8 bits unless told otherwise, as is usual; so do
 residual sums (`plan`).
 
-Inputs: `auto` takes images if there are any; else procedural ones through the twin that has the recorded
-statistics (`layerwise`: made at once; distilled ones take minutes, and are as good for ResNet-56 and better
-for EfficientNet-Lite0); else plain procedural ones.
-
-Mixed bits: with a budget, `weight_bits` is the most that a layer gets; what each costs in output error at
-fewer is measured first, or read from a file (`_quantize_bits`, which says what a budget counts).
+Inputs: `auto` takes images if there are any; else, with 8 bits, procedural ones through the twin that has the
+recorded statistics (`layerwise`: made at once); with fewer distilled ones, which take longer and are better
+for EfficientNet-Lite0; without a record plain procedural ones.
 
 `reduce_range`: without it, onnxruntime's result on a CPU with AVX2 and no VNNI is far from what the file
 says (ResNet-56: 15 dB of signal to noise instead of 29); uint8 weights cannot overflow, and are slower.
+Depthwise weights have the whole range: their kernel adds in 32 bits. Where all CPUs have VNNI, say
+`--no-reduce-range`: it is closer.
 
 Does not handle: several inputs; models that are quantized already; see `plan` for the operators.
 """

@@ -106,6 +106,28 @@ def test_few_bits_are_what_the_file_computes(models: Path, activations: int) -> 
     assert max(len(np.unique(found[name])) for name in read) == 2**activations
 
 
+def test_per_tensor_every_weight_has_one_scale(models: Path) -> None:
+    model = load(models / "mobilenetv2-fashion.onnx")
+    run([replace(QUICK, per_channel=False, synthetic=8)], model)
+    scales = [t for n, t in model.graph.tensors().items() if n.endswith("_scale") and "weight" in n]
+    assert scales
+    assert {read(t).shape for t in scales} == {()}
+
+
+def test_depthwise_weights_use_all_eight_bits_the_others_cannot_overflow(models: Path) -> None:
+    model = load(models / "mobilenetv2-fashion.onnx")
+    run([replace(QUICK, synthetic=8)], model)
+    proto = model.to_proto()
+    stored = {t.name: onnx.numpy_helper.to_array(t) for t in proto.graph.initializer}
+    makers = {n.output[0]: n for n in proto.graph.node}
+    for node in proto.graph.node:
+        if node.op_type == "Conv":
+            integers = stored[makers[node.input[1]].input[0]].astype(int)
+            largest = np.abs(integers).max()
+            groups = next((a.i for a in node.attribute if a.name == "group"), 1)
+            assert (largest > 64) == (groups > 1)
+
+
 def test_four_bit_types_halve_the_file_and_compute_the_same() -> None:
     one = Quantize(inputs="procedural", synthetic=8, weight_bits=4, activation_bits=4, first_last=0)
     x = np.random.default_rng(0).normal(size=(3, 3, 8, 8)).astype(np.float32)

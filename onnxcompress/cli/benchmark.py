@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@click.argument("models", nargs=-1, required=True, metavar="MODEL...")
+@click.argument("models", nargs=-1, required=True, metavar="MODEL...", type=options.FILE)
 @options.runtime(batch=1)
 @options.timing()
 @options.seed()
@@ -35,7 +35,10 @@ def benchmark(
     from onnxcompress.sources import display_names
 
     names = display_names(models)
-    timings = latency.benchmark(dict(zip(names, models, strict=True)), tolerance=tolerance / 100, **chosen)
+    with options.waiting("timing", chosen):
+        timings = latency.benchmark(
+            dict(zip(names, models, strict=True)), tolerance=tolerance / 100, **chosen
+        )
     first = timings[names[0]]
     ratios = {name: latency.ratio(first, timings[name]) for name in names[1:]}
     options.warn_placements([(t.name, t.placement) for t in timings.values()])

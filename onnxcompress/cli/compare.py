@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 
 
 @click.command(cls=SectionedCommand)
-@click.argument("a", metavar="A")
-@click.argument("b", metavar="B")
+@click.argument("a", metavar="A", type=options.FILE)
+@click.argument("b", metavar="B", type=options.FILE)
 @options.images(required=False)
 @options.runtime(batch=1)
 @options.timing()
@@ -69,7 +69,8 @@ def compare(
     loaded = None
     if images is not None:
         loaded = options.read_images(images, preprocess, count, seed, labels=labels)
-    found = measure.compare(a, b, images=loaded, tolerance=tolerance / 100, seed=seed, **chosen)
+    with options.waiting("comparing"):
+        found = measure.compare(a, b, images=loaded, tolerance=tolerance / 100, seed=seed, **chosen)
     options.warn_placements([(s.name, s.timing.placement) for s in (found.a, found.b)])
     verdicts = judge(gates.limits, Facts.of(found))
     account = found.as_dict() | {"gates": [dataclasses.asdict(v) for v in verdicts]}

@@ -7,10 +7,20 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from rich.box import HEAVY_HEAD
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
+from rich.text import Text
 
 from onnxcompress import passing
 from onnxcompress.units import number as number
@@ -36,7 +46,7 @@ def stderr() -> Console:
 def progress() -> Iterator[passing.Progress]:
     """Progress bars with time left on standard error; a line a stage where it is no terminal."""
     console = stderr()
-    if not console.is_terminal:
+    if not console.is_terminal or console.no_color:
         yield _plain_progress(console)
         return
     columns = (
@@ -57,6 +67,29 @@ def progress() -> Iterator[passing.Progress]:
         yield report
 
 
+class _TimeLeft(ProgressColumn):
+    """Of work that ends by the clock: `total` is its seconds."""
+
+    def render(self, task: Task) -> Text:
+        if task.total is None:
+            return Text("")
+        return Text(f"at most about {max(task.total - (task.elapsed or 0), 0):.0f} s left")
+
+
+@contextmanager
+def waiting(what: str, seconds: float | None = None) -> Iterator[None]:
+    """Time gone and, of work that ends after `seconds`, time left, on a terminal; once a second, so that
+    it stays out of what is timed."""
+    console = stderr()
+    if not console.is_terminal or console.no_color:
+        yield
+        return
+    columns = (TextColumn("{task.description}"), TimeElapsedColumn(), _TimeLeft())
+    with Progress(*columns, console=console, transient=True, refresh_per_second=1) as bars:
+        bars.add_task(what, total=seconds)
+        yield
+
+
 def _plain_progress(console: Console) -> passing.Progress:
     seen: dict[str, float] = {}
 
@@ -70,8 +103,10 @@ def _plain_progress(console: Console) -> passing.Progress:
 
 
 def table(title: str, columns: list[str], rows: list[list[str]], *, left: int = 1) -> Table:
-    """A table whose first `left` columns are text and the others numbers."""
-    made = Table(title=title, title_justify="left", title_style="bold", header_style="bold")
+    """A table whose first `left` columns are text, the others numbers; its rules are for terminals."""
+    console = stdout()
+    box = HEAVY_HEAD if console.is_terminal and not console.no_color else None
+    made = Table(title=title, title_justify="left", title_style="bold", header_style="bold", box=box)
     for index, column in enumerate(columns):
         made.add_column(column, justify="left" if index < left else "right", overflow="fold")
     for row in rows:
@@ -79,19 +114,24 @@ def table(title: str, columns: list[str], rows: list[list[str]], *, left: int = 
     return made
 
 
-def show_refusals(console: Console, refusals: list[passing.Refusal], title: str = "left alone") -> None:
+def show_refusals(
+    console: Console, refusals: list[passing.Refusal], title: str = "left alone", *, all: bool = False
+) -> None:
     """What was not done, where and why: the first ones listed, the rest counted."""
     if not refusals:
         return
     console.print(f"[bold]{title}[/]: {len(refusals)}")
-    for refusal in refusals[:SHOWN]:
+    shown = refusals if all else refusals[:SHOWN]
+    for refusal in shown:
         console.print(f"  {refusal}", markup=False)
-    if len(refusals) > SHOWN:
-        console.print(f"  … and {len(refusals) - SHOWN} more (all with --json)")
+    if len(refusals) > len(shown):
+        console.print(f"  … and {len(refusals) - len(shown)} more (all with -v or --json)")
 
 
-def show_result(console: Console, one: passing.Pass, result: passing.PassResult) -> None:
-    """The account of one pass."""
+def show_result(
+    console: Console, one: passing.Pass, result: passing.PassResult, *, verbose: bool = False
+) -> None:
+    """The account of one pass; verbose: each change, and all that was left alone."""
     if one.name == "drop-blocks":
         from onnxcompress.cli.drop_blocks import show_drop_blocks
 
@@ -112,7 +152,10 @@ def show_result(console: Console, one: passing.Pass, result: passing.PassResult)
             console.print(f"{count} × {what}", markup=False)
         if not result.changes:
             console.print("nothing to change")
-    show_refusals(console, result.refusals)
+    if verbose:
+        for change in result.changes:
+            console.print(f"  {change.node}: {change.what}", markup=False)
+    show_refusals(console, result.refusals, all=verbose)
     _show_difference(console, result.measured.get("difference"))
 
 

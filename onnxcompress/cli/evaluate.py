@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@click.argument("model", metavar="MODEL")
+@click.argument("model", metavar="MODEL", type=options.FILE)
 @options.images(required=True)
 @click.option("--output", metavar="NAME", help="The output with the scores.  [default: the first such]")
 @options.runtime(batch=64)
@@ -42,7 +42,8 @@ def evaluate(
     from onnxcompress import evaluate as measure
 
     loaded = options.read_images(images, preprocess, count, seed, labels=True)
-    accuracy = measure.evaluate(model, loaded, **chosen)
+    with options.waiting(f"running {len(loaded)} images"):
+        accuracy = measure.evaluate(model, loaded, **chosen)
     given = {"model": model, "images": images, "preprocess": str(loaded.preprocess)}
     account = {**given, **asdict(accuracy), "top1_interval": list(accuracy.interval)}
     options.print_json(account) if as_json else _show(model, images, accuracy)

@@ -14,7 +14,7 @@ from onnxcompress.cli.options import print_json
 from onnxcompress.cli.passes import check_external, check_target
 from onnxcompress.cli.reporting import write_job_report
 from onnxcompress.cli.streams import Files, opened
-from onnxcompress.errors import CompressError, ModelError, TargetMissed
+from onnxcompress.errors import CompressError, ModelError, OptionError, TargetMissed
 from onnxcompress.gates import Gates
 from onnxcompress.pipeline import Pipeline, Run
 from onnxcompress.verdicts import Verdict, judge, summary
@@ -41,6 +41,7 @@ class Job:
     verify: bool = False
     as_json: bool = False
     quiet: bool = False
+    verbose: bool = False
     dry_run: bool = False
     report: str | None = None
 
@@ -66,6 +67,8 @@ def pass_account(found: Outcome) -> dict[str, Any]:
 
 def execute(job: Job) -> None:
     """Do what the command line asks for. Raises TargetMissed where it was done and is not worth it."""
+    if job.quiet and job.verbose:
+        raise OptionError("--quiet and --verbose: give one of them")
     job.chain.check()
     with opened(job.source, job.target, as_json=job.as_json) as files:
         model = _load(files)
@@ -140,7 +143,7 @@ def _tell(job: Job, found: Outcome) -> None:
         if len(steps) > 1:
             took = f"{step.seconds:.1f} s" + (", kept from an earlier run" if step.cached else "")
             console.print(f"\n[bold]{number}. {step.pass_.name}[/] ({took})")
-        show_result(console, step.pass_, step.result)
+        show_result(console, step.pass_, step.result, verbose=job.verbose)
     show_verdicts(console, found.verdicts)
     before, after = found.bytes
     files = found.files

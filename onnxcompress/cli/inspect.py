@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from onnxcompress.cli import reporting
-from onnxcompress.cli.options import as_json, print_json
+from onnxcompress.cli.options import FILE, as_json, print_json
 from onnxcompress.errors import ModelError
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@click.argument("model")
+@click.argument("model", type=FILE)
 @click.option("--statistics", is_flag=True, help="List what is known of each channel, too.")
 @as_json()
 @reporting.report()

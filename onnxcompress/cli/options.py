@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
@@ -17,6 +18,10 @@ if TYPE_CHECKING:
 Command = TypeVar("Command", bound=Callable[..., Any])
 Decorator = Callable[[Command], Command]
 
+FILE = click.Path(readable=False)
+"""Any text, which a shell completes as a file's name."""
+SECONDS, WARM_UP = 10.0, 3.0
+"""As `onnxcompress.latency.benchmark` has them, which the help need not load."""
 DEFAULT_PREPROCESS = "unit"
 PREPROCESS_HELP = (
     "A preset (imagenet, imagenet-inception, cifar10, fashion-mnist, unit, raw), or pairs such as "
@@ -29,7 +34,11 @@ def images(*, required: bool) -> Decorator[Any]:
     """--images, --preprocess and --count."""
     return _chain(
         click.option(
-            "--images", metavar="DIR|NPZ", required=required, help="A folder of images or an .npz."
+            "--images",
+            type=FILE,
+            metavar="DIR|NPZ",
+            required=required,
+            help="A folder of images or an .npz.",
         ),
         click.option("--preprocess", metavar="TEXT", help=PREPROCESS_HELP),
         click.option("--count", type=click.IntRange(1), help="Use this many images, drawn at random."),
@@ -119,6 +128,16 @@ def read_images(
         click.echo("note: no --preprocess; pixels/255, no mean and std", err=True)
     parsed = Preprocess.parse(preprocess or DEFAULT_PREPROCESS)
     return load_images(path, preprocess=parsed, count=count, seed=seed, labels=labels)
+
+
+def waiting(what: str, chosen: dict[str, Any] | None = None) -> AbstractContextManager[None]:
+    """A sign of life on a terminal; with the options of `timing`, the time that is left at most."""
+    from onnxcompress.cli.console import waiting
+
+    seconds = None
+    if chosen is not None and (chosen["runs"] is None or chosen["seconds"] is not None):
+        seconds = WARM_UP + (chosen["seconds"] or SECONDS)
+    return waiting(what, seconds)
 
 
 def print_json(value: dict[str, Any]) -> None:

@@ -23,6 +23,7 @@ from typing import Any
 import click
 
 from onnxcompress.cli.gating import SectionedCommand, gate_options, gates_of
+from onnxcompress.cli.options import FILE
 from onnxcompress.cli.reporting import report_option
 from onnxcompress.errors import ModelError
 from onnxcompress.passes import load_pass
@@ -40,8 +41,8 @@ def command(name: str) -> click.Command:
     cls = load_pass(name)
     hints = typing.get_type_hints(cls)
     params: list[click.Parameter] = [
-        click.Argument(["source"], metavar="IN"),
-        click.Argument(["target"], metavar="OUT"),
+        click.Argument(["source"], metavar="IN", type=FILE),
+        click.Argument(["target"], metavar="OUT", type=FILE),
         *(_option(f, hints[f.name]) for f in dataclasses.fields(cls)),
         *running_options(),
         *gate_options(),
@@ -61,7 +62,7 @@ def command(name: str) -> click.Command:
         from onnxcompress.pipeline import Pipeline
 
         gates = gates_of(options)
-        how = {key: options.pop(key) for key in ("as_json", "quiet", "dry_run", "report")}
+        how = {key: options.pop(key) for key in ("as_json", "quiet", "verbose", "dry_run", "report")}
         verify = bool(options.pop("verify", False))
         chain = Pipeline([cls(**options)])
         execute(Job(source, target, chain, gates, account=pass_account, verify=verify, **how))
@@ -71,11 +72,12 @@ def command(name: str) -> click.Command:
 
 
 def running_options() -> list[click.Option]:
-    """--dry-run, --json, --quiet and --report."""
+    """--dry-run, --json, --quiet, --verbose and --report."""
     return [
         click.Option(["--dry-run"], is_flag=True, help="Check all, say what would be done, and end."),
         click.Option(["--json", "as_json"], is_flag=True, help="Print one JSON object, nothing else."),
         click.Option(["--quiet", "-q"], is_flag=True, help="Print nothing but errors."),
+        click.Option(["--verbose", "-v"], is_flag=True, help="List each change, and all left alone."),
         report_option(),
     ]
 
@@ -97,7 +99,7 @@ def _option(field: dataclasses.Field[Any], hint: Any) -> click.Option:
         return click.Option(flag, is_flag=True, **common)
     if typing.get_origin(inner) is tuple:
         return click.Option(names, type=str, callback=_split, **common | {"default": ""})
-    return click.Option(names, type=option_type(hint), **common)
+    return click.Option(names, type=FILE if field.metadata.get("file") else option_type(hint), **common)
 
 
 def option_type(hint: Any) -> click.ParamType[Any] | type:

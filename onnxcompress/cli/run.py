@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from onnxcompress.cli.gating import SectionedCommand, gate_options, gates_of
-from onnxcompress.cli.options import print_json
+from onnxcompress.cli.options import FILE, print_json
 from onnxcompress.cli.passes import running_options
 from onnxcompress.errors import OptionError
 
@@ -142,9 +142,9 @@ run = SectionedCommand(
     callback=_run,
     help=_run.__doc__,
     params=[
-        click.Argument(["recipe"], metavar="RECIPE.yaml"),
-        click.Argument(["source"], metavar="IN"),
-        click.Argument(["target"], metavar="OUT"),
+        click.Argument(["recipe"], metavar="RECIPE.yaml", type=FILE),
+        click.Argument(["source"], metavar="IN", type=FILE),
+        click.Argument(["target"], metavar="OUT", type=FILE),
         click.Option(
             ["-D", "variables"],
             multiple=True,

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from onnxcompress.cli import options
+from onnxcompress.cli import options, reporting
 from onnxcompress.errors import ModelError, OptionError, RuntimeUnavailable
 from onnxcompress.inputs.source import SOURCES, InputRequest
 
@@ -36,7 +36,7 @@ def _numbers(kind: type[int] | type[float]) -> Any:
 
 
 @click.command()
-@click.argument("source", metavar="MODEL")
+@click.argument("source", metavar="MODEL", type=options.FILE)
 @click.option(
     "--weight-bits",
     default="8,4",
@@ -100,6 +100,7 @@ def _numbers(kind: type[int] | type[float]) -> Any:
 @click.option("--plot", metavar="OUT.png|svg|pdf", help="Draw it, too; needs matplotlib.")
 @options.seed()
 @options.as_json()
+@reporting.report()
 def sensitivity(
     source: str,
     images: str | None,
@@ -110,6 +111,7 @@ def sensitivity(
     seed: int,
     plot: str | None,
     as_json: bool,
+    report: str | None,
     **chosen: Any,
 ) -> None:
     """Measure what each layer costs in output error, quantized or pruned alone.
@@ -149,12 +151,11 @@ def sensitivity(
         from onnxcompress.cli.sensitivity_plot import write_plot
 
         write_plot(target, found.rows, Path(source).name)
-    if as_json:
-        how = {name: chosen[name] for name in ("per_channel", "reconstruct", "stretch")}
-        facts = {"model": source, "seed": seed, "options": how, "seconds": seconds}
-        options.print_json({**facts, **core.account(found, model.digest())})
-        return
-    _show(found, seconds, target)
+    how = {name: chosen[name] for name in ("per_channel", "reconstruct", "stretch")}
+    facts = {"model": source, "seed": seed, "options": how, "seconds": seconds}
+    account = {**facts, **core.account(found, model.digest())}
+    options.print_json(account) if as_json else _show(found, seconds, target)
+    reporting.write_report(report, account, [("model", source)])
 
 
 def _progress(as_json: bool) -> AbstractContextManager[Progress]:

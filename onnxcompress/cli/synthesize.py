@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@click.argument("source", metavar="MODEL")
-@click.argument("target", metavar="OUT.npz")
+@click.argument("source", metavar="MODEL", type=options.FILE)
+@click.argument("target", metavar="OUT.npz", type=options.FILE)
 @click.option(
     "--kind",
     type=click.Choice(["distilled", "procedural"]),

@@ -32,8 +32,8 @@ from onnxcompress.optimize.standardize import Twin
 from onnxcompress.quantization.plan import Layer, Plan
 from onnxcompress.statistics import ChannelStatistics, read_record, write_record
 
-MARGIN = 1.1
-"""Largest values of other inputs are a little larger."""
+MARGIN = 1.5
+"""Largest values of other inputs are larger."""
 LARGEST = 64.0
 """Factor, at most: beyond it a channel is dead."""
 

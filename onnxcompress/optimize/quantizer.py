@@ -18,7 +18,6 @@ import onnx_graphsurgeon as gs
 from torch import Tensor
 
 from onnxcompress.optimize.course import (
-    RIDGE,
     ROWS,
     TARGET_ROWS,
     Course,
@@ -29,10 +28,16 @@ from onnxcompress.optimize.patches import matrix, patches_of, stored
 from onnxcompress.optimize.ranges import fake, least_squares, samples
 from onnxcompress.optimize.rounding import Rounded, nearest, reconstruct
 from onnxcompress.passing import Progress, silent
-from onnxcompress.quantization.grid import Grid, activation_grid, weight_limits
+from onnxcompress.quantization.grid import Grid, activation_grid
 from onnxcompress.quantization.plan import Key, Layer
 
 __all__ = ["RIDGE", "ROWS", "TARGET_ROWS", "Learned", "Quantizer", "Settings", "along"]
+
+RIDGE = 0.1
+"""λ of the rounding, as a share of the mean of the patches' second moments."""
+TARGET = 1.0
+"""λ of the least-squares target at 4 bits, doubled with each bit: the less there is to repair, the more
+made inputs mislead."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,14 +110,15 @@ class Quantizer(Course):
         """Round the layer's weight and correct its bias. x: what it reads; wanted: the teacher's output."""
         weight, shape = matrix(layer, self.executor.parameters[layer.weight])
         s = self.settings
-        low, high = weight_limits(layer.weight_bits, safe=s.safe)
+        low, high = layer.limits(s.safe)
         cut = patches_of(self.model, layer) if s.reconstruct else None
         if cut is None:
             found = nearest(weight, low, high, s.per_channel)
         else:
             moments = self._moments(layer, cut, weight, x, self._wanted(layer, wanted))
+            fewest = min(layer.weight_bits, 8 if layer.input is None else layer.input[1])
             few = moments.rows < TARGET_ROWS * weight.shape[2]
-            target = math.inf if few else RIDGE
+            target = math.inf if few else TARGET * 2 ** (fewest - 4)
             found = reconstruct(weight, moments, low, high, s.per_channel, ridge=RIDGE, target=target)
         self.learned.weights[id(layer.node)] = found
         self._set(layer.weight, stored(layer, found.weight, shape))

@@ -33,7 +33,7 @@ class Emitter:
         self.added: list[gs.Node] = []
 
     def constant(self, base: str, values: np.ndarray) -> gs.Constant:
-        return gs.Constant(self.name(base), values)
+        return gs.Constant(self.name(base), np.asarray(values))  # a product of 0-d arrays is a scalar
 
     def name(self, base: str) -> str:
         found = base if base not in self.taken else unique_name(self.model, base)
