@@ -102,7 +102,8 @@ def _integers(layer: Layer, learned: Learned, one: Quantize) -> tuple[np.ndarray
     view = layer.linear.view(integers)
     view[...] = found.integers.numpy().reshape(view.shape)
     scale = found.scale.numpy().reshape(-1).astype(np.float32)
-    scale = scale if one.per_channel else scale[:1].reshape(())
+    if not one.per_channel:
+        scale = np.asarray(scale[0])
     if one.small_types and layer.weight_bits <= 4:
         return integers, Grid(scale, 0, low, high, "int4")
     shift = 128 if one.weight_type == "uint8" else 0
