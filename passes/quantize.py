@@ -16,9 +16,9 @@ file is no faster. Fewer are held in 8-bit types, in the narrower range (see `qu
 `small_types` in 4-bit ones. The first and last layer keep 8 bits unless told otherwise, as is usual; so do
 residual sums (`plan`).
 
-Inputs: `auto` takes images if there are any; else, with 8 bits, procedural ones through the twin that has the
-recorded statistics (`layerwise`: made at once); with fewer distilled ones, which take longer and are better
-for EfficientNet-Lite0; without a record plain procedural ones.
+Inputs: `auto` takes images if there are any; else, with 8 bits, procedural ones through the twin that has
+the recorded statistics (`layerwise`: made at once); with fewer distilled ones, which take longer and are
+better for EfficientNet-Lite0; without a record plain procedural ones.
 
 `reduce_range`: without it, onnxruntime's result on a CPU with AVX2 and no VNNI is far from what the file
 says (ResNet-56: 15 dB of signal to noise instead of 29); uint8 weights cannot overflow, and are slower.
