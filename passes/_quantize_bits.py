@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 SENSED = 96
 """Inputs by which the layers are measured."""
 MEASURED = (2, 4, 8)
-"""Between them the error's logarithm is linear in the bits, within 7 % on ResNet-56."""
+"""Between them the error's logarithm is taken to be linear in the bits."""
 LEAST = 2
 
 

@@ -43,12 +43,12 @@ from onnxcompress.inputs.source import (
     preprocess_option,
 )
 from onnxcompress.model import Model
+from onnxcompress.passes.quantize import QDQ
 from onnxcompress.passing import Pass, PassResult, Progress, Refusal, option, silent
 
 LARGE, SMALL = 128, 512
 """Images that are made of a network with large and with small inputs."""
 SMALL_PIXELS = 64 * 64
-QDQ = ("QuantizeLinear", "DequantizeLinear")
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,6 @@ network has it: the map of a channel is undone on both sides.
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 
@@ -28,6 +27,7 @@ from onnxcompress.optimize.executor import Executor
 from onnxcompress.optimize.patches import Patches
 from onnxcompress.optimize.rounding import Moments
 from onnxcompress.optimize.standardize import Twin
+from onnxcompress.optimize.subject import live_floats, needs
 from onnxcompress.passing import Progress, silent
 from onnxcompress.quantization.plan import Layer, Plan
 from onnxcompress.topology import Topology
@@ -71,7 +71,7 @@ class Course(ABC):
         self._own: dict[str, Tensor] = {}
         data = self.topology.data
         self._nodes = [n for n in self.topology.order if any(id(t) in data for t in n.outputs)]
-        self._needs_of = [self._needs(node) for node in self._nodes]
+        self._needs_of = [needs(node, self.topology) for node in self._nodes]
         self._last = {name: place for place, needed in enumerate(self._needs_of) for name in needed}
         self._generator = torch.Generator().manual_seed(self.settings.seed)
 
@@ -100,21 +100,6 @@ class Course(ABC):
     def _learned(self, layer: Layer, wanted: Tensor, made: Tensor) -> None:
         """Called with both networks' outputs once the layer is learned."""
         return
-
-    def _needs(self, node: gs.Node) -> list[str]:
-        """Tensors with data that the node reads, itself or through computations of shapes."""
-        found: dict[str, None] = {}
-        pending, seen = list(node.inputs), set()
-        while pending:
-            tensor = pending.pop()
-            if id(tensor) in seen or id(tensor) not in self.topology.dynamic:
-                continue
-            seen.add(id(tensor))
-            if id(tensor) in self.topology.data:
-                found[tensor.name] = None
-            else:
-                pending += [t for maker in tensor.inputs for t in maker.inputs]
-        return list(found)
 
     def _step(self, node: gs.Node, needs: list[str]) -> None:
         outputs = [t.name for t in node.outputs if not t.is_empty()]
@@ -192,21 +177,10 @@ class Course(ABC):
 
     def affordable(self, count: int) -> int:
         """Images of which all tensors that are held at a time fit into MEMORY."""
-        shapes = self.model.shapes()
-        live: set[str] = {self.model.graph.inputs[0].name}
-        most = 0
-        for place, node in enumerate(self._nodes):
-            live |= {t.name for t in node.outputs}
-            most = max(most, sum(_floats(shapes.get(name, ())) for name in live))
-            live = {name for name in live if self._last.get(name, -1) > place}
-        return max(1, min(count, MEMORY // max(1, 4 * COPIES * most)))
+        live = live_floats(self.model, self._nodes, self._last)
+        return max(1, min(count, MEMORY // (4 * COPIES * live)))
 
 
 def along(vector: Tensor, like: Tensor) -> Tensor:
     """(channels,) shaped to broadcast along axis 1."""
     return vector.reshape(1, -1, *[1] * (like.ndim - 2))
-
-
-def _floats(shape: tuple[int | str | None, ...]) -> int:
-    """Of one image."""
-    return math.prod(d for d in shape[1:] if isinstance(d, int)) if len(shape) > 1 else 0

@@ -25,25 +25,23 @@ import os
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from onnxcompress.evaluate import agreement, score_output
+from onnxcompress.optimize.course import along
 from onnxcompress.optimize.executor import Executor
 from onnxcompress.optimize.patches import matrix, patches_of, stored
-from onnxcompress.optimize.quantizer import RIDGE, along
+from onnxcompress.optimize.quantizer import RIDGE
 from onnxcompress.optimize.ranges import fake, least_squares, samples
 from onnxcompress.optimize.rounding import Moments, nearest, reconstruct
 from onnxcompress.optimize.subject import Subject, fixed_batch, live_floats, needs
 from onnxcompress.passing import Progress, silent
-from onnxcompress.quantization.grid import weight_limits
 from onnxcompress.quantization.plan import Layer
 from onnxcompress.sensitivity import Row, Variant
 from onnxcompress.topology import Topology
-
-__all__ = ["Measuring", "Subject", "layer_errors"]
 
 MEMORY = 3 << 30
 """Bytes of the teacher's tensors that are held; fewer inputs are used where they would take more."""
@@ -181,7 +179,11 @@ class _Walk:
                     reads = reads | {name: self._quantized(reads[name], int(one.value))}
                 else:
                     zeros = one.kind == "sparsity"
-                    new = self._pruned(layer, weight, one) if zeros else self._rounded(weight, moments, one)
+                    new = (
+                        self._pruned(layer, weight, one)
+                        if zeros
+                        else self._rounded(layer, weight, moments, one)
+                    )
                     parameters = {layer.weight: stored(layer, new, shape)}
                 wrong = self.run([layer.output], reads, parameters)[layer.output]
                 rows.append(self._row(site, one, weight.numel(), wrong))
@@ -233,9 +235,9 @@ class _Walk:
         new[order[: round(one.value * weight.numel())]] = 0
         return new.reshape(weight.shape)
 
-    def _rounded(self, weight: Tensor, moments: Moments | None, one: Variant) -> Tensor:
+    def _rounded(self, layer: Layer, weight: Tensor, moments: Moments | None, one: Variant) -> Tensor:
         """The weight on its grid."""
-        low, high = weight_limits(int(one.value), safe=self.how.safe)
+        low, high = replace(layer, weight_bits=int(one.value)).limits(self.how.safe)
         if moments is None:
             return nearest(weight, low, high, self.how.per_channel).weight
         found = reconstruct(weight, moments, low, high, self.how.per_channel, ridge=RIDGE, target=math.inf)

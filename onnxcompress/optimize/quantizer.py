@@ -17,21 +17,13 @@ from dataclasses import dataclass, field
 import onnx_graphsurgeon as gs
 from torch import Tensor
 
-from onnxcompress.optimize.course import (
-    ROWS,
-    TARGET_ROWS,
-    Course,
-    CourseSettings,
-    along,
-)
+from onnxcompress.optimize.course import TARGET_ROWS, Course, CourseSettings
 from onnxcompress.optimize.patches import matrix, patches_of, stored
 from onnxcompress.optimize.ranges import fake, least_squares, samples
 from onnxcompress.optimize.rounding import Rounded, nearest, reconstruct
 from onnxcompress.passing import Progress, silent
 from onnxcompress.quantization.grid import Grid, activation_grid
 from onnxcompress.quantization.plan import Key, Layer
-
-__all__ = ["RIDGE", "ROWS", "TARGET_ROWS", "Learned", "Quantizer", "Settings", "along"]
 
 RIDGE = 0.1
 """λ of the rounding, as a share of the mean of the patches' second moments."""
