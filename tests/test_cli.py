@@ -27,6 +27,18 @@ def test_help_imports_no_library() -> None:
         assert name in done.stdout
 
 
+def test_interrupted_inside_exec_it_ends_with_130(tmp_path: Path) -> None:
+    """As while a library is imported that makes dataclasses."""
+    (tmp_path / "interrupted.py").write_text(
+        "import sys; from onnxcompress.cli import main as m\n"
+        "m.cli.main = lambda **_: exec('raise KeyboardInterrupt')\n"
+        "sys.exit(m.main([]))"
+    )
+    command = [sys.executable, "-m", "interrupted"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (130, "interrupted\n")
+
+
 @pytest.mark.parametrize("name", [*COMMANDS, *(entry.name for entry in CATALOGUE)])
 def test_each_command_has_help_with_an_example(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([name, "--help"]) == 0

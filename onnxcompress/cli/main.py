@@ -97,6 +97,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return error.exit_code
     except (click.Abort, KeyboardInterrupt):
         click.echo("interrupted", err=True)
+        # CPython remembers an interrupt that went through exec (dataclasses use it) and ends `python -m` by
+        # the signal, whatever the exit code; the next exec forgets it.
+        exec("")
         return INTERRUPTED
     except CompressError as error:
         click.echo(f"error: {error}", err=True)
