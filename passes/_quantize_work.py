@@ -19,7 +19,7 @@ from onnxcompress.passes._quantize_bits import choose_bits
 from onnxcompress.passing import Change, PassResult, Progress
 from onnxcompress.quantization.emit import emit
 from onnxcompress.quantization.fused import fused_counts
-from onnxcompress.quantization.grid import Grid
+from onnxcompress.quantization.grid import Grid, weight_limits
 from onnxcompress.quantization.plan import Bits, Layer, Plan, make_plan
 from onnxcompress.sensitivity import quick
 
@@ -97,7 +97,7 @@ def quantize(
 def _integers(layer: Layer, learned: Learned, one: Quantize) -> tuple[np.ndarray, Grid]:
     """The weight's integers in the initializer's layout, and their grid."""
     found = learned.weights[id(layer.node)]
-    low, high = layer.limits(one.safe)
+    low, high = weight_limits(layer.weight_bits)
     integers = np.empty(layer.linear.weight.shape, np.int32)
     view = layer.linear.view(integers)
     view[...] = found.integers.numpy().reshape(view.shape)

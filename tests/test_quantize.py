@@ -18,6 +18,7 @@ from onnxcompress.inputs.images import load_images
 from onnxcompress.inputs.preprocess import Preprocess
 from onnxcompress.model import Model, load
 from onnxcompress.optimize.channel_ranges import streams, stretch
+from onnxcompress.optimize.integers import Integers, partners
 from onnxcompress.optimize.ranges import fake, least_squares
 from onnxcompress.optimize.rounding import Moments, nearest, reconstruct
 from onnxcompress.optimize.standardize import Twin
@@ -30,6 +31,9 @@ from onnxcompress.verify import run as run_model
 from tests.folding import Arrays, graph, norm, weight
 
 QUICK = Quantize(preprocess="fashion-mnist", inputs="layerwise", synthetic=32)
+
+ENDS = ((0, 127), (-127, 0))
+"""Integers of one sign."""
 
 BODY = """p = Pad(x, pads, zero) c = Conv<kernel_shape=[3, 3], strides=[2, 2]>(p, w)
     n = BatchNormalization(c, g, b, m, v) r = Relu(n) d = Conv<group=5, pads=[1, 1, 1, 1]>(r, wd)
@@ -114,18 +118,64 @@ def test_per_tensor_every_weight_has_one_scale(models: Path) -> None:
     assert {read(t).shape for t in scales} == {()}
 
 
-def test_depthwise_weights_use_all_eight_bits_the_others_cannot_overflow(models: Path) -> None:
+def largest_pairs(models: Path, safe: bool) -> dict[bool, list[int]]:
+    """Largest sums of pairs of weights of one sign in each convolution, by whether it is depthwise."""
     model = load(models / "mobilenetv2-fashion.onnx")
-    run([replace(QUICK, synthetic=8)], model)
+    run([replace(QUICK, synthetic=8, reduce_range=safe)], model)
     proto = model.to_proto()
     stored = {t.name: onnx.numpy_helper.to_array(t) for t in proto.graph.initializer}
     makers = {n.output[0]: n for n in proto.graph.node}
+    found: dict[bool, list[int]] = {False: [], True: []}
     for node in proto.graph.node:
         if node.op_type == "Conv":
             integers = stored[makers[node.input[1]].input[0]].astype(int)
-            largest = np.abs(integers).max()
-            groups = next((a.i for a in node.attribute if a.name == "group"), 1)
-            assert (largest > 64) == (groups > 1)
+            assert np.abs(integers).max() == 127
+            rows = np.moveaxis(integers, 1, -1).reshape(len(integers), -1)
+            rows = np.pad(rows, ((0, 0), (0, rows.shape[1] % 2)))
+            pairs = [np.abs(rows.clip(*ends).reshape(len(rows), -1, 2).sum(2)).max() for ends in ENDS]
+            found[integers.shape[1] == 1].append(max(pairs))
+    return found
+
+
+def test_pairs_of_weights_cannot_overflow_but_each_has_all_eight_bits(models: Path) -> None:
+    """As kernels without VNNI add them; depthwise kernels add in 32 bits."""
+    safe, free = (largest_pairs(models, one) for one in (True, False))
+    assert max(safe[False]) == 128
+    assert max(free[False]) > 128
+    assert max(safe[True]) > 128
+
+
+@pytest.mark.parametrize(("inputs", "taps"), [(3, 9), (4, 9), (5, 1), (16, 9), (1, 1)])
+def test_pairs_are_neighbours_with_the_channels_last(inputs: int, taps: int) -> None:
+    partner = partners(inputs, taps)
+    at = np.arange(inputs * taps).reshape(inputs, taps).T.reshape(-1)
+    wanted = {frozenset(pair) for pair in zip(at[::2].tolist(), at[1::2].tolist(), strict=False)}
+    odd = {frozenset([int(at[-1])])} if len(at) % 2 else set()
+    assert {frozenset((a, b)) for a, b in enumerate(partner.tolist())} == wanted | odd
+    allowed = Integers(-127, 127, partner)
+    values = 90 * torch.randn(2, 4, len(at), generator=torch.Generator().manual_seed(0))
+    found = values.round().clamp(*allowed.bounds(values))
+    alone = partner == torch.arange(len(at))
+    assert not ((found + found[..., partner]).abs() > 128)[..., ~alone].any()
+    plain = values.round().clamp(-127, 127)
+    kept = ((plain + plain[..., partner]).abs() <= 128) | alone
+    assert torch.equal(found[kept], plain[kept])
+
+
+def test_rounding_keeps_pairs_small_and_makes_up_for_it() -> None:
+    w = torch.randn(1, 16, 72, generator=torch.Generator().manual_seed(1))
+    w[:, :4] = w[:, :4].abs()  # all of one sign: all pairs are full
+    x = correlated(1, 72, 2000, 0)
+    allowed = Integers(-127, 127, partners(8, 9))
+    moments = moments_of(w, x, torch.zeros(1, 16, 2000))
+    found, half = (
+        reconstruct(w, moments, one, True, ridge=1e-4, target=float("inf"))
+        for one in (allowed, Integers(-64, 64))
+    )
+    assert (found.integers + found.integers[..., allowed.partner]).abs().max() <= 128
+    errors = [(one.weight @ x - w @ x).var(2)[0] for one in (found, half)]
+    assert errors[0].mean() < 0.6 * errors[1].mean()
+    assert (errors[0] < 1.5 * errors[1]).all()
 
 
 def test_four_bit_types_halve_the_file_and_compute_the_same() -> None:
@@ -234,8 +284,10 @@ def test_rounding_beats_nearest_on_the_outputs(groups: int, outputs: int, fan: i
     w = torch.randn(groups, outputs, fan, generator=torch.Generator().manual_seed(1))
     x = correlated(groups, fan, 2000, 0)
     wanted = w @ x
-    found = reconstruct(w, moments_of(w, x, 0 * wanted), -8, 7, True, ridge=1e-4, target=float("inf"))
-    plain = nearest(w, -8, 7, True)
+    found = reconstruct(
+        w, moments_of(w, x, 0 * wanted), Integers(-8, 7), True, ridge=1e-4, target=float("inf")
+    )
+    plain = nearest(w, Integers(-8, 7), True)
     off = found.weight @ x + found.shift[..., None] - wanted
     assert off.mean(2).abs().max() < 1e-3 * wanted.std()  # the bias is corrected
     rough = plain.weight @ x - wanted
@@ -252,7 +304,9 @@ def test_groups_that_read_nothing_or_a_constant_are_rounded() -> None:
     x[1] = 0
     x[2] += torch.randn(9, 3000, generator=torch.Generator().manual_seed(2))
     x[0, :, ::7] += 1e-5
-    found = reconstruct(w, moments_of(w, x, torch.zeros(3, 1, 3000)), -8, 7, True, ridge=1e-2, target=1e-2)
+    found = reconstruct(
+        w, moments_of(w, x, torch.zeros(3, 1, 3000)), Integers(-8, 7), True, ridge=1e-2, target=1e-2
+    )
     off = found.weight @ x + found.shift[..., None] - w @ x
     assert torch.isfinite(off).all()
     assert off.mean(2).abs().max() < 1e-2
@@ -262,7 +316,7 @@ def test_rounding_is_near_the_best_of_all_integers() -> None:
     w = torch.randn(1, 6, 4, generator=torch.Generator().manual_seed(3))
     x = correlated(1, 4, 500, 4)
     found = reconstruct(
-        w, moments_of(w, x, torch.zeros(1, 6, 500)), -2, 1, True, ridge=1e-9, target=float("inf")
+        w, moments_of(w, x, torch.zeros(1, 6, 500)), Integers(-2, 1), True, ridge=1e-9, target=float("inf")
     )
     centred = x - x.mean(2, keepdim=True)
     grid = torch.tensor(list(itertools.product(range(-2, 2), repeat=4)), dtype=torch.float32)
@@ -281,7 +335,7 @@ def test_the_target_makes_up_for_what_the_layer_reads() -> None:
     moments = moments_of(w, read, w @ x - w @ read)
     errors = []
     for target in (1e-6, float("inf")):
-        found = reconstruct(w, moments, -127, 127, True, ridge=1e-6, target=target)
+        found = reconstruct(w, moments, Integers(-127, 127), True, ridge=1e-6, target=target)
         errors.append(float((found.weight @ read + found.shift[..., None] - w @ x).square().mean()))
     assert errors[0] < 1e-3 * errors[1]
 

@@ -15,6 +15,7 @@ from onnxcompress.errors import InputError, ModelError, OptionError
 from onnxcompress.graph import read, set_values
 from onnxcompress.inputs.source import InputRequest, gather_inputs
 from onnxcompress.model import Model, load
+from onnxcompress.optimize.integers import Integers
 from onnxcompress.optimize.rounding import nearest
 from onnxcompress.passes._quantize_prepare import prepare
 from onnxcompress.quantization.plan import Bits, make_plan
@@ -67,7 +68,9 @@ def test_a_layer_without_bias_costs_what_onnxruntime_says(kind: str) -> None:
     for layer in make_plan(model, Bits(8, None, None)).layers.values():
         own = read(model.graph.tensors()[layer.weight])
         if kind == "bits":
-            rounded = nearest(torch.from_numpy(own.T[None].copy()), -4, 3, True).weight[0].T.numpy()
+            rounded = (
+                nearest(torch.from_numpy(own.T[None].copy()), Integers(-4, 3), True).weight[0].T.numpy()
+            )
         else:
             rounded = np.where(
                 np.abs(own) > np.sort(np.abs(own).ravel())[round(0.4 * own.size) - 1], own, 0
@@ -99,7 +102,7 @@ def test_the_last_layer_moves_one_output_only() -> None:
     prepare(model)
     rows = by_weight(sensitivity(model, PROCEDURAL, bits=(3,), reconstruct=False, stretch=False).rows)
     own = read(model.graph.tensors()["wg"])
-    rounded = nearest(torch.from_numpy(own[None].copy()), -4, 3, True).weight[0].numpy()
+    rounded = nearest(torch.from_numpy(own[None].copy()), Integers(-4, 3), True).weight[0].numpy()
     x = gather_inputs(model, PROCEDURAL).images.array()
     before = run_model(model.to_proto(), {"x": x})["y"]
     set_values(model.graph.tensors()["wg"], rounded)

@@ -25,7 +25,7 @@ import os
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -33,6 +33,7 @@ from torch import Tensor
 from onnxcompress.evaluate import agreement, score_output
 from onnxcompress.optimize.course import along
 from onnxcompress.optimize.executor import Executor
+from onnxcompress.optimize.integers import Integers
 from onnxcompress.optimize.patches import matrix, patches_of, stored
 from onnxcompress.optimize.quantizer import RIDGE
 from onnxcompress.optimize.ranges import fake, least_squares, samples
@@ -57,7 +58,7 @@ class Measuring:
 
     per_channel: bool = True
     safe: bool = False
-    """As of `grid.weight_limits`."""
+    """As of `integers.Integers.of`."""
     reconstruct: bool = True
     seed: int = 0
     workers: int = 0
@@ -237,10 +238,10 @@ class _Walk:
 
     def _rounded(self, layer: Layer, weight: Tensor, moments: Moments | None, one: Variant) -> Tensor:
         """The weight on its grid."""
-        low, high = replace(layer, weight_bits=int(one.value)).limits(self.how.safe)
+        allowed = Integers.of(layer, int(one.value), safe=self.how.safe)
         if moments is None:
-            return nearest(weight, low, high, self.how.per_channel).weight
-        found = reconstruct(weight, moments, low, high, self.how.per_channel, ridge=RIDGE, target=math.inf)
+            return nearest(weight, allowed, self.how.per_channel).weight
+        found = reconstruct(weight, moments, allowed, self.how.per_channel, ridge=RIDGE, target=math.inf)
         return found.weight
 
     def _moments(self, site: _Site, weight: Tensor, variants: Sequence[Variant]) -> Moments | None:

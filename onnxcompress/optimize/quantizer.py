@@ -18,6 +18,7 @@ import onnx_graphsurgeon as gs
 from torch import Tensor
 
 from onnxcompress.optimize.course import TARGET_ROWS, Course, CourseSettings
+from onnxcompress.optimize.integers import Integers
 from onnxcompress.optimize.patches import matrix, patches_of, stored
 from onnxcompress.optimize.ranges import fake, least_squares, samples
 from onnxcompress.optimize.rounding import Rounded, nearest, reconstruct
@@ -43,7 +44,7 @@ class Settings(CourseSettings):
     """Activations of 4 bits and fewer in the 4-bit type."""
     symmetric: bool = False
     safe: bool = False
-    """Weights of 8 bits that cannot overflow 16-bit sums (`grid.weight_limits`)."""
+    """Weights of 8 bits that cannot overflow 16-bit sums (`integers`)."""
     minmax: bool = False
     """Ranges of activations: the samples' ends."""
 
@@ -102,16 +103,16 @@ class Quantizer(Course):
         """Round the layer's weight and correct its bias. x: what it reads; wanted: the teacher's output."""
         weight, shape = matrix(layer, self.executor.parameters[layer.weight])
         s = self.settings
-        low, high = layer.limits(s.safe)
+        allowed = Integers.of(layer, layer.weight_bits, safe=s.safe)
         cut = patches_of(self.model, layer) if s.reconstruct else None
         if cut is None:
-            found = nearest(weight, low, high, s.per_channel)
+            found = nearest(weight, allowed, s.per_channel)
         else:
             moments = self._moments(layer, cut, weight, x, self._wanted(layer, wanted))
             fewest = min(layer.weight_bits, 8 if layer.input is None else layer.input[1])
             few = moments.rows < TARGET_ROWS * weight.shape[2]
             target = math.inf if few else TARGET * 2 ** (fewest - 4)
-            found = reconstruct(weight, moments, low, high, s.per_channel, ridge=RIDGE, target=target)
+            found = reconstruct(weight, moments, allowed, s.per_channel, ridge=RIDGE, target=target)
         self.learned.weights[id(layer.node)] = found
         self._set(layer.weight, stored(layer, found.weight, shape))
         if layer.bias is None:

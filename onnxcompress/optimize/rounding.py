@@ -23,6 +23,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from onnxcompress.optimize.integers import Integers
+
 BLOCK = 64
 RATIOS = 30
 """Clipping ratios tried, evenly from LEAST to 1."""
@@ -100,20 +102,18 @@ class Rounded:
         return self.integers * self.scale
 
 
-def nearest(
-    weight: Tensor, low: int, high: int, per_channel: bool, hessian: Tensor | None = None
-) -> Rounded:
+def nearest(weight: Tensor, allowed: Integers, per_channel: bool, hessian: Tensor | None = None) -> Rounded:
     """Each weight to its nearest integer, scales by the least (weighted) error."""
     diagonal = (
         torch.ones_like(weight[:, :1]) if hessian is None else hessian.diagonal(dim1=1, dim2=2)[:, None]
     )
-    scale = best_scale(weight, diagonal.to(weight), low, high, per_channel)
-    integers = torch.round(weight / scale).clamp(low, high)
+    scale = best_scale(weight, diagonal.to(weight), allowed, per_channel)
+    integers = torch.round(weight / scale).clamp(*allowed.bounds(weight / scale))
     return Rounded(integers, scale, torch.zeros_like(weight[..., 0]), 1.0)
 
 
 def reconstruct(
-    weight: Tensor, moments: Moments, low: int, high: int, per_channel: bool, *, ridge: float, target: float
+    weight: Tensor, moments: Moments, allowed: Integers, per_channel: bool, *, ridge: float, target: float
 ) -> Rounded:
     """Integers and scales with the least error on the outputs.
 
@@ -122,8 +122,9 @@ def reconstruct(
     """
     w, h = least_squares(weight, moments, ridge=ridge, target=target)
     goal, hessian = w.float(), h.float()
-    start = nearest(goal, low, high, per_channel, hessian)
+    start = nearest(goal, allowed, per_channel, hessian)
     scale = start.scale
+    low, high = allowed.bounds(goal / scale)
     integers = _gptq(goal, h, scale, low, high)
     for sweep in range(SWEEPS):
         if sweep:
@@ -152,31 +153,32 @@ def least_squares(
     return w, h
 
 
-def best_scale(weight: Tensor, diagonal: Tensor, low: int, high: int, per_channel: bool) -> Tensor:
+def best_scale(weight: Tensor, diagonal: Tensor, allowed: Integers, per_channel: bool) -> Tensor:
     """(G, O, 1): scales with the least weighted squared error of rounding and clipping."""
-    largest = weight.abs().amax(2, keepdim=True)
+    whole = allowed.least_scale(weight)
     if not per_channel:
-        largest = largest.amax().expand_as(largest)
-    largest = largest.clamp_min(1e-8)
-    best = torch.full_like(largest, float("inf"))
-    chosen = largest / high
+        whole = whole.amax().expand_as(whole)
+    whole = whole.clamp_min(1e-10)
+    best = torch.full_like(whole, float("inf"))
+    chosen = whole
     for step in range(RATIOS):
-        scale = largest * ((LEAST + (1 - LEAST) * step / (RATIOS - 1)) / high)
-        off = torch.round(weight / scale).clamp(low, high) * scale - weight
+        scale = whole * (LEAST + (1 - LEAST) * step / (RATIOS - 1))
+        off = torch.round(weight / scale).clamp(*allowed.bounds(weight / scale)) * scale - weight
         error = (off.square() * diagonal).sum(2, keepdim=True)
         if not per_channel:
-            error = error.sum().expand_as(largest)
+            error = error.sum().expand_as(whole)
         better = error < best
         best, chosen = torch.where(better, error, best), torch.where(better, scale, chosen)
     return chosen.contiguous()
 
 
-def _gptq(w: Tensor, h: Tensor, scale: Tensor, low: int, high: int) -> Tensor:
+def _gptq(w: Tensor, h: Tensor, scale: Tensor, low: Tensor, high: Tensor) -> Tensor:
     """Integers by error feedback, large diagonal entries first."""
     order = h.diagonal(dim1=1, dim2=2).mean(0).argsort(descending=True)
     inverse = torch.linalg.inv(h[:, order][:, :, order])
     factor = torch.linalg.cholesky((inverse + inverse.transpose(1, 2)) / 2, upper=True).float()
     left = w[..., order].clone()
+    low, high = low[..., order], high[..., order]
     integers = torch.empty_like(left)
     fan = left.shape[2]
     for start in range(0, fan, BLOCK):
@@ -184,7 +186,7 @@ def _gptq(w: Tensor, h: Tensor, scale: Tensor, low: int, high: int) -> Tensor:
         lost = torch.empty_like(left[..., start:end])
         for j in range(start, end):
             column = left[..., j : j + 1]
-            integers[..., j : j + 1] = torch.round(column / scale).clamp(low, high)
+            integers[..., j : j + 1] = _inside(column / scale, low, high, j)
             off = (column - integers[..., j : j + 1] * scale) / factor[:, j, j, None, None]
             left[..., j:end] -= off * factor[:, j : j + 1, j:end]
             lost[..., j - start] = off[..., 0]
@@ -194,7 +196,12 @@ def _gptq(w: Tensor, h: Tensor, scale: Tensor, low: int, high: int) -> Tensor:
     return result
 
 
-def _descend(w: Tensor, h: Tensor, integers: Tensor, scale: Tensor, low: int, high: int) -> Tensor:
+def _inside(values: Tensor, low: Tensor, high: Tensor, at: int) -> Tensor:
+    """Column `at`, rounded."""
+    return torch.round(values).clamp(low[..., at : at + 1], high[..., at : at + 1])
+
+
+def _descend(w: Tensor, h: Tensor, integers: Tensor, scale: Tensor, low: Tensor, high: Tensor) -> Tensor:
     """One sweep of coordinate descent over the columns."""
     integers = integers.clone()
     slope = (w - integers * scale) @ h  # half the negative gradient
@@ -206,7 +213,7 @@ def _descend(w: Tensor, h: Tensor, integers: Tensor, scale: Tensor, low: int, hi
         local = slope[..., start:end].clone()
         for j in range(start, end):
             step = local[..., j - start : j - start + 1] / (diagonal[:, j, None, None] * scale)
-            new = torch.round(integers[..., j : j + 1] + step).clamp(low, high)
+            new = _inside(integers[..., j : j + 1] + step, low, high, j)
             moved = (new - integers[..., j : j + 1]) * scale
             integers[..., j : j + 1] = new
             local -= moved * h[:, j : j + 1, start:end]

@@ -82,16 +82,6 @@ def _inside(scale: float, high: float, steps: int) -> np.ndarray:
     return np.asarray(rounded, np.float32)
 
 
-SAFE = 64
-"""Largest weight that cannot overflow: 2 · 255 · 64 < 2^15."""
-
-
-def weight_limits(bits: int, *, safe: bool = False) -> tuple[int, int]:
-    """Integers of symmetric weights: [-127, 127] of 8 bits, all of fewer: [-8, 7] of 4.
-
-    safe: [-64, 64] of 8 bits. Where a CPU has AVX2 or AVX-512 but not VNNI, onnxruntime's kernels for uint8
-    times int8 add two products in 16 bits, and cut off what is beyond.
-    """
-    if bits == 8:
-        return (-SAFE, SAFE) if safe else (-127, 127)
-    return -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+def weight_limits(bits: int) -> tuple[int, int]:
+    """Integers of symmetric weights: [-127, 127] of 8 bits, all of fewer: [-8, 7] of 4."""
+    return (-127, 127) if bits == 8 else (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)

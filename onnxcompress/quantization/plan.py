@@ -40,7 +40,6 @@ from onnxcompress.graph import (
 from onnxcompress.linear import BIAS_AT, LINEAR_OPS, Linear, as_linear
 from onnxcompress.model import Model
 from onnxcompress.passing import Refusal
-from onnxcompress.quantization.grid import weight_limits
 from onnxcompress.topology import Topology
 
 STREAM_BITS = 8
@@ -88,10 +87,6 @@ class Layer:
     def depthwise(self) -> bool:
         """One input a group: onnxruntime's kernel for these has sums of 32 bits, which cannot overflow."""
         return self.node.op == "Conv" and self.linear.weight.shape[:2] == (self.linear.groups, 1)
-
-    def limits(self, safe: bool) -> tuple[int, int]:
-        """The weight's integers, as of `weight_limits`."""
-        return weight_limits(self.weight_bits, safe=safe and not self.depthwise)
 
 
 @dataclass
