@@ -20,10 +20,10 @@ Inputs: `auto` takes images if there are any; else, with 8 bits, procedural ones
 the recorded statistics (`layerwise`: made at once); with fewer distilled ones, which take longer and are
 better for EfficientNet-Lite0; without a record plain procedural ones.
 
-`reduce_range`: without it, onnxruntime's result on a CPU with AVX2 and no VNNI is far from what the file
-says (ResNet-56: 15 dB of signal to noise instead of 29); uint8 weights cannot overflow, and are slower.
-Depthwise weights have the whole range: their kernel adds in 32 bits. Where all CPUs have VNNI, say
-`--no-reduce-range`: it is closer.
+`overflow_safe`: without it, onnxruntime's result on a CPU with AVX2 and no VNNI is far from what the file
+says (`tests/benchmarks/overflow.py`). It costs next to nothing: no pair of weights is too large, but each
+has 8 bits (`optimize.integers`). uint8 weights cannot overflow, and are slower; depthwise kernels add in
+32 bits.
 
 Does not handle: several inputs; models that are quantized already; see `plan` for the operators.
 """
@@ -94,8 +94,8 @@ class Quantize(Pass):
     small_types: bool = option(
         False, "Store 4 bits and fewer as int4 and uint4 (opset 21 and later): half the size."
     )
-    reduce_range: bool = option(
-        True, "8-bit weights within ±64: onnxruntime's kernels for CPUs without VNNI overflow beyond."
+    overflow_safe: bool = option(
+        True, "8-bit weights of which no two overflow onnxruntime's kernels for CPUs without VNNI."
     )
     symmetric: bool = option(False, "Activations with zero point in the middle (TensorRT, with int8).")
     ranges: Literal["mse", "minmax"] = option("mse", "Activation ranges: least squares, or the ends seen.")
@@ -153,8 +153,8 @@ class Quantize(Pass):
 
     @property
     def safe(self) -> bool:
-        """Whether weights of 8 bits stay within ±64 (`grid.weight_limits`)."""
-        return self.reduce_range and (self.weight_type, self.activation_type) == ("int8", "uint8")
+        """Whether pairs of 8-bit weights stay small (`optimize.integers`)."""
+        return self.overflow_safe and (self.weight_type, self.activation_type) == ("int8", "uint8")
 
     @property
     def request(self) -> InputRequest:

@@ -158,7 +158,7 @@ def test_a_file_gives_what_measuring_gives_and_a_seed_the_same_bytes(tmp_path: P
     path.write_text(json.dumps(account(found, source.digest())))
     one = Quantize(inputs="procedural", synthetic=12, bits_budget=4.5, first_last=0)
     bits, bytes_ = [], []
-    for choice in (one, one, replace(one, sensitivity=str(path), reduce_range=False)):
+    for choice in (one, one, replace(one, sensitivity=str(path), overflow_safe=False)):
         model = small()
         (result,) = run([choice], model)
         bits.append([row["weight_bits"] for row in result.measured["layers"]])

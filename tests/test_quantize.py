@@ -121,7 +121,7 @@ def test_per_tensor_every_weight_has_one_scale(models: Path) -> None:
 def largest_pairs(models: Path, safe: bool) -> dict[bool, list[int]]:
     """Largest sums of pairs of weights of one sign in each convolution, by whether it is depthwise."""
     model = load(models / "mobilenetv2-fashion.onnx")
-    run([replace(QUICK, synthetic=8, reduce_range=safe)], model)
+    run([replace(QUICK, synthetic=8, overflow_safe=safe)], model)
     proto = model.to_proto()
     stored = {t.name: onnx.numpy_helper.to_array(t) for t in proto.graph.initializer}
     makers = {n.output[0]: n for n in proto.graph.node}
