@@ -65,7 +65,7 @@ def main(
     from onnxcompress.evaluate import logits, topk
     from onnxcompress.model import Model, load
 
-    images = _images(test, preprocess, split, part, limit, seed)
+    images = labelled_images(test, preprocess, split, part, limit, seed)
     network = load(model)
 
     def top1(one: Model) -> float:
@@ -97,7 +97,10 @@ def main(
         _row(f"prune {pattern}", float("nan"), exact - top1(pruned), account)
 
 
-def _images(test: str, preprocess: str, split: int | None, part: str, limit: int | None, seed: int) -> Any:
+def labelled_images(
+    test: str, preprocess: str, split: int | None, part: str, limit: int | None, seed: int
+) -> Any:
+    """TEST, or with `split` one part of it, N images to tune with or the others."""
     from onnxcompress.inputs.images import load_images
     from onnxcompress.inputs.preprocess import Preprocess
 
