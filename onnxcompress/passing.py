@@ -8,6 +8,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
+from onnxcompress.errors import ModelError
+
 if TYPE_CHECKING:
     import onnx
 
@@ -73,6 +75,11 @@ def option(
     return field(default=default, metadata={"help": help, "metavar": metavar, "file": file})
 
 
+def is_required(one: dataclasses.Field[Any]) -> bool:
+    """Whether an option must be given."""
+    return one.default is dataclasses.MISSING and one.default_factory is dataclasses.MISSING
+
+
 @dataclass(frozen=True)
 class Pass(ABC):
     """A change of a model. Applied a second time it changes nothing.
@@ -104,13 +111,25 @@ class Pass(ABC):
 
 
 def run(passes: Sequence[Pass], model: Model, progress: Progress = silent) -> list[PassResult]:
-    """Apply passes in order, noting each that changed something in the model's provenance."""
+    """Apply passes in order, noting each that changed something in the model's provenance.
+
+    Raises ModelError where a pass leaves an invalid model of a valid one. One that was invalid before, as
+    files are that runtimes take and ONNX's checker does not, is not held against a pass.
+    """
+    from onnxcompress.validity import fault
+
     results = []
+    valid = fault(model) is None
     for one in passes:
         digest = model.digest()
         result = one.apply(model, progress)
         if result.modified and not one.composite:
             model.add_provenance(one.name, one.options(), digest, result.measured.get("inputs"))
+            if valid and (found := fault(model)) is not None:
+                raise ModelError(
+                    f"{model.name}: {one.name} made an invalid model of a valid one ({found}); that is a "
+                    "defect of the pass: leave it out, and report it"
+                )
         results.append(result)
     return results
 

@@ -22,7 +22,8 @@ from onnxcompress.passes import load_pass
 from onnxcompress.passes.drop_blocks import DropBlocks
 from onnxcompress.passes.equalize import Equalize
 from onnxcompress.passes.fold_bn import FoldBatchNorm
-from onnxcompress.recipe import Recipe, pass_names, read_recipe, recipe_schema, write_recipe
+from onnxcompress.recipe import Recipe, pass_names, read_recipe, write_recipe
+from onnxcompress.recipe_schema import recipe_schema
 from onnxcompress.runtime import cuda_devices
 
 DROP = "passes:\n- fold-bn\n- drop-blocks:\n    "

@@ -37,7 +37,7 @@ CACHE_VARIABLE = "ONNXCOMPRESS_CACHE"
 def _print_schema(context: click.Context, parameter: click.Parameter, value: bool) -> None:
     if not value:
         return
-    from onnxcompress.recipe import recipe_schema
+    from onnxcompress.recipe_schema import recipe_schema
 
     print_json(recipe_schema())
     context.exit()
