@@ -54,7 +54,7 @@ class PassResult:
     measured: dict[str, Any] = field(default_factory=dict)
     """Figures that the pass measured, by name; JSON values only."""
     shown: ImageSet | None = field(default=None, repr=False, compare=False)
-    """Some of what it learned from, to be looked at; nothing keeps it."""
+    """Some of what it learned from, to be looked at; no account has it."""
 
     @property
     def modified(self) -> bool:

@@ -27,7 +27,7 @@ Does not handle: rounding of activations; its mean error is near zero where rang
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import ClassVar, Literal
 
@@ -37,6 +37,7 @@ from onnxcompress.errors import OptionError
 from onnxcompress.graph import attribute, node_label
 from onnxcompress.inputs.source import (
     InputRequest,
+    Inputs,
     count_option,
     images_option,
     preprocess_option,
@@ -81,8 +82,8 @@ class CorrectBias(Pass):
             raise OptionError("--images: say --inputs images, too; --inputs record uses no images")
         reference = load(Path(self.reference))
         pairs, refusals = pairs_of(reference, model)
-        means = self._means(reference, [pair.layer for pair in pairs], progress)
-        result = PassResult(refusals=refusals)
+        means, inputs = self._means(reference, [pair.layer for pair in pairs], progress)
+        result = PassResult(refusals=refusals, shown=None if inputs is None else inputs.shown)
         largest = 0.0
         for pair in pairs:
             label = node_label(pair.twin)
@@ -101,15 +102,16 @@ class CorrectBias(Pass):
             "layers": len(result.changes),
             "left": len(result.refusals),
             "largest": largest,
+            "inputs": [] if inputs is None else [asdict(used) for used in inputs.sources],
         }
         return result
 
     def _means(
         self, reference: Model, layers: list[Linear], progress: Progress
-    ) -> Mapping[str, np.ndarray | Refusal]:
-        """What the taps of each layer see on average, by name of its output tensor."""
+    ) -> tuple[Mapping[str, np.ndarray | Refusal], Inputs | None]:
+        """What the taps of each layer see on average, by name of its output tensor, and who showed it."""
         if self.inputs == "record":
-            return recorded_means(reference, layers)
+            return recorded_means(reference, layers), None
         request = InputRequest(
             self.images, self.preprocess, self.count, self.inputs, self.synthetic, self.seed
         )

@@ -6,7 +6,7 @@
     changes             [{node, what}]
     refusals            [{node, rule, remedy}]
     measured            figures of the pass, by name; `difference` of the outputs where they were compared
-    gates               [{gate, limit, measured, passed, text}], one for each limit that was given
+    gates               [{gate, limit, measured, passed, text, preprocess}], one for each limit given
     provenance          all passes so far, oldest first
 """
 

@@ -183,7 +183,7 @@ def _compare(job: Job, found: Outcome, images: ImageSet | None) -> Comparison:
 
 
 def _learned(steps: Sequence[Step], source: Path) -> list[tuple[str, ImageSet]]:
-    """What passes learned from: title, images; each set once, without those made by a pass in the cache."""
+    """What passes learned from: title, images; each set once."""
     found: list[tuple[str, ImageSet]] = []
     files: set[tuple[Any, ...]] = set()
     for step in steps:
@@ -204,11 +204,11 @@ def _load(
     path: str, preprocess: str | None, source: Path, count: int | None = None, seed: int = 0
 ) -> ImageSet | None:
     from onnxcompress.inputs.images import load_images
-    from onnxcompress.inputs.preprocess import Preprocess
-    from onnxcompress.sources import as_model
+    from onnxcompress.inputs.preprocess import choose
+    from onnxcompress.sources import metadata_of
 
-    text = preprocess or as_model(source).metadata.get("preprocessing") or "unit"
     try:
-        return load_images(path, preprocess=Preprocess.parse(text), count=count, seed=seed)
+        how = choose(preprocess, metadata_of(source)).preprocess
+        return load_images(path, preprocess=how, count=count, seed=seed)
     except CompressError:  # gone since the pass ran, which kept its result
         return None

@@ -6,7 +6,7 @@
     steps       [{pass, options, changes, refusals, measured, seconds, cached}]; as of a pass's own command,
                 `seconds` of the run that made it, `cached` where that was an earlier one
     bytes       {before, after}
-    gates       [{gate, limit, measured, passed, text}], one for each limit that was given
+    gates       [{gate, limit, measured, passed, text, preprocess}], one for each limit that was given
     provenance  all passes so far, oldest first
 
 and with --dry-run {dry_run, steps: [{pass, options, cached}], gates: {name: limit}}.

@@ -7,6 +7,7 @@ import shlex
 from collections.abc import Mapping
 from typing import Any
 
+from onnxcompress.inputs.preprocess import told
 from onnxcompress.report.charts import Bars
 from onnxcompress.report.material import Material
 from onnxcompress.report.measures import timings
@@ -123,7 +124,8 @@ def inputs(material: Material) -> Section | None:
         for used in sources:
             kind = "images" if used["source"] == "images" else f"{used['source']} images"
             text = f"{who} learned from {used['count']} {kind}"
-            parts.append(Prose(f"{text} ({used['why']}; seed {used['seed']})."))
+            how = f", {told(used['preprocess'], used['preprocess_from'])}" if "preprocess" in used else ""
+            parts.append(Prose(f"{text} ({used['why']}; seed {used['seed']}){how}."))
     if "kind" in material.account and "why" in material.account:
         a = material.account
         parts.append(Prose(f"{a['count']} {a['kind']} images ({a['why']}; seed {a['seed']})."))

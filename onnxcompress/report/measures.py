@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from onnxcompress.evaluate import Accuracy
+from onnxcompress.inputs.preprocess import told
 from onnxcompress.report.charts import Intervals, Spread
 from onnxcompress.report.material import Material
 from onnxcompress.report.parts import Part, Plot, Prose, Section, Table, Terms
@@ -114,11 +115,11 @@ def _accuracies(material: Material) -> list[tuple[str, float, float, float]]:
 
 
 def _evaluated(account: Mapping[str, Any]) -> list[tuple[str, str]]:
+    how = told(account["preprocess"], account["preprocess_from"])
     return [
         ("top-1", percent(account["top1"])),
         ("top-5", percent(account["top5"])),
-        ("images", f"{account['count']} of {account['images']}"),
-        ("preprocess", str(account["preprocess"])),
+        ("images", f"{account['count']} of {account['images']}, {how}"),
         ("took", f"{account['seconds']:.1f} s on {account['provider']}"),
     ]
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from onnxcompress.report import facts, layers, measures, steps
 from onnxcompress.report.material import Material
-from onnxcompress.report.parts import Section, Story, Table, Tile
+from onnxcompress.report.parts import Prose, Section, Story, Table, Tile
 from onnxcompress.units import milliseconds, number, percent, points, size
 
 _SECTIONS = (
@@ -178,4 +178,6 @@ def _with_gates(material: Material, sections: list[Section]) -> list[Section]:
     ]
     marked = frozenset(i for i, g in enumerate(gates) if not g["passed"])
     table = Table("What the result had to keep", ["gate", "verdict", "measured"], rows, 3, marked, "missed")
-    return [Section("gates", "Gates", [table]), *sections]
+    judged = dict.fromkeys(g["preprocess"] for g in gates if g["preprocess"])
+    notes = [Prose(f"Images of the gates are {how}.", "quiet") for how in judged]
+    return [Section("gates", "Gates", [table, *notes]), *sections]
