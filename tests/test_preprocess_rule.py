@@ -1,4 +1,4 @@
-"""One rule for how pixels become an input, in all commands: what is asked for, else the model's metadata, else unit."""
+"""One rule in all commands for how pixels become an input: as asked for, else by the metadata, else unit."""
 
 from __future__ import annotations
 
@@ -53,12 +53,8 @@ def test_the_rule() -> None:
 COMMANDS = {
     "evaluate": ["evaluate", "{net}", "--images", "{few}"],
     "compare": ["compare", "{net}", "{net}", "--images", "{few}"],
-    "calibrate": ["calibrate", "{net}", "{out}", "--images", "{few}", "--overwrite"],
+    "calibrate": ["calibrate", "{net}", "{out}", "--images", "{few}", "--count", "4", "--overwrite"],
     "gate": ["fold-bn", "{net}", "{out}", "--min-agreement", "90", "--gate-images", "{few}"],
-    "sensitivity": [
-        *("sensitivity", "{net}", "--images", "{few}", "--count", "16"),
-        *("--weight-bits", "8", "--activation-bits", ""),
-    ],
     "synthesize": ["synthesize", "{net}", "{out}.npz", "--kind", "procedural", "--count", "2"],
 }
 
@@ -68,8 +64,8 @@ def told(name: str, account: dict[str, Any]) -> tuple[str, str]:
     if name == "gate":
         return account["gates"][0]["preprocess"], ""
     found = account
-    if name in ("calibrate", "sensitivity"):
-        (found,) = (account.get("measured") or account)["inputs"]
+    if name == "calibrate":
+        (found,) = account["measured"]["inputs"]
     return found["preprocess"], found["preprocess_from"]
 
 
