@@ -1,4 +1,4 @@
-"""One rule in all commands for how pixels become an input: as asked for, else by the metadata, else unit."""
+"""One rule in all commands for how pixels become an input: as asked, else by the metadata, else unit."""
 
 from __future__ import annotations
 
