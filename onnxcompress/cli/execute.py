@@ -46,6 +46,8 @@ class Job:
     verbose: bool = False
     dry_run: bool = False
     report: str | None = None
+    recipe: str | None = None
+    """The file that the chain is of."""
 
 
 @dataclass(frozen=True)

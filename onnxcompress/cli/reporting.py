@@ -130,10 +130,14 @@ def write_job_report(job: Job, found: Outcome) -> None:
     learned = _learned(found.run.steps, files.source)
     roles: list[tuple[str, str | os.PathLike[str]]] = [("input", files.source), ("output", files.target)]
     named = {"input": files.source_name, "output": files.target_name}
+    read = [("recipe", job.recipe), ("gate images", job.gates.images)]
     for step in found.run.steps:
-        for key, value in step.pass_.options().items():
-            if key in ("images", "reference", "scores") and value and (key, value) not in roles:
-                roles.append((key, value))
+        read += [
+            (f.name, getattr(step.pass_, f.name))
+            for f in dataclasses.fields(step.pass_)
+            if f.metadata.get("file")
+        ]
+    roles += [(role, path) for role, path in dict.fromkeys(read) if path]
     from onnxcompress.report.gather import pictures
 
     write_report(

@@ -97,7 +97,8 @@ def _run(
     def account(found: Outcome) -> dict[str, Any]:
         return _account(recipe, found)
 
-    execute(Job(source, target, Pipeline(read.passes), gates, account=account, cache=kept, **options))
+    chain = Pipeline(read.passes)
+    execute(Job(source, target, chain, gates, account, cache=kept, recipe=recipe, **options))
 
 
 def _cache(folder: str | None) -> Cache | None:

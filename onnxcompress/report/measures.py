@@ -10,7 +10,7 @@ from onnxcompress.inputs.preprocess import told
 from onnxcompress.report.charts import Intervals, Spread
 from onnxcompress.report.material import Material
 from onnxcompress.report.parts import Part, Plot, Prose, Section, Table, Terms
-from onnxcompress.units import milliseconds, percent, points
+from onnxcompress.units import device, milliseconds, percent, points
 
 
 def latency(material: Material) -> Section | None:
@@ -21,9 +21,8 @@ def latency(material: Material) -> Section | None:
     rows = [[str(t["name"]), *(f"{t[k]:.3f}" for k in _TIMES), f"{t['throughput']:.1f}"] for t in found]
     columns = ["model", "median, ms", "mean", "fastest", "90 %", "99 %", "images a second"]
     first = found[0]
-    where = (
-        f"onnxruntime on {first['provider']}, batch {first['batch']}, {first['runs']} runs of each model"
-    )
+    runs = f"batch {first['batch']}, {first['runs']} runs of each model"
+    where = f"onnxruntime on {device(first['provider'])}, {runs}"
     parts: list[Part] = []
     if material.samples:
         chart = Spread(list(material.samples.items()), "milliseconds a run")
@@ -120,7 +119,7 @@ def _evaluated(account: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("top-1", percent(account["top1"])),
         ("top-5", percent(account["top5"])),
         ("images", f"{account['count']} of {account['images']}, {how}"),
-        ("took", f"{account['seconds']:.1f} s on {account['provider']}"),
+        ("took", f"{account['seconds']:.1f} s on {device(account['provider'])}"),
     ]
 
 
