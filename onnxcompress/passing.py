@@ -97,6 +97,9 @@ class Pass(ABC):
     composite: ClassVar[bool] = False
     """Whether it only applies other passes, which note themselves in the provenance."""
 
+    needs: ClassVar[tuple[str, ...]] = ()
+    """Packages that it imports when it is applied, for a chain to look for before its first pass runs."""
+
     def check(self) -> None:
         """Raise OptionError where options are out of range or contradict each other; looks at no model."""
         return

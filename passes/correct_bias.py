@@ -33,7 +33,7 @@ from typing import ClassVar, Literal
 
 import numpy as np
 
-from onnxcompress.errors import OptionError
+from onnxcompress.errors import OptionError, require
 from onnxcompress.graph import attribute, node_label
 from onnxcompress.inputs.source import (
     InputRequest,
@@ -76,10 +76,7 @@ class CorrectBias(Pass):
         Raises OptionError without a reference or for contradictory inputs, ModelError and InputError
         where the reference or the inputs cannot be used.
         """
-        if not self.reference:
-            raise OptionError("--reference is needed: the model before its weights were changed")
-        if self.inputs == "record" and self.images is not None:
-            raise OptionError("--images: say --inputs images, too; --inputs record uses no images")
+        self.check()
         reference = load(Path(self.reference))
         pairs, refusals = pairs_of(reference, model)
         means, inputs = self._means(reference, [pair.layer for pair in pairs], progress)
@@ -106,16 +103,29 @@ class CorrectBias(Pass):
         }
         return result
 
+    def check(self) -> None:
+        """Raise OptionError without a reference, or for inputs that contradict each other."""
+        if not self.reference:
+            raise OptionError("--reference is needed: the model before its weights were changed")
+        if self.inputs != "record":
+            require(f"correct-bias --inputs {self.inputs}", "torch")
+            self._request.check()
+        elif self.images is not None:
+            raise OptionError("--images: say --inputs images, too; --inputs record uses no images")
+
+    @property
+    def _request(self) -> InputRequest:
+        return InputRequest(
+            self.images, self.preprocess, self.count, self.inputs, self.synthetic, self.seed
+        )
+
     def _means(
         self, reference: Model, layers: list[Linear], progress: Progress
     ) -> tuple[Mapping[str, np.ndarray | Refusal], Inputs | None]:
         """What the taps of each layer see on average, by name of its output tensor, and who showed it."""
         if self.inputs == "record":
             return recorded_means(reference, layers), None
-        request = InputRequest(
-            self.images, self.preprocess, self.count, self.inputs, self.synthetic, self.seed
-        )
-        return measured_means(reference, layers, request, progress)
+        return measured_means(reference, layers, self._request, progress)
 
 
 def bias_shift(layer: Linear, weight: np.ndarray, means: np.ndarray) -> np.ndarray:

@@ -15,7 +15,7 @@ from onnxcompress.cli.options import print_json
 from onnxcompress.cli.passes import check_external, check_target
 from onnxcompress.cli.reporting import write_job_report
 from onnxcompress.cli.streams import Files, opened
-from onnxcompress.errors import CompressError, ModelError, OptionError, TargetMissed
+from onnxcompress.errors import CompressError, ModelError, OptionError, TargetMissed, require
 from onnxcompress.gates import Baseline, Gates
 from onnxcompress.passing import Progress, silent
 from onnxcompress.pipeline import Pipeline, Run
@@ -74,6 +74,8 @@ def execute(job: Job) -> None:
     if job.quiet and job.verbose:
         raise OptionError("--quiet and --verbose: give one of them")
     job.chain.check()
+    if job.verify:
+        require("comparing the outputs (or say --no-verify)", "onnxruntime")
     with opened(job.source, job.target, as_json=job.as_json) as files:
         model = _load(files)
         with _progress(job) as show:

@@ -104,6 +104,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except CompressError as error:
         click.echo(f"error: {error}", err=True)
         return error.exit_code
+    except ImportError as error:
+        click.echo(f"error: {error}; install what is missing, or onnxcompress anew", err=True)
+        return 1
     except MemoryError:
         click.echo("error: out of memory; try a smaller --batch or fewer images", err=True)
         return 1
