@@ -8,6 +8,7 @@ Templates are lines with a word in capitals, which stands for a file: of them on
 from __future__ import annotations
 
 import inspect
+import json
 import os
 import re
 import shlex
@@ -188,6 +189,37 @@ def test_completion_is_installed_as_the_guide_says() -> None:
     ask = ["bash", "-c", f"{line}\ncomplete -p onnxcompress"]
     done = subprocess.run(ask, capture_output=True, text=True, check=True)
     assert "-F _onnxcompress_completion" in done.stdout
+
+
+NET = "models/resnet20-fashion.onnx"
+JSON = {
+    "a pass": ["fold-bn", NET, "j.onnx"],
+    "`run`": ["run", "models/fast-resnet20.yaml", NET, "j.onnx", "-D", "steps=0", "-D", "blocks=1"],
+    "with `--dry-run`": ["fold-bn", NET, "j.onnx", "--dry-run"],
+    "`inspect`": ["inspect", NET],
+    "`benchmark`": ["benchmark", NET],
+    "`evaluate`": ["evaluate", NET, "--images", "models/fashion-tiny.npz"],
+    "`compare`": ["compare", NET, NET],
+    "`synthesize`": ["synthesize", NET, "j.npz", "--kind", "procedural", "--count", "2"],
+    "`sensitivity`": [
+        "sensitivity",
+        NET,
+        "--synthetic",
+        "6",
+        "--weight-bits",
+        "8",
+        "--activation-bits",
+        "",
+    ],
+}
+
+
+@pytest.mark.parametrize("command", JSON)
+def test_json_has_the_keys_that_the_guide_names(command: str, capfd: pytest.CaptureFixture[str]) -> None:
+    rows = dict(re.findall(r"^\| (.+?) \| (`.+`) \|$", PAGES[6].read_text("utf-8"), re.M))
+    assert rows.keys() == JSON.keys()
+    assert main([*JSON[command], "--json"]) == 0
+    assert set(json.loads(capfd.readouterr().out)) == set(re.findall(r"`(\w+)`", rows[command]))
 
 
 def test_pages_have_lines_to_run() -> None:
