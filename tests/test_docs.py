@@ -194,7 +194,7 @@ def test_completion_is_installed_as_the_guide_says() -> None:
 NET = "models/resnet20-fashion.onnx"
 JSON = {
     "a pass": ["fold-bn", NET, "j.onnx"],
-    "`run`": ["run", "models/fast-resnet20.yaml", NET, "j.onnx", "-D", "steps=0", "-D", "blocks=1"],
+    "`run`": ["run", "j.yaml", NET, "j.onnx"],
     "with `--dry-run`": ["fold-bn", NET, "j.onnx", "--dry-run"],
     "`inspect`": ["inspect", NET],
     "`benchmark`": ["benchmark", NET],
@@ -218,6 +218,7 @@ JSON = {
 def test_json_has_the_keys_that_the_guide_names(command: str, capfd: pytest.CaptureFixture[str]) -> None:
     rows = dict(re.findall(r"^\| (.+?) \| (`.+`) \|$", PAGES[6].read_text("utf-8"), re.M))
     assert rows.keys() == JSON.keys()
+    Path("j.yaml").write_text("passes: [fold-bn, equalize]")
     assert main([*JSON[command], "--json"]) == 0
     assert set(json.loads(capfd.readouterr().out)) == set(re.findall(r"`(\w+)`", rows[command]))
 

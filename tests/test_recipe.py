@@ -148,7 +148,9 @@ def test_what_is_written_reads_back_to_the_same(tmp_path: Path, monkeypatch: pyt
 
 def test_the_published_schema_is_that_of_the_passes(models: Path) -> None:
     """If not: onnxcompress run --schema > models/recipe.schema.json"""
-    assert json.loads((models / "recipe.schema.json").read_text()) == json.loads(json.dumps(recipe_schema()))
+    assert json.loads((models / "recipe.schema.json").read_text()) == json.loads(
+        json.dumps(recipe_schema())
+    )
     for recipe in models.glob("*.yaml"):
         assert recipe.read_text().startswith("# yaml-language-server: $schema=recipe.schema.json\n")
 
