@@ -146,6 +146,15 @@ def test_what_is_written_reads_back_to_the_same(tmp_path: Path, monkeypatch: pyt
     assert read_recipe("recipes/r.yaml") == recipe
 
 
+def test_a_variable_without_quotes_in_a_flow_mapping_is_told(tmp_path: Path) -> None:
+    file = tmp_path / "r.yaml"
+    file.write_text("passes:\n- drop-blocks: {blocks: ${n}}\n")
+    with pytest.raises(
+        OptionError, match=r"r.yaml:2: not valid YAML .*; within { } a variable wants quotes"
+    ):
+        read_recipe(file, {"n": "1"})
+
+
 def test_the_published_schema_is_that_of_the_passes(models: Path) -> None:
     """If not: onnxcompress run --schema > models/recipe.schema.json"""
     assert json.loads((models / "recipe.schema.json").read_text()) == json.loads(

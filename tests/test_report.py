@@ -323,6 +323,26 @@ def test_images_that_correct_bias_made_are_shown(models: Path, tmp_path: Path) -
     assert "correct-bias learned from 6 procedural images (asked for; seed 0), preprocessed by" in text
 
 
+def test_layers_that_were_pruned_have_a_chart() -> None:
+    rows = [
+        {"name": n, "op": "Conv", "weight": n, "sparsity": 0.5, "snr_db": 9.0 + i}
+        for i, n in enumerate("ab")
+    ]
+    kept = {"name": "c", "op": "Conv", "weight": "c", "sparsity": 0.0}
+    step = {
+        "pass": "prune",
+        "options": {},
+        "changes": [],
+        "refusals": [],
+        "measured": {"layers": [kept, *rows]},
+    }
+    page = parse(render(tell(Material("prune", step))))
+    assert titles(page) == ["Signal to noise of each layer's output"]
+    assert "the more pruning costs there" in words(page)
+    cells = [[words(cell).replace("\u00a0", " ") for cell in row] for row in page.iter(f"{XHTML}tr")]
+    assert ["a", "50.0 %", "9.0 dB"] in cells
+
+
 def test_names_that_would_look_alike_are_told_apart() -> None:
     names = [f"/blocks/blocks.{i}/shortcut/conv/Conv" for i in (3, 6)]
     assert elided_apart([*names, "/fc"], 30) == [
