@@ -13,6 +13,7 @@ from onnxcompress.errors import ModelError
 from onnxcompress.evaluate import agreement, image_input, logits, score_output, topk
 from onnxcompress.inputs.images import ImageSet, check_fits
 from onnxcompress.latency import Ratio, Timing, benchmark, ratio
+from onnxcompress.passing import Progress, silent
 from onnxcompress.sources import (
     ModelLike,
     as_model,
@@ -87,6 +88,7 @@ def compare(
     tolerance: float | None = 0.01,
     seed: int = 0,
     shapes: Mapping[str, Sequence[int]] | None = None,
+    progress: Progress = silent,
 ) -> Comparison:
     """Compare b with the reference a, on `images` or on random inputs.
 
@@ -96,7 +98,7 @@ def compare(
     if images is None:
         outputs = _on_random(a, b, seed, shapes)
     else:
-        outputs = _on_images(a, b, images, provider, threads)
+        outputs = _on_images(a, b, images, provider, threads, progress)
     timings = benchmark(
         dict(zip(names, (a, b), strict=True)),
         provider=provider,
@@ -107,6 +109,7 @@ def compare(
         tolerance=tolerance,
         seed=seed,
         shapes=shapes,
+        progress=progress,
     )
     return _joined((a, b), [timings[name] for name in names], outputs)
 
@@ -149,8 +152,10 @@ def _on_random(
     return _Outputs(difference_of(left, right), same, (None, None), f"{count} random inputs, N(0, 1)")
 
 
-def _on_images(a: ModelLike, b: ModelLike, images: ImageSet, provider: str, threads: int) -> _Outputs:
-    scores = [logits(m, images, provider=provider, threads=threads) for m in (a, b)]
+def _on_images(
+    a: ModelLike, b: ModelLike, images: ImageSet, provider: str, threads: int, progress: Progress
+) -> _Outputs:
+    scores = [logits(m, images, provider=provider, threads=threads, progress=progress) for m in (a, b)]
     spec = image_input(a)
     check_fits(images, spec.shape, spec.name)
     size = _batch(a, b, min(DIFFERENCE_BATCH, len(images)))

@@ -3,6 +3,15 @@
 from __future__ import annotations
 
 
+def require(who: str, *packages: str) -> None:
+    """Raise RuntimeUnavailable where a package is not installed; none of them is imported."""
+    from importlib.util import find_spec
+
+    for name in packages:
+        if find_spec(name) is None:
+            raise RuntimeUnavailable(f"{who} needs {name}, which is not installed here: pip install {name}")
+
+
 class CompressError(Exception):
     """Base of all errors of this package; the command line prints it and exits with `exit_code`."""
 

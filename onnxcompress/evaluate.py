@@ -12,8 +12,9 @@ import numpy as np
 
 from onnxcompress.errors import InputError, ModelError, OptionError
 from onnxcompress.inputs.images import ImageSet, check_fits
+from onnxcompress.passing import Progress, silent
 from onnxcompress.runtime import one_line, pick_provider, session
-from onnxcompress.sources import InputSpec, ModelLike, input_specs, label
+from onnxcompress.sources import InputSpec, ModelLike, display_names, input_specs, label
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,7 @@ def evaluate(
     batch: int = 64,
     threads: int = 0,
     output: str | None = None,
+    progress: Progress = silent,
 ) -> Accuracy:
     """Top-1 and top-5 on labelled images.
 
@@ -54,7 +56,9 @@ def evaluate(
         raise InputError("the images have no labels; accuracy needs class folders or y in the .npz")
     chosen = pick_provider(provider)
     start = time.perf_counter()
-    scores = logits(model, images, provider=chosen, batch=batch, threads=threads, output=output)
+    scores = logits(
+        model, images, provider=chosen, batch=batch, threads=threads, output=output, progress=progress
+    )
     seconds = time.perf_counter() - start
     top1, top5 = topk(scores, images.y, label(model))
     return Accuracy(top1, top5, len(images), seconds, chosen)
@@ -82,6 +86,7 @@ def logits(
     batch: int = 64,
     threads: int = 0,
     output: str | None = None,
+    progress: Progress = silent,
 ) -> np.ndarray:
     """Scores of all images, (N, classes): the output `output`, or the first one of that form.
 
@@ -109,6 +114,7 @@ def logits(
         index, scores = _scores(values, names, len(x), label(model))
         names = [names[index]]
         parts.append(scores[:real])
+        progress(f"running {display_names([model])[0]}", sum(map(len, parts)), len(images))
     scores = np.concatenate(parts)
     _check_nan(scores, f"{label(model)}: output {names[0]!r}", images)
     return scores

@@ -33,7 +33,7 @@ import numpy as np
 import onnx
 
 from onnxcompress.errors import CompressError, InputError, ModelError
-from onnxcompress.inputs.preprocess import Preprocess
+from onnxcompress.inputs.preprocess import PREPROCESSING, Preprocess
 from onnxcompress.model import Model, save
 from onnxcompress.runtime import one_line
 from onnxcompress.verify import difference_of, run
@@ -50,8 +50,6 @@ OPSET = 17
 TOLERANCE = 1e-3
 """Largest difference to torch, relative to the output's magnitude: other kernels, no other function."""
 HALF_TOLERANCE = 3e-2
-PREPROCESSING = "preprocessing"
-"""Key in metadata_props; commands read it where no --preprocess is given."""
 
 
 def export(

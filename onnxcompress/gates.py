@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from onnxcompress.errors import OptionError
-from onnxcompress.passing import option
+from onnxcompress.passing import Progress, option, silent
 from onnxcompress.verdicts import Facts
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ class Gates:
             if getattr(self, name) < least:
                 raise OptionError(f"--gate-{name} {getattr(self, name)}: expected {least} or more")
 
-    def prepare(self, before: ModelLike) -> Baseline:
+    def prepare(self, before: ModelLike, progress: Progress = silent) -> Baseline:
         """What the result will be judged against. All that can fail on the model before fails here.
 
         Raises InputError for unusable images or missing labels, OptionError for a batch that the model does
@@ -92,34 +92,34 @@ class Gates:
             return Baseline(before)
         from onnxcompress.evaluate import logits
         from onnxcompress.inputs.images import load_images
-        from onnxcompress.inputs.preprocess import Preprocess
-        from onnxcompress.sources import as_model
+        from onnxcompress.inputs.preprocess import choose
+        from onnxcompress.sources import label, metadata_of
 
-        text = self.preprocess or as_model(before).metadata.get("preprocessing") or "unit"
+        choice = choose(self.preprocess, metadata_of(before), label(before))
         labels = self.max_drop is not None
-        images = load_images(self.images, preprocess=Preprocess.parse(text), labels=labels)
-        scores = logits(before, images, provider=self.provider, threads=self.threads)
-        return Baseline(before, images, scores, self._top1(scores, images))
+        images = load_images(self.images, preprocess=choice.preprocess, labels=labels, progress=progress)
+        scores = logits(before, images, provider=self.provider, threads=self.threads, progress=progress)
+        return Baseline(before, images, scores, self._top1(scores, images), str(choice))
 
-    def measure(self, baseline: Baseline, after: ModelLike) -> Facts:
+    def measure(self, baseline: Baseline, after: ModelLike, progress: Progress = silent) -> Facts:
         """Measure what the limits ask for. Raises ModelError where the result gives no scores, say."""
         from onnxcompress.sources import model_bytes
 
         facts = Facts(bytes=model_bytes(after))
         if baseline.images is not None:
-            facts = dataclasses.replace(facts, **self._scores(baseline, after))
+            facts = dataclasses.replace(facts, **self._scores(baseline, after, progress))
         if {"max_latency", "min_speedup"} & self.limits.keys():
-            facts = dataclasses.replace(facts, **self._latency(baseline.model, after))
+            facts = dataclasses.replace(facts, **self._latency(baseline.model, after, progress))
         return facts
 
-    def _scores(self, baseline: Baseline, after: ModelLike) -> dict[str, Any]:
+    def _scores(self, baseline: Baseline, after: ModelLike, progress: Progress) -> dict[str, Any]:
         from onnxcompress.evaluate import agreement, logits
 
         images = baseline.images
         assert images is not None
         assert baseline.scores is not None
-        scores = logits(after, images, provider=self.provider, threads=self.threads)
-        found: dict[str, Any] = {"inputs": f"{len(images)} images"}
+        scores = logits(after, images, provider=self.provider, threads=self.threads, progress=progress)
+        found: dict[str, Any] = {"inputs": f"{len(images)} images", "preprocess": baseline.preprocess}
         found["agreement"] = agreement(baseline.scores, scores)
         if baseline.top1 is not None:
             found["top1"] = baseline.top1, self._top1(scores, images)
@@ -133,11 +133,13 @@ class Gates:
             return None
         return topk(scores, images.y)[0]
 
-    def _latency(self, before: ModelLike, after: ModelLike) -> dict[str, Any]:
+    def _latency(self, before: ModelLike, after: ModelLike, progress: Progress) -> dict[str, Any]:
         from onnxcompress.latency import benchmark, ratio
 
         models = {"before": before, "after": after} if self.min_speedup is not None else {"after": after}
-        timings = benchmark(models, provider=self.provider, batch=self.batch, threads=self.threads)
+        timings = benchmark(
+            models, provider=self.provider, batch=self.batch, threads=self.threads, progress=progress
+        )
         last = timings["after"]
         device = f"{last.provider}, batch {last.batch}"
         found: dict[str, Any] = {"latency_ms": last.median_ms, "device": device}
@@ -154,6 +156,8 @@ class Baseline:
     images: ImageSet | None = None
     scores: np.ndarray | None = None
     top1: float | None = None
+    preprocess: str = ""
+    """How images are preprocessed, for a person."""
 
 
 def _flag(name: str) -> str:

@@ -20,6 +20,10 @@ class IrPass(ir.passes.FunctionalPass):
         self.one = one
         self.last: PassResult | None = None
 
+    def __repr__(self) -> str:
+        """What onnx_ir names in its errors."""
+        return f"IrPass({self.one.name})"
+
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """A new model; raises CompressError as the pass does."""
         proto, self.last = apply_to_proto(self.one, ir.to_proto(_with_weights(model)))

@@ -24,6 +24,7 @@ import numpy as np
 
 from onnxcompress.bound import Placement, Runner, bind
 from onnxcompress.errors import OptionError
+from onnxcompress.passing import Progress, silent
 from onnxcompress.runtime import pick_provider, session
 from onnxcompress.sources import ModelLike, input_specs
 from onnxcompress.verify import random_feeds
@@ -83,6 +84,7 @@ def benchmark(
     warm_up: float = 3.0,
     seed: int = 0,
     shapes: Mapping[str, Sequence[int]] | None = None,
+    progress: Progress = silent,
 ) -> dict[str, Timing]:
     """Time all models, interleaved, on random inputs; name -> Timing, in the order given.
 
@@ -103,7 +105,9 @@ def benchmark(
     timed = [runner.run for runner in runners]
     with _without_gc():
         _warm(timed, warm_up)
-        samples = interleave(timed, runs=runs, seconds=seconds, tolerance=tolerance, seed=seed)
+        samples = interleave(
+            timed, runs=runs, seconds=seconds, tolerance=tolerance, seed=seed, progress=progress
+        )
     return {r.name: _summary(r, column, chosen) for r, column in zip(runners, samples.T, strict=True)}
 
 
@@ -127,14 +131,17 @@ def interleave(
     tolerance: float | None,
     seed: int,
     clock: Callable[[], float] = time.monotonic,
+    progress: Progress = silent,
 ) -> np.ndarray:
     """Call each of `timed` once a round, in a new order each round; what they return, (rounds, models).
 
     The rounds end as `benchmark` says; with a time limit alone at MAX_ROUNDS, and never before the third.
+    Progress is in rounds where their number is given, else in seconds, of which fewer may do.
     """
     rng = np.random.default_rng(seed)
     rounds: list[list[float]] = []
-    end = None if seconds is None else clock() + seconds
+    start = clock()
+    end = None if seconds is None else start + seconds
     limit = MAX_ROUNDS if runs is None else runs
     checkpoint = MIN_ROUNDS
     while len(rounds) < limit:
@@ -142,7 +149,12 @@ def interleave(
         for index in rng.permutation(len(timed)):
             row[index] = timed[index]()
         rounds.append(row)
-        if end is not None and clock() >= end and len(rounds) >= 3:
+        now = clock()
+        if runs is None and seconds is not None:
+            progress("timing, seconds at most", min(int(now - start), ceil(seconds)), ceil(seconds))
+        else:
+            progress("timing, rounds", len(rounds), limit)
+        if end is not None and now >= end and len(rounds) >= 3:
             break
         if runs is None and tolerance is not None and len(rounds) == checkpoint:
             if _settled(np.array(rounds), tolerance):

@@ -277,7 +277,7 @@ def load(path: str | os.PathLike[str]) -> Model:
     """
     file = Path(path)
     if not file.is_file():
-        raise ModelError(f"{file}: no such file")
+        raise ModelError(f"{file}: {'a folder; name an ONNX file' if file.is_dir() else 'no such file'}")
     try:
         skeleton, places = wire.split(file)
         proto = onnx.ModelProto()

@@ -8,6 +8,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
+from onnxcompress.errors import ModelError
+
 if TYPE_CHECKING:
     import onnx
 
@@ -52,7 +54,7 @@ class PassResult:
     measured: dict[str, Any] = field(default_factory=dict)
     """Figures that the pass measured, by name; JSON values only."""
     shown: ImageSet | None = field(default=None, repr=False, compare=False)
-    """Some of what it learned from, to be looked at; nothing keeps it."""
+    """Some of what it learned from, to be looked at; no account has it."""
 
     @property
     def modified(self) -> bool:
@@ -73,6 +75,11 @@ def option(
     return field(default=default, metadata={"help": help, "metavar": metavar, "file": file})
 
 
+def is_required(one: dataclasses.Field[Any]) -> bool:
+    """Whether an option must be given."""
+    return one.default is dataclasses.MISSING and one.default_factory is dataclasses.MISSING
+
+
 @dataclass(frozen=True)
 class Pass(ABC):
     """A change of a model. Applied a second time it changes nothing.
@@ -90,6 +97,9 @@ class Pass(ABC):
     composite: ClassVar[bool] = False
     """Whether it only applies other passes, which note themselves in the provenance."""
 
+    needs: ClassVar[tuple[str, ...]] = ()
+    """Packages that it imports when it is applied, for a chain to look for before its first pass runs."""
+
     def check(self) -> None:
         """Raise OptionError where options are out of range or contradict each other; looks at no model."""
         return
@@ -104,13 +114,25 @@ class Pass(ABC):
 
 
 def run(passes: Sequence[Pass], model: Model, progress: Progress = silent) -> list[PassResult]:
-    """Apply passes in order, noting each that changed something in the model's provenance."""
+    """Apply passes in order, noting each that changed something in the model's provenance.
+
+    Raises ModelError where a pass leaves an invalid model of a valid one. One that was invalid before, as
+    files are that runtimes take and ONNX's checker does not, is not held against a pass.
+    """
+    from onnxcompress.validity import fault
+
     results = []
+    valid = fault(model) is None
     for one in passes:
         digest = model.digest()
         result = one.apply(model, progress)
         if result.modified and not one.composite:
             model.add_provenance(one.name, one.options(), digest, result.measured.get("inputs"))
+            if valid and (found := fault(model)) is not None:
+                raise ModelError(
+                    f"{model.name}: {one.name} made an invalid model of a valid one ({found}); that is a "
+                    "defect of the pass: leave it out, and report it"
+                )
         results.append(result)
     return results
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from onnxcompress import passing
-from onnxcompress.errors import CompressError, InputError, RuntimeUnavailable
+from onnxcompress.errors import CompressError, InputError, RuntimeUnavailable, require
 from onnxcompress.passing import Pass, PassResult, Progress, silent
 
 if TYPE_CHECKING:
@@ -144,9 +144,10 @@ def check_ready(one: Pass) -> None:
     """Raise for what would make a pass fail later whatever the model is.
 
     OptionError: options that contradict each other; InputError: a file that is not there;
-    RuntimeUnavailable: onnxruntime's provider, or torch's device, cannot start here.
+    RuntimeUnavailable: a package is not installed; onnxruntime's provider, or torch's device, cannot start.
     """
     one.check()
+    require(one.name, *one.needs)
     for f in dataclasses.fields(one):
         path = getattr(one, f.name)
         if f.metadata.get("file") == "read" and path and not Path(path).exists():

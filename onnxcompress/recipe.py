@@ -30,6 +30,7 @@ from typing import Any, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
+from onnxcompress import passing
 from onnxcompress.errors import RuntimeUnavailable
 from onnxcompress.gates import Gates
 from onnxcompress.passes import CATALOGUE, load_pass
@@ -62,16 +63,12 @@ def read_recipe(path: str | os.PathLike[str], variables: Mapping[str, str] | Non
     Raises OptionError with the line for whatever is not right, RuntimeUnavailable where the package of a
     pass cannot be imported.
     """
-    document = read_document(path)
-    top = document.mapping(document.value, (), "section", SECTIONS)
-    listed = top.get("passes")
-    if not isinstance(listed, list) or not listed:
-        document.fail(("passes",), "passes: expected a list of passes, such as `- fold-bn`")
-    reader = _Reader(document, top.get("variables"), variables or {})
-    passes = tuple(reader.read_pass(index, item) for index, item in enumerate(listed))
-    gates = reader.build(Gates, top.get("gates"), ("gates",))
-    reader.check_used()
-    return Recipe(passes, gates)
+    return _read(read_document(path), variables)
+
+
+def parse_recipe(text: str, name: str = "recipe", variables: Mapping[str, str] | None = None) -> Recipe:
+    """As `read_recipe`, of a recipe's text; paths in it are relative to the folder of `name`."""
+    return _read(Document(text, name), variables)
 
 
 def write_recipe(recipe: Recipe, folder: str | os.PathLike[str] = ".") -> str:
@@ -81,36 +78,26 @@ def write_recipe(recipe: Recipe, folder: str | os.PathLike[str] = ".") -> str:
     return dump({"passes": passes} | ({"gates": gates} if gates else {}))
 
 
-def recipe_schema() -> dict[str, Any]:
-    """The JSON Schema of recipes with the passes that are installed; any option may be a `${variable}`."""
-    names = pass_names()
-    steps = {name: {"anyOf": [_object_schema(load_pass(name)), {"type": "null"}]} for name in names}
-    step = {"type": "object", "properties": steps, "additionalProperties": False}
-    return {
-        "$schema": "https://json-schema.org/draft/2020-12/schema",
-        "title": "Recipe of onnxcompress",
-        "type": "object",
-        "properties": {
-            "variables": {
-                "description": "Names and defaults; -D NAME=VALUE replaces a default.",
-                "type": ["object", "null"],
-            },
-            "passes": {
-                "description": "The passes in order: a name, or a name and its options.",
-                "type": "array",
-                "minItems": 1,
-                "items": {"anyOf": [{"enum": names}, step | {"minProperties": 1, "maxProperties": 1}]},
-            },
-            "gates": {"anyOf": [_object_schema(Gates), {"type": "null"}]},
-        },
-        "required": ["passes"],
-        "additionalProperties": False,
-    }
-
-
 def pass_names() -> list[str]:
     """All passes that a recipe can name: the catalogue's, then those of other packages."""
     return [entry.name for entry in CATALOGUE] + list(plugins())
+
+
+def option_adapter(cls: type[Pass] | type[Gates], name: str) -> TypeAdapter[Any]:
+    """What checks a field's value; an annotation that pydantic cannot check is an error of the pass."""
+    return TypeAdapter(typing.get_type_hints(cls)[name])
+
+
+def _read(document: Document, variables: Mapping[str, str] | None) -> Recipe:
+    top = document.mapping(document.value, (), "section", SECTIONS)
+    listed = top.get("passes")
+    if not isinstance(listed, list) or not listed:
+        document.fail(("passes",), "passes: expected a list of passes, such as `- fold-bn`")
+    reader = _Reader(document, top.get("variables"), variables or {})
+    passes = tuple(reader.read_pass(index, item) for index, item in enumerate(listed))
+    gates = reader.build(Gates, top.get("gates"), ("gates",))
+    reader.check_used()
+    return Recipe(passes, gates)
 
 
 class _Reader:
@@ -147,7 +134,11 @@ class _Reader:
             full = self._expanded(value, where)
             if fields[name].metadata.get("file") and isinstance(full, str) and full:
                 full = self._rebased(full)
-            values[name] = self._checked(_adapter(cls, name), full, where)
+            values[name] = self._checked(option_adapter(cls, name), full, where)
+        for name, one in fields.items():
+            if name not in values and passing.is_required(one):
+                whose = getattr(cls, "name", "gates")
+                self.document.fail(place, f"{whose}: give option {name!r}, which has no default")
         return cls(**values)
 
     def check_used(self) -> None:
@@ -206,34 +197,6 @@ def _from_text(adapter: TypeAdapter[Any], text: str) -> Any:
     if adapter.json_schema().get("type") == "array":
         return adapter.validate_python(tuple(t.strip() for t in text.split(",") if t.strip()))
     return adapter.validate_strings(str(text))
-
-
-def _adapter(cls: type[Pass] | type[Gates], name: str) -> TypeAdapter[Any]:
-    """What checks a field's value; an annotation that pydantic cannot check is an error of the pass."""
-    return TypeAdapter(typing.get_type_hints(cls)[name])
-
-
-def _object_schema(cls: type[Pass] | type[Gates]) -> dict[str, Any]:
-    properties = {}
-    for one in dataclasses.fields(cls):
-        schema = _adapter(cls, one.name).json_schema()
-        about = {"description": one.metadata.get("help", "")}
-        if one.default is not dataclasses.MISSING:
-            about["default"] = one.default
-        variable = {"type": "string", "pattern": r"\$\{"}
-        properties[one.name] = about | {"anyOf": [*schema.get("anyOf", [schema]), variable]}
-    required = [f.name for f in dataclasses.fields(cls) if _is_required(f)]
-    return {
-        "description": (cls.__doc__ or "").strip().partition("\n\n")[0],
-        "type": "object",
-        "properties": properties,
-        "required": required,
-        "additionalProperties": False,
-    }
-
-
-def _is_required(one: dataclasses.Field[Any]) -> bool:
-    return one.default is dataclasses.MISSING and one.default_factory is dataclasses.MISSING
 
 
 def _set_options(one: Pass | Gates, folder: str | os.PathLike[str]) -> dict[str, Any]:

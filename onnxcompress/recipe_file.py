@@ -42,7 +42,13 @@ class Document:
         except MarkedYAMLError as error:
             mark = error.problem_mark or error.context_mark
             line = f":{mark.line + 1}" if mark is not None else ""
-            raise OptionError(f"{name}{line}: not valid YAML ({_one_line(error.problem)})") from error
+            said = text.splitlines()[mark.line : mark.line + 1] if mark is not None else []
+            hint = (
+                "; within { } a variable wants quotes: '${name}'"
+                if any("${" in one for one in said)
+                else ""
+            )
+            raise OptionError(f"{name}{line}: not valid YAML ({_one_line(error.problem)}){hint}") from error
         except (YAMLError, ValueError) as error:  # ValueError: a character that is none, a year 0
             raise OptionError(f"{name}: not valid YAML ({_one_line(error)})") from error
         except RecursionError as error:

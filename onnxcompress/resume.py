@@ -1,7 +1,7 @@
 """A cache of what passes made, keyed by content: an interrupted or edited recipe redoes what changed.
 
     key = SHA-256 of (SHA-256 of the model before, pass, options, files that options name, software)
-    folder/key/  model.onnx (+ .data), result.json          written beside and renamed: whole or not at all
+    folder/key/  model.onnx (+ .data), result.json, shown.npz       written beside and renamed: whole or not
 
 Software is the source of the pass's package and the versions of the libraries that compute. An entry whose
 files are not what was written is taken for absent. The entries used last are kept, up to `limit` bytes.
@@ -24,12 +24,15 @@ from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from onnxcompress.errors import CompressError, OptionError
 from onnxcompress.model import Model, load, save
 from onnxcompress.passing import Change, Pass, PassResult, Refusal
 from onnxcompress.storage import file_digest
+
+if TYPE_CHECKING:
+    from onnxcompress.inputs.images import ImageSet
 
 LIMIT = 10_000_000_000
 """Bytes that a cache may hold."""
@@ -37,6 +40,8 @@ STALE = 24 * 3600.0
 """Seconds after which an unfinished entry is one of a process that was killed."""
 _LIBRARIES = ("numpy", "onnx", "onnx-graphsurgeon", "onnxruntime", "onnxruntime-gpu", "torch")
 _UNFINISHED = ".unfinished-"
+SHOWN = "shown.npz"
+"""What the pass shows of what it learned from (`PassResult.shown`)."""
 
 
 @dataclass(frozen=True)
@@ -79,6 +84,8 @@ class Cache:
             found = json.loads((folder / "result.json").read_text())
             whole = all(file_digest(folder / name) == sha for name, sha in found["files"].items())
             entry = Entry(folder, _result(found["result"]), found["digest"], found["seconds"])
+            if whole and SHOWN in found["files"]:
+                entry.result.shown = _read_images(folder / SHOWN)
             os.utime(folder)
         except (OSError, ValueError, KeyError, TypeError):
             return None
@@ -89,6 +96,8 @@ class Cache:
         work = Path(tempfile.mkdtemp(prefix=_UNFINISHED, dir=self.folder))
         try:
             save(model, work / "model.onnx")
+            if result.shown is not None:
+                _write_images(work / SHOWN, result.shown)
             found = {
                 "digest": model.digest(),
                 "files": {file.name: file_digest(file) for file in sorted(work.iterdir())},
@@ -187,6 +196,24 @@ def _source_digest(package: str) -> str:
 def _files(folder: Path) -> Iterator[Path]:
     for root, _, names in os.walk(folder, followlinks=False):
         yield from (Path(root, name) for name in names if Path(root, name).is_file())
+
+
+def _write_images(file: Path, images: ImageSet) -> None:
+    import numpy as np
+
+    names = np.array(images.names)
+    np.savez(file, x=images.x, names=names, preprocess=np.array(str(images.preprocess)))
+
+
+def _read_images(file: Path) -> ImageSet:
+    import numpy as np
+
+    from onnxcompress.inputs.images import ImageSet
+    from onnxcompress.inputs.preprocess import Preprocess
+
+    with np.load(file) as found:
+        preprocess = Preprocess.parse(str(found["preprocess"]))
+        return ImageSet(found["x"], None, tuple(found["names"].tolist()), preprocess)
 
 
 def _result(values: dict[str, Any]) -> PassResult:

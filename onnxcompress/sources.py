@@ -102,6 +102,13 @@ def as_model(model: ModelLike) -> Model:
     return load(model)
 
 
+def metadata_of(model: ModelLike) -> dict[str, str]:
+    """The model's metadata_props."""
+    if isinstance(model, Model):
+        return model.metadata
+    return {p.key: p.value for p in _proto(model).metadata_props}
+
+
 def input_specs(model: ModelLike) -> list[InputSpec]:
     """Inputs that must be fed, in order. Raises ModelError for a type that is not handled."""
     if isinstance(model, Model):

@@ -30,15 +30,24 @@ class Facts:
     ratio: Ratio | None = None
     """Latency after over latency before."""
     device: str = ""
+    preprocess: str = ""
+    """How images were preprocessed, for a person."""
 
     @staticmethod
-    def of(found: Comparison) -> Facts:
+    def of(found: Comparison, preprocess: str = "") -> Facts:
         """What a comparison measured."""
         a, b = found.a, found.b
         top1 = None if a.top1 is None or b.top1 is None else (a.top1, b.top1)
         device = f"{b.timing.provider}, batch {b.timing.batch}"
         return Facts(
-            b.bytes, found.inputs, top1, found.agreement, b.timing.median_ms, found.latency, device
+            bytes=b.bytes,
+            inputs=found.inputs,
+            top1=top1,
+            agreement=found.agreement,
+            latency_ms=b.timing.median_ms,
+            ratio=found.latency,
+            device=device,
+            preprocess=preprocess,
         )
 
 
@@ -52,6 +61,8 @@ class Verdict:
     passed: bool
     text: str
     """What was measured and what was asked for, in one clause."""
+    preprocess: str = ""
+    """How the images that it was measured on were preprocessed; empty: there were none."""
 
 
 def summary(verdicts: list[Verdict]) -> str:
@@ -75,14 +86,14 @@ def _max_drop(limit: float, facts: Facts) -> Verdict:
         f"top-1 accuracy {moved} points ({before:.2%} to {after:.2%} on {facts.inputs}), "
         f"it may fall by {limit:g}"
     )
-    return Verdict("max_drop", limit, drop, _rounded(drop) <= limit, text)
+    return Verdict("max_drop", limit, drop, _rounded(drop) <= limit, text, facts.preprocess)
 
 
 def _min_agreement(limit: float, facts: Facts) -> Verdict:
     assert facts.agreement is not None
     percent = 100 * facts.agreement
     text = f"the same top-1 class for {percent:.2f} % of {facts.inputs}, at least {limit:g} % is asked for"
-    return Verdict("min_agreement", limit, percent, _rounded(percent) >= limit, text)
+    return Verdict("min_agreement", limit, percent, _rounded(percent) >= limit, text, facts.preprocess)
 
 
 def _max_latency(limit: float, facts: Facts) -> Verdict:

@@ -14,7 +14,7 @@ import onnx_graphsurgeon as gs
 from onnxcompress.errors import InputError
 from onnxcompress.graph import attribute, constant_value, input_at, is_op, node_label, producer
 from onnxcompress.inputs.images import ImageSet
-from onnxcompress.inputs.source import InputRequest, gather_inputs
+from onnxcompress.inputs.source import InputRequest, Inputs, gather_inputs
 from onnxcompress.linear import Linear
 from onnxcompress.model import Model
 from onnxcompress.passes._correct_moments import Moments, NoMoments
@@ -82,8 +82,9 @@ def _zeros(model: Model, node: gs.Node) -> tuple[int, ...] | None:
 
 def measured_means(
     model: Model, layers: list[Linear], request: InputRequest, progress: Progress
-) -> Mapping[str, np.ndarray | Refusal]:
-    """(inputs, taps) means for each layer, by name of its output tensor; or why there are none."""
+) -> tuple[Mapping[str, np.ndarray | Refusal], Inputs]:
+    """(inputs, taps) means for each layer, by name of its output tensor, or why there are none; and what
+    they were measured on."""
     inputs = gather_inputs(model, request, progress=progress)
     windows: dict[str, tuple[str, Window]] = {}
     found: dict[str, np.ndarray | Refusal] = {}
@@ -97,10 +98,10 @@ def measured_means(
             found[name] = Refusal(node_label(layer.node), rule, problem.remedy)
     tensors = sorted({source for source, _ in windows.values()})
     if not tensors:
-        return found
+        return found, inputs
     sums = dict.fromkeys(windows, np.zeros(()))
-    total = request.synthetic if inputs.images is None else len(inputs.images)
-    if inputs.images is None:
+    total = len(inputs.images)
+    if inputs.layerwise:
         batches = _drawn(model, tensors, total, request.seed)
     else:
         batches = _seen(model, tensors, inputs.images)
@@ -111,7 +112,7 @@ def measured_means(
         done += count
         progress("measuring means", done, total)
     progress("measuring means", total, total)
-    return found | {name: value / done for name, value in sums.items()}
+    return found | {name: value / done for name, value in sums.items()}, inputs
 
 
 def _seen(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 import numpy as np
 import onnx_graphsurgeon as gs
@@ -48,7 +47,8 @@ class Layer:
         return self.own and self.linear.weight.dtype.name in ACCURATE
 
 
-class Offset(NamedTuple):
+@dataclass(frozen=True)
+class Offset:
     """A constant operand of Add, Sub, Sum, Max or Min, to be multiplied by the scales of its channels."""
 
     node: gs.Node
@@ -56,7 +56,8 @@ class Offset(NamedTuple):
     labels: Labels
 
 
-class Bounds(NamedTuple):
+@dataclass(frozen=True)
+class Bounds:
     """A Clip whose bounds are to be multiplied by the scales of its channels; ±inf where there is none."""
 
     node: gs.Node

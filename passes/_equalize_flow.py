@@ -216,8 +216,8 @@ class Tracer(Channels):
             found.layers.append(replace(layer, reads=roots[layer.reads], writes=roots[layer.writes]))
         found.origins = dict(self._tensors)
         found.tensors = {name: roots[labels] for name, labels in self._tensors.items()}
-        found.offsets = [o._replace(labels=roots[o.labels]) for o in self.offsets]
-        found.bounds = [b._replace(labels=roots[b.labels]) for b in self.bounds]
+        found.offsets = [replace(o, labels=roots[o.labels]) for o in self.offsets]
+        found.bounds = [replace(b, labels=roots[b.labels]) for b in self.bounds]
         found.ended = {int(root) for labels in self._ended for root in np.unique(roots[labels])}
         return found
 

@@ -68,6 +68,7 @@ class Calibrate(Pass):
     """
 
     name: ClassVar[str] = "calibrate"
+    needs: ClassVar[tuple[str, ...]] = ("torch",)
     preserves_function: ClassVar[bool] = True
 
     images: str | None = images_option()

@@ -27,16 +27,17 @@ Does not handle: rounding of activations; its mean error is near zero where rang
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import ClassVar, Literal
 
 import numpy as np
 
-from onnxcompress.errors import OptionError
+from onnxcompress.errors import OptionError, require
 from onnxcompress.graph import attribute, node_label
 from onnxcompress.inputs.source import (
     InputRequest,
+    Inputs,
     count_option,
     images_option,
     preprocess_option,
@@ -75,14 +76,11 @@ class CorrectBias(Pass):
         Raises OptionError without a reference or for contradictory inputs, ModelError and InputError
         where the reference or the inputs cannot be used.
         """
-        if not self.reference:
-            raise OptionError("--reference is needed: the model before its weights were changed")
-        if self.inputs == "record" and self.images is not None:
-            raise OptionError("--images: say --inputs images, too; --inputs record uses no images")
+        self.check()
         reference = load(Path(self.reference))
         pairs, refusals = pairs_of(reference, model)
-        means = self._means(reference, [pair.layer for pair in pairs], progress)
-        result = PassResult(refusals=refusals)
+        means, inputs = self._means(reference, [pair.layer for pair in pairs], progress)
+        result = PassResult(refusals=refusals, shown=None if inputs is None else inputs.shown)
         largest = 0.0
         for pair in pairs:
             label = node_label(pair.twin)
@@ -101,19 +99,33 @@ class CorrectBias(Pass):
             "layers": len(result.changes),
             "left": len(result.refusals),
             "largest": largest,
+            "inputs": [] if inputs is None else [asdict(used) for used in inputs.sources],
         }
         return result
 
-    def _means(
-        self, reference: Model, layers: list[Linear], progress: Progress
-    ) -> Mapping[str, np.ndarray | Refusal]:
-        """What the taps of each layer see on average, by name of its output tensor."""
-        if self.inputs == "record":
-            return recorded_means(reference, layers)
-        request = InputRequest(
+    def check(self) -> None:
+        """Raise OptionError without a reference, or for inputs that contradict each other."""
+        if not self.reference:
+            raise OptionError("--reference is needed: the model before its weights were changed")
+        if self.inputs != "record":
+            require(f"correct-bias --inputs {self.inputs}", "torch")
+            self._request.check()
+        elif self.images is not None:
+            raise OptionError("--images: say --inputs images, too; --inputs record uses no images")
+
+    @property
+    def _request(self) -> InputRequest:
+        return InputRequest(
             self.images, self.preprocess, self.count, self.inputs, self.synthetic, self.seed
         )
-        return measured_means(reference, layers, request, progress)
+
+    def _means(
+        self, reference: Model, layers: list[Linear], progress: Progress
+    ) -> tuple[Mapping[str, np.ndarray | Refusal], Inputs | None]:
+        """What the taps of each layer see on average, by name of its output tensor, and who showed it."""
+        if self.inputs == "record":
+            return recorded_means(reference, layers), None
+        return measured_means(reference, layers, self._request, progress)
 
 
 def bias_shift(layer: Linear, weight: np.ndarray, means: np.ndarray) -> np.ndarray:

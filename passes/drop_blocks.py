@@ -59,6 +59,7 @@ class DropBlocks(Pass):
     """
 
     name: ClassVar[str] = "drop-blocks"
+    needs: ClassVar[tuple[str, ...]] = ("torch", "onnxruntime")
 
     images: str | None = images_option()
     preprocess: str | None = preprocess_option()

@@ -31,7 +31,7 @@ less equal (`absorb-bias`).
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 
@@ -112,7 +112,8 @@ class Equalize(Pass):
         return free, loose & self.assumption_free
 
 
-class LayerScales(NamedTuple):
+@dataclass(frozen=True)
+class LayerScales:
     """What a layer's inputs and outputs are multiplied by: `v_out * (W' (v_in * x) + b')`, float64."""
 
     inputs: np.ndarray

@@ -64,6 +64,7 @@ class Prune(Pass):
     """
 
     name: ClassVar[str] = "prune"
+    needs: ClassVar[tuple[str, ...]] = ("torch",)
 
     images: str | None = images_option()
     preprocess: str | None = preprocess_option()

@@ -64,6 +64,7 @@ class Quantize(Pass):
     """
 
     name: ClassVar[str] = "quantize"
+    needs: ClassVar[tuple[str, ...]] = ("torch", "onnxruntime")
 
     images: str | None = images_option()
     preprocess: str | None = preprocess_option()

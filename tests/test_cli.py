@@ -117,3 +117,25 @@ def test_fold_bn_reports_and_compares(
     assert "8 blocks that can be dropped" in shown
     assert main(["fold-bn", str(out), str(tmp_path / "again.onnx")]) == 0
     assert "nothing to change" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["fold-bn", "net.onnx"], "error: Missing argument 'OUT'. See 'onnxcompress fold-bn --help'.\n"),
+        (["fold-bn", "a", "b", "--verfy"], "error: No such option '--verfy'. (Did you mean one of: "),
+        (
+            ["quantize", "a", "b", "--seed", "x"],
+            "error: Invalid value for '--seed': 'x' is not a valid integer.",
+        ),
+        (["qantize"], "error: No such command 'qantize'. Did you mean 'quantize'?\n"),
+        (["xyz"], "error: No such command 'xyz'. See 'onnxcompress --help'.\n"),
+        (["inspect", "."], "error: .: a folder; name an ONNX file\n"),
+    ],
+)
+def test_a_wrong_use_is_one_line(argv: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(argv) in (1, 2)
+    caught = capsys.readouterr()
+    assert caught.out == ""
+    assert caught.err.startswith(said)
+    assert caught.err.count("\n") == 1

@@ -8,6 +8,7 @@ Templates are lines with a word in capitals, which stands for a file: of them on
 from __future__ import annotations
 
 import inspect
+import json
 import os
 import re
 import shlex
@@ -33,7 +34,7 @@ SHORT = {"--steps": "2", "--count": "16", "--synthetic": "8", "--seconds": "1"}
 LIMITS = ("--latency-reduction", "--min-", "--max-")
 """What a shortened run may miss: exit code 3."""
 PLACEHOLDER = re.compile(r"\b[A-Z]{2,}(\.\w+)?\b")
-API = re.compile(r"onnxcompress\.\w+")
+API = re.compile(r"onnxcompress(?:\.\w+)+")
 
 
 def lines(page: Path) -> list[str]:
@@ -190,6 +191,38 @@ def test_completion_is_installed_as_the_guide_says() -> None:
     assert "-F _onnxcompress_completion" in done.stdout
 
 
+NET = "models/resnet20-fashion.onnx"
+JSON = {
+    "a pass": ["fold-bn", NET, "j.onnx"],
+    "`run`": ["run", "j.yaml", NET, "j.onnx"],
+    "with `--dry-run`": ["fold-bn", NET, "j.onnx", "--dry-run"],
+    "`inspect`": ["inspect", NET],
+    "`benchmark`": ["benchmark", NET],
+    "`evaluate`": ["evaluate", NET, "--images", "models/fashion-tiny.npz"],
+    "`compare`": ["compare", NET, NET],
+    "`synthesize`": ["synthesize", NET, "j.npz", "--kind", "procedural", "--count", "2"],
+    "`sensitivity`": [
+        "sensitivity",
+        NET,
+        "--synthetic",
+        "6",
+        "--weight-bits",
+        "8",
+        "--activation-bits",
+        "",
+    ],
+}
+
+
+@pytest.mark.parametrize("command", JSON)
+def test_json_has_the_keys_that_the_guide_names(command: str, capfd: pytest.CaptureFixture[str]) -> None:
+    rows = dict(re.findall(r"^\| (.+?) \| (`.+`) \|$", PAGES[6].read_text("utf-8"), re.M))
+    assert rows.keys() == JSON.keys()
+    Path("j.yaml").write_text("passes: [fold-bn, equalize]")
+    assert main([*JSON[command], "--json"]) == 0
+    assert set(json.loads(capfd.readouterr().out)) == set(re.findall(r"`(\w+)`", rows[command]))
+
+
 def test_pages_have_lines_to_run() -> None:
     counts = [len(lines(page)) + len(blocks(page, "python")) for page in PAGES]
     assert all(counts), counts
@@ -222,7 +255,9 @@ def test_sensitivity_writes_a_report() -> None:
 def test_the_api_reference_is_built_and_whole() -> None:
     """By the guide's own command; all that is public in those modules has a docstring."""
     (command,) = re.findall(r"^pdoc .*$", PAGES[5].read_text("utf-8"), re.M)
-    subprocess.run(shlex.split(command), check=True, capture_output=True)
+    words = [sys.executable, "-m", *shlex.split(command)]
+    done = subprocess.run(words, check=True, capture_output=True, text=True)
+    assert "Warn" not in done.stderr  # a type that it cannot resolve, say
     names = API.findall(command)
     bare = []
     for name in names:

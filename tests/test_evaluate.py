@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -137,10 +138,12 @@ def test_command_prints_one_json_object(tmp_path: Path) -> None:
     found = json.loads(result.stdout)
     assert found["top1"] == pytest.approx(6 / 7)
     assert found["count"] == 7
-    assert "no --preprocess" in result.stderr
+    assert (found["preprocess"], found["preprocess_from"]) == ("mean=0 std=1", "default")
+    assert result.stderr == ""
     table = CliRunner().invoke(command, [*arguments[:-1], "--preprocess", "raw"], catch_exceptions=False)
     assert "85.71%" in table.stdout
-    assert table.stderr == ""
+    assert "images are preprocessed by mean=0 std=1 scale=1 (as asked for)" in table.stdout
+    assert re.fullmatch(r"running net.onnx: 7 in \d+\.\d s\n", table.stderr)
 
 
 # the networks of this repository

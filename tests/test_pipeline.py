@@ -17,7 +17,7 @@ import numpy as np
 import onnx
 import pytest
 
-from onnxcompress import passing, plugins
+from onnxcompress import passing, plugins, verify
 from onnxcompress.cli.main import main
 from onnxcompress.errors import InputError, OptionError, RuntimeUnavailable
 from onnxcompress.model import Model, load, save
@@ -135,6 +135,31 @@ def test_a_pass_among_those_of_onnx_ir(models: Path, tmp_path: Path) -> None:
         got = {t.name: onnx.numpy_helper.to_array(t) for t in ir.to_proto(found.model).graph.initializer}
         for tensor in expected.graph.initializer:
             np.testing.assert_array_equal(got[tensor.name], onnx.numpy_helper.to_array(tensor))
+
+
+@pytest.mark.parametrize("name", ["resnet20-fashion.onnx", "mobilenetv2-fashion.onnx"])
+def test_a_chain_between_passes_of_onnx_irs_own(name: str, models: Path) -> None:
+    """The network computes what the chain alone makes of it, and keeps its record."""
+    ir = pytest.importorskip("onnx_ir")
+    from onnx_ir.passes import common
+
+    from onnxcompress.ir import IrPass
+
+    chain = Pipeline([FoldBatchNorm(), Equalize()])
+    around = ir.passes.Sequential(
+        common.IdentityEliminationPass(),
+        IrPass(chain),
+        common.RemoveUnusedNodesPass(),
+        common.CheckerPass(),
+    )
+    found = ir.to_proto(around(ir.load(models / name)).model)
+    alone = chain.run(load(models / name)).model
+    difference = verify.difference(alone, found, verify.random_feeds(alone))
+    assert difference.max_rel < 1e-6
+    theirs, ours = ({p.key: p.value for p in m.metadata_props} for m in (found, alone.to_proto()))
+    assert theirs["onnxcompress.statistics"] == ours["onnxcompress.statistics"]
+    with pytest.raises(ir.passes.PassError, match=r"IrPass\(mark\)"):
+        ir.passes.Sequential(IrPass(Mark(file="nowhere")))(ir.load(models / name))
 
 
 def test_only_what_changed_is_done_again(net: Model, tmp_path: Path) -> None:
@@ -280,7 +305,7 @@ def test_killed_in_the_middle_it_resumes(models: Path, tmp_path: Path) -> None:
 
 
 THEIRS = '''
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 from onnxcompress.passing import Change, Pass, PassResult, option, silent
 
@@ -298,6 +323,20 @@ class Sign(Pass):
             return PassResult()
         model.set_metadata("sign", self.by)
         return PassResult([Change("model", "signed")])
+
+@dataclass(frozen=True)
+class Stamp(Pass):
+    """Stamp a model.
+
+    Example: onnxcompress stamp in.onnx out.onnx --text x
+    """
+    name: ClassVar[str] = "stamp"
+    text: str
+    dates: tuple[str, ...] = field(default_factory=lambda: ("a", "b"))
+
+    def apply(self, model, progress=silent):
+        model.set_metadata("stamp", " ".join([self.text, *self.dates]))
+        return PassResult([Change("model", "stamped")])
 '''
 
 
@@ -310,7 +349,7 @@ def plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     (site / "signing.py").write_text(THEIRS)
     (about / "METADATA").write_text("Metadata-Version: 2.1\nName: signing\nVersion: 1.0\n")
     (about / "entry_points.txt").write_text(
-        "[onnxcompress.passes]\nsign = signing:Sign\nsing = signing:Sign\n"
+        "[onnxcompress.passes]\nsign = signing:Sign\nstamp = signing:Stamp\nsing = signing:Sign\n"
         "broken = nowhere:Pass\nfold-bn = signing:Sign\n"
     )
     monkeypatch.syspath_prepend(str(site))
@@ -340,6 +379,25 @@ def test_a_pass_of_another_package(
     assert main(["run", str(recipe), str(models / NET), str(tmp_path / "b.onnx"), "-q", "--no-cache"]) == 0
     assert (tmp_path / "a.onnx").read_bytes() == (tmp_path / "b.onnx").read_bytes()
     assert load(tmp_path / "a.onnx").metadata["sign"] == "you"
+
+
+@pytest.mark.usefixtures("plugin")
+def test_an_option_without_a_default_must_be_given(
+    models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe, files = tmp_path / "r.yaml", [str(models / NET), str(tmp_path / "o.onnx")]
+    assert main(["stamp", *files]) == 2
+    assert "Missing option '--text'" in capsys.readouterr().err
+    for text in ("passes: [stamp]", "passes: [stamp: {dates: [c]}]"):
+        recipe.write_text(text)
+        assert main(["run", str(recipe), *files]) == 2
+        said = capsys.readouterr().err
+        assert said == f"error: {recipe}:1: stamp: give option 'text', which has no default\n"
+    assert main(["stamp", *files, "--text", "x", "-q"]) == 0
+    assert load(tmp_path / "o.onnx").metadata["stamp"] == "x a b"
+    recipe.write_text("passes: [stamp: {text: x, dates: [c]}]")
+    assert main(["run", str(recipe), *files, "-q", "--no-cache"]) == 0
+    assert load(tmp_path / "o.onnx").metadata["stamp"] == "x c"
 
 
 def test_the_command_line_starts_without_what_recipes_need() -> None:

@@ -22,7 +22,8 @@ from onnxcompress.passes import load_pass
 from onnxcompress.passes.drop_blocks import DropBlocks
 from onnxcompress.passes.equalize import Equalize
 from onnxcompress.passes.fold_bn import FoldBatchNorm
-from onnxcompress.recipe import Recipe, pass_names, read_recipe, recipe_schema, write_recipe
+from onnxcompress.recipe import Recipe, pass_names, read_recipe, write_recipe
+from onnxcompress.recipe_schema import recipe_schema
 from onnxcompress.runtime import cuda_devices
 
 DROP = "passes:\n- fold-bn\n- drop-blocks:\n    "
@@ -143,6 +144,24 @@ def test_what_is_written_reads_back_to_the_same(tmp_path: Path, monkeypatch: pyt
     assert "images: ../data/x.npz" in file.read_text()
     assert "steps" not in file.read_text()
     assert read_recipe("recipes/r.yaml") == recipe
+
+
+def test_a_variable_without_quotes_in_a_flow_mapping_is_told(tmp_path: Path) -> None:
+    file = tmp_path / "r.yaml"
+    file.write_text("passes:\n- drop-blocks: {blocks: ${n}}\n")
+    with pytest.raises(
+        OptionError, match=r"r.yaml:2: not valid YAML .*; within { } a variable wants quotes"
+    ):
+        read_recipe(file, {"n": "1"})
+
+
+def test_the_published_schema_is_that_of_the_passes(models: Path) -> None:
+    """If not: onnxcompress run --schema > models/recipe.schema.json"""
+    assert json.loads((models / "recipe.schema.json").read_text()) == json.loads(
+        json.dumps(recipe_schema())
+    )
+    for recipe in models.glob("*.yaml"):
+        assert recipe.read_text().startswith("# yaml-language-server: $schema=recipe.schema.json\n")
 
 
 def test_the_schema_accepts_and_refuses_what_the_reader_does(

@@ -6,6 +6,7 @@ import dataclasses
 import html
 import json
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -19,8 +20,9 @@ import numpy as np
 import pytest
 
 from onnxcompress.cli.main import main
+from onnxcompress.model import load, save
 from onnxcompress.report import LayerSize, Material, render, tell
-from onnxcompress.report.charts import Bars, Point, Scatter, svgs
+from onnxcompress.report.charts import Bars, Point, Scatter, elided_apart, svgs
 
 XHTML = "{http://www.w3.org/1999/xhtml}"
 HOSTILE = "</title><script>alert(1)</script>$x$ & \x00\"'-->"
@@ -107,7 +109,7 @@ def test_the_story_of_a_real_run(made: Made, pictures: Path) -> None:
     (order,) = (s["measured"]["order"] for s in made.account["steps"] if s["pass"] == "drop-blocks")
     assert f"1 of 7 blocks were dropped: {order[0]}." in text
     assert made.account["provenance"][2]["input_sha256"] in text
-    assert f"-D images={pictures} -D blocks=1" in text
+    assert f"-D images={pictures} \\ -D blocks=1 \\ -D steps=0" in text
     assert re.search(r"Top-1 accuracy goes from \d\d\.\d\d % .* on 40 images that the gates judge by", text)
 
 
@@ -285,14 +287,85 @@ def test_every_command(name: str, models: Path, pictures: Path, tmp_path: Path) 
 
 @pytest.mark.usefixtures("quick")
 def test_images_that_a_pass_made_are_shown_once(models: Path, tmp_path: Path) -> None:
-    """A kept result has none: the report of the second run is without, and is written all the same."""
+    """The cache keeps them: the report of a run that took all from it is no poorer."""
     recipe, page = tmp_path / "r.yaml", tmp_path / "page.html"
     recipe.write_text("passes: [calibrate: {inputs: procedural, synthetic: 6, overwrite: true}]")
     argv = ["run", str(recipe), str(models / "resnet20-fashion.onnx"), str(tmp_path / "o.onnx"), "-q"]
     title = "What calibrate made for itself: procedural"
-    for shown in (True, False):
+    drawn = []
+    for _ in range(2):
         assert main([*argv, "--cache", str(tmp_path / "cache"), "--report", str(page)]) == 0
-        assert (title in titles(parse(page.read_text("utf-8")))) == shown
+        found = parse(page.read_text("utf-8"))
+        assert titles(found).count(title) == 1
+        drawn.append([e.get("src") for e in found.iter(f"{XHTML}img")])
+    assert drawn[0] == drawn[1]
+
+
+@pytest.mark.usefixtures("quick")
+def test_images_that_correct_bias_made_are_shown(models: Path, tmp_path: Path) -> None:
+    net, page, out = models / "resnet20-fashion.onnx", tmp_path / "page.html", tmp_path / "o.onnx"
+    model = load(net)
+    weight = next(n for n in model.graph.nodes if n.op == "Conv").inputs[1]
+    weight.values = np.round(weight.values * 8) / 8
+    save(model, tmp_path / "rounded.onnx")
+    argv = [
+        "correct-bias",
+        str(tmp_path / "rounded.onnx"),
+        str(out),
+        "--reference",
+        str(net),
+        "--report",
+        str(page),
+    ]
+    assert main([*argv, "--inputs", "procedural", "--synthetic", "6", "-q"]) == 0
+    text = page.read_text("utf-8")
+    assert "What correct-bias made for itself: procedural" in titles(parse(text))
+    assert "correct-bias learned from 6 procedural images (asked for; seed 0), preprocessed by" in text
+
+
+def test_layers_that_were_pruned_have_a_chart() -> None:
+    rows = [
+        {"name": n, "op": "Conv", "weight": n, "sparsity": 0.5, "snr_db": 9.0 + i}
+        for i, n in enumerate("ab")
+    ]
+    kept = {"name": "c", "op": "Conv", "weight": "c", "sparsity": 0.0}
+    step = {
+        "pass": "prune",
+        "options": {},
+        "changes": [],
+        "refusals": [],
+        "measured": {"layers": [kept, *rows]},
+    }
+    page = parse(render(tell(Material("prune", step))))
+    assert titles(page) == ["Signal to noise of each layer's output"]
+    assert "the more pruning costs there" in words(page)
+    cells = [[words(cell).replace("\u00a0", " ") for cell in row] for row in page.iter(f"{XHTML}tr")]
+    assert ["a", "50.0 %", "9.0 dB"] in cells
+
+
+def test_names_that_would_look_alike_are_told_apart() -> None:
+    names = [f"/blocks/blocks.{i}/shortcut/conv/Conv" for i in (3, 6)]
+    assert elided_apart([*names, "/fc"], 30) == [
+        "…/blocks.3/shortcut/conv/Conv",
+        "…/blocks.6/shortcut/conv/Conv",
+        "/fc",
+    ]
+    longer = [f"/{'x' * 30}/{i}{'y' * 30}" for i in "ab"]
+    shown = elided_apart(longer, 20)
+    assert len(set(shown)) == 2
+    assert max(map(len, shown)) <= 20
+
+
+def test_the_command_can_be_copied(tmp_path: Path) -> None:
+    argv = ["fold-bn", "my net.onnx", "-", "-v", "--max-size", "1", "--report", "r.html"]
+    text = render(tell(Material("fold-bn", {}, argv=argv)))
+    shell = "".join(e.text or "" for e in parse(text).iter(f"{XHTML}code"))
+    assert shlex.split(shell.replace("\\\n", " ")) == ["onnxcompress", *argv]
+    assert [line.strip(" \\") for line in shell.splitlines()][1:] == [
+        "-v",
+        "--max-size 1",
+        "--report r.html",
+    ]
 
 
 @pytest.mark.parametrize(("name", "said"), [("x.txt", "ends in .html"), ("no/x.html", "existing")])
@@ -386,6 +459,8 @@ def test_in_a_browser(width: int, dark: bool, made: Made, tmp_path: Path) -> Non
     (tmp_path / "page.html").write_text(made.text.replace("</body>", script), "utf-8")
     (tmp_path / "frame.html").write_text(FRAME.format(width=width), "utf-8")
     flags = ["--headless=new", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--dump-dom"]
+    flags += ["--no-first-run", "--disable-quic", "--disable-background-networking", "--disable-sync"]
+    flags += ["--disable-component-update"]
     flags += [
         f"--user-data-dir={tmp_path / 'profile'}",
         "--virtual-time-budget=4000",

@@ -32,13 +32,13 @@ def benchmark(
     Example: onnxcompress benchmark net.onnx fast.onnx --batch 1 --threads 2
     """
     from onnxcompress import latency
+    from onnxcompress.cli.console import progress
     from onnxcompress.sources import display_names
 
     names = display_names(models)
-    with options.waiting("timing", chosen):
-        timings = latency.benchmark(
-            dict(zip(names, models, strict=True)), tolerance=tolerance / 100, **chosen
-        )
+    with progress(lines=not as_json) as show:
+        chosen |= {"tolerance": tolerance / 100, "progress": show}
+        timings = latency.benchmark(dict(zip(names, models, strict=True)), **chosen)
     first = timings[names[0]]
     ratios = {name: latency.ratio(first, timings[name]) for name in names[1:]}
     options.warn_placements([(t.name, t.placement) for t in timings.values()])

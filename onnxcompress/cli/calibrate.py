@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from rich.console import Console
 
+from onnxcompress.cli.console import learned_from
 from onnxcompress.passing import PassResult
 
 SHOWN = 5
@@ -17,8 +18,8 @@ def show_calibrate(console: Console, result: PassResult) -> None:
         f"statistics of {measured['tensors']} tensors: {measured['estimated']} estimated, "
         f"{measured['kept']} kept as BatchNorm knows them"
     )
-    for used in measured["inputs"]:
-        console.print(f"estimated from {used['count']} {used['source']} ({used['why']})", markup=False)
+    for line in learned_from(measured["inputs"], "estimated"):
+        console.print(line, markup=False)
     agreement = measured["agreement"]
     if agreement is not None:
         console.print(

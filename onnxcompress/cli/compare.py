@@ -7,7 +7,8 @@
     difference  {max_abs, max_rel, output, per_output} of the outputs
     agreement   share of `inputs` with the same top-1 class
     inputs      what difference, agreement and top1 were taken on
-    gates       [{gate, limit, measured, passed, text}], one for each limit that was given
+    preprocess, preprocess_from    of images: the text, and option, model (its metadata) or default
+    gates       [{gate, limit, measured, passed, text, preprocess}], one for each limit that was given
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ from onnxcompress.errors import OptionError, TargetMissed
 
 if TYPE_CHECKING:
     from onnxcompress.compare import Comparison
+    from onnxcompress.inputs.images import ImageSet
+    from onnxcompress.inputs.preprocess import Choice
 
 
 @click.command(cls=SectionedCommand)
@@ -57,44 +60,59 @@ def compare(
              onnxcompress compare net.onnx fast.onnx --min-speedup 1.2 --max-size 5
     """
     from onnxcompress import compare as measure
-    from onnxcompress.cli.console import show_verdicts, stdout
+    from onnxcompress.cli.console import progress, show_verdicts, stdout
     from onnxcompress.gates import Gates
+    from onnxcompress.inputs.images import load_images
+    from onnxcompress.inputs.preprocess import choose
+    from onnxcompress.sources import metadata_of
     from onnxcompress.verdicts import Facts, judge, summary
 
     if images is None and (preprocess is not None or count is not None):
         raise OptionError("--preprocess and --count need --images")
     gates = Gates(images=images, **take_gates(chosen))
     gates.check(images="--images")
-    labels = gates.max_drop is not None
-    loaded = None
-    if images is not None:
-        loaded = options.read_images(images, preprocess, count, seed, labels=labels)
-    with options.waiting("comparing"):
-        found = measure.compare(a, b, images=loaded, tolerance=tolerance / 100, seed=seed, **chosen)
+    choice = choose(preprocess, metadata_of(a), a)
+    draw: dict[str, Any] = {
+        "preprocess": choice.preprocess,
+        "count": count,
+        "seed": seed,
+        "labels": gates.max_drop is not None,
+    }
+    with progress(lines=not as_json) as show:
+        loaded = None if images is None else load_images(images, progress=show, **draw)
+        chosen |= {"tolerance": tolerance / 100, "seed": seed, "progress": show}
+        found = measure.compare(a, b, images=loaded, **chosen)
     options.warn_placements([(s.name, s.timing.placement) for s in (found.a, found.b)])
-    verdicts = judge(gates.limits, Facts.of(found))
-    account = found.as_dict() | {"gates": [dataclasses.asdict(v) for v in verdicts]}
+    verdicts = judge(gates.limits, Facts.of(found, "" if loaded is None else str(choice)))
+    how = dict.fromkeys(choice.as_dict()) if loaded is None else choice.as_dict()
+    account = found.as_dict() | how | {"gates": [dataclasses.asdict(v) for v in verdicts]}
     if as_json:
         options.print_json(account)
     else:
-        _show(found)
+        _show(found, None if loaded is None else choice)
         show_verdicts(stdout(), verdicts)
-    if report:
-        from onnxcompress.report.gather import pictures
-
-        shown = [] if loaded is None else [pictures(f"Images of {images}", loaded)]
-        reporting.write_report(
-            report,
-            account,
-            [("reference", a), ("model", b), *([] if images is None else [("images", images)])],
-            compared=reporting.Compared(found),
-            pictures=shown,
-        )
+    _report(report, account, (a, b, images), reporting.Compared(found), loaded)
     if missed := summary(verdicts):
         raise TargetMissed(missed)
 
 
-def _show(found: Comparison) -> None:
+def _report(
+    path: str | None,
+    account: dict[str, Any],
+    files: tuple[str, str, str | None],
+    compared: reporting.Compared,
+    loaded: ImageSet | None,
+) -> None:
+    if path is None:
+        return
+    from onnxcompress.report.gather import pictures
+
+    shown = [] if loaded is None else [pictures(f"Images of {files[2]}", loaded)]
+    roles = [(r, f) for r, f in zip(("reference", "model", "images"), files, strict=True) if f is not None]
+    reporting.write_report(path, account, roles, compared=compared, pictures=shown)
+
+
+def _show(found: Comparison, choice: Choice | None) -> None:
     from onnxcompress.cli.benchmark import ratio_text
     from onnxcompress.cli.console import number, size, stdout, table
 
@@ -122,6 +140,8 @@ def _show(found: Comparison) -> None:
     )
     if found.agreement is not None:
         console.print(f"top-1 agreement: {found.agreement:.2%} on {found.inputs}", markup=False)
+    if choice is not None:
+        console.print(f"images are {choice}", markup=False)
 
 
 def _change(before: float, after: float) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,14 +13,11 @@ from rich.markup import escape
 from rich.progress import (
     BarColumn,
     Progress,
-    ProgressColumn,
-    Task,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
 from rich.table import Table
-from rich.text import Text
 
 from onnxcompress import passing
 from onnxcompress.units import number as number
@@ -32,22 +29,28 @@ SHOWN = 12
 
 
 def stdout() -> Console:
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console.width = max(console.width, 120)
-    return console
+    return _console(stderr=False)
 
 
 def stderr() -> Console:
-    return Console(stderr=True, highlight=False)
+    return _console(stderr=True)
+
+
+def _console(*, stderr: bool) -> Console:
+    """Where there is no terminal, lines are not broken: what reads them looks for whole ones."""
+    console = Console(stderr=stderr, highlight=False)
+    if not console.is_terminal:
+        console = Console(stderr=stderr, highlight=False, soft_wrap=True, width=max(console.width, 120))
+    return console
 
 
 @contextmanager
-def progress() -> Iterator[passing.Progress]:
-    """Progress bars with time left on standard error; a line a stage where it is no terminal."""
+def progress(*, lines: bool = True) -> Iterator[passing.Progress]:
+    """Progress bars with time left on standard error; where that is no terminal a line for each stage, or
+    without `lines` nothing. Bars are drawn once a second, so that they stay out of what is timed."""
     console = stderr()
     if not console.is_terminal or console.no_color:
-        yield _plain_progress(console)
+        yield _plain_progress(console) if lines else passing.silent
         return
     columns = (
         TextColumn("{task.description}"),
@@ -56,7 +59,7 @@ def progress() -> Iterator[passing.Progress]:
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=console, transient=True) as bars:
+    with Progress(*columns, console=console, transient=True, refresh_per_second=1) as bars:
         tasks: dict[str, Any] = {}
 
         def report(stage: str, done: int, total: int) -> None:
@@ -65,29 +68,6 @@ def progress() -> Iterator[passing.Progress]:
             bars.update(tasks[stage], completed=done, total=total)
 
         yield report
-
-
-class _TimeLeft(ProgressColumn):
-    """Of work that ends by the clock: `total` is its seconds."""
-
-    def render(self, task: Task) -> Text:
-        if task.total is None:
-            return Text("")
-        return Text(f"at most about {max(task.total - (task.elapsed or 0), 0):.0f} s left")
-
-
-@contextmanager
-def waiting(what: str, seconds: float | None = None) -> Iterator[None]:
-    """Time gone and, of work that ends after `seconds`, time left, on a terminal; once a second, so that
-    it stays out of what is timed."""
-    console = stderr()
-    if not console.is_terminal or console.no_color:
-        yield
-        return
-    columns = (TextColumn("{task.description}"), TimeElapsedColumn(), _TimeLeft())
-    with Progress(*columns, console=console, transient=True, refresh_per_second=1) as bars:
-        bars.add_task(what, total=seconds)
-        yield
 
 
 def _plain_progress(console: Console) -> passing.Progress:
@@ -152,11 +132,24 @@ def show_result(
             console.print(f"{count} × {what}", markup=False)
         if not result.changes:
             console.print("nothing to change")
+        for line in learned_from(result.measured.get("inputs", [])):
+            console.print(line, markup=False)
     if verbose:
         for change in result.changes:
             console.print(f"  {change.node}: {change.what}", markup=False)
     show_refusals(console, result.refusals, all=verbose)
     _show_difference(console, result.measured.get("difference"))
+
+
+def learned_from(inputs: Sequence[Mapping[str, Any]], verb: str = "learned") -> list[str]:
+    """A line for each source of a pass's inputs (`inputs.source.Used`)."""
+    from onnxcompress.inputs.preprocess import told
+
+    return [
+        f"{verb} from {used['count']} {used['source']} ({used['why']}), "
+        + told(used["preprocess"], used["preprocess_from"])
+        for used in inputs
+    ]
 
 
 def show_verdicts(console: Console, verdicts: list[Verdict]) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 from rich.console import Console
 
-from onnxcompress.cli.console import table
+from onnxcompress.cli.console import learned_from, table
 from onnxcompress.passing import PassResult
 
 
@@ -25,7 +25,7 @@ def show_drop_blocks(console: Console, result: PassResult) -> None:
     dropped = sum(bool(row["dropped"]) for row in measured.get("blocks", []))
     console.print(
         f"dropped {dropped} blocks; features matched at {measured['feature']!r}\n"
-        f"learned from {_inputs(measured)}",
+        + "\n".join(learned_from(measured["inputs"])),
         markup=False,
     )
     _show_latency(console, measured.get("latency"))
@@ -34,11 +34,6 @@ def show_drop_blocks(console: Console, result: PassResult) -> None:
         console.print(
             f"features on what it was tuned on: relative error {error**0.5:.3f} (root of the squares)"
         )
-
-
-def _inputs(measured: dict[str, Any]) -> str:
-    used = ", ".join(f"{u['count']} {u['source']} ({u['why']})" for u in measured["inputs"])
-    return f"{used}; {measured['preprocess']}" if "preprocess" in measured else used
 
 
 def _row(row: dict[str, Any], order: dict[str, int]) -> list[str]:

@@ -11,6 +11,7 @@ from onnxcompress.cli import options, reporting
 
 if TYPE_CHECKING:
     from onnxcompress.evaluate import Accuracy
+    from onnxcompress.inputs.preprocess import Choice
 
 
 @click.command()
@@ -40,13 +41,19 @@ def evaluate(
     Example: onnxcompress evaluate net.onnx --images val/ --preprocess imagenet
     """
     from onnxcompress import evaluate as measure
+    from onnxcompress.cli.console import progress
+    from onnxcompress.inputs.images import load_images
+    from onnxcompress.inputs.preprocess import choose
+    from onnxcompress.sources import metadata_of
 
-    loaded = options.read_images(images, preprocess, count, seed, labels=True)
-    with options.waiting(f"running {len(loaded)} images"):
-        accuracy = measure.evaluate(model, loaded, **chosen)
-    given = {"model": model, "images": images, "preprocess": str(loaded.preprocess)}
+    choice = choose(preprocess, metadata_of(model), model)
+    draw: dict[str, Any] = {"preprocess": choice.preprocess, "count": count, "seed": seed}
+    with progress(lines=not as_json) as show:
+        loaded = load_images(images, labels=True, progress=show, **draw)
+        accuracy = measure.evaluate(model, loaded, progress=show, **chosen)
+    given = {"model": model, "images": images, **choice.as_dict()}
     account = {**given, **asdict(accuracy), "top1_interval": list(accuracy.interval)}
-    options.print_json(account) if as_json else _show(model, images, accuracy)
+    options.print_json(account) if as_json else _show(model, images, choice, accuracy)
     if report:
         from onnxcompress.report.gather import pictures
 
@@ -54,7 +61,7 @@ def evaluate(
         reporting.write_report(report, account, files, pictures=[pictures(f"Images of {images}", loaded)])
 
 
-def _show(model: str, images: str, accuracy: Accuracy) -> None:
+def _show(model: str, images: str, choice: Choice, accuracy: Accuracy) -> None:
     from onnxcompress.cli.console import stdout, table
     from onnxcompress.sources import display_names
 
@@ -68,4 +75,6 @@ def _show(model: str, images: str, accuracy: Accuracy) -> None:
         f"{accuracy.seconds:.1f} s",
     ]
     columns = ["model", "top-1", "95 % interval", "top-5", "images", "took"]
-    stdout().print(table(f"accuracy on {images}, {accuracy.provider}", columns, [row]))
+    console = stdout()
+    console.print(table(f"accuracy on {images}, {accuracy.provider}", columns, [row]))
+    console.print(f"images are {choice}", markup=False)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -14,8 +15,9 @@ from onnxcompress.cli.options import print_json
 from onnxcompress.cli.passes import check_external, check_target
 from onnxcompress.cli.reporting import write_job_report
 from onnxcompress.cli.streams import Files, opened
-from onnxcompress.errors import CompressError, ModelError, OptionError, TargetMissed
-from onnxcompress.gates import Gates
+from onnxcompress.errors import CompressError, ModelError, OptionError, TargetMissed, require
+from onnxcompress.gates import Baseline, Gates
+from onnxcompress.passing import Progress, silent
 from onnxcompress.pipeline import Pipeline, Run
 from onnxcompress.verdicts import Verdict, judge, summary
 
@@ -44,6 +46,8 @@ class Job:
     verbose: bool = False
     dry_run: bool = False
     report: str | None = None
+    recipe: str | None = None
+    """The file that the chain is of."""
 
 
 @dataclass(frozen=True)
@@ -70,28 +74,36 @@ def execute(job: Job) -> None:
     if job.quiet and job.verbose:
         raise OptionError("--quiet and --verbose: give one of them")
     job.chain.check()
+    if job.verify:
+        require("comparing the outputs (or say --no-verify)", "onnxruntime")
     with opened(job.source, job.target, as_json=job.as_json) as files:
         model = _load(files)
-        baseline = job.gates.prepare(files.source)
-        if job.dry_run:
+        with _progress(job) as show:
+            baseline = job.gates.prepare(files.source, show)
+            outcome = None if job.dry_run else _work(job, files, model, baseline, show)
+        if outcome is None:
             _preview(job, files, model)
             return
-        run = _apply(job, model)
-        from onnxcompress.model import save
-        from onnxcompress.sources import model_bytes
-
-        save(run.model, files.target)
-        if job.verify:
-            run.steps[-1].result.measured["difference"] = _difference(files)
-        verdicts = judge(job.gates.limits, job.gates.measure(baseline, files.target))
-        sizes = model_bytes(files.source), model_bytes(files.target)
-        outcome = Outcome(run, files, verdicts, sizes)
         _tell(job, outcome)
         files.send()
         write_job_report(job, outcome)
-    missed = [str(s.result.measured.get("target_missed", "")) for s in run.steps] + [summary(verdicts)]
+    steps = outcome.run.steps
+    missed = [str(s.result.measured.get("target_missed", "")) for s in steps] + [summary(outcome.verdicts)]
     if any(missed):
         raise TargetMissed("; ".join(filter(None, missed)))
+
+
+def _work(job: Job, files: Files, model: Model, baseline: Baseline, show: Progress) -> Outcome:
+    """Apply, write, compare, judge."""
+    run = job.chain.run(model, show, cache=job.cache)
+    from onnxcompress.model import save
+    from onnxcompress.sources import model_bytes
+
+    save(run.model, files.target)
+    if job.verify:
+        run.steps[-1].result.measured["difference"] = _difference(files)
+    verdicts = judge(job.gates.limits, job.gates.measure(baseline, files.target, show))
+    return Outcome(run, files, verdicts, (model_bytes(files.source), model_bytes(files.target)))
 
 
 def _load(files: Files) -> Model:
@@ -110,13 +122,12 @@ def _load(files: Files) -> Model:
     return model
 
 
-def _apply(job: Job, model: Model) -> Run:
-    if job.quiet or job.as_json:
-        return job.chain.run(model, cache=job.cache)
+def _progress(job: Job) -> AbstractContextManager[Progress]:
+    if job.quiet:
+        return nullcontext(silent)
     from onnxcompress.cli.console import progress
 
-    with progress() as report:
-        return job.chain.run(model, report, cache=job.cache)
+    return progress(lines=not job.as_json)
 
 
 def _difference(files: Files) -> dict[str, float | str]:
@@ -145,6 +156,8 @@ def _tell(job: Job, found: Outcome) -> None:
             console.print(f"\n[bold]{number}. {step.pass_.name}[/] ({took})")
         show_result(console, step.pass_, step.result, verbose=job.verbose)
     show_verdicts(console, found.verdicts)
+    for how in dict.fromkeys(one.preprocess for one in found.verdicts if one.preprocess):
+        console.print(f"images of the gates are {how}", markup=False)
     before, after = found.bytes
     files = found.files
     console.print(

@@ -20,7 +20,7 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     "evaluate": ("Look", "evaluate", "Measure top-1 and top-5 accuracy on labelled images."),
     "sensitivity": ("Look", "sensitivity", "Measure what each layer costs at given bits or sparsity."),
     "compare": ("Look", "compare", "Compare two models: size, latency, outputs, agreement."),
-    "guide": ("Read", "guide", "Show a short guide: faster, quantize, ci, terminal, python."),
+    "guide": ("Read", "guide", "Show a short guide: faster, quantize, ci, terminal, python, json."),
     "synthesize": ("Make", "synthesize", "Make images from what the file knows, or from nothing."),
 }
 """Name -> (group in the help, module in onnxcompress.cli with a function of that name, summary)."""
@@ -57,8 +57,8 @@ class LazyGroup(click.Group):
             from difflib import get_close_matches
 
             near = get_close_matches(args[0], self.list_commands(ctx), n=1)
-            hint = f"Did you mean {near[0]!r}?" if near else "See 'onnxcompress --help'."
-            raise click.UsageError(f"No such command {args[0]!r}. {hint}", ctx) from error
+            hint = f" Did you mean {near[0]!r}?" if near else ""
+            raise click.UsageError(f"No such command {args[0]!r}.{hint}", ctx) from error
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Change a model (IN OUT)"):
@@ -92,8 +92,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code: 0, 1 error, 2 usage, 3 target missed, 130 interrupted."""
     try:
         cli.main(args=argv, prog_name="onnxcompress", standalone_mode=False, obj=argv and list(argv))
-    except click.ClickException as error:
+    except click.exceptions.NoArgsIsHelpError as error:
         error.show()
+        return error.exit_code
+    except click.ClickException as error:
+        click.echo(f"error: {error.format_message()}{_hint(error)}", err=True)
         return error.exit_code
     except (click.Abort, KeyboardInterrupt):
         click.echo("interrupted", err=True)
@@ -104,10 +107,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     except CompressError as error:
         click.echo(f"error: {error}", err=True)
         return error.exit_code
+    except ImportError as error:
+        click.echo(f"error: {error}; install what is missing, or onnxcompress anew", err=True)
+        return 1
     except MemoryError:
         click.echo("error: out of memory; try a smaller --batch or fewer images", err=True)
         return 1
     return 0
+
+
+def _hint(error: click.ClickException) -> str:
+    """Where to read on after a wrong usage, unless the message says what to write."""
+    context = getattr(error, "ctx", None)
+    if context is None or "id you mean" in error.format_message():
+        return ""
+    return f" See '{context.command_path} --help'."
 
 
 if __name__ == "__main__":

@@ -5,28 +5,22 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import click
 
 from onnxcompress.errors import OptionError
-
-if TYPE_CHECKING:
-    from onnxcompress.inputs.images import ImageSet
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 Decorator = Callable[[Command], Command]
 
 FILE = click.Path(readable=False)
 """Any text, which a shell completes as a file's name."""
-SECONDS, WARM_UP = 10.0, 3.0
-"""As `onnxcompress.latency.benchmark` has them, which the help need not load."""
-DEFAULT_PREPROCESS = "unit"
 PREPROCESS_HELP = (
     "A preset (imagenet, imagenet-inception, cifar10, fashion-mnist, unit, raw), or pairs such as "
     '"mean=0.485,0.456,0.406 std=0.229,0.224,0.225 size=224 layout=nchw", on pixels/255. Further keys: '
-    "resize (short side | stretch | none), channels, order (rgb | bgr), scale, filter."
+    "resize (short side | stretch | none), channels, order (rgb | bgr), scale, filter.  [default: what the "
+    "model's metadata has under `preprocessing`, else unit]"
 )
 
 
@@ -115,29 +109,6 @@ def parse_shape(text: str) -> tuple[str, tuple[int, ...]]:
     if not equals or not name or not shape or min(shape) < 1:
         raise OptionError(f"--shape {text!r}: expected NAME=DIMS, such as input=1x3x224x224")
     return name, shape
-
-
-def read_images(
-    path: str, preprocess: str | None, count: int | None, seed: int, *, labels: bool = False
-) -> ImageSet:
-    """Load what --images, --preprocess and --count name; says on stderr what it assumes."""
-    from onnxcompress.inputs.images import load_images
-    from onnxcompress.inputs.preprocess import Preprocess
-
-    if preprocess is None:
-        click.echo("note: no --preprocess; pixels/255, no mean and std", err=True)
-    parsed = Preprocess.parse(preprocess or DEFAULT_PREPROCESS)
-    return load_images(path, preprocess=parsed, count=count, seed=seed, labels=labels)
-
-
-def waiting(what: str, chosen: dict[str, Any] | None = None) -> AbstractContextManager[None]:
-    """A sign of life on a terminal; with the options of `timing`, the time that is left at most."""
-    from onnxcompress.cli.console import waiting
-
-    seconds = None
-    if chosen is not None and (chosen["runs"] is None or chosen["seconds"] is not None):
-        seconds = WARM_UP + (chosen["seconds"] or SECONDS)
-    return waiting(what, seconds)
 
 
 def print_json(value: dict[str, Any]) -> None:

@@ -6,7 +6,7 @@
     changes             [{node, what}]
     refusals            [{node, rule, remedy}]
     measured            figures of the pass, by name; `difference` of the outputs where they were compared
-    gates               [{gate, limit, measured, passed, text}], one for each limit that was given
+    gates               [{gate, limit, measured, passed, text, preprocess}], one for each limit given
     provenance          all passes so far, oldest first
 """
 
@@ -27,6 +27,7 @@ from onnxcompress.cli.options import FILE
 from onnxcompress.cli.reporting import report_option
 from onnxcompress.errors import ModelError
 from onnxcompress.passes import load_pass
+from onnxcompress.passing import is_required
 
 if typing.TYPE_CHECKING:
     from onnxcompress.model import Model
@@ -85,9 +86,11 @@ def running_options() -> list[click.Option]:
 def _option(field: dataclasses.Field[Any], hint: Any) -> click.Option:
     names = ["--" + field.name.replace("_", "-"), field.name]
     default = None if field.default is dataclasses.MISSING else field.default
+    if field.default_factory is not dataclasses.MISSING:
+        default = field.default_factory()
     common: dict[str, Any] = {
         "help": field.metadata.get("help", ""),
-        "default": default,
+        **({"required": True} if is_required(field) else {"default": default}),
         "show_default": isinstance(default, int | float | str) and default is not False,
     }
     if field.metadata.get("metavar"):
@@ -98,7 +101,9 @@ def _option(field: dataclasses.Field[Any], hint: Any) -> click.Option:
         flag = [f"{names[0]}/{off}", field.name] if default else names
         return click.Option(flag, is_flag=True, **common)
     if typing.get_origin(inner) is tuple:
-        return click.Option(names, type=str, callback=_split, **common | {"default": ""})
+        if default is not None:
+            common["default"] = ",".join(default)
+        return click.Option(names, type=str, callback=_split, **common)
     return click.Option(names, type=FILE if field.metadata.get("file") else option_type(hint), **common)
 
 
@@ -119,7 +124,7 @@ def _inner(hint: Any) -> tuple[Any, bool]:
 
 
 def _split(context: click.Context, parameter: click.Parameter, value: str) -> tuple[str, ...]:
-    return tuple(part.strip() for part in value.split(",") if part.strip())
+    return tuple(part.strip() for part in (value or "").split(",") if part.strip())
 
 
 def check_target(source: Path, target: Path) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 from rich.console import Console
 
-from onnxcompress.cli.console import table
+from onnxcompress.cli.console import learned_from, table
 from onnxcompress.passing import PassResult
 
 SHOWN = 12
@@ -24,8 +24,8 @@ def show_quantize(console: Console, result: PassResult) -> None:
     title = f"Layers with the most noise ({len(worst)} of {len(rows)}; all with --json)"
     columns = ["layer", "weight", "input", "input range", "signal to noise"]
     console.print(table(title, columns, [_row(row) for row in worst]))
-    for used in measured["inputs"]:
-        console.print(f"learned from {used['count']} {used['source']} ({used['why']})", markup=False)
+    for line in learned_from(measured["inputs"]):
+        console.print(line, markup=False)
     if "budget" in measured:
         _show_budget(console, measured["budget"])
     _show_runtime(console, measured["runtime"])

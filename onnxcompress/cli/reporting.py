@@ -130,10 +130,14 @@ def write_job_report(job: Job, found: Outcome) -> None:
     learned = _learned(found.run.steps, files.source)
     roles: list[tuple[str, str | os.PathLike[str]]] = [("input", files.source), ("output", files.target)]
     named = {"input": files.source_name, "output": files.target_name}
+    read = [("recipe", job.recipe), ("gate images", job.gates.images)]
     for step in found.run.steps:
-        for key, value in step.pass_.options().items():
-            if key in ("images", "reference", "scores") and value and (key, value) not in roles:
-                roles.append((key, value))
+        read += [
+            (f.name, getattr(step.pass_, f.name))
+            for f in dataclasses.fields(step.pass_)
+            if f.metadata.get("file")
+        ]
+    roles += [(role, path) for role, path in dict.fromkeys(read) if path]
     from onnxcompress.report.gather import pictures
 
     write_report(
@@ -183,7 +187,7 @@ def _compare(job: Job, found: Outcome, images: ImageSet | None) -> Comparison:
 
 
 def _learned(steps: Sequence[Step], source: Path) -> list[tuple[str, ImageSet]]:
-    """What passes learned from: title, images; each set once, without those made by a pass in the cache."""
+    """What passes learned from: title, images; each set once."""
     found: list[tuple[str, ImageSet]] = []
     files: set[tuple[Any, ...]] = set()
     for step in steps:
@@ -204,11 +208,11 @@ def _load(
     path: str, preprocess: str | None, source: Path, count: int | None = None, seed: int = 0
 ) -> ImageSet | None:
     from onnxcompress.inputs.images import load_images
-    from onnxcompress.inputs.preprocess import Preprocess
-    from onnxcompress.sources import as_model
+    from onnxcompress.inputs.preprocess import choose
+    from onnxcompress.sources import metadata_of
 
-    text = preprocess or as_model(source).metadata.get("preprocessing") or "unit"
     try:
-        return load_images(path, preprocess=Preprocess.parse(text), count=count, seed=seed)
+        how = choose(preprocess, metadata_of(source)).preprocess
+        return load_images(path, preprocess=how, count=count, seed=seed)
     except CompressError:  # gone since the pass ran, which kept its result
         return None

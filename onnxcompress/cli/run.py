@@ -6,7 +6,7 @@
     steps       [{pass, options, changes, refusals, measured, seconds, cached}]; as of a pass's own command,
                 `seconds` of the run that made it, `cached` where that was an earlier one
     bytes       {before, after}
-    gates       [{gate, limit, measured, passed, text}], one for each limit that was given
+    gates       [{gate, limit, measured, passed, text, preprocess}], one for each limit that was given
     provenance  all passes so far, oldest first
 
 and with --dry-run {dry_run, steps: [{pass, options, cached}], gates: {name: limit}}.
@@ -37,7 +37,7 @@ CACHE_VARIABLE = "ONNXCOMPRESS_CACHE"
 def _print_schema(context: click.Context, parameter: click.Parameter, value: bool) -> None:
     if not value:
         return
-    from onnxcompress.recipe import recipe_schema
+    from onnxcompress.recipe_schema import recipe_schema
 
     print_json(recipe_schema())
     context.exit()
@@ -97,7 +97,8 @@ def _run(
     def account(found: Outcome) -> dict[str, Any]:
         return _account(recipe, found)
 
-    execute(Job(source, target, Pipeline(read.passes), gates, account=account, cache=kept, **options))
+    chain = Pipeline(read.passes)
+    execute(Job(source, target, chain, gates, account, cache=kept, recipe=recipe, **options))
 
 
 def _cache(folder: str | None) -> Cache | None:

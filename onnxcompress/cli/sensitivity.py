@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +13,6 @@ from onnxcompress.errors import ModelError, OptionError, RuntimeUnavailable
 from onnxcompress.inputs.source import SOURCES, InputRequest
 
 if TYPE_CHECKING:
-    from onnxcompress.passing import Progress
     from onnxcompress.sensitivity import Row, Sensitivity
 
 IMAGES = 96
@@ -130,10 +128,11 @@ def sensitivity(
     target = None if plot is None else _target(Path(source), plot)
     model = load(source)
     from onnxcompress import sensitivity as core
+    from onnxcompress.cli.console import progress
 
     request = InputRequest(images, preprocess, count, inputs, synthetic, seed)
     start = time.perf_counter()
-    with _progress(as_json) as progress:
+    with progress(lines=not as_json) as show:
         found = core.sensitivity(
             model,
             request,
@@ -144,7 +143,7 @@ def sensitivity(
             reconstruct=chosen["reconstruct"],
             stretch=chosen["stretch"],
             workers=chosen["workers"],
-            progress=progress,
+            progress=show,
         )
     seconds = time.perf_counter() - start
     if target is not None:
@@ -156,13 +155,6 @@ def sensitivity(
     account = {**facts, **core.account(found, model.digest())}
     options.print_json(account) if as_json else _show(found, seconds, target)
     reporting.write_report(report, account, [("model", source)])
-
-
-def _progress(as_json: bool) -> AbstractContextManager[Progress]:
-    from onnxcompress.cli.console import progress
-    from onnxcompress.passing import silent
-
-    return nullcontext(silent) if as_json else progress()
 
 
 def _target(source: Path, text: str) -> Path:

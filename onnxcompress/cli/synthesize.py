@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -14,6 +13,7 @@ from onnxcompress.errors import OptionError
 
 if TYPE_CHECKING:
     from onnxcompress.inputs.images import ImageSet
+    from onnxcompress.inputs.preprocess import Choice
     from onnxcompress.model import Model
     from onnxcompress.passing import Progress
 
@@ -69,21 +69,22 @@ def synthesize(
     \b
     Example: onnxcompress synthesize net.onnx images.npz --count 500 --preprocess imagenet
     """
-    from onnxcompress.inputs.preprocess import Preprocess
+    from onnxcompress.cli.console import progress
+    from onnxcompress.inputs.preprocess import choose
     from onnxcompress.inputs.source import best_kind
 
     files = _files(Path(target), sheet, no_sheet)
-    Preprocess.parse(preprocess or "unit")  # what is wrong with it is said before the work
     model = _load(Path(source), files)
+    choice = choose(preprocess, model.metadata, source)
     kind, why = (kind, "asked for") if kind else best_kind(model)
     device = _device(model, kind, device)
     start = time.perf_counter()
-    with _progress(as_json) as progress:
-        images = _make(model, kind, count, preprocess, seed, device, progress)
+    with progress(lines=not as_json) as show:
+        images = _make(model, kind, count, choice, seed, device, show)
     _write(files, images, kind, seed)
     asked = {"model": source, "kind": kind, "why": why, "count": count, "seed": seed, "device": device}
     written = {"output": str(files[0]), "sheet": str(files[1]) if len(files) > 1 else None}
-    made = {"shape": list(images.x.shape[1:]), "preprocess": str(images.preprocess)}
+    made = {"shape": list(images.x.shape[1:]), **choice.as_dict(), "preprocess": str(images.preprocess)}
     account = {**asked, **written, **made, "seconds": time.perf_counter() - start}
     options.print_json(account) if as_json else _show(account)
     if report:
@@ -121,13 +122,6 @@ def _device(model: Model, kind: str, name: str) -> str:
     return pick_device(name)
 
 
-def _progress(as_json: bool) -> AbstractContextManager[Progress]:
-    from onnxcompress.cli.console import progress
-    from onnxcompress.passing import silent
-
-    return nullcontext(silent) if as_json else progress()
-
-
 def _files(target: Path, sheet: str | None, no_sheet: bool) -> list[Path]:
     """OUT.npz and, unless it is not wanted, the contact sheet. Raises OptionError."""
     if target.suffix.lower() != ".npz":
@@ -143,18 +137,15 @@ def _files(target: Path, sheet: str | None, no_sheet: bool) -> list[Path]:
 
 
 def _make(
-    model: Model, kind: str, count: int, text: str | None, seed: int, device: str, progress: Progress
+    model: Model, kind: str, count: int, choice: Choice, seed: int, device: str, progress: Progress
 ) -> ImageSet:
-    from onnxcompress.inputs.preprocess import Preprocess
     from onnxcompress.inputs.source import STANDARDIZED, synthetic_images
 
-    text = text or model.metadata.get("preprocessing")
-    if text is None:
+    if choice.said is None:
         click.echo(
             f"note: no --preprocess, and none in the model's metadata; taken to be {STANDARDIZED}", err=True
         )
-    preprocess = Preprocess.parse(text) if text else None
-    return synthetic_images(model, kind, count, preprocess, seed, device=device, progress=progress)
+    return synthetic_images(model, kind, count, choice.said, seed, device=device, progress=progress)
 
 
 def _write(files: list[Path], images: ImageSet, kind: str, seed: int) -> None:

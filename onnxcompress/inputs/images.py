@@ -23,6 +23,7 @@ from PIL import Image
 from onnxcompress.errors import InputError, OptionError
 from onnxcompress.inputs.pixels import decode, fit
 from onnxcompress.inputs.preprocess import Preprocess
+from onnxcompress.passing import Progress, silent
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".pgm")
 DECODERS = 2
@@ -77,6 +78,7 @@ def load_images(
     count: int | None = None,
     seed: int = 0,
     labels: bool = False,
+    progress: Progress = silent,
 ) -> ImageSet:
     """Load all images, or `count` of them drawn with `seed` (as many of each class as can be).
 
@@ -87,7 +89,7 @@ def load_images(
         raise OptionError(f"count: {count}; expected 1 or more")
     source = Path(path)
     if source.is_dir():
-        images = _load_folder(source, preprocess, count, seed, labels)
+        images = _load_folder(source, preprocess, count, seed, labels, progress)
     elif source.suffix.lower() == ".npz" and source.is_file():
         images = _load_npz(source, preprocess, count, seed, labels)
     else:
@@ -138,7 +140,7 @@ def _advice(shape: Sequence[int | str | None], images: ImageSet) -> str:
 
 
 def _load_folder(
-    folder: Path, preprocess: Preprocess, count: int | None, seed: int, labels: bool
+    folder: Path, preprocess: Preprocess, count: int | None, seed: int, labels: bool, progress: Progress
 ) -> ImageSet:
     files = _image_files(folder)
     if not files:
@@ -148,7 +150,10 @@ def _load_folder(
     files = [files[i] for i in chosen]
     with warnings.catch_warnings(), ThreadPoolExecutor(DECODERS) as pool:
         warnings.simplefilter("error", Image.DecompressionBombWarning)
-        decoded = list(pool.map(lambda file: decode(file, preprocess), files))
+        decoded = []
+        for image in pool.map(lambda file: decode(file, preprocess), files):
+            decoded.append(image)
+            progress(f"reading {folder}", len(decoded), len(files))
     channels = preprocess.channels or max(image.shape[2] for image in decoded)
     first = decoded[0].shape[:2]
     for file, image in zip(files, decoded, strict=True):

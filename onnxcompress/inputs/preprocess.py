@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -14,6 +15,8 @@ import numpy as np
 
 from onnxcompress.errors import OptionError
 
+PREPROCESSING = "preprocessing"
+"""Key in a model's metadata_props of a text that `Preprocess.parse` reads."""
 CROP_SHARE = 0.875
 """Side of the crop over the image's short side where `resize` is not given (224 of 256 on ImageNet)."""
 
@@ -98,6 +101,60 @@ PRESETS = {
     "fashion-mnist": Preprocess(mean=(0.2860,), std=(0.3530,), size=(28, 28)),
 }
 """`unit`: pixels / 255; `raw`: pixels from 0 to 255; the others by the name of their data set."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """How a command preprocesses, and who said so."""
+
+    said: Preprocess | None
+    """None: nobody did."""
+    source: str
+    """option, model (its metadata), or default."""
+
+    @property
+    def preprocess(self) -> Preprocess:
+        """For real images: `unit` where nobody said more."""
+        return self.said or PRESETS["unit"]
+
+    def as_dict(self) -> dict[str, str]:
+        """JSON values: preprocess, preprocess_from."""
+        return {"preprocess": str(self.preprocess), "preprocess_from": self.source}
+
+    def __str__(self) -> str:
+        """For a person: what is done to pixels, and who said so."""
+        return told(str(self.preprocess), self.source)
+
+
+_SOURCES = {
+    "option": "as asked for",
+    "model": "from the model's metadata",
+    "default": "the default: neither --preprocess nor the model's metadata says more",
+}
+
+
+def choose(given: str | None, metadata: Mapping[str, str], model: str = "the model") -> Choice:
+    """The rule of all commands: what the user says, else what the model's metadata has, else `unit`.
+
+    Raises OptionError for a text that cannot be read.
+    """
+    if given is not None:
+        return Choice(Preprocess.parse(given), "option")
+    text = metadata.get(PREPROCESSING)
+    if text is None:
+        return Choice(None, "default")
+    try:
+        return Choice(Preprocess.parse(text), "model")
+    except OptionError as error:
+        raise OptionError(
+            f"{model}: its metadata {PREPROCESSING!r} cannot be used ({error}); give --preprocess"
+        ) from error
+
+
+def told(text: str, source: str) -> str:
+    """For a person: what is done to pixels, and who said so."""
+    return f"preprocessed by {text} ({_SOURCES[source]})"
+
 
 _CHOICES = {"layout": ("nchw", "nhwc"), "order": ("rgb", "bgr"), "filter": ("bilinear", "bicubic")}
 

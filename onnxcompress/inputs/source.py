@@ -23,7 +23,7 @@ import numpy as np
 
 from onnxcompress.errors import ModelError, OptionError
 from onnxcompress.inputs.images import ImageSet, check_fits, load_images
-from onnxcompress.inputs.preprocess import Preprocess
+from onnxcompress.inputs.preprocess import Preprocess, choose
 from onnxcompress.model import Model
 from onnxcompress.passing import Progress, option, silent
 from onnxcompress.statistics import known_statistics
@@ -81,6 +81,10 @@ class Used:
     count: int
     seed: int
     why: str
+    preprocess: str = ""
+    """As `Preprocess` writes it."""
+    preprocess_from: str = "option"
+    """option, model (its metadata), or default."""
 
 
 @dataclass(frozen=True)
@@ -109,11 +113,6 @@ class Inputs:
     def shown(self) -> ImageSet:
         """Some of all sources, for a report."""
         return self.images.spread(SHOWN)
-
-    @property
-    def text(self) -> str:
-        """For a person: `500 distilled (no --images; the file knows the statistics of 55 tensors)`."""
-        return ", ".join(f"{s.count} {s.source} ({s.why})" for s in self.sources)
 
 
 def images_option() -> Any:
@@ -155,13 +154,18 @@ def gather_inputs(
     """
     request.check()
     name, shape = image_input(model)
-    text = request.preprocess or model.metadata.get("preprocessing")
+    choice = choose(request.preprocess, model.metadata, model.name)
     kind, why = request.inputs, "asked for"
     sources: list[Used] = []
     found: list[ImageSet] = []
     if request.images is not None:
-        preprocess = Preprocess.parse(text or "unit")
-        real = load_images(request.images, preprocess=preprocess, count=request.count, seed=request.seed)
+        real = load_images(
+            request.images,
+            preprocess=choice.preprocess,
+            count=request.count,
+            seed=request.seed,
+            progress=progress,
+        )
         check_fits(real, shape, name)
         found.append(real)
         sources.append(Used("images", len(real), request.seed, request.images))
@@ -172,14 +176,18 @@ def gather_inputs(
     if kind == "layerwise":
         _need_statistics(model, kind)
     if kind != "images":
-        preprocess_ = found[0].preprocess if found else Preprocess.parse(text) if text else None
+        how = found[0].preprocess if found else choice.said
         found.append(
             synthetic_images(
-                model, kind, request.synthetic, preprocess_, request.seed, device=device, progress=progress
+                model, kind, request.synthetic, how, request.seed, device=device, progress=progress
             )
         )
         sources.append(Used(kind, request.synthetic, request.seed, why))
-    return Inputs(joined(found), tuple(sources), kind == "layerwise")
+    told = [
+        replace(used, preprocess=str(images.preprocess), preprocess_from=choice.source)
+        for used, images in zip(sources, found, strict=True)
+    ]
+    return Inputs(joined(found), tuple(told), kind == "layerwise")
 
 
 def best_kind(model: Model) -> tuple[str, str]:

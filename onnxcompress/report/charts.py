@@ -172,7 +172,7 @@ class Intervals:
             axes.plot([low, high], [at + 0.18] * 2, color=colour, lw=2)
             axes.plot([value], [at + 0.18], "o", color=colour, ms=9)
         _rows(
-            axes, [f"{n}: {v:.4g} ({lo:.4g} to {hi:.4g})" for n, v, lo, hi in self.rows], True, above=0.22
+            axes, [f"{n}: {v:.2f} ({lo:.2f} to {hi:.2f})" for n, v, lo, hi in self.rows], True, above=0.22
         )
         low, high = min(r[2] for r in self.rows), max(r[3] for r in self.rows)
         margin = 0.08 * (high - low) or 1.0
@@ -200,6 +200,19 @@ def elided(text: str, longest: int) -> str:
         return text
     tail = (longest - 1) * 3 // 5
     return f"{text[: longest - 1 - tail]}…{text[-tail:]}"
+
+
+def elided_apart(names: Sequence[str], longest: int) -> list[str]:
+    """Names in `longest` characters; those that would look alike are shown from where they differ."""
+    shown = [elided(name, longest) for name in names]
+    for text in {text for text in shown if shown.count(text) > 1}:
+        alike = [at for at, one in enumerate(shown) if one == text]
+        columns = zip(*(names[at] for at in alike), strict=False)
+        first = next((at for at, letters in enumerate(columns) if len(set(letters)) > 1), 0)
+        for at in alike:
+            rest = names[at][max(names[at].rfind("/", 0, first), 0) :]
+            shown[at] = "…" + (rest if len(rest) < longest else rest[: longest - 2] + "…")
+    return shown
 
 
 def _axes(axes: Axes, x_label: str, y_label: str, *, grid: Any) -> None:
@@ -238,7 +251,7 @@ def _rows(axes: Axes, names: Sequence[str], narrow: bool, *, above: float) -> No
     """A row for each name, the first on top; names left of the rows, or above what is in them."""
     axes.set_ylim(len(names) - 0.5, -0.5)
     axes.spines["left"].set_visible(False)
-    shown = [elided(name, LONGEST[narrow]) for name in names]
+    shown = elided_apart(names, LONGEST[narrow])
     if not narrow:
         axes.set_yticks(range(len(names)), shown)
         axes.tick_params(axis="y", labelcolor=INK, pad=7)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from onnxcompress.inputs.preprocess import told
 from onnxcompress.report.charts import Bars
 from onnxcompress.report.material import Material
 from onnxcompress.report.measures import timings
@@ -123,7 +124,8 @@ def inputs(material: Material) -> Section | None:
         for used in sources:
             kind = "images" if used["source"] == "images" else f"{used['source']} images"
             text = f"{who} learned from {used['count']} {kind}"
-            parts.append(Prose(f"{text} ({used['why']}; seed {used['seed']})."))
+            how = f", {told(used['preprocess'], used['preprocess_from'])}" if "preprocess" in used else ""
+            parts.append(Prose(f"{text} ({used['why']}; seed {used['seed']}){how}."))
     if "kind" in material.account and "why" in material.account:
         a = material.account
         parts.append(Prose(f"{a['count']} {a['kind']} images ({a['why']}; seed {a['seed']})."))
@@ -133,11 +135,10 @@ def inputs(material: Material) -> Section | None:
 
 def repeat(material: Material) -> Section:
     """The command, the files by their digests, the software, the passes that made the model."""
-    command = shlex.join(["onnxcompress", *material.argv])
-    parts: list[Part] = [Prose("The same command on the same files:"), Code(command)]
+    parts: list[Part] = [Prose("The same command on the same files:"), Code(_command(material.argv))]
     if material.files:
         rows = [[f.role, f.name, size(f.bytes), f.sha256] for f in material.files]
-        parts.append(Table("Files", ["", "name", "size", "SHA-256"], rows, 4))
+        parts.append(Table("Files", ["role", "name", "size", "SHA-256"], rows, 4))
     provenance = material.account.get("provenance") or []
     if provenance:
         rows = [
@@ -152,6 +153,15 @@ def repeat(material: Material) -> Section:
     made = [("made", material.made)] if material.made else []
     parts.append(Terms([*_chosen(material), *timed, *material.environment.items(), *made]))
     return Section("repeat", "How to repeat it", parts)
+
+
+def _command(argv: Sequence[str]) -> str:
+    """As for a shell, a line for each option, so that none breaks in the middle."""
+    words = ["onnxcompress", *map(shlex.quote, argv)]
+    return "".join(
+        (" \\\n    " if at and raw.startswith("-") and len(raw) > 1 else " " if at else "") + word
+        for at, (raw, word) in enumerate(zip(["onnxcompress", *argv], words, strict=True))
+    )
 
 
 def _chosen(material: Material) -> list[tuple[str, str]]:

@@ -99,16 +99,19 @@ def _table(rows: Sequence[Mapping[str, Any]], order: Mapping[str, int]) -> Table
 
 
 def noise(material: Material) -> Section | None:
-    """How much each quantized layer suffers."""
+    """How much each layer suffers that was quantized or pruned."""
     parts: list[Part] = []
     for step in material.steps:
         rows = step["measured"].get("layers", [])
-        if isinstance(rows, list) and rows and "snr_db" in rows[0]:
-            parts += _noise(rows, step["measured"])
+        noisy = [r for r in rows if "snr_db" in r] if isinstance(rows, list) else []
+        if noisy:
+            parts += _noise(noisy, step["measured"])
     return Section("layers", "Sensitivity per layer", parts) if parts else None
 
 
 def _noise(rows: Sequence[Mapping[str, Any]], measured: Mapping[str, Any]) -> list[Part]:
+    quantized = "weight_bits" in rows[0]
+    what = "quantization" if quantized else "pruning"
     worst = min(rows, key=lambda r: float(r["snr_db"]))
     shown, note = list(rows), ""
     if len(rows) > DRAWN:
@@ -119,15 +122,16 @@ def _noise(rows: Sequence[Mapping[str, Any]], measured: Mapping[str, Any]) -> li
         f"{name}: {db:.1f} dB" for name, db in measured.get("output_snr_db", {}).items() if db is not None
     )
     finding = (
-        f"The shorter the bar, the more quantization costs there; 20 dB is noise of a tenth of the signal. "
+        f"The shorter the bar, the more {what} costs there; 20 dB is noise of a tenth of the signal. "
         f"{worst['name']} suffers most ({worst['snr_db']:.1f} dB).{note}"
         + (f" What is left at the outputs: {outputs}." if outputs else "")
     )
     bars = Bars(
         [(str(r["name"]), [float(r["snr_db"])]) for r in shown], "signal to noise of the output, dB"
     )
-    columns = ["layer", "weight", "input", "input range", "signal to noise"]
-    table = Table("Quantized layers, in the network's order", columns, [_layer(r) for r in rows], 1)
+    columns = ["layer", "weight", "input", "input range"] if quantized else ["layer", "zeros"]
+    cells = [[*(_quantized(r) if quantized else _pruned(r)), f"{r['snr_db']:.1f} dB"] for r in rows]
+    table = Table("Layers, in the network's order", [*columns, "signal to noise"], cells, 1)
     return [
         Plot("Signal to noise of each layer's output", finding, bars),
         Fold(f"All {len(rows)} layers", [table]),
@@ -135,14 +139,17 @@ def _noise(rows: Sequence[Mapping[str, Any]], measured: Mapping[str, Any]) -> li
     ]
 
 
-def _layer(row: Mapping[str, Any]) -> list[str]:
+def _pruned(row: Mapping[str, Any]) -> list[str]:
+    return [str(row["name"]), percent(row["sparsity"], 1)]
+
+
+def _quantized(row: Mapping[str, Any]) -> list[str]:
     span = row.get("input_range")
     return [
         str(row["name"]),
         f"{row['weight_bits']} bits",
         f"{row['input_bits']} bits" if row["input_bits"] else "float",
         "–" if span is None else f"{span[0]:.3g} to {span[1]:.3g}",
-        f"{row['snr_db']:.1f} dB",
     ]
 
 

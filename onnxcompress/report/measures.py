@@ -6,10 +6,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from onnxcompress.evaluate import Accuracy
+from onnxcompress.inputs.preprocess import told
 from onnxcompress.report.charts import Intervals, Spread
 from onnxcompress.report.material import Material
 from onnxcompress.report.parts import Part, Plot, Prose, Section, Table, Terms
-from onnxcompress.units import milliseconds, percent, points
+from onnxcompress.units import device, milliseconds, percent, points
 
 
 def latency(material: Material) -> Section | None:
@@ -20,9 +21,8 @@ def latency(material: Material) -> Section | None:
     rows = [[str(t["name"]), *(f"{t[k]:.3f}" for k in _TIMES), f"{t['throughput']:.1f}"] for t in found]
     columns = ["model", "median, ms", "mean", "fastest", "90 %", "99 %", "images a second"]
     first = found[0]
-    where = (
-        f"onnxruntime on {first['provider']}, batch {first['batch']}, {first['runs']} runs of each model"
-    )
+    runs = f"batch {first['batch']}, {first['runs']} runs of each model"
+    where = f"onnxruntime on {device(first['provider'])}, {runs}"
     parts: list[Part] = []
     if material.samples:
         chart = Spread(list(material.samples.items()), "milliseconds a run")
@@ -114,12 +114,12 @@ def _accuracies(material: Material) -> list[tuple[str, float, float, float]]:
 
 
 def _evaluated(account: Mapping[str, Any]) -> list[tuple[str, str]]:
+    how = told(account["preprocess"], account["preprocess_from"])
     return [
         ("top-1", percent(account["top1"])),
         ("top-5", percent(account["top5"])),
-        ("images", f"{account['count']} of {account['images']}"),
-        ("preprocess", str(account["preprocess"])),
-        ("took", f"{account['seconds']:.1f} s on {account['provider']}"),
+        ("images", f"{account['count']} of {account['images']}, {how}"),
+        ("took", f"{account['seconds']:.1f} s on {device(account['provider'])}"),
     ]
 
 

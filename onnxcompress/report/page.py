@@ -21,6 +21,7 @@ from onnxcompress.report.parts import Story
 from onnxcompress.storage import write_files
 
 _UNIT = re.compile(r"(?<=\d) (?=(?:%|ms|B|kB|MB|GB|dB|points|pixels)(?!\w))")
+_DIGEST = re.compile("[0-9a-f]{64}")
 _NOT_XML = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\ud800-\udfff\ufffe\uffff]")
 
 
@@ -31,6 +32,7 @@ def render(story: Story) -> str:
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters["joined"] = lambda text: _UNIT.sub("\u00a0", text)  # a unit stays at its number
+    environment.tests["digest"] = lambda text: bool(_DIGEST.fullmatch(text))
     template = environment.from_string(folder.joinpath("page.html").read_text("utf-8"))
     style = Markup(folder.joinpath("page.css").read_text("utf-8"))  # its own text, no user's
     numbers: dict[str, int] = {}

@@ -7,8 +7,8 @@ from typing import Any
 
 from onnxcompress.report import facts, layers, measures, steps
 from onnxcompress.report.material import Material
-from onnxcompress.report.parts import Section, Story, Table, Tile
-from onnxcompress.units import milliseconds, number, percent, points, size
+from onnxcompress.report.parts import Prose, Section, Story, Table, Tile
+from onnxcompress.units import device, milliseconds, number, percent, points, size
 
 _SECTIONS = (
     facts.model,
@@ -102,7 +102,7 @@ def _speed(found: Mapping[str, Any]) -> str:
     r, a, b = found["latency"], found["a"]["timing"], found["b"]["timing"]
     images = "an image" if b["batch"] == 1 else f"a batch of {b['batch']}"
     before, after = milliseconds(a["median_ms"]), milliseconds(b["median_ms"])
-    times = f"{before} → {after} {images} in onnxruntime on {b['provider']}"
+    times = f"{before} → {after} {images} in onnxruntime on {device(b['provider'])}"
     faster = f"{1 / r['value']:.2f} times as fast (95 % interval {1 / r['high']:.2f} to {1 / r['low']:.2f})"
     if r["low"] <= 1 <= r["high"]:
         return f"No difference in speed can be told: {faster}, {times}."
@@ -135,9 +135,8 @@ def _smaller(before: int, after: int) -> str:
 def _benchmarked(account: Mapping[str, Any]) -> list[str]:
     models = account["models"]
     fastest = min(models, key=lambda m: float(m["median_ms"]))
-    lines = [
-        f"{fastest['name']}: {milliseconds(fastest['median_ms'])} at the median on {fastest['provider']}"
-    ]
+    where = device(fastest["provider"])
+    lines = [f"{fastest['name']}: {milliseconds(fastest['median_ms'])} at the median on {where}"]
     if len(models) == 1:
         return [f"{lines[0]}, {fastest['throughput']:.4g} images a second."]
     lines[0] += f", the fastest of {len(models)}."
@@ -178,4 +177,6 @@ def _with_gates(material: Material, sections: list[Section]) -> list[Section]:
     ]
     marked = frozenset(i for i, g in enumerate(gates) if not g["passed"])
     table = Table("What the result had to keep", ["gate", "verdict", "measured"], rows, 3, marked, "missed")
-    return [Section("gates", "Gates", [table]), *sections]
+    judged = dict.fromkeys(g["preprocess"] for g in gates if g["preprocess"])
+    notes = [Prose(f"Images of the gates are {how}.", "quiet") for how in judged]
+    return [Section("gates", "Gates", [table, *notes]), *sections]

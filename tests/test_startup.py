@@ -1,0 +1,92 @@
+"""What a command loads, how fast it starts, and what it says where a package is not there."""
+
+from __future__ import annotations
+
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from onnxcompress.cli.main import COMMANDS
+from onnxcompress.passes import CATALOGUE
+
+NAMES = [*COMMANDS, *(entry.name for entry in CATALOGUE)]
+NET = "resnet20-fashion.onnx"
+WITHOUT = """
+import sys
+from importlib.machinery import PathFinder
+gone, *argv = sys.argv[1:]
+
+class Without(PathFinder):
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
+        return None if name.partition(".")[0] == gone else PathFinder.find_spec(name, path, target)
+
+sys.meta_path[:] = [Without if finder is PathFinder else finder for finder in sys.meta_path]
+from onnxcompress.cli.main import main
+sys.exit(main(argv))
+"""
+"""A command in a Python in which one package is not installed."""
+
+
+def loaded(*argv: str) -> set[str]:
+    """The heavy packages that a command imports."""
+    code = (
+        "import sys; from onnxcompress.cli.main import main; main(sys.argv[1:])\n"
+        "heavy = {'torch', 'onnxruntime', 'matplotlib', 'pydantic', 'jinja2'}\n"
+        "print(*sorted(heavy & set(sys.modules)), file=sys.stderr)"
+    )
+    command = [sys.executable, "-c", code, *argv]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return set(done.stderr.splitlines()[-1].split())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_help_comes_at_once(name: str) -> None:
+    """Time of the processor, since others use it, too: on an idle machine it is what one waits."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert loaded(name, "--help") == set()
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 0.5
+
+
+def test_looking_needs_neither_torch_nor_onnxruntime(models: Path) -> None:
+    """Of fold-bn its own tests say so."""
+    assert loaded("inspect", str(models / NET)) == set()
+
+
+RECIPE = "passes: [fold-bn, drop-blocks: {blocks: 1, images: few}]"
+MISSING = [
+    (
+        "torch",
+        ["run", "{recipe}"],
+        "pass 2 of 2, drop-blocks: drop-blocks needs torch, which is not installed",
+    ),
+    ("torch", ["quantize"], "error: quantize needs torch, which is not installed here: pip install torch"),
+    ("onnxruntime", ["fold-bn"], "comparing the outputs (or say --no-verify) needs onnxruntime"),
+    (
+        "onnxruntime",
+        ["fold-bn", "--no-verify", "--max-latency", "1"],
+        "No module named 'onnxruntime'; install",
+    ),
+]
+
+
+@pytest.mark.parametrize(("gone", "command", "said"), MISSING)
+def test_a_package_that_is_not_there_is_said_before_the_work(
+    gone: str, command: list[str], said: str, models: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "few").mkdir()
+    (tmp_path / "r.yaml").write_text(RECIPE)
+    words = [word.format(recipe=tmp_path / "r.yaml") for word in command]
+    at = 2 if words[0] == "run" else 1
+    words[at:at] = [str(models / NET), str(tmp_path / "o.onnx")]
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT, gone, *words], capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout) == (1, "")
+    assert said in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert not (tmp_path / "o.onnx").exists()

@@ -1,0 +1,90 @@
+"""Between passes the model is checked: a pass that breaks it is named, a broken file is not refused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+import onnx
+import pytest
+
+from onnxcompress.errors import ModelError
+from onnxcompress.model import Model, load
+from onnxcompress.passes.fold_bn import FoldBatchNorm
+from onnxcompress.passing import Change, Pass, PassResult, Progress, run, silent
+from onnxcompress.pipeline import Pipeline
+from onnxcompress.validity import fault
+
+TEXT = """
+<ir_version: 8, opset_import: ["": 17]>
+g (float[1, 2, 4, 4] x) => (float[1, 2, 4, 4] y)
+<float[2, 2, 1, 1] w = {1, 0, 0, 1}>
+{
+  [conv] c = Conv(x, w)
+  [relu] y = Relu(c)
+}
+"""
+
+
+def out_of_order(model: Model) -> None:
+    model.graph.nodes.reverse()
+
+
+def one_channel_more(model: Model) -> None:
+    weight = next(n for n in model.graph.nodes if n.op == "Conv").inputs[1]
+    weight.values = np.ones((3, 2, 1, 1), np.float32)
+
+
+def no_such_attribute(model: Model) -> None:
+    model.graph.nodes[0].attrs["colour"] = 1
+
+
+BREAKS: list[Callable[[Model], None]] = [out_of_order, one_channel_more, no_such_attribute]
+
+
+@dataclass(frozen=True)
+class Break(Pass):
+    """Break the model in one of the ways."""
+
+    name: ClassVar[str] = "break"
+    way: int = 0
+
+    def apply(self, model: Model, progress: Progress = silent) -> PassResult:
+        BREAKS[self.way](model)
+        model.touch()
+        return PassResult([Change("model", "broken")])
+
+
+@pytest.mark.parametrize("way", range(len(BREAKS)))
+def test_a_pass_that_breaks_the_model_is_named(way: int) -> None:
+    model = Model.from_proto(onnx.parser.parse_model(TEXT), "net.onnx")
+    with pytest.raises(
+        ModelError, match=r"^net.onnx: break made an invalid model of a valid one \(\[?\w"
+    ) as said:
+        run([Break(way)], model)
+    assert "\n" not in str(said.value)
+
+
+def test_in_a_chain_its_place_is_told(models: Path) -> None:
+    chain = Pipeline([FoldBatchNorm(), Break(2)])
+    with pytest.raises(ModelError, match=r"^pass 2 of 2, break: .* made an invalid model"):
+        chain.run(load(models / "resnet20-fashion.onnx"))
+
+
+def test_a_model_that_was_invalid_is_not_held_against_a_pass() -> None:
+    proto = onnx.parser.parse_model(TEXT)
+    proto.graph.node[1].attribute.append(onnx.helper.make_attribute("colour", 1))
+    model = Model.from_proto(proto)
+    assert "colour" in (fault(model) or "")
+    run([Break(0)], model)
+
+
+def test_the_shipped_networks_are_valid_before_and_after(models: Path) -> None:
+    for file in sorted(models.glob("*.onnx")):
+        model = load(file)
+        assert fault(model) is None
+        run([FoldBatchNorm()], model)
+        assert fault(model) is None
