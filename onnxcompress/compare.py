@@ -13,6 +13,7 @@ from onnxcompress.errors import ModelError
 from onnxcompress.evaluate import agreement, image_input, logits, score_output, topk
 from onnxcompress.inputs.images import ImageSet, check_fits
 from onnxcompress.latency import Ratio, Timing, benchmark, ratio
+from onnxcompress.providers import ProviderLike
 from onnxcompress.sources import (
     ModelLike,
     as_model,
@@ -79,7 +80,7 @@ def compare(
     b: ModelLike,
     *,
     images: ImageSet | None = None,
-    provider: str = "auto",
+    provider: ProviderLike = "auto",
     batch: int = 1,
     threads: int = 0,
     runs: int | None = None,
@@ -149,7 +150,9 @@ def _on_random(
     return _Outputs(difference_of(left, right), same, (None, None), f"{count} random inputs, N(0, 1)")
 
 
-def _on_images(a: ModelLike, b: ModelLike, images: ImageSet, provider: str, threads: int) -> _Outputs:
+def _on_images(
+    a: ModelLike, b: ModelLike, images: ImageSet, provider: ProviderLike, threads: int
+) -> _Outputs:
     scores = [logits(m, images, provider=provider, threads=threads) for m in (a, b)]
     spec = image_input(a)
     check_fits(images, spec.shape, spec.name)

@@ -15,6 +15,7 @@ from onnxcompress.blocks import Block
 from onnxcompress.dropping import drop_blocks
 from onnxcompress.latency import Ratio, benchmark, ratio
 from onnxcompress.model import Model
+from onnxcompress.providers import ProviderLike
 
 FLOOR = 0.1
 """A share below this part of the largest counts as this: nothing is divided by next to nothing."""
@@ -37,7 +38,7 @@ def latency_shares(
     model: Model,
     blocks: Sequence[Block],
     *,
-    provider: str = "auto",
+    provider: ProviderLike = "auto",
     batch: int = 1,
     threads: int = 0,
     seconds: float = 8.0,

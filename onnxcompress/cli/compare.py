@@ -64,6 +64,7 @@ def compare(
     if images is None and (preprocess is not None or count is not None):
         raise OptionError("--preprocess and --count need --images")
     gates = Gates(images=images, **take_gates(chosen))
+    chosen = options.take_provider(chosen)
     gates.check(images="--images")
     labels = gates.max_drop is not None
     loaded = None
@@ -72,6 +73,7 @@ def compare(
     with options.waiting("comparing"):
         found = measure.compare(a, b, images=loaded, tolerance=tolerance / 100, seed=seed, **chosen)
     options.warn_placements([(s.name, s.timing.placement) for s in (found.a, found.b)])
+    options.warn_clocks([found.a.timing])
     verdicts = judge(gates.limits, Facts.of(found))
     account = found.as_dict() | {"gates": [dataclasses.asdict(v) for v in verdicts]}
     if as_json:
@@ -112,7 +114,7 @@ def _show(found: Comparison) -> None:
         points = 100 * (b.top1 - a.top1)
         rows.append(["top-1", f"{a.top1:.2%}", f"{b.top1:.2%}", f"{points:+.2f} points"])
     console = stdout()
-    title = f"{left.provider}, batch {left.batch}, {left.runs} runs each"
+    title = f"{left.device}, batch {left.batch}, {left.runs} runs each"
     console.print(table(title, ["", a.name, b.name, "B / A"], rows))
     worst = found.difference
     console.print(

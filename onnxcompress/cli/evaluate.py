@@ -41,6 +41,7 @@ def evaluate(
     """
     from onnxcompress import evaluate as measure
 
+    chosen = options.take_provider(chosen)
     loaded = options.read_images(images, preprocess, count, seed, labels=True)
     with options.waiting(f"running {len(loaded)} images"):
         accuracy = measure.evaluate(model, loaded, **chosen)
@@ -56,6 +57,7 @@ def evaluate(
 
 def _show(model: str, images: str, accuracy: Accuracy) -> None:
     from onnxcompress.cli.console import stdout, table
+    from onnxcompress.providers import described
     from onnxcompress.sources import display_names
 
     low, high = accuracy.interval
@@ -68,4 +70,6 @@ def _show(model: str, images: str, accuracy: Accuracy) -> None:
         f"{accuracy.seconds:.1f} s",
     ]
     columns = ["model", "top-1", "95 % interval", "top-5", "images", "took"]
-    stdout().print(table(f"accuracy on {images}, {accuracy.provider}", columns, [row]))
+    stdout().print(
+        table(f"accuracy on {images}, {described(accuracy.provider, accuracy.settings)}", columns, [row])
+    )

@@ -98,7 +98,9 @@ def _option(field: dataclasses.Field[Any], hint: Any) -> click.Option:
         flag = [f"{names[0]}/{off}", field.name] if default else names
         return click.Option(flag, is_flag=True, **common)
     if typing.get_origin(inner) is tuple:
-        return click.Option(names, type=str, callback=_split, **common | {"default": ""})
+        return click.Option(
+            names, type=str, callback=lambda c, p, value: split(value), **common | {"default": ""}
+        )
     return click.Option(names, type=FILE if field.metadata.get("file") else option_type(hint), **common)
 
 
@@ -118,7 +120,8 @@ def _inner(hint: Any) -> tuple[Any, bool]:
     return hint, False
 
 
-def _split(context: click.Context, parameter: click.Parameter, value: str) -> tuple[str, ...]:
+def split(value: str) -> tuple[str, ...]:
+    """The parts of a list with commas."""
     return tuple(part.strip() for part in value.split(",") if part.strip())
 
 

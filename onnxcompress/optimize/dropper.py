@@ -116,7 +116,7 @@ class Dropper:
         options = self.options
         benchmark(
             {"before": self.original},
-            provider=options.provider,
+            provider=options.runs_on,
             batch=options.latency_batch,
             threads=options.threads,
             runs=1,
@@ -149,7 +149,7 @@ class Dropper:
         self.shares = latency_shares(
             self.model,
             blocks,
-            provider=options.provider,
+            provider=options.runs_on,
             batch=options.latency_batch,
             threads=options.threads,
             seed=options.seed,
@@ -176,7 +176,12 @@ class Dropper:
             "model_sha256": self.original.digest(),
             "feature": self.feature,
             "preprocess": self.measured.get("preprocess"),
-            "latency": [options.provider, options.latency_batch, options.threads],
+            "latency": [
+                options.provider,
+                options.latency_batch,
+                options.threads,
+                *options.provider_options,
+            ],
         }
 
     def _rows(self) -> list[dict[str, Any]]:
@@ -272,7 +277,7 @@ class Dropper:
         options = self.options
         timings = benchmark(
             {"before": self.original, "after": model},
-            provider=options.provider,
+            provider=options.runs_on,
             batch=options.latency_batch,
             threads=options.threads,
             seconds=seconds,
