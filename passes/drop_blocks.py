@@ -90,6 +90,7 @@ class DropBlocks(Pass):
     provider_options: tuple[str, ...] = provider_options_option()
     threads: int = option(0, "CPU threads of onnxruntime; 0: all cores.")
     device: Literal["auto", "cpu", "cuda"] = option("auto", "Where torch optimizes.")
+    capture: bool = option(False, "On a GPU, record a step of fine-tuning as a CUDA graph and replay it.")
     seed: int = option(0, "Of all draws; the same seed and --scores give the same file.")
 
     def apply(self, model: Model, progress: Progress = silent) -> PassResult:

@@ -94,7 +94,7 @@ class HalfPrecision(Pass):
         """Convert in place; nodes that stay float32 come back as refusals.
 
         `measured`: the outputs' `error` and that `all_float16`, `max_error`, the nodes `converted` and
-        `kept`, the `runtime` it was run on and the error there, the `inputs` and the `seconds`.
+        `kept_float32`, the `runtime` it was run on and the error there, the `inputs` and the `seconds`.
         Raises OptionError, InputError for unusable images, ModelError where onnxruntime or the converter
         cannot handle the model.
         """
@@ -155,7 +155,7 @@ class HalfPrecision(Pass):
             "all_float16": choice.whole,
             "max_error": self.max_error,
             "converted": len(nodes) - len(kept),
-            "kept": kept,
+            "kept_float32": kept,
             "inputs": [self._why(asdict(one)) for one in inputs.sources],
         }
 

@@ -119,7 +119,7 @@ def test_what_overflows_stays_float32() -> None:
     model = parse(OVERFLOW, BIG)
     exact = logits_of(model)
     result = apply(model)
-    kept = {k["name"] for k in result.measured["kept"]}
+    kept = {k["name"] for k in result.measured["kept_float32"]}
     assert result.measured["all_float16"] == float("inf")
     assert {"b", "c", "d"} <= kept
     assert not {"a", "e", "y"} & kept
@@ -142,7 +142,7 @@ def test_a_tighter_bound_keeps_more() -> None:
         model = parse(f"{CONV} b = Relu(a) c = Conv(b, v) y = Relu(c)")
         result = apply(model, max_error=bound)
         assert result.measured.get("error", 0.0) <= bound
-        kept.append(len(result.measured["kept"]))
+        kept.append(len(result.measured["kept_float32"]))
     assert kept[0] == 0
     assert kept == sorted(kept)
     assert kept[-1] > 0
@@ -281,7 +281,7 @@ def test_the_command_and_a_recipe(models: Path, tmp_path: Path, capsys: pytest.C
     net, out = str(models / "resnet20-fashion.onnx"), str(tmp_path / "half.onnx")
     assert main(["fp16", net, out, "--provider", "cpu", "--max-error", "0.0004", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)["measured"]
-    assert found["kept"]
+    assert found["kept_float32"]
     assert found["error"] <= 0.0004 < found["all_float16"]
     (tmp_path / "r.yaml").write_text("passes: [fold-bn, fp16: {max_error: 0.5}]")
     assert main(["run", str(tmp_path / "r.yaml"), net, out, "--no-cache"]) == 0

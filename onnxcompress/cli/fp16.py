@@ -17,15 +17,15 @@ def show_fp16(console: Console, result: PassResult) -> None:
         console.print("nothing to change")
         return
     console.print(
-        f"{measured['converted']} nodes compute in float16, {len(measured['kept'])} stay float32 for the "
-        f"error's sake",
+        f"{measured['converted']} nodes compute in float16, {len(measured['kept_float32'])} stay float32 for "
+        "the error's sake",
         markup=False,
     )
     whole = _error(measured["all_float16"])
     text = (
         f"error of the outputs: {_error(measured['error'])}, at most {_error(measured['max_error'])} asked"
     )
-    if measured["kept"]:
+    if measured["kept_float32"]:
         text += f"; with all nodes in float16: {whole}"
     console.print(text, markup=False)
     for used in measured["inputs"]:

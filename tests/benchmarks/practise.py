@@ -16,8 +16,8 @@ from torch import Tensor
 from onnxcompress.blocks import Block
 from onnxcompress.dropping import drop_blocks
 from onnxcompress.model import Model
+from onnxcompress.optimize.device import autocast
 from onnxcompress.optimize.executor import Executor
-from onnxcompress.optimize.finetune import autocast
 from onnxcompress.optimize.layers import ConvLayer, readers, writers
 
 
