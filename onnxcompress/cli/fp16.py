@@ -16,11 +16,9 @@ def show_fp16(console: Console, result: PassResult) -> None:
     if not measured:
         console.print("nothing to change")
         return
-    console.print(
-        f"{measured['converted']} nodes compute in float16, {len(measured['kept_float32'])} stay float32 for "
-        "the error's sake",
-        markup=False,
-    )
+    kept = len(measured["kept_float32"])
+    text = f"{measured['converted']} nodes compute in float16, {kept} stay float32 for the error's sake"
+    console.print(text, markup=False)
     whole = _error(measured["all_float16"])
     text = (
         f"error of the outputs: {_error(measured['error'])}, at most {_error(measured['max_error'])} asked"

@@ -62,7 +62,7 @@ def resident(images: Tensor, device: str | torch.device) -> Tensor:
     """The images on the device for good; on the CPU where they would take too much of its memory."""
     device = torch.device(device)
     if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
+        free, _ = torch.cuda.mem_get_info()
         if images.nbytes > RESIDENT * free:
             return images
     return images.to(device)
