@@ -11,9 +11,9 @@ bool. Sums inside an operator stay float32, as cuDNN and cuBLAS have them by def
 
     error(S) = max over outputs y:  √( mean (y_S − y)² / var y )        infinite where y_S is not finite
 
-Choosing what stays float32: if error(all) is too much, error({i}) of each node alone ranks them; the
-shortest beginning of that ranking that must stay float32 for the rest to keep the bound is found by
-bisection. That errors shrink as more nodes stay is assumed there; what is kept is measured as a whole.
+Choosing what stays float32: if error(all) is too much, error({i}) of each node alone, on one batch, ranks
+them; the shortest beginning of that ranking that must stay float32 for the rest to keep the bound is found
+by bisection. That errors shrink as more nodes stay is assumed there; what is kept is measured as a whole.
 """
 
 from __future__ import annotations
@@ -51,17 +51,22 @@ class Simulation:
         self.input = proto.graph.input[0].name
         self.session = session(gated(proto, nodes), provider="cpu", threads=threads, optimize=False)
         self.outputs = [o.name for o in self.session.get_outputs() if o.type == "tensor(float)"]
-        self.exact = self._run(())
+        self.exact = self._run((), batches)
 
     def error(self, half: Collection[int]) -> float:
         """With these candidates (places in `nodes`) in float16."""
-        return relative_error(self.exact, self._run(half))
+        return relative_error(self.exact, self._run(half, self.batches))
 
-    def _run(self, half: Collection[int]) -> list[np.ndarray]:
+    def glance(self, half: Collection[int]) -> float:
+        """The same on the first batch only."""
+        first = self.batches[:1]
+        return relative_error([y[: len(first[0])] for y in self.exact], self._run(half, first))
+
+    def _run(self, half: Collection[int], batches: Sequence[np.ndarray]) -> list[np.ndarray]:
         gates = {f"{_GATE}{i}": np.array(i in half) for i in range(len(self.nodes))}
         try:
             with np.errstate(over="ignore"):
-                runs = [self.session.run(self.outputs, {self.input: x, **gates}) for x in self.batches]
+                runs = [self.session.run(self.outputs, {self.input: x, **gates}) for x in batches]
         except Exception as error:  # onnxruntime's exceptions have no common base
             raise ModelError(f"measuring float16: the run failed ({one_line(error)})") from error
         return [np.concatenate(parts) for parts in zip(*runs, strict=True)]
@@ -90,7 +95,7 @@ class Choice:
     error: float
     """error of those that are converted."""
     alone: dict[int, float] = field(default_factory=dict)
-    """error of each alone; measured only where `whole` was too much."""
+    """error of each alone, on one batch; measured only where `whole` was too much."""
 
 
 def choose(simulation: Simulation, bound: float, progress: Progress) -> Choice:
@@ -101,7 +106,7 @@ def choose(simulation: Simulation, bound: float, progress: Progress) -> Choice:
         return Choice([], whole, whole)
     alone = {}
     for i in range(count):
-        alone[i] = simulation.error({i})
+        alone[i] = simulation.glance({i})
         progress("measuring float16", i + 1, count)
     ranked = sorted(alone, key=lambda i: -alone[i])
     low, high, error = sum(e > bound for e in alone.values()), count, 0.0

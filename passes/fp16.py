@@ -57,7 +57,7 @@ if TYPE_CHECKING:
 
     from onnxcompress.inputs.source import Inputs
 
-IMAGES, BATCH = 16, 8
+IMAGES, BATCH = 16, 4
 """Images that are measured on, at most, and how many at once where the file leaves it open."""
 
 

@@ -132,7 +132,7 @@ def _captured(
         made = torch.cuda.make_graphed_callables(plain, sample)
     except torch.OutOfMemoryError:
         raise
-    except RuntimeError as error:
+    except (RuntimeError, AssertionError) as error:
         text = f"no CUDA graph of a step ({one_line(error)}): fine-tuning goes on without"
         warnings.warn(text, CompressWarning, stacklevel=3)
         return plain
