@@ -55,6 +55,7 @@ def main() -> int:
             images=24 if small else 500,
             steps=arguments.steps or (10 if small else 1000),
             blocks=1 if small else 2,
+            threads=arguments.threads,
             json=arguments.json,
         )
         return run(bench, arguments.parts.split(","))
@@ -73,6 +74,7 @@ def _arguments() -> argparse.Namespace:
     running.add_argument("--parts", default=",".join(p for p in PARTS if p != "tensorrt"))
     running.add_argument("--small", action="store_true")
     running.add_argument("--batch", type=int)
+    running.add_argument("--threads", type=int, default=0, help="of onnxruntime on a CPU; 0: all cores")
     running.add_argument("--seconds", type=float, help="of each timing, at most")
     running.add_argument("--steps", type=int, help="of the published procedure a block")
     running.add_argument("--json", type=Path)
