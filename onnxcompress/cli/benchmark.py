@@ -82,10 +82,7 @@ def _account(batches: tuple[int, ...], found: list[Timings], asked: float | None
             models.append(one.as_dict() | {"name": shown})
             if at:
                 ratios[shown] = asdict(latency.ratio(first, one))
-        within = latency.precision(timings)
-        goal = None if asked is None else asked / 100
-        reached = None if goal is None else within <= goal
-        precision.append({"batch": batch, "within": within, "asked": goal, "reached": reached})
+        precision.append({"batch": batch} | options.precision_of(timings, asked))
     return {"models": models, "ratios_to_first": ratios, "precision": precision}
 
 

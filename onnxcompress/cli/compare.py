@@ -4,6 +4,7 @@
 
     a, b        {name, bytes, parameters, macs, timing, top1}; null for what is not known
     latency     {value, low, high}: median of b over median of a, with its 95 % interval
+    precision   {within, asked, reached}: half that interval, relative, and the tolerance
     difference  {max_abs, max_rel, output, per_output} of the outputs
     agreement   share of `inputs` with the same top-1 class
     inputs      what difference, agreement and top1 were taken on
@@ -75,11 +76,14 @@ def compare(
     options.warn_placements([(s.name, s.timing.placement) for s in (found.a, found.b)])
     options.warn_clocks([found.a.timing])
     verdicts = judge(gates.limits, Facts.of(found))
-    account = found.as_dict() | {"gates": [dataclasses.asdict(v) for v in verdicts]}
+    timings = {side.name: side.timing for side in (found.a, found.b)}
+    sure = options.precision_of(timings, tolerance if chosen["runs"] is None else None)
+    account = found.as_dict() | {"precision": sure, "gates": [dataclasses.asdict(v) for v in verdicts]}
     if as_json:
         options.print_json(account)
     else:
         _show(found)
+        stdout().print(options.precision_text(sure, True), markup=False)
         show_verdicts(stdout(), verdicts)
     if report:
         from onnxcompress.report.gather import pictures

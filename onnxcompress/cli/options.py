@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -169,6 +169,15 @@ def warn_placements(placements: Sequence[tuple[str, Any]]) -> None:
         if placement.shapes_on_cpu:
             count = len(placement.shapes_on_cpu)
             click.echo(f"note: {name}: the CPU ran {count} nodes on shapes, as is usual", err=True)
+
+
+def precision_of(timings: Mapping[str, Timing], asked: float | None) -> dict[str, Any]:
+    """How sure the ratios are: `within`, `asked` and whether it was `reached`; asked: percent, or None."""
+    from onnxcompress.latency import precision
+
+    within = precision(timings)
+    goal = None if asked is None else asked / 100
+    return {"within": within, "asked": goal, "reached": None if goal is None else within <= goal}
 
 
 def precision_text(found: dict[str, Any], ratios: bool) -> str:
