@@ -48,14 +48,15 @@ def benchmark(models: tuple[str, ...], as_json: bool, report: str | None, **chos
         with options.waiting(f"timing batch {batch}", chosen):
             found.append(_timed(models, batch, **chosen))
     account = _account(batches, found, chosen["tolerance"] if asked else None)
-    timings = {t.name: t for one in found for t in one.values()}
     if as_json:
         options.print_json(account)
     else:
         _show(found, account)
     options.warn_placements([(t.name, t.placement) for t in found[0].values()])
     options.warn_clocks([next(iter(one.values())) for one in found])
-    samples = {name: one.samples_ms for name, one in timings.items()}
+    timings = [t for one in found for t in one.values()]
+    names = [m["name"] for m in account["models"]]
+    samples = {name: one.samples_ms for name, one in zip(names, timings, strict=True)}
     reporting.write_report(report, account, [("model", m) for m in models], samples=samples)
 
 

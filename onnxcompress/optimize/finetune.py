@@ -18,7 +18,7 @@ import onnx_graphsurgeon as gs
 import torch
 from torch import Tensor
 
-from onnxcompress.errors import CompressWarning
+from onnxcompress.errors import CompressError, CompressWarning
 from onnxcompress.graph import is_op
 from onnxcompress.optimize.augment import augment
 from onnxcompress.optimize.device import autocast, laid_out, resident
@@ -132,7 +132,7 @@ def _captured(
         made = torch.cuda.make_graphed_callables(plain, sample)
     except torch.OutOfMemoryError:
         raise
-    except (RuntimeError, AssertionError) as error:
+    except (CompressError, RuntimeError, AssertionError) as error:
         text = f"no CUDA graph of a step ({one_line(error)}): fine-tuning goes on without"
         warnings.warn(text, CompressWarning, stacklevel=3)
         return plain

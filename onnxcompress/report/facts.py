@@ -148,7 +148,9 @@ def repeat(material: Material) -> Section:
         parts.append(Table("What made the model, as the file itself records it", columns, rows, 3))
         options = "\n".join(json.dumps(e) for e in provenance)
         parts.append(Fold("The record, with all options", [Code(options)]))
-    timed = [("latency on", f"{device(t)}, batch {t['batch']}") for t in timings(material)[:1]]
+    found = timings(material)
+    batches = ", ".join(dict.fromkeys(str(t["batch"]) for t in found))
+    timed = [("latency on", f"{device(t)}, batch {batches}") for t in found[:1]]
     made = [("made", material.made)] if material.made else []
     parts.append(Terms([*_chosen(material), *timed, *material.environment.items(), *made]))
     return Section("repeat", "How to repeat it", parts)
