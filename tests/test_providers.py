@@ -164,7 +164,7 @@ def test_providers_load_without_onnxruntime() -> None:
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_json_says_how_it_ran(models: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_json_says_how_it_ran(models: Path, quick_clock: None, capsys: pytest.CaptureFixture[str]) -> None:
     net = str(models / "mobilenetv2-fashion.onnx")
     assert main(["benchmark", net, "--provider", "cpu", "--runs", "3", "--json"]) == 0
     found: dict[str, Any] = json.loads(capsys.readouterr().out)["models"][0]

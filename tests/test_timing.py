@@ -33,7 +33,7 @@ def network() -> onnx.ModelProto:
 
 
 def test_several_batches_are_one_table(
-    models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    models: Path, tmp_path: Path, quick_clock: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
     nets = [str(models / f"{name}-fashion.onnx") for name in ("resnet20", "mobilenetv2")]
     page = tmp_path / "b.html"
