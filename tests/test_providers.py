@@ -115,6 +115,14 @@ def test_what_is_missing_is_one_line_with_its_remedy(name: str, remedy: str) -> 
     assert "\n" not in str(caught.value)
 
 
+def test_a_cache_where_no_folder_can_be_is_said(tmp_path: Path) -> None:
+    if "TensorrtExecutionProvider" not in onnxruntime.get_available_providers():
+        pytest.skip("this onnxruntime was built without TensorRT")
+    (tmp_path / "file").touch()
+    with pytest.raises(OptionError, match="no folder can be made there"):
+        check_provider(Provider.of("tensorrt", [f"cache={tmp_path / 'file' / 'engines'}"]))
+
+
 @NO_GPU
 def test_auto_takes_cudas_options_and_leaves_them_where_there_is_no_gpu() -> None:
     assert pick_provider(Provider.of("auto", ["tf32=off"])) == Provider("cpu")
