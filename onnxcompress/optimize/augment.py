@@ -42,10 +42,9 @@ def augment(
 
 def windows(x: Tensor, top: Tensor, left: Tensor, height: int, width: int) -> Tensor:
     """Of each image its own window, (N, C, height, width), from (top, left) on."""
-    rows = sent(top, x.device)[:, None] + torch.arange(height, device=x.device)
-    columns = sent(left, x.device)[:, None] + torch.arange(width, device=x.device)
-    which = torch.arange(len(x), device=x.device)[:, None, None]
-    return x.permute(0, 2, 3, 1)[which, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+    which = torch.arange(len(x), device=x.device)
+    all_windows = x.unfold(2, height, 1).unfold(3, width, 1)  # N, C, top, left, height, width: a view
+    return all_windows[which, :, sent(top, x.device), sent(left, x.device)]
 
 
 def _paste(x: Tensor, generator: torch.Generator) -> Tensor:
@@ -62,7 +61,9 @@ def _paste(x: Tensor, generator: torch.Generator) -> Tensor:
     inside_rows = _between(torch.arange(height, device=x.device), top_, bottom)
     inside_columns = _between(torch.arange(width, device=x.device), left_, right)
     inside = (inside_rows[:, :, None] & inside_columns[:, None, :])[:, None]
-    mixed = x.clone()
+    mixed = x.clone(
+        memory_format=torch.contiguous_format
+    )  # of one channel, too: the seed's bits hang on it
     mixed[::2] = torch.where(inside, x.roll(1, 0)[::2], x[::2])
     return mixed
 
