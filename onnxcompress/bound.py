@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 
 from onnxcompress.errors import ModelError, RuntimeUnavailable
-from onnxcompress.runtime import PROVIDERS, one_line, session
+from onnxcompress.providers import NAMED, Provider, full_name
+from onnxcompress.runtime import one_line, session
 from onnxcompress.sources import ModelLike, label
 from onnxcompress.verify import Arrays
 
@@ -40,10 +41,19 @@ class Runner:
 
 
 def bind(
-    name: str, model: ModelLike, provider: str, threads: int, feeds: Arrays, *, interleaved: bool = True
+    name: str,
+    model: ModelLike,
+    provider: Provider,
+    threads: int,
+    feeds: Arrays,
+    *,
+    interleaved: bool = True,
 ) -> Runner:
-    """Open a session, run it once to see which provider runs what, and bind its inputs and outputs."""
-    device = "cpu" if provider == "cpu" else "cuda"
+    """Open a session, run it once to see which provider runs what, and bind its inputs and outputs.
+
+    Addresses never change afterwards, so that a CUDA graph, which is captured by the second run, may be
+    replayed. A run waits for the device once, at its end: onnxruntime does so itself.
+    """
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         opened = session(
             model,
@@ -53,35 +63,37 @@ def bind(
             interleaved=interleaved,
         )
         try:
-            binding = _bound(opened, feeds, device)
+            binding = bound(opened, feeds, provider)
         except Exception as error:  # onnxruntime's exceptions have no common base
             raise ModelError(f"{label(model)}: the run failed ({one_line(error)})") from error
         events = json.loads(Path(opened.end_profiling()).read_text(encoding="utf-8"))
-    placement = placement_of(events, provider)
-    _check_provider(name, provider, placement)
+    placement = placement_of(events, provider.name)
+    _check_provider(name, provider.name, placement)
 
     def run() -> float:
         start = time.perf_counter_ns()
         opened.run_with_iobinding(binding)
-        binding.synchronize_outputs()
         return (time.perf_counter_ns() - start) / 1e6
 
     first = next(iter(feeds.values()), np.zeros(()))
     return Runner(name, run, first.shape[0] if first.ndim else 1, placement)
 
 
-def _bound(opened: Any, feeds: Arrays, device: str) -> Any:
+def bound(opened: Any, feeds: Arrays, provider: Provider) -> Any:
     """Bind inputs to the device, run once, and bind the outputs to what that run allocated."""
     import onnxruntime as ort
 
+    device, index = ("cuda", provider.options.device) if provider.on_gpu else ("cpu", 0)
     binding = opened.io_binding()
     for name, array in feeds.items():
-        binding.bind_ortvalue_input(name, ort.OrtValue.ortvalue_from_numpy(array, device, 0))
+        binding.bind_ortvalue_input(name, ort.OrtValue.ortvalue_from_numpy(array, device, index))
     names = [o.name for o in opened.get_outputs()]
     for name in names:
-        binding.bind_output(name, device, 0)
+        binding.bind_output(name, device, index)
     binding.synchronize_inputs()
-    opened.run_with_iobinding(binding)
+    first = ort.RunOptions()
+    first.add_run_config_entry("gpu_graph_id", "-1")  # the outputs have no addresses yet: capture nothing
+    opened.run_with_iobinding(binding, first)
     binding.synchronize_outputs()
     values = binding.get_outputs()
     if all(v.is_tensor() for v in values):
@@ -102,7 +114,7 @@ def placement_of(events: Sequence[Mapping[str, Any]], provider: str) -> Placemen
             continue
         ran = detail["provider"]
         nodes[ran] = nodes.get(ran, 0) + 1
-        if provider != "cpu" and ran == PROVIDERS["cpu"]:
+        if provider != "cpu" and ran == NAMED["cpu"]:
             text = f"{event['name'].removesuffix('_kernel_time')} ({detail.get('op_name', '?')})"
             (shapes if _only_shapes(detail) else computed).append(text)
     return Placement(nodes, tuple(computed), tuple(shapes))
@@ -115,7 +127,7 @@ def _only_shapes(detail: Mapping[str, Any]) -> bool:
 
 
 def _check_provider(name: str, provider: str, placement: Placement) -> None:
-    wanted = PROVIDERS[provider]
+    wanted = full_name(provider)
     if placement.nodes and wanted not in placement.nodes:
         ran = ", ".join(f"{p}: {n}" for p, n in placement.nodes.items())
         raise RuntimeUnavailable(

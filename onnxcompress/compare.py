@@ -14,6 +14,7 @@ from onnxcompress.evaluate import agreement, image_input, logits, score_output, 
 from onnxcompress.inputs.images import ImageSet, check_fits
 from onnxcompress.latency import Ratio, Timing, benchmark, ratio
 from onnxcompress.passing import Progress, silent
+from onnxcompress.providers import ProviderLike
 from onnxcompress.sources import (
     ModelLike,
     as_model,
@@ -80,7 +81,7 @@ def compare(
     b: ModelLike,
     *,
     images: ImageSet | None = None,
-    provider: str = "auto",
+    provider: ProviderLike = "auto",
     batch: int = 1,
     threads: int = 0,
     runs: int | None = None,
@@ -153,7 +154,7 @@ def _on_random(
 
 
 def _on_images(
-    a: ModelLike, b: ModelLike, images: ImageSet, provider: str, threads: int, progress: Progress
+    a: ModelLike, b: ModelLike, images: ImageSet, provider: ProviderLike, threads: int, progress: Progress
 ) -> _Outputs:
     scores = [logits(m, images, provider=provider, threads=threads, progress=progress) for m in (a, b)]
     spec = image_input(a)

@@ -36,6 +36,10 @@ class OptionError(CompressError):
     exit_code = 2
 
 
+class CompressWarning(UserWarning):
+    """What a user should know and need not act on; the command line prints it as a note."""
+
+
 class TargetMissed(CompressError):
     """The result was written, but it is not what the user's target asked for (exit code 3)."""
 

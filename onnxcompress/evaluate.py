@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -13,6 +13,7 @@ import numpy as np
 from onnxcompress.errors import InputError, ModelError, OptionError
 from onnxcompress.inputs.images import ImageSet, check_fits
 from onnxcompress.passing import Progress, silent
+from onnxcompress.providers import ProviderLike
 from onnxcompress.runtime import one_line, pick_provider, session
 from onnxcompress.sources import InputSpec, ModelLike, display_names, input_specs, label
 
@@ -28,6 +29,8 @@ class Accuracy:
     seconds: float
     """Of running the network, loading excluded."""
     provider: str
+    settings: dict[str, bool | int | str] = field(default_factory=dict)
+    """Of the provider (`Provider.settings`)."""
 
     @property
     def interval(self) -> tuple[float, float]:
@@ -42,7 +45,7 @@ def evaluate(
     model: ModelLike,
     images: ImageSet,
     *,
-    provider: str = "auto",
+    provider: ProviderLike = "auto",
     batch: int = 64,
     threads: int = 0,
     output: str | None = None,
@@ -61,7 +64,7 @@ def evaluate(
     )
     seconds = time.perf_counter() - start
     top1, top5 = topk(scores, images.y, label(model))
-    return Accuracy(top1, top5, len(images), seconds, chosen)
+    return Accuracy(top1, top5, len(images), seconds, chosen.name, chosen.settings)
 
 
 def topk(scores: np.ndarray, y: np.ndarray, name: str = "model") -> tuple[float, float]:
@@ -82,7 +85,7 @@ def logits(
     model: ModelLike,
     images: ImageSet,
     *,
-    provider: str = "auto",
+    provider: ProviderLike = "auto",
     batch: int = 64,
     threads: int = 0,
     output: str | None = None,

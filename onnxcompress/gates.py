@@ -12,10 +12,11 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from onnxcompress.errors import OptionError
-from onnxcompress.passing import Progress, option, silent
+from onnxcompress.passing import PROVIDER_HELP, Progress, option, provider_options_option, silent
+from onnxcompress.providers import Provider
 from onnxcompress.verdicts import Facts
 
 if TYPE_CHECKING:
@@ -49,7 +50,8 @@ class Gates:
     preprocess: str | None = option(
         None, "As --preprocess. [default: the model's metadata, else unit]", metavar="TEXT"
     )
-    provider: Literal["auto", "cpu", "cuda", "tensorrt"] = option("auto", "Of onnxruntime.")
+    provider: str = option("auto", PROVIDER_HELP, metavar="NAME")
+    provider_options: tuple[str, ...] = provider_options_option()
     threads: int = option(0, "CPU threads of onnxruntime; 0: all cores.")
     batch: int = option(1, "Images in a run when latency is measured.")
 
@@ -57,6 +59,11 @@ class Gates:
     def limits(self) -> dict[str, float]:
         """The limits that are set, by name."""
         return {n: v for n in LIMITS if (v := getattr(self, n)) is not None}
+
+    @property
+    def runs_on(self) -> Provider:
+        """The provider and how it runs. Raises OptionError."""
+        return Provider.of(self.provider, self.provider_options)
 
     def check(self, *, images: str | None = "--gate-images") -> None:
         """Raise OptionError for limits out of range, or without the images they need.
@@ -72,6 +79,7 @@ class Gates:
         if needing and self.images is None and images is not None:
             what = "labelled images" if "max_drop" in needing else "images"
             raise OptionError(f"{_flag(needing[0])} needs {what}: name them with {images} DIR|NPZ")
+        self.runs_on  # noqa: B018  it checks itself
         for name, least in (("threads", 0), ("batch", 1)):
             if getattr(self, name) < least:
                 raise OptionError(f"--gate-{name} {getattr(self, name)}: expected {least} or more")
@@ -86,7 +94,7 @@ class Gates:
             from onnxcompress.runtime import check_provider
             from onnxcompress.verify import random_feeds
 
-            check_provider(self.provider)
+            check_provider(self.runs_on)
             random_feeds(before, batch=self.batch, fixed_batch_ok=False)
         if self.images is None or not {"max_drop", "min_agreement"} & self.limits.keys():
             return Baseline(before)
@@ -98,7 +106,7 @@ class Gates:
         choice = choose(self.preprocess, metadata_of(before), label(before))
         labels = self.max_drop is not None
         images = load_images(self.images, preprocess=choice.preprocess, labels=labels, progress=progress)
-        scores = logits(before, images, provider=self.provider, threads=self.threads, progress=progress)
+        scores = logits(before, images, provider=self.runs_on, threads=self.threads, progress=progress)
         return Baseline(before, images, scores, self._top1(scores, images), str(choice))
 
     def measure(self, baseline: Baseline, after: ModelLike, progress: Progress = silent) -> Facts:
@@ -118,7 +126,7 @@ class Gates:
         images = baseline.images
         assert images is not None
         assert baseline.scores is not None
-        scores = logits(after, images, provider=self.provider, threads=self.threads, progress=progress)
+        scores = logits(after, images, provider=self.runs_on, threads=self.threads, progress=progress)
         found: dict[str, Any] = {"inputs": f"{len(images)} images", "preprocess": baseline.preprocess}
         found["agreement"] = agreement(baseline.scores, scores)
         if baseline.top1 is not None:
@@ -138,10 +146,10 @@ class Gates:
 
         models = {"before": before, "after": after} if self.min_speedup is not None else {"after": after}
         timings = benchmark(
-            models, provider=self.provider, batch=self.batch, threads=self.threads, progress=progress
+            models, provider=self.runs_on, batch=self.batch, threads=self.threads, progress=progress
         )
         last = timings["after"]
-        device = f"{last.provider}, batch {last.batch}"
+        device = f"{last.device}, batch {last.batch}"
         found: dict[str, Any] = {"latency_ms": last.median_ms, "device": device}
         if "before" in timings:
             found["ratio"] = ratio(timings["before"], last)

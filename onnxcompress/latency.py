@@ -2,9 +2,7 @@
 
 Clock, temperature and neighbours of a machine drift by more than the differences to be seen. So all models
 run once a round, in a new random order each round: the drift hits all alike, and the ratio of two
-models is taken over the same rounds. Its interval comes from a bootstrap over blocks of rounds, since
-neighbouring rounds share their disturbances (Künsch 1989, The jackknife and the bootstrap for general
-stationary observations).
+models is taken over the same rounds (`spread` has its interval).
 
 Inputs and outputs are bound once, on a GPU in its memory, and each run waits for the device: no copy and
 no allocation of inputs is timed.
@@ -23,10 +21,13 @@ from typing import Any
 import numpy as np
 
 from onnxcompress.bound import Placement, Runner, bind
+from onnxcompress.clocks import Clocks, watching
 from onnxcompress.errors import OptionError
 from onnxcompress.passing import Progress, silent
+from onnxcompress.providers import Provider, ProviderLike, described
 from onnxcompress.runtime import pick_provider, session
 from onnxcompress.sources import ModelLike, input_specs
+from onnxcompress.spread import RESAMPLES, Ratio, half_width, ratio_of
 from onnxcompress.verify import random_feeds
 
 __all__ = ["Placement", "Ratio", "Timing", "benchmark", "ratio", "session"]
@@ -34,7 +35,6 @@ __all__ = ["Placement", "Ratio", "Timing", "benchmark", "ratio", "session"]
 DEFAULT_SECONDS = 10.0
 MIN_ROUNDS, MAX_ROUNDS = 20, 10_000
 WARM_WINDOW, WARM_TOLERANCE = 5, 0.05
-RESAMPLES, QUICK_RESAMPLES = 2000, 300
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,15 @@ class Timing:
     samples_ms: tuple[float, ...] = field(repr=False)
     """One a round, in the order of the rounds."""
     placement: Placement = field(default_factory=lambda: Placement({}))
+    settings: dict[str, bool | int | str] = field(default_factory=dict)
+    """Of the provider (`Provider.settings`)."""
+    clocks: Clocks | None = None
+    """Of the GPU while all models were timed, where NVML tells."""
+
+    @property
+    def device(self) -> str:
+        """The provider and its settings, for a person."""
+        return described(self.provider, self.settings)
 
     def as_dict(self) -> dict[str, Any]:
         """All but the samples, as JSON values."""
@@ -63,19 +72,10 @@ class Timing:
         return values
 
 
-@dataclass(frozen=True)
-class Ratio:
-    """median(b) / median(a) and its confidence interval: below 1, b is faster."""
-
-    value: float
-    low: float
-    high: float
-
-
 def benchmark(
     models: Mapping[str, ModelLike],
     *,
-    provider: str = "auto",
+    provider: ProviderLike = "auto",
     batch: int = 1,
     threads: int = 0,
     runs: int | None = None,
@@ -103,12 +103,20 @@ def benchmark(
     several = len(models) > 1
     runners = [bind(n, m, chosen, threads, feeds[n], interleaved=several) for n, m in models.items()]
     timed = [runner.run for runner in runners]
-    with _without_gc():
+    with _without_gc(), watching(chosen) as watch:
         _warm(timed, warm_up)
         samples = interleave(
-            timed, runs=runs, seconds=seconds, tolerance=tolerance, seed=seed, progress=progress
+            timed,
+            runs=runs,
+            seconds=seconds,
+            tolerance=tolerance,
+            seed=seed,
+            between=watch,
+            progress=progress,
         )
-    return {r.name: _summary(r, column, chosen) for r, column in zip(runners, samples.T, strict=True)}
+    clocks = None if watch is None else watch.found()
+    columns = zip(runners, samples.T, strict=True)
+    return {r.name: _summary(r, column, chosen, clocks) for r, column in columns}
 
 
 def ratio(a: Timing, b: Timing, *, confidence: float = 0.95) -> Ratio:
@@ -117,10 +125,15 @@ def ratio(a: Timing, b: Timing, *, confidence: float = 0.95) -> Ratio:
         raise OptionError(f"{a.name} has {a.runs} rounds, {b.name} {b.runs}: time them together")
     if not 0 < confidence < 1:
         raise OptionError(f"confidence: {confidence}; expected between 0 and 1")
-    pair = np.array([a.samples_ms, b.samples_ms]).T
-    medians = _bootstrap(pair, RESAMPLES)
-    low, high = _interval(medians[:, 1] / medians[:, 0], confidence)
-    return Ratio(b.median_ms / a.median_ms, low, high)
+    return ratio_of(np.array([a.samples_ms, b.samples_ms]).T, confidence)
+
+
+def precision(timings: Mapping[str, Timing]) -> float:
+    """Half the widest 95 % interval of the ratios to the first, relative: what `tolerance` bounds.
+
+    Of one model alone: of its median.
+    """
+    return half_width(np.array([t.samples_ms for t in timings.values()]).T, RESAMPLES)
 
 
 def interleave(
@@ -131,9 +144,12 @@ def interleave(
     tolerance: float | None,
     seed: int,
     clock: Callable[[], float] = time.monotonic,
+    between: Callable[[], None] | None = None,
     progress: Progress = silent,
 ) -> np.ndarray:
     """Call each of `timed` once a round, in a new order each round; what they return, (rounds, models).
+
+    between: called after each round.
 
     The rounds end as `benchmark` says; with a time limit alone at MAX_ROUNDS, and never before the third.
     Progress is in rounds where their number is given, else in seconds, of which fewer may do.
@@ -149,6 +165,8 @@ def interleave(
         for index in rng.permutation(len(timed)):
             row[index] = timed[index]()
         rounds.append(row)
+        if between is not None:
+            between()
         now = clock()
         if runs is None and seconds is not None:
             progress("timing, seconds at most", min(int(now - start), ceil(seconds)), ceil(seconds))
@@ -157,7 +175,7 @@ def interleave(
         if end is not None and now >= end and len(rounds) >= 3:
             break
         if runs is None and tolerance is not None and len(rounds) == checkpoint:
-            if _settled(np.array(rounds), tolerance):
+            if half_width(np.array(rounds)) <= tolerance:
                 break
             checkpoint = ceil(checkpoint * 1.3)
     return np.array(rounds)
@@ -201,33 +219,6 @@ def _feeds(
     }
 
 
-def _settled(samples: np.ndarray, tolerance: float) -> bool:
-    medians = _bootstrap(samples, QUICK_RESAMPLES)
-    shown = medians if samples.shape[1] == 1 else medians[:, 1:] / medians[:, :1]
-    low, high = np.quantile(shown, [0.025, 0.975], axis=0)
-    middle = np.median(shown, axis=0)
-    return bool(np.all((high - low) / 2 <= tolerance * middle))
-
-
-def _bootstrap(samples: np.ndarray, resamples: int) -> np.ndarray:
-    """Medians of (rounds, models) samples, drawn in circular blocks of rounds; (resamples, models)."""
-    rounds = len(samples)
-    length = max(1, round(rounds ** (1 / 3)))
-    rng = np.random.default_rng(rounds)
-    medians = np.empty((resamples, samples.shape[1]))
-    for index in range(resamples):  # one at a time: all at once would not fit the memory
-        starts = rng.integers(0, rounds, ceil(rounds / length))
-        picked = ((starts[:, None] + np.arange(length)) % rounds).ravel()[:rounds]
-        medians[index] = np.median(samples[picked], axis=0)
-    return medians
-
-
-def _interval(values: np.ndarray, confidence: float) -> tuple[float, float]:
-    tail = (1 - confidence) / 2
-    low, high = np.quantile(values, [tail, 1 - tail])
-    return float(low), float(high)
-
-
 def _warm(timed: Sequence[Callable[[], float]], seconds: float) -> None:
     """Run rounds until each model's last runs take as long as those before, or the time is over."""
     end = time.monotonic() + seconds
@@ -257,7 +248,7 @@ def _without_gc() -> Iterator[None]:
             gc.enable()
 
 
-def _summary(runner: Runner, samples: np.ndarray, provider: str) -> Timing:
+def _summary(runner: Runner, samples: np.ndarray, provider: Provider, clocks: Clocks | None) -> Timing:
     median = float(np.median(samples))
     p90, p99 = (float(v) for v in np.percentile(samples, [90, 99]))
     return Timing(
@@ -270,7 +261,9 @@ def _summary(runner: Runner, samples: np.ndarray, provider: str) -> Timing:
         runs=len(samples),
         batch=runner.batch,
         throughput=runner.batch * 1000 / median if median > 0 else float("inf"),
-        provider=provider,
+        provider=provider.name,
         samples_ms=tuple(float(s) for s in samples),
         placement=runner.placement,
+        settings=provider.settings,
+        clocks=clocks,
     )

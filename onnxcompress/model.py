@@ -161,6 +161,16 @@ class Model:
         twin.input_digest = self.input_digest
         return twin
 
+    def become(self, other: Model) -> None:
+        """Take the contents of another model, which is not to be used any more; the name stays.
+
+        For what comes of a library that returns a model of its own. Weights that lay in external data do
+        so again when it is saved.
+        """
+        kept = {key: getattr(self, key) for key in ("name", "external_data", "external_files")}
+        self.__dict__.update(other.__dict__ | kept)
+        self.touch()
+
     def provenance(self) -> list[dict[str, Any]]:
         """What was done to this model so far, oldest first."""
         try:

@@ -61,6 +61,21 @@ class PassResult:
         return bool(self.changes)
 
 
+PROVIDER_HELP = (
+    "Of onnxruntime: cpu, cuda, tensorrt, or another by its name, such as openvino; auto: cuda where it "
+    "works, else cpu."
+)
+PROVIDER_OPTIONS_HELP = (
+    "How it runs. cuda: tf32=on|off, cudnn_search=exhaustive|heuristic|default, nhwc, memory (MB); "
+    "tensorrt: fp16, cache (folder), workspace (MB); both: device, cuda_graph."
+)
+
+
+def provider_options_option() -> Any:
+    """The field `provider_options` of whatever has a field `provider`."""
+    return option((), PROVIDER_OPTIONS_HELP, metavar="NAME=VALUE,…")
+
+
 def option(
     default: Any,
     help: str,
@@ -84,8 +99,9 @@ def is_required(one: dataclasses.Field[Any]) -> bool:
 class Pass(ABC):
     """A change of a model. Applied a second time it changes nothing.
 
-    Fields are the options, each made by `option`. Two names have a meaning of their own: `provider` is
-    onnxruntime's, `device` is where torch computes; a chain asks for both before its first pass runs.
+    Fields are the options, each made by `option`. Three names have a meaning of their own: `provider`
+    and `provider_options` are onnxruntime's, `device` is where torch computes; a chain asks for them before
+    its first pass runs.
     """
 
     name: ClassVar[str]

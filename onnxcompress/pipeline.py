@@ -154,9 +154,10 @@ def check_ready(one: Pass) -> None:
             flag = "--" + f.name.replace("_", "-")
             raise InputError(f"{flag} {path}: no such file or folder")
     if getattr(one, "provider", "auto") not in ("auto", "cpu"):
+        from onnxcompress.providers import Provider
         from onnxcompress.runtime import check_provider
 
-        check_provider(one.provider)  # type: ignore[attr-defined]
+        check_provider(Provider.of(one.provider, getattr(one, "provider_options", ())))  # type: ignore[attr-defined]
     if getattr(one, "device", "auto") not in ("auto", "cpu"):
         try:
             from onnxcompress.optimize.device import pick_device

@@ -2,16 +2,15 @@
 
 A provider that cannot start makes onnxruntime go on with the CPU and a line on stderr. Here that is an
 error with its remedy: a latency measured on the wrong device is worse than none.
-Does not handle: several GPUs (always device 0).
 """
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
-import difflib
 import importlib
 import io
+import os
 import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
@@ -19,26 +18,17 @@ from typing import TYPE_CHECKING, Any
 import onnx
 
 from onnxcompress.errors import CompressError, ModelError, OptionError, RuntimeUnavailable
+from onnxcompress.providers import NAMED, Provider, ProviderLike, as_provider, full_name, remedy
 from onnxcompress.sources import ModelLike, label, runnable
 
 if TYPE_CHECKING:
     import onnxruntime
 
-PROVIDERS = {
-    "cpu": "CPUExecutionProvider",
-    "cuda": "CUDAExecutionProvider",
-    "tensorrt": "TensorrtExecutionProvider",
-}
-_REMEDY = {
-    "cuda": "pip install 'onnxruntime-gpu[cuda,cudnn]' on a machine with an NVIDIA driver",
-    "tensorrt": "pip install 'onnxruntime-gpu[cuda,cudnn]' tensorrt, with an NVIDIA driver",
-}
-
 
 def session(
     model: ModelLike,
     *,
-    provider: str = "auto",
+    provider: ProviderLike = "auto",
     threads: int = 0,
     optimize: bool = True,
     profile: str | None = None,
@@ -73,26 +63,27 @@ def session(
         return _open(source, options, chosen, label(model))
 
 
-def pick_provider(provider: str) -> str:
-    """Resolve "auto" to "cuda" where a CUDA session starts on this machine, else to "cpu"."""
-    if provider in PROVIDERS:
-        return provider
-    if provider != "auto":
-        near = difflib.get_close_matches(provider, [*PROVIDERS, "auto"], 1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise OptionError(f"provider: {provider!r} is not one of {', '.join([*PROVIDERS, 'auto'])}{hint}")
+def pick_provider(provider: ProviderLike) -> Provider:
+    """Resolve "auto" to "cuda" where a CUDA session starts on this machine, else to "cpu".
+
+    Raises OptionError for a provider that onnxruntime does not know.
+    """
+    given = as_provider(provider)
+    if given.name != "auto":
+        return given
     import onnxruntime as ort
 
-    if PROVIDERS["cuda"] not in ort.get_available_providers() or not cuda_devices():
-        return "cpu"
+    if NAMED["cuda"] not in ort.get_available_providers() or not cuda_devices():
+        return Provider("cpu")
+    cuda = Provider("cuda", given.options)
     try:
-        _open(_identity(), ort.SessionOptions(), "cuda", "probe")
+        _open(_identity(), ort.SessionOptions(), cuda, "probe")
     except CompressError:
-        return "cpu"
-    return "cuda"
+        return Provider("cpu")
+    return cuda
 
 
-def check_provider(provider: str) -> None:
+def check_provider(provider: ProviderLike) -> None:
     """Raise RuntimeUnavailable, or OptionError, where no session on `provider` can start here."""
     import onnxruntime as ort
 
@@ -101,15 +92,32 @@ def check_provider(provider: str) -> None:
 
 def cuda_devices() -> int:
     """NVIDIA GPUs that the driver shows; 0 without a driver."""
-    library = "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"
-    try:
-        driver = ctypes.CDLL(library)
-    except OSError:
-        return 0
+    driver = _cuda_driver()
     count = ctypes.c_int()
-    if driver.cuInit(0) != 0 or driver.cuDeviceGetCount(ctypes.byref(count)) != 0:
+    if driver is None or driver.cuDeviceGetCount(ctypes.byref(count)) != 0:
         return 0
     return count.value
+
+
+def cuda_bus_id(device: int) -> bytes:
+    """The PCI address of a GPU, by which NVML finds it, which counts otherwise.
+
+    Raises RuntimeUnavailable where the driver shows no such GPU.
+    """
+    driver = _cuda_driver()
+    text = ctypes.create_string_buffer(32)
+    if driver is None or driver.cuDeviceGetPCIBusId(text, len(text), device) != 0:
+        raise RuntimeUnavailable(f"provider option device={device}: the driver shows no such GPU")
+    return text.value
+
+
+def _cuda_driver() -> Any:
+    """The driver's library, started; None where there is none."""
+    try:
+        driver = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
+    except OSError:
+        return None
+    return driver if driver.cuInit(0) == 0 else None
 
 
 def one_line(error: BaseException) -> str:
@@ -120,46 +128,61 @@ def one_line(error: BaseException) -> str:
     return text if len(text) <= 300 else text[:297] + "..."
 
 
-def _open(source: str | bytes, options: Any, provider: str, name: str) -> Any:
+def _open(source: str | bytes, options: Any, provider: Provider, name: str) -> Any:
     import onnxruntime as ort
 
-    wanted = PROVIDERS[provider]
+    wanted = full_name(provider.name)
     if wanted not in ort.get_available_providers():
         raise RuntimeUnavailable(
-            f"provider {provider}: this onnxruntime has no {wanted}; {_REMEDY[provider]}, "
+            f"provider {provider.name}: this onnxruntime has no {wanted}; {remedy(provider.name)}, "
             "or use provider cpu"
         )
-    if provider != "cpu":
-        _load_gpu_libraries(provider)
+    if provider.on_gpu:
+        _load_gpu_libraries(provider.name)
+    if provider.options.cache:
+        _make_folder(provider.options.cache)
     try:
-        with _quiet(provider != "cpu"):
+        with _quiet(provider.name != "cpu"):
             # onnxruntime's own fall-back would print to stdout and go on with the CPU
             opened = ort.InferenceSession(
-                source, options, providers=_fallbacks(provider), enable_fallback=0
+                source, options, providers=provider.for_onnxruntime(), enable_fallback=0
             )
     except Exception as error:  # onnxruntime's exceptions have no common base
-        if provider != "cpu" and not cuda_devices():
-            raise _not_started(provider, "no NVIDIA GPU or driver found") from error
-        if provider == "tensorrt" and "install TensorRT" in str(error):
-            raise _not_started(provider, "TensorRT's libraries were not found") from error
-        raise ModelError(f"{name}: onnxruntime cannot load it ({one_line(error)})") from error
+        raise _explained(error, provider, name) from error
     if opened.get_providers()[0] != wanted:
-        why = "its CUDA libraries were not found" if cuda_devices() else "no NVIDIA GPU or driver"
-        raise _not_started(provider, why)
+        raise _not_started(provider.name, _why_not(provider))
     return opened
 
 
-def _not_started(provider: str, why: str) -> RuntimeUnavailable:
+def _explained(error: Exception, provider: Provider, name: str) -> CompressError:
+    """What to tell the user where no session came about."""
+    text = one_line(error)
+    if provider.on_gpu and not cuda_devices():
+        return _not_started(provider.name, "no NVIDIA GPU or driver found")
+    if provider.name == "tensorrt" and "install TensorRT" in text:
+        return _not_started(provider.name, "TensorRT's libraries were not found")
+    if provider.options.cuda_graph and "graph capture" in text:
+        return ModelError(f"{name}: no CUDA graph can be made of it ({text}); leave cuda_graph off")
+    return ModelError(f"{name}: onnxruntime cannot load it ({text})")
+
+
+def _why_not(provider: Provider) -> str:
+    if not provider.on_gpu:
+        return "onnxruntime fell back to the CPU"
+    return "its CUDA libraries were not found" if cuda_devices() else "no NVIDIA GPU or driver"
+
+
+def _not_started(name: str, why: str) -> RuntimeUnavailable:
     return RuntimeUnavailable(
-        f"provider {provider}: {PROVIDERS[provider]} did not start ({why}); "
-        f"{_REMEDY[provider]}, or use provider cpu"
+        f"provider {name}: {full_name(name)} did not start ({why}); {remedy(name)}, or use provider cpu"
     )
 
 
-def _fallbacks(provider: str) -> list[str]:
-    """The provider, then those that take the nodes it has no kernel for."""
-    order = {"cpu": ["cpu"], "cuda": ["cuda", "cpu"], "tensorrt": ["tensorrt", "cuda", "cpu"]}
-    return [PROVIDERS[p] for p in order[provider]]
+def _make_folder(path: str) -> None:
+    try:
+        os.makedirs(path, exist_ok=True)
+    except OSError as error:
+        raise OptionError(f"provider option cache={path}: no folder can be made there ({error})") from error
 
 
 def _load_gpu_libraries(provider: str) -> None:

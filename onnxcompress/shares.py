@@ -3,18 +3,21 @@
     τ(B) = (lat(M) − lat(M without B)) / lat(M)
 
 One variant without each block is timed, all interleaved with the whole model. Blocks with the same
-operators and shapes (`Block.signature`) take the same time, so one variant stands for all of them.
+operators and shapes (`Block.signature`) take the same time, so one variant stands for all of them. That
+shares add up is assumed when blocks are chosen; `drop-blocks` sets their sum (`added`) beside the measured
+latency of what it made.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from onnxcompress.blocks import Block
 from onnxcompress.dropping import drop_blocks
 from onnxcompress.latency import Ratio, benchmark, ratio
 from onnxcompress.model import Model
+from onnxcompress.providers import ProviderLike
 
 FLOOR = 0.1
 """A share below this part of the largest counts as this: nothing is divided by next to nothing."""
@@ -37,7 +40,7 @@ def latency_shares(
     model: Model,
     blocks: Sequence[Block],
     *,
-    provider: str = "auto",
+    provider: ProviderLike = "auto",
     batch: int = 1,
     threads: int = 0,
     seconds: float = 8.0,
@@ -65,6 +68,24 @@ def latency_shares(
 
 def _share(found: Ratio) -> Share:
     return Share(1 - found.value, 1 - found.high, 1 - found.low)
+
+
+def added(shares: Iterable[Share]) -> Share:
+    """What dropping all of them would save if savings added up; the ends of the intervals add up, too."""
+    found = list(shares)
+    return Share(sum(s.value for s in found), sum(s.low for s in found), sum(s.high for s in found))
+
+
+def additivity_text(found: Mapping[str, Sequence[float]]) -> str:
+    """Whether the shares add up to what was saved: `predicted` and `measured`, each value, low, high."""
+    told = {k: [100 * v for v in found[k]] for k in ("predicted", "measured")}
+    sums, saved = told["predicted"], told["measured"]
+    apart = sums[2] < saved[1] or saved[2] < sums[1]
+    verdict = "they do not add up" if apart else "they add up, within the intervals"
+    return (
+        f"the blocks' shares τ add up to {sums[0]:.1f} % ({sums[1]:.1f} to {sums[2]:.1f} %), measured are "
+        f"{saved[0]:.1f} % ({saved[1]:.1f} to {saved[2]:.1f} %): {verdict}"
+    )
 
 
 def usable(shares: Mapping[str, Share], blocks: Sequence[Block]) -> tuple[dict[str, float], bool]:

@@ -40,7 +40,7 @@ def milliseconds(value: float) -> str:
     return f"{value:.0f} ms" if value >= 1000 else f"{value:#.3g}".rstrip(".") + " ms"
 
 
-def device(provider: str) -> str:
+def where(provider: str) -> str:
     """Where onnxruntime computes, for a person: the GPU (CUDA)."""
     known = {"cpu": "the CPU", "cuda": "the GPU (CUDA)", "tensorrt": "the GPU (TensorRT)"}
     return known.get(provider, provider)

@@ -38,7 +38,7 @@ class Facts:
         """What a comparison measured."""
         a, b = found.a, found.b
         top1 = None if a.top1 is None or b.top1 is None else (a.top1, b.top1)
-        device = f"{b.timing.provider}, batch {b.timing.batch}"
+        device = f"{b.timing.device}, batch {b.timing.batch}"
         return Facts(
             bytes=b.bytes,
             inputs=found.inputs,

@@ -27,6 +27,7 @@ CATALOGUE: tuple[Entry, ...] = (
     Entry("drop-blocks", "drop_blocks", "DropBlocks", "Drop residual blocks to meet a latency."),
     Entry("prune", "prune", "Prune", "Set weights to zero and make up for them with the others."),
     Entry("quantize", "quantize", "Quantize", "Quantize weights and activations to few bits."),
+    Entry("fp16", "fp16", "HalfPrecision", "Compute in half precision where it does no harm."),
 )
 
 

@@ -36,7 +36,17 @@ from onnxcompress.inputs.source import (
 )
 from onnxcompress.model import Model
 from onnxcompress.passes.fold_bn import FoldBatchNorm
-from onnxcompress.passing import Change, Pass, PassResult, Progress, option, silent
+from onnxcompress.passing import (
+    PROVIDER_HELP,
+    Change,
+    Pass,
+    PassResult,
+    Progress,
+    option,
+    provider_options_option,
+    silent,
+)
+from onnxcompress.providers import Provider
 
 
 @dataclass(frozen=True)
@@ -77,9 +87,11 @@ class DropBlocks(Pass):
     batch: int = option(64, "Images in a step of fine-tuning.")
     learning_rate: float = option(0.005, "Peak rate of fine-tuning, relative to a weight's size.")
     latency_batch: int = option(1, "Images in a run when latency is measured.")
-    provider: Literal["auto", "cpu", "cuda", "tensorrt"] = option("auto", "Of onnxruntime.")
+    provider: str = option("auto", PROVIDER_HELP, metavar="NAME")
+    provider_options: tuple[str, ...] = provider_options_option()
     threads: int = option(0, "CPU threads of onnxruntime; 0: all cores.")
     device: Literal["auto", "cpu", "cuda"] = option("auto", "Where torch optimizes.")
+    capture: bool = option(False, "On a GPU, record a step of fine-tuning as a CUDA graph and replay it.")
     seed: int = option(0, "Of all draws; the same seed and --scores give the same file.")
 
     def apply(self, model: Model, progress: Progress = silent) -> PassResult:
@@ -109,6 +121,7 @@ class DropBlocks(Pass):
         if sum(targets) != 1:
             raise OptionError("give one target: --latency-reduction PCT, --blocks K or --drop NAME,...")
         self.request.check()
+        self.runs_on  # noqa: B018  it checks itself
         if self.latency_reduction is not None and not 0 < self.latency_reduction < 100:
             raise OptionError(f"--latency-reduction {self.latency_reduction}: expected 0 to 100 percent")
         for name in ("blocks", "batch", "latency_batch"):
@@ -128,6 +141,11 @@ class DropBlocks(Pass):
         return InputRequest(
             self.images, self.preprocess, self.count, self.inputs, self.synthetic, self.seed
         )
+
+    @property
+    def runs_on(self) -> Provider:
+        """Where latency is measured, and how. Raises OptionError."""
+        return Provider.of(self.provider, self.provider_options)
 
     def _check_blocks(self, model: Model, found: Discovery) -> None:
         if not found.blocks:

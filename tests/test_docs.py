@@ -1,7 +1,8 @@
 """Each command line and Python block of README.md and the guides runs, in order, in a folder with models/.
 
 What is shortened: the .npz files have their first IMAGES images, latency is taken from a few rounds, and
-what is in SHORT is appended to commands that have the option. A GPU's provider becomes the CPU's.
+what is in SHORT is appended to commands that have the option. A GPU's provider becomes the CPU's, and loses
+its options.
 Templates are lines with a word in capitals, which stands for a file: of them only the command is looked up.
 """
 
@@ -56,6 +57,9 @@ def shortened(call: str) -> list[str]:
     """The arguments of one call of onnxcompress, made short."""
     words = shlex.split(call, comments=True)[1:]
     words = ["cpu" if word in ("cuda", "tensorrt") else word for word in words]
+    if "--provider-options" in words:  # of a GPU
+        at = words.index("--provider-options")
+        del words[at : at + 2]
     command = cli.get_command(click.Context(cli), words[0])
     assert command is not None, call
     known = {name for parameter in command.params for name in parameter.opts}

@@ -1,4 +1,13 @@
-"""`onnxcompress benchmark`: latency in onnxruntime, models interleaved run by run."""
+"""`onnxcompress benchmark`: latency in onnxruntime, models interleaved run by run.
+
+--json prints one object:
+
+    models           [Timing without its samples], for each batch all models
+    ratios_to_first  {name: {value, low, high}}, to the first model at the same batch
+    precision        [{batch, within, asked, reached}]: half the widest interval of the ratios, relative
+
+With several batches a name is `net.onnx, batch 8`.
+"""
 
 from __future__ import annotations
 
@@ -12,64 +21,99 @@ from onnxcompress.cli import options, reporting
 if TYPE_CHECKING:
     from onnxcompress.latency import Ratio, Timing
 
+Timings = dict[str, "Timing"]
+
 
 @click.command()
 @click.argument("models", nargs=-1, required=True, metavar="MODEL...", type=options.FILE)
-@options.runtime(batch=1)
+@options.runtime(batch=1, several=True)
 @options.timing()
 @options.seed()
 @options.as_json()
 @reporting.report()
-def benchmark(
-    models: tuple[str, ...], tolerance: float, as_json: bool, report: str | None, **chosen: Any
-) -> None:
+def benchmark(models: tuple[str, ...], as_json: bool, report: str | None, **chosen: Any) -> None:
     """Measure latency in onnxruntime.
 
     All models run once a round, in random order, so that drift hits all alike. The ratio of each to the
-    first comes with a 95 % interval. The table says which provider ran the nodes.
+    first comes with a 95 % interval. The table says which provider ran the nodes, and on a GPU its clocks.
 
     \b
     Example: onnxcompress benchmark net.onnx fast.onnx --batch 1 --threads 2
+             onnxcompress benchmark net.onnx --batch 1,8,64 --provider cuda --provider-options tf32=off
     """
-    from onnxcompress import latency
     from onnxcompress.cli.console import progress
-    from onnxcompress.sources import display_names
 
-    names = display_names(models)
+    chosen = options.take_provider(chosen)
+    batches, asked = chosen.pop("batch"), chosen["runs"] is None
     with progress(lines=not as_json) as show:
-        chosen |= {"tolerance": tolerance / 100, "progress": show}
-        timings = latency.benchmark(dict(zip(names, models, strict=True)), **chosen)
-    first = timings[names[0]]
-    ratios = {name: latency.ratio(first, timings[name]) for name in names[1:]}
-    options.warn_placements([(t.name, t.placement) for t in timings.values()])
-    account = {
-        "models": [t.as_dict() for t in timings.values()],
-        "ratios_to_first": {name: asdict(one) for name, one in ratios.items()},
-    }
-    options.print_json(account) if as_json else _show(timings, ratios)
-    samples = {name: one.samples_ms for name, one in timings.items()}
+        found = [_timed(models, batch, progress=show, **chosen) for batch in batches]
+    account = _account(batches, found, chosen["tolerance"] if asked else None)
+    if as_json:
+        options.print_json(account)
+    else:
+        _show(found, account)
+    options.warn_placements([(t.name, t.placement) for t in found[0].values()])
+    options.warn_clocks([next(iter(one.values())) for one in found])
+    timings = [t for one in found for t in one.values()]
+    names = [m["name"] for m in account["models"]]
+    samples = {name: one.samples_ms for name, one in zip(names, timings, strict=True)}
     reporting.write_report(report, account, [("model", m) for m in models], samples=samples)
 
 
-def _show(timings: dict[str, Timing], ratios: dict[str, Ratio]) -> None:
-    from onnxcompress.cli.console import stdout, table
+def _timed(models: tuple[str, ...], batch: int, *, tolerance: float, **chosen: Any) -> Timings:
+    from onnxcompress import latency
+    from onnxcompress.sources import display_names
 
-    first = next(iter(timings.values()))
+    named = dict(zip(display_names(models), models, strict=True))
+    return latency.benchmark(named, batch=batch, tolerance=tolerance / 100, **chosen)
+
+
+def _account(batches: tuple[int, ...], found: list[Timings], asked: float | None) -> dict[str, Any]:
+    """What --json prints. `asked`: the tolerance in percent, None: none was to be reached."""
+    from onnxcompress import latency
+
+    several = len(batches) > 1
+    models: list[dict[str, Any]] = []
+    ratios: dict[str, dict[str, float]] = {}
+    precision: list[dict[str, Any]] = []
+    for batch, timings in zip(batches, found, strict=True):
+        first = next(iter(timings.values()))
+        for at, (name, one) in enumerate(timings.items()):
+            shown = f"{name}, batch {batch}" if several else name
+            models.append(one.as_dict() | {"name": shown})
+            if at:
+                ratios[shown] = asdict(latency.ratio(first, one))
+        precision.append({"batch": batch} | options.precision_of(timings, asked))
+    return {"models": models, "ratios_to_first": ratios, "precision": precision}
+
+
+def _show(found: list[Timings], account: dict[str, Any]) -> None:
+    from onnxcompress.cli.console import stdout, table
+    from onnxcompress.latency import Ratio
+    from onnxcompress.providers import described
+
+    models, ratios = account["models"], account["ratios_to_first"]
     columns = ["model", "median", "mean", "min", "p90", "p99", "images/s"]
     rows = []
-    for name, one in timings.items():
-        times = (one.median_ms, one.mean_ms, one.min_ms, one.p90_ms, one.p99_ms)
-        row = [name, *(f"{ms:.3f}" for ms in times), f"{one.throughput:.1f}"]
+    for one in models:
+        times = (one[key] for key in ("median_ms", "mean_ms", "min_ms", "p90_ms", "p99_ms"))
+        row = [one["name"], *(f"{ms:.3f}" for ms in times), f"{one['throughput']:.1f}"]
         if ratios:
-            row.append(ratio_text(ratios[name]) if name in ratios else "1")
+            row.append(ratio_text(Ratio(**ratios[one["name"]])) if one["name"] in ratios else "1")
         rows.append(row)
     if ratios:
         columns.append("ratio [95 %]")
-    title = f"{first.provider}, batch {first.batch}, {first.runs} runs each, ms"
+    first = models[0]
+    runs = " / ".join(str(next(iter(one.values())).runs) for one in found)
+    batch = f", batch {first['batch']}" if len(found) == 1 else ""
+    title = f"{described(first['provider'], first['settings'])}{batch}, {runs} runs each, ms"
     console = stdout()
     console.print(table(title, columns, rows))
-    for name, one in timings.items():
-        ran = ", ".join(f"{p} {n}" for p, n in one.placement.nodes.items()) or "none"
+    for one in account["precision"]:
+        where = f"batch {one['batch']}: " if len(found) > 1 else ""
+        console.print(where + options.precision_text(one, bool(ratios)), markup=False)
+    for name, timing in found[0].items():
+        ran = ", ".join(f"{p} {n}" for p, n in timing.placement.nodes.items()) or "none"
         console.print(f"nodes of {name}: {ran}", markup=False)
 
 

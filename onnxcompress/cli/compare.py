@@ -4,6 +4,7 @@
 
     a, b        {name, bytes, parameters, macs, timing, top1}; null for what is not known
     latency     {value, low, high}: median of b over median of a, with its 95 % interval
+    precision   {within, asked, reached}: half that interval, relative, and the tolerance
     difference  {max_abs, max_rel, output, per_output} of the outputs
     agreement   share of `inputs` with the same top-1 class
     inputs      what difference, agreement and top1 were taken on
@@ -70,6 +71,7 @@ def compare(
     if images is None and (preprocess is not None or count is not None):
         raise OptionError("--preprocess and --count need --images")
     gates = Gates(images=images, **take_gates(chosen))
+    chosen = options.take_provider(chosen)
     gates.check(images="--images")
     choice = choose(preprocess, metadata_of(a), a)
     draw: dict[str, Any] = {
@@ -83,13 +85,18 @@ def compare(
         chosen |= {"tolerance": tolerance / 100, "seed": seed, "progress": show}
         found = measure.compare(a, b, images=loaded, **chosen)
     options.warn_placements([(s.name, s.timing.placement) for s in (found.a, found.b)])
+    options.warn_clocks([found.a.timing])
     verdicts = judge(gates.limits, Facts.of(found, "" if loaded is None else str(choice)))
+    timings = {side.name: side.timing for side in (found.a, found.b)}
+    sure = options.precision_of(timings, tolerance if chosen["runs"] is None else None)
     how = dict.fromkeys(choice.as_dict()) if loaded is None else choice.as_dict()
-    account = found.as_dict() | how | {"gates": [dataclasses.asdict(v) for v in verdicts]}
+    account = found.as_dict() | how
+    account |= {"precision": sure, "gates": [dataclasses.asdict(v) for v in verdicts]}
     if as_json:
         options.print_json(account)
     else:
         _show(found, None if loaded is None else choice)
+        stdout().print(options.precision_text(sure, True), markup=False)
         show_verdicts(stdout(), verdicts)
     _report(report, account, (a, b, images), reporting.Compared(found), loaded)
     if missed := summary(verdicts):
@@ -130,7 +137,7 @@ def _show(found: Comparison, choice: Choice | None) -> None:
         points = 100 * (b.top1 - a.top1)
         rows.append(["top-1", f"{a.top1:.2%}", f"{b.top1:.2%}", f"{points:+.2f} points"])
     console = stdout()
-    title = f"{left.provider}, batch {left.batch}, {left.runs} runs each"
+    title = f"{left.device}, batch {left.batch}, {left.runs} runs each"
     console.print(table(title, ["", a.name, b.name, "B / A"], rows))
     worst = found.difference
     console.print(

@@ -124,6 +124,10 @@ def show_result(
         from onnxcompress.cli.quantize import show_quantize
 
         show_quantize(console, result)
+    elif one.name == "fp16":
+        from onnxcompress.cli.fp16 import show_fp16
+
+        show_fp16(console, result)
     else:
         kinds: dict[str, int] = {}
         for change in result.changes:

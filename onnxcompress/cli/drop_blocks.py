@@ -29,6 +29,10 @@ def show_drop_blocks(console: Console, result: PassResult) -> None:
         markup=False,
     )
     _show_latency(console, measured.get("latency"))
+    if "additivity" in measured:
+        from onnxcompress.shares import additivity_text
+
+        console.print(additivity_text(measured["additivity"]), markup=False)
     error = measured.get("feature_error")
     if error is not None:
         console.print(

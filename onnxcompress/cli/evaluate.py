@@ -46,6 +46,7 @@ def evaluate(
     from onnxcompress.inputs.preprocess import choose
     from onnxcompress.sources import metadata_of
 
+    chosen = options.take_provider(chosen)
     choice = choose(preprocess, metadata_of(model), model)
     draw: dict[str, Any] = {"preprocess": choice.preprocess, "count": count, "seed": seed}
     with progress(lines=not as_json) as show:
@@ -63,6 +64,7 @@ def evaluate(
 
 def _show(model: str, images: str, choice: Choice, accuracy: Accuracy) -> None:
     from onnxcompress.cli.console import stdout, table
+    from onnxcompress.providers import described
     from onnxcompress.sources import display_names
 
     low, high = accuracy.interval
@@ -76,5 +78,6 @@ def _show(model: str, images: str, choice: Choice, accuracy: Accuracy) -> None:
     ]
     columns = ["model", "top-1", "95 % interval", "top-5", "images", "took"]
     console = stdout()
-    console.print(table(f"accuracy on {images}, {accuracy.provider}", columns, [row]))
+    where = described(accuracy.provider, accuracy.settings)
+    console.print(table(f"accuracy on {images}, {where}", columns, [row]))
     console.print(f"images are {choice}", markup=False)

@@ -69,15 +69,17 @@ def _name(field: str) -> str:
 
 
 def _option(field: dataclasses.Field[Any], hint: Any) -> click.Option:
-    from onnxcompress.cli.passes import option_type
+    from onnxcompress.cli.passes import option_type, split
 
     name = _name(field.name)
     text = field.metadata["help"]
-    if field.default is not None:
+    if field.default not in (None, ()):
         text += f"  [default: {field.default}]"
+    several = typing.get_origin(hint) is tuple
     made = SectionedOption(
         ["--" + name.replace("_", "-"), name],
         type=option_type(hint),
+        callback=(lambda context, parameter, value: value and split(value)) if several else None,
         metavar=field.metadata["metavar"],
         help=text,
     )

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Sequence
 from importlib import import_module
+from typing import Any
 
 import click
 
 from onnxcompress import __version__
-from onnxcompress.errors import CompressError
+from onnxcompress.errors import CompressError, CompressWarning
 from onnxcompress.passes import CATALOGUE
 from onnxcompress.plugins import plugins
 
@@ -91,7 +93,9 @@ def cli() -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code: 0, 1 error, 2 usage, 3 target missed, 130 interrupted."""
     try:
-        cli.main(args=argv, prog_name="onnxcompress", standalone_mode=False, obj=argv and list(argv))
+        with warnings.catch_warnings():
+            warnings.showwarning = _note
+            cli.main(args=argv, prog_name="onnxcompress", standalone_mode=False, obj=argv and list(argv))
     except click.exceptions.NoArgsIsHelpError as error:
         error.show()
         return error.exit_code
@@ -113,6 +117,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except MemoryError:
         click.echo("error: out of memory; try a smaller --batch or fewer images", err=True)
         return 1
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # torch's, which only its users import
+            raise
+        text = "error: out of the GPU's memory; try a smaller --batch, fewer images, or --device cpu"
+        click.echo(text, err=True)
+        return 1
     return 0
 
 
@@ -122,6 +132,14 @@ def _hint(error: click.ClickException) -> str:
     if context is None or "id you mean" in error.format_message():
         return ""
     return f" See '{context.command_path} --help'."
+
+
+def _note(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
+    """Our own warnings are notes on stderr; others are shown as Python shows them."""
+    if issubclass(category, CompressWarning):
+        click.echo(f"note: {message}", err=True)
+    else:
+        click.echo(warnings.formatwarning(message, category, *place[:2]), err=True, nl=False)
 
 
 if __name__ == "__main__":

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
 from onnxcompress.errors import OptionError
+from onnxcompress.passing import PROVIDER_HELP, PROVIDER_OPTIONS_HELP
+
+if TYPE_CHECKING:
+    from onnxcompress.latency import Timing
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 Decorator = Callable[[Command], Command]
@@ -39,16 +43,22 @@ def images(*, required: bool) -> Decorator[Any]:
     )
 
 
-def runtime(*, batch: int) -> Decorator[Any]:
-    """--provider, --threads and --batch."""
+def runtime(*, batch: int, several: bool = False) -> Decorator[Any]:
+    """--provider, --provider-options, --threads and --batch; `several`: of more than one size."""
+    sizes = click.option(
+        "--batch",
+        metavar="N,…",
+        default=str(batch),
+        callback=_batches,
+        help="Images a run; several are timed one after the other: 1,8,64.",
+        show_default=True,
+    )
+    size = click.option(
+        "--batch", type=click.IntRange(1), default=batch, help="Images a run.", show_default=True
+    )
     return _chain(
-        click.option(
-            "--provider",
-            type=click.Choice(["auto", "cpu", "cuda", "tensorrt"]),
-            default="auto",
-            show_default=True,
-            help="Of onnxruntime; auto: cuda where it works, else cpu.",
-        ),
+        click.option("--provider", metavar="NAME", default="auto", show_default=True, help=PROVIDER_HELP),
+        click.option("--provider-options", metavar="NAME=VALUE,…", default="", help=PROVIDER_OPTIONS_HELP),
         click.option(
             "--threads",
             type=click.IntRange(0),
@@ -56,10 +66,16 @@ def runtime(*, batch: int) -> Decorator[Any]:
             help="CPU threads; 0: all cores.",
             show_default=True,
         ),
-        click.option(
-            "--batch", type=click.IntRange(1), default=batch, help="Images a run.", show_default=True
-        ),
+        sizes if several else size,
     )
+
+
+def take_provider(chosen: dict[str, Any]) -> dict[str, Any]:
+    """A command's arguments with what `runtime` gave joined to one Provider. Raises OptionError."""
+    from onnxcompress.providers import Provider
+
+    texts = [text for text in chosen.pop("provider_options").split(",") if text]
+    return chosen | {"provider": Provider.of(chosen["provider"], texts)}
 
 
 def timing() -> Decorator[Any]:
@@ -126,6 +142,47 @@ def warn_placements(placements: Sequence[tuple[str, Any]]) -> None:
         if placement.shapes_on_cpu:
             count = len(placement.shapes_on_cpu)
             click.echo(f"note: {name}: the CPU ran {count} nodes on shapes, as is usual", err=True)
+
+
+def precision_of(timings: Mapping[str, Timing], asked: float | None) -> dict[str, Any]:
+    """How sure the ratios are: `within`, `asked` and whether it was `reached`; asked: percent, or None."""
+    from onnxcompress.latency import precision
+
+    within = precision(timings)
+    goal = None if asked is None else asked / 100
+    return {"within": within, "asked": goal, "reached": None if goal is None else within <= goal}
+
+
+def precision_text(found: dict[str, Any], ratios: bool) -> str:
+    """Whether the clock was as sure as asked: `found` has `within`, `asked` and `reached`."""
+    text = f"{'ratios' if ratios else 'median'} within ± {100 * found['within']:.2g} %"
+    if found["reached"] is None:
+        return text
+    if found["reached"]:
+        return f"{text}, as asked (± {100 * found['asked']:g} %)"
+    return (
+        f"{text}, ± {100 * found['asked']:g} % was asked for: give it more --seconds, or a quieter machine"
+    )
+
+
+def warn_clocks(timings: Sequence[Timing]) -> None:
+    """Of each run on a GPU: its clocks, and a warning where they drifted, on stderr."""
+    for one in timings:
+        if one.clocks is not None:
+            click.echo(f"note: {one.clocks.text}", err=True)
+            if one.clocks.drift:
+                click.echo(f"warning: {one.clocks.drift}; trust the ratios, not the times", err=True)
+    if timings and timings[0].clocks is None and timings[0].provider in ("cuda", "tensorrt"):
+        from onnxcompress.clocks import INSTALL
+
+        click.echo(f"note: the GPU's clocks were not noted: {INSTALL}", err=True)
+
+
+def _batches(context: click.Context, parameter: click.Parameter, value: str) -> tuple[int, ...]:
+    sizes = [text.strip() for text in value.split(",")]
+    if not all(text.isdecimal() and int(text) > 0 for text in sizes):
+        raise OptionError(f"--batch {value}: expected numbers of images, such as 8 or 1,8,64")
+    return tuple(dict.fromkeys(int(text) for text in sizes))
 
 
 def _shapes(

@@ -103,7 +103,7 @@ def _option(field: dataclasses.Field[Any], hint: Any) -> click.Option:
     if typing.get_origin(inner) is tuple:
         if default is not None:
             common["default"] = ",".join(default)
-        return click.Option(names, type=str, callback=_split, **common)
+        return click.Option(names, type=str, callback=lambda c, p, value: split(value or ""), **common)
     return click.Option(names, type=FILE if field.metadata.get("file") else option_type(hint), **common)
 
 
@@ -123,8 +123,9 @@ def _inner(hint: Any) -> tuple[Any, bool]:
     return hint, False
 
 
-def _split(context: click.Context, parameter: click.Parameter, value: str) -> tuple[str, ...]:
-    return tuple(part.strip() for part in (value or "").split(",") if part.strip())
+def split(value: str) -> tuple[str, ...]:
+    """The parts of a list with commas."""
+    return tuple(part.strip() for part in value.split(",") if part.strip())
 
 
 def check_target(source: Path, target: Path) -> None:

@@ -171,16 +171,15 @@ def _compared(job: Job, found: Outcome, learned: Sequence[tuple[str, ImageSet]])
 
 def _compare(job: Job, found: Outcome, images: ImageSet | None) -> Comparison:
     from onnxcompress.compare import compare
+    from onnxcompress.providers import Provider
 
     gates = job.gates
     timed = next((s.pass_ for s in found.run.steps if hasattr(s.pass_, "latency_batch")), None)
-    how: dict[str, Any] = {"provider": gates.provider, "threads": gates.threads, "batch": gates.batch}
-    if timed is not None and how == {"provider": "auto", "threads": 0, "batch": 1}:
+    how: dict[str, Any] = {"provider": gates.runs_on, "threads": gates.threads, "batch": gates.batch}
+    if timed is not None and how == {"provider": Provider(), "threads": 0, "batch": 1}:
         options = timed.options()
-        how = {
-            k: options[o]
-            for k, o in (("provider", "provider"), ("threads", "threads"), ("batch", "latency_batch"))
-        }
+        where = Provider.of(options["provider"], options["provider_options"])
+        how = {"provider": where, "threads": options["threads"], "batch": options["latency_batch"]}
     return compare(
         found.files.source, found.files.target, images=images, seconds=SECONDS, tolerance=None, **how
     )

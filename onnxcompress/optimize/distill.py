@@ -25,8 +25,8 @@ from torch import Tensor
 from onnxcompress.errors import ModelError
 from onnxcompress.inputs.images import ImageSet
 from onnxcompress.model import Model
+from onnxcompress.optimize.device import autocast, fitting
 from onnxcompress.optimize.executor import Executor
-from onnxcompress.optimize.finetune import autocast
 from onnxcompress.passing import Progress, silent
 from onnxcompress.statistics import ChannelStatistics, known_statistics
 
@@ -63,11 +63,30 @@ def distill(
     source = str(model.graph.inputs[0].name)
     targets = _targets(model, executor, known_statistics(model) if statistics is None else statistics)
     pixels = _Pixels.of(start, device)
+
+    def work(chunk: int) -> list[np.ndarray]:
+        return _optimized(executor, source, targets, pixels, start.x, (steps, chunk, seed), progress)
+
+    made = fitting("distilling images", _chunk(model, len(start)), work)
+    names = tuple(f"distilled[{i}]" for i in range(len(start)))
+    return replace(start, x=np.concatenate(made), y=None, names=names)
+
+
+def _optimized(
+    executor: Executor,
+    source: str,
+    targets: Targets,
+    pixels: _Pixels,
+    start: np.ndarray,
+    how: tuple[int, int, int],
+    progress: Progress,
+) -> list[np.ndarray]:
+    """Chunks of images. how: steps, images in a chunk, seed."""
+    steps, chunk, seed = how
     generator = torch.Generator().manual_seed(seed)
     made: list[np.ndarray] = []
-    chunk = _chunk(model, len(start))
     total = steps * -(-len(start) // chunk)
-    for part in torch.split(torch.from_numpy(start.x), chunk):
+    for part in torch.split(torch.from_numpy(start), chunk):
         share = pixels.shares(part.numpy()).contiguous(memory_format=pixels.memory).requires_grad_()
         adam = torch.optim.Adam([share], lr=RATE, betas=(0.5, 0.9), eps=1e-12)  # gradients are tiny
         for step in range(steps):
@@ -82,8 +101,7 @@ def distill(
                 share.clamp_(0, 1)
             progress("distilling images", steps * len(made) + step + 1, total)
         made.append(pixels.rounded(share.detach()))
-    names = tuple(f"distilled[{i}]" for i in range(len(start)))
-    return replace(start, x=np.concatenate(made), y=None, names=names)
+    return made
 
 
 @dataclass(frozen=True)

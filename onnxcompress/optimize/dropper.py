@@ -18,16 +18,16 @@ from onnxcompress.graph import read, set_values
 from onnxcompress.inputs.source import gather_inputs, image_input
 from onnxcompress.latency import benchmark, ratio
 from onnxcompress.model import Model
-from onnxcompress.optimize.device import pick_device
+from onnxcompress.optimize.device import fitting, pick_device, resident
 from onnxcompress.optimize.executor import Executor
 from onnxcompress.optimize.finetune import Schedule, finetune
-from onnxcompress.optimize.reconstruct import RIDGE, RIDGE_SYNTHETIC, Reconstruction, segments
-from onnxcompress.optimize.score import Probe, Scorer, probe
+from onnxcompress.optimize.reconstruct import RIDGE, RIDGE_SYNTHETIC, Reconstruction, Segment, segments
+from onnxcompress.optimize.score import BATCH, Probe, Scorer, probe
 from onnxcompress.optimize.score_file import read_scores, write_scores
 from onnxcompress.optimize.select import Choice, choose
 from onnxcompress.optimize.standardize import Twin, standardize
 from onnxcompress.passing import Progress, Refusal
-from onnxcompress.shares import Share, latency_shares, usable
+from onnxcompress.shares import Share, added, latency_shares, usable
 from onnxcompress.topology import Topology
 
 if TYPE_CHECKING:
@@ -74,6 +74,8 @@ class Dropper:
         self.images = torch.from_numpy(images.array())
         if not self.nhwc:  # depthwise convolutions on the CPU are three times as fast
             self.images = self.images.contiguous(memory_format=torch.channels_last)
+        self.images = resident(self.images, self.device)
+        self.scoring_batch = BATCH
         self.twin: Twin | None = None
         if self.inputs.layerwise:
             given = self.images[:SCORING_IMAGES].to(self.device)
@@ -116,7 +118,7 @@ class Dropper:
         options = self.options
         benchmark(
             {"before": self.original},
-            provider=options.provider,
+            provider=options.runs_on,
             batch=options.latency_batch,
             threads=options.threads,
             runs=1,
@@ -127,13 +129,17 @@ class Dropper:
         shapes = self.model.shapes()
         each = sum(_elements(shapes[b.entry]) * 2 for b in self.found.blocks) * 4
         count = max(8, min(SCORING_IMAGES, len(self.images), TAPS_BYTES // max(each, 1)))
-        made = probe(self.teacher, self.images[:count], self.source, self.feature)
+        made = fitting("scoring", self.scoring_batch, lambda batch: self._probed(count, batch))
         if not 0 < made.energy < float("inf"):
             raise ModelError(
                 f"{self.model.name}: the features {self.feature!r} are all zero, or not finite, on these "
                 "images; check --preprocess"
             )
         return made
+
+    def _probed(self, count: int, batch: int) -> Probe:
+        self.scoring_batch = batch
+        return probe(self.teacher, self.images[:count], self.source, self.feature, batch=batch)
 
     def _score(self) -> None:
         self.probe = self._probe()
@@ -149,20 +155,25 @@ class Dropper:
         self.shares = latency_shares(
             self.model,
             blocks,
-            provider=options.provider,
+            provider=options.runs_on,
             batch=options.latency_batch,
             threads=options.threads,
             seed=options.seed,
         )
         self.progress("measuring latency shares", 1, 1)
-        tau = self._tau()
-        scorer = Scorer(self.model, blocks, self.probe, executor=self.teacher)
+        fitting("scoring", self.scoring_batch, self._recover)
+        if file:
+            write_scores(file, self._scores_of(), self._rows())
+
+    def _recover(self, batch: int) -> None:
+        """Score each block, `batch` images at once."""
+        self.scoring_batch = batch
+        tau, blocks = self._tau(), self.found.blocks
+        scorer = Scorer(self.model, blocks, self.probe, executor=self.teacher, batch=batch)
         for done, block in enumerate(blocks):
             loss = scorer.recover(block).loss
             self.scores[block.exit] = {"recoverability": loss, "score": loss / tau[block.exit]}
             self.progress("scoring blocks", done + 1, len(blocks))
-        if file:
-            write_scores(file, self._scores_of(), self._rows())
 
     def _tau(self) -> dict[str, float]:
         tau, noisy = usable(self.shares, self.found.blocks)
@@ -176,7 +187,12 @@ class Dropper:
             "model_sha256": self.original.digest(),
             "feature": self.feature,
             "preprocess": self.measured.get("preprocess"),
-            "latency": [options.provider, options.latency_batch, options.threads],
+            "latency": [
+                options.provider,
+                options.latency_batch,
+                options.threads,
+                *options.provider_options,
+            ],
         }
 
     def _rows(self) -> list[dict[str, Any]]:
@@ -199,6 +215,7 @@ class Dropper:
             self._tau() if by_latency else dict.fromkeys(self.scores, 1.0),
             self.probe,
             self._enough,
+            batch=self.scoring_batch,
             device=self.device,
             progress=self.progress,
             expected=self.options.blocks or 0,
@@ -223,36 +240,47 @@ class Dropper:
             return
         student = Executor.from_model(self.model, device=self.device)
         pieces = segments(self.model, self.student_feature)
-        refit = Reconstruction(
-            student,
-            self.teacher,
-            pieces,
-            batch=_batch(self.model),
-            seed=self.options.seed,
-            ridge=RIDGE if self.inputs.real else RIDGE_SYNTHETIC,
-        )
         weights = {n: w for n, w in self.weights.items() if n in student.parameters}
         if pieces and pieces[0].start == self.source:
-            largest = max(_elements(self.model.shapes()[piece.end]) for piece in pieces)
-            count = max(8, min(REFIT_IMAGES, len(self.images), REFIT_BYTES // (4 * largest)))
-            weights = refit.run(self.images[:count].to(self.device), self.progress)
-        if self.options.steps and self.twin is None:
-            schedule = Schedule(
-                steps=self.options.steps,
-                batch=self.options.batch,
-                learning_rate=self.options.learning_rate,
-                seed=self.options.seed,
+            weights = fitting(
+                "refitting layers", _batch(self.model), lambda batch: self._refit(student, pieces, batch)
             )
-            weights = finetune(
-                student, self.teacher, weights, self.images, self.source,
-                (self.student_feature, self.feature), schedule,
-                shares=self.inputs.shares(), nhwc=self.nhwc, progress=self.progress,
-            )  # fmt: skip
+        if self.options.steps and self.twin is None:
+            weights = fitting(
+                "fine-tuning", self.options.batch, lambda batch: self._finetune(student, weights, batch)
+            )
         self._store(weights)
         self.measured["feature_error"] = self._feature_error()
         if self.twin is not None:
             self.twin.take_off(self.model)
             self._store(self.twin.restored(weights))
+
+    def _refit(self, student: Executor, pieces: list[Segment], batch: int) -> dict[str, Tensor]:
+        largest = max(_elements(self.model.shapes()[piece.end]) for piece in pieces)
+        count = max(8, min(REFIT_IMAGES, len(self.images), REFIT_BYTES // (4 * largest)))
+        refit = Reconstruction(
+            student,
+            self.teacher,
+            pieces,
+            batch=batch,
+            seed=self.options.seed,
+            ridge=RIDGE if self.inputs.real else RIDGE_SYNTHETIC,
+        )
+        return refit.run(self.images[:count].to(self.device), self.progress)
+
+    def _finetune(self, student: Executor, start: dict[str, Tensor], batch: int) -> dict[str, Tensor]:
+        schedule = Schedule(
+            steps=self.options.steps,
+            batch=batch,
+            learning_rate=self.options.learning_rate,
+            seed=self.options.seed,
+            captured=self.options.capture,
+        )
+        return finetune(
+            student, self.teacher, start, self.images, self.source,
+            (self.student_feature, self.feature), schedule,
+            shares=self.inputs.shares(), nhwc=self.nhwc, progress=self.progress,
+        )  # fmt: skip
 
     def _store(self, weights: dict[str, Tensor]) -> None:
         """Put the new values into the model, in its own types."""
@@ -272,7 +300,7 @@ class Dropper:
         options = self.options
         timings = benchmark(
             {"before": self.original, "after": model},
-            provider=options.provider,
+            provider=options.runs_on,
             batch=options.latency_batch,
             threads=options.threads,
             seconds=seconds,
@@ -293,6 +321,12 @@ class Dropper:
         self.progress("measuring the result", 0, 1)
         final = self.measured["latency"] = self._latency(self.model, seconds=8.0)
         self.measured["blocks"] = self._rows()
+        if self.dropped and all(b.exit in self.shares for b in self.dropped):
+            predicted = added(self.shares[b.exit] for b in self.dropped)
+            self.measured["additivity"] = {
+                "predicted": [predicted.value, predicted.low, predicted.high],
+                "measured": [1 - final["ratio"], 1 - final["high"], 1 - final["low"]],
+            }
         target = self.options.latency_reduction
         if (
             target is not None and 100 * (1 - final["low"]) < target
@@ -306,15 +340,15 @@ class Dropper:
     def _feature_error(self) -> float:
         """Relative squared error of the features on the images at hand, nothing augmented."""
         student = Executor.from_model(self.model, device=self.device)
-        lost = energy = 0.0
+        lost = energy = torch.zeros((), dtype=torch.float64, device=self.device)
         with torch.no_grad():
-            for part in torch.split(self.images[:SCORING_IMAGES], 64):
+            for part in torch.split(self.images[:SCORING_IMAGES], self.scoring_batch):
                 feeds = {self.source: part.to(self.device)}
                 wanted = self.teacher.run(feeds, [self.feature])[self.feature].double()
                 got = student.run(feeds, [self.student_feature])[self.student_feature].double()
-                lost += float((got - wanted).square().sum())
-                energy += float(wanted.square().sum())
-        return lost / max(energy, 1e-30)
+                lost = lost + (got - wanted).square().sum()
+                energy = energy + wanted.square().sum()
+        return float(lost) / max(float(energy), 1e-30)
 
 
 def _elements(shape: tuple[int | str | None, ...]) -> int:

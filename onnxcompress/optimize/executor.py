@@ -24,6 +24,7 @@ import onnx_graphsurgeon as gs
 import torch
 from torch import Tensor
 
+from onnxcompress.optimize.device import laid_out
 from onnxcompress.optimize.ops import DOMAINS, TABLE
 from onnxcompress.optimize.ops.core import ExecutionError, UnsupportedOp
 from onnxcompress.optimize.ops.plan import Plan, Planner, Step
@@ -68,7 +69,7 @@ class Executor:
             self._program = Program.of(graph, opset)
             self._binding = Binding(self._program, self.device, dtype)
             self.parameters: dict[str, Tensor] = {
-                name: convert(value, self.device, dtype)
+                name: laid_out(convert(value, self.device, dtype), self.device)
                 for name, value in self._program.constants.items()
                 if name in self._program.weights
             }

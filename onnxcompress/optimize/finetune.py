@@ -9,16 +9,25 @@ them is the target. All before the feature is trained, the classifier behind it 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import onnx_graphsurgeon as gs
 import torch
 from torch import Tensor
 
+from onnxcompress.errors import CompressError, CompressWarning
 from onnxcompress.graph import is_op
+from onnxcompress.optimize.augment import augment
+from onnxcompress.optimize.device import autocast, laid_out, resident
 from onnxcompress.optimize.executor import Executor
 from onnxcompress.passing import Progress, silent
+from onnxcompress.runtime import one_line
+
+Loss = Callable[..., Tensor]
+"""(batch, *values) -> scalar."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +41,8 @@ class Schedule:
     seed: int
     warm_up: float = 0.05
     """Share of the steps in which the rate rises."""
+    captured: bool = False
+    """On a GPU, record a step as a CUDA graph and replay it."""
 
 
 def finetune(
@@ -53,26 +64,26 @@ def finetune(
     name in the student's graph, and in the teacher's; parameters: where to start; shares: (N,), how often
     each image is taken, relative to the others.
     """
-    ours, theirs = feature
+    device = student.device
+    images = resident(images, device)
     if nhwc:
         images = images.permute(0, 3, 1, 2)
-    values, rates = _leaves(student, parameters, source, ours)
+    values, rates = _leaves(student, parameters, source, feature[0])
     groups = [
         {"params": [v], "lr": schedule.learning_rate * r}
         for v, r in zip(values.values(), rates, strict=True)
     ]
-    adam = torch.optim.Adam(groups, betas=(0.9, 0.98))
+    adam = torch.optim.Adam(groups, betas=(0.9, 0.98), fused=device.type == "cuda")
     scheduler = torch.optim.lr_scheduler.LambdaLR(adam, lambda step: _rate(step, schedule))
     generator = torch.Generator().manual_seed(schedule.seed)
+    loss_of = _loss(student, teacher, list(values), source, feature)
     for step in range(schedule.steps):
-        x = augment(images, schedule.batch, generator, shares).to(student.device)
+        x = augment(images, schedule.batch, generator, shares, device)
         if nhwc:
             x = x.permute(0, 2, 3, 1)
-        with autocast(student.device):
-            with torch.no_grad():
-                wanted = teacher.run({source: x}, [theirs])[theirs]
-            got = student.run({source: x}, [ours], values)[ours]
-        loss = _relative(got, wanted)
+        if step == 0 and schedule.captured and device.type == "cuda":
+            loss_of = _captured(student, teacher, values, source, feature, x)
+        loss = loss_of(x, *values.values())
         adam.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
         adam.step()
@@ -81,18 +92,67 @@ def finetune(
     return {name: value.detach() for name, value in values.items()}
 
 
+def _loss(
+    student: Executor,
+    teacher: Executor,
+    names: Sequence[str],
+    source: str,
+    feature: tuple[str, str],
+    *,
+    cached: bool = True,
+) -> Loss:
+    """A pure function of a batch and the values of `names`."""
+    ours, theirs = feature
+
+    def loss(x: Tensor, *values: Tensor) -> Tensor:
+        with autocast(student.device, cached=cached):
+            with torch.no_grad():
+                wanted = teacher.run({source: x}, [theirs])[theirs]
+            got = student.run({source: x}, [ours], dict(zip(names, values, strict=True)))[ours]
+        return _relative(got, wanted)
+
+    return loss
+
+
+def _captured(
+    student: Executor,
+    teacher: Executor,
+    values: Mapping[str, Tensor],
+    source: str,
+    feature: tuple[str, str],
+    x: Tensor,
+) -> Loss:
+    """The loss and its backward pass, each recorded once as a CUDA graph for batches of this shape.
+
+    Where the recording fails (an operator that waits for the device), the loss as it is, and a warning.
+    """
+    plain = _loss(student, teacher, list(values), source, feature, cached=False)
+    sample = (x.clone(), *values.values())
+    try:
+        made = torch.cuda.make_graphed_callables(plain, sample)
+    except torch.OutOfMemoryError:
+        raise
+    except (CompressError, RuntimeError, AssertionError) as error:
+        text = f"no CUDA graph of a step ({one_line(error)}): fine-tuning goes on without"
+        warnings.warn(text, CompressWarning, stacklevel=3)
+        return plain
+    return cast("Loss", made)
+
+
 def _leaves(
     student: Executor, start: Mapping[str, Tensor], source: str, feature: str
 ) -> tuple[dict[str, Tensor], list[float]]:
     """Trainable copies of the parameters that the feature depends on, and their scales."""
     used = {t.name for node in student.needed([source], [feature]) for t in _trainable(node)}
-    values, scales = {}, []
-    for name, value in student.parameters.items():
-        if name in used:
-            leaf = start.get(name, value).detach().clone().float().requires_grad_()
-            values[name] = leaf
-            scales.append(max(float(leaf.detach().square().mean().sqrt()), 1e-3))
-    return values, scales
+    values = {
+        name: laid_out(start.get(name, value).detach().clone().float(), student.device).requires_grad_()
+        for name, value in student.parameters.items()
+        if name in used
+    }
+    if not values:
+        return {}, []
+    sizes = torch.stack([leaf.detach().square().mean().sqrt() for leaf in values.values()])
+    return values, [max(size, 1e-3) for size in sizes.tolist()]
 
 
 def _trainable(node: gs.Node) -> list[gs.Tensor]:
@@ -115,48 +175,3 @@ def _rate(step: int, schedule: Schedule) -> float:
 def _relative(got: Tensor, wanted: Tensor) -> Tensor:
     wanted = wanted.float()
     return (got.float() - wanted).square().mean() / wanted.square().mean().clamp_min(1e-12)
-
-
-def autocast(device: torch.device) -> torch.autocast:
-    """Mixed precision in bfloat16 where it pays: on a GPU, and on a CPU with the instructions for it."""
-    if device.type == "cuda":
-        pays = torch.cuda.is_bf16_supported()
-    else:
-        pays = bool(getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)())
-    return torch.autocast(device.type, torch.bfloat16, enabled=pays)
-
-
-def augment(images: Tensor, batch: int, generator: torch.Generator, shares: Tensor | None = None) -> Tensor:
-    """A batch of random views: mirrored, shifted by up to an eighth, half with a pasted patch."""
-    if shares is None:
-        index = torch.randint(len(images), (batch,), generator=generator)
-    else:
-        index = torch.multinomial(shares, batch, replacement=True, generator=generator)
-    x = images[index].clone()
-    flip = torch.rand(batch, generator=generator) < 0.5
-    x[flip] = x[flip].flip(-1)
-    height, width = x.shape[-2:]
-    reach = max(1, height // 8), max(1, width // 8)
-    padded = torch.nn.functional.pad(x, (reach[1], reach[1], reach[0], reach[0]), mode="reflect")
-    top = torch.randint(2 * reach[0] + 1, (batch,), generator=generator)
-    left = torch.randint(2 * reach[1] + 1, (batch,), generator=generator)
-    x = torch.stack(
-        [
-            p[:, t : t + height, s : s + width]
-            for p, t, s in zip(padded, top.tolist(), left.tolist(), strict=True)
-        ]
-    )
-    return _paste(x, generator).contiguous(memory_format=torch.channels_last)
-
-
-def _paste(x: Tensor, generator: torch.Generator) -> Tensor:
-    """CutMix without labels: half the images get a rectangle of their neighbour (Yun et al., ICCV 2019)."""
-    batch, _, height, width = x.shape
-    mixed, other = x.clone(), x.roll(1, 0)
-    for i in range(0, batch, 2):
-        share = float(torch.rand(1, generator=generator)) ** 0.5
-        h, w = max(1, int(height * share)), max(1, int(width * share))
-        top = int(torch.randint(height - h + 1, (1,), generator=generator))
-        left = int(torch.randint(width - w + 1, (1,), generator=generator))
-        mixed[i, :, top : top + h, left : left + w] = other[i, :, top : top + h, left : left + w]
-    return mixed

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -20,8 +21,8 @@ from torch import Tensor
 from onnxcompress.blocks import Block
 from onnxcompress.model import Model
 from onnxcompress.optimize.adapters import fold_after, fold_before
+from onnxcompress.optimize.device import autocast
 from onnxcompress.optimize.executor import Executor
-from onnxcompress.optimize.finetune import autocast
 from onnxcompress.optimize.layers import ConvLayer, readers, writers
 from onnxcompress.topology import Topology
 
@@ -45,18 +46,16 @@ class Probe:
     wanted: Tensor
     """(N, …) features of the original network."""
 
-    @property
+    @cached_property
     def energy(self) -> float:
         return float(self.wanted.float().square().sum())
 
 
-def probe(executor: Executor, images: Tensor, source: str, feature: str) -> Probe:
-    """Compute the original network's features, once."""
+def probe(executor: Executor, images: Tensor, source: str, feature: str, *, batch: int = BATCH) -> Probe:
+    """Compute the original network's features, once. The images lie on the executor's device then."""
+    images = images.to(executor.device)
     with torch.no_grad(), autocast(executor.device):
-        parts = [
-            executor.run({source: part.to(executor.device)}, [feature])[feature]
-            for part in torch.split(images, BATCH)
-        ]
+        parts = [executor.run({source: part}, [feature])[feature] for part in torch.split(images, batch)]
     return Probe(source, feature, images, torch.cat(parts))
 
 
@@ -75,7 +74,7 @@ class Scorer:
 
     feature: the tensor that stands for the probe's, where the model has another. parameters: current
     values of initializers, where they differ from the executor's. steps: of adapter training a block; 0
-    scores the plain damage.
+    scores the plain damage. batch: images that run at once, at most.
     """
 
     def __init__(
@@ -88,8 +87,10 @@ class Scorer:
         executor: Executor | None = None,
         parameters: Mapping[str, Tensor] | None = None,
         steps: int = STEPS,
+        batch: int = BATCH,
         device: str = "cpu",
     ) -> None:
+        self.batch = batch
         self.executor = executor or Executor.from_model(model, device=device)
         self.probe, self.steps, self.feature = probe, steps, feature or probe.feature
         known = self.executor.parameters  # an adapted layer may have been dropped since
@@ -99,33 +100,41 @@ class Scorer:
         with torch.no_grad(), autocast(self.executor.device):
             parts = [
                 self.executor.run(self._feed(part), cuts, self.parameters)
-                for part in torch.split(probe.images, BATCH)
+                for part in torch.split(probe.images, batch)
             ]
         self._prefix = {cut: torch.cat([part[cut] for part in parts]) for cut in cuts}
 
     def _feed(self, part: Tensor) -> dict[str, Tensor]:
-        return {self.probe.source: part.to(self.executor.device)}
+        return {self.probe.source: part}
+
+    def _places(self, low: int, high: int) -> Tensor:
+        """Indices of images, on the device, around the end."""
+        return torch.arange(low, high, device=self.executor.device) % len(self.probe.images)
 
     def recover(self, block: Block) -> Recovery:
         """Adapters and R of dropping `block`."""
         site = self.sites[block.exit]
         adapters = site.adapters(self.executor.device)
         weights = self._train(block, site, adapters) if adapters else {}
-        lost = 0.0
+        count = len(self.probe.images)
         with torch.no_grad(), autocast(self.executor.device):
-            for at in range(0, len(self.probe.images), BATCH):
-                index = torch.arange(at, min(at + BATCH, len(self.probe.images)))
-                lost += float(self._error(block, site, index, weights).sum())
-        return Recovery(lost / self.probe.energy, weights)
+            lost = [
+                self._error(block, site, self._places(at, min(at + self.batch, count)), weights)
+                .sum()
+                .double()
+                for at in range(0, count, self.batch)
+            ]
+        return Recovery(float(torch.stack(lost).sum()) / self.probe.energy, weights)
 
     def _train(self, block: Block, site: AdapterSite, adapters: dict[str, Tensor]) -> dict[str, Tensor]:
         """A few steps of SGD on all adapters, from the identity; returns the folded weights."""
         now = self.executor.parameters | self.parameters
         sgd = torch.optim.SGD(adapters.values(), lr=RATE, momentum=0.9)
         mean = self.probe.energy / self.probe.wanted.numel()
+        size = min(TRAIN_BATCH, self.batch)
         for step in range(self.steps):
             sgd.param_groups[0]["lr"] = RATE * (1 - step / self.steps)
-            index = torch.arange(step * TRAIN_BATCH, (step + 1) * TRAIN_BATCH) % len(self.probe.images)
+            index = self._places(step * size, (step + 1) * size)
             with autocast(self.executor.device):
                 error = self._error(block, site, index, site.folded(now, adapters))
             sgd.zero_grad()

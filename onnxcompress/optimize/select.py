@@ -20,7 +20,7 @@ from torch import Tensor
 from onnxcompress.blocks import Block, find_blocks
 from onnxcompress.dropping import drop_block
 from onnxcompress.model import Model
-from onnxcompress.optimize.score import STEPS, Probe, Recovery, Scorer
+from onnxcompress.optimize.score import BATCH, STEPS, Probe, Recovery, Scorer
 from onnxcompress.passing import Progress, silent
 
 LOOKS = 6
@@ -49,6 +49,7 @@ def choose(
     enough: Callable[[Choice], bool],
     *,
     steps: int = STEPS,
+    batch: int = BATCH,
     device: str = "cpu",
     progress: Progress = silent,
     expected: int = 0,
@@ -56,7 +57,7 @@ def choose(
     """Drop blocks from `model`, in place, until `enough` or none is left.
 
     scores: first score R / τ by the block's exit; shares: τ by exit, above 0; both for all blocks. steps:
-    of adapter training a look.
+    of adapter training a look; batch: images that run at once, at most.
     """
     choice = Choice(model, probe.feature)
     known = dict(scores)
@@ -64,7 +65,7 @@ def choose(
         left = [b for b in find_blocks(model).blocks if b.exit in known]
         if not left:
             break
-        block, recovery = _best(choice, left, known, shares, probe, steps, device)
+        block, recovery = _best(choice, left, known, shares, probe, (steps, batch), device)
         instead = drop_block(model, block)
         choice.feature = instead.get(choice.feature, choice.feature)
         choice.dropped.append(block)
@@ -81,10 +82,11 @@ def _best(
     known: dict[str, float],
     shares: Mapping[str, float],
     probe: Probe,
-    steps: int,
+    how: tuple[int, int],
     device: str,
 ) -> tuple[Block, Recovery]:
-    """The block with the lowest score now; `known` learns what is measured."""
+    """The block with the lowest score now; `known` learns what is measured. how: steps, batch."""
+    steps, batch = how
     order = sorted(left, key=lambda b: known[b.exit])[:LOOKS]
     scorer = Scorer(
         choice.model,
@@ -93,6 +95,7 @@ def _best(
         feature=choice.feature,
         parameters=choice.weights,
         steps=steps,
+        batch=batch,
         device=device,
     )
     found: dict[str, Recovery] = {}

@@ -10,7 +10,7 @@ from typing import Any
 from onnxcompress.inputs.preprocess import told
 from onnxcompress.report.charts import Bars
 from onnxcompress.report.material import Material
-from onnxcompress.report.measures import timings
+from onnxcompress.report.measures import device, timings
 from onnxcompress.report.parts import Code, Fold, Part, Picture, Plot, Prose, Section, Table, Terms
 from onnxcompress.report.steps import left_alone
 from onnxcompress.units import number, percent, size
@@ -149,7 +149,9 @@ def repeat(material: Material) -> Section:
         parts.append(Table("What made the model, as the file itself records it", columns, rows, 3))
         options = "\n".join(json.dumps(e) for e in provenance)
         parts.append(Fold("The record, with all options", [Code(options)]))
-    timed = [("latency on", f"{t['provider']}, batch {t['batch']}") for t in timings(material)[:1]]
+    found = timings(material)
+    batches = ", ".join(dict.fromkeys(str(t["batch"]) for t in found))
+    timed = [("latency on", f"{device(t)}, batch {batches}") for t in found[:1]]
     made = [("made", material.made)] if material.made else []
     parts.append(Terms([*_chosen(material), *timed, *material.environment.items(), *made]))
     return Section("repeat", "How to repeat it", parts)
@@ -168,7 +170,16 @@ def _chosen(material: Material) -> list[tuple[str, str]]:
     """Seed and device of each pass."""
     rows = []
     for step in material.steps:
-        held = {k: step["options"][k] for k in ("seed", "device", "provider") if k in step["options"]}
+        kept = ("seed", "device", "provider", "provider_options")
+        held = {k: v for k, v in step["options"].items() if k in kept and v != []}
         if held:
-            rows.append((str(step["pass"]), ", ".join(f"{k} {v}" for k, v in held.items())))
+            rows.append(
+                (
+                    str(step["pass"]),
+                    ", ".join(
+                        f"{k.replace('_', ' ')} {', '.join(v) if isinstance(v, list) else v}"
+                        for k, v in held.items()
+                    ),
+                )
+            )
     return rows

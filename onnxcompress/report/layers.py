@@ -9,6 +9,7 @@ from onnxcompress.report.charts import Bars, Point, Scatter
 from onnxcompress.report.material import Material
 from onnxcompress.report.parts import Fold, Part, Plot, Prose, Section, Table
 from onnxcompress.report.steps import left_alone
+from onnxcompress.shares import additivity_text
 from onnxcompress.units import percent
 
 DRAWN = 60
@@ -41,6 +42,9 @@ def _blocks(rows: Sequence[Mapping[str, Any]], measured: Mapping[str, Any]) -> l
         parts.append(
             Prose("The machine was too busy to tell blocks apart: their share was taken by multiply-adds.")
         )
+    if "additivity" in measured:
+        text = additivity_text(measured["additivity"])
+        parts.append(Prose(f"{text[0].upper()}{text[1:]} (95 %)."))
     error = measured.get("feature_error")
     if error is not None:
         parts.append(

@@ -7,10 +7,11 @@ from typing import Any
 
 from onnxcompress.evaluate import Accuracy
 from onnxcompress.inputs.preprocess import told
+from onnxcompress.providers import described
 from onnxcompress.report.charts import Intervals, Spread
 from onnxcompress.report.material import Material
 from onnxcompress.report.parts import Part, Plot, Prose, Section, Table, Terms
-from onnxcompress.units import device, milliseconds, percent, points
+from onnxcompress.units import milliseconds, percent, points, where
 
 
 def latency(material: Material) -> Section | None:
@@ -21,8 +22,7 @@ def latency(material: Material) -> Section | None:
     rows = [[str(t["name"]), *(f"{t[k]:.3f}" for k in _TIMES), f"{t['throughput']:.1f}"] for t in found]
     columns = ["model", "median, ms", "mean", "fastest", "90 %", "99 %", "images a second"]
     first = found[0]
-    runs = f"batch {first['batch']}, {first['runs']} runs of each model"
-    where = f"onnxruntime on {device(first['provider'])}, {runs}"
+    ran = f"onnxruntime on {device(first)}{_batch(found)}, {first['runs']} runs of each model"
     parts: list[Part] = []
     if material.samples:
         chart = Spread(list(material.samples.items()), "milliseconds a run")
@@ -31,7 +31,7 @@ def latency(material: Material) -> Section | None:
             f"runs, tick: the median. {_ratios(material)} {_cut(chart)}"
         )
         parts.append(Plot("How long a run takes", text, chart))
-    parts.append(Table(f"Latency in {where}", columns, rows))
+    parts.append(Table(f"Latency in {ran}", columns, rows))
     if len(found) > 1:
         parts.append(
             Prose(
@@ -41,6 +41,16 @@ def latency(material: Material) -> Section | None:
             )
         )
     return Section("latency", "Latency", parts)
+
+
+def device(timing: Mapping[str, Any]) -> str:
+    """The provider and its settings, for a person."""
+    return described(where(timing["provider"]), timing["settings"])
+
+
+def _batch(found: list[Mapping[str, Any]]) -> str:
+    """Where there are several, the models' names have it."""
+    return f", batch {found[0]['batch']}" if len({t["batch"] for t in found}) == 1 else ""
 
 
 _TIMES = ("median_ms", "mean_ms", "min_ms", "p90_ms", "p99_ms")
@@ -119,7 +129,7 @@ def _evaluated(account: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("top-1", percent(account["top1"])),
         ("top-5", percent(account["top5"])),
         ("images", f"{account['count']} of {account['images']}, {how}"),
-        ("took", f"{account['seconds']:.1f} s on {device(account['provider'])}"),
+        ("took", f"{account['seconds']:.1f} s on {device(account)}"),
     ]
 
 

@@ -12,7 +12,17 @@ from onnxcompress.report.parts import Code, Fold, Heading, Part, Prose, Section,
 
 SHOWN = 12
 """Rows that are shown before the rest is folded away."""
-_ELSEWHERE = ("blocks", "layers", "inputs", "latency", "difference", "target_missed", "order")
+_ELSEWHERE = (
+    "blocks",
+    "layers",
+    "inputs",
+    "latency",
+    "difference",
+    "target_missed",
+    "order",
+    "additivity",
+    "kept_float32",
+)
 """Keys of `measured` that other parts tell."""
 
 

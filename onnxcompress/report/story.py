@@ -8,7 +8,7 @@ from typing import Any
 from onnxcompress.report import facts, layers, measures, steps
 from onnxcompress.report.material import Material
 from onnxcompress.report.parts import Prose, Section, Story, Table, Tile
-from onnxcompress.units import device, milliseconds, number, percent, points, size
+from onnxcompress.units import milliseconds, number, percent, points, size
 
 _SECTIONS = (
     facts.model,
@@ -102,7 +102,7 @@ def _speed(found: Mapping[str, Any]) -> str:
     r, a, b = found["latency"], found["a"]["timing"], found["b"]["timing"]
     images = "an image" if b["batch"] == 1 else f"a batch of {b['batch']}"
     before, after = milliseconds(a["median_ms"]), milliseconds(b["median_ms"])
-    times = f"{before} → {after} {images} in onnxruntime on {device(b['provider'])}"
+    times = f"{before} → {after} {images} in onnxruntime on {measures.device(b)}"
     faster = f"{1 / r['value']:.2f} times as fast (95 % interval {1 / r['high']:.2f} to {1 / r['low']:.2f})"
     if r["low"] <= 1 <= r["high"]:
         return f"No difference in speed can be told: {faster}, {times}."
@@ -135,15 +135,15 @@ def _smaller(before: int, after: int) -> str:
 def _benchmarked(account: Mapping[str, Any]) -> list[str]:
     models = account["models"]
     fastest = min(models, key=lambda m: float(m["median_ms"]))
-    where = device(fastest["provider"])
-    lines = [f"{fastest['name']}: {milliseconds(fastest['median_ms'])} at the median on {where}"]
+    time, where = milliseconds(fastest["median_ms"]), measures.device(fastest)
+    lines = [f"{fastest['name']}: {time} at the median on {where}"]
     if len(models) == 1:
         return [f"{lines[0]}, {fastest['throughput']:.4g} images a second."]
     lines[0] += f", the fastest of {len(models)}."
-    first = models[0]["name"]
+    several = len({m["batch"] for m in models}) > 1
+    first = "the first model's" if several else f"{models[0]['name']}'s"
     return lines + [
-        f"{name} takes {r['value']:.3f} of {first}'s time (95 % interval {r['low']:.3f} to "
-        f"{r['high']:.3f})."
+        f"{name} takes {r['value']:.3f} of {first} time (95 % interval {r['low']:.3f} to {r['high']:.3f})."
         for name, r in account["ratios_to_first"].items()
     ]
 

@@ -16,23 +16,36 @@ from torch import Tensor
 from onnxcompress.blocks import Block
 from onnxcompress.dropping import drop_blocks
 from onnxcompress.model import Model
+from onnxcompress.optimize.augment import windows
+from onnxcompress.optimize.device import autocast, sent
 from onnxcompress.optimize.executor import Executor
-from onnxcompress.optimize.finetune import autocast
 from onnxcompress.optimize.layers import ConvLayer, readers, writers
 
 
 def published_recoverability(
-    teacher: Model, block: Block, images: Tensor, source: str, feature: str, *, steps: int, seed: int = 0
+    teacher: Model,
+    block: Block,
+    images: Tensor,
+    source: str,
+    feature: str,
+    *,
+    steps: int,
+    seed: int = 0,
+    device: str = "cpu",
 ) -> float:
-    """R of one block after `steps` of adapter training; images (N, C, H, W), normalized."""
-    whole = Executor.from_model(teacher)
+    """R of one block after `steps` of adapter training; images (N, C, H, W), normalized, on the device."""
+    whole = Executor.from_model(teacher, device=device)
     pruned = teacher.copy()
     ours = drop_blocks(pruned, [block.exit]).get(feature, feature)
-    without = Executor.from_model(pruned)
+    without = Executor.from_model(pruned, device=device)
     stream = pruned.graph.tensors()[block.entry]
     before, after = readers(pruned, stream), writers(pruned, stream)
-    adapters = {f"r{i}": torch.eye(x.inputs, requires_grad=True) for i, x in enumerate(before)}
-    adapters |= {f"w{i}": torch.eye(x.outputs, requires_grad=True) for i, x in enumerate(after)}
+    adapters = {
+        f"r{i}": torch.eye(x.inputs, requires_grad=True, device=device) for i, x in enumerate(before)
+    }
+    adapters |= {
+        f"w{i}": torch.eye(x.outputs, requires_grad=True, device=device) for i, x in enumerate(after)
+    }
     generator = torch.Generator().manual_seed(seed)
     sgd = torch.optim.SGD(adapters.values(), lr=0.02, momentum=0.9, weight_decay=1e-4)
     schedule = torch.optim.lr_scheduler.MultiStepLR(sgd, [int(0.4 * steps)], gamma=0.1)
@@ -89,11 +102,11 @@ def _error(
 
 def _augmented(images: Tensor, batch: int, generator: torch.Generator) -> Tensor:
     """Random crops with a padding of 4 and flips, as the reference does."""
-    x = images[torch.randint(len(images), (batch,), generator=generator)].clone()
-    flip = torch.rand(batch, generator=generator) < 0.5
-    x[flip] = x[flip].flip(-1)
+    index = torch.randint(len(images), (batch,), generator=generator)
+    x = images[sent(index, images.device)]
+    flip = sent(torch.rand(batch, generator=generator) < 0.5, x.device)
+    x = torch.where(flip.view(-1, 1, 1, 1), x.flip(-1), x)
     padded = torch.nn.functional.pad(x, (4, 4, 4, 4))
-    top, left = torch.randint(9, (2, batch), generator=generator).tolist()
+    top, left = torch.randint(9, (2, batch), generator=generator)
     height, width = x.shape[-2:]
-    crops = [p[:, t : t + height, s : s + width] for p, t, s in zip(padded, top, left, strict=True)]
-    return torch.stack(crops).contiguous(memory_format=torch.channels_last)
+    return windows(padded, top, left, height, width).contiguous(memory_format=torch.channels_last)

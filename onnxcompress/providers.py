@@ -1,0 +1,216 @@
+"""onnxruntime's execution providers by their short names, and how one runs.
+
+    --provider cuda --provider-options tf32=off,device=1      on every command line
+    provider: cuda, provider_options: [tf32=off, device=1]    in recipes and in Python
+
+The short name is onnxruntime's own without `ExecutionProvider`, in lower case: openvino, coreml, dml. The
+options of CUDA and TensorRT are those of `ProviderOptions`; those of others go to onnxruntime as they are
+(`--provider openvino --provider-options device_type=GPU`). Importing this does not import onnxruntime.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import os
+import typing
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any, Literal
+
+from onnxcompress.errors import OptionError
+
+NAMED = {
+    "cpu": "CPUExecutionProvider",
+    "cuda": "CUDAExecutionProvider",
+    "tensorrt": "TensorrtExecutionProvider",
+}
+"""Those with options or remedies of their own; the others are looked up in onnxruntime."""
+NVIDIA = ("cuda", "tensorrt")
+"""Those whose tensors lie in CUDA's memory."""
+_SUFFIX = "ExecutionProvider"
+_SWITCH = {"on": True, "true": True, "1": True, "off": False, "false": False, "0": False}
+_REMEDIES = {
+    "cuda": "pip install 'onnxruntime-gpu[cuda,cudnn]' on a machine with an NVIDIA driver",
+    "tensorrt": "pip install 'onnxruntime-gpu[cuda,cudnn]' tensorrt, with an NVIDIA driver",
+    "openvino": "pip install onnxruntime-openvino",
+    "dml": "pip install onnxruntime-directml, on Windows",
+    "migraphx": "pip install onnxruntime-migraphx, with AMD's driver",
+    "rocm": "pip install onnxruntime-rocm, with AMD's driver",
+    "qnn": "pip install onnxruntime-qnn",
+    "cann": "pip install onnxruntime-cann",
+    "webgpu": "pip install onnxruntime-webgpu",
+    "coreml": "pip install onnxruntime, on macOS",
+}
+
+
+def _of(default: Any, providers: Sequence[str], help: str) -> Any:
+    return field(default=default, metadata={"of": providers, "help": help})
+
+
+@dataclass(frozen=True)
+class ProviderOptions:
+    """How CUDA or TensorRT runs. What a provider does not take is refused, never ignored."""
+
+    device: int = _of(0, NVIDIA, "which GPU, from 0")
+    tf32: bool = _of(True, ("cuda",), "float32 products with TF32's 10-bit mantissa, onnxruntime's default")
+    cudnn_search: Literal["exhaustive", "heuristic", "default"] = _of(
+        "exhaustive", ("cuda",), "how cuDNN picks a convolution's algorithm"
+    )
+    nhwc: bool = _of(False, ("cuda",), "convolutions in NHWC")
+    memory: int | None = _of(None, ("cuda",), "of the GPU's memory at most, MB (2²⁰ bytes)")
+    cuda_graph: bool = _of(False, NVIDIA, "record a run once as a CUDA graph and replay it")
+    fp16: bool = _of(False, ("tensorrt",), "let TensorRT compute in half precision where it is faster")
+    cache: str | None = _of(None, ("tensorrt",), "folder that keeps engines and timings")
+    workspace: int | None = _of(None, ("tensorrt",), "memory for a layer's algorithm at most, MB")
+
+    def changed(self) -> dict[str, bool | int | str]:
+        """Those that are not the default."""
+        return {f.name: v for f in dataclasses.fields(self) if (v := getattr(self, f.name)) != f.default}
+
+
+@dataclass(frozen=True)
+class Provider:
+    """A provider and how it runs. Make one by `Provider.of`, which checks."""
+
+    name: str = "auto"
+    options: ProviderOptions = field(default_factory=ProviderOptions)
+    extra: tuple[tuple[str, str], ...] = ()
+    """Options in onnxruntime's own names."""
+
+    @classmethod
+    def of(cls, name: str, texts: Iterable[str] = ()) -> Provider:
+        """From `cuda` and `["tf32=off"]`. Raises OptionError for a name or an option that there is not."""
+        full_name(name)
+        pairs = dict(_pair(text) for text in texts)
+        if name not in (*NVIDIA, "auto", "cpu"):
+            return cls(name, extra=tuple(pairs.items()))
+        taken = _taken("cuda" if name == "auto" else name)
+        values = {key: _value(key, text, name, taken) for key, text in pairs.items()}
+        return cls(name, ProviderOptions(**values))
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether inputs and outputs can lie in CUDA's memory."""
+        return self.name in NVIDIA
+
+    @property
+    def settings(self) -> dict[str, bool | int | str]:
+        """What tells two measurements apart: whether TF32 is on, and whatever is not the default."""
+        said: dict[str, bool | int | str] = {}
+        if self.on_gpu:
+            said = {"tf32": self.options.tf32}  # TensorRT's own default, which onnxruntime cannot change
+        return said | self.options.changed() | dict(self.extra)
+
+    @property
+    def text(self) -> str:
+        """For a person: `cuda (tf32 on, device 1)`."""
+        return described(self.name, self.settings)
+
+    def for_onnxruntime(self) -> list[tuple[str, dict[str, str]]]:
+        """The provider and those that take the nodes it has no kernel for, with their options."""
+        order = [self.name] * (self.name != "cpu") + ["cuda"] * (self.name == "tensorrt")
+        found = [(full_name(name), self._raw(name)) for name in order]
+        return [*found, (NAMED["cpu"], {})]
+
+    def _raw(self, name: str) -> dict[str, str]:
+        made = {"cuda": _cuda, "tensorrt": _tensorrt}
+        own = made[name](self.options) if name in made else {}
+        return own | (dict(self.extra) if name == self.name else {})
+
+
+ProviderLike = str | Provider
+
+
+def as_provider(given: ProviderLike) -> Provider:
+    """A provider by its name. Raises OptionError where there is none of that name."""
+    return given if isinstance(given, Provider) else Provider.of(given)
+
+
+def full_name(name: str) -> str:
+    """onnxruntime's name. Raises OptionError, with the nearest name, where it knows none such."""
+    if name == "auto":
+        return ""
+    if name in NAMED:
+        return NAMED[name]
+    known = _known()
+    if name not in known:
+        near = difflib.get_close_matches(name, [*known, "auto"], 1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise OptionError(f"provider: {name!r} is not one of auto, {', '.join(known)}{hint}")
+    return known[name]
+
+
+def remedy(name: str) -> str:
+    """How to get a provider: a command, where there is one."""
+    return _REMEDIES.get(name, "build onnxruntime with it")
+
+
+def described(name: str, settings: Mapping[str, Any]) -> str:
+    """A provider with its settings, for a person."""
+    words = [f"{key} {('on' if v else 'off') if isinstance(v, bool) else v}" for key, v in settings.items()]
+    return f"{name} ({', '.join(words)})" if words else name
+
+
+@cache
+def _known() -> dict[str, str]:
+    """Short name -> onnxruntime's, of all that it knows, built in or not."""
+    import onnxruntime as ort
+
+    names = [*NAMED.values(), *ort.get_all_providers(), *ort.get_available_providers()]
+    return {name.removesuffix(_SUFFIX).lower(): name for name in names}
+
+
+def _pair(text: str) -> tuple[str, str]:
+    key, equals, value = text.partition("=")
+    if not equals or not key.strip():
+        raise OptionError(f"provider option {text!r}: expected NAME=VALUE, such as tf32=off")
+    return key.strip().replace("-", "_"), value.strip()
+
+
+def _taken(name: str) -> list[str]:
+    return [f.name for f in dataclasses.fields(ProviderOptions) if name in f.metadata["of"]]
+
+
+def _value(key: str, text: str, provider: str, taken: Sequence[str]) -> Any:
+    """The option's value from its text. Raises OptionError."""
+    if key not in taken:
+        near = difflib.get_close_matches(key, taken, 1)
+        hint = f"; did you mean {near[0]!r}?" if near else f"; it takes {', '.join(taken) or 'none'}"
+        raise OptionError(f"provider {provider} has no option {key!r}{hint}")
+    hint = typing.get_type_hints(ProviderOptions)[key]
+    choices = [str(c) for c in typing.get_args(hint)] if typing.get_origin(hint) is Literal else []
+    if hint is bool and text.lower() in _SWITCH:
+        return _SWITCH[text.lower()]
+    if int in (hint, *typing.get_args(hint)) and text.isdecimal() and (key == "device" or int(text) > 0):
+        return int(text)
+    if text in choices or (key == "cache" and text):
+        return os.path.abspath(text) if key == "cache" else text
+    expected = "on or off" if hint is bool else ", ".join(choices) or "a whole number"
+    raise OptionError(f"provider option {key}={text}: expected {expected}")
+
+
+def _cuda(options: ProviderOptions) -> dict[str, str]:
+    raw = {
+        "device_id": str(options.device),
+        "use_tf32": str(int(options.tf32)),
+        "cudnn_conv_algo_search": options.cudnn_search.upper(),
+        "prefer_nhwc": str(int(options.nhwc)),
+        "enable_cuda_graph": str(int(options.cuda_graph)),
+    }
+    return raw | ({"gpu_mem_limit": str(options.memory << 20)} if options.memory else {})
+
+
+def _tensorrt(options: ProviderOptions) -> dict[str, str]:
+    raw = {
+        "device_id": str(options.device),
+        "trt_fp16_enable": str(int(options.fp16)),
+        "trt_cuda_graph_enable": str(int(options.cuda_graph)),
+    }
+    if options.workspace:
+        raw["trt_max_workspace_size"] = str(options.workspace << 20)
+    if options.cache:
+        raw |= {"trt_engine_cache_enable": "1", "trt_engine_cache_path": options.cache}
+        raw |= {"trt_timing_cache_enable": "1", "trt_timing_cache_path": options.cache}
+    return raw
