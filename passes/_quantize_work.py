@@ -24,6 +24,8 @@ from onnxcompress.quantization.plan import Bits, Layer, Plan, make_plan
 from onnxcompress.sensitivity import quick
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from onnxcompress.passes.quantize import Quantize
 
 BATCH = 32
@@ -87,9 +89,7 @@ def quantize(
         "seconds": {"inputs": made, "layers": learn},
         "runtime": fused_counts(model),
         **({} if chosen is None else {"budget": chosen.account}),
-        "output_snr_db": output_snr(
-            original, model, x[: max(batch, SHOWN // batch * batch)].numpy(), batch
-        ),
+        "output_snr_db": output_snr(original, model, x),
     }
     return result
 
@@ -102,7 +102,7 @@ def _integers(layer: Layer, learned: Learned, one: Quantize) -> tuple[np.ndarray
     view = layer.linear.view(integers)
     view[...] = found.integers.numpy().reshape(view.shape)
     scale = found.scale.numpy().reshape(-1).astype(np.float32)
-    if not one.per_channel:
+    if not layer.per_channel(one.per_channel):
         scale = np.asarray(scale[0])
     if one.small_types and layer.weight_bits <= 4:
         return integers, Grid(scale, 0, low, high, "int4")
@@ -125,11 +125,12 @@ def _row(layer: Layer, learned: Learned, grid: Grid, plan: Plan) -> dict[str, An
     }
 
 
-def output_snr(original: Model, model: Model, x: np.ndarray, batch: int) -> dict[str, float]:
-    """Signal to noise of each output on some of the inputs, in decibels, as onnxruntime computes it."""
+def output_snr(original: Model, model: Model, images: Tensor) -> dict[str, float]:
+    """Signal to noise of each output on the first of the inputs, in decibels, as onnxruntime computes it."""
     from onnxcompress.runtime import session
 
-    name = model.graph.inputs[0].name
+    name, batch = model.graph.inputs[0].name, fixed_batch(original)
+    x = images[: max(batch, SHOWN // batch * batch)].numpy()
     outputs: list[list[list[np.ndarray]]] = []
     for one in (original, model):
         opened = session(one, provider="cpu")

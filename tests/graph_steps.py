@@ -95,7 +95,7 @@ def convolution(graph: Graph, source: Tensor) -> None:
 
 
 def gemm(graph: Graph, source: Tensor) -> None:
-    outputs = graph.pick([4, 3, 6])
+    outputs = graph.pick([4, 3, 2, 6])
     data, attributes = source.name, {}
     if graph.pick([False, False, True]):
         data, attributes["transA"] = graph.node("Transpose", [data], perm=[1, 0]), 1
@@ -267,23 +267,20 @@ def branches(graph: Graph, source: Tensor) -> None:
     graph.made(graph.node("If", ["flag"], **bodies), source.channels, source.size)
 
 
-STEPS = (
+LAYERS = (
+    Step(convolution, _image),
+    Step(gemm, _flat),
     Step(convolution, _image),
     Step(gemm, _flat),
     Step(matmul, lambda _, t: len(t.size) < 2),
     Step(norm, _always),
-    Step(convolution, _image),
-    Step(convolution, _image),
-    Step(gemm, _flat),
-    Step(gemm, _flat),
-    Step(norm, _always),
-    Step(norm, _always),
-    Step(unary, _always),
+)
+BETWEEN = (
     Step(unary, _always),
     Step(with_constant, _always),
     Step(with_tensor, _always),
-    Step(concat, _always),
     Step(clip, lambda g, _: g.opset >= 11 or g.kind == "float"),
+    Step(concat, _always),
     Step(prelu, _always),
     Step(pool, _image),
     Step(global_pool, _image),
@@ -293,4 +290,3 @@ STEPS = (
     Step(flatten, lambda _, t: bool(t.size) and t.channels * math.prod(t.size) <= 64),
     Step(branches, _always),
 )
-"""Layers and norms several times: they are what passes are about."""

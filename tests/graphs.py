@@ -145,14 +145,17 @@ class Graph:
 @st.composite
 def graphs(draw: Callable[[st.SearchStrategy[Any]], Any]) -> onnx.ModelProto:
     """Valid models of 2 to 7 steps, one to three outputs, inputs `x` and, of those with an If, `flag`."""
-    from tests.graph_steps import STEPS
+    from tests.graph_steps import BETWEEN, LAYERS
 
     graph = Graph(draw)
-    for _ in range(draw(st.integers(2, 7))):
+    for _ in range(draw(st.integers(2, 8))):
         recent = graph.tensors[::-1]
-        source = recent[0] if graph.maybe() else graph.pick(recent)
-        fitting = [step for step in STEPS if step.fits(graph, source)]
+        source = graph.pick(recent) if graph.pick([False, False, True]) else recent[0]
+        steps = LAYERS if graph.maybe() else BETWEEN
+        fitting = [step for step in steps if step.fits(graph, source)]
         graph.pick(fitting).add(graph, source)
+    if len(graph.tensors) == 1:  # nothing that was drawn fits
+        graph.made(graph.node("Relu", ["x"]), graph.tensors[0].channels, graph.tensors[0].size)
     last, *others = graph.tensors[:0:-1]
     outputs = [last, *(t for t in others[:3] if graph.pick([False, False, True]))]
     return graph.model(outputs[: 1 + len(others)][::-1] if graph.maybe() else outputs)

@@ -57,6 +57,8 @@ def finetune(
     if nhwc:
         images = images.permute(0, 3, 1, 2)
     values, rates = _leaves(student, parameters, source, ours)
+    if not values:  # of a network without a layer there: all its blocks went
+        return {}
     groups = [
         {"params": [v], "lr": schedule.learning_rate * r}
         for v, r in zip(values.values(), rates, strict=True)
@@ -136,7 +138,7 @@ def augment(images: Tensor, batch: int, generator: torch.Generator, shares: Tens
     flip = torch.rand(batch, generator=generator) < 0.5
     x[flip] = x[flip].flip(-1)
     height, width = x.shape[-2:]
-    reach = max(1, height // 8), max(1, width // 8)
+    reach = min(max(1, height // 8), height - 1), min(max(1, width // 8), width - 1)
     padded = torch.nn.functional.pad(x, (reach[1], reach[1], reach[0], reach[0]), mode="reflect")
     top = torch.randint(2 * reach[0] + 1, (batch,), generator=generator)
     left = torch.randint(2 * reach[1] + 1, (batch,), generator=generator)

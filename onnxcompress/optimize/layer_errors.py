@@ -238,9 +238,10 @@ class _Walk:
     def _rounded(self, layer: Layer, weight: Tensor, moments: Moments | None, one: Variant) -> Tensor:
         """The weight on its grid."""
         low, high = replace(layer, weight_bits=int(one.value)).limits(self.how.safe)
+        each = layer.per_channel(self.how.per_channel)
         if moments is None:
-            return nearest(weight, low, high, self.how.per_channel).weight
-        found = reconstruct(weight, moments, low, high, self.how.per_channel, ridge=RIDGE, target=math.inf)
+            return nearest(weight, low, high, each).weight
+        found = reconstruct(weight, moments, low, high, each, ridge=RIDGE, target=math.inf)
         return found.weight
 
     def _moments(self, site: _Site, weight: Tensor, variants: Sequence[Variant]) -> Moments | None:
