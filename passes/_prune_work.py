@@ -121,13 +121,13 @@ def _pixels(model: Model) -> int:
 
 
 def _costs(one: Prune, subject: Subject, target: Target, progress: Progress) -> Costs | None:
-    """None where neither sparsities nor rows are chosen by them."""
+    """None where neither sparsities nor rows are chosen by them, or no layer can be tried."""
     if target.pattern.group or one.sensitivity is not None:
         return None
     settings = Settings(batch=subject.batch, seed=one.seed)
     trials = Trials(subject.model, subject.plan, settings, subject.twin, names=frozenset(target.layers))
     trials.pass_through(subject.images, "trying sparsities", progress)
-    return output_costs(trials, subject.images)
+    return output_costs(trials, subject.images) if trials.found else None
 
 
 def _account(one: Prune, model: Model, target: Target, result: PassResult) -> None:

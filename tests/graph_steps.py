@@ -42,8 +42,8 @@ def _flat(graph: Graph, source: Tensor) -> bool:
 def _windows(graph: Graph, source: Tensor, transposed: bool) -> tuple[dict[str, Any], tuple[int, ...]]:
     """Attributes of a convolution and the image size it gives."""
     axes = len(source.size)
-    kernel = [graph.pick([1, 3, 2]) for _ in range(axes)]
-    strides = [graph.pick([1, 2]) for _ in range(axes)]
+    kernel = [graph.pick([1, 3, 2])] * axes if graph.maybe() else [graph.pick([1, 3, 2]) for _ in range(axes)]
+    strides = [graph.pick([1, 1, 2]) for _ in range(axes)]
     dilations = [graph.pick([1, 1, 2]) for _ in range(axes)]
     found: dict[str, Any] = {"kernel_shape": kernel, "strides": strides}
     how = graph.pick(["", "pads", "VALID", "SAME_UPPER", "SAME_LOWER"])
@@ -78,7 +78,7 @@ def _fit(channels: int, size: tuple[int, ...]) -> bool:
 def convolution(graph: Graph, source: Tensor) -> None:
     transposed = graph.pick([False, False, True])
     groups = graph.pick([g for g in (1, 2, 3, source.channels) if source.channels % g == 0])
-    outputs = groups * graph.pick([1, 2, 4])
+    outputs = graph.pick([source.channels, source.channels, 4 * groups, groups, 2 * groups])
     attributes, size = _windows(graph, source, transposed)
     kernel = attributes["kernel_shape"]
     if not _fit(outputs, size):

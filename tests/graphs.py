@@ -120,7 +120,7 @@ class Graph:
     def weight(self, *shape: int, base: str = "w") -> str:
         """A weight or bias, perhaps one that another node has already."""
         before = self.shared.setdefault(shape, [])
-        if before and self.maybe():
+        if before and self.pick([True, True, False]):
             return self.pick(before)
         before.append(self.constant(self.values(*shape, spread=1.0 if len(shape) > 1 else 0.0), base))
         return before[-1]

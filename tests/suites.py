@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnx.version_converter
 from onnx import numpy_helper
 from onnx.backend.test.loader import load_model_tests
 
@@ -56,6 +57,17 @@ def backend_cases(suite: str) -> Iterator[Case]:
         names = [info.name for info in model.graph.input]
         feeds = {name: as_value(value) for name, value in zip(names, inputs, strict=False)}
         yield Case(suite, case.name, model, {n: v for n, v in feeds.items() if v is not None})
+
+
+def converted_cases(suite: str, opset: int = 21) -> Iterator[Case]:
+    """Those of an old operator set that onnx's converter brings to a newer one."""
+    for case in backend_cases(suite):
+        try:
+            model = onnx.version_converter.convert_version(case.model, opset)
+            onnx.checker.check_model(model, full_check=True)
+        except Exception:  # of C++, or of the checker: not every operator has an adapter
+            continue
+        yield Case(f"{suite}, opset {opset}", case.name, model, case.feeds)
 
 
 def light_cases(*, filled: bool, only: Iterable[str] = ()) -> Iterator[Case]:

