@@ -119,7 +119,7 @@ def _own_parameters(model: Model, linear: Linear) -> None:
     if offset is None or not linear.is_per_channel(offset):
         return
     plain = isinstance(bias, gs.Constant) and tuple(bias.shape) == (linear.outputs,)
-    if not plain or len(bias.outputs) > 1 or attribute(node, "beta", 1.0) != 1.0:
+    if bias is None or not plain or len(bias.outputs) > 1 or attribute(node, "beta", 1.0) != 1.0:
         value = _layer.stored(np.broadcast_to(offset.reshape(-1), linear.outputs), linear)
         name = unique_name(model, _layer.bias_name(linear))
         set_input(node, BIAS_AT, gs.Constant(name, value))

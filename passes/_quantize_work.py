@@ -126,7 +126,7 @@ def _row(layer: Layer, learned: Learned, grid: Grid, plan: Plan) -> dict[str, An
 
 
 def output_snr(original: Model, model: Model, images: Tensor) -> dict[str, float]:
-    """Signal to noise of each output on the first of the inputs, in decibels, as onnxruntime computes it."""
+    """Signal to noise of each output on the first of the images, in decibels, of onnxruntime."""
     from onnxcompress.runtime import session
 
     name, batch = model.graph.inputs[0].name, fixed_batch(original)

@@ -2,10 +2,10 @@
 
     x --layer--> BatchNormalization --> the case's model --> layer --> y
 
-The layers are pointwise convolutions, of matrices Gemm; x has three channels, as images do. The case's first
-float tensor is what the BatchNormalization gives, other inputs are initializers with the case's values. So
-every operator of ONNX, with the attributes that others thought worth testing, lies on the way of fold-bn,
-equalize, absorb-bias, prune and quantize.
+The layers are pointwise convolutions, of matrices Gemm; x has three channels, as images do. The case's
+first float tensor is what the BatchNormalization gives, other inputs are initializers with the case's
+values. So every operator of ONNX, with the attributes that others thought worth testing, lies on the way
+of fold-bn, equalize, absorb-bias, prune and quantize.
 
 Numbers of the first layer and of the BatchNormalization are small multiples of powers of two: their product
 and sum are exact, folded or not, and operators that round or compare see the very same values.

@@ -10,10 +10,8 @@ from typing import Any
 import numpy as np
 from onnx import helper
 
+from tests.graph_layers import LARGEST, convolution, fits, gemm, matmul, norm
 from tests.graphs import BATCH, Graph, Tensor
-
-LARGEST = 400
-"""Elements of one image of a tensor."""
 
 
 @dataclass(frozen=True)
@@ -36,108 +34,6 @@ def _flat(graph: Graph, source: Tensor) -> bool:
     return not source.size
 
 
-# Layers ---------------------------------------------------------------------------------------------------
-
-
-def _windows(graph: Graph, source: Tensor, transposed: bool) -> tuple[dict[str, Any], tuple[int, ...]]:
-    """Attributes of a convolution and the image size it gives."""
-    axes = len(source.size)
-    kernel = [graph.pick([1, 3, 2])] * axes if graph.maybe() else [graph.pick([1, 3, 2]) for _ in range(axes)]
-    strides = [graph.pick([1, 1, 2]) for _ in range(axes)]
-    dilations = [graph.pick([1, 1, 2]) for _ in range(axes)]
-    found: dict[str, Any] = {"kernel_shape": kernel, "strides": strides}
-    how = graph.pick(["", "pads", "VALID", "SAME_UPPER", "SAME_LOWER"])
-    if transposed and how.startswith("SAME"):  # else its output size depends on the operator set
-        found["strides"] = strides = [min(s, k) for s, k in zip(strides, kernel, strict=True)]
-    pads = [0] * 2 * axes
-    if how == "pads":
-        pads = [graph.pick([0, 1, 2]) % k for k in kernel * 2]
-        found["pads"] = pads
-    elif how:
-        found["auto_pad"] = how
-    if how.startswith("SAME"):
-        size = [s * n if transposed else -(-n // s) for n, s in zip(source.size, strides, strict=True)]
-        return found, tuple(size)
-    found["dilations"] = dilations
-    reach = [d * (k - 1) + 1 for d, k in zip(dilations, kernel, strict=True)]
-    both = [pads[a] + pads[a + axes] for a in range(axes)]
-    if not transposed:
-        size = [(n + p - r) // s + 1 for n, p, r, s in zip(source.size, both, reach, strides, strict=True)]
-        return found, tuple(size)
-    extra = [graph.pick([0, 1]) % s for s in strides]
-    if any(extra):
-        found["output_padding"] = extra
-    parts = zip(source.size, both, reach, strides, extra, strict=True)
-    return found, tuple(s * (n - 1) + e + r - p for n, p, r, s, e in parts)
-
-
-def _fit(channels: int, size: tuple[int, ...]) -> bool:
-    return min(size) > 0 and channels * math.prod(size) <= LARGEST
-
-
-def convolution(graph: Graph, source: Tensor) -> None:
-    transposed = graph.pick([False, False, True])
-    groups = graph.pick([g for g in (1, 2, 3, source.channels) if source.channels % g == 0])
-    outputs = graph.pick([source.channels, source.channels, 4 * groups, groups, 2 * groups])
-    attributes, size = _windows(graph, source, transposed)
-    kernel = attributes["kernel_shape"]
-    if not _fit(outputs, size):
-        return
-    inside = source.channels // groups
-    shape = (source.channels, outputs // groups) if transposed else (outputs, inside)
-    inputs = [source.name, graph.weight(*shape, *kernel)]
-    if graph.maybe():
-        inputs.append(graph.weight(outputs, base="b"))
-    if groups > 1 or graph.maybe():
-        attributes["group"] = groups
-    op = "ConvTranspose" if transposed else "Conv"
-    graph.made(graph.node(op, inputs, **attributes), outputs, size)
-
-
-def gemm(graph: Graph, source: Tensor) -> None:
-    outputs = graph.pick([4, 3, 2, 6])
-    data, attributes = source.name, {}
-    if graph.pick([False, False, True]):
-        data, attributes["transA"] = graph.node("Transpose", [data], perm=[1, 0]), 1
-    across = graph.maybe()
-    weight = graph.weight(*((outputs, source.channels) if across else (source.channels, outputs)))
-    if across:
-        attributes["transB"] = 1
-    for key in ("alpha", "beta"):
-        scale = graph.pick([1.0, 0.5, -2.0, 0.0 if key == "beta" else 3.0])
-        attributes |= {} if scale == 1.0 else {key: scale}
-    inputs = [data, weight]
-    if graph.opset < 11 or graph.maybe():
-        shape = graph.pick([(outputs,), (1, outputs), (), (1,), (BATCH, 1), (BATCH, outputs)])
-        inputs.append(graph.weight(*shape, base="b"))
-    graph.made(graph.node("Gemm", inputs, **attributes), outputs, ())
-
-
-def matmul(graph: Graph, source: Tensor) -> None:
-    outputs = graph.pick([4, 3, 6])
-    left = len(source.size) == 1
-    shape = (outputs, source.channels) if left else (source.channels, outputs)
-    weight = graph.weight(*shape)
-    made = graph.node("MatMul", [weight, source.name] if left else [source.name, weight])
-    if graph.maybe():
-        bias = graph.weight(*((outputs, 1) if left else (outputs,)), base="b")
-        made = graph.node("Add", [made, bias] if graph.maybe() else [bias, made])
-    graph.made(made, outputs, source.size)
-
-
-def norm(graph: Graph, source: Tensor) -> None:
-    n, rng = source.channels, graph.rng
-    gamma = rng.normal(size=n)
-    gamma[rng.random(n) < 0.1] = 0.0
-    values = gamma, rng.normal(size=n), rng.normal(size=n), rng.uniform(0.2, 2.0, n)
-    inputs = [source.name, *(graph.constant(v, k) for k, v in zip("gsmv", values, strict=True))]
-    attributes = {"epsilon": 1e-3} if graph.maybe() else {}
-    graph.made(graph.node("BatchNormalization", inputs, **attributes), n, source.size)
-
-
-# Between --------------------------------------------------------------------------------------------------
-
-
 UNARY = ("Relu", "LeakyRelu", "Identity", "Neg", "Abs", "Sigmoid", "Tanh", "Elu", "Softplus", "Dropout")
 
 
@@ -154,7 +50,7 @@ def prelu(graph: Graph, source: Tensor) -> None:
 def clip(graph: Graph, source: Tensor) -> None:
     low, high = graph.pick([(0.0, 6.0), (0.0, None), (None, 1.0), (-1.0, 1.0)])
     if graph.opset < 11:
-        bounds = {k: v for k, v in (("min", low), ("max", high)) if v is not None}
+        bounds: dict[str, Any] = {k: v for k, v in (("min", low), ("max", high)) if v is not None}
         made = graph.node("Clip", [source.name], **bounds)
     else:
         inputs = ["" if v is None else graph.constant(v, "c") for v in (low, high)]
@@ -192,7 +88,7 @@ def pool(graph: Graph, source: Tensor) -> None:
     if op == "AveragePool":
         attributes["count_include_pad"] = graph.pick([0, 1])
     size = tuple(n + pads[a] + pads[a + axes] - kernel[a] + 1 for a, n in enumerate(source.size))
-    if _fit(source.channels, size):
+    if fits(source.channels, size):
         graph.made(graph.node(op, [source.name], **attributes), source.channels, size)
 
 
@@ -214,7 +110,7 @@ def pad(graph: Graph, source: Tensor) -> None:
         inputs = [source.name, graph.constant(np.array(pads, np.int64), plain=True), *extra]
         made = graph.node("Pad", inputs, mode=mode)
     size = tuple(n + ends[a] + ends[a + axes] for a, n in enumerate(source.size))
-    if _fit(source.channels, size):
+    if fits(source.channels, size):
         graph.made(made, source.channels, size)
 
 
@@ -250,7 +146,7 @@ def branches(graph: Graph, source: Tensor) -> None:
     """An If whose bodies capture the tensor, and perhaps hold a BatchNormalization or share a weight."""
     graph.with_if = True
     kind = helper.np_dtype_to_tensor_dtype(graph.dtype)
-    bodies = {}
+    bodies: dict[str, Any] = {}
     for key, op in (("then_branch", "Relu"), ("else_branch", graph.pick(["Neg", "norm", "Conv"]))):
         made = graph.name("i")
         inputs = [source.name]
@@ -258,9 +154,10 @@ def branches(graph: Graph, source: Tensor) -> None:
             n, op = source.channels, "BatchNormalization"
             values = np.ones(n), graph.values(n), graph.values(n), np.ones(n)
             inputs += [graph.constant(v, plain=True) for v in values]
+        elif op == "Conv" and source.size:
+            inputs.append(graph.weight(source.channels, source.channels, *[1] * len(source.size)))
         elif op == "Conv":
-            op = "Conv" if source.size else "Abs"
-            inputs += [graph.weight(source.channels, source.channels, *[1] * len(source.size))] * bool(source.size)
+            op = "Abs"
         node = helper.make_node(op, inputs, [made])
         out = helper.make_tensor_value_info(made, kind, (None, *source.shape[1:]))
         bodies[key] = helper.make_graph([node], key, [], [out])

@@ -2,8 +2,8 @@
 
     graphs()    element type x operator set x IR version x how constants are stored (initializer, Constant,
                 Identity, Cast, Transpose, shared with another node, listed as an input) x steps of
-                `tests.graph_steps` (layers with groups, bias, padding, transposes; norms; activations, pools,
-                sums, concats, reshapes, bodies of If) x which tensors are outputs
+                `graph_layers` (groups, bias, padding, transposes; norms) and `graph_steps` (activations,
+                pools, sums, concats, reshapes, bodies of If) x which tensors are outputs
 
 Structure is drawn, and shrinks; numbers come from a seeded generator. A tensor may get any number of
 readers: each step takes its source from all tensors made so far.
@@ -28,8 +28,9 @@ TOLERANCE = {"float": 2e-5, "float16": 5e-2, "double": 1e-12}
 """Largest difference of an output, relative to its largest magnitude."""
 OPSETS = (7, 8, 9, 10, 11, 12, 13, 14, 15, 17, 18, 19, 20, 21, 22, 24, onnx.defs.onnx_opset_version())
 IR_VERSIONS = (3, 4, 7, 8, 10, 13)
+WAYS = [*["initializer"] * 4, "Constant", "Identity", "Cast", "Transpose"]
 DOUBLE_OPSET = 14
-"""onnxruntime has no double convolution, and onnx's reference trains the BatchNormalization of older sets."""
+"""The least: onnxruntime has no double convolution, onnx's reference trains older BatchNormalizations."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,10 @@ class Graph:
     def maybe(self) -> bool:
         return bool(self._draw(st.booleans()))
 
+    def seldom(self) -> bool:
+        """True once in three times."""
+        return self.pick([False, False, True])
+
     def name(self, base: str) -> str:
         return f"{base}{next(self._number)}"
 
@@ -89,7 +94,8 @@ class Graph:
         """Normal numbers; with `spread` rows and columns have ranges of their own."""
         found = self.rng.normal(size=shape)
         for axis in range(min(len(shape), 2)):
-            found *= np.exp(spread * self.rng.normal(size=[n if a == axis else 1 for a, n in enumerate(shape)]))
+            along = [n if a == axis else 1 for a, n in enumerate(shape)]
+            found *= np.exp(spread * self.rng.normal(size=along))
         return np.asarray(found)
 
     def constant(self, values: Any, base: str = "k", *, plain: bool = False) -> str:
@@ -97,7 +103,7 @@ class Graph:
         array = np.asarray(values)
         array = array.astype(self.dtype) if array.dtype.kind == "f" else array
         name = self.name(base)
-        way = "initializer" if plain else self.pick(["initializer"] * 4 + ["Constant", "Identity", "Cast", "Transpose"])
+        way = "initializer" if plain else self.pick(WAYS)
         if way == "Constant":
             node = helper.make_node("Constant", [], [name], value=numpy_helper.from_array(array, name))
             self.nodes.append(node)
@@ -120,7 +126,7 @@ class Graph:
     def weight(self, *shape: int, base: str = "w") -> str:
         """A weight or bias, perhaps one that another node has already."""
         before = self.shared.setdefault(shape, [])
-        if before and self.pick([True, True, False]):
+        if before and not self.seldom():
             return self.pick(before)
         before.append(self.constant(self.values(*shape, spread=1.0 if len(shape) > 1 else 0.0), base))
         return before[-1]
@@ -128,13 +134,13 @@ class Graph:
     def model(self, outputs: Sequence[Tensor]) -> onnx.ModelProto:
         """The finished model. IR 3 lists initializers as inputs, later ones may."""
         kind = helper.np_dtype_to_tensor_dtype(self.dtype)
-        batch = self.pick([BATCH, "N"])
+        batch: int | str = BATCH if self.maybe() else "N"
         x = self.tensors[0]
         inputs = [helper.make_tensor_value_info("x", kind, (batch, *x.shape[1:]))]
         if self.with_if:
             inputs.append(helper.make_tensor_value_info("flag", onnx.TensorProto.BOOL, ()))
         stored = [numpy_helper.from_array(array, name) for name, array in self.arrays.items()]
-        if self.ir < 4 or self.pick([False, False, True]):
+        if self.ir < 4 or self.seldom():
             inputs += [helper.make_tensor_value_info(t.name, t.data_type, t.dims) for t in stored]
         made = [helper.make_tensor_value_info(t.name, kind, (batch, *t.shape[1:])) for t in outputs]
         graph = helper.make_graph(self.nodes, "drawn", inputs, made, stored)
@@ -150,12 +156,12 @@ def graphs(draw: Callable[[st.SearchStrategy[Any]], Any]) -> onnx.ModelProto:
     graph = Graph(draw)
     for _ in range(draw(st.integers(2, 8))):
         recent = graph.tensors[::-1]
-        source = graph.pick(recent) if graph.pick([False, False, True]) else recent[0]
+        source = graph.pick(recent) if graph.seldom() else recent[0]
         steps = LAYERS if graph.maybe() else BETWEEN
         fitting = [step for step in steps if step.fits(graph, source)]
         graph.pick(fitting).add(graph, source)
     if len(graph.tensors) == 1:  # nothing that was drawn fits
         graph.made(graph.node("Relu", ["x"]), graph.tensors[0].channels, graph.tensors[0].size)
     last, *others = graph.tensors[:0:-1]
-    outputs = [last, *(t for t in others[:3] if graph.pick([False, False, True]))]
+    outputs = [last, *(t for t in others[:3] if graph.seldom())]
     return graph.model(outputs[: 1 + len(others)][::-1] if graph.maybe() else outputs)

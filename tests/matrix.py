@@ -1,10 +1,10 @@
 """The equivalence matrix: passes that claim to preserve the function, on graphs of `tests.graphs`.
 
-`python -m tests.matrix --examples 2000 --seed 1` draws that many graphs and prints, of each pass, on how many
-it was checked, what it changed, and the shrunk graph of each failure.
+`python -m tests.matrix --examples 2000 --seed 1` draws that many graphs and prints, of each pass, on how
+many it was checked, what it changed, and the shrunk graph of each failure.
 
-absorb-bias is exact where no value lies below the statistics' reach, so here the record says just that of the
-very inputs: mean ± 3 deviations are the least and the largest value of each channel.
+absorb-bias is exact where no value lies below the statistics' reach, so here the record says just that of
+the very inputs: mean ± 3 deviations are the least and the largest value of each channel.
 """
 
 from __future__ import annotations
@@ -95,15 +95,15 @@ RECIPES: Mapping[str, Apply] = {
 
 def check(recipe: str, proto: onnx.ModelProto) -> Outcome | None:
     """One graph through one recipe; None: nothing here computes its outputs."""
-    kind = proto.graph.output[0].type.tensor_type.elem_type
-    name = next(k for k, v in graphs.TYPES.items() if onnx.helper.np_dtype_to_tensor_dtype(np.dtype(v)) == kind)
+    kind = onnx.helper.tensor_dtype_to_np_dtype(proto.graph.output[0].type.tensor_type.elem_type)
+    tolerance = next(graphs.TOLERANCE[name] for name, one in graphs.TYPES.items() if one == kind)
     subject = Subject(Case("matrix", recipe, proto, feeds(proto)))
     assert subject.valid, f"drew an invalid model: {invalid(proto)}\n{onnx.printer.to_text(proto)}"
     if subject.runs is None:
         return None
     model = Model.from_proto(proto)
     RECIPES[recipe](model, subject)
-    return judge(subject, model.to_proto(), graphs.TOLERANCE[name])
+    return judge(subject, model.to_proto(), tolerance)
 
 
 @dataclass
@@ -131,7 +131,8 @@ def tally(recipe: str, examples: int, seed: int) -> Tally:
     try:
         property_()
     except Exception as error:  # whatever a pass raises; hypothesis has shrunk the graph
-        found.failures.append("".join([f"{type(error).__name__}: {error}", *getattr(error, "__notes__", [])]))
+        notes = getattr(error, "__notes__", [])
+        found.failures.append("\n".join([f"{type(error).__name__}: {error}", *notes]))
     return found
 
 

@@ -1,4 +1,4 @@
-"""Models that others wrote, as cases: what onnx ships as its backend tests, light models, files from anywhere.
+"""Models that others wrote, as cases: onnx's backend tests and light models, files from anywhere.
 
     node, simple, pytorch-converted, pytorch-operator     a model, inputs and the outputs that are right
     light           nine ImageNet networks of 2016 to 2018, weights made by ConstantOfShape
@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import warnings
 import zipfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,8 +52,9 @@ def backend_cases(suite: str) -> Iterator[Case]:
         warnings.simplefilter("ignore")
         found = load_model_tests(kind=suite)
     for case in found:
-        model = case.model if case.model is not None else onnx.load(Path(case.model_dir) / "model.onnx")
-        inputs = case.data_sets[0][0] if case.data_sets else _stored_inputs(Path(case.model_dir), model)
+        folder = Path(case.model_dir or "")
+        model = case.model if case.model is not None else onnx.load(folder / "model.onnx")
+        inputs = case.data_sets[0][0] if case.data_sets else _stored_inputs(folder, model)
         names = [info.name for info in model.graph.input]
         feeds = {name: as_value(value) for name, value in zip(names, inputs, strict=False)}
         yield Case(suite, case.name, model, {n: v for n, v in feeds.items() if v is not None})
@@ -94,23 +95,22 @@ def file_cases(paths: Iterable[Path]) -> Iterator[Case]:
 
 
 def file_case(name: str, data: bytes) -> Case:
-    """A model with random inputs; what the first input leaves open is the first of SIZES that it runs with."""
+    """A model with random inputs; what the first input leaves open is the first of SIZES that runs."""
     model = onnx.ModelProto.FromString(data)
     specs, feeds = input_specs(model), {}
     for size in SIZES:
         shapes = {}
         for spec in specs:
-            open_size = size if spec is specs[0] else 1
-            shapes[spec.name] = [
-                d if isinstance(d, int) else (open_size if axis else 1) for axis, d in enumerate(spec.shape or ())
-            ]
+            openings = [1, *[size if spec is specs[0] else 1] * 9]
+            pairs = zip(spec.shape or (), openings, strict=False)
+            shapes[spec.name] = [d if isinstance(d, int) else opening for d, opening in pairs]
         feeds = dict(random_feeds(model, shapes=shapes))
         if in_runtime(model, feeds) is not None:
             break
     return Case("files", name, model, feeds)
 
 
-def in_runtime(model: onnx.ModelProto, feeds: Arrays) -> list[Any] | None:
+def in_runtime(model: onnx.ModelProto, feeds: Mapping[str, Any]) -> list[Any] | None:
     """The outputs in onnxruntime with graph optimizations off; None where it refuses model or inputs."""
     import onnxruntime as ort
 
@@ -121,7 +121,7 @@ def in_runtime(model: onnx.ModelProto, feeds: Arrays) -> list[Any] | None:
     try:
         providers = ["CPUExecutionProvider"]
         session = ort.InferenceSession(model.SerializeToString(), options, providers=providers)
-        return list(session.run(None, feeds))
+        return list(session.run(None, dict(feeds)))
     except Exception:  # onnxruntime's exceptions have no common base
         return None
 
@@ -145,9 +145,11 @@ def fill(model: onnx.ModelProto, seed: int = 0) -> None:
             model.graph.input.append(onnx.helper.make_tensor_value_info(name, kind, shape))
         model.graph.node.remove(node)
     gone = {n.input[0] for n in made} - {name for n in model.graph.node for name in n.input}
-    for field in (model.graph.initializer, model.graph.input):
-        for entry in [e for e in field if e.name in gone]:
-            field.remove(entry)
+    kept = [t for t in model.graph.initializer if t.name not in gone]
+    listed = [i for i in model.graph.input if i.name not in gone]
+    del model.graph.initializer[:], model.graph.input[:]
+    model.graph.initializer.extend(kept)
+    model.graph.input.extend(listed)
 
 
 def as_value(value: Any) -> Any:
@@ -169,7 +171,8 @@ def _filled(rng: np.random.Generator, shape: list[int], role: int) -> np.ndarray
         return rng.normal(0.5 if role == 1 else 0.0, 0.3, shape)
     fan_in = int(np.prod(shape[1:]))
     values = np.asarray(rng.standard_normal(shape, np.float32)) * np.sqrt(2 / fan_in)
-    return values * np.exp(SPREAD * rng.normal(size=(shape[0], *[1] * (len(shape) - 1))))
+    ranges = np.exp(SPREAD * rng.normal(size=(shape[0], *[1] * (len(shape) - 1))))
+    return np.asarray(values * ranges)
 
 
 def _stored_inputs(folder: Path, model: onnx.ModelProto) -> list[Any]:

@@ -1,4 +1,4 @@
-"""Shrunk: what others' suites (`tests.suites`, `tests.embedding`) and drawn graphs (`tests.matrix`) found."""
+"""Shrunk: what others' suites (`tests.suites`, `tests.embedding`) and drawn graphs found."""
 
 from __future__ import annotations
 
@@ -112,7 +112,10 @@ def test_indices_of_another_batch_are_refused() -> None:
     ("signature", "body"),
     [
         ("(float[N,3,1,8] x) => (float[N,3,1,8] y)", "c = Conv(x, w) s = Add(c, x) y = Conv(s, w)"),
-        ("(float[N,3,8,8] x) => (float[N,3,1,1] y)", "c = Conv(x, w) s = Add(c, x) y = GlobalAveragePool(s)"),
+        (
+            "(float[N,3,8,8] x) => (float[N,3,1,1] y)",
+            "c = Conv(x, w) s = Add(c, x) y = GlobalAveragePool(s)",
+        ),
     ],
     ids=["one pixel high", "nothing left to train"],
 )

@@ -23,7 +23,8 @@ SIX: Arrays = {"zero": np.float32(0), "six": np.float32(0.5)}
 CASES: dict[str, tuple[str, str, Arrays, int]] = {
     "a grouped ConvTranspose has its output channels on axis 1, group by group": (
         IMAGE,
-        f"c = ConvTranspose<group = 2, strides = [2,1]>(x, w) n = {BN} r = Relu(n) y = ConvTranspose<group = 2>(r, u)",
+        f"c = ConvTranspose<group = 2, strides = [2,1]>(x, w) n = {BN} r = Relu(n) "
+        "y = ConvTranspose<group = 2>(r, u)",
         {"w": _w(4, 2, 3, 2), "u": _w(4, 2, 2, 2, seed=1), **norm(4)},
         8,
     ),

@@ -47,9 +47,9 @@ def test_the_graphs_are_valid_and_hold_the_grid() -> None:
 
 
 WANTED = (
-    "Conv", "ConvTranspose", "Gemm", "MatMul", "BatchNormalization", "If", "group", "auto_pad", "pads", "bias",
-    "transA", "transB", "alpha", "beta", "Transpose", "FLOAT", "FLOAT16", "DOUBLE", "IR 3", "IR 8", "opset 7",
-    "opset 13", "opset 21", "shared weight", "several readers", "several outputs",
+    "Conv", "ConvTranspose", "Gemm", "MatMul", "BatchNormalization", "If", "group", "auto_pad", "pads",
+    "bias", "transA", "transB", "alpha", "beta", "Transpose", "FLOAT", "FLOAT16", "DOUBLE", "IR 3", "IR 8",
+    "opset 7", "opset 13", "opset 21", "shared weight", "several readers", "several outputs",
 )  # fmt: skip
 
 

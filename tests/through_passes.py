@@ -161,7 +161,9 @@ def in_reference(model: onnx.ModelProto, feeds: Mapping[str, Any]) -> list[Any] 
     if any(n.op_type == "ConvTranspose" and len(n.input) > 2 for n in model.graph.node):
         return None
     try:
-        return list(ReferenceEvaluator(model).run(None, dict(feeds)))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return list(ReferenceEvaluator(model).run(None, dict(feeds)))
     except Exception:  # whatever numpy raises
         return None
 
@@ -193,4 +195,5 @@ def _distance(a: np.ndarray, b: np.ndarray, tolerance: float | None) -> str:
         gap = np.where((left == right) | (np.isnan(left) & np.isnan(right)), 0.0, np.abs(left - right))
     size = np.abs(left[np.isfinite(left)]).max(initial=0.0)
     worst = float(gap.max(initial=0.0))
-    return "" if worst <= tolerance * size + FLOOR * (tolerance > 0) else f"off by {worst:g}, the largest is {size:g}"
+    close = worst <= tolerance * size + FLOOR * (tolerance > 0)
+    return "" if close else f"off by {worst:g}, the largest is {size:g}"

@@ -131,8 +131,8 @@ class Course(ABC):
             for name, value in parts[-1].items():
                 if not value.ndim or len(value) % size:
                     raise ModelError(
-                        f"{self.model.name}: tensor {name!r} of shape {list(value.shape)} does not hold one "
-                        f"image after the other, of a batch of {size}: such networks are not handled"
+                        f"{self.model.name}: tensor {name!r} of shape {list(value.shape)} does not hold one"
+                        f" image after the other, of a batch of {size}: such networks are not handled"
                     )
         return {n: torch.cat([part[n] for part in parts]) for n in outputs}
 
