@@ -71,7 +71,7 @@ def gemm(graph: Graph, source: Tensor) -> None:
     outputs = graph.pick([4, 3, 2, 6])
     data = source.name
     attributes: dict[str, Any] = {}
-    if graph.pick([False, False, True]):
+    if graph.maybe():
         data, attributes["transA"] = graph.node("Transpose", [data], perm=[1, 0]), 1
     across = graph.maybe()
     weight = graph.weight(*((outputs, source.channels) if across else (source.channels, outputs)))

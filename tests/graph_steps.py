@@ -174,6 +174,7 @@ LAYERS = (
 )
 BETWEEN = (
     Step(unary, _always),
+    Step(branches, _always),
     Step(with_constant, _always),
     Step(with_tensor, _always),
     Step(clip, lambda g, _: g.opset >= 11 or g.kind == "float"),
