@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from onnxcompress.errors import ModelError
 from onnxcompress.inputs.source import gather_inputs
 from onnxcompress.model import Model
 from onnxcompress.optimize.channel_ranges import stretch
@@ -126,7 +127,10 @@ def _row(layer: Layer, learned: Learned, grid: Grid, plan: Plan) -> dict[str, An
 
 
 def output_snr(original: Model, model: Model, images: Tensor) -> dict[str, float]:
-    """Signal to noise of each output on the first of the images, in decibels, of onnxruntime."""
+    """Signal to noise of each output on the first of the images, in decibels, of onnxruntime.
+
+    Raises ModelError where an output was finite and is not any more.
+    """
     from onnxcompress.runtime import session
 
     name, batch = model.graph.inputs[0].name, fixed_batch(original)
@@ -138,5 +142,9 @@ def output_snr(original: Model, model: Model, images: Tensor) -> dict[str, float
     found = {}
     for index, tensor in enumerate(model.graph.outputs):
         a, b = (np.concatenate([run[index] for run in runs]).astype(np.float64) for runs in outputs)
+        if np.isfinite(a).all() and not np.isfinite(b).all():
+            raise ModelError(
+                f"{original.name}: output {tensor.name!r} would not be finite any more; ask for less"
+            )
         found[tensor.name] = float(10 * np.log10(a.var() / max(float(np.square(a - b).mean()), 1e-30)))
     return found

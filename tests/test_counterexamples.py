@@ -122,3 +122,14 @@ def test_indices_of_another_batch_are_refused() -> None:
 def test_drop_blocks_of_very_small_networks(signature: str, body: str) -> None:
     found = through("drop-blocks", signature, body, {"w": weight(3, 3, 1, 1)})
     assert found.kind in ("passed", "refused"), found.why
+
+
+def test_prune_refuses_what_would_not_be_finite_any_more() -> None:
+    """A channel that is constant without its weights: onnxruntime's variance of it is a little below 0."""
+    weights = np.full((3, 3, 1, 1), 1e-3) * np.array([1, 900, 1000]).reshape(3, 1, 1, 1)
+    arrays = {"w": weights.astype(np.float32), "b": np.array([0.1, 1, 0], np.float32)}
+    arrays["u"] = weight(4, 3, 1, 1, seed=1)
+    body = "c = Conv(x, w, b) m = MeanVarianceNormalization(c) y = Conv(m, u)"
+    found = through("prune", "(float[3,3,3,1] x) => (float[3,4,3,1] y)", body, arrays)
+    assert found.kind == "refused"
+    assert "output 'y' would not be finite any more" in found.why
