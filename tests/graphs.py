@@ -163,5 +163,5 @@ def graphs(draw: Callable[[st.SearchStrategy[Any]], Any]) -> onnx.ModelProto:
     if len(graph.tensors) == 1:  # nothing that was drawn fits
         graph.made(graph.node("Relu", ["x"]), graph.tensors[0].channels, graph.tensors[0].size)
     last, *others = graph.tensors[:0:-1]
-    outputs = [last, *(t for t in others[:3] if graph.seldom())]
-    return graph.model(outputs[: 1 + len(others)][::-1] if graph.maybe() else outputs)
+    outputs = [last, *(t for t in others[:3] if graph.seldom())] if graph.seldom() else [last]
+    return graph.model(outputs[::-1] if graph.maybe() else outputs)

@@ -66,7 +66,7 @@ def test_a_suite_of_others(suite: str, name: str) -> None:
 def test_any_operator_between_two_layers(name: str) -> None:
     subjects = _embedded()[:: SHARE_EXACT if name in EXACT and name != "calibrate" else SHARE_OTHER]
     changed = _check(subjects, name)
-    assert changed or name in ("read and write", "correct-bias", "drop-blocks")  # few can lose a block
+    assert changed or not name.startswith(("fold-bn", "equalize", "prune", "quantize"))
 
 
 @pytest.mark.parametrize("name", ["fold-bn", "equalize", "equalize --assumption-free", "prune 2:4 sparse"])

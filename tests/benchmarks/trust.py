@@ -5,7 +5,7 @@ with such inside, as `pip download --no-deps` gets them: cases of one more suite
 
     cases      models
     passed     results that are written, valid and run; with the outputs that they had, where the pass
-               preserves the function; `changed`: those that differ from what was read
+               preserves the function; `changed`: those whose graph differs from what was read
     refused    one line that says why; --reasons counts them
     failed     all else, each is shown
 """
