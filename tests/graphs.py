@@ -151,6 +151,7 @@ class Graph:
 @st.composite
 def graphs(draw: Callable[[st.SearchStrategy[Any]], Any]) -> onnx.ModelProto:
     """Valid models of 2 to 7 steps, one to three outputs, inputs `x` and, of those with an If, `flag`."""
+    from tests.graph_layers import norm
     from tests.graph_steps import BETWEEN, LAYERS
 
     graph = Graph(draw)
@@ -160,6 +161,8 @@ def graphs(draw: Callable[[st.SearchStrategy[Any]], Any]) -> onnx.ModelProto:
         steps = LAYERS if graph.maybe() else BETWEEN
         fitting = [step for step in steps if step.fits(graph, source)]
         graph.pick(fitting).add(graph, source)
+        if steps is LAYERS and graph.maybe():
+            norm(graph, graph.tensors[-1])
     if len(graph.tensors) == 1:  # nothing that was drawn fits
         graph.made(graph.node("Relu", ["x"]), graph.tensors[0].channels, graph.tensors[0].size)
     last, *others = graph.tensors[:0:-1]
