@@ -15,7 +15,8 @@ class Topology:
     `order`    nodes in topological order
     `index`    id(node) -> place in it
     `dynamic`  ids of the tensors that depend on a graph input, by value or by shape
-    `data`     ids of those that carry data: reached from an input without passing a Shape or Size
+    `data`     ids of those that carry data: reached from an input without passing a Shape or Size, or the
+               operand of a CastLike that only gives its type
     """
 
     def __init__(self, model: Model) -> None:
@@ -25,8 +26,8 @@ class Topology:
         self.dynamic = {id(t) for t in model.graph.inputs}
         self.data = set(self.dynamic)
         for node in self.order:
-            for ids, stop in ((self.dynamic, False), (self.data, is_op(node, "Shape", "Size"))):
-                if not stop and any(id(t) in ids for t in _reads(node)):
+            for ids, reads in ((self.dynamic, _reads(node)), (self.data, _data_reads(node))):
+                if any(id(t) in ids for t in reads):
                     ids.update(id(t) for t in node.outputs)
         self._trunk: list[gs.Tensor] | None = None
 
@@ -96,6 +97,13 @@ def _reads(node: gs.Node) -> list[gs.Tensor]:
             for one in value.nodes:
                 reads += [t for t in _reads(one) if id(t) not in inner]
     return reads
+
+
+def _data_reads(node: gs.Node) -> list[gs.Tensor]:
+    """Those of which the node reads more than shape or type."""
+    if is_op(node, "Shape", "Size"):
+        return []
+    return list(node.inputs[:1]) if is_op(node, "CastLike") else _reads(node)
 
 
 def sorted_nodes(model: Model) -> list[gs.Node]:

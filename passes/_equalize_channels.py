@@ -113,7 +113,9 @@ class Channels:
         return np.ascontiguousarray(first)
 
     def merge(self, labels: Labels, axes: tuple[int, ...]) -> Labels:
-        """Tie the labels along axes, which get size 1."""
+        """Tie the labels along axes, which get size 1. Raises Unknown where there are none."""
+        if not all(labels.shape[axis] for axis in axes):
+            raise Unknown("reduces over nothing")
         first = labels
         for axis in axes:
             first = first.take([0], axis)

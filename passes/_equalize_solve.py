@@ -171,7 +171,8 @@ class Balance:
     def _largest(self, stream: list[Side], steps: list[np.ndarray]) -> float:
         """The largest step, those of loose channels divided by LOOSE."""
         pairs = zip(stream, steps, strict=True)
-        return max(float((abs(s) / np.where(self.loose[a.labels], LOOSE, 1.0)).max()) for a, s in pairs)
+        found = [(abs(s) / np.where(self.loose[a.labels], LOOSE, 1.0)).max(initial=0.0) for a, s in pairs]
+        return float(max(found))
 
     def _pattern(self, stream: list[Side]) -> list[np.ndarray]:
         """What equalizes each side's channels relative to the layer's largest, log, others held."""

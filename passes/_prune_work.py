@@ -31,8 +31,6 @@ from onnxcompress.sparsities import by_cost, by_magnitude, share_of, uniform
 if TYPE_CHECKING:
     from onnxcompress.passes.prune import Prune
 
-SHOWN = 32
-"""Images on which the outputs of both networks are compared."""
 NO_SPEED = "onnxruntime computes zeros as any other weight: no speed is to be expected"
 
 
@@ -101,12 +99,11 @@ def _reconstruct(
     worker = Sparsifier(model, subject.plan, settings, subject.twin)
     worker.pass_through(subject.images, "pruning layers", progress)
     _write(model, {name: value.numpy() for name, value in worker.learned.items()})
-    few = subject.images[: max(subject.batch, SHOWN // subject.batch * subject.batch)].numpy()
     result.measured |= {
         "layers": _rows(target, shares, worker.noise),
         "inputs": [asdict(used) for used in inputs.sources],
         "seconds": {"inputs": made, "layers": time.perf_counter() - start - made},
-        "output_snr_db": output_snr(original, model, few, subject.batch),
+        "output_snr_db": output_snr(original, model, subject.images),
     }
 
 
@@ -124,13 +121,13 @@ def _pixels(model: Model) -> int:
 
 
 def _costs(one: Prune, subject: Subject, target: Target, progress: Progress) -> Costs | None:
-    """None where neither sparsities nor rows are chosen by them."""
+    """None where neither sparsities nor rows are chosen by them, or no layer can be tried."""
     if target.pattern.group or one.sensitivity is not None:
         return None
     settings = Settings(batch=subject.batch, seed=one.seed)
     trials = Trials(subject.model, subject.plan, settings, subject.twin, names=frozenset(target.layers))
     trials.pass_through(subject.images, "trying sparsities", progress)
-    return output_costs(trials, subject.images)
+    return output_costs(trials, subject.images) if trials.found else None
 
 
 def _account(one: Prune, model: Model, target: Target, result: PassResult) -> None:

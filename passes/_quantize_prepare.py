@@ -30,7 +30,7 @@ from onnxcompress.graph import (
 )
 from onnxcompress.linear import BIAS_AT, LINEAR_OPS, Linear, as_linear
 from onnxcompress.model import Model
-from onnxcompress.passes._layer import bias_name, set_weight
+from onnxcompress.passes import _layer
 from onnxcompress.passes.fold_bn import FoldBatchNorm
 from onnxcompress.passing import Change
 
@@ -112,19 +112,17 @@ def _own_parameters(model: Model, linear: Linear) -> None:
     """Rule 4; and a weight behind Identity, Cast or Transpose becomes an initializer."""
     node = linear.node
     if not isinstance(node.inputs[linear.weight_at], gs.Constant):
-        set_weight(model, linear, linear.weight)
+        _layer.set_weight(model, linear, linear.weight)
     if not linear.takes_bias:
         return
-    bias = input_at(node, BIAS_AT)
-    value = np.zeros(linear.outputs, np.float32) if bias is None else constant_value(model, bias)
-    if value is None or value.size not in (1, linear.outputs):
+    bias, offset = input_at(node, BIAS_AT), _layer.bias(model, linear)
+    if offset is None or not linear.is_per_channel(offset):
         return
-    beta = attribute(node, "beta", 1.0) if node.op == "Gemm" else 1.0
-    own = isinstance(bias, gs.Constant) and len(bias.outputs) == 1
-    if not own or beta != 1.0 or value.shape != (linear.outputs,):
-        value = np.ascontiguousarray(np.broadcast_to(value.reshape(-1) * beta, linear.outputs))
-        name = unique_name(model, bias_name(linear))
-        set_input(node, BIAS_AT, gs.Constant(name, value.astype(np.float32)))
+    plain = isinstance(bias, gs.Constant) and tuple(bias.shape) == (linear.outputs,)
+    if bias is None or not plain or len(bias.outputs) > 1 or attribute(node, "beta", 1.0) != 1.0:
+        value = _layer.stored(np.broadcast_to(offset.reshape(-1), linear.outputs), linear)
+        name = unique_name(model, _layer.bias_name(linear))
+        set_input(node, BIAS_AT, gs.Constant(name, value))
         node.attrs.pop("beta", None)
         if bias is not None:
             remove_unread(model, [bias])

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from onnxcompress.errors import ModelError
 from onnxcompress.inputs.source import gather_inputs
 from onnxcompress.model import Model
 from onnxcompress.optimize.channel_ranges import stretch
@@ -24,6 +25,8 @@ from onnxcompress.quantization.plan import Bits, Layer, Plan, make_plan
 from onnxcompress.sensitivity import quick
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from onnxcompress.passes.quantize import Quantize
 
 BATCH = 32
@@ -87,9 +90,7 @@ def quantize(
         "seconds": {"inputs": made, "layers": learn},
         "runtime": fused_counts(model),
         **({} if chosen is None else {"budget": chosen.account}),
-        "output_snr_db": output_snr(
-            original, model, x[: max(batch, SHOWN // batch * batch)].numpy(), batch
-        ),
+        "output_snr_db": output_snr(original, model, x),
     }
     return result
 
@@ -102,7 +103,7 @@ def _integers(layer: Layer, learned: Learned, one: Quantize) -> tuple[np.ndarray
     view = layer.linear.view(integers)
     view[...] = found.integers.numpy().reshape(view.shape)
     scale = found.scale.numpy().reshape(-1).astype(np.float32)
-    if not one.per_channel:
+    if not layer.per_channel(one.per_channel):
         scale = np.asarray(scale[0])
     if one.small_types and layer.weight_bits <= 4:
         return integers, Grid(scale, 0, low, high, "int4")
@@ -125,11 +126,15 @@ def _row(layer: Layer, learned: Learned, grid: Grid, plan: Plan) -> dict[str, An
     }
 
 
-def output_snr(original: Model, model: Model, x: np.ndarray, batch: int) -> dict[str, float]:
-    """Signal to noise of each output on some of the inputs, in decibels, as onnxruntime computes it."""
+def output_snr(original: Model, model: Model, images: Tensor) -> dict[str, float]:
+    """Signal to noise of each output on the first of the images, in decibels, of onnxruntime.
+
+    Raises ModelError where an output was finite and is not any more.
+    """
     from onnxcompress.runtime import session
 
-    name = model.graph.inputs[0].name
+    name, batch = model.graph.inputs[0].name, fixed_batch(original)
+    x = images[: max(batch, SHOWN // batch * batch)].numpy()
     outputs: list[list[list[np.ndarray]]] = []
     for one in (original, model):
         opened = session(one, provider="cpu")
@@ -137,5 +142,9 @@ def output_snr(original: Model, model: Model, x: np.ndarray, batch: int) -> dict
     found = {}
     for index, tensor in enumerate(model.graph.outputs):
         a, b = (np.concatenate([run[index] for run in runs]).astype(np.float64) for runs in outputs)
+        if np.isfinite(a).all() and not np.isfinite(b).all():
+            raise ModelError(
+                f"{original.name}: output {tensor.name!r} would not be finite any more; ask for less"
+            )
         found[tensor.name] = float(10 * np.log10(a.var() / max(float(np.square(a - b).mean()), 1e-30)))
     return found

@@ -32,7 +32,7 @@ def augment(
     flip = sent(torch.rand(batch, generator=generator) < 0.5, x.device)
     x = torch.where(flip.view(-1, 1, 1, 1), x.flip(-1), x)
     height, width = x.shape[-2:]
-    reach = max(1, height // 8), max(1, width // 8)
+    reach = min(max(1, height // 8), height - 1), min(max(1, width // 8), width - 1)
     padded = torch.nn.functional.pad(x, (reach[1], reach[1], reach[0], reach[0]), mode="reflect")
     top = torch.randint(2 * reach[0] + 1, (batch,), generator=generator)
     left = torch.randint(2 * reach[1] + 1, (batch,), generator=generator)

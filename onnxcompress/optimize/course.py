@@ -21,6 +21,7 @@ import onnx_graphsurgeon as gs
 import torch
 from torch import Tensor
 
+from onnxcompress.errors import InputError, ModelError
 from onnxcompress.graph import is_op, is_output, value_readers
 from onnxcompress.model import Model
 from onnxcompress.optimize.executor import Executor
@@ -110,6 +111,7 @@ class Course(ABC):
             if tensor.name in read:
                 read[tensor.name] = self._seen(node, index, tensor.name)
         if layer is not None:
+            self._check_finite(node.inputs[layer.linear.data_at].name)
             self._learn(layer, read[node.inputs[layer.linear.data_at].name], theirs[outputs[0]])
         ours = self._run(outputs, read, self._own)
         self._teacher.update(theirs)
@@ -124,8 +126,19 @@ class Course(ABC):
         parts = []
         for start in range(0, count, self.settings.batch):
             part = {n: v[start : start + self.settings.batch] for n, v in feeds.items()}
+            size = len(next(iter(part.values())))
             parts.append(self.executor.run(part, outputs, parameters))
+            for name, value in parts[-1].items():
+                if not value.ndim or len(value) % size:
+                    raise ModelError(
+                        f"{self.model.name}: tensor {name!r} of shape {list(value.shape)} does not hold one"
+                        f" image after the other, of a batch of {size}: such networks are not handled"
+                    )
         return {n: torch.cat([part[n] for part in parts]) for n in outputs}
+
+    def _check_finite(self, name: str) -> None:
+        if not bool(self._student[name].isfinite().all()):
+            raise InputError(f"tensor {name!r} is not finite on these images; check --preprocess")
 
     def _mean_error(self, layer: Layer, x: Tensor, wanted: Tensor) -> Tensor:
         """Of the learned layer's output, (outputs,), less the maps of the twin."""

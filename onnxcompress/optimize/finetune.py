@@ -69,6 +69,8 @@ def finetune(
     if nhwc:
         images = images.permute(0, 3, 1, 2)
     values, rates = _leaves(student, parameters, source, feature[0])
+    if not values:  # of a network without a layer there: all its blocks went
+        return {}
     groups = [
         {"params": [v], "lr": schedule.learning_rate * r}
         for v, r in zip(values.values(), rates, strict=True)

@@ -239,9 +239,10 @@ class _Walk:
     def _rounded(self, layer: Layer, weight: Tensor, moments: Moments | None, one: Variant) -> Tensor:
         """The weight on its grid."""
         allowed = Integers.of(layer, int(one.value), safe=self.how.safe)
+        each = layer.per_channel(self.how.per_channel)
         if moments is None:
-            return nearest(weight, allowed, self.how.per_channel).weight
-        found = reconstruct(weight, moments, allowed, self.how.per_channel, ridge=RIDGE, target=math.inf)
+            return nearest(weight, allowed, each).weight
+        found = reconstruct(weight, moments, allowed, each, ridge=RIDGE, target=math.inf)
         return found.weight
 
     def _moments(self, site: _Site, weight: Tensor, variants: Sequence[Variant]) -> Moments | None:

@@ -88,6 +88,7 @@ class Quantizer(Course):
     def _grid(self, key: Key) -> Grid:
         key = self.plan.root(key)
         if key not in self.learned.grids:
+            self._check_finite(key[0])
             x = samples(self._student[key[0]], self.settings.seed)
             s = self.settings
             storage = s.storage.replace("8", "4") if s.small_types and key[1] <= 4 else s.storage
@@ -104,15 +105,16 @@ class Quantizer(Course):
         weight, shape = matrix(layer, self.executor.parameters[layer.weight])
         s = self.settings
         allowed = Integers.of(layer, layer.weight_bits, safe=s.safe)
+        each = layer.per_channel(s.per_channel)
         cut = patches_of(self.model, layer) if s.reconstruct else None
         if cut is None:
-            found = nearest(weight, allowed, s.per_channel)
+            found = nearest(weight, allowed, each)
         else:
             moments = self._moments(layer, cut, weight, x, self._wanted(layer, wanted))
             fewest = min(layer.weight_bits, 8 if layer.input is None else layer.input[1])
             few = moments.rows < TARGET_ROWS * weight.shape[2]
             target = math.inf if few else TARGET * 2 ** (fewest - 4)
-            found = reconstruct(weight, moments, allowed, s.per_channel, ridge=RIDGE, target=target)
+            found = reconstruct(weight, moments, allowed, each, ridge=RIDGE, target=target)
         self.learned.weights[id(layer.node)] = found
         self._set(layer.weight, stored(layer, found.weight, shape))
         if layer.bias is None:

@@ -88,6 +88,11 @@ class Layer:
         """One input a group: onnxruntime's kernel for these has sums of 32 bits, which cannot overflow."""
         return self.node.op == "Conv" and self.linear.weight.shape[:2] == (self.linear.groups, 1)
 
+    def per_channel(self, wanted: bool) -> bool:
+        """Whether output channels have scales of their own. Not those of a grouped ConvTranspose: the axis
+        that they lie on has the channels of one group only."""
+        return wanted and not (self.node.op == "ConvTranspose" and self.linear.groups > 1)
+
 
 @dataclass
 class Plan:
@@ -175,7 +180,9 @@ def _check(model: Model, linear: Linear) -> Refusal | None:
         return Refusal(label, f"the weight {weight.name!r} is shared", "give each layer a copy of its own")
     bias = input_at(node, BIAS_AT) if linear.takes_bias else None
     value = None if bias is None else constant_value(model, bias)
-    if bias is not None and (value is None or value.size not in (1, linear.outputs)):
+    if value is not None and node.op != "Gemm":
+        value = linear.spread(value)
+    if bias is not None and (value is None or not linear.is_per_channel(value)):
         return Refusal(label, "its bias is not one constant for each channel", "make it an initializer")
     if node.op == "Gemm" and (attribute(node, "transA", 0) or attribute(node, "alpha", 1.0) != 1.0):
         return Refusal(label, "it is a Gemm with transA or alpha", "export it with transA 0, alpha 1")
@@ -215,7 +222,7 @@ def _outputs(model: Model, plan: Plan, topology: Topology) -> None:
         if not any((id(node), index) in plan.edges for index in range(len(node.inputs))):
             continue
         for tensor in (behind_activation(model, t) for t in node.outputs):
-            for reader in value_readers(tensor):
+            for reader in value_readers(tensor) if id(tensor) in topology.data else ():
                 for index, read in enumerate(reader.inputs):
                     if read is tensor and not is_op(reader, *MOVING):
                         plan.edges.setdefault((id(reader), index), (tensor.name, STREAM_BITS))

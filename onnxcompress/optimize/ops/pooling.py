@@ -95,6 +95,8 @@ def _max_unpool(site: Site) -> Kernel:
         inferred = [
             (n - 1) * strides[i] + kernel[i] - pads[i] - pads[rank + i] for i, n in enumerate(x.shape[2:])
         ]
+        if indices.shape != x.shape:
+            raise ValueError("an index for each value is needed")
         wanted = shape((x, indices, output_shape)) or [*x.shape[:2], *inferred]
         # The positions count cells of the inferred shape; a larger output keeps them in its corner.
         flat = x.new_zeros(x.shape[0] * x.shape[1] * _volume(inferred))
