@@ -49,7 +49,7 @@ def consumers(tensor: gs.Tensor) -> list[gs.Node]:
 
 
 def is_output(model: Model, tensor: gs.Tensor) -> bool:
-    return any(tensor is output for output in model.graph.outputs)
+    return any(tensor is output for output in model.graph_outputs)
 
 
 def only_consumer(model: Model, tensor: gs.Tensor) -> gs.Node | None:
@@ -179,15 +179,11 @@ def set_input(node: gs.Node, index: int, tensor: gs.Tensor) -> None:
 
 def unique_name(model: Model, base: str) -> str:
     """`base`, or `base_1`, … : a name that no tensor of the model or its subgraphs has."""
-    taken = set(model.graph.tensors()) | {t.name for t in model.graph.inputs}
-    taken |= {origin.constant.name for origin in model._tensors}
-    taken |= model.sparse_names
-    for subgraph in model.graph.subgraphs(recursive=True):
-        taken |= set(subgraph.tensors())
     name, number = base, 0
-    while name in taken:
+    while name in model.names:
         number += 1
         name = f"{base}_{number}"
+    model.names.add(name)
     return name
 
 
@@ -257,14 +253,14 @@ def replace_uses(model: Model, old: gs.Tensor, new: gs.Tensor) -> None:
 
 def remove_nodes(model: Model, nodes: Iterable[gs.Node]) -> None:
     """Take nodes out of the graph, and what only they needed (constants' chains, dead producers)."""
-    outputs = {id(t) for t in model.graph.outputs}
-    gone: set[int] = set()
+    outputs = {id(t) for t in model.graph_outputs}
+    gone: dict[int, gs.Node] = {}
     pending = list(nodes)
     while pending:
         node = pending.pop()
         if id(node) in gone:
             continue
-        gone.add(id(node))
+        gone[id(node)] = node
         sources = [t for t in node.inputs if not t.is_empty()]
         node.inputs.clear()
         for body in node.subgraphs(recursive=True):  # what they captured is no longer read
@@ -276,5 +272,4 @@ def remove_nodes(model: Model, nodes: Iterable[gs.Node]) -> None:
             source = producer(tensor)
             if source is not None and not any(t.outputs or id(t) in outputs for t in source.outputs):
                 pending.append(source)
-    model.graph.nodes[:] = [n for n in model.graph.nodes if id(n) not in gone]
-    model.touch()
+    model.remove(gone.values())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -83,6 +84,11 @@ class Flow:
     """Those that end in an operator without a rule, though they may go on behind it."""
     count: int = 0
     """All labels are below this."""
+
+    @cached_property
+    def layer_of(self) -> dict[int, Layer]:
+        """id of a node -> the layer that it is."""
+        return {id(layer.linear.node): layer for layer in self.layers}
 
 
 class Channels:

@@ -194,7 +194,6 @@ class Tracer(Channels):
 
     def _bar_outside(self) -> None:
         """Bar what is seen outside the main graph."""
-        main = {id(node) for node in self.model.graph.nodes}
         outputs = {id(t) for t in self.model.graph.outputs}
         for node in self.topology.order:
             for tensor in node.outputs:
@@ -203,7 +202,7 @@ class Tracer(Channels):
                     continue
                 if id(tensor) in outputs:
                     self.bar(labels, Refusal(tensor.name, "is an output of the model"))
-                if any(id(reader) not in main for reader in tensor.outputs):
+                if any(map(self.model.in_body, tensor.outputs)):
                     self.bar(labels, Refusal(tensor.name, "is read inside the body of an If, Loop or Scan"))
 
     # The result --------------------------------------------------------------------------------------

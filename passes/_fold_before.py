@@ -110,7 +110,7 @@ def _match(model: Model, norm: BatchNorm, rank: Rank) -> _Match | Refusal | None
 def _reader(model: Model, tensor: gs.Tensor) -> gs.Node | None:
     """The one reader of the tensor, if it is a node of the main graph."""
     reader = only_consumer(model, tensor)
-    return reader if any(reader is node for node in model.graph.nodes) else None
+    return None if reader is None or model.in_body(reader) else reader
 
 
 def _not_alone(model: Model, label: str, output: gs.Tensor) -> Refusal | None:
