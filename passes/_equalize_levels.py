@@ -7,9 +7,9 @@ both sides of a layer move by y(rows) - y(columns). What must vanish, given the 
     loose    t of each side  -  mean over all sides of t                one row a side
 
 Each side is in at most one stream, so both maps and their transposes cost one pass over the sides, and
-conjugate gradients on the normal equations (CGLS: Björck, Numerical Methods for Least Squares, §7.4) take no
-matrix. From zero they go to the solution of least norm. Levels change no layer's precision, so an
-end before the last digit, as on thousands of layers in a row, costs nothing.
+conjugate gradients on the normal equations take no matrix (CGLS: Björck, Least Squares Problems, 1996,
+§7.4). From zero they go to the solution of least norm. Levels change no layer's precision, so an end before
+the last digit, as on thousands of layers in a row, costs nothing.
 """
 
 from __future__ import annotations

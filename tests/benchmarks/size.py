@@ -2,9 +2,10 @@
 
     python tests/benchmarks/size.py [--nodes 1250,2500,5000,10000,20000] [--only fold-bn,inspect]
 
-Seconds are those of the CPU, of a whole process with one thread, on a chain of residual blocks (Conv, BatchNorm, Relu, Conv, BatchNorm, Add,
-Relu; 4 channels, 8 by 8 pixels). What is subtracted is the time on a graph of one block: start and imports.
-The exponent is the slope of log(time) over log(nodes), by least squares: 1 is linear.
+Seconds are those of the CPU, of a whole process with one thread, on a chain of residual blocks (Conv,
+BatchNorm, Relu, Conv, BatchNorm, Add, Relu; 4 channels, 8 by 8 pixels). What is subtracted is the time on a
+graph of one block: start and imports. The exponent is the slope of log(time) over log(nodes), by least
+squares: 1 is linear.
 """
 
 from __future__ import annotations
