@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from onnxcompress.errors import ModelError, RuntimeUnavailable
-from onnxcompress.runtime import PROVIDERS, one_line, session
+from onnxcompress.errors import ModelError, RuntimeUnavailable, one_line
+from onnxcompress.runtime import PROVIDERS, session
 from onnxcompress.sources import ModelLike, label
 from onnxcompress.verify import Arrays
 

@@ -20,11 +20,20 @@ from onnxcompress.model import Model
 DEFAULT_DOMAINS = (None, "", "ai.onnx")
 MAX_FOLDED = 1 << 16
 """Elements from which on the result of a constant chain is not computed: it is no shape chain."""
-NOT_EVALUATED = frozenset(
-    {"RandomNormal", "RandomUniform", "RandomNormalLike", "RandomUniformLike", "Bernoulli",
-     "Multinomial", "If", "Loop", "Scan", "Dropout", "BatchNormalization"}
+EVALUATED = frozenset(
+    {"Abs", "Add", "And", "Cast", "CastLike", "Ceil", "Clip", "Compress", "Concat", "Constant",
+     "ConstantOfShape", "CumSum", "DequantizeLinear", "Div", "Equal", "Exp", "Expand", "Flatten", "Floor",
+     "Gather", "GatherElements", "GatherND", "Gemm", "Greater", "GreaterOrEqual", "Identity", "Less",
+     "LessOrEqual", "Log", "MatMul", "Max", "Mean", "Min", "Mod", "Mul", "Neg", "NonZero", "Not", "Or",
+     "Pad", "Pow", "QuantizeLinear", "Range", "Reciprocal", "ReduceMax", "ReduceMean", "ReduceMin",
+     "ReduceProd", "ReduceSum", "Relu", "Reshape", "Round", "ScatterElements", "ScatterND", "Shape",
+     "Sigmoid", "Sign",
+     "Size", "Slice", "Softmax", "Split", "Sqrt", "Squeeze", "Sub", "Sum", "Tanh", "Tile", "Transpose",
+     "Trilu", "Unsqueeze", "Where", "Xor"}
 )  # fmt: skip
-"""Operators that are not evaluated: random ones, and those that the reference runs in training mode."""
+"""Operators that are evaluated: deterministic ones, without loops over what a file says."""
+SHRINKING = frozenset({"Compress", "NonZero"})
+"""Those of them whose output has a size that depends on values: at most rank times the input's."""
 
 
 def is_op(node: gs.Node | None, *ops: str) -> TypeGuard[gs.Node]:
@@ -78,12 +87,30 @@ def constant_value(model: Model, tensor: gs.Tensor) -> np.ndarray | None:
     """
     if isinstance(tensor, gs.Constant):
         return read(tensor)
-    if tensor.name not in model.constants:
-        node = producer(tensor)
-        model.constants[tensor.name] = None  # a cycle ends here
-        if node is not None and node.op not in NOT_EVALUATED and tensor.name:
-            model.constants[tensor.name] = _evaluate(model, node, tensor)
-    return model.constants[tensor.name]
+    known, entered = model.constants, set()
+    pending = [tensor]
+    while pending and tensor.name not in known:  # no recursion: chains may be longer than Python's stack
+        current = pending[-1]
+        node = producer(current)
+        possible = node is not None and node.op in EVALUATED and current.name
+        if node is not None and possible and current.name not in entered:
+            entered.add(current.name)  # a cycle ends here
+            pending += [t for t in _operands(node) if t.name not in known and t.name not in entered]
+            continue
+        pending.pop()
+        if current.name not in known:
+            known[current.name] = _evaluate(model, node, current) if node is not None and possible else None
+    return known[tensor.name]
+
+
+def _operands(node: gs.Node) -> list[gs.Tensor]:
+    """What the node computes from that is computed itself; only the first of those whose type it takes."""
+    sources = node.inputs[:1] if is_op(node, "CastLike") else node.inputs
+    return [t for t in sources if not t.is_empty() and not isinstance(t, gs.Constant)]
+
+
+def _known(model: Model, tensor: gs.Tensor) -> np.ndarray | None:
+    return read(tensor) if isinstance(tensor, gs.Constant) else model.constants.get(tensor.name)
 
 
 def _evaluate(model: Model, node: gs.Node, tensor: gs.Tensor) -> np.ndarray | None:
@@ -94,13 +121,13 @@ def _evaluate(model: Model, node: gs.Node, tensor: gs.Tensor) -> np.ndarray | No
     if is_op(node, "Shape") and isinstance(node.inputs[0], gs.Constant):  # its values need not be read
         return _shape_of(node)
     if is_op(node, "CastLike"):
-        return _cast_like(constant_value(model, node.inputs[0]), node.inputs[1].dtype)
+        return _cast_like(_known(model, node.inputs[0]), node.inputs[1].dtype)
     large = sum(math.prod(t.shape) for t in node.inputs if isinstance(t, gs.Constant)) > MAX_FOLDED
     if large and not is_op(node, "Identity"):
         return None
     values = []
     for source in node.inputs:
-        value = None if source.is_empty() else constant_value(model, source)
+        value = None if source.is_empty() else _known(model, source)
         if value is None and not source.is_empty():
             return None
         values.append(value)
@@ -143,20 +170,29 @@ def _run_reference(
     from onnx.reference import ReferenceEvaluator
 
     feeds = {t.name: v for t, v in zip(node.inputs, values, strict=True) if v is not None}
-    graph = onnx.helper.make_graph(
-        [model._export_node(node)],
-        "constant",
-        [onnx.helper.make_tensor_value_info(
-            n, onnx.helper.np_dtype_to_tensor_dtype(v.dtype), v.shape) for n, v in feeds.items()],
-        [onnx.helper.make_empty_tensor_value_info(output)],
-    )  # fmt: skip
-    opset = onnx.helper.make_opsetid("", max(model.opset, 7))
-    proto = onnx.helper.make_model(graph, opset_imports=[opset], ir_version=8)
+    opset = onnx.helper.make_opsetid("", min(max(model.opset, 7), onnx.defs.onnx_opset_version()))
     try:
-        (result,) = ReferenceEvaluator(proto).run([output], feeds)
+        graph = onnx.helper.make_graph(
+            [model._export_node(node)],
+            "constant",
+            [],
+            [onnx.helper.make_empty_tensor_value_info(output)],
+            [onnx.numpy_helper.from_array(v, n) for n, v in feeds.items()],
+        )
+        proto = onnx.helper.make_model(graph, opset_imports=[opset], ir_version=8)
+        if not _is_small(proto) and node.op not in SHRINKING:
+            return None
+        (result,) = ReferenceEvaluator(proto).run([output], {})
     except Exception:  # the reference raises whatever numpy raises; unknown is a right answer
         return None
     return result if isinstance(result, np.ndarray) else None
+
+
+def _is_small(proto: onnx.ModelProto) -> bool:
+    """Whether shape inference knows how large the output is: a few bytes can ask for terabytes."""
+    info = onnx.shape_inference.infer_shapes(proto, data_prop=True).graph.output[0].type.tensor_type
+    sizes = [d.dim_value if d.HasField("dim_value") else MAX_FOLDED + 1 for d in info.shape.dim]
+    return info.HasField("shape") and 0 <= math.prod(sizes) <= MAX_FOLDED
 
 
 def attribute(node: gs.Node, key: str, default: Any = None) -> Any:

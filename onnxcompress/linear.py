@@ -174,12 +174,11 @@ def _check_matmul(
 
 def chain(tensor: gs.Tensor) -> list[gs.Tensor]:
     """The tensor and those it is a copy of: through COPIES, to an initializer or Constant."""
-    found = [tensor]
-    while True:
-        node = producer(found[-1])
-        if not is_op(node, *COPIES) or any(t is node.inputs[0] for t in found):
-            return found
+    found, node = [tensor], producer(tensor)
+    while is_op(node, *COPIES):
         found.append(node.inputs[0])
+        node = producer(found[-1])
+    return found
 
 
 def stored_value(tensor: gs.Tensor) -> np.ndarray | None:
@@ -188,10 +187,13 @@ def stored_value(tensor: gs.Tensor) -> np.ndarray | None:
     value = _root_value(root)
     for copy in reversed(copies):
         node = producer(copy)
-        if value is not None and is_op(node, "Cast"):
-            value = value.astype(onnx.helper.tensor_dtype_to_np_dtype(node.attrs["to"]))
-        elif value is not None and is_op(node, "Transpose"):
-            value = value.transpose(attribute(node, "perm"))
+        try:
+            if value is not None and is_op(node, "Cast"):
+                value = value.astype(onnx.helper.tensor_dtype_to_np_dtype(node.attrs["to"]))
+            elif value is not None and is_op(node, "Transpose"):
+                value = value.transpose(attribute(node, "perm"))
+        except (KeyError, ValueError):  # a type or a permutation that is none
+            return None
     return value if value is not None and is_float(value) else None
 
 

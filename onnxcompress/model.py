@@ -27,6 +27,7 @@ from onnx_graphsurgeon.exporters.onnx_exporter import OnnxExporter
 from onnx_graphsurgeon.ir.tensor import LazyValues, SparseValues
 
 from onnxcompress import __version__, storage, wire
+from onnxcompress.checking import check_graph
 from onnxcompress.envelope import sync_values, without_contents
 from onnxcompress.errors import ModelError
 from onnxcompress.importing import import_graph
@@ -84,6 +85,8 @@ class Model:
                 raise ModelError(
                     f"{name}: initializer {tensor.name!r} lies in external data; load the file instead"
                 )
+        storage.check_tensors(proto, name, {})
+        check_graph(proto, name)
         own = onnx.ModelProto()
         own.CopyFrom(proto)
         model = Model(own, {}, name)
@@ -205,9 +208,10 @@ class Model:
         """What was done to this model so far, oldest first."""
         try:
             entries = json.loads(self.metadata.get(PROVENANCE, "[]"))
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):  # RecursionError: nested too deep
             return []
-        return entries if isinstance(entries, list) else []
+        named = isinstance(entries, list) and all(isinstance(e, dict) and "pass" in e for e in entries)
+        return entries if named else []
 
     def add_provenance(
         self, name: str, options: dict[str, Any], digest: str, inputs: Any | None = None
@@ -328,7 +332,9 @@ def load(path: str | os.PathLike[str]) -> Model:
         raise ModelError(f"{file}: not a readable ONNX model ({error})") from error
     if not proto.graph.node and not proto.graph.output:
         raise ModelError(f"{file}: not an ONNX model (it has no graph)")
+    check_graph(proto, file.name)
     storage.inline_nested(proto, file)
+    storage.check_tensors(proto, file.name, places)
     model = Model(proto, storage.stored_values(proto, file, places), file.name)
     model.input_digest = lambda: storage.file_digest(file)
     return model

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import onnx
 
-from onnxcompress.errors import CompressError, ModelError, OptionError, RuntimeUnavailable
+from onnxcompress.errors import CompressError, ModelError, OptionError, RuntimeUnavailable, one_line
 from onnxcompress.sources import ModelLike, label, runnable
 
 if TYPE_CHECKING:
@@ -110,14 +110,6 @@ def cuda_devices() -> int:
     if driver.cuInit(0) != 0 or driver.cuDeviceGetCount(ctypes.byref(count)) != 0:
         return 0
     return count.value
-
-
-def one_line(error: BaseException) -> str:
-    """An exception's message without line ends and without onnxruntime's own prefix."""
-    text = " ".join(str(error).split())
-    if text.startswith("[ONNXRuntimeError]"):
-        text = text.split(" : ", 3)[-1]
-    return text if len(text) <= 300 else text[:297] + "..."
 
 
 def _open(source: str | bytes, options: Any, provider: str, name: str) -> Any:

@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from onnxcompress.errors import InputError, ModelError, OptionError
-from onnxcompress.runtime import one_line, session
+from onnxcompress.errors import InputError, ModelError, OptionError, one_line
+from onnxcompress.runtime import session
 from onnxcompress.sources import InputSpec, ModelLike, dims, input_specs, label
 
 Arrays = Mapping[str, np.ndarray]
