@@ -80,7 +80,7 @@ class Cache:
             whole = all(file_digest(folder / name) == sha for name, sha in found["files"].items())
             entry = Entry(folder, _result(found["result"]), found["digest"], found["seconds"])
             os.utime(folder)
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
             return None
         return entry if whole else None
 

@@ -109,6 +109,12 @@ class Channels:
 
     def tie(self, *arrays: Labels) -> Labels:
         """Tie labels element by element, arrays broadcast onto each other; returns the broadcast ones."""
+        try:
+            shape = np.broadcast_shapes(*(a.shape for a in arrays))
+        except ValueError:
+            raise Unknown("has operands whose shapes do not fit together") from None
+        if np.prod(shape, dtype=float) > MAX_LABELS:
+            raise Unknown("has too many channels to follow")
         first, *others = np.broadcast_arrays(*arrays)
         for other in others:
             pairs = np.unique(np.stack([first.reshape(-1), other.reshape(-1)]), axis=1)

@@ -31,15 +31,23 @@ SHOWN = 12
 """Refusals that are listed one by one; the rest is counted."""
 
 
+class _Safe(Console):
+    """Text of files, such as names of nodes, cannot command the terminal."""
+
+    def render_str(self, text: str, **how: Any) -> Text:
+        kept = (c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text)
+        return super().render_str("".join(kept), **how)
+
+
 def stdout() -> Console:
-    console = Console(highlight=False)
+    console = _Safe(highlight=False)
     if not console.is_terminal:
         console.width = max(console.width, 120)
     return console
 
 
 def stderr() -> Console:
-    return Console(stderr=True, highlight=False)
+    return _Safe(stderr=True, highlight=False)
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -9,7 +10,7 @@ from importlib import import_module
 import click
 
 from onnxcompress import __version__
-from onnxcompress.errors import CompressError
+from onnxcompress.errors import CompressError, printable
 from onnxcompress.passes import CATALOGUE
 from onnxcompress.plugins import plugins
 
@@ -29,6 +30,9 @@ GROUPS = {"Chain": "Chain passes", "Look": "Look at models", "Make": "Make input
 """Group -> its title in the help."""
 
 INTERRUPTED = 130
+TRACEBACK = "ONNXCOMPRESS_TRACEBACK"
+"""Environment variable; set, an error that nobody foresaw shows where it comes from."""
+REPORT = f"set {TRACEBACK}=1 to see where, and report it"
 
 
 class LazyGroup(click.Group):
@@ -102,10 +106,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         exec("")
         return INTERRUPTED
     except CompressError as error:
-        click.echo(f"error: {error}", err=True)
+        click.echo(f"error: {printable(str(error))}", err=True)
         return error.exit_code
     except MemoryError:
         click.echo("error: out of memory; try a smaller --batch or fewer images", err=True)
+        return 1
+    except Exception as error:
+        if os.environ.get(TRACEBACK):
+            raise
+        text = printable(f"{type(error).__name__}: {error}")
+        click.echo(f"error: a defect of onnxcompress, or a broken file ({text}); {REPORT}", err=True)
         return 1
     return 0
 

@@ -21,7 +21,8 @@ import onnx_graphsurgeon as gs
 import torch
 from torch import Tensor
 
-from onnxcompress.graph import is_op, is_output, value_readers
+from onnxcompress.errors import ModelError
+from onnxcompress.graph import is_op, is_output, node_label, value_readers
 from onnxcompress.model import Model
 from onnxcompress.optimize.executor import Executor
 from onnxcompress.optimize.patches import Patches
@@ -72,6 +73,12 @@ class Course(ABC):
         data = self.topology.data
         self._nodes = [n for n in self.topology.order if any(id(t) in data for t in n.outputs)]
         self._needs_of = [needs(node, self.topology) for node in self._nodes]
+        for node, needed in zip(self._nodes, self._needs_of, strict=True):
+            if not needed:
+                raise ModelError(
+                    f"{self.model.name}: node {node_label(node)!r} ({node.op}) reads data only inside its "
+                    "body, where layers are not followed; export the network without control flow"
+                )
         self._last = {name: place for place, needed in enumerate(self._needs_of) for name in needed}
         self._generator = torch.Generator().manual_seed(self.settings.seed)
 

@@ -76,6 +76,11 @@ def distill(
                 x = pixels.normalized(_view(share, pixels.places, generator))
                 found = executor.run({source: x}, list(targets))
             loss = torch.stack([_mismatch(found[name], *targets[name]) for name in targets]).sum()
+            if not loss.requires_grad:
+                raise ModelError(
+                    f"{model.name}: no gradient reaches its input, so no image can be distilled (is it "
+                    "quantized?); take procedural ones"
+                )
             (share.grad,) = torch.autograd.grad(loss, share)
             adam.step()
             with torch.no_grad():

@@ -24,7 +24,7 @@ from pathlib import Path
 SECONDS = 60.0
 MEMORY = 3 << 30
 """Bytes of address space beyond what the process has at its start."""
-OUTPUTS = ("out.onnx", "out.onnx.data", "out.npz", "out.png")
+OUTPUTS = ("out.onnx", "out.onnx.data", "out.npz", "out.png", "out.html")
 
 
 @dataclass(frozen=True)
