@@ -151,7 +151,8 @@ def as_linear(model: Model, node: gs.Node, rank: Rank) -> Linear | Refusal:
     groups = attribute(node, "group", 1)
     expected = 2 if node.op in ("Gemm", "MatMul") else 3
     shape = weight.shape
-    if len(shape) < expected or (expected == 2 and len(shape) > 2) or groups < 1 or shape[0] % groups:
+    wrong = len(shape) < expected or (expected == 2 and len(shape) > 2) or 0 in shape
+    if wrong or groups < 1 or shape[0] % groups:
         return Refusal(node_label(node), f"the weight of {name} has shape {list(shape)}, group {groups}")
     output_rank = 3 if node.op == "MatMul" and weight_at == 0 else len(shape)
     return Linear(node, np.ascontiguousarray(weight), weight_at, output_rank)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
+import threading
 from collections.abc import Sequence
 from importlib import import_module
 
@@ -29,7 +31,6 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
 GROUPS = {"Chain": "Chain passes", "Look": "Look at models", "Make": "Make inputs", "Read": "Read more"}
 """Group -> its title in the help."""
 
-INTERRUPTED = 130
 TRACEBACK = "ONNXCOMPRESS_TRACEBACK"
 """Environment variable; set, an error that nobody foresaw shows where it comes from."""
 REPORT = f"set {TRACEBACK}=1 to see where, and report it"
@@ -93,7 +94,8 @@ def cli() -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit code: 0, 1 error, 2 usage, 3 target missed, 130 interrupted."""
+    """Run a command; the exit code: 0, 1 error, 2 usage, 3 target missed, 130 or 143 interrupted."""
+    stopped_by = _stop_as_if_interrupted()
     try:
         cli.main(args=argv, prog_name="onnxcompress", standalone_mode=False, obj=argv and list(argv))
     except click.ClickException as error:
@@ -104,7 +106,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         # CPython remembers an interrupt that went through exec (dataclasses use it) and ends `python -m` by
         # the signal, whatever the exit code; the next exec forgets it.
         exec("")
-        return INTERRUPTED
+        return 128 + stopped_by[-1]
     except CompressError as error:
         click.echo(f"error: {printable(str(error))}", err=True)
         return error.exit_code
@@ -118,6 +120,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         click.echo(f"error: a defect of onnxcompress, or a broken file ({text}); {REPORT}", err=True)
         return 1
     return 0
+
+
+def _stop_as_if_interrupted() -> list[int]:
+    """SIGTERM (a job is cancelled) cleans up as Ctrl-C does. Returns the signals that came, SIGINT first."""
+    came = [int(signal.SIGINT)]
+
+    def stop(number: int, frame: object) -> None:
+        came.append(number)
+        raise KeyboardInterrupt
+
+    ours = threading.current_thread() is threading.main_thread()
+    if ours and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+        signal.signal(signal.SIGTERM, stop)
+    return came
 
 
 if __name__ == "__main__":

@@ -109,7 +109,7 @@ REFUSED: dict[str, tuple[Build, str]] = {
 """Kind -> (file, what the one line of error says); `inspect` and every pass refuse these."""
 
 
-def _grown(op: str, sizes: list[int], **attrs: object) -> Build:
+def _grown(op: str, sizes: list[int]) -> Build:
     """A small network whose bias has a size that a chain of constants asks for."""
 
     def build() -> onnx.ModelProto:
@@ -118,7 +118,7 @@ def _grown(op: str, sizes: list[int], **attrs: object) -> Build:
         shape = helper.make_tensor("sizes", TensorProto.INT64, [len(sizes)], sizes)
         proto.graph.initializer.append(shape)
         source = ["sizes"] if op == "ConstantOfShape" else ["bias", "sizes"]
-        proto.graph.node.insert(0, helper.make_node(op, source, ["grown"], "grow", **attrs))
+        proto.graph.node.insert(0, helper.make_node(op, source, ["grown"], "grow"))
         gemm.input[2] = "grown"
         return proto
 
