@@ -123,7 +123,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _stop_as_if_interrupted() -> list[int]:
-    """SIGTERM (a job is cancelled) cleans up as Ctrl-C does. Returns the signals that came, SIGINT first."""
+    """SIGTERM (a cancelled job) cleans up as Ctrl-C does. Returns the signals that came, SIGINT first."""
     came = [int(signal.SIGINT)]
 
     def stop(number: int, frame: object) -> None:
