@@ -65,7 +65,7 @@ COMMANDS: dict[str, list[str]] = {
 def made(name: str, seed: int, threads: int, folder: Path) -> str:
     """SHA-256 of what a process of that many threads writes."""
     if name == "correct-bias" and not (folder / "int4.onnx").exists():
-        run(["quantize", NET, "int4.onnx", "-q", "--weights", "4", *MADE], 0, 1, folder)
+        run(["quantize", NET, "int4.onnx", "-q", "--weight-bits", "4", *MADE], 0, 1, folder)
     run(COMMANDS[name], seed, threads, folder)
     (out,) = [path for path in folder.iterdir() if path.name.startswith("out.")]
     sha = hashlib.sha256(out.read_bytes()).hexdigest()
