@@ -23,7 +23,7 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     "evaluate": ("Look", "evaluate", "Measure top-1 and top-5 accuracy on labelled images."),
     "sensitivity": ("Look", "sensitivity", "Measure what each layer costs at given bits or sparsity."),
     "compare": ("Look", "compare", "Compare two models: size, latency, outputs, agreement."),
-    "guide": ("Read", "guide", "Show a short guide: faster, quantize, ci, terminal, python."),
+    "guide": ("Read", "guide", "Show a short guide: faster, quantize, ci, terminal, python, hostile."),
     "synthesize": ("Make", "synthesize", "Make images from what the file knows, or from nothing."),
 }
 """Name -> (group in the help, module in onnxcompress.cli with a function of that name, summary)."""

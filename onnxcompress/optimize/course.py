@@ -114,8 +114,8 @@ class Course(ABC):
         theirs = self._run(outputs, {n: self._teacher[n] for n in needs}, self._maps)
         if layer is not None and not bool(theirs[outputs[0]].isfinite().all()):
             raise ModelError(
-                f"{self.model.name}: {node_label(node)!r} ({node.op}) gives values that are not finite; correct "
-                "its weights, or the inputs"
+                f"{self.model.name}: {node_label(node)!r} ({node.op}) gives values that are not finite; "
+                "correct its weights, or the inputs"
             )
         read = {n: self._student[n] for n in needs}
         for index, tensor in enumerate(node.inputs):
