@@ -17,6 +17,8 @@ from onnx_graphsurgeon.ir.tensor import LazyValues, SparseValues
 
 from onnxcompress.model import Model
 
+NAMED = 8
+"""Nodes that a message names, before it counts."""
 DEFAULT_DOMAINS = (None, "", "ai.onnx")
 MAX_FOLDED = 1 << 16
 """Elements from which on the result of a constant chain is not computed: it is no shape chain."""
@@ -65,6 +67,13 @@ def only_consumer(model: Model, tensor: gs.Tensor) -> gs.Node | None:
     """The one node that reads the tensor, where nothing else sees it."""
     readers = list(tensor.outputs)
     return readers[0] if len(readers) == 1 and not is_output(model, tensor) else None
+
+
+def reader_names(tensor: gs.Tensor, *but: gs.Node | None) -> str:
+    """Who reads the tensor, for a message: some by name, many counted."""
+    some = [n for n in tensor.outputs[: NAMED + len(but)] if all(n is not one for one in but)]
+    more = len(tensor.outputs) - NAMED - len(but)
+    return ", ".join(sorted({node_label(n) for n in some})) + (f" and {more} more" if more > 0 else "")
 
 
 def value_readers(tensor: gs.Tensor) -> list[gs.Node]:

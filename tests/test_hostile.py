@@ -120,6 +120,29 @@ def test_a_hostile_file_of_scores_is_refused(name: str, folder: Path) -> None:
         sound(attempt(command, folder), 1, 2)
 
 
+@pytest.mark.parametrize(
+    ("base", "command", "message"),
+    [
+        (
+            "computed",
+            ["prune", "in.onnx", "out.onnx", "--sparsity", "0.5", "--synthetic", "4"],
+            "inside its body",
+        ),
+        (
+            "quantized",
+            ["synthesize", "in.onnx", "out.npz", "--count", "4"],
+            "no gradient reaches its input",
+        ),
+    ],
+)
+def test_what_cannot_be_learned_from_is_said(
+    base: str, command: list[str], message: str, folder: Path
+) -> None:
+    """Valid networks, which ended in tracebacks once."""
+    (folder / "in.onnx").write_bytes(network(base).SerializeToString())
+    assert message in sound(attempt(command, folder), 1)
+
+
 def test_names_in_a_file_cannot_command_the_terminal(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
