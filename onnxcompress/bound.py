@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from onnxcompress.errors import ModelError, RuntimeUnavailable
+from onnxcompress.errors import ModelError, RuntimeUnavailable, one_line
 from onnxcompress.providers import NAMED, Provider, full_name
-from onnxcompress.runtime import one_line, session
+from onnxcompress.runtime import session
 from onnxcompress.sources import ModelLike, label
 from onnxcompress.verify import Arrays
 

@@ -22,19 +22,25 @@ def attributes(graph: onnx.GraphProto) -> Iterator[onnx.AttributeProto]:
 
 def nested_tensors(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
     """All tensors that are not dense initializers of this graph: in attributes, bodies, sparse tensors."""
-    sparse = list(graph.sparse_initializer)
     for attribute in attributes(graph):
         if attribute.type == onnx.AttributeProto.TENSOR:
             yield attribute.t
         yield from attribute.tensors
-        sparse += attribute.sparse_tensors
-        if attribute.type == onnx.AttributeProto.SPARSE_TENSOR:
-            sparse.append(attribute.sparse_tensor)
         for body in (attribute.g, *attribute.graphs):
             yield from body.initializer
-            sparse += body.sparse_initializer
-    for tensor in sparse:
-        yield from (tensor.values, tensor.indices)
+    for sparse in sparse_tensors(graph):
+        yield from (sparse.values, sparse.indices)
+
+
+def sparse_tensors(graph: onnx.GraphProto) -> Iterator[onnx.SparseTensorProto]:
+    """All sparse tensors: initializers of the graph and of bodies, attributes."""
+    yield from graph.sparse_initializer
+    for attribute in attributes(graph):
+        yield from attribute.sparse_tensors
+        if attribute.type == onnx.AttributeProto.SPARSE_TENSOR:
+            yield attribute.sparse_tensor
+        for body in (attribute.g, *attribute.graphs):
+            yield from body.sparse_initializer
 
 
 def without_contents(proto: onnx.ModelProto) -> onnx.ModelProto:

@@ -44,3 +44,18 @@ class TargetMissed(CompressError):
     """The result was written, but it is not what the user's target asked for (exit code 3)."""
 
     exit_code = 3
+
+
+def one_line(error: BaseException) -> str:
+    """An exception's message without line ends and without onnxruntime's own prefix."""
+    text = " ".join(str(error).split())
+    if text.startswith("[ONNXRuntimeError]"):
+        text = text.split(" : ", 3)[-1]
+    return text if len(text) <= 300 else text[:297] + "..."
+
+
+def printable(text: str) -> str:
+    """One line of bounded length without control characters: names in a file may command a terminal."""
+    line = " ".join(text.split())
+    line = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in line)
+    return line if len(line) <= 1000 else line[:997] + "..."

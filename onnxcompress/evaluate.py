@@ -10,11 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from onnxcompress.errors import InputError, ModelError, OptionError
+from onnxcompress.errors import InputError, ModelError, OptionError, one_line
 from onnxcompress.inputs.images import ImageSet, check_fits
 from onnxcompress.passing import Progress, silent
 from onnxcompress.providers import ProviderLike
-from onnxcompress.runtime import one_line, pick_provider, session
+from onnxcompress.runtime import pick_provider, session
 from onnxcompress.sources import InputSpec, ModelLike, display_names, input_specs, label
 
 

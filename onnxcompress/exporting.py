@@ -32,10 +32,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import onnx
 
-from onnxcompress.errors import CompressError, InputError, ModelError
+from onnxcompress.errors import CompressError, InputError, ModelError, one_line
 from onnxcompress.inputs.preprocess import PREPROCESSING, Preprocess
 from onnxcompress.model import Model, save
-from onnxcompress.runtime import one_line
 from onnxcompress.verify import difference_of, run
 
 if TYPE_CHECKING:

@@ -17,14 +17,25 @@ from onnx_graphsurgeon.ir.tensor import LazyValues, SparseValues
 
 from onnxcompress.model import Model
 
+NAMED = 8
+"""Nodes that a message names, before it counts."""
 DEFAULT_DOMAINS = (None, "", "ai.onnx")
 MAX_FOLDED = 1 << 16
 """Elements from which on the result of a constant chain is not computed: it is no shape chain."""
-NOT_EVALUATED = frozenset(
-    {"RandomNormal", "RandomUniform", "RandomNormalLike", "RandomUniformLike", "Bernoulli",
-     "Multinomial", "If", "Loop", "Scan", "Dropout", "BatchNormalization"}
+EVALUATED = frozenset(
+    {"Abs", "Add", "And", "Cast", "CastLike", "Ceil", "Clip", "Compress", "Concat", "Constant",
+     "ConstantOfShape", "CumSum", "DequantizeLinear", "Div", "Equal", "Exp", "Expand", "Flatten", "Floor",
+     "Gather", "GatherElements", "GatherND", "Gemm", "Greater", "GreaterOrEqual", "Identity", "Less",
+     "LessOrEqual", "Log", "MatMul", "Max", "Mean", "Min", "Mod", "Mul", "Neg", "NonZero", "Not", "Or",
+     "Pad", "Pow", "QuantizeLinear", "Range", "Reciprocal", "ReduceMax", "ReduceMean", "ReduceMin",
+     "ReduceProd", "ReduceSum", "Relu", "Reshape", "Round", "ScatterElements", "ScatterND", "Shape",
+     "Sigmoid", "Sign",
+     "Size", "Slice", "Softmax", "Split", "Sqrt", "Squeeze", "Sub", "Sum", "Tanh", "Tile", "Transpose",
+     "Trilu", "Unsqueeze", "Where", "Xor"}
 )  # fmt: skip
-"""Operators that are not evaluated: random ones, and those that the reference runs in training mode."""
+"""Operators that are evaluated: deterministic ones, without loops over what a file says."""
+SHRINKING = frozenset({"Compress", "NonZero"})
+"""Those of them whose output has a size that depends on values: at most rank times the input's."""
 
 
 def is_op(node: gs.Node | None, *ops: str) -> TypeGuard[gs.Node]:
@@ -49,13 +60,20 @@ def consumers(tensor: gs.Tensor) -> list[gs.Node]:
 
 
 def is_output(model: Model, tensor: gs.Tensor) -> bool:
-    return any(tensor is output for output in model.graph.outputs)
+    return any(tensor is output for output in model.graph_outputs)
 
 
 def only_consumer(model: Model, tensor: gs.Tensor) -> gs.Node | None:
     """The one node that reads the tensor, where nothing else sees it."""
     readers = list(tensor.outputs)
     return readers[0] if len(readers) == 1 and not is_output(model, tensor) else None
+
+
+def reader_names(tensor: gs.Tensor, *but: gs.Node | None) -> str:
+    """Who reads the tensor, for a message: some by name, many counted."""
+    some = [n for n in tensor.outputs[: NAMED + len(but)] if all(n is not one for one in but)]
+    more = len(tensor.outputs) - NAMED - len(but)
+    return ", ".join(sorted({node_label(n) for n in some})) + (f" and {more} more" if more > 0 else "")
 
 
 def value_readers(tensor: gs.Tensor) -> list[gs.Node]:
@@ -78,12 +96,30 @@ def constant_value(model: Model, tensor: gs.Tensor) -> np.ndarray | None:
     """
     if isinstance(tensor, gs.Constant):
         return read(tensor)
-    if tensor.name not in model.constants:
-        node = producer(tensor)
-        model.constants[tensor.name] = None  # a cycle ends here
-        if node is not None and node.op not in NOT_EVALUATED and tensor.name:
-            model.constants[tensor.name] = _evaluate(model, node, tensor)
-    return model.constants[tensor.name]
+    known, entered = model.constants, set()
+    pending = [tensor]
+    while pending and tensor.name not in known:  # no recursion: chains may be longer than Python's stack
+        current = pending[-1]
+        node = producer(current)
+        possible = node is not None and node.op in EVALUATED and current.name
+        if node is not None and possible and current.name not in entered:
+            entered.add(current.name)  # a cycle ends here
+            pending += [t for t in _operands(node) if t.name not in known and t.name not in entered]
+            continue
+        pending.pop()
+        if current.name not in known:
+            known[current.name] = _evaluate(model, node, current) if node is not None and possible else None
+    return known[tensor.name]
+
+
+def _operands(node: gs.Node) -> list[gs.Tensor]:
+    """What the node computes from that is computed itself; only the first of those whose type it takes."""
+    sources = node.inputs[:1] if is_op(node, "CastLike") else node.inputs
+    return [t for t in sources if not t.is_empty() and not isinstance(t, gs.Constant)]
+
+
+def _known(model: Model, tensor: gs.Tensor) -> np.ndarray | None:
+    return read(tensor) if isinstance(tensor, gs.Constant) else model.constants.get(tensor.name)
 
 
 def _evaluate(model: Model, node: gs.Node, tensor: gs.Tensor) -> np.ndarray | None:
@@ -94,13 +130,13 @@ def _evaluate(model: Model, node: gs.Node, tensor: gs.Tensor) -> np.ndarray | No
     if is_op(node, "Shape") and isinstance(node.inputs[0], gs.Constant):  # its values need not be read
         return _shape_of(node)
     if is_op(node, "CastLike"):
-        return _cast_like(constant_value(model, node.inputs[0]), node.inputs[1].dtype)
+        return _cast_like(_known(model, node.inputs[0]), node.inputs[1].dtype)
     large = sum(math.prod(t.shape) for t in node.inputs if isinstance(t, gs.Constant)) > MAX_FOLDED
     if large and not is_op(node, "Identity"):
         return None
     values = []
     for source in node.inputs:
-        value = None if source.is_empty() else constant_value(model, source)
+        value = None if source.is_empty() else _known(model, source)
         if value is None and not source.is_empty():
             return None
         values.append(value)
@@ -143,20 +179,29 @@ def _run_reference(
     from onnx.reference import ReferenceEvaluator
 
     feeds = {t.name: v for t, v in zip(node.inputs, values, strict=True) if v is not None}
-    graph = onnx.helper.make_graph(
-        [model._export_node(node)],
-        "constant",
-        [onnx.helper.make_tensor_value_info(
-            n, onnx.helper.np_dtype_to_tensor_dtype(v.dtype), v.shape) for n, v in feeds.items()],
-        [onnx.helper.make_empty_tensor_value_info(output)],
-    )  # fmt: skip
-    opset = onnx.helper.make_opsetid("", max(model.opset, 7))
-    proto = onnx.helper.make_model(graph, opset_imports=[opset], ir_version=8)
+    opset = onnx.helper.make_opsetid("", min(max(model.opset, 7), onnx.defs.onnx_opset_version()))
     try:
-        (result,) = ReferenceEvaluator(proto).run([output], feeds)
+        graph = onnx.helper.make_graph(
+            [model._export_node(node)],
+            "constant",
+            [],
+            [onnx.helper.make_empty_tensor_value_info(output)],
+            [onnx.numpy_helper.from_array(v, n) for n, v in feeds.items()],
+        )
+        proto = onnx.helper.make_model(graph, opset_imports=[opset], ir_version=8)
+        if not _is_small(proto) and node.op not in SHRINKING:
+            return None
+        (result,) = ReferenceEvaluator(proto).run([output], {})
     except Exception:  # the reference raises whatever numpy raises; unknown is a right answer
         return None
     return result if isinstance(result, np.ndarray) else None
+
+
+def _is_small(proto: onnx.ModelProto) -> bool:
+    """Whether shape inference knows how large the output is: a few bytes can ask for terabytes."""
+    info = onnx.shape_inference.infer_shapes(proto, data_prop=True).graph.output[0].type.tensor_type
+    sizes = [d.dim_value if d.HasField("dim_value") else MAX_FOLDED + 1 for d in info.shape.dim]
+    return info.HasField("shape") and 0 <= math.prod(sizes) <= MAX_FOLDED
 
 
 def attribute(node: gs.Node, key: str, default: Any = None) -> Any:
@@ -179,15 +224,11 @@ def set_input(node: gs.Node, index: int, tensor: gs.Tensor) -> None:
 
 def unique_name(model: Model, base: str) -> str:
     """`base`, or `base_1`, … : a name that no tensor of the model or its subgraphs has."""
-    taken = set(model.graph.tensors()) | {t.name for t in model.graph.inputs}
-    taken |= {origin.constant.name for origin in model._tensors}
-    taken |= model.sparse_names
-    for subgraph in model.graph.subgraphs(recursive=True):
-        taken |= set(subgraph.tensors())
     name, number = base, 0
-    while name in taken:
+    while name in model.names:
         number += 1
         name = f"{base}_{number}"
+    model.names.add(name)
     return name
 
 
@@ -257,14 +298,14 @@ def replace_uses(model: Model, old: gs.Tensor, new: gs.Tensor) -> None:
 
 def remove_nodes(model: Model, nodes: Iterable[gs.Node]) -> None:
     """Take nodes out of the graph, and what only they needed (constants' chains, dead producers)."""
-    outputs = {id(t) for t in model.graph.outputs}
-    gone: set[int] = set()
+    outputs = {id(t) for t in model.graph_outputs}
+    gone: dict[int, gs.Node] = {}
     pending = list(nodes)
     while pending:
         node = pending.pop()
         if id(node) in gone:
             continue
-        gone.add(id(node))
+        gone[id(node)] = node
         sources = [t for t in node.inputs if not t.is_empty()]
         node.inputs.clear()
         for body in node.subgraphs(recursive=True):  # what they captured is no longer read
@@ -276,5 +317,4 @@ def remove_nodes(model: Model, nodes: Iterable[gs.Node]) -> None:
             source = producer(tensor)
             if source is not None and not any(t.outputs or id(t) in outputs for t in source.outputs):
                 pending.append(source)
-    model.graph.nodes[:] = [n for n in model.graph.nodes if id(n) not in gone]
-    model.touch()
+    model.remove(gone.values())

@@ -21,7 +21,6 @@ def import_graph(proto: onnx.ModelProto, name: str) -> gs.Graph:
     """The main graph. Raises ModelError where it is broken; `proto` is as before afterwards."""
     log = gs.logger.G_LOGGER
     log.severity = log.CRITICAL  # its warnings concern what the model keeps
-    _check_outputs(proto.graph, name)
     try:
         with _hidden_bytes(proto.graph):
             return OnnxImporter.import_graph(
@@ -37,16 +36,6 @@ def import_graph(proto: onnx.ModelProto, name: str) -> gs.Graph:
     except Exception as error:  # it raises bare exceptions of many types on a bad graph
         reason = " ".join(str(error).split())
         raise ModelError(f"{name}: graphsurgeon cannot read the graph ({reason})") from error
-
-
-def _check_outputs(graph: onnx.GraphProto, name: str) -> None:
-    """Every tensor is made once."""
-    made: set[str] = set()
-    for node in graph.node:
-        for tensor in filter(None, node.output):
-            if tensor in made:
-                raise ModelError(f"{name}: node {node.name!r} makes tensor {tensor!r} a second time")
-            made.add(tensor)
 
 
 @contextmanager

@@ -151,7 +151,8 @@ def as_linear(model: Model, node: gs.Node, rank: Rank) -> Linear | Refusal:
     groups = attribute(node, "group", 1)
     expected = 2 if node.op in ("Gemm", "MatMul") else 3
     shape = weight.shape
-    if len(shape) < expected or (expected == 2 and len(shape) > 2) or groups < 1 or shape[0] % groups:
+    wrong = len(shape) < expected or (expected == 2 and len(shape) > 2) or 0 in shape
+    if wrong or groups < 1 or shape[0] % groups:
         return Refusal(node_label(node), f"the weight of {name} has shape {list(shape)}, group {groups}")
     output_rank = 3 if node.op == "MatMul" and weight_at == 0 else len(shape)
     return Linear(node, np.ascontiguousarray(weight), weight_at, output_rank)
@@ -174,12 +175,11 @@ def _check_matmul(
 
 def chain(tensor: gs.Tensor) -> list[gs.Tensor]:
     """The tensor and those it is a copy of: through COPIES, to an initializer or Constant."""
-    found = [tensor]
-    while True:
-        node = producer(found[-1])
-        if not is_op(node, *COPIES) or any(t is node.inputs[0] for t in found):
-            return found
+    found, node = [tensor], producer(tensor)
+    while is_op(node, *COPIES):
         found.append(node.inputs[0])
+        node = producer(found[-1])
+    return found
 
 
 def stored_value(tensor: gs.Tensor) -> np.ndarray | None:
@@ -188,10 +188,13 @@ def stored_value(tensor: gs.Tensor) -> np.ndarray | None:
     value = _root_value(root)
     for copy in reversed(copies):
         node = producer(copy)
-        if value is not None and is_op(node, "Cast"):
-            value = value.astype(onnx.helper.tensor_dtype_to_np_dtype(node.attrs["to"]))
-        elif value is not None and is_op(node, "Transpose"):
-            value = value.transpose(attribute(node, "perm"))
+        try:
+            if value is not None and is_op(node, "Cast"):
+                value = value.astype(onnx.helper.tensor_dtype_to_np_dtype(node.attrs["to"]))
+            elif value is not None and is_op(node, "Transpose"):
+                value = value.transpose(attribute(node, "perm"))
+        except (KeyError, ValueError):  # a type or a permutation that is none
+            return None
     return value if value is not None and is_float(value) else None
 
 

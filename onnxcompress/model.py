@@ -27,6 +27,7 @@ from onnx_graphsurgeon.exporters.onnx_exporter import OnnxExporter
 from onnx_graphsurgeon.ir.tensor import LazyValues, SparseValues
 
 from onnxcompress import __version__, storage, wire
+from onnxcompress.checking import check_graph
 from onnxcompress.envelope import sync_values, without_contents
 from onnxcompress.errors import ModelError
 from onnxcompress.importing import import_graph
@@ -67,7 +68,10 @@ class Model:
         self.input_digest: Callable[[], str] | None = None
         self._shapes: dict[str, Shape] | None = None
         self.constants: dict[str, np.ndarray | None] = {}
-        self.graph = import_graph(proto, name)
+        self._names: set[str] | None = None
+        self._removed: set[int] = set()
+        self._graph = import_graph(proto, name)
+        self._inner = {id(n): n for g in self._graph.subgraphs(recursive=True) for n in g.nodes}
         self._nodes = _node_origins(self.graph, proto)
         self._tensors = _tensor_origins(self.graph, proto, stored)
         self._envelope = onnx.ModelProto()
@@ -81,11 +85,41 @@ class Model:
                 raise ModelError(
                     f"{name}: initializer {tensor.name!r} lies in external data; load the file instead"
                 )
+        storage.check_tensors(proto, name, {})
+        check_graph(proto, name)
         own = onnx.ModelProto()
         own.CopyFrom(proto)
         model = Model(own, {}, name)
         model.input_digest = lambda: hashlib.sha256(own.SerializeToString(deterministic=True)).hexdigest()
         return model
+
+    @property
+    def graph(self) -> gs.Graph:
+        """The main graph as it is now."""
+        if self._removed:
+            self._graph.nodes[:] = [n for n in self._graph.nodes if id(n) not in self._removed]
+            self._removed.clear()
+        return self._graph
+
+    @property
+    def graph_outputs(self) -> Sequence[gs.Tensor]:
+        """The outputs of the main graph, without a look at its nodes."""
+        return list(self._graph.outputs)
+
+    @property
+    def names(self) -> set[str]:
+        """Names that a tensor of the model has, or had since the last `touch`: add those you give."""
+        if self._names is None:
+            self._names = set(self.graph.tensors()) | self.sparse_names
+            self._names |= {t.name for t in self.graph.inputs}
+            self._names |= {origin.constant.name for origin in self._tensors}
+            for subgraph in self.graph.subgraphs(recursive=True):
+                self._names |= set(subgraph.tensors())
+        return self._names
+
+    def in_body(self, node: gs.Node) -> bool:
+        """Whether the node is inside the body of an If, Loop or Scan. Bodies are never edited."""
+        return id(node) in self._inner
 
     @property
     def opset(self) -> int:
@@ -133,6 +167,15 @@ class Model:
 
     def touch(self) -> None:
         """Say that the graph changed: what was derived from it is forgotten."""
+        self.remove(())
+        self._names = None
+
+    def remove(self, nodes: Iterable[gs.Node]) -> None:
+        """Take nodes that are connected to nothing any more out of the graph.
+
+        They leave its list when that is next looked at, all at once: many removals cost one scan.
+        """
+        self._removed.update(id(node) for node in nodes)
         self._shapes = None
         self.constants.clear()
         self.input_digest = None
@@ -175,9 +218,10 @@ class Model:
         """What was done to this model so far, oldest first."""
         try:
             entries = json.loads(self.metadata.get(PROVENANCE, "[]"))
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):  # RecursionError: nested too deep
             return []
-        return entries if isinstance(entries, list) else []
+        named = isinstance(entries, list) and all(isinstance(e, dict) and "pass" in e for e in entries)
+        return entries if named else []
 
     def add_provenance(
         self, name: str, options: dict[str, Any], digest: str, inputs: Any | None = None
@@ -298,7 +342,9 @@ def load(path: str | os.PathLike[str]) -> Model:
         raise ModelError(f"{file}: not a readable ONNX model ({error})") from error
     if not proto.graph.node and not proto.graph.output:
         raise ModelError(f"{file}: not an ONNX model (it has no graph)")
+    check_graph(proto, file.name)
     storage.inline_nested(proto, file)
+    storage.check_tensors(proto, file.name, places)
     model = Model(proto, storage.stored_values(proto, file, places), file.name)
     model.input_digest = lambda: storage.file_digest(file)
     return model

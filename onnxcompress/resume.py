@@ -87,7 +87,7 @@ class Cache:
             if whole and SHOWN in found["files"]:
                 entry.result.shown = _read_images(folder / SHOWN)
             os.utime(folder)
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
             return None
         return entry if whole else None
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import onnx
 
-from onnxcompress.errors import CompressError, ModelError, OptionError, RuntimeUnavailable
+from onnxcompress.errors import CompressError, ModelError, OptionError, RuntimeUnavailable, one_line
 from onnxcompress.providers import NAMED, Provider, ProviderLike, as_provider, full_name, remedy
 from onnxcompress.sources import ModelLike, label, runnable
 
@@ -118,14 +118,6 @@ def _cuda_driver() -> Any:
     except OSError:
         return None
     return driver if driver.cuInit(0) == 0 else None
-
-
-def one_line(error: BaseException) -> str:
-    """An exception's message without line ends and without onnxruntime's own prefix."""
-    text = " ".join(str(error).split())
-    if text.startswith("[ONNXRuntimeError]"):
-        text = text.split(" : ", 3)[-1]
-    return text if len(text) <= 300 else text[:297] + "..."
 
 
 def _open(source: str | bytes, options: Any, provider: Provider, name: str) -> Any:

@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from onnxcompress.errors import InputError, ModelError, OptionError
+from onnxcompress.errors import InputError, ModelError, OptionError, one_line
 from onnxcompress.inputs.source import InputRequest, Used, best_kind, gather_inputs
 from onnxcompress.model import Model
 from onnxcompress.passing import Progress, Refusal, silent
@@ -143,13 +143,15 @@ def read_rows(path: Path, digest: str) -> list[Row]:
 
     Raises InputError for any other file.
     """
+    from pydantic import TypeAdapter
+
     try:
         saved: dict[str, Any] = json.loads(path.read_text())
-        rows = [Row(**row) for row in saved["rows"]]
+        rows = TypeAdapter(list[Row]).validate_python(saved["rows"])
         of = saved["sha256"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise InputError(
-            f"--sensitivity {path}: no file of sensitivities ({error}); write one with "
+            f"--sensitivity {path}: no file of sensitivities ({one_line(error)}); write one with "
             "onnxcompress sensitivity MODEL --json > FILE"
         ) from error
     if of != digest:

@@ -11,7 +11,7 @@ import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 
-from onnxcompress.errors import ModelError
+from onnxcompress.errors import ModelError, one_line
 from onnxcompress.graph import constant_value, is_op, producer
 from onnxcompress.model import Model, Shape
 from onnxcompress.topology import sorted_nodes
@@ -89,9 +89,8 @@ def _infer_once(model: Model) -> dict[str, Shape]:
     proto.graph.initializer.extend(onnx.numpy_helper.from_array(v, n) for n, v in folded.items())
     try:
         inferred = onnx.shape_inference.infer_shapes(proto, data_prop=True)
-    except onnx.shape_inference.InferenceError as error:
-        reason = " ".join(str(error).split())
-        raise ModelError(f"{model.name}: the graph's shapes contradict ({reason})") from error
+    except (onnx.shape_inference.InferenceError, onnx.checker.ValidationError) as error:
+        raise ModelError(f"{model.name}: the graph's shapes contradict ({one_line(error)})") from error
     shapes: dict[str, Shape] = {t.name: tuple(t.dims) for t in inferred.graph.initializer}
     for field in (inferred.graph.value_info, inferred.graph.input, inferred.graph.output):
         for info in field:
@@ -101,4 +100,7 @@ def _infer_once(model: Model) -> dict[str, Shape]:
 
 
 def _dims(shape: onnx.TensorShapeProto) -> Shape:
-    return tuple(d.dim_value if d.HasField("dim_value") else (d.dim_param or None) for d in shape.dim)
+    return tuple(
+        (d.dim_value if d.dim_value >= 0 else None) if d.HasField("dim_value") else (d.dim_param or None)
+        for d in shape.dim
+    )

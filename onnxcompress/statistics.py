@@ -59,7 +59,7 @@ def read_record(model: Model) -> dict[str, ChannelStatistics]:
     """The record as it is in the file, by tensor name; entries that something else broke are left out."""
     try:
         entries = json.loads(model.metadata.get(KEY, "{}"))
-    except ValueError:
+    except (ValueError, RecursionError):  # RecursionError: nested too deep
         return {}
     found = {} if not isinstance(entries, dict) else {n: _parse(entry) for n, entry in entries.items()}
     return {name: one for name, one in found.items() if one is not None}

@@ -15,7 +15,8 @@ import onnx_graphsurgeon as gs
 from onnx_graphsurgeon.ir.tensor import LazyValues
 
 from onnxcompress import wire
-from onnxcompress.envelope import nested_tensors
+from onnxcompress.checking import check_sparse, check_tensor
+from onnxcompress.envelope import nested_tensors, sparse_tensors
 from onnxcompress.errors import ModelError
 
 PIECE = 1 << 22
@@ -95,6 +96,17 @@ def stored_values(
     return stored
 
 
+def check_tensors(proto: onnx.ModelProto, name: str, places: dict[int, tuple[int, int]]) -> None:
+    """All tensors that are not in external data. Raises ModelError."""
+    for index, tensor in enumerate(proto.graph.initializer):
+        if tensor.data_location != onnx.TensorProto.EXTERNAL:
+            check_tensor(tensor, name, places[index][1] if index in places else None)
+    for tensor in nested_tensors(proto.graph):
+        check_tensor(tensor, name)
+    for sparse in sparse_tensors(proto.graph):
+        check_sparse(sparse, name)
+
+
 def inline_nested(proto: onnx.ModelProto, path: Path) -> None:
     """Read external data of tensors that are no initializers (attributes, bodies) into the proto."""
     for tensor in nested_tensors(proto.graph):
@@ -119,6 +131,7 @@ def _external(tensor: onnx.TensorProto, path: Path, opened: Any) -> StoredValues
         raise ModelError(f"{where}: external data has a broken offset or length") from error
     if offset < 0 or length < 0 or offset + length > file.stat().st_size:
         raise ModelError(f"{where}: external data ends before byte {offset + length}; cut short?")
+    check_tensor(tensor, path.name, length)
     tensor.ClearField("external_data")
     tensor.ClearField("data_location")
     return StoredValues(tensor, opened(file), offset, length, external=True)

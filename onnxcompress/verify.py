@@ -6,20 +6,23 @@ comes from the graphs themselves.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
-from onnxcompress.errors import InputError, ModelError, OptionError
-from onnxcompress.runtime import one_line, session
+from onnxcompress.errors import InputError, ModelError, OptionError, one_line
+from onnxcompress.runtime import session
 from onnxcompress.sources import InputSpec, ModelLike, dims, input_specs, label
 
 Arrays = Mapping[str, np.ndarray]
 
 INTEGER_RANGE = 8
 """Random integers are below this: small enough for the index of any table."""
+MOST = 1 << 28
+"""Numbers of an input that are made: 2 GB while they are drawn."""
 
 
 @dataclass(frozen=True)
@@ -148,6 +151,10 @@ def _resolve(
             resolved.append(batch)
         else:
             raise OptionError(f"{where}: dimension {axis} of {dims(spec.shape)} is open; {ask}")
+    if math.prod(resolved) > MOST:
+        raise InputError(
+            f"{where}: the shape {dims(resolved)} is too large to be fed; correct it in the file"
+        )
     return tuple(resolved)
 
 

@@ -76,8 +76,7 @@ def follow(model: Model, flow: Flow, tensor: gs.Tensor, approximate: bool) -> Pa
     """All ways from a tensor; why it cannot move (rules 1 to 4); or None: no layer makes it."""
     node = producer(tensor)
     labels = flow.tensors.get(tensor.name)
-    layers = {id(layer.linear.node): layer for layer in flow.layers}
-    linear = layers.get(id(node))
+    linear = flow.layer_of.get(id(node))
     if node is None or labels is None or not (linear or is_op(node, "Add")):
         return None
     channels = labels.reshape(-1)
@@ -87,7 +86,7 @@ def follow(model: Model, flow: Flow, tensor: gs.Tensor, approximate: bool) -> Pa
         if labels.ndim < 2 or labels.shape[1] != labels.size or len(np.unique(channels)) < len(channels):
             raise _Blocked(node_label(node), "has channels that are not apart from each other")
         _check_writer(model, path)
-        _walk(model, flow, layers, path, approximate)
+        _walk(model, flow, path, approximate)
     except _Blocked as blocked:
         rule = f"its high bias stays: {blocked.node!r} {blocked.rule}"
         return Refusal(node_label(node), rule, blocked.remedy)
@@ -119,9 +118,8 @@ def per_channel(constant: np.ndarray, rank: int, channels: int) -> np.ndarray | 
     return np.array(np.broadcast_to(constant.reshape(-1).astype(np.float64), (channels,)))
 
 
-def _walk(model: Model, flow: Flow, layers: dict[int, Layer], path: Path, approximate: bool) -> None:
+def _walk(model: Model, flow: Flow, path: Path, approximate: bool) -> None:
     """Rules 1 to 3: from the tensor through all its readers."""
-    main = {id(node) for node in model.graph.nodes}
     pending, seen = [path.tensor], {id(path.tensor)}
     visited: set[int] = set()
     while pending:
@@ -130,13 +128,13 @@ def _walk(model: Model, flow: Flow, layers: dict[int, Layer], path: Path, approx
         if is_output(model, tensor):
             raise _Blocked(tensor.name, "is an output of the model")
         for node in tensor.outputs:
-            if id(node) not in main:
+            if model.in_body(node):
                 raise _Blocked(tensor.name, "is read inside the body of an If, Loop or Scan")
             if is_op(node, "Shape", "Size"):
                 continue
             if is_op(node, *LINEAR_OPS):
                 if id(node) not in visited:
-                    path.readers.append(_reader(model, layers, node, tensor, approximate))
+                    path.readers.append(_reader(model, flow.layer_of, node, tensor, approximate))
                 visited.add(id(node))
                 continue
             if node.inputs[0] is not tensor and not is_op(node, "Concat", "Max", "Min"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 import onnx_graphsurgeon as gs
@@ -85,6 +86,11 @@ class Flow:
     count: int = 0
     """All labels are below this."""
 
+    @cached_property
+    def layer_of(self) -> dict[int, Layer]:
+        """id of a node -> the layer that it is."""
+        return {id(layer.linear.node): layer for layer in self.layers}
+
 
 class Channels:
     """Labels, which of them are tied (union-find), and which are barred."""
@@ -104,6 +110,12 @@ class Channels:
 
     def tie(self, *arrays: Labels) -> Labels:
         """Tie labels element by element, arrays broadcast onto each other; returns the broadcast ones."""
+        try:
+            shape = np.broadcast_shapes(*(a.shape for a in arrays))
+        except ValueError:
+            raise Unknown("has operands whose shapes do not fit together") from None
+        if np.prod(shape, dtype=float) > MAX_LABELS:
+            raise Unknown("has too many channels to follow")
         first, *others = np.broadcast_arrays(*arrays)
         for other in others:
             pairs = np.unique(np.stack([first.reshape(-1), other.reshape(-1)]), axis=1)

@@ -30,6 +30,7 @@ from onnxcompress.linear import LINEAR_OPS, as_linear
 from onnxcompress.model import Model
 from onnxcompress.passes import _layer
 from onnxcompress.passes._equalize_channels import (
+    MAX_LABELS,
     Bounds,
     Channels,
     Flow,
@@ -133,8 +134,9 @@ class Tracer(Channels):
     def _set_barred(self, tensor: gs.Tensor, refusal: Refusal) -> None:
         """New, barred labels for a tensor, where its number of channels is known."""
         shape = self.topology.shape(tensor)
-        if shape is not None and len(shape) > 1 and isinstance(shape[1], int) and shape[1] > 0:
-            labels = self.fresh((1, shape[1], *[1] * (len(shape) - 2)))
+        channels = shape[1] if shape is not None and len(shape) > 1 else None
+        if shape is not None and isinstance(channels, int) and 0 < channels <= MAX_LABELS:
+            labels = self.fresh((1, channels, *[1] * (len(shape) - 2)))
             self._set(tensor, self.bar(labels, refusal))
 
     def _end(self, node: gs.Node, refusal: Refusal) -> None:
@@ -194,7 +196,6 @@ class Tracer(Channels):
 
     def _bar_outside(self) -> None:
         """Bar what is seen outside the main graph."""
-        main = {id(node) for node in self.model.graph.nodes}
         outputs = {id(t) for t in self.model.graph.outputs}
         for node in self.topology.order:
             for tensor in node.outputs:
@@ -203,7 +204,7 @@ class Tracer(Channels):
                     continue
                 if id(tensor) in outputs:
                     self.bar(labels, Refusal(tensor.name, "is an output of the model"))
-                if any(id(reader) not in main for reader in tensor.outputs):
+                if any(map(self.model.in_body, tensor.outputs)):
                     self.bar(labels, Refusal(tensor.name, "is read inside the body of an If, Loop or Scan"))
 
     # The result --------------------------------------------------------------------------------------

@@ -32,6 +32,8 @@ def concat(tracer: Tracer, node: gs.Node) -> Sequence[Labels]:
         return [tracer.tie(*parts)]  # pieces of one image
     parts = [_along(tracer, t, p, axis) for t, p in zip(node.inputs, parts, strict=True)]
     shape = [max(p.shape[a] for p in parts) for a in range(rank)]
+    if any(p.shape[a] not in (1, shape[a]) for p in parts for a in range(rank) if a != axis):
+        raise Unknown("joins tensors whose shapes do not fit together")
     wide = [np.broadcast_to(p, [*shape[:axis], p.shape[axis], *shape[axis + 1 :]]) for p in parts]
     return [np.concatenate(wide, axis)]
 

@@ -32,6 +32,7 @@ import numpy as np
 
 from onnxcompress.graph import attribute
 from onnxcompress.passes._equalize_channels import Flow, Labels, Layer
+from onnxcompress.passes._equalize_levels import LevelSystem, Meeting
 from onnxcompress.passing import Progress, silent
 
 TOLERANCE = 3e-4
@@ -182,42 +183,37 @@ class Balance:
             top = ranges.max(initial=0.0)
             alive.append(ranges > DEAD * top)
             relative.append(np.log(np.where(alive[-1], ranges, 1.0) / (top or 1.0)))
-        count = len(self.tied)
-        largest = np.full((2, count), -np.inf)
-        total, number = np.zeros(count), np.zeros((2, count))
-        for side, values, living in zip(stream, relative, alive, strict=True):
-            at, row = side.unique[living], int(side.reads)
+        groups = np.unique(np.concatenate([side.unique for side in stream]))
+        places = [np.searchsorted(groups, side.unique) for side in stream]
+        largest = np.full((2, len(groups)), -np.inf)
+        total, number = np.zeros(len(groups)), np.zeros((2, len(groups)))
+        for side, place, values, living in zip(stream, places, relative, alive, strict=True):
+            at, row = place[living], int(side.reads)
             largest[row, at] = np.maximum(largest[row, at], values[living])
             total[at] += values[living]
             number[row, at] += 1
         both: np.ndarray = np.asarray((number > 0).all(0))
         common = np.where(both, total / np.maximum(number.sum(0), 1), 0.0)
         with np.errstate(invalid="ignore"):
-            pull = np.where(both & self.tied, (largest[1] - largest[0]) / 2, 0.0)
+            pull = np.where(both & self.tied[groups], (largest[1] - largest[0]) / 2, 0.0)
         steps = []
-        for side, values, living in zip(stream, relative, alive, strict=True):
-            own = both[side.unique] & self.loose[side.unique] & living
-            step = pull[side.unique] + np.where(own, side.sign * (common[side.unique] - values), 0.0)
+        for side, place, values, living in zip(stream, places, relative, alive, strict=True):
+            own = both[place] & self.loose[side.unique] & living
+            step = pull[place] + np.where(own, side.sign * (common[place] - values), 0.0)
             steps.append(step[side.inverse])
         return steps
 
     def _levels(self) -> np.ndarray:
-        """What equalizes the largest ranges of layers that meet: a log factor for each side.
-
-        Unknown are the levels y; the log range of both sides of a layer moves by y(rows) - y(columns).
-        """
+        """(sides,) what equalizes the largest ranges of layers that meet: a log factor for each side."""
         unknown = self._unknowns()
-        count = unknown.max(initial=-1) + 1
-        if not count:
-            return np.zeros(len(self.sides))
-        moves = np.zeros((len(self.sides), count))
-        for at, side in enumerate(self.sides):
-            if unknown[at] >= 0:
-                moves[2 * side.layer : 2 * side.layer + 2, unknown[at]] += side.sign
         tops = np.array([np.log(self.ranges(side).max(initial=0.0) or 1.0) for side in self.sides])
-        rows = np.concatenate([self._level_rows(s) for s in self.streams if unknown[s[0].index] >= 0])
-        solution = np.linalg.lstsq(rows @ moves, -rows @ tops, rcond=None)[0]
-        return np.where(unknown >= 0, solution[unknown], 0.0)
+        signs = np.array([side.sign for side in self.sides])
+        meetings = [
+            Meeting([side.index for side in stream], bool(self.tied[stream[0].unique].all()))
+            for stream in self.streams
+            if unknown[stream[0].index] >= 0
+        ]
+        return LevelSystem(unknown, signs, meetings).solve(tops)
 
     def _unknowns(self) -> np.ndarray:
         """Number of each side's unknown level; -1: it has none."""
@@ -231,22 +227,6 @@ class Balance:
                 unknown[[side.index for side in stream]] = range(count, count + len(stream))
                 count += len(stream)
         return unknown
-
-    def _level_rows(self, stream: list[Side]) -> np.ndarray:
-        """Sums of the sides' log ranges that must vanish.
-
-        Tied: the readers' mean less the writers'. Loose: each less the mean of all.
-        """
-        members = [side.index for side in stream]
-        if self.tied[stream[0].unique].all():
-            row = np.zeros((1, len(self.sides)))
-            for reads, sign in ((False, -1.0), (True, 1.0)):
-                kind = [side.index for side in stream if side.reads == reads]
-                row[0, kind] = sign / len(kind)
-            return row
-        rows = np.zeros((len(members), len(self.sides)))
-        rows[:, members] = np.eye(len(members)) - 1 / len(members)
-        return rows
 
 
 def _magnitudes(layer: Layer) -> np.ndarray:

@@ -10,11 +10,11 @@ import onnx_graphsurgeon as gs
 from onnxcompress.batchnorm import BatchNorm
 from onnxcompress.graph import (
     constant_value,
-    consumers,
     is_op,
     is_output,
     node_label,
     producer,
+    reader_names,
     remove_nodes,
     remove_unread,
     set_constant,
@@ -97,8 +97,7 @@ def _match(model: Model, norm: BatchNorm, rank: Rank) -> _Match | Refusal | None
             rule = f"its input {tensor.name!r} is a graph output, too"
             return Refusal(label, rule, "remove it from the graph's outputs")
         if len(tensor.outputs) > 1:
-            others = [n for n in consumers(tensor) if n is not norm.node and n is not add]
-            readers = ", ".join(sorted({node_label(n) for n in others}))
+            readers = reader_names(tensor, norm.node, add)
             return Refusal(label, f"its input {tensor.name!r} has other consumers: {readers}")
     layer = as_linear(model, node, rank)
     if isinstance(layer, Refusal):

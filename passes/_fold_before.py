@@ -16,6 +16,7 @@ from onnxcompress.graph import (
     is_output,
     node_label,
     only_consumer,
+    reader_names,
     remove_nodes,
     set_constant,
     unique_name,
@@ -110,7 +111,7 @@ def _match(model: Model, norm: BatchNorm, rank: Rank) -> _Match | Refusal | None
 def _reader(model: Model, tensor: gs.Tensor) -> gs.Node | None:
     """The one reader of the tensor, if it is a node of the main graph."""
     reader = only_consumer(model, tensor)
-    return reader if any(reader is node for node in model.graph.nodes) else None
+    return None if reader is None or model.in_body(reader) else reader
 
 
 def _not_alone(model: Model, label: str, output: gs.Tensor) -> Refusal | None:
@@ -122,7 +123,7 @@ def _not_alone(model: Model, label: str, output: gs.Tensor) -> Refusal | None:
         return Refusal(label, rule, "remove it from the graph's outputs")
     if len(output.outputs) == 1:
         return Refusal(label, f"its output {output.name!r} is read inside the body of an If, Loop or Scan")
-    readers = ", ".join(sorted({node_label(n) for n in output.outputs}))
+    readers = reader_names(output)
     return Refusal(label, f"its output {output.name!r} has several consumers: {readers}")
 
 

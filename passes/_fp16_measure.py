@@ -26,10 +26,10 @@ import numpy as np
 import onnx
 from onnx import helper
 
-from onnxcompress.errors import ModelError
+from onnxcompress.errors import ModelError, one_line
 from onnxcompress.passes._fp16_nodes import FLOAT, HALF, Candidate
 from onnxcompress.passing import Progress
-from onnxcompress.runtime import one_line, session
+from onnxcompress.runtime import session
 
 _GATE = "onnxcompress.gate"
 

@@ -167,7 +167,8 @@ class HalfPrecision(Pass):
         self, made: onnx.ModelProto, exact: Sequence[np.ndarray], batches: Sequence[np.ndarray]
     ) -> dict[str, Any]:
         """The provider that ran the result, and the outputs' error there."""
-        from onnxcompress.runtime import one_line, pick_provider, session
+        from onnxcompress.errors import one_line
+        from onnxcompress.runtime import pick_provider, session
 
         chosen = pick_provider(self.runs_on)
         opened = session(made, provider=chosen, threads=self.threads)

@@ -22,6 +22,11 @@ MODELS = Path(__file__).resolve().parent.parent / "models"
 
 
 def parse(body: str) -> Model:
+    """A model with the weights of `parse_proto`."""
+    return Model.from_proto(parse_proto(body))
+
+
+def parse_proto(body: str) -> onnx.ModelProto:
     """A model with 3×3 weights w and v (4 → 4 channels) and dw (1×1, depthwise)."""
     text = f"""<ir_version: 8, opset_import: ["" : 17]>
     g (float[N,4,8,8] x) => (float[N,4,8,8] y) {{ {body} }}"""
@@ -30,7 +35,7 @@ def parse(body: str) -> Model:
     for name, shape in {"w": (4, 4, 3, 3), "v": (4, 4, 3, 3), "dw": (4, 1, 1, 1)}.items():
         values = rng.normal(0, 0.1, shape).astype(np.float32)
         proto.graph.initializer.append(onnx.numpy_helper.from_array(values, name))
-    return Model.from_proto(proto)
+    return proto
 
 
 CONV = "<pads = [1, 1, 1, 1]>"
@@ -134,7 +139,7 @@ def test_an_open_image_size_is_a_near_miss() -> None:
 
 
 def test_a_transposed_weight_is_a_parameter_of_its_block() -> None:
-    proto = parse("h = Relu(x) a = MatMul(h, t) s = Add(a, h) y = Relu(s)").to_proto()
+    proto = parse_proto("h = Relu(x) a = MatMul(h, t) s = Add(a, h) y = Relu(s)")
     proto.graph.initializer.append(onnx.numpy_helper.from_array(np.ones((8, 8), np.float32), "m"))
     proto.graph.node.insert(0, onnx.helper.make_node("Transpose", ["m"], ["t"], perm=[1, 0]))
     (block,) = find_blocks(Model.from_proto(proto)).blocks
@@ -142,7 +147,7 @@ def test_a_transposed_weight_is_a_parameter_of_its_block() -> None:
 
 
 def test_weights_in_constant_nodes_become_initializers() -> None:
-    proto = parse(f"y = Conv{CONV}(x, c)").to_proto()
+    proto = parse_proto(f"y = Conv{CONV}(x, c)")
     weight = onnx.numpy_helper.from_array(np.ones((4, 4, 3, 3), np.float32))
     proto.graph.node.insert(0, onnx.helper.make_node("Constant", [], ["c"], value=weight))
     model = Model.from_proto(proto)

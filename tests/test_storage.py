@@ -89,7 +89,7 @@ def set_entry(path: Path, key: str, value: str) -> None:
         ("length", "999999", "cut short"),
         ("offset", "-4", "cut short"),
         ("offset", "four", "broken offset"),
-        ("length", "4", "do not fill the shape"),
+        ("length", "4", "needs 4800 bytes"),
     ],
 )
 def test_broken_external_data(key: str, value: str, message: str, tmp_path: Path) -> None:

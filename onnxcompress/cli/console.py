@@ -18,6 +18,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.table import Table
+from rich.text import Text
 
 from onnxcompress import passing
 from onnxcompress.units import number as number
@@ -26,6 +27,14 @@ from onnxcompress.verdicts import Verdict
 
 SHOWN = 12
 """Refusals that are listed one by one; the rest is counted."""
+
+
+class _Safe(Console):
+    """Text of files, such as names of nodes, cannot command the terminal."""
+
+    def render_str(self, text: str, **how: Any) -> Text:
+        kept = (c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text)
+        return super().render_str("".join(kept), **how)
 
 
 def stdout() -> Console:
@@ -38,9 +47,9 @@ def stderr() -> Console:
 
 def _console(*, stderr: bool) -> Console:
     """Where there is no terminal, lines are not broken: what reads them looks for whole ones."""
-    console = Console(stderr=stderr, highlight=False)
+    console = _Safe(stderr=stderr, highlight=False)
     if not console.is_terminal:
-        console = Console(stderr=stderr, highlight=False, soft_wrap=True, width=max(console.width, 120))
+        console = _Safe(stderr=stderr, highlight=False, soft_wrap=True, width=max(console.width, 120))
     return console
 
 

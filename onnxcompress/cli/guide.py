@@ -6,7 +6,7 @@ from importlib.resources import files
 
 import click
 
-GUIDES = ("faster", "quantize", "ci", "terminal", "python", "json", "trust")
+GUIDES = ("faster", "quantize", "ci", "terminal", "python", "json", "trust", "hostile")
 
 
 @click.command()

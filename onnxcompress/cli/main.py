@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
+import threading
 import warnings
 from collections.abc import Sequence
 from importlib import import_module
@@ -11,7 +14,7 @@ from typing import Any
 import click
 
 from onnxcompress import __version__
-from onnxcompress.errors import CompressError, CompressWarning
+from onnxcompress.errors import CompressError, CompressWarning, printable
 from onnxcompress.passes import CATALOGUE
 from onnxcompress.plugins import plugins
 
@@ -22,7 +25,7 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     "evaluate": ("Look", "evaluate", "Measure top-1 and top-5 accuracy on labelled images."),
     "sensitivity": ("Look", "sensitivity", "Measure what each layer costs at given bits or sparsity."),
     "compare": ("Look", "compare", "Compare two models: size, latency, outputs, agreement."),
-    "guide": ("Read", "guide", "Show a short guide: faster, quantize, ci, terminal, python, json, trust."),
+    "guide": ("Read", "guide", "Show a short guide: faster, quantize, ci, terminal, trust, …"),
     "synthesize": ("Make", "synthesize", "Make images from what the file knows, or from nothing."),
 }
 """Name -> (group in the help, module in onnxcompress.cli with a function of that name, summary)."""
@@ -30,7 +33,9 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
 GROUPS = {"Chain": "Chain passes", "Look": "Look at models", "Make": "Make inputs", "Read": "Read more"}
 """Group -> its title in the help."""
 
-INTERRUPTED = 130
+TRACEBACK = "ONNXCOMPRESS_TRACEBACK"
+"""Environment variable; set, an error that nobody foresaw shows where it comes from."""
+REPORT = f"set {TRACEBACK}=1 to see where, and report it"
 
 
 class LazyGroup(click.Group):
@@ -91,7 +96,8 @@ def cli() -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit code: 0, 1 error, 2 usage, 3 target missed, 130 interrupted."""
+    """Run a command; the exit code: 0, 1 error, 2 usage, 3 target missed, 130 or 143 interrupted."""
+    stopped_by = _stop_as_if_interrupted()
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _note
@@ -107,9 +113,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         # CPython remembers an interrupt that went through exec (dataclasses use it) and ends `python -m` by
         # the signal, whatever the exit code; the next exec forgets it.
         exec("")
-        return INTERRUPTED
+        return 128 + stopped_by[-1]
     except CompressError as error:
-        click.echo(f"error: {error}", err=True)
+        click.echo(f"error: {printable(str(error))}", err=True)
         return error.exit_code
     except ImportError as error:
         click.echo(f"error: {error}; install what is missing, or onnxcompress anew", err=True)
@@ -117,11 +123,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     except MemoryError:
         click.echo("error: out of memory; try a smaller --batch or fewer images", err=True)
         return 1
-    except RuntimeError as error:
-        if type(error).__name__ != "OutOfMemoryError":  # torch's, which only its users import
+    except Exception as error:
+        if type(error).__name__ == "OutOfMemoryError":  # torch's, which only its users import
+            text = "error: out of the GPU's memory; try a smaller --batch, fewer images, or --device cpu"
+            click.echo(text, err=True)
+            return 1
+        if os.environ.get(TRACEBACK):
             raise
-        text = "error: out of the GPU's memory; try a smaller --batch, fewer images, or --device cpu"
-        click.echo(text, err=True)
+        text = printable(f"{type(error).__name__}: {error}")
+        click.echo(f"error: a defect of onnxcompress, or a broken file ({text}); {REPORT}", err=True)
         return 1
     return 0
 
@@ -140,6 +150,20 @@ def _note(message: Warning | str, category: type[Warning], *place: Any, **more: 
         click.echo(f"note: {message}", err=True)
     else:
         click.echo(warnings.formatwarning(message, category, *place[:2]), err=True, nl=False)
+
+
+def _stop_as_if_interrupted() -> list[int]:
+    """SIGTERM (a cancelled job) cleans up as Ctrl-C does. Returns the signals that came, SIGINT first."""
+    came = [int(signal.SIGINT)]
+
+    def stop(number: int, frame: object) -> None:
+        came.append(number)
+        raise KeyboardInterrupt
+
+    ours = threading.current_thread() is threading.main_thread()
+    if ours and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+        signal.signal(signal.SIGTERM, stop)
+    return came
 
 
 if __name__ == "__main__":

@@ -11,16 +11,18 @@ from __future__ import annotations
 
 import os
 import warnings
+import zlib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from zipfile import BadZipFile, is_zipfile
+from tokenize import TokenError
+from zipfile import BadZipFile, ZipFile, is_zipfile
 
 import numpy as np
 from PIL import Image
 
-from onnxcompress.errors import InputError, OptionError
+from onnxcompress.errors import InputError, OptionError, one_line
 from onnxcompress.inputs.pixels import decode, fit
 from onnxcompress.inputs.preprocess import Preprocess
 from onnxcompress.passing import Progress, silent
@@ -28,6 +30,13 @@ from onnxcompress.passing import Progress, silent
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".pgm")
 DECODERS = 2
 """Threads that decode."""
+_UNREADABLE = (
+    OSError, ValueError, EOFError, BadZipFile, NotImplementedError, SyntaxError, zlib.error,
+    TokenError, MemoryError,
+)  # fmt: skip
+"""What zipfile and numpy raise on an archive that is broken, or claims more than there is memory."""
+BOMB, BOMB_RATIO = 1 << 29, 200
+"""Bytes of an array from which on it must not be this many times its compressed size."""
 
 
 @dataclass(frozen=True)
@@ -244,6 +253,7 @@ def _read_npz(file: Path) -> tuple[np.ndarray, np.ndarray | None]:
     if not is_zipfile(file):  # numpy would take a .npy or a pickle of that name for what it is
         raise InputError(f"{file}: not a readable .npz (no zip archive)")
     try:
+        _check_members(file)
         with np.load(file, allow_pickle=False) as archive:
             x_key = next((k for k in ("x", "images") if k in archive.files), None)
             y_key = next((k for k in ("y", "labels") if k in archive.files), None)
@@ -252,8 +262,8 @@ def _read_npz(file: Path) -> tuple[np.ndarray, np.ndarray | None]:
                     f"{file}: no array x or images; it has {', '.join(archive.files) or 'nothing'}"
                 )
             x, y = archive[x_key], archive[y_key] if y_key else None
-    except (OSError, ValueError, EOFError, BadZipFile) as error:
-        raise InputError(f"{file}: not a readable .npz ({error})") from error
+    except _UNREADABLE as error:
+        raise InputError(f"{file}: not a readable .npz ({one_line(error)})") from error
     if x.ndim == 3:
         x = x[..., None]
     if x.ndim != 4 or x.shape[3] not in (1, 3) or 0 in x.shape:
@@ -263,6 +273,17 @@ def _read_npz(file: Path) -> tuple[np.ndarray, np.ndarray | None]:
             f"{file}: images of shape {list(x.shape)}; expected N,H,W or N,H,W,C, C = 1 or 3{hint}"
         )
     return x, None if y is None else _as_labels(y, len(x), file)
+
+
+def _check_members(file: Path) -> None:
+    """Raise InputError for a small file that would be a huge array."""
+    with ZipFile(file) as archive:
+        for member in archive.infolist():
+            if member.file_size > BOMB and member.file_size > BOMB_RATIO * member.compress_size:
+                raise InputError(
+                    f"{file}: {member.filename} would be {member.file_size} bytes, {member.compress_size} "
+                    "compressed: too large to be honest images"
+                )
 
 
 def _as_labels(y: np.ndarray, total: int, file: Path) -> np.ndarray:

@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 SOURCES = ("auto", "images", "distilled", "procedural", "layerwise")
 SYNTHETIC = 500
 """Images that are made unless a number is given."""
+MOST_PIXELS = 1 << 26
+"""Of an image that is made."""
 SHOWN = 128
 """Images that a pass's result carries, at most."""
 STANDARDIZED = Preprocess(mean=(0.45,), std=(0.25,))
@@ -261,12 +263,12 @@ def _geometry(
         channels, height, width = dims if layout == "nchw" else (dims[2], *dims[:2])
         if preprocess is not None and preprocess.size is not None:
             height, width = height or preprocess.size[0], width or preprocess.size[1]
-        if height and width and channels in (1, 3):
+        if height and width and height * width <= MOST_PIXELS and channels in (1, 3):
             return height, width, channels, layout
     text = "x".join("?" if d is None else str(d) for d in dims)
     raise ModelError(
         f"{model.name}: no images can be made for input {name!r} ({text}): it needs 1 or 3 channels and a "
-        "fixed size; fix the size in the file, or give size= in --preprocess"
+        "fixed size, not absurdly large; fix the size in the file, or give size= in --preprocess"
     )
 
 

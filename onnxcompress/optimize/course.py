@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from onnxcompress.errors import InputError, ModelError
-from onnxcompress.graph import is_op, is_output, value_readers
+from onnxcompress.graph import is_op, is_output, node_label, value_readers
 from onnxcompress.model import Model
 from onnxcompress.optimize.executor import Executor
 from onnxcompress.optimize.patches import Patches
@@ -73,6 +73,12 @@ class Course(ABC):
         data = self.topology.data
         self._nodes = [n for n in self.topology.order if any(id(t) in data for t in n.outputs)]
         self._needs_of = [needs(node, self.topology) for node in self._nodes]
+        for node, needed in zip(self._nodes, self._needs_of, strict=True):
+            if not needed:
+                raise ModelError(
+                    f"{self.model.name}: node {node_label(node)!r} ({node.op}) reads data only inside its "
+                    "body, where layers are not followed; export the network without control flow"
+                )
         self._last = {name: place for place, needed in enumerate(self._needs_of) for name in needed}
         self._generator = torch.Generator().manual_seed(self.settings.seed)
 
@@ -106,6 +112,11 @@ class Course(ABC):
         outputs = [t.name for t in node.outputs if not t.is_empty()]
         layer = self.plan.layers.get(id(node))
         theirs = self._run(outputs, {n: self._teacher[n] for n in needs}, self._maps)
+        if layer is not None and not bool(theirs[outputs[0]].isfinite().all()):
+            raise ModelError(
+                f"{self.model.name}: {node_label(node)!r} ({node.op}) gives values that are not finite; "
+                "correct its weights, or the inputs"
+            )
         read = {n: self._student[n] for n in needs}
         for index, tensor in enumerate(node.inputs):
             if tensor.name in read:

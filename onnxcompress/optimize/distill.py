@@ -95,6 +95,11 @@ def _optimized(
                 x = pixels.normalized(_view(share, pixels.places, generator))
                 found = executor.run({source: x}, list(targets))
             loss = torch.stack([_mismatch(found[name], *targets[name]) for name in targets]).sum()
+            if not loss.requires_grad:
+                raise ModelError(
+                    f"no gradient reaches the input {source!r}, so no image can be distilled (is it "
+                    "quantized?); take procedural ones"
+                )
             (share.grad,) = torch.autograd.grad(loss, share)
             adam.step()
             with torch.no_grad():

@@ -18,13 +18,12 @@ import onnx_graphsurgeon as gs
 import torch
 from torch import Tensor
 
-from onnxcompress.errors import CompressError, CompressWarning
+from onnxcompress.errors import CompressError, CompressWarning, one_line
 from onnxcompress.graph import is_op
 from onnxcompress.optimize.augment import augment
 from onnxcompress.optimize.device import autocast, laid_out, resident
 from onnxcompress.optimize.executor import Executor
 from onnxcompress.passing import Progress, silent
-from onnxcompress.runtime import one_line
 
 Loss = Callable[..., Tensor]
 """(batch, *values) -> scalar."""

@@ -26,7 +26,7 @@ def read_scores(
         same = saved["of"] == dict(of)
         shares = {e: Share(*row["latency_share"]) for e, row in rows.items()}
         scores = {e: {k: float(row[k]) for k in ("recoverability", "score")} for e, row in rows.items()}
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise InputError(f"{path}: no file of scores ({error}); delete it to measure anew") from error
     if not same or set(rows) != set(exits):
         raise InputError(

@@ -28,8 +28,7 @@ def fused_counts(model: Model) -> dict[str, Any]:
     """
     import onnxruntime as ort
 
-    from onnxcompress.errors import ModelError
-    from onnxcompress.runtime import one_line
+    from onnxcompress.errors import ModelError, one_line
 
     with tempfile.TemporaryDirectory() as folder:
         source, target = Path(folder, "model.onnx"), Path(folder, "optimized.onnx")

@@ -1,0 +1,183 @@
+"""Killed, interrupted, out of room, beside another run: nothing is lost, nothing is half-written.
+
+Commands run as processes of their own, and are stopped at moments spread over their whole run.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import onnx
+import pytest
+
+from onnxcompress.cli.main import main
+from onnxcompress.model import load
+
+COMMAND = [sys.executable, "-m", "onnxcompress.cli.main"]
+NET = "mobilenetv2-fashion.onnx"
+MOMENTS = 6
+"""At which a run is killed, evenly over its length."""
+
+
+def digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+@pytest.fixture
+def folder(models: Path, tmp_path: Path) -> Path:
+    """in.onnx; OUT as an older run left it; both with external data: two files have to appear."""
+    proto = onnx.load(models / NET)
+    onnx.save(proto, tmp_path / "in.onnx", save_as_external_data=True, location="in.data", size_threshold=0)
+    assert (
+        main(["fold-bn", str(tmp_path / "in.onnx"), str(tmp_path / "out.onnx"), "-q", "--no-verify"]) == 0
+    )
+    return tmp_path
+
+
+def start(folder: Path, *argv: str, limit: Callable[[], None] | None = None) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [*COMMAND, *argv], cwd=folder, stderr=subprocess.PIPE, text=True, preexec_fn=limit
+    )
+
+
+FOLD = ("equalize", "in.onnx", "out.onnx", "-q", "--no-verify")
+
+
+def test_killed_at_any_moment(folder: Path) -> None:
+    """OUT is what it was or what it becomes; what is left beside it is named as such and does no harm."""
+    old = {name: digest(folder / name) for name in ("out.onnx", "out.onnx.data", "in.onnx", "in.data")}
+    began = time.monotonic()
+    assert start(folder, *FOLD).wait() == 0
+    whole = time.monotonic() - began
+    new = {name: digest(folder / name) for name in old}
+    assert new["out.onnx"] != old["out.onnx"]
+    for moment in range(1, MOMENTS + 1):
+        assert (
+            main(["fold-bn", str(folder / "in.onnx"), str(folder / "out.onnx"), "-q", "--no-verify"]) == 0
+        )
+        running = start(folder, *FOLD)
+        time.sleep(whole * moment / MOMENTS * 0.98)
+        running.kill()
+        running.wait()
+        left = {p.name for p in folder.iterdir()} - old.keys()
+        assert all(name.startswith(".out.onnx") and name.endswith(".tmp") for name in left), left
+        for name, sha in old.items():
+            assert digest(folder / name) in (sha, new[name])
+        load(folder / "in.onnx")
+    assert start(folder, *FOLD).wait() == 0
+    assert {name: digest(folder / name) for name in old} == new
+
+
+def test_killed_between_the_two_files_is_seen_by_the_next_reader(folder: Path) -> None:
+    """Two names cannot change at once: the new weights first, and the old graph fits them or says so."""
+    code = (
+        "import os, sys; from onnxcompress.cli.main import main; real, calls = os.replace, []\n"
+        "def once(a, b):\n"
+        "    real(a, b); os.kill(os.getpid(), 9)\n"
+        "os.replace = once; main(sys.argv[1:])"
+    )
+    done = subprocess.run([sys.executable, "-c", code, *FOLD], cwd=folder, check=False)
+    assert done.returncode == -signal.SIGKILL
+    assert main(["inspect", str(folder / "in.onnx"), "--json"]) == 0
+    assert start(folder, *FOLD).wait() == 0
+    load(folder / "out.onnx")
+
+
+@pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("wait", [0.0, 0.1])
+def test_asked_to_end_it_leaves_nothing_behind(folder: Path, kind: signal.Signals, wait: float) -> None:
+    """Once the weights are equalized they are written: the signal comes then, or a little later."""
+    before = {p.name: digest(p) for p in folder.iterdir()}
+    running = start(folder, *[word for word in FOLD if word != "-q"])
+    assert running.stderr is not None
+    for line in running.stderr:
+        if "equalizing" in line:
+            break
+    time.sleep(wait)
+    running.send_signal(kind)
+    said = running.stderr.read()
+    code = running.wait()
+    assert "Traceback" not in said
+    if code:  # else it had ended before
+        assert (code, said.strip()) == (128 + kind, "interrupted")
+        assert {p.name: digest(p) for p in folder.iterdir()} == before
+
+
+def test_a_full_disk_is_said_and_the_old_file_stays(folder: Path) -> None:
+    """No file may be longer than a part of the result: writing fails as it does where no room is left."""
+    before = {p.name: digest(p) for p in folder.iterdir()}
+    size = (folder / "out.onnx.data").stat().st_size
+    for room in (0, 4096, size // 2, size - 1):
+
+        def limit(room: int = room) -> None:
+            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (room, room))
+
+        running = start(folder, *FOLD, limit=limit)
+        said = running.communicate()[1]
+        assert running.returncode == 1
+        assert said.startswith("error: out.onnx.data: cannot be written (File too large)"), said
+        assert said.count("\n") == 1
+        assert {p.name: digest(p) for p in folder.iterdir()} == before
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root writes anywhere")
+def test_a_folder_that_cannot_be_written(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shut = folder / "shut"
+    shut.mkdir(mode=0o500)
+    assert main(["fold-bn", str(folder / "in.onnx"), str(shut / "out.onnx")]) == 1
+    assert "name a file in an existing, writable folder" in capsys.readouterr().err
+
+
+def test_a_folder_that_is_not_there(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["fold-bn", str(folder / "in.onnx"), str(folder / "none" / "out.onnx")]) == 1
+    assert "name a file in an existing, writable folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "target", ["in.onnx", "link.onnx", "hard.onnx", "in.data", "hard.data", "sub/../in.onnx"]
+)
+def test_the_output_is_never_the_input(
+    target: str, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By its own name, another, or a name of the file with its weights."""
+    (folder / "sub").mkdir()
+    (folder / "link.onnx").symlink_to("in.onnx")
+    (folder / "hard.onnx").hardlink_to(folder / "in.onnx")
+    (folder / "hard.data").hardlink_to(folder / "in.data")
+    before = {p.name: digest(p) for p in folder.iterdir() if p.is_file()}
+    assert main(["fold-bn", str(folder / "in.onnx"), str(folder / target), "-q"]) == 1
+    said = capsys.readouterr().err
+    assert "would replace the input" in said or "it holds the input's weights" in said
+    assert {p.name: digest(p) for p in folder.iterdir() if p.is_file()} == before
+
+
+def test_an_output_that_is_a_link_leaves_what_it_points_at(folder: Path) -> None:
+    (folder / "precious").write_text("mine")
+    (folder / "new.onnx").symlink_to("precious")
+    assert main(["fold-bn", str(folder / "in.onnx"), str(folder / "new.onnx"), "-q", "--no-verify"]) == 0
+    assert (folder / "precious").read_text() == "mine"
+    load(folder / "new.onnx")
+
+
+def test_two_runs_on_one_output(models: Path, tmp_path: Path) -> None:
+    """The last one wins as a whole: the file is one of the two results."""
+    (tmp_path / "in.onnx").write_bytes((models / NET).read_bytes())
+    results = []
+    for name in ("fold-bn", "equalize"):
+        assert main([name, str(tmp_path / "in.onnx"), str(tmp_path / "o.onnx"), "-q", "--no-verify"]) == 0
+        results.append(digest(tmp_path / "o.onnx"))
+    running = [
+        start(tmp_path, name, "in.onnx", "o.onnx", "-q", "--no-verify") for name in ("fold-bn", "equalize")
+    ]
+    assert [one.wait() for one in running] == [0, 0]
+    assert digest(tmp_path / "o.onnx") in results
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["in.onnx", "o.onnx"]
