@@ -216,9 +216,11 @@ class Balance:
         return LevelSystem(unknown, signs, meetings).solve(tops)
 
     def _unknowns(self) -> np.ndarray:
-        """Number of each side's unknown level; -1: it has none."""
+        """Number of each side's unknown level; -1: it has none, as layers of zeros have no range."""
         unknown, count = np.full(len(self.sides), -1), 0
         for stream in self.streams:
+            if not all(self._magnitudes[side.layer].any() for side in stream):
+                continue
             labels = np.concatenate([side.unique for side in stream])
             if self.tied[labels].all():
                 unknown[[side.index for side in stream]] = count

@@ -605,3 +605,11 @@ def test_the_command(models: Path, tmp_path: Path, capsys: pytest.CaptureFixture
     (result,) = run([Equalize()], model)
     assert not result.modified
     assert len(model.provenance()) == 2
+
+
+def test_beside_a_layer_of_zeros_nothing_changes() -> None:
+    """As a BatchNorm with gain 0 leaves one: its rows have no range to equalize."""
+    arrays = {"w": np.zeros((2, 1, 1, 1), "f4"), "b": np.ones(2, "f4"), "v": weight(1, 2, 1, 1)}
+    body = "c = Conv(x, w, b) r = Relu(c) y = Conv(r, v)"
+    model = Model.from_proto(graph("(float[N,1,4,4] x) => (float[N,1,4,4] y)", body, arrays))
+    assert not Equalize().apply(model).modified
