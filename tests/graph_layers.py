@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import onnx
+
 from tests.graphs import BATCH, Graph, Tensor
 
 LARGEST = 400
@@ -107,3 +109,22 @@ def norm(graph: Graph, source: Tensor) -> None:
     inputs = [source.name, *(graph.constant(v, k) for k, v in zip("gsmv", values, strict=True))]
     attributes: dict[str, Any] = {"epsilon": 1e-3} if graph.maybe() else {}
     graph.made(graph.node("BatchNormalization", inputs, **attributes), n, source.size)
+
+
+def again(graph: Graph, source: Tensor) -> None:
+    """A layer that is there already, on another tensor: both share weight and bias."""
+    made = {t.name: t for t in graph.tensors}
+    same = [
+        node
+        for node in graph.nodes
+        if node.op_type in ("Conv", "ConvTranspose", "Gemm")
+        and {node.input[0], node.output[0]} <= made.keys()  # not behind the Transpose of a transA
+        and made[node.input[0]].shape == source.shape
+    ]
+    if same:
+        node = graph.pick(same)
+        output = made[node.output[0]]
+        twin = onnx.NodeProto.FromString(node.SerializeToString())
+        twin.input[0], twin.output[0] = source.name, graph.name("t")
+        graph.nodes.append(twin)
+        graph.made(twin.output[0], output.channels, output.size)

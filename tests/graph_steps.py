@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from onnx import helper
 
-from tests.graph_layers import LARGEST, convolution, fits, gemm, matmul, norm
+from tests.graph_layers import LARGEST, again, convolution, fits, gemm, matmul, norm
 from tests.graphs import BATCH, Graph, Tensor
 
 
@@ -173,6 +173,7 @@ LAYERS = (
     Step(convolution, _image),
     Step(gemm, _flat),
     Step(matmul, lambda _, t: len(t.size) < 2),
+    Step(again, _always),
     Step(norm, _always),
 )
 BETWEEN = (

@@ -49,7 +49,7 @@ def test_the_graphs_are_valid_and_hold_the_grid() -> None:
 WANTED = (
     "Conv", "ConvTranspose", "Gemm", "MatMul", "BatchNormalization", "If", "group", "auto_pad", "pads",
     "bias", "transA", "transB", "alpha", "beta", "Transpose", "FLOAT", "FLOAT16", "DOUBLE", "IR 3", "IR 8",
-    "opset 7 to 10", "opset 11 to 17", "opset 18 on", "several readers", "several outputs",
+    "opset 7 to 10", "opset 11 to 17", "opset 18 on", "shared weight", "several readers", "several outputs",
 )  # fmt: skip
 
 
