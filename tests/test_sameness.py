@@ -1,7 +1,7 @@
-"""The same seed gives the same bytes in another process, with as many threads; some also with others.
+"""The same seed gives the same bytes in another process with another number of threads.
 
-`prune` solves with LAPACK, whose sums go by the number of threads: it may round otherwise with more.
-`python tests/benchmarks/sameness.py` shows every pass that learns, on more seeds.
+`python tests/benchmarks/sameness.py` shows every pass that learns, on more seeds. Fine-tuning is left out: its
+gradients are added in an order that goes by the number of threads.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from tests.benchmarks.sameness import made
 
 
 @pytest.mark.parametrize(
-    ("name", "seed", "threads"), [("synthesize", 0, (1, 2)), ("prune", 1, (2, 2)), ("quantize", 2, (1, 2))]
+    ("name", "seed", "threads"), [("synthesize", 0, (1, 2)), ("prune", 1, (1, 2)), ("quantize", 2, (1, 2))]
 )
 def test_another_process_makes_the_same_file(
     name: str, seed: int, threads: tuple[int, int], tmp_path: Path

@@ -15,6 +15,7 @@ network has it: the map of a channel is undone on both sides.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 import onnx_graphsurgeon as gs
@@ -29,6 +30,7 @@ from onnxcompress.optimize.patches import Patches
 from onnxcompress.optimize.rounding import Moments
 from onnxcompress.optimize.standardize import Twin
 from onnxcompress.optimize.subject import live_floats, needs
+from onnxcompress.optimize.threads import one_thread
 from onnxcompress.passing import Progress, silent
 from onnxcompress.quantization.plan import Layer, Plan
 from onnxcompress.topology import Topology
@@ -42,6 +44,8 @@ MEMORY = 3 << 30
 COPIES = 3
 """Of each tensor: the teacher's, the student's, one in work."""
 ROWS = 40_000
+NARROW = 16
+"""Outputs below which products of matrices depend on the number of threads, as of 5 to 11."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,7 +127,8 @@ class Course(ABC):
                 read[tensor.name] = self._seen(node, index, tensor.name)
         if layer is not None:
             self._check_finite(node.inputs[layer.linear.data_at].name)
-            self._learn(layer, read[node.inputs[layer.linear.data_at].name], theirs[outputs[0]])
+            with one_thread() if layer.linear.outputs < NARROW else nullcontext():
+                self._learn(layer, read[node.inputs[layer.linear.data_at].name], theirs[outputs[0]])
         ours = self._run(outputs, read, self._own)
         self._teacher.update(theirs)
         self._student.update(ours)

@@ -39,6 +39,7 @@ from onnxcompress.optimize.quantizer import RIDGE
 from onnxcompress.optimize.ranges import fake, least_squares, samples
 from onnxcompress.optimize.rounding import Moments, nearest, reconstruct
 from onnxcompress.optimize.subject import Subject, fixed_batch, live_floats, needs
+from onnxcompress.optimize.threads import one_thread
 from onnxcompress.passing import Progress, silent
 from onnxcompress.quantization.plan import Layer
 from onnxcompress.sensitivity import Row, Variant
@@ -65,12 +66,11 @@ class Measuring:
     """0: one for each core."""
 
 
+@one_thread()
 def layer_errors(
     subject: Subject, variants: Sequence[Variant], how: Measuring, progress: Progress = silent
 ) -> list[Row]:
     """A row for each layer of the plan and each variant, in their order."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # of the process: torch has no setting of a thread's own
     workers = how.workers or os.cpu_count() or 1
     pool = ThreadPoolExecutor(workers)
     waiting: deque[Future[list[Row]]] = deque()
@@ -90,7 +90,6 @@ def layer_errors(
             progress("measuring layers", done, total)
     finally:
         pool.shutdown(cancel_futures=True)
-        torch.set_num_threads(threads)
     return rows
 
 

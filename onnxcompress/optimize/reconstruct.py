@@ -27,6 +27,7 @@ from torch import Tensor
 from onnxcompress.model import Model
 from onnxcompress.optimize.executor import Executor
 from onnxcompress.optimize.layers import ConvLayer, conv_layers, only_add_after
+from onnxcompress.optimize.threads import one_thread
 from onnxcompress.passing import Progress, silent
 from onnxcompress.topology import Topology
 
@@ -175,5 +176,6 @@ def _solve(gram: Tensor, cross: Tensor, ridge: float, bias: bool) -> Tensor:
     damping = ridge * gram.diagonal(dim1=1, dim2=2)[:, :-1].mean(1).clamp_min(1e-12)
     system = gram + torch.diag_embed(damping[:, None].expand(-1, gram.shape[1]))
     system[:, -1, -1] = gram[:, -1, -1] if bias else torch.finfo(gram.dtype).max ** 0.25
-    solved: Tensor = torch.linalg.solve(system, cross.transpose(1, 2))
+    with one_thread():
+        solved: Tensor = torch.linalg.solve(system, cross.transpose(1, 2))
     return solved.transpose(1, 2)

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from onnxcompress.optimize.integers import Integers
+from onnxcompress.optimize.threads import one_thread
 
 BLOCK = 64
 RATIOS = 30
@@ -148,7 +149,8 @@ def least_squares(
     w = weight.double()
     if target != float("inf"):
         damped = h + torch.diag_embed((target * size)[:, None].expand(-1, h.shape[1]))
-        w = w + torch.linalg.solve(damped, c.transpose(1, 2)).transpose(1, 2)
+        with one_thread():
+            w = w + torch.linalg.solve(damped, c.transpose(1, 2)).transpose(1, 2)
     h = h + torch.diag_embed((ridge * size)[:, None].expand(-1, h.shape[1]))
     return w, h
 
@@ -175,8 +177,9 @@ def best_scale(weight: Tensor, diagonal: Tensor, allowed: Integers, per_channel:
 def _gptq(w: Tensor, h: Tensor, scale: Tensor, low: Tensor, high: Tensor) -> Tensor:
     """Integers by error feedback, large diagonal entries first."""
     order = h.diagonal(dim1=1, dim2=2).mean(0).argsort(descending=True)
-    inverse = torch.linalg.inv(h[:, order][:, :, order])
-    factor = torch.linalg.cholesky((inverse + inverse.transpose(1, 2)) / 2, upper=True).float()
+    with one_thread():
+        inverse = torch.linalg.inv(h[:, order][:, :, order])
+        factor = torch.linalg.cholesky((inverse + inverse.transpose(1, 2)) / 2, upper=True).float()
     left = w[..., order].clone()
     low, high = low[..., order], high[..., order]
     integers = torch.empty_like(left)

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from onnxcompress.optimize.threads import one_thread
 from onnxcompress.sparsities import UNSTRUCTURED, Pattern
 
 STEPS = 120
@@ -78,7 +79,8 @@ class Problem:
         worth = rows.clamp_min(FAINT * float(rows.mean())).sqrt()[..., None].to(h)
         scale = unit[:, None] * worth / worth.mean()
         normed = h / unit[:, :, None] / unit[:, None]
-        values, vectors = torch.linalg.eigh(normed)
+        with one_thread():
+            values, vectors = torch.linalg.eigh(normed)
         w = (goal * scale).float()
         return Problem(w, normed.float(), values.clamp_min(0).float(), vectors.float(), scale)
 

@@ -16,7 +16,8 @@ automatically: their smallest magnitudes go, and their bias is corrected by the 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import torch
@@ -27,6 +28,7 @@ from onnxcompress.optimize.executor import Executor
 from onnxcompress.optimize.patches import matrix, patches_of, stored
 from onnxcompress.optimize.rounding import Moments, least_squares
 from onnxcompress.optimize.sparse import Choice, Problem
+from onnxcompress.optimize.threads import one_thread
 from onnxcompress.quantization.plan import Layer
 from onnxcompress.sparsities import UNSTRUCTURED, Pattern
 
@@ -61,6 +63,11 @@ class Trials(Course):
 
     names: frozenset[str] = frozenset()
     found: dict[str, Trial] = field(default_factory=dict)
+
+    @property
+    def outputs(self) -> list[str]:
+        """Of the network, those that depend on its input."""
+        return [t.name for t in self.model.graph.outputs if id(t) in self.topology.data]
 
     def _learn(self, layer: Layer, x: Tensor, wanted: Tensor) -> None:
         cut = patches_of(self.model, layer)
@@ -99,11 +106,15 @@ def output_costs(trials: Trials, images: Tensor) -> Costs:
     rows = {n: torch.zeros_like(t.error[0]) for n, t in trials.found.items()}
     names = [n for layer in layers for n in (layer.weight, layer.bias) if n is not None]
     maps = {n: twin.mapped(n, executor.parameters[n]) for n in (*twin.weights, *twin.biases)}
-    generator = torch.Generator().manual_seed(trials.settings.seed)
     size = min(PROBED, len(images)) if trials.settings.batch >= PROBED else trials.settings.batch
-    for probe in range(PROBES):
+
+    def probed(probe: int) -> dict[str, Tensor]:
         start = probe * size % max(len(images) - size + 1, 1)
-        slopes = _slopes(executor, trials, images[start : start + size], names, maps, generator)
+        generator = torch.Generator().manual_seed(PROBES * trials.settings.seed + probe)
+        return _slopes(executor, trials, images[start : start + size], names, maps, generator)
+
+    executor.needed([trials.model.graph.inputs[0].name], trials.outputs)  # once, not by each thread
+    for slopes in _in_turn(probed, PROBES):
         for layer in layers:
             trial = trials.found[layer.weight]
             slope = _undone(trials, layer.weight, slopes[layer.weight])
@@ -117,6 +128,14 @@ def output_costs(trials: Trials, images: Tensor) -> Costs:
     return Costs({n: v.tolist() for n, v in sums.items()}, worth)
 
 
+def _in_turn(work: Callable[[int], dict[str, Tensor]], count: int) -> Iterator[dict[str, Tensor]]:
+    """work(0), work(1), … on as many threads as torch has: results are the same whatever their number."""
+    workers = torch.get_num_threads()
+    with one_thread(), ThreadPoolExecutor(workers) as pool:
+        for start in range(0, count, workers):  # each holds a gradient of the network
+            yield from pool.map(work, range(start, min(start + workers, count)))
+
+
 def _slopes(
     executor: Executor,
     trials: Trials,
@@ -127,8 +146,7 @@ def _slopes(
 ) -> dict[str, Tensor]:
     """Of a random combination of the network's outputs, in its parameters."""
     leaves = {n: maps.get(n, executor.parameters[n]).detach().clone().requires_grad_() for n in names}
-    outputs = [t.name for t in trials.model.graph.outputs if id(t) in trials.topology.data]
-    made = executor.run({trials.model.graph.inputs[0].name: images}, outputs, {**maps, **leaves})
+    made = executor.run({trials.model.graph.inputs[0].name: images}, trials.outputs, {**maps, **leaves})
     total = torch.zeros(())
     for value in made.values():
         if value.is_floating_point():
