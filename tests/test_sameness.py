@@ -1,7 +1,7 @@
 """The same seed gives the same bytes in another process with another number of threads.
 
-`python tests/benchmarks/sameness.py` shows every pass that learns, on more seeds. Fine-tuning is left out: its
-gradients are added in an order that goes by the number of threads.
+`python tests/benchmarks/sameness.py` shows every pass that learns, on more seeds. Fine-tuning is left
+out: its gradients are added in an order that goes by the number of threads.
 """
 
 from __future__ import annotations
