@@ -211,7 +211,7 @@ def _read_images(file: Path) -> ImageSet:
     from onnxcompress.inputs.images import ImageSet
     from onnxcompress.inputs.preprocess import Preprocess
 
-    with np.load(file) as found:
+    with np.load(file, allow_pickle=False) as found:
         preprocess = Preprocess.parse(str(found["preprocess"]))
         return ImageSet(found["x"], None, tuple(found["names"].tolist()), preprocess)
 

@@ -75,7 +75,8 @@ def _absorb(model: Model, subject: Subject) -> None:
         if value.ndim > 1 and value.dtype.kind == "f":
             axes = (0, *range(2, value.ndim))
             low, high = value.min(axes).astype(np.float64), value.max(axes).astype(np.float64)
-            mean, std = (low + high) / 2, (high - low) / 6
+            rounding = 1e-6 * np.maximum(abs(low), abs(high))  # of a record in float32
+            mean, std = (low + high) / 2, (high - low) / 6 + rounding
             record[name] = ChannelStatistics(mean.astype(np.float32), std.astype(np.float32))
     write_record(model, record)
     AbsorbBias().apply(model)

@@ -131,7 +131,7 @@ def test_a_hostile_file_of_scores_is_refused(name: str, folder: Path) -> None:
         (
             "quantized",
             ["synthesize", "in.onnx", "out.npz", "--count", "4"],
-            "no gradient reaches its input",
+            "no gradient reaches the input",
         ),
     ],
 )

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pty
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +14,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from onnxcompress.cli import interrupts
+from onnxcompress.cli.console import progress
 from onnxcompress.compare import compare
 from onnxcompress.evaluate import evaluate
 from onnxcompress.gates import Gates
@@ -104,3 +108,14 @@ def test_a_terminal_shows_a_bar_with_the_time_left(plain: bool, models: Path, fe
     bar = re.search(rf"running {NET} \S+ 50/50 \d:\d\d:\d\d \d:\d\d:\d\d", text)
     assert (bar is None) == plain
     assert bool(text) != plain
+
+
+def test_an_interrupt_that_something_swallowed_ends_the_next_step() -> None:
+    with interrupts.watching() as signals, progress(lines=False) as show:
+        show("working", 0, 2)
+        with contextlib.suppress(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            show("working", 1, 2)
+    assert signals == [signal.SIGINT]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler

@@ -136,7 +136,7 @@ def test_missing_empty_and_folder(tmp_path: Path) -> None:
     assert "no such file" in check_refused(tmp_path / "none.onnx")
     (tmp_path / "empty.onnx").write_bytes(b"")
     assert "empty" in check_refused(tmp_path / "empty.onnx")
-    assert "no such file" in check_refused(tmp_path)
+    assert "a folder" in check_refused(tmp_path)
 
 
 def test_every_truncation(tmp_path: Path) -> None:

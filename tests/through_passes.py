@@ -34,6 +34,7 @@ from onnxcompress.passes.correct_bias import CorrectBias
 from onnxcompress.passes.drop_blocks import DropBlocks
 from onnxcompress.passes.equalize import Equalize
 from onnxcompress.passes.fold_bn import FoldBatchNorm
+from onnxcompress.passes.fp16 import HalfPrecision
 from onnxcompress.passes.prune import Prune
 from onnxcompress.passes.quantize import Quantize
 from onnxcompress.passing import Pass, run
@@ -59,10 +60,11 @@ MAKERS: Mapping[str, Callable[[Path], list[Pass]]] = {
     "prune": lambda _: [Prune(synthetic=IMAGES, inputs="procedural", scope="layer")],
     "prune 2:4 sparse": lambda _: [Prune(reconstruct=False, pattern="2:4", storage="sparse")],
     "quantize": lambda _: [Quantize(synthetic=IMAGES, inputs="procedural")],
+    "fp16": lambda _: [HalfPrecision(inputs="procedural")],
     "drop-blocks": lambda _: [DropBlocks(blocks=1, synthetic=IMAGES, inputs="procedural", steps=1)],
 }
 """Name -> the passes, given the file that they are applied to."""
-EXACT = {name for name in MAKERS if not name.startswith(("absorb", "prune", "quantize", "drop"))}
+EXACT = {name for name in MAKERS if not name.startswith(("absorb", "prune", "quantize", "drop", "fp16"))}
 """Those that leave the outputs what they were; of the model itself in the place of its reference, too."""
 
 

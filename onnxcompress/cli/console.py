@@ -21,6 +21,7 @@ from rich.table import Table
 from rich.text import Text
 
 from onnxcompress import passing
+from onnxcompress.cli import interrupts
 from onnxcompress.units import number as number
 from onnxcompress.units import size as size
 from onnxcompress.verdicts import Verdict
@@ -59,7 +60,7 @@ def progress(*, lines: bool = True) -> Iterator[passing.Progress]:
     without `lines` nothing. Bars are drawn once a second, so that they stay out of what is timed."""
     console = stderr()
     if not console.is_terminal or console.no_color:
-        yield _plain_progress(console) if lines else passing.silent
+        yield _plain_progress(console) if lines else lambda *_: interrupts.check()
         return
     columns = (
         TextColumn("{task.description}"),
@@ -72,6 +73,7 @@ def progress(*, lines: bool = True) -> Iterator[passing.Progress]:
         tasks: dict[str, Any] = {}
 
         def report(stage: str, done: int, total: int) -> None:
+            interrupts.check()
             if stage not in tasks:
                 tasks[stage] = bars.add_task(stage, total=total)
             bars.update(tasks[stage], completed=done, total=total)
@@ -83,6 +85,7 @@ def _plain_progress(console: Console) -> passing.Progress:
     seen: dict[str, float] = {}
 
     def report(stage: str, done: int, total: int) -> None:
+        interrupts.check()
         start = seen.setdefault(stage, time.monotonic())
         if done >= total:
             console.print(f"{stage}: {total} in {time.monotonic() - start:.1f} s", markup=False)

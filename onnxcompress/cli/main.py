@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import sys
-import threading
 import warnings
 from collections.abc import Sequence
 from importlib import import_module
@@ -14,6 +13,7 @@ from typing import Any
 import click
 
 from onnxcompress import __version__
+from onnxcompress.cli import interrupts
 from onnxcompress.errors import CompressError, CompressWarning, printable
 from onnxcompress.passes import CATALOGUE
 from onnxcompress.plugins import plugins
@@ -97,7 +97,11 @@ def cli() -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; the exit code: 0, 1 error, 2 usage, 3 target missed, 130 or 143 interrupted."""
-    stopped_by = _stop_as_if_interrupted()
+    with interrupts.watching() as signals:
+        return _run(argv, signals)
+
+
+def _run(argv: Sequence[str] | None, signals: list[int]) -> int:
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _note
@@ -113,7 +117,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         # CPython remembers an interrupt that went through exec (dataclasses use it) and ends `python -m` by
         # the signal, whatever the exit code; the next exec forgets it.
         exec("")
-        return 128 + stopped_by[-1]
+        return 128 + (signals or [signal.SIGINT])[-1]
     except CompressError as error:
         click.echo(f"error: {printable(str(error))}", err=True)
         return error.exit_code
@@ -150,20 +154,6 @@ def _note(message: Warning | str, category: type[Warning], *place: Any, **more: 
         click.echo(f"note: {message}", err=True)
     else:
         click.echo(warnings.formatwarning(message, category, *place[:2]), err=True, nl=False)
-
-
-def _stop_as_if_interrupted() -> list[int]:
-    """SIGTERM (a cancelled job) cleans up as Ctrl-C does. Returns the signals that came, SIGINT first."""
-    came = [int(signal.SIGINT)]
-
-    def stop(number: int, frame: object) -> None:
-        came.append(number)
-        raise KeyboardInterrupt
-
-    ours = threading.current_thread() is threading.main_thread()
-    if ours and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
-        signal.signal(signal.SIGTERM, stop)
-    return came
 
 
 if __name__ == "__main__":

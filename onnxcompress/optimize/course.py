@@ -115,6 +115,8 @@ class Course(ABC):
     def _step(self, node: gs.Node, needs: list[str]) -> None:
         outputs = [t.name for t in node.outputs if not t.is_empty()]
         layer = self.plan.layers.get(id(node))
+        if layer is not None:
+            self._check_finite(node.inputs[layer.linear.data_at].name)
         theirs = self._run(outputs, {n: self._teacher[n] for n in needs}, self._maps)
         if layer is not None and not bool(theirs[outputs[0]].isfinite().all()):
             raise ModelError(
@@ -126,7 +128,6 @@ class Course(ABC):
             if tensor.name in read:
                 read[tensor.name] = self._seen(node, index, tensor.name)
         if layer is not None:
-            self._check_finite(node.inputs[layer.linear.data_at].name)
             with one_thread() if layer.linear.outputs < NARROW else nullcontext():
                 self._learn(layer, read[node.inputs[layer.linear.data_at].name], theirs[outputs[0]])
         ours = self._run(outputs, read, self._own)
