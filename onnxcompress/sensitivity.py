@@ -129,7 +129,8 @@ def make_variants(
 def quick(request: InputRequest, model: Model) -> InputRequest:
     """What `auto` means where distilled images would take longer than all the rest: layer-wise ones."""
     if request.inputs == "auto" and request.images is None and best_kind(model)[0] == "distilled":
-        return replace(request, inputs="layerwise")
+        why = "no --images; the file has statistics of its BatchNorms, and these inputs are made at once"
+        return replace(request, inputs="layerwise", why=why)
     return request
 
 

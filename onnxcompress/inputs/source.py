@@ -54,6 +54,8 @@ class InputRequest:
     synthetic: int = SYNTHETIC
     """Images, or samples of a layer, to make."""
     seed: int = 0
+    why: str = "asked for"
+    """Why `inputs` is what it is: the account says it. No option."""
 
     def check(self) -> None:
         """Raises OptionError for what contradicts itself."""
@@ -157,7 +159,7 @@ def gather_inputs(
     request.check()
     name, shape = image_input(model)
     choice = choose(request.preprocess, model.metadata, model.name)
-    kind, why = request.inputs, "asked for"
+    kind, why = request.inputs, request.why
     sources: list[Used] = []
     found: list[ImageSet] = []
     if request.images is not None:
