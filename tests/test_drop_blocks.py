@@ -263,7 +263,10 @@ def test_interrupted_while_tuning_nothing_is_left(
     out = tmp_path / "o.onnx"
     command = [sys.executable, "-m", "onnxcompress.cli.main", "drop-blocks", resnet, str(out), *arguments]
     process = subprocess.Popen(
-        [*command, "--drop", "blocks.1", "--steps", "100000"], stderr=subprocess.PIPE, text=True
+        [*command, "--drop", "blocks.1", "--steps", "100000"],
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # ignored in a shell's background
     )
     assert process.stderr is not None
     for line in process.stderr:  # the plain progress: refitting has ended, so it is fine-tuning

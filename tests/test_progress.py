@@ -9,6 +9,7 @@ import re
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -110,6 +111,15 @@ def test_a_terminal_shows_a_bar_with_the_time_left(plain: bool, models: Path, fe
     assert bool(text) != plain
 
 
+@pytest.fixture
+def listening() -> Iterator[None]:
+    """To SIGINT, which is ignored where a shell runs the tests in its background."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("listening")
 def test_an_interrupt_that_something_swallowed_ends_the_next_step() -> None:
     with interrupts.watching() as signals, progress(lines=False) as show:
         show("working", 0, 2)
