@@ -59,13 +59,15 @@ def _picked(model: Model, node: gs.Node, shape: Shape) -> np.ndarray | None:
     sizes = np.array([d if isinstance(d, int) else unknown for d in shape], np.int64)
     if node.op == "Gather":
         index = constant_value(model, node.inputs[1])
-        picked = None if index is None else np.asarray(sizes[index])
+        if index is None or not ((-len(sizes) <= index) & (index < len(sizes))).all():
+            return None
+        picked = np.asarray(sizes[index])
     elif node.op == "Slice":
         if len(node.inputs) < 3:
             return None
         bounds = [constant_value(model, t) for t in node.inputs[1:]]
         numbers = [int(b.item()) for b in bounds if b is not None and b.size == 1]
-        if len(numbers) < len(bounds) or (len(numbers) > 2 and numbers[2] != 0):
+        if len(numbers) < len(bounds) or (len(numbers) > 2 and numbers[2] != 0) or 0 in numbers[3:]:
             return None
         picked = sizes[numbers[0] : numbers[1] : numbers[3] if len(numbers) > 3 else 1]
     else:

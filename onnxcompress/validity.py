@@ -14,6 +14,6 @@ def fault(model: Model) -> str | None:
     """
     try:
         onnx.checker.check_model(model.skeleton(), full_check=True)
-    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError, ValueError) as error:
         return " ".join(str(error).split())
     return None

@@ -9,6 +9,7 @@ from typing import ClassVar
 
 import numpy as np
 import onnx
+import onnx.parser
 import pytest
 
 from onnxcompress.errors import ModelError
@@ -88,3 +89,20 @@ def test_the_shipped_networks_are_valid_before_and_after(models: Path) -> None:
         assert fault(model) is None
         run([FoldBatchNorm()], model)
         assert fault(model) is None
+
+
+def test_a_type_that_there_is_not_is_a_fault() -> None:
+    """Of which the checker says something else than of other faults."""
+    text = "net (float[2] x) => (uint8[2] y) <float s = {1}, uint8 z = {0}> { y = QuantizeLinear(x, s, z) }"
+    proto = onnx.parser.parse_model(f"""<ir_version: 8, opset_import: ["": 17]> {text}""")
+    proto.graph.input[0].type.tensor_type.elem_type = onnx.TensorProto.UNDEFINED
+    assert "data type 0" in (fault(Model.from_proto(proto, "net")) or "")
+
+
+@pytest.mark.parametrize("index", [-(2**63), -3, 2, 2**62])
+def test_a_size_that_there_is_not_is_not_looked_up(index: int) -> None:
+    text = (
+        f"""net (float[2, 3] x) => (int64 y) <int64 i = {{{index}}}> {{ s = Shape(x) y = Gather(s, i) }}"""
+    )
+    proto = onnx.parser.parse_model(f"""<ir_version: 8, opset_import: ["": 17]> {text}""")
+    assert "y" in Model.from_proto(proto, "net").shapes()
