@@ -172,9 +172,15 @@ def _proto_specs(proto: onnx.ModelProto, only: set[str] | None) -> list[InputSpe
             shape = tuple(
                 d.dim_value if d.dim_value > 0 else (d.dim_param or None) for d in tensor.shape.dim
             )
-        kind = onnx.TensorProto.DataType.Name(tensor.elem_type).lower()
+        kind = type_name(tensor.elem_type).lower()
         specs.append(InputSpec(value.name, _dtype(kind, value.name), shape))
     return specs
+
+
+def type_name(element_type: int) -> str:
+    """ONNX's name of an element type, FLOAT; of one that there is not the number."""
+    kinds = onnx.TensorProto.DataType
+    return kinds.Name(element_type) if element_type in kinds.values() else str(element_type)
 
 
 def _dtype(kind: str, name: str) -> np.dtype[Any]:

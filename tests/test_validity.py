@@ -17,6 +17,7 @@ from onnxcompress.model import Model, load
 from onnxcompress.passes.fold_bn import FoldBatchNorm
 from onnxcompress.passing import Change, Pass, PassResult, Progress, run, silent
 from onnxcompress.pipeline import Pipeline
+from onnxcompress.sources import input_specs
 from onnxcompress.validity import fault
 
 TEXT = """
@@ -106,3 +107,11 @@ def test_a_size_that_there_is_not_is_not_looked_up(index: int) -> None:
     )
     proto = onnx.parser.parse_model(f"""<ir_version: 8, opset_import: ["": 17]> {text}""")
     assert "y" in Model.from_proto(proto, "net").shapes()
+
+
+@pytest.mark.parametrize("kind", [-1, 0, 99])
+def test_an_input_of_a_type_that_there_is_not_is_refused(kind: int) -> None:
+    proto = onnx.parser.parse_model(TEXT)
+    proto.graph.input[0].type.tensor_type.elem_type = kind
+    with pytest.raises(ModelError, match=f"type {'undefined' if kind == 0 else kind} is not handled"):
+        input_specs(proto)

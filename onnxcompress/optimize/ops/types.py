@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from onnxcompress.optimize.ops.core import Site
+from onnxcompress.sources import type_name
 
 _P = onnx.TensorProto
 TORCH_TYPES: dict[int, torch.dtype] = {
@@ -56,7 +57,7 @@ def type_at(site: Site, element_type: int) -> torch.dtype:
     """
     dtype = TORCH_TYPES.get(int(element_type))
     if dtype is None:
-        name = _P.DataType.Name(int(element_type))
+        name = type_name(int(element_type))
         raise site.unsupported(f"it needs element type {name}, which torch cannot compute with")
     if dtype.is_floating_point and site.dtype is not None:
         return site.dtype
