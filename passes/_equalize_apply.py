@@ -120,7 +120,9 @@ def write_bounds(model: Model, bounds: list[Bounds], scales: np.ndarray) -> list
         if not scales[clip.labels].any():
             continue
         node = clip.node
-        dtype = next((t.dtype for t in node.inputs if t.dtype is not None), np.dtype(np.float32))
+        values = (None if t.is_empty() else constant_value(model, t) for t in node.inputs[1:])
+        kinds = [t.dtype for t in node.inputs] + [v.dtype for v in values if v is not None]
+        dtype = next((kind for kind in kinds if kind is not None), np.dtype(np.float32))
         factor = np.exp(scales[clip.labels])[0]
         parts = [("Max", clip.low), ("Min", clip.high)]
         steps = [(op, (bound * factor).astype(dtype)) for op, bound in parts if np.isfinite(bound)]
