@@ -6,18 +6,23 @@ import math
 import time
 import zlib
 from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from onnxcompress.graph import read, set_values
-from onnxcompress.inputs.source import gather_inputs
+from onnxcompress.inputs.source import Inputs, Used, gather_inputs
 from onnxcompress.model import Model
 from onnxcompress.optimize.budget import sparsity_budget
+from onnxcompress.optimize.deep import deep_inputs, waist
 from onnxcompress.optimize.device import pick_device
+from onnxcompress.optimize.joint import stretch_from, tune
 from onnxcompress.optimize.sparsify import LEVELS, Costs, Settings, Sparsifier, Trials, output_costs
+from onnxcompress.optimize.standardize import Twin
 from onnxcompress.optimize.subject import Subject
 from onnxcompress.passes import _prune_storage as packing
 from onnxcompress.passes._prune_target import Target, choose_target, is_pruned, magnitudes, smallest_gone
@@ -86,8 +91,9 @@ def _reconstruct(
     inputs = gather_inputs(model, request, device=device, progress=progress)
     result.shown = inputs.shown
     subject = Subject.of(model, inputs, stretched=False)
+    parts = _parts(one, subject, inputs, device, progress)
     made = time.perf_counter() - start
-    costs = _costs(one, subject, target, progress)
+    costs = _costs(one, subject, parts, target, progress)
     shares = layer_sparsities(one, original, target, costs.levels if costs else None)
     settings = Settings(
         batch=subject.batch,
@@ -96,12 +102,11 @@ def _reconstruct(
         sparsity=shares,
         rows=costs.rows if costs else {},
     )
-    worker = Sparsifier(model, subject.plan, settings, subject.twin)
-    worker.pass_through(subject.images, "pruning layers", progress)
-    _write(model, {name: value.numpy() for name, value in worker.learned.items()})
+    learned, noise = _learned(one, subject, parts, settings, device, progress)
+    _write(model, {name: value.numpy() for name, value in learned.items()})
     result.measured |= {
-        "layers": _rows(target, shares, worker.noise),
-        "inputs": [asdict(used) for used in inputs.sources],
+        "layers": _rows(target, shares, noise),
+        "inputs": [asdict(used) for used in (*inputs.sources, *(part.used for part in parts if part.used))],
         "seconds": {"inputs": made, "layers": time.perf_counter() - start - made},
         "output_snr_db": output_snr(original, model, subject.images),
     }
@@ -120,14 +125,83 @@ def _pixels(model: Model) -> int:
     return math.prod(d for d in shape[1:] if isinstance(d, int) and d > 4) if len(shape) == 4 else 0
 
 
-def _costs(one: Prune, subject: Subject, target: Target, progress: Progress) -> Costs | None:
+@dataclass(frozen=True)
+class Part:
+    """A stretch of the trunk that is pruned at once, and what it reads."""
+
+    inputs: Tensor
+    twin: Twin
+    start: str | None = None
+    stop: str | None = None
+    used: Used | None = None
+    """The account of inputs that were made for it."""
+
+
+def _parts(one: Prune, subject: Subject, inputs: Inputs, device: str, progress: Progress) -> list[Part]:
+    """The network, in two where its deep layers can have inputs of their own."""
+    start = waist(subject.model, subject.plan) if inputs.layerwise else None
+    if start is None:
+        return [Part(subject.images, subject.twin)]
+    values = deep_inputs(subject, start, seed=one.seed, device=device, progress=progress)
+    used = Used("deep", len(values), one.seed, f"at {start!r}, where the deep layers begin")
+    return [
+        Part(subject.images, subject.twin, stop=start),
+        Part(values, Twin(), start=start, used=used),
+    ]
+
+
+def _costs(
+    one: Prune, subject: Subject, parts: list[Part], target: Target, progress: Progress
+) -> Costs | None:
     """None where neither sparsities nor rows are chosen by them, or no layer can be tried."""
     if target.pattern.group or one.sensitivity is not None:
         return None
     settings = Settings(batch=subject.batch, seed=one.seed)
-    trials = Trials(subject.model, subject.plan, settings, subject.twin, names=frozenset(target.layers))
-    trials.pass_through(subject.images, "trying sparsities", progress)
-    return output_costs(trials, subject.images) if trials.found else None
+    found = Costs({}, {})
+    for part in parts:
+        names = frozenset(target.layers)
+        trials = Trials(
+            subject.model, subject.plan, settings, part.twin, start=part.start, stop=part.stop, names=names
+        )
+        trials.pass_through(part.inputs, "trying sparsities", progress)
+        if trials.found:
+            own = output_costs(trials, part.inputs)
+            found = Costs(found.levels | own.levels, found.rows | own.rows)
+    return found if found.levels else None
+
+
+def _learned(
+    one: Prune, subject: Subject, parts: list[Part], settings: Settings, device: str, progress: Progress
+) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """Parameters of all layers, and the noise of each."""
+    learned: dict[str, Tensor] = {}
+    noise: dict[str, float] = {}
+    lost: Tensor | None = None
+    for part in parts:
+        worker = Sparsifier(
+            subject.model, subject.plan, settings, part.twin, start=part.start, stop=part.stop
+        )
+        seen = part.inputs
+        if lost is not None:  # as the student's earlier layers err, on others
+            seen = seen + lost[torch.arange(len(seen)) % len(lost)]
+        worker.pass_through(part.inputs, "pruning layers", progress, seen)
+        learned, noise = learned | worker.learned, noise | worker.noise
+        if part.stop is not None:
+            lost = worker.lost(part.stop)
+        if part.start is not None:
+            where = stretch_from(subject.model, part.start)
+            learned |= tune(
+                subject.model,
+                subject.plan,
+                where,
+                part.inputs,
+                seen,
+                learned,
+                seed=one.seed,
+                device=device,
+                progress=progress,
+            )
+    return learned, noise
 
 
 def _account(one: Prune, model: Model, target: Target, result: PassResult) -> None:

@@ -64,7 +64,7 @@ def quantize(
     )
     twin = twin_of(model, x) if inputs.layerwise else Twin()
     stretched = 0
-    if one.stretch:
+    if one.stretch and one.activation_bits:  # ranges of what stays a float need no room
         stretched = stretch(model, plan, x, twin, settings.batch)
         plan = make_plan(model, bits)
     chosen = None

@@ -416,6 +416,17 @@ def test_clip_per_channel(clip: str, opset: int, expected: list[str]) -> None:
     stays(IMAGE, body, arrays, "--clip per-channel moves the bounds", opset=opset)
 
 
+def test_bounds_of_a_clip_have_the_type_of_its_constants() -> None:
+    shapes = {"w": (4, 6), "b": (6,), "u": (6, 5), "d": (5,)}
+    arrays = {name: weight(*shape).astype("f8") for name, shape in shapes.items()}
+    body = """low = Constant<value = double {-0.5}>() six = Constant<value = double {6.0}>()
+        c = Gemm(x, w, b) r = Clip(c, low, six) y = Gemm(r, u, d)"""
+    after = equalizes("(double[N,4] x) => (double[N,5] y)", body, arrays, clip="per-channel")
+    bounds = [n.input[1] for n in after.graph.node if n.op_type in ("Max", "Min")]
+    kinds = {t.name: t.data_type for t in after.graph.initializer}
+    assert [kinds[name] for name in bounds] == [onnx.TensorProto.DOUBLE] * 2
+
+
 def test_clip_per_channel_in_a_barred_stream_stays() -> None:
     arrays = PAIR | {"zero": np.float32(0), "six": np.float32(6)}
     body = "c = Conv(x, w, b) r = Clip(c, zero, six) s = Sigmoid(r) y = Conv(s, u, d)"

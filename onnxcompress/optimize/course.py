@@ -8,6 +8,8 @@ node needs are held. A layer is learned (by the subclass: `quantizer`, `sparsify
 near t. Where only a residual addition reads the layer, it also makes up for what the other side of the sum
 lost: t + (s_teacher − s_student).
 
+A course goes through the whole network, or from one tensor of its trunk to another (`start`, `stop`).
+
 With a twin (`standardize`) both run with the twin's maps, y' = a y + b₀, and the layer is learned as the
 network has it: the map of a channel is undone on both sides.
 """
@@ -29,7 +31,7 @@ from onnxcompress.optimize.executor import Executor
 from onnxcompress.optimize.patches import Patches
 from onnxcompress.optimize.rounding import Moments
 from onnxcompress.optimize.standardize import Twin
-from onnxcompress.optimize.subject import live_floats, needs
+from onnxcompress.optimize.subject import live_floats, needs, nodes_between
 from onnxcompress.optimize.threads import one_thread
 from onnxcompress.passing import Progress, silent
 from onnxcompress.quantization.plan import Layer, Plan
@@ -67,6 +69,10 @@ class Course(ABC):
     settings: CourseSettings
     twin: Twin = field(default_factory=Twin)
     device: str = "cpu"
+    start: str | None = None
+    """Name of the tensor of the trunk that is fed; None: the network's one input."""
+    stop: str | None = None
+    """… at which the course ends; None: it goes through all."""
 
     def __post_init__(self) -> None:
         self.executor = Executor.from_model(self.model, device=self.device)
@@ -74,8 +80,7 @@ class Course(ABC):
         self._teacher: dict[str, Tensor] = {}
         self._student: dict[str, Tensor] = {}
         self._own: dict[str, Tensor] = {}
-        data = self.topology.data
-        self._nodes = [n for n in self.topology.order if any(id(t) in data for t in n.outputs)]
+        self._nodes = nodes_between(self.topology, self.start, self.stop)
         self._needs_of = [needs(node, self.topology) for node in self._nodes]
         for node, needed in zip(self._nodes, self._needs_of, strict=True):
             if not needed:
@@ -86,17 +91,27 @@ class Course(ABC):
         self._last = {name: place for place, needed in enumerate(self._needs_of) for name in needed}
         self._generator = torch.Generator().manual_seed(self.settings.seed)
 
-    def pass_through(self, images: Tensor, stage: str, progress: Progress = silent) -> None:
-        """images: (N, …) at the network's one input."""
-        name = self.model.graph.inputs[0].name
-        self._teacher[name] = self._student[name] = images[: self.affordable(len(images))]
+    @property
+    def source(self) -> str:
+        """The tensor that is fed."""
+        return str(self.model.graph.inputs[0].name) if self.start is None else self.start
+
+    def pass_through(
+        self, images: Tensor, stage: str, progress: Progress = silent, seen: Tensor | None = None
+    ) -> None:
+        """images: (N, …) at `source`. seen: what the student reads there; None: the same."""
+        count = self.affordable(len(images))
+        self._teacher[self.source] = images[:count]
+        self._student[self.source] = (images if seen is None else seen)[:count]
         mapped = (*self.twin.weights, *self.twin.biases)
         self._maps = {n: self.twin.mapped(n, self.executor.parameters[n]) for n in mapped}
         self._own.update(self._maps)
         with torch.no_grad():
             for place, node in enumerate(self._nodes):
                 self._step(node, self._needs_of[place])
-                for tensor in [t for t in self._teacher if self._last.get(t, -1) <= place]:
+                for tensor in [
+                    t for t in self._teacher if self._last.get(t, -1) <= place and t != self.stop
+                ]:
                     del self._teacher[tensor], self._student[tensor]
                 progress(stage, place + 1, len(self._nodes))
 
@@ -205,9 +220,13 @@ class Course(ABC):
                 break
         return moments
 
+    def lost(self, name: str) -> Tensor:
+        """What the student's tensor lacks, of one that is held after the course: that at which it stops."""
+        return self._student[name] - self._teacher[name]
+
     def affordable(self, count: int) -> int:
         """Images of which all tensors that are held at a time fit into MEMORY."""
-        live = live_floats(self.model, self._nodes, self._last)
+        live = live_floats(self.model, self._nodes, self._last, self.source)
         return max(1, min(count, MEMORY // (4 * COPIES * live)))
 
 

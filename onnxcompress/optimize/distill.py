@@ -14,7 +14,7 @@ Does not handle: statistics of tensors whose channels are not axis 1; several in
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -94,7 +94,7 @@ def _optimized(
             with autocast(executor.device):
                 x = pixels.normalized(_view(share, pixels.places, generator))
                 found = executor.run({source: x}, list(targets))
-            loss = torch.stack([_mismatch(found[name], *targets[name]) for name in targets]).sum()
+            loss = torch.stack([mismatch(found[name], *targets[name]) for name in targets]).sum()
             if not loss.requires_grad:
                 raise ModelError(
                     f"no gradient reaches the input {source!r}, so no image can be distilled (is it "
@@ -164,17 +164,25 @@ def _targets(
     model: Model, executor: Executor, statistics: Mapping[str, ChannelStatistics]
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """(mean, deviation) of the tensors to match, in the order of the graph."""
-    made = [t.name for node in model.graph.nodes for t in node.outputs if t.name in statistics]
+    made = targets_of([t.name for n in model.graph.nodes for t in n.outputs], statistics, executor.device)
     if not made:
         raise ModelError(
             f"{model.name}: no tensor of the graph has known statistics to distil images from; take "
             "procedural images"
         )
-    places = np.linspace(0, len(made) - 1, min(TENSORS, len(made))).round().astype(int)
+    return made
+
+
+def targets_of(
+    names: Sequence[str], statistics: Mapping[str, ChannelStatistics], device: torch.device
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """(mean, deviation) of those of the tensors that are known; of many, TENSORS evenly spread."""
+    known = [name for name in names if name in statistics]
+    places = np.linspace(0, len(known) - 1, min(TENSORS, len(known))).round().astype(int)
     return {
-        made[i]: (
-            torch.from_numpy(statistics[made[i]].mean.copy()).to(executor.device),
-            torch.from_numpy(statistics[made[i]].std.copy()).to(executor.device),
+        known[i]: (
+            torch.from_numpy(statistics[known[i]].mean.copy()).to(device),
+            torch.from_numpy(statistics[known[i]].std.copy()).to(device),
         )
         for i in places
     }
@@ -193,7 +201,7 @@ def _floats(shape: tuple[int | str | None, ...]) -> int:
     return int(np.prod([d if isinstance(d, int) else 1 for d in shape[1:]]))
 
 
-def _mismatch(values: Tensor, mean: Tensor, deviation: Tensor) -> Tensor:
+def mismatch(values: Tensor, mean: Tensor, deviation: Tensor) -> Tensor:
     """Mean over channels of the squared errors of mean and deviation, relative to the deviation."""
     first, second = _Moments.apply(values)  # type: ignore[no-untyped-call, unused-ignore]
     found = (second - first.square()).clamp_min(1e-12).sqrt()

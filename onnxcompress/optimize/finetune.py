@@ -75,7 +75,7 @@ def finetune(
         for v, r in zip(values.values(), rates, strict=True)
     ]
     adam = torch.optim.Adam(groups, betas=(0.9, 0.98), fused=device.type == "cuda")
-    scheduler = torch.optim.lr_scheduler.LambdaLR(adam, lambda step: _rate(step, schedule))
+    scheduler = torch.optim.lr_scheduler.LambdaLR(adam, lambda step: rate(step, schedule))
     generator = torch.Generator().manual_seed(schedule.seed)
     loss_of = _loss(student, teacher, list(values), source, feature)
     for step in range(schedule.steps):
@@ -164,7 +164,7 @@ def _trainable(node: gs.Node) -> list[gs.Tensor]:
     return [] if is_op(node, "QuantizeLinear", "DequantizeLinear") else list(node.inputs)
 
 
-def _rate(step: int, schedule: Schedule) -> float:
+def rate(step: int, schedule: Schedule) -> float:
     """Linear warm-up, then half a cosine to zero."""
     warm = max(1, round(schedule.warm_up * schedule.steps))
     if step < warm:

