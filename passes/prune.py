@@ -3,9 +3,13 @@
  1. BatchNorm and zero pads are folded                                       `_quantize_prepare`
  2. inputs: procedural ones through the twin that has the recorded
     statistics, images, …                                                    `inputs.source`
+    without images, the deep layers get many of their own, made to have
+    the recorded statistics there                                            `optimize.deep`
  3. how sparse each layer is to be                                           `sparsities`
  4. layer by layer, the student reading its own earlier error: mask and new values of what stays in closed
     form, biases corrected                                                   `optimize.sparsify`, `sparse`
+    deep layers with inputs of their own are then tuned together, by
+    gradient; their zeros stay                                               `optimize.joint`
  5. how the zeros are stored                                                 `_prune_storage`
 
 `scope`: with "layer" all layers are as sparse as each other. With "global" that differs: reconstructed, a
@@ -95,7 +99,7 @@ class Prune(Pass):
     storage: Literal["dense", "sparse"] = option(
         "dense", "Zeros as they are, or left out of the file; put back when a runtime loads it."
     )
-    device: Literal["auto", "cpu", "cuda"] = option("auto", "Where torch makes inputs.")
+    device: Literal["auto", "cpu", "cuda"] = option("auto", "Where torch makes inputs and tunes layers.")
     seed: int = option(0, "Of all draws.")
 
     def apply(self, model: Model, progress: Progress = silent) -> PassResult:

@@ -102,7 +102,9 @@ class Quantize(Pass):
     ranges: Literal["mse", "minmax"] = option("mse", "Activation ranges: least squares, or the ends seen.")
     reconstruct: bool = option(True, "Round weights so that layers' outputs stay, not each to its nearest.")
     stretch: bool = option(
-        True, "Give channels between layers equal ranges first, by factors folded into the layers."
+        True,
+        "Give channels between layers equal ranges first, by factors folded into the layers; not where "
+        "activations stay floats.",
     )
     device: Literal["auto", "cpu", "cuda"] = option("auto", "Where torch computes.")
     seed: int = option(0, "Of all draws.")
