@@ -143,7 +143,7 @@ def _parts(one: Prune, subject: Subject, inputs: Inputs, device: str, progress: 
     if start is None:
         return [Part(subject.images, subject.twin)]
     values = deep_inputs(subject, start, seed=one.seed, device=device, progress=progress)
-    used = Used("deep", len(values), one.seed, f"at {start!r}, where the deep layers begin")
+    used = Used("deep inputs", len(values), one.seed, f"at {start!r}, where the deep layers begin", "", "")
     return [
         Part(subject.images, subject.twin, stop=start),
         Part(values, Twin(), start=start, used=used),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import onnx_graphsurgeon as gs
@@ -42,6 +44,16 @@ def _prepared(file: Path) -> Model:
     model = load(file)
     prepare(model)
     return model
+
+
+@contextmanager
+def _more_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(before + 1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _start(subject: Subject) -> str:
@@ -108,12 +120,8 @@ def test_deep_inputs_follow_their_seed_and_not_the_threads(subjects: dict[str, S
     subject = subjects[NETWORKS[1]]
     start = _start(subject)
     first, other = (deep_inputs(subject, start, seed=seed) for seed in (0, 1))
-    before = torch.get_num_threads()
-    torch.set_num_threads(before + 1)
-    try:
+    with _more_threads():
         again = deep_inputs(subject, start)
-    finally:
-        torch.set_num_threads(before)
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
 
@@ -141,7 +149,8 @@ def test_layers_tuned_together_err_less_and_keep_their_zeros(subjects: dict[str,
         return float((a[where.outputs[0]] - b[where.outputs[0]]).square().mean())
 
     tuned = tune(subject.model, subject.plan, where, x, x, pruned, steps=20)
-    again = tune(subject.model, subject.plan, where, x, x, pruned, steps=20)
+    with _more_threads():
+        again = tune(subject.model, subject.plan, where, x, x, pruned, steps=20)
     assert tuned.keys() == pruned.keys()
     assert all(torch.equal(tuned[name], again[name]) for name in tuned)
     for layer in subject.plan.layers.values():

@@ -162,8 +162,8 @@ def learned_from(inputs: Sequence[Mapping[str, Any]], verb: str = "learned") -> 
     from onnxcompress.inputs.preprocess import told
 
     return [
-        f"{verb} from {used['count']} {used['source']} ({used['why']}), "
-        + told(used["preprocess"], used["preprocess_from"])
+        f"{verb} from {used['count']} {used['source']} ({used['why']})"
+        + (f", {told(used['preprocess'], used['preprocess_from'])}" if used["preprocess"] else "")
         for used in inputs
     ]
 

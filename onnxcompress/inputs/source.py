@@ -88,7 +88,7 @@ class Used:
     preprocess: str = ""
     """As `Preprocess` writes it."""
     preprocess_from: str = "option"
-    """option, model (its metadata), or default."""
+    """option, model (its metadata), or default; empty where they are no images."""
 
 
 @dataclass(frozen=True)

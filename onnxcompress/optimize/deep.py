@@ -37,7 +37,7 @@ from onnxcompress.model import Model
 from onnxcompress.optimize.device import autocast
 from onnxcompress.optimize.distill import Targets, mismatch, targets_of
 from onnxcompress.optimize.executor import Executor
-from onnxcompress.optimize.subject import Subject, fixed_batch, needs, nodes_between
+from onnxcompress.optimize.subject import Subject, fixed_batch, floats, needs, nodes_between
 from onnxcompress.optimize.threads import in_turn
 from onnxcompress.passing import Progress, silent
 from onnxcompress.quantization.plan import Plan
@@ -48,7 +48,9 @@ COUNT = 1024
 EACH = 8
 """Of an image, at most."""
 CHUNK = 256
-"""Inputs that are optimized together: their statistics are matched as a whole."""
+"""Inputs that are optimized together, at most: their statistics are matched as a whole."""
+BYTES = 1 << 30
+"""Of all inputs, and of what is computed of a chunk; fewer are made where they would take more."""
 STEPS = 16
 RATE = 0.15
 """Of Adam at its start, in deviations of the channel; half a cosine to zero."""
@@ -74,7 +76,7 @@ def waist(model: Model, plan: Plan) -> str | None:
         return None
     shapes = model.shapes()
     nodes = nodes_between(topology, None, None)
-    work = np.array([sum(_floats(shapes.get(t.name, ())) for t in node.outputs) for node in nodes])
+    work = np.array([sum(floats(shapes.get(t.name)) for t in node.outputs) for node in nodes])
     weights = np.array(
         [plan.layers[id(n)].linear.weight.size if id(n) in plan.layers else 0 for n in nodes]
     )
@@ -106,17 +108,19 @@ def deep_inputs(
     """Inputs at the tensor `start`, (COUNT or fewer, …), from what the subject's images are there."""
     executor = Executor.from_model(subject.model, device=device)
     topology = Topology(subject.model)
+    shapes = subject.model.shapes()
     behind = [t.name for n in nodes_between(topology, start, None) for t in n.outputs]
     targets = targets_of([start, *behind], known_statistics(subject.model), executor.device)
     begin = _begin(executor, subject, start)
     logits = _logits(subject.model)
-    count = min(COUNT, EACH * len(begin))
-    chunks = -(-count // CHUNK)
+    size = min(CHUNK, max(1, BYTES // (4 * sum(floats(shapes.get(name)) for name in behind))))
+    count = min(COUNT, EACH * len(begin), max(size, BYTES // (4 * floats(shapes[start]))))
+    chunks = -(-count // size)
     executor.needed([start], [*targets, *([logits] if logits else [])])  # once, not by each thread
 
     def work(chunk: int) -> Tensor:
         generator = torch.Generator().manual_seed(seed * chunks + chunk)
-        index = torch.arange(chunk * CHUNK, min(count, (chunk + 1) * CHUNK))
+        index = torch.arange(chunk * size, min(count, (chunk + 1) * size))
         z = begin[index % len(begin)]
         mirrored = (index // len(begin) % 2 == 1).view(-1, 1, 1, 1)
         return _optimized(executor, torch.where(mirrored, z.flip(3), z), start, targets, logits, generator)
@@ -131,12 +135,14 @@ def deep_inputs(
 def _begin(executor: Executor, subject: Subject, start: str) -> Tensor:
     twin, name = subject.twin, str(subject.model.graph.inputs[0].name)
     maps = {n: twin.mapped(n, executor.parameters[n]) for n in (*twin.weights, *twin.biases)}
-    with torch.no_grad():
-        parts = [
-            executor.run({name: x}, [start], maps)[start]
-            for x in torch.split(subject.images, subject.batch)
-        ]
-    return torch.cat(parts)
+    batches = torch.split(subject.images, subject.batch)
+
+    def run(batch: int) -> Tensor:
+        with torch.no_grad():  # of each thread
+            return executor.run({name: batches[batch]}, [start], maps)[start]
+
+    executor.needed([name], [start])  # once, not by each thread
+    return torch.cat(list(in_turn(run, len(batches))))
 
 
 def _optimized(
@@ -180,7 +186,3 @@ def _logits(model: Model) -> str | None:
     shape = model.shapes().get(tensor.name, ())
     many = len(shape) == 2 and isinstance(shape[1], int) and shape[1] >= FEWEST_CLASSES
     return str(tensor.name) if many else None
-
-
-def _floats(shape: tuple[int | str | None, ...]) -> int:
-    return math.prod(d for d in shape[1:] if isinstance(d, int)) if shape else 0

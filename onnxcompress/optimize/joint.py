@@ -13,7 +13,6 @@ of a batch, each on one thread: the same whatever the number of threads.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -25,7 +24,8 @@ from onnxcompress.model import Model
 from onnxcompress.optimize.device import autocast
 from onnxcompress.optimize.executor import Executor
 from onnxcompress.optimize.finetune import Schedule, rate
-from onnxcompress.optimize.threads import in_turn
+from onnxcompress.optimize.subject import floats
+from onnxcompress.optimize.threads import in_turn, one_thread
 from onnxcompress.passing import Progress, silent
 from onnxcompress.quantization.plan import Plan
 from onnxcompress.topology import Topology
@@ -50,9 +50,6 @@ def stretch_from(model: Model, start: str) -> Stretch:
     topology, shapes = Topology(model), model.shapes()
     tensors = model.graph.tensors()
 
-    def size(name: str) -> int:
-        return math.prod(d for d in shapes.get(name, ())[1:] if isinstance(d, int))
-
     first = topology.position(tensors[start])
     outputs = tuple(t.name for t in model.graph.outputs if id(t) in topology.data)
     levels = tuple(
@@ -60,7 +57,7 @@ def stretch_from(model: Model, start: str) -> Stretch:
         for t in topology.trunk()
         if topology.position(t) > first
         and is_op(producer(t), "Conv", "Add", "GlobalAveragePool", "ReduceMean")
-        and size(t.name) <= NARROW * size(start)
+        and floats(shapes.get(t.name)) <= NARROW * floats(shapes[start])
         and t.name not in outputs
     )
     return Stretch(start, levels, outputs)
@@ -84,19 +81,23 @@ def tune(
     model: the teacher. values: (N, …), what it reads there; seen: what the student does.
     """
     executor = Executor.from_model(model, device=device)
-    names = [*where.levels, *where.outputs]
-    wanted = _wanted(executor, where.start, values, names)
-    spread = {n: w.float().var().clamp_min(1e-12) for n, w in wanted.items()}
+    wanted = _wanted(executor, where.start, values, [*where.levels, *where.outputs])
+    names = list(wanted)
+    with one_thread():
+        spread = {n: w.float().var().clamp_min(1e-12) for n, w in wanted.items()}
+        sizes = {n: max(float(v.square().mean().sqrt()), 1e-3) for n, v in learned.items()}
     used = {t.name for node in executor.needed([where.start], names) for t in node.inputs}
     leaves = {
         n: v.detach().clone().float().to(executor.device).requires_grad_()
         for n, v in learned.items()
         if n in used
     }
+    if not leaves:
+        return {}
     weights = {layer.weight for layer in plan.layers.values()}
     masks = {n: v.detach() != 0 for n, v in leaves.items() if n in weights}
     schedule = Schedule(steps, BATCH, LEARNING_RATE, seed)
-    groups = [{"params": [v], "lr": LEARNING_RATE * _size(v)} for v in leaves.values()]
+    groups = [{"params": [v], "lr": LEARNING_RATE * sizes[n]} for n, v in leaves.items()]
     adam = torch.optim.Adam(groups, betas=(0.9, 0.98))
     scheduler = torch.optim.lr_scheduler.LambdaLR(adam, lambda step: rate(step, schedule))
     generator = torch.Generator().manual_seed(seed)
@@ -108,10 +109,14 @@ def tune(
             with autocast(executor.device):
                 made = executor.run({where.start: seen[own]}, names, leaves)
             errors = {n: (made[n].float() - wanted[n][own]).square().mean() / spread[n] for n in names}
-            loss = torch.stack([errors[n] for n in where.outputs]).sum()
-            if where.levels:
-                loss = loss + torch.stack([errors[n] for n in where.levels]).mean()
-            return torch.autograd.grad(loss, list(leaves.values()))
+            share = 1 / max(len(where.levels), 1)
+            shares = {n: share if n in where.levels else 1.0 for n in names if made[n].requires_grad}
+            if not shares:  # behind an ArgMax, say
+                return tuple(torch.zeros_like(leaf) for leaf in leaves.values())
+            loss = torch.stack([weight * errors[n] for n, weight in shares.items()]).sum()
+            return torch.autograd.grad(
+                loss, list(leaves.values()), allow_unused=True, materialize_grads=True
+            )
 
         halves = list(in_turn(slopes, HALVES))
         for leaf, *parts in zip(leaves.values(), *halves, strict=True):
@@ -126,11 +131,13 @@ def tune(
 
 
 def _wanted(executor: Executor, start: str, values: Tensor, names: list[str]) -> dict[str, Tensor]:
-    with torch.no_grad():
-        runs = [executor.run({start: part}, names) for part in torch.split(values, BATCH)]
-    return {n: torch.cat([run[n] for run in runs]) for n in names}
+    parts = torch.split(values, BATCH)
 
+    def run(part: int) -> dict[str, Tensor]:
+        with torch.no_grad():  # of each thread
+            return executor.run({start: parts[part]}, names)
 
-def _size(value: Tensor) -> float:
-    """Rates are relative to it."""
-    return max(float(value.detach().square().mean().sqrt()), 1e-3)
+    executor.needed([start], names)  # once, not by each thread
+    runs = list(in_turn(run, len(parts)))
+    found = {n: torch.cat([run[n] for run in runs]) for n in names}
+    return {n: v for n, v in found.items() if v.is_floating_point()}

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from onnxcompress.errors import InputError
 from onnxcompress.inputs.source import Inputs
-from onnxcompress.model import Model
+from onnxcompress.model import Model, Shape
 from onnxcompress.optimize.channel_ranges import stretch
 from onnxcompress.optimize.executor import Executor
 from onnxcompress.optimize.standardize import Twin, standardize
@@ -93,10 +93,14 @@ def live_floats(model: Model, nodes: Sequence[gs.Node], last: Mapping[str, int],
     most = 1
     for place, node in enumerate(nodes):
         live |= {t.name for t in node.outputs}
-        sizes = (math.prod(d for d in shapes.get(n, ())[1:] if isinstance(d, int)) for n in live)
-        most = max(most, sum(sizes))
+        most = max(most, sum(floats(shapes.get(n)) for n in live))
         live = {name for name in live if last.get(name, -1) > place}
     return most
+
+
+def floats(shape: Shape | None) -> int:
+    """Numbers of one image in a tensor, as far as its sizes are known."""
+    return math.prod(d for d in (shape or ())[1:] if isinstance(d, int)) if shape else 0
 
 
 def needs(node: gs.Node, topology: Topology) -> list[str]:

@@ -122,9 +122,10 @@ def inputs(material: Material) -> Section | None:
         learning.append((material.command, material.account["inputs"]))
     for who, sources in learning:
         for used in sources:
-            kind = "images" if used["source"] == "images" else f"{used['source']} images"
+            pixels = used["source"] != "images" and used.get("preprocess") != ""
+            kind = f"{used['source']} images" if pixels else used["source"]
             text = f"{who} learned from {used['count']} {kind}"
-            how = f", {told(used['preprocess'], used['preprocess_from'])}" if "preprocess" in used else ""
+            how = f", {told(used['preprocess'], used['preprocess_from'])}" if used.get("preprocess") else ""
             parts.append(Prose(f"{text} ({used['why']}; seed {used['seed']}){how}."))
     if "kind" in material.account and "why" in material.account:
         a = material.account
