@@ -39,7 +39,7 @@ def quantize(
     one: Quantize, original: Model, model: Model, changes: list[Change], progress: Progress
 ) -> PassResult:
     """Quantize the prepared model in place."""
-    bits = Bits(one.weight_bits, one.activation_bits or None, one.first_last or None)
+    bits = Bits(one.weight_bits, one.activation_bits or None, one.first_last or None, one.depthwise)
     plan = make_plan(model, bits)
     result = PassResult(changes, plan.refusals)
     if not plan.layers:

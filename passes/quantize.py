@@ -74,6 +74,11 @@ class Quantize(Pass):
     weight_bits: int = option(8, "Of weights, 2 to 8; with a budget the most.")
     activation_bits: int = option(8, "Of what layers read, 2 to 8; 0: weights only.")
     first_last: int = option(8, "Bits of the first and last layer, at least; 0: as the others.")
+    depthwise: int = option(
+        8,
+        "Bits of depthwise convolutions where weights alone are quantized, at least: few weights whose "
+        "errors nothing averages; 0: as the others.",
+    )
     bits_budget: float | None = option(
         None,
         "Average bits of all weights, at most; each layer gets its own, those with the least error. Fewer "
@@ -134,7 +139,12 @@ class Quantize(Pass):
     def check(self) -> None:
         """Raises OptionError for wrong options."""
         self.request.check()
-        for name, least in (("weight_bits", 2), ("activation_bits", 0), ("first_last", 0)):
+        for name, least in (
+            ("weight_bits", 2),
+            ("activation_bits", 0),
+            ("first_last", 0),
+            ("depthwise", 0),
+        ):
             value = getattr(self, name)
             if not (value == 0 and least == 0) and not 2 <= value <= 8:
                 raise OptionError(

@@ -110,6 +110,17 @@ def test_few_bits_are_what_the_file_computes(models: Path, activations: int) -> 
     assert max(len(np.unique(found[name])) for name in read) == 2**activations
 
 
+@pytest.mark.parametrize(("depthwise", "expected"), [(8, 8), (0, 4)])
+def test_depthwise_weights_alone_keep_their_bits(models: Path, depthwise: int, expected: int) -> None:
+    model = load(models / "mobilenetv2-fashion.onnx")
+    one = replace(QUICK, weight_bits=4, activation_bits=0, first_last=0, depthwise=depthwise, synthetic=8)
+    (result,) = run([one], model)
+    assert not result.measured["channel_ranges"]
+    bits = {row["name"]: row["weight_bits"] for row in result.measured["layers"]}
+    assert {b for name, b in bits.items() if "depthwise" in name} == {expected}
+    assert {b for name, b in bits.items() if "depthwise" not in name} == {4}
+
+
 def test_per_tensor_every_weight_has_one_scale(models: Path) -> None:
     model = load(models / "mobilenetv2-fashion.onnx")
     run([replace(QUICK, per_channel=False, synthetic=8)], model)

@@ -22,7 +22,7 @@ Does not handle: recurrent and attention operators, bodies of If, Loop and Scan.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import onnx_graphsurgeon as gs
@@ -125,6 +125,8 @@ class Bits:
     """None: weights only."""
     ends: int | None
     """Of the first and last layer, weight and input; None: as the others."""
+    depthwise: int = 0
+    """Of depthwise convolutions where weights alone are quantized, at least."""
 
 
 def make_plan(model: Model, bits: Bits, chosen: Mapping[str, int] | None = None) -> Plan:
@@ -144,9 +146,11 @@ def make_plan(model: Model, bits: Bits, chosen: Mapping[str, int] | None = None)
             amount = max(bits.ends or 0, bits.activation) if own else bits.activation
             key = (node.inputs[linear.data_at].name, amount)
             plan.edges[id(node), linear.data_at] = key
-        name = str(node.inputs[linear.weight_at].name)
-        weight = (chosen or {}).get(name, weight)
-        plan.layers[id(node)] = Layer(linear, node_label(node), weight, key)
+        layer = Layer(linear, node_label(node), weight, key)
+        if layer.depthwise and key is None:
+            layer = replace(layer, weight_bits=max(weight, bits.depthwise))
+        own_bits = (chosen or {}).get(layer.weight)
+        plan.layers[id(node)] = layer if own_bits is None else replace(layer, weight_bits=own_bits)
     if bits.activation is not None and plan.layers:
         _streams(model, topology, plan)
         if bits.activation == STREAM_BITS:
