@@ -20,7 +20,7 @@ from onnxcompress.model import Model
 from onnxcompress.optimize.budget import sparsity_budget
 from onnxcompress.optimize.deep import deep_inputs, waist
 from onnxcompress.optimize.device import pick_device
-from onnxcompress.optimize.joint import stretch_from, tune
+from onnxcompress.optimize.joint import tail_from, tune
 from onnxcompress.optimize.sparsify import LEVELS, Costs, Settings, Sparsifier, Trials, output_costs
 from onnxcompress.optimize.standardize import Twin
 from onnxcompress.optimize.subject import Subject
@@ -189,7 +189,7 @@ def _learned(
         if part.stop is not None:
             lost = worker.lost(part.stop)
         if part.start is not None:
-            where = stretch_from(subject.model, part.start)
+            where = tail_from(subject.model, part.start)
             learned |= tune(
                 subject.model,
                 subject.plan,

@@ -17,7 +17,7 @@ from onnxcompress.model import Model, load
 from onnxcompress.optimize.deep import WEIGHTS, WORK, deep_inputs, waist
 from onnxcompress.optimize.distill import mismatch, targets_of
 from onnxcompress.optimize.executor import Executor
-from onnxcompress.optimize.joint import stretch_from, tune
+from onnxcompress.optimize.joint import tail_from, tune
 from onnxcompress.optimize.subject import Subject, nodes_between
 from onnxcompress.passes._prune_target import FLOATS
 from onnxcompress.passes._quantize_prepare import prepare
@@ -129,7 +129,7 @@ def test_deep_inputs_follow_their_seed_and_not_the_threads(subjects: dict[str, S
 def test_layers_tuned_together_err_less_and_keep_their_zeros(subjects: dict[str, Subject]) -> None:
     subject = subjects[NETWORKS[0]]
     start = _start(subject)
-    where = stretch_from(subject.model, start)
+    where = tail_from(subject.model, start)
     assert where.levels
     made = deep_inputs(subject, start)
     x, held = made[:192], made[192:]

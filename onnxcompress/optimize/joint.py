@@ -37,7 +37,7 @@ NARROW = 2
 
 
 @dataclass(frozen=True)
-class Stretch:
+class Tail:
     """From one tensor of the trunk to the outputs."""
 
     start: str
@@ -45,8 +45,8 @@ class Stretch:
     outputs: tuple[str, ...]
 
 
-def stretch_from(model: Model, start: str) -> Stretch:
-    """Behind the tensor `start`."""
+def tail_from(model: Model, start: str) -> Tail:
+    """Behind the tensor `start` of the trunk: its narrow tensors, and the network's outputs."""
     topology, shapes = Topology(model), model.shapes()
     tensors = model.graph.tensors()
 
@@ -60,13 +60,13 @@ def stretch_from(model: Model, start: str) -> Stretch:
         and floats(shapes.get(t.name)) <= NARROW * floats(shapes[start])
         and t.name not in outputs
     )
-    return Stretch(start, levels, outputs)
+    return Tail(start, levels, outputs)
 
 
 def tune(
     model: Model,
     plan: Plan,
-    where: Stretch,
+    where: Tail,
     values: Tensor,
     seen: Tensor,
     learned: Mapping[str, Tensor],
