@@ -32,7 +32,7 @@ from onnxcompress.optimize.patches import Patches
 from onnxcompress.optimize.rounding import Moments
 from onnxcompress.optimize.standardize import Twin
 from onnxcompress.optimize.subject import live_floats, needs, nodes_between
-from onnxcompress.optimize.threads import one_thread
+from onnxcompress.optimize.threads import in_turn, one_thread
 from onnxcompress.passing import Progress, silent
 from onnxcompress.quantization.plan import Layer, Plan
 from onnxcompress.topology import Topology
@@ -154,18 +154,24 @@ class Course(ABC):
     def _run(
         self, outputs: list[str], feeds: dict[str, Tensor], parameters: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        count = next(iter(feeds.values())).shape[0]
-        parts = []
-        for start in range(0, count, self.settings.batch):
-            part = {n: v[start : start + self.settings.batch] for n, v in feeds.items()}
+        """Batch by batch, each on one thread: sums of a convolution depend on how many work on it."""
+        batches = {n: torch.split(v, self.settings.batch) for n, v in feeds.items()}
+
+        def run(index: int) -> dict[str, Tensor]:
+            part = {n: of[index] for n, of in batches.items()}
             size = len(next(iter(part.values())))
-            parts.append(self.executor.run(part, outputs, parameters))
-            for name, value in parts[-1].items():
+            with torch.no_grad():  # of each thread
+                made = self.executor.run(part, outputs, parameters)
+            for name, value in made.items():
                 if not value.ndim or len(value) % size:
                     raise ModelError(
                         f"{self.model.name}: tensor {name!r} of shape {list(value.shape)} does not hold one"
                         f" image after the other, of a batch of {size}: such networks are not handled"
                     )
+            return made
+
+        self.executor.needed(feeds, outputs)  # once, not by each thread
+        parts = list(in_turn(run, len(next(iter(batches.values())))))
         return {n: torch.cat([part[n] for part in parts]) for n in outputs}
 
     def _check_finite(self, name: str) -> None:
