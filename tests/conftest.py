@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import os
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,23 @@ MODELS = Path(__file__).resolve().parent.parent / "models"
 def models() -> Path:
     """The folder of the shipped networks and images."""
     return MODELS
+
+
+@pytest.fixture(scope="session")
+def more_threads() -> Callable[[], AbstractContextManager[None]]:
+    """A context in which torch has one thread more."""
+    import torch
+
+    @contextmanager
+    def context() -> Iterator[None]:
+        before = torch.get_num_threads()
+        torch.set_num_threads(before + 1)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(before)
+
+    return context
 
 
 @pytest.fixture

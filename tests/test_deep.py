@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import onnx_graphsurgeon as gs
@@ -25,6 +25,8 @@ from onnxcompress.quantization.plan import make_plan
 from onnxcompress.statistics import known_statistics, write_record
 from onnxcompress.topology import Topology
 
+Threads = Callable[[], AbstractContextManager[None]]
+
 NETWORKS = ("resnet20-fashion.onnx", "mobilenetv2-fashion.onnx")
 
 
@@ -44,16 +46,6 @@ def _prepared(file: Path) -> Model:
     model = load(file)
     prepare(model)
     return model
-
-
-@contextmanager
-def _more_threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(before + 1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _start(subject: Subject) -> str:
@@ -116,17 +108,21 @@ def test_deep_inputs_bring_the_recorded_statistics_and_classes(
     assert (found.bincount(minlength=10) > 0.03 * len(x)).all()  # all classes come
 
 
-def test_deep_inputs_follow_their_seed_and_not_the_threads(subjects: dict[str, Subject]) -> None:
+def test_deep_inputs_follow_their_seed_and_not_the_threads(
+    subjects: dict[str, Subject], more_threads: Threads
+) -> None:
     subject = subjects[NETWORKS[1]]
     start = _start(subject)
     first, other = (deep_inputs(subject, start, seed=seed) for seed in (0, 1))
-    with _more_threads():
+    with more_threads():
         again = deep_inputs(subject, start)
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
 
 
-def test_layers_tuned_together_err_less_and_keep_their_zeros(subjects: dict[str, Subject]) -> None:
+def test_layers_tuned_together_err_less_and_keep_their_zeros(
+    subjects: dict[str, Subject], more_threads: Threads
+) -> None:
     subject = subjects[NETWORKS[0]]
     start = _start(subject)
     where = tail_from(subject.model, start)
@@ -149,7 +145,7 @@ def test_layers_tuned_together_err_less_and_keep_their_zeros(subjects: dict[str,
         return float((a[where.outputs[0]] - b[where.outputs[0]]).square().mean())
 
     tuned = tune(subject.model, subject.plan, where, x, x, pruned, steps=20)
-    with _more_threads():
+    with more_threads():
         again = tune(subject.model, subject.plan, where, x, x, pruned, steps=20)
     assert tuned.keys() == pruned.keys()
     assert all(torch.equal(tuned[name], again[name]) for name in tuned)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import json
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
@@ -48,6 +50,15 @@ def small(opset: int = 17) -> Model:
     return Model.from_proto(graph("(float[N,3,8,8] x) => (float[N,4] y)", BODY, arrays, opset=opset))
 
 
+def wide() -> Model:
+    """A pointwise layer whose sums depend on how many threads work on a batch."""
+    body = """s = Conv(x, ws) a = Conv(s, wa) r = Relu(a) b = Conv(r, wb) q = GlobalAveragePool(b)
+        f = Flatten(q) y = Gemm<transB=1>(f, wg)"""
+    arrays = {"ws": weight(16, 3, 1, 1), "wa": weight(96, 16, 1, 1, seed=1)}
+    arrays |= {"wb": weight(24, 96, 1, 1, seed=2), "wg": weight(4, 24, seed=3)}
+    return Model.from_proto(graph("(float[N,3,28,28] x) => (float[N,4] y)", body, arrays))
+
+
 def weights(model: Model) -> dict[str, np.ndarray]:
     found = {}
     for node in model.graph.nodes:
@@ -59,6 +70,17 @@ def weights(model: Model) -> dict[str, np.ndarray]:
 def sparsity(model: Model) -> float:
     found = weights(model).values()
     return 1 - sum(np.count_nonzero(w) for w in found) / sum(w.size for w in found)
+
+
+def test_the_number_of_threads_changes_no_byte(
+    more_threads: Callable[[], AbstractContextManager[None]],
+) -> None:
+    one = replace(SMALL, synthetic=8, sparsity=0.5)
+    first, again = wide(), wide()
+    run([one], first)
+    with more_threads():
+        run([one], again)
+    assert first.digest() == again.digest()
 
 
 @pytest.mark.parametrize("scope", ["global", "layer"])

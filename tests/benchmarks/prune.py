@@ -2,7 +2,8 @@
 
     python tests/benchmarks/prune.py MODEL TEST --preprocess TEXT [--split N --part tune|test]
 
-Top-1 on TEST as onnxruntime runs the files, for each of --sparsities (prune) and --peers (magnitude pruning
+Top-1 on TEST as onnxruntime runs the files, and how far their classes' probabilities (a softmax of the
+output) are from the float network's, for each of --sparsities (prune) and --peers (magnitude pruning
 of the network as it is in the file, BatchNorm kept: the smallest of all weights, and of each layer), and
 for 2:4. The sparsity at one point lost is the largest where the curve, linear between what was measured,
 has lost no more; the ratio is that of the weights that magnitude pruning must keep (the better of both) to
@@ -62,24 +63,31 @@ def main(
     **options: Any,
 ) -> None:
     """Accuracy over sparsities, the sparsity at one point lost, and the ratio to magnitude pruning."""
-    from onnxcompress.evaluate import logits, topk
+    from onnxcompress.evaluate import agreement, logits, topk
     from onnxcompress.model import Model, load
 
     images = labelled_images(test, preprocess, split, part, limit, seed)
     network = load(model)
+    exact = logits(network, images, provider="cpu", threads=threads)
+    right = topk(exact, images.y)[0]
+    print(f"{'float':24} {100 * right:6.2f} % of {len(images)} images", flush=True)
 
-    def top1(one: Model) -> float:
+    def measured(name: str, share: float, one: Model, account: str = "") -> float:
         scores = logits(one, images, provider="cpu", threads=threads)
-        return 100 * topk(scores, images.y)[0]
+        lost = 100 * (right - topk(scores, images.y)[0])
+        print(
+            f"{name:24} sparsity {share:5.3f}  lost {lost:6.2f}  KL {_divergence(exact, scores):.4f}  "
+            f"agreement {100 * agreement(exact, scores):6.2f} %  {account}",
+            flush=True,
+        )
+        return lost
 
-    exact = top1(network)
-    print(f"{'float':24} {exact:6.2f} % of {len(images)} images", flush=True)
     reached = {}
     for scope in ("global", "layer"):
         curve: Curve = [(0.0, 0.0)]
         for share in _shares(peers):
-            curve.append((share, exact - top1(_magnitude(network, share, scope))))
-            _row(f"magnitude, {scope}", *curve[-1])
+            pruned = _magnitude(network, share, scope)
+            curve.append((share, measured(f"magnitude, {scope}", share, pruned)))
         reached[scope] = _at(curve)
     best = max(reached.values())
     print(f"magnitude pruning at {LOST} point lost: " + _text(reached), flush=True)
@@ -87,14 +95,13 @@ def main(
     curve = [(0.0, 0.0)]
     for share in _shares(sparsities):
         pruned, account = _pruned(network, options | {"sparsity": share})
-        curve.append((share, exact - top1(pruned)))
-        _row("prune", *curve[-1], account)
+        curve.append((share, measured("prune", share, pruned, account)))
     if len(curve) > 1:
         own = _at(curve)
         print(f"prune at {LOST} point lost: {own:.3f}; kept weights {(1 - best) / (1 - own):.2f} x fewer")
     if pattern:
         pruned, account = _pruned(network, options | {"pattern": pattern})
-        _row(f"prune {pattern}", float("nan"), exact - top1(pruned), account)
+        measured(f"prune {pattern}", float("nan"), pruned, account)
 
 
 def labelled_images(
@@ -164,8 +171,13 @@ def _text(reached: dict[str, float]) -> str:
     return ", ".join(f"{scope} {share:.3f}" for scope, share in reached.items())
 
 
-def _row(name: str, share: float, lost: float, account: str = "") -> None:
-    print(f"{name:24} sparsity {share:5.3f}  lost {lost:6.2f}  {account}", flush=True)
+def _divergence(exact: np.ndarray, scores: np.ndarray) -> float:
+    """Kullback-Leibler divergence of the classes' probabilities, mean over images; nats."""
+    import torch
+    import torch.nn.functional as F
+
+    p, q = (torch.from_numpy(one).double().log_softmax(1) for one in (exact, scores))
+    return float(F.kl_div(q, p, log_target=True, reduction="batchmean"))
 
 
 if __name__ == "__main__":
