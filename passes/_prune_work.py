@@ -165,7 +165,7 @@ def _costs(
         )
         trials.pass_through(part.inputs, "trying sparsities", progress)
         if trials.found:
-            own = output_costs(trials, part.inputs)
+            own = output_costs(trials, part.inputs, parts[-1].inputs if part.stop else None)
             found = Costs(found.levels | own.levels, found.rows | own.rows)
     return found if found.levels else None
 

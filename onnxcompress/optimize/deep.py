@@ -81,6 +81,7 @@ def waist(model: Model, plan: Plan) -> str | None:
         [plan.layers[id(n)].linear.weight.size if id(n) in plan.layers else 0 for n in nodes]
     )
     places = {id(node): place for place, node in enumerate(nodes)}
+    outputs = {t.name for t in model.graph.outputs if id(t) in topology.data}
     least, found = WEIGHTS * weights.sum(), None
     for tensor in topology.trunk():
         maker = producer(tensor)
@@ -91,7 +92,9 @@ def waist(model: Model, plan: Plan) -> str | None:
         if work[place:].sum() > WORK * work.sum() or behind < least:
             continue
         after = {t.name for node in nodes[place:] for t in node.outputs}
-        alone = all(after.issuperset({*needs(n, topology)} - {tensor.name}) for n in nodes[place:])
+        alone = after >= outputs and all(
+            after.issuperset({*needs(n, topology)} - {tensor.name}) for n in nodes[place:]
+        )
         if alone and len(after & known.keys()) >= FEWEST_RECORDED:
             least, found = max(least, KEPT * behind), str(tensor.name)
     return found
@@ -111,7 +114,7 @@ def deep_inputs(
     shapes = subject.model.shapes()
     behind = [t.name for n in nodes_between(topology, start, None) for t in n.outputs]
     targets = targets_of([start, *behind], known_statistics(subject.model), executor.device)
-    begin = _begin(executor, subject, start)
+    begin = through_twin(executor, subject, start)
     logits = _logits(subject.model)
     size = min(CHUNK, max(1, BYTES // (4 * sum(floats(shapes.get(name)) for name in behind))))
     count = min(COUNT, EACH * len(begin), max(size, BYTES // (4 * floats(shapes[start]))))
@@ -132,7 +135,8 @@ def deep_inputs(
     return torch.cat(made)
 
 
-def _begin(executor: Executor, subject: Subject, start: str) -> Tensor:
+def through_twin(executor: Executor, subject: Subject, start: str) -> Tensor:
+    """What the subject's images are at `start`, (N, …), with its recorded statistics."""
     twin, name = subject.twin, str(subject.model.graph.inputs[0].name)
     maps = {n: twin.mapped(n, executor.parameters[n]) for n in (*twin.weights, *twin.biases)}
     batches = torch.split(subject.images, subject.batch)

@@ -23,7 +23,6 @@ import torch
 from torch import Tensor
 
 from onnxcompress.optimize.course import RIDGE, TARGET_ROWS, Course, CourseSettings
-from onnxcompress.optimize.executor import Executor
 from onnxcompress.optimize.patches import matrix, patches_of, stored
 from onnxcompress.optimize.rounding import Moments, least_squares
 from onnxcompress.optimize.sparse import Choice, Problem
@@ -97,8 +96,12 @@ class Costs:
     """What errors of a row are worth, (groups, outputs), about 1."""
 
 
-def output_costs(trials: Trials, images: Tensor) -> Costs:
-    """By PROBES backward passes. images: at the trials' source."""
+def output_costs(trials: Trials, images: Tensor, behind: Tensor | None = None) -> Costs:
+    """By PROBES backward passes. images: at the trials' source.
+
+    behind: what lies at the tensor at which the trials stop, where that is fed by other inputs than these:
+    errors there are then as bad as they are for them.
+    """
     executor, twin = trials.executor, trials.twin
     layers = [layer for layer in trials.plan.layers.values() if layer.weight in trials.found]
     sums = {n: torch.zeros(len(LEVELS), dtype=torch.float64) for n in trials.found}
@@ -108,9 +111,22 @@ def output_costs(trials: Trials, images: Tensor) -> Costs:
     size = min(PROBED, len(images)) if trials.settings.batch >= PROBED else trials.settings.batch
 
     def probed(probe: int) -> dict[str, Tensor]:
-        start = probe * size % max(len(images) - size + 1, 1)
+        def some(values: Tensor) -> Tensor:
+            start = probe * size % max(len(values) - size + 1, 1)
+            return values[start : start + size]
+
         generator = torch.Generator().manual_seed(PROBES * trials.settings.seed + probe)
-        return _slopes(executor, trials, images[start : start + size], names, maps, generator)
+        leaves = {n: maps.get(n, executor.parameters[n]).detach().clone().requires_grad_() for n in names}
+        feeds, given = {trials.source: some(images)}, {**maps, **leaves}
+        if trials.stop is None or behind is None:
+            total = _random_sum(executor.run(feeds, trials.outputs, given), generator)
+        else:
+            place = some(behind).clone().requires_grad_()
+            made = _random_sum(executor.run({trials.stop: place}, trials.outputs), generator)
+            (slope,) = torch.autograd.grad(made, place)
+            total = (slope * executor.run(feeds, [trials.stop], given)[trials.stop]).sum()
+        found = torch.autograd.grad(total, list(leaves.values()), allow_unused=True, materialize_grads=True)
+        return dict(zip(leaves, found, strict=True))
 
     executor.needed([trials.source], trials.outputs)  # once, not by each thread
     for slopes in in_turn(probed, PROBES):
@@ -127,27 +143,14 @@ def output_costs(trials: Trials, images: Tensor) -> Costs:
     return Costs({n: v.tolist() for n, v in sums.items()}, worth)
 
 
-def _slopes(
-    executor: Executor,
-    trials: Trials,
-    images: Tensor,
-    names: list[str],
-    maps: Mapping[str, Tensor],
-    generator: torch.Generator,
-) -> dict[str, Tensor]:
-    """Of a random combination of the network's outputs, in its parameters."""
-    leaves = {n: maps.get(n, executor.parameters[n]).detach().clone().requires_grad_() for n in names}
-    made = executor.run({trials.source: images}, trials.outputs, {**maps, **leaves})
+def _random_sum(made: Mapping[str, Tensor], generator: torch.Generator) -> Tensor:
+    """Σ v f, outputs in units of their deviation."""
     total = torch.zeros(())
     for value in made.values():
         if value.is_floating_point():
             v = torch.randn(value.shape, generator=generator).to(value)
             total = total + (v * value).sum() / value.detach().std().clamp_min(1e-12)
-    found = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
-    return {
-        n: torch.zeros_like(leaf) if slope is None else slope
-        for (n, leaf), slope in zip(leaves.items(), found, strict=True)
-    }
+    return total
 
 
 def _undone(trials: Trials, name: str, slope: Tensor) -> Tensor:

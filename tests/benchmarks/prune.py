@@ -76,7 +76,7 @@ def main(
         scores = logits(one, images, provider="cpu", threads=threads)
         lost = 100 * (right - topk(scores, images.y)[0])
         print(
-            f"{name:24} sparsity {share:5.3f}  lost {lost:6.2f}  KL {_divergence(exact, scores):.4f}  "
+            f"{name:24} sparsity {share:5.3f}  lost {lost:6.2f}  KL {divergence(exact, scores):.4f}  "
             f"agreement {100 * agreement(exact, scores):6.2f} %  {account}",
             flush=True,
         )
@@ -171,7 +171,7 @@ def _text(reached: dict[str, float]) -> str:
     return ", ".join(f"{scope} {share:.3f}" for scope, share in reached.items())
 
 
-def _divergence(exact: np.ndarray, scores: np.ndarray) -> float:
+def divergence(exact: np.ndarray, scores: np.ndarray) -> float:
     """Kullback-Leibler divergence of the classes' probabilities, mean over images; nats."""
     import torch
     import torch.nn.functional as F
