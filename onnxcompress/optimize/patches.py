@@ -47,7 +47,9 @@ class Patches:
         taps = torch.arange(self.kernel[0] * self.kernel[1])
         rows = rows[:, None] + taps // self.kernel[1] * self.dilations[0]
         columns = columns[:, None] + taps % self.kernel[1] * self.dilations[1]
-        found = padded[:, :, rows, columns]  # N, C, places, taps
+        index = (rows * padded.shape[3] + columns).flatten()
+        found = padded.flatten(2).index_select(2, index)
+        found = found.reshape(*padded.shape[:2], *rows.shape)  # N, C, places, taps
         count, channels = found.shape[:2]
         grouped = found.reshape(count, self.groups, channels // self.groups, *found.shape[2:])
         a = grouped.permute(1, 2, 4, 0, 3).reshape(self.groups, -1, count * len(places))
