@@ -45,7 +45,7 @@ MEMORY = 3 << 30
 """Bytes of the tensors that are held; fewer images are used where they would take more."""
 COPIES = 3
 """Of each tensor: the teacher's, the student's, one in work."""
-ROWS = 40_000
+ROWS = 120_000
 NARROW = 16
 """Outputs below which products of matrices depend on the number of threads, as of 5 to 11."""
 

@@ -34,7 +34,7 @@ from torch import Tensor
 
 from onnxcompress.graph import is_op, producer
 from onnxcompress.model import Model
-from onnxcompress.optimize.device import autocast
+from onnxcompress.optimize.device import autocast, laid_out
 from onnxcompress.optimize.distill import Targets, mismatch, targets_of
 from onnxcompress.optimize.executor import Executor
 from onnxcompress.optimize.subject import Subject, fixed_batch, floats, needs, nodes_between
@@ -44,8 +44,8 @@ from onnxcompress.quantization.plan import Plan
 from onnxcompress.statistics import known_statistics
 from onnxcompress.topology import Topology
 
-COUNT = 1024
-EACH = 8
+COUNT = 2048
+EACH = 16
 """Of an image, at most."""
 CHUNK = 256
 """Inputs that are optimized together, at most: their statistics are matched as a whole."""
@@ -161,7 +161,7 @@ def _optimized(
     unit = begin.std((0, 2, 3), keepdim=True).clamp_min(1e-6)
     if start in targets:
         unit = targets[start][1].view(1, -1, 1, 1).clamp_min(1e-6)
-    z = (begin / unit).requires_grad_()
+    z = laid_out(begin / unit).requires_grad_()
     adam = torch.optim.Adam([z], lr=RATE, betas=(0.5, 0.9), eps=1e-12)
     classes: Tensor | None = None
     for step in range(STEPS):

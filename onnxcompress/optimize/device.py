@@ -1,9 +1,9 @@
 """Where torch computes, how much goes there at once, and with which precision.
 
-On a GPU: images and weights lie there once, weights of convolutions in channels-last order, products are in
-bfloat16 where its tensor cores have it, and no step waits for the device (no `.item()`, no copy back).
-What does not fit its memory goes there in smaller batches, and what cannot be there goes to the CPU; either
-is said as a CompressWarning.
+Weights of convolutions lie in channels-last order. On a GPU: images and weights lie there once, products
+are in bfloat16 where its tensor cores have it, and no step waits for the device (no `.item()`, no copy
+back). What does not fit its memory goes there in smaller batches, and what cannot be there goes to the CPU;
+either is said as a CompressWarning.
 """
 
 from __future__ import annotations
@@ -85,8 +85,6 @@ def autocast(device: torch.device, *, cached: bool = True) -> torch.autocast:
     return torch.autocast(device.type, torch.bfloat16, enabled=pays, cache_enabled=cached)
 
 
-def laid_out(values: Tensor, device: torch.device) -> Tensor:
-    """A weight in the order that a GPU's convolutions compute in; elsewhere, and others, as they are."""
-    if device.type == "cuda" and values.dim() == 4:
-        return values.contiguous(memory_format=torch.channels_last)
-    return values
+def laid_out(values: Tensor) -> Tensor:
+    """Weights and maps of images in the order in which convolutions are fastest; others as they are."""
+    return values.contiguous(memory_format=torch.channels_last) if values.dim() == 4 else values

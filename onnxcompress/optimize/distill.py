@@ -39,6 +39,8 @@ CHUNK = 128
 """Images that are optimized together, at most: statistics are matched by a chunk as a whole."""
 CHUNK_BYTES = 3 << 30
 """Memory that the activations of a chunk may take; it is made smaller where they need more."""
+BLOCK = 1 << 17
+"""Numbers whose moments are taken at once."""
 SHIFT = 16
 """A view is shifted by up to this fraction of the side, one part in SHIFT, around the edges."""
 
@@ -212,14 +214,34 @@ def mismatch(values: Tensor, mean: Tensor, deviation: Tensor) -> Tensor:
     return relative
 
 
+def _sums(rows: Tensor, axis: int) -> tuple[Tensor, Tensor]:
+    """Σ x and Σ x² along the axis of (rows, columns), float32; along rows, of each part of them.
+
+    Parts that fit a CPU's cache: what lies in memory is read once.
+    """
+    size = max(1, BLOCK // rows.shape[1]) if rows.device.type == "cpu" else len(rows)
+    first, second = [], []
+    for part in torch.split(rows, size):
+        part = part.float()
+        first.append(part.sum(axis))
+        second.append(part.square().sum(axis))
+    join = torch.stack if axis == 0 else torch.cat
+    return join(first), join(second)
+
+
 class _Moments(torch.autograd.Function):
     """Mean and mean square of each channel (axis 1), float32."""
 
     @staticmethod
     def forward(ctx: Any, values: Tensor) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(values)
-        flat = values.movedim(1, -1).reshape(-1, values.shape[1]).float()
-        return flat.mean(0), flat.square().mean(0)
+        count = values.numel() // values.shape[1]
+        if values.dim() == 4 and values.is_contiguous(memory_format=torch.channels_last):
+            first, second = _sums(values.movedim(1, -1).reshape(-1, values.shape[1]), 0)
+            return first.sum(0) / count, second.sum(0) / count
+        first, second = _sums(values.reshape(values.shape[0] * values.shape[1], -1), 1)
+        shape = values.shape[:2]
+        return first.view(shape).sum(0) / count, second.view(shape).sum(0) / count
 
     @staticmethod
     def backward(ctx: Any, first: Tensor, second: Tensor) -> Tensor:

@@ -69,7 +69,7 @@ class Executor:
             self._program = Program.of(graph, opset)
             self._binding = Binding(self._program, self.device, dtype)
             self.parameters: dict[str, Tensor] = {
-                name: laid_out(convert(value, self.device, dtype), self.device)
+                name: laid_out(convert(value, self.device, dtype))
                 for name, value in self._program.constants.items()
                 if name in self._program.weights
             }

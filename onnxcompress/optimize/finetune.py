@@ -146,7 +146,7 @@ def _leaves(
     """Trainable copies of the parameters that the feature depends on, and their scales."""
     used = {t.name for node in student.needed([source], [feature]) for t in _trainable(node)}
     values = {
-        name: laid_out(start.get(name, value).detach().clone().float(), student.device).requires_grad_()
+        name: laid_out(start.get(name, value).detach().clone().float()).requires_grad_()
         for name, value in student.parameters.items()
         if name in used
     }

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from onnxcompress.graph import is_op, producer
 from onnxcompress.model import Model
-from onnxcompress.optimize.device import autocast
+from onnxcompress.optimize.device import autocast, laid_out
 from onnxcompress.optimize.executor import Executor
 from onnxcompress.optimize.finetune import Schedule, rate
 from onnxcompress.optimize.subject import floats
@@ -88,7 +88,7 @@ def tune(
         sizes = {n: max(float(v.square().mean().sqrt()), 1e-3) for n, v in learned.items()}
     used = {t.name for node in executor.needed([where.start], names) for t in node.inputs}
     leaves = {
-        n: v.detach().clone().float().to(executor.device).requires_grad_()
+        n: laid_out(v.detach().clone().float().to(executor.device)).requires_grad_()
         for n, v in learned.items()
         if n in used
     }
@@ -107,7 +107,7 @@ def tune(
         def slopes(half: int, index: Tensor = index) -> tuple[Tensor, ...]:
             own = index[half::HALVES]
             with autocast(executor.device):
-                made = executor.run({where.start: seen[own]}, names, leaves)
+                made = executor.run({where.start: laid_out(seen[own])}, names, leaves)
             errors = {n: (made[n].float() - wanted[n][own]).square().mean() / spread[n] for n in names}
             share = 1 / max(len(where.levels), 1)
             shares = {n: share if n in where.levels else 1.0 for n in names if made[n].requires_grad}

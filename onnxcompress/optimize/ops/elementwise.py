@@ -46,14 +46,23 @@ def _mean(*tensors: Tensor) -> Tensor:
     return reduce(torch.add, tensors) / len(tensors)
 
 
+def _between(x: Tensor, low: float | None, high: float | None) -> Tensor:
+    """As `torch.clamp`, whose gradient takes many passes; here it is 0 at the bounds, as a Relu's."""
+    if low is None and high is None:
+        return x
+    if low is None or high is None or low > high or not x.is_floating_point():
+        return torch.clamp(x, low, high)
+    return F.hardtanh(x, low, high)
+
+
 def _clip(site: Site) -> Kernel:
     """Bounds are attributes before opset 11, optional inputs since."""
     if site.opset < 11:
         low, high = site.attributes.get("min"), site.attributes.get("max")
-        return lambda x: x if low is None and high is None else torch.clamp(x, low, high)
+        return lambda x: _between(x, low, high)
     if all(not site.has(i) or site.scalar(i) is not None for i in (1, 2)):
         low, high = site.scalar(1), site.scalar(2)
-        return lambda x, *_: x if low is None and high is None else torch.clamp(x, low, high)
+        return lambda x, *_: _between(x, low, high)
 
     def kernel(x: Tensor, low: Tensor | None = None, high: Tensor | None = None) -> Tensor:
         if low is not None:
@@ -90,7 +99,7 @@ def _selu(site: Site) -> Kernel:
 
 def _hard_sigmoid(site: Site) -> Kernel:
     alpha, beta = site.real("alpha", 0.2), site.real("beta", 0.5)
-    return lambda x: torch.clamp(alpha * x + beta, 0, 1)
+    return lambda x: _between(alpha * x + beta, 0.0, 1.0)
 
 
 def _thresholded_relu(site: Site) -> Kernel:
