@@ -45,7 +45,8 @@ MEMORY = 3 << 30
 """Bytes of the tensors that are held; fewer images are used where they would take more."""
 COPIES = 3
 """Of each tensor: the teacher's, the student's, one in work."""
-ROWS = 120_000
+ROWS, ROWS_EACH = 40_000, 100
+"""Patches that are taken: in all, or of each column of the matrix where that is more."""
 NARROW = 16
 """Outputs below which products of matrices depend on the number of threads, as of 5 to 11."""
 
@@ -230,7 +231,7 @@ class Course(ABC):
             part = slice(start, start + self.settings.batch)
             a, y = cut.take(x[part], wanted[part], self._generator)
             moments.add(a, y - weight @ a)
-            if moments.rows >= ROWS:
+            if moments.rows >= max(ROWS, ROWS_EACH * weight.shape[2]):
                 break
         return moments
 

@@ -40,21 +40,23 @@ class Patches:
         if self.kernel is None:
             return x.T[None], y.T[None]
         top, left, bottom, right = self.pads
-        padded = F.pad(x, (left, right, top, bottom))
+        padded = F.pad(x, (left, right, top, bottom)) if any(self.pads) else x
         height, width = y.shape[2:]
         places = torch.randperm(height * width, generator=generator)[:PLACES]
         rows, columns = places // width * self.strides[0], places % width * self.strides[1]
         taps = torch.arange(self.kernel[0] * self.kernel[1])
         rows = rows[:, None] + taps // self.kernel[1] * self.dilations[0]
         columns = columns[:, None] + taps % self.kernel[1] * self.dilations[1]
-        index = (rows * padded.shape[3] + columns).flatten()
-        found = padded.flatten(2).index_select(2, index)
-        found = found.reshape(*padded.shape[:2], *rows.shape)  # N, C, places, taps
-        count, channels = found.shape[:2]
-        grouped = found.reshape(count, self.groups, channels // self.groups, *found.shape[2:])
-        a = grouped.permute(1, 2, 4, 0, 3).reshape(self.groups, -1, count * len(places))
-        b = y.flatten(2)[:, :, places].reshape(count, self.groups, -1, len(places)).permute(1, 2, 0, 3)
-        return a, b.reshape(self.groups, -1, count * len(places))
+        found = _at(padded, (rows * padded.shape[3] + columns).flatten())
+        a = found.reshape(len(x) * len(places), -1, self.groups, x.shape[1] // self.groups)
+        b = _at(y, places).reshape(len(x) * len(places), self.groups, -1)
+        a = a.permute(2, 3, 1, 0).flatten(1, 2)
+        return a.contiguous() if self.groups > 1 else a, b.permute(1, 2, 0)
+
+
+def _at(maps: Tensor, index: Tensor) -> Tensor:
+    """(N, places, C): neighbours in memory where channels are last there, too."""
+    return maps.permute(0, 2, 3, 1).flatten(1, 2).index_select(1, index)
 
 
 def patches_of(model: Model, layer: Layer) -> Patches | None:
