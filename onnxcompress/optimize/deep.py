@@ -81,7 +81,6 @@ def waist(model: Model, plan: Plan) -> str | None:
         [plan.layers[id(n)].linear.weight.size if id(n) in plan.layers else 0 for n in nodes]
     )
     places = {id(node): place for place, node in enumerate(nodes)}
-    outputs = {t.name for t in model.graph.outputs if id(t) in topology.data}
     least, found = WEIGHTS * weights.sum(), None
     for tensor in topology.trunk():
         maker = producer(tensor)
@@ -92,9 +91,7 @@ def waist(model: Model, plan: Plan) -> str | None:
         if work[place:].sum() > WORK * work.sum() or behind < least:
             continue
         after = {t.name for node in nodes[place:] for t in node.outputs}
-        alone = after >= outputs and all(
-            after.issuperset({*needs(n, topology)} - {tensor.name}) for n in nodes[place:]
-        )
+        alone = all(after.issuperset({*needs(n, topology)} - {tensor.name}) for n in nodes[place:])
         if alone and len(after & known.keys()) >= FEWEST_RECORDED:
             least, found = max(least, KEPT * behind), str(tensor.name)
     return found
