@@ -146,5 +146,7 @@ def output_snr(original: Model, model: Model, images: Tensor) -> dict[str, float
             raise ModelError(
                 f"{original.name}: output {tensor.name!r} would not be finite any more; ask for less"
             )
-        found[tensor.name] = float(10 * np.log10(a.var() / max(float(np.square(a - b).mean()), 1e-30)))
+        found[tensor.name] = float(
+            10 * np.log10(max(float(a.var()), 1e-30) / max(float(np.square(a - b).mean()), 1e-30))
+        )
     return found

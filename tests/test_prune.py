@@ -12,6 +12,7 @@ from typing import Literal
 
 import numpy as np
 import onnx
+import onnx_graphsurgeon as gs
 import pytest
 import torch
 
@@ -81,6 +82,19 @@ def test_the_number_of_threads_changes_no_byte(
     with more_threads():
         run([one], again)
     assert first.digest() == again.digest()
+
+
+def test_a_network_that_gives_classes_alone_is_pruned_by_its_scores() -> None:
+    model, scores = small(), small()
+    (y,) = model.graph.outputs
+    classes = gs.Variable("classes", np.int64, ["N", 1])
+    model.graph.nodes.append(gs.Node("ArgMax", inputs=[y], outputs=[classes], attrs={"axis": 1}))
+    model.graph.outputs = [classes]
+    model.touch()
+    for one in (model, scores):
+        run([replace(SMALL, sparsity=0.6)], one)
+    found, wanted = weights(model), weights(scores)
+    assert all(np.array_equal(found[name], wanted[name]) for name in wanted)
 
 
 @pytest.mark.parametrize("scope", ["global", "layer"])

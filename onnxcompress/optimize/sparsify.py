@@ -19,9 +19,11 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from onnxcompress.graph import producer
 from onnxcompress.optimize.course import RIDGE, TARGET_ROWS, Course, CourseSettings
 from onnxcompress.optimize.patches import matrix, patches_of, stored
 from onnxcompress.optimize.rounding import Moments, least_squares
@@ -64,8 +66,21 @@ class Trials(Course):
 
     @property
     def outputs(self) -> list[str]:
-        """Of the network, those that depend on its input."""
-        return [t.name for t in self.model.graph.outputs if id(t) in self.topology.data]
+        """Of the network, those that depend on its input; of an ArgMax or the like, what it is made of."""
+        found: dict[str, None] = {}
+        pending = [t for t in self.model.graph.outputs if id(t) in self.topology.data]
+        while pending:
+            tensor = pending.pop(0)
+            maker = producer(tensor)
+            if (
+                maker is not None
+                and not isinstance(tensor.dtype, int)
+                and np.dtype(tensor.dtype).kind in "iub"
+            ):
+                pending += [t for t in maker.inputs if id(t) in self.topology.data]
+            else:
+                found[tensor.name] = None
+        return list(found)
 
     def _learn(self, layer: Layer, x: Tensor, wanted: Tensor) -> None:
         cut = patches_of(self.model, layer)
