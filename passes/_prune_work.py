@@ -6,23 +6,21 @@ import math
 import time
 import zlib
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from onnxcompress.graph import read, set_values
-from onnxcompress.inputs.source import Inputs, Used, gather_inputs
+from onnxcompress.inputs.source import gather_inputs
 from onnxcompress.model import Model
 from onnxcompress.optimize.budget import sparsity_budget
-from onnxcompress.optimize.deep import deep_inputs, waist
+from onnxcompress.optimize.deep import Part, parts_of
 from onnxcompress.optimize.device import pick_device
 from onnxcompress.optimize.joint import tail_from, tune
 from onnxcompress.optimize.sparsify import LEVELS, Costs, Settings, Sparsifier, Trials, output_costs
-from onnxcompress.optimize.standardize import Twin
 from onnxcompress.optimize.subject import Subject
 from onnxcompress.passes import _prune_storage as packing
 from onnxcompress.passes._prune_target import Target, choose_target, is_pruned, magnitudes, smallest_gone
@@ -91,7 +89,9 @@ def _reconstruct(
     inputs = gather_inputs(model, request, device=device, progress=progress)
     result.shown = inputs.shown
     subject = Subject.of(model, inputs, stretched=False)
-    parts = _parts(one, subject, inputs, device, progress)
+    parts = [Part(subject.images, subject.twin)]
+    if inputs.layerwise:
+        parts = parts_of(subject, seed=one.seed, device=device, progress=progress)
     made = time.perf_counter() - start
     costs = _costs(one, subject, parts, target, progress)
     shares = layer_sparsities(one, original, target, costs.levels if costs else None)
@@ -125,31 +125,6 @@ def _pixels(model: Model) -> int:
     return math.prod(d for d in shape[1:] if isinstance(d, int) and d > 4) if len(shape) == 4 else 0
 
 
-@dataclass(frozen=True)
-class Part:
-    """A stretch of the trunk that is pruned at once, and what it reads."""
-
-    inputs: Tensor
-    twin: Twin
-    start: str | None = None
-    stop: str | None = None
-    used: Used | None = None
-    """The account of inputs that were made for it."""
-
-
-def _parts(one: Prune, subject: Subject, inputs: Inputs, device: str, progress: Progress) -> list[Part]:
-    """The network, in two where its deep layers can have inputs of their own."""
-    start = waist(subject.model, subject.plan) if inputs.layerwise else None
-    if start is None:
-        return [Part(subject.images, subject.twin)]
-    values = deep_inputs(subject, start, seed=one.seed, device=device, progress=progress)
-    used = Used("deep inputs", len(values), one.seed, f"at {start!r}, where the deep layers begin", "", "")
-    return [
-        Part(subject.images, subject.twin, stop=start),
-        Part(values, Twin(), start=start, used=used),
-    ]
-
-
 def _costs(
     one: Prune, subject: Subject, parts: list[Part], target: Target, progress: Progress
 ) -> Costs | None:
@@ -181,9 +156,7 @@ def _learned(
         worker = Sparsifier(
             subject.model, subject.plan, settings, part.twin, start=part.start, stop=part.stop
         )
-        seen = part.inputs
-        if lost is not None:  # as the student's earlier layers err, on others
-            seen = seen + lost[torch.arange(len(seen)) % len(lost)]
+        seen = part.seen(lost)
         worker.pass_through(part.inputs, "pruning layers", progress, seen)
         learned, noise = learned | worker.learned, noise | worker.noise
         if part.stop is not None:

@@ -12,6 +12,7 @@ from onnxcompress.errors import ModelError
 from onnxcompress.inputs.source import gather_inputs
 from onnxcompress.model import Model
 from onnxcompress.optimize.channel_ranges import stretch
+from onnxcompress.optimize.deep import Part, parts_of
 from onnxcompress.optimize.device import pick_device
 from onnxcompress.optimize.quantizer import Learned, Quantizer, Settings
 from onnxcompress.optimize.standardize import Twin
@@ -68,12 +69,20 @@ def quantize(
         stretched = stretch(model, plan, x, twin, settings.batch)
         plan = make_plan(model, bits)
     chosen = None
+    subject = Subject(model, plan, x, twin, settings.batch)
     if one.mixed:
-        subject = Subject(model, plan, x, twin, settings.batch)
         chosen = choose_bits(one, subject, bits, original, progress)
         plan = make_plan(model, bits, chosen.bits)
-    worker = Quantizer(model, plan, settings, twin)
-    learned = worker.run(x, progress)
+    parts = [Part(x, twin)]
+    if one.images is None and one.weight_bits < 8 and not one.activation_bits and one.reconstruct:
+        parts = parts_of(subject, seed=one.seed, device=device, progress=progress)
+    learned, lost = Learned(), None
+    for part in parts:
+        worker = Quantizer(
+            model, plan, settings, part.twin, start=part.start, stop=part.stop, learned=learned
+        )
+        worker.run(part.inputs, progress, part.seen(lost))
+        lost = None if part.stop is None else worker.lost(part.stop)
     learn = time.perf_counter() - start - made - (chosen.account["seconds"] if chosen else 0)
     weights = {id(layer.node): _integers(layer, learned, one) for layer in plan.layers.values()}
     biases = {i: b.numpy() for i, b in learned.biases.items()}
@@ -86,7 +95,7 @@ def quantize(
     result.measured = {
         "layers": rows,
         "channel_ranges": stretched,
-        "inputs": [asdict(u) for u in inputs.sources],
+        "inputs": [asdict(used) for used in (*inputs.sources, *(part.used for part in parts if part.used))],
         "seconds": {"inputs": made, "layers": learn},
         "runtime": fused_counts(model),
         **({} if chosen is None else {"budget": chosen.account}),

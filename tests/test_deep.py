@@ -14,7 +14,7 @@ from torch import Tensor
 
 from onnxcompress.inputs.source import InputRequest, gather_inputs
 from onnxcompress.model import Model, load
-from onnxcompress.optimize.deep import WEIGHTS, WORK, deep_inputs, waist
+from onnxcompress.optimize.deep import EACH, WEIGHTS, WORK, deep_inputs, waist
 from onnxcompress.optimize.distill import mismatch, targets_of
 from onnxcompress.optimize.executor import Executor
 from onnxcompress.optimize.joint import tail_from, tune
@@ -101,7 +101,7 @@ def test_deep_inputs_bring_the_recorded_statistics_and_classes(
     with torch.no_grad():
         plain = executor.run({source: subject.images}, [start])[start]
     x = deep_inputs(subject, start)
-    assert x.shape == (8 * len(plain), *plain.shape[1:])
+    assert x.shape == (EACH * len(plain), *plain.shape[1:])
     assert _unlike(subject, start, x) < 0.25 * _unlike(subject, start, plain)
     with torch.no_grad():
         found = executor.run({start: x}, [output])[output].argmax(1)

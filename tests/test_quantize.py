@@ -121,6 +121,20 @@ def test_depthwise_weights_alone_keep_their_bits(models: Path, depthwise: int, e
     assert {b for name, b in bits.items() if "depthwise" not in name} == {4}
 
 
+def test_weights_alone_are_rounded_on_deep_inputs_where_no_images_are_given(models: Path) -> None:
+    one = replace(QUICK, weight_bits=4, activation_bits=0, synthetic=16)
+    real = replace(one, inputs="images", images=str(models / "fashion-tiny.npz"), count=16)
+    test = load_images(
+        models / "fashion-test2k.npz", preprocess=Preprocess.parse("fashion-mnist"), count=300
+    )
+    for case, sources in ((one, ["layerwise", "deep inputs"]), (real, ["images"])):
+        model = load(models / "mobilenetv2-fashion.onnx")
+        exact = logits(model, test)
+        (result,) = run([case], model)
+        assert [used["source"] for used in result.measured["inputs"]] == sources
+        assert agreement(exact, logits(model, test)) > 0.8
+
+
 def test_per_tensor_every_weight_has_one_scale(models: Path) -> None:
     model = load(models / "mobilenetv2-fashion.onnx")
     run([replace(QUICK, per_channel=False, synthetic=8)], model)

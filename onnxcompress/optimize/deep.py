@@ -26,6 +26,7 @@ Does not handle: networks without a waist, or whose file fixes a batch of more t
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -33,10 +34,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from onnxcompress.graph import is_op, producer
+from onnxcompress.inputs.source import Used
 from onnxcompress.model import Model
 from onnxcompress.optimize.device import autocast, laid_out
 from onnxcompress.optimize.distill import Targets, mismatch, targets_of
 from onnxcompress.optimize.executor import Executor
+from onnxcompress.optimize.standardize import Twin
 from onnxcompress.optimize.subject import Subject, fixed_batch, floats, needs, nodes_between
 from onnxcompress.optimize.threads import in_turn
 from onnxcompress.passing import Progress, silent
@@ -64,6 +67,39 @@ KEPT = 0.85
 """Of the weights behind the first tensor for which that holds; the waist is the last with so many."""
 FEWEST_RECORDED = 3
 """Tensors behind the waist with known statistics."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """A stretch of the trunk whose layers are learned in one course, and what it reads."""
+
+    inputs: Tensor
+    twin: Twin
+    start: str | None = None
+    stop: str | None = None
+    used: Used | None = None
+    """The account of inputs that were made for it."""
+
+    def seen(self, lost: Tensor | None) -> Tensor:
+        """What the student reads. lost: what its earlier layers lack there, of other inputs."""
+        if lost is None:
+            return self.inputs
+        return self.inputs + lost[torch.arange(len(self.inputs)) % len(lost)]
+
+
+def parts_of(
+    subject: Subject, *, seed: int = 0, device: str = "cpu", progress: Progress = silent
+) -> list[Part]:
+    """The network, in two where its deep layers can have inputs of their own."""
+    start = waist(subject.model, subject.plan)
+    if start is None:
+        return [Part(subject.images, subject.twin)]
+    values = deep_inputs(subject, start, seed=seed, device=device, progress=progress)
+    used = Used("deep inputs", len(values), seed, f"at {start!r}, where the deep layers begin", "", "")
+    return [
+        Part(subject.images, subject.twin, stop=start),
+        Part(values, Twin(), start=start, used=used),
+    ]
 
 
 def waist(model: Model, plan: Plan) -> str | None:

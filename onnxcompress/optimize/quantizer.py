@@ -67,14 +67,11 @@ class Quantizer(Course):
     """One run over the network."""
 
     settings: Settings
+    learned: Learned = field(default_factory=Learned)
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.learned = Learned()
-
-    def run(self, images: Tensor, progress: Progress = silent) -> Learned:
-        """images: (N, …) at the network's one input."""
-        self.pass_through(images, "quantizing layers", progress)
+    def run(self, images: Tensor, progress: Progress = silent, seen: Tensor | None = None) -> Learned:
+        """images: (N, …) at `source`. seen: what the student reads there; None: the same."""
+        self.pass_through(images, "quantizing layers", progress, seen)
         return self.learned
 
     def _seen(self, node: gs.Node, index: int, name: str) -> Tensor:
