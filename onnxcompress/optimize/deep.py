@@ -10,7 +10,9 @@ z: at the tensor `waist`, from what the twin makes of procedural images there; t
 there on; k: a random class of each z, where the network's output tells classes. Real images are of a class;
 without that term hardly one of 1,000 stands out.
 
-What they are worth against procedural and real ones: `tests/benchmarks/deep_inputs.py`.
+EfficientNet-Lite0 from its block 12 on, 55 % of it pruned, on 100 real images (`python
+tests/benchmarks/deep_inputs.py`): 4.5 dB and a KL divergence of 0.33 on 128 procedural images through the
+twin, 7.3 dB and 0.20 on these inputs, 0.14 tuned (`joint`).
 
 Source of the idea, of images: Yin et al., DeepInversion (CVPR 2020).
 Does not handle: networks without a waist, or whose file fixes a batch of more than one.
