@@ -17,16 +17,16 @@ from onnxcompress.graph import read, set_values
 from onnxcompress.inputs.source import gather_inputs
 from onnxcompress.model import Model
 from onnxcompress.optimize.budget import sparsity_budget
-from onnxcompress.optimize.deep import Part, parts_of
+from onnxcompress.optimize.deep import BYTES, STARTS, Part, parts_of
 from onnxcompress.optimize.device import pick_device
 from onnxcompress.optimize.joint import tail_from, tune
 from onnxcompress.optimize.sparsify import LEVELS, Costs, Settings, Sparsifier, Trials, output_costs
-from onnxcompress.optimize.subject import Subject
+from onnxcompress.optimize.subject import Subject, whole_batches
 from onnxcompress.passes import _prune_storage as packing
 from onnxcompress.passes._prune_target import Target, choose_target, is_pruned, magnitudes, smallest_gone
 from onnxcompress.passes._quantize_prepare import prepare
 from onnxcompress.passes._quantize_work import output_snr
-from onnxcompress.passes.prune import SMALL, SMALL_PIXELS
+from onnxcompress.passes.prune import LARGE, SMALL, SMALL_PIXELS
 from onnxcompress.passing import Change, PassResult, Progress, Refusal
 from onnxcompress.sensitivity import quick, read_rows
 from onnxcompress.sparsities import by_cost, by_magnitude, share_of, uniform
@@ -84,14 +84,22 @@ def _reconstruct(
     """Mask and values in closed form."""
     start = time.perf_counter()
     request, device = quick(one.request, model), pick_device(one.device)
-    if one.synthetic is None and 0 < _pixels(model) <= SMALL_PIXELS:
+    pixels = _pixels(model)
+    if one.synthetic is None and 0 < pixels <= SMALL_PIXELS:
         request = replace(request, synthetic=SMALL)
     inputs = gather_inputs(model, request, device=device, progress=progress)
     result.shown = inputs.shown
     subject = Subject.of(model, inputs, stretched=False)
     parts = [Part(subject.images, subject.twin)]
-    if inputs.layerwise:
-        parts = parts_of(subject, seed=one.seed, device=device, progress=progress)
+    if inputs.record:
+        many = min(STARTS, BYTES // max(12 * pixels, 1))
+        more = one.synthetic is None and inputs.layerwise and pixels > SMALL_PIXELS and many > LARGE
+
+        def starts() -> Tensor:
+            made = gather_inputs(model, replace(request, synthetic=many), device=device, progress=progress)
+            return whole_batches(model, made, subject.batch)
+
+        parts = parts_of(subject, starts if more else None, seed=one.seed, device=device, progress=progress)
     made = time.perf_counter() - start
     costs = _costs(one, subject, parts, target, progress)
     shares = layer_sparsities(one, original, target, costs.levels if costs else None)

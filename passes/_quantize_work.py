@@ -69,13 +69,15 @@ def quantize(
         stretched = stretch(model, plan, x, twin, settings.batch)
         plan = make_plan(model, bits)
     chosen = None
-    subject = Subject(model, plan, x, twin, settings.batch)
+    subject = Subject(model, plan, x, twin, settings.batch, min(inputs.real_count, len(x)))
     if one.mixed:
         chosen = choose_bits(one, subject, bits, original, progress)
         plan = make_plan(model, bits, chosen.bits)
     parts = [Part(x, twin)]
-    if one.images is None and one.weight_bits < 8 and not one.activation_bits and one.reconstruct:
+    if inputs.record and one.weight_bits < 8 and not one.activation_bits and one.reconstruct:
+        began = time.perf_counter()
         parts = parts_of(subject, seed=one.seed, device=device, progress=progress)
+        made += time.perf_counter() - began
     learned, lost = Learned(), None
     for part in parts:
         worker = Quantizer(

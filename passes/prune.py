@@ -3,8 +3,8 @@
  1. BatchNorm and zero pads are folded                                       `_quantize_prepare`
  2. inputs: procedural ones through the twin that has the recorded
     statistics, images, …                                                    `inputs.source`
-    without images, the deep layers get many of their own, made to have
-    the recorded statistics there                                            `optimize.deep`
+    the deep layers get many of their own, made to have the recorded
+    statistics there, unless there are thousands of images                   `optimize.deep`
  3. how sparse each layer is to be                                           `sparsities`
  4. layer by layer, the student reading its own earlier error: mask and new values of what stays in closed
     form, biases corrected                                                   `optimize.sparsify`, `sparse`

@@ -5,22 +5,29 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import onnx_graphsurgeon as gs
 import pytest
 import torch
 from torch import Tensor
 
+from onnxcompress.evaluate import logits
+from onnxcompress.inputs.images import load_images
+from onnxcompress.inputs.preprocess import Preprocess
 from onnxcompress.inputs.source import InputRequest, gather_inputs
 from onnxcompress.model import Model, load
-from onnxcompress.optimize.deep import EACH, WEIGHTS, WORK, deep_inputs, waist
+from onnxcompress.optimize.deep import EACH, WEIGHTS, WORK, deep_inputs, through_twin, waist
 from onnxcompress.optimize.distill import mismatch, targets_of
 from onnxcompress.optimize.executor import Executor
 from onnxcompress.optimize.joint import tail_from, tune
+from onnxcompress.optimize.standardize import Twin
 from onnxcompress.optimize.subject import Subject, nodes_between
 from onnxcompress.passes._prune_target import FLOATS
 from onnxcompress.passes._quantize_prepare import prepare
+from onnxcompress.passes.prune import Prune
 from onnxcompress.quantization.plan import make_plan
 from onnxcompress.statistics import known_statistics, write_record
 from onnxcompress.topology import Topology
@@ -106,6 +113,38 @@ def test_deep_inputs_bring_the_recorded_statistics_and_classes(
     with torch.no_grad():
         found = executor.run({start: x}, [output])[output].argmax(1)
     assert (found.bincount(minlength=10) > 0.03 * len(x)).all()  # all classes come
+
+
+def test_real_images_come_first_and_what_they_lack_in_number_is_made(
+    subjects: dict[str, Subject],
+) -> None:
+    subject = subjects[NETWORKS[1]]
+    start = _start(subject)
+    executor = Executor.from_model(subject.model)
+    real = replace(subject, images=subject.images[:8], twin=Twin(), real=8)
+    plain = through_twin(executor, real, start)
+    x = deep_inputs(real, start)
+    assert len(x) == EACH * 8
+    assert torch.equal(x[:8], plain)
+    assert _unlike(subject, start, x[8:]) < 0.25 * _unlike(subject, start, plain)
+
+
+def test_few_real_images_prune_better_with_deep_inputs(models: Path) -> None:
+    def error(network: Model) -> float:
+        pruned = network.copy()
+        Prune(
+            images=str(models / "fashion-tiny.npz"), count=32, preprocess="fashion-mnist", sparsity=0.6
+        ).apply(pruned)
+        held = load_images(
+            models / "fashion-test2k.npz", preprocess=Preprocess.parse("fashion-mnist"), count=256
+        )
+        exact, found = (logits(one, held, provider="cpu") for one in (network, pruned))
+        return float(np.square(exact - found).mean())
+
+    known = _prepared(models / NETWORKS[1])
+    unknown = known.copy()
+    write_record(unknown, {})
+    assert error(known) < 0.8 * error(unknown)
 
 
 def test_deep_inputs_follow_their_seed_and_not_the_threads(

@@ -121,13 +121,20 @@ def test_depthwise_weights_alone_keep_their_bits(models: Path, depthwise: int, e
     assert {b for name, b in bits.items() if "depthwise" not in name} == {4}
 
 
-def test_weights_alone_are_rounded_on_deep_inputs_where_no_images_are_given(models: Path) -> None:
+def test_weights_alone_are_rounded_on_deep_inputs_unless_procedural_ones_are_asked_for(
+    models: Path,
+) -> None:
     one = replace(QUICK, weight_bits=4, activation_bits=0, synthetic=16)
     real = replace(one, inputs="images", images=str(models / "fashion-tiny.npz"), count=16)
     test = load_images(
         models / "fashion-test2k.npz", preprocess=Preprocess.parse("fashion-mnist"), count=300
     )
-    for case, sources in ((one, ["layerwise", "deep inputs"]), (real, ["images"])):
+    cases = (
+        (one, ["layerwise", "deep inputs"]),
+        (real, ["images", "deep inputs"]),
+        (replace(one, inputs="procedural"), ["procedural"]),
+    )
+    for case, sources in cases:
         model = load(models / "mobilenetv2-fashion.onnx")
         exact = logits(model, test)
         (result,) = run([case], model)

@@ -106,6 +106,16 @@ class Inputs:
         """Whether all are real images."""
         return all(used.source == "images" for used in self.sources)
 
+    @property
+    def real_count(self) -> int:
+        """Real images; they come first."""
+        return sum(used.count for used in self.sources if used.source == "images")
+
+    @property
+    def record(self) -> bool:
+        """Whether recorded statistics may shape more inputs: not where procedural images were asked for."""
+        return all(used.source != "procedural" for used in self.sources)
+
     def shares(self) -> Tensor | None:
         """(N,), how often to draw each image so that all sources come alike; None: there is but one."""
         import torch

@@ -6,9 +6,10 @@ it alone, as `distill` makes images:
 
     min over z:   Σ_t mean_c ( (μ_c − β_c)² / γ_c² + (σ_c / |γ_c| − 1)² )  +  CLASSES_WEIGHT · CE(f(z), k)
 
-z: at the tensor `waist`, from what the twin makes of procedural images there; t: the recorded tensors from
-there on; k: a random class of each z, where the network's output tells classes. Real images are of a class;
-without that term hardly one of 1,000 stands out.
+z: at the tensor `waist`, from what the twin makes of procedural images there, or from what real images are
+there; t: the recorded tensors from there on; k: a random class of each z, where the network's output tells
+classes. Real images are of a class; without that term hardly one of 1,000 stands out. Where there are real
+images, they come first, as they are, and only what they lack in number is made.
 
 EfficientNet-Lite0 from its block 12 on, 55 % of it pruned, on 100 real images (`python
 tests/benchmarks/deep_inputs.py`): 4.5 dB and a KL divergence of 0.33 on 128 procedural images through the
@@ -21,7 +22,8 @@ Does not handle: networks without a waist, or whose file fixes a batch of more t
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -43,6 +45,8 @@ from onnxcompress.statistics import known_statistics
 from onnxcompress.topology import Topology
 
 COUNT = 2048
+STARTS = 1024
+"""Images that `prune` begins from where inputs are large: of fewer, layers learn the few by heart."""
 EACH = 16
 """Of an image, at most."""
 CHUNK = 256
@@ -83,14 +87,25 @@ class Part:
 
 
 def parts_of(
-    subject: Subject, *, seed: int = 0, device: str = "cpu", progress: Progress = silent
+    subject: Subject,
+    starts: Callable[[], Tensor] | None = None,
+    *,
+    seed: int = 0,
+    device: str = "cpu",
+    progress: Progress = silent,
 ) -> list[Part]:
-    """The network, in two where its deep layers can have inputs of their own."""
+    """The network, in two where its deep layers can have inputs of their own.
+
+    starts: images to begin from, where there are better ones for it than the subject's.
+    """
     start = waist(subject.model, subject.plan)
     if start is None:
         return [Part(subject.images, subject.twin)]
-    values = deep_inputs(subject, start, seed=seed, device=device, progress=progress)
-    used = Used("deep inputs", len(values), seed, f"at {start!r}, where the deep layers begin", "", "")
+    begun = subject if starts is None else replace(subject, images=starts())
+    values = deep_inputs(begun, start, seed=seed, device=device, progress=progress)
+    made = len(values) - min(subject.real, len(values))
+    where = f"at {start!r}, where the deep layers begin; from {len(begun.images)} images"
+    used = Used("deep inputs", made, seed, where, "", "") if made else None
     return [
         Part(subject.images, subject.twin, stop=start),
         Part(values, Twin(), start=start, used=used),
@@ -136,16 +151,22 @@ def deep_inputs(
     device: str = "cpu",
     progress: Progress = silent,
 ) -> Tensor:
-    """Inputs at the tensor `start`, (COUNT or fewer, …), from what the subject's images are there."""
+    """Inputs at the tensor `start`, (COUNT or fewer, …), from what the subject's images are there.
+
+    Real images of the subject come first, all of them; the others are made.
+    """
     executor = Executor.from_model(subject.model, device=device)
     topology = Topology(subject.model)
     shapes = subject.model.shapes()
     behind = [t.name for n in nodes_between(topology, start, None) for t in n.outputs]
     targets = targets_of([start, *behind], known_statistics(subject.model), executor.device)
     begin = through_twin(executor, subject, start)
+    real = begin[: subject.real]
     logits = _logits(subject.model)
     size = min(CHUNK, max(1, BYTES // (4 * sum(floats(shapes.get(name)) for name in behind))))
-    count = min(COUNT, EACH * len(begin), max(size, BYTES // (4 * floats(shapes[start]))))
+    count = min(COUNT, EACH * len(begin), max(size, BYTES // (4 * floats(shapes[start])))) - len(real)
+    if count <= 0:
+        return real
     chunks = -(-count // size)
     executor.needed([start], [*targets, *([logits] if logits else [])])  # once, not by each thread
 
@@ -160,7 +181,7 @@ def deep_inputs(
     for part in in_turn(work, chunks):
         made.append(part)
         progress("making deep inputs", len(made), chunks)
-    return torch.cat(made)
+    return torch.cat([real, *made])
 
 
 def through_twin(executor: Executor, subject: Subject, start: str) -> Tensor:

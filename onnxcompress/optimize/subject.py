@@ -33,6 +33,8 @@ class Subject:
     """(N, …) at the network's one input, N a multiple of the batch."""
     twin: Twin
     batch: int
+    real: int = 0
+    """The first of the images, so many, are real ones."""
     plain: dict[str, Tensor] = field(default_factory=dict)
     """Weights whose magnitudes decide what is pruned, where they are not the model's."""
 
@@ -48,7 +50,7 @@ class Subject:
         plain = {one.weight: torch.from_numpy(one.linear.weight) for one in plan.layers.values()}
         if stretched and stretch(model, plan, x, twin, batch):
             plan = make_plan(model, bits)
-        return Subject(model, plan, x, twin, batch, plain)
+        return Subject(model, plan, x, twin, batch, min(inputs.real_count, len(x)), plain)
 
 
 def fixed_batch(model: Model) -> int:

@@ -1,6 +1,7 @@
 """Figures of prune: accuracy without data against one-shot magnitude pruning of the same network.
 
     python tests/benchmarks/prune.py MODEL TEST --preprocess TEXT [--split N --part tune|test]
+                                     [--images DIR|NPZ|tune --count N]
 
 Top-1 on TEST as onnxruntime runs the files, and how far their classes' probabilities (a softmax of the
 output) are from the float network's, for each of --sparsities (prune) and --peers (magnitude pruning
@@ -9,12 +10,14 @@ for 2:4. The sparsity at one point lost is the largest where the curve, linear b
 has lost no more; the ratio is that of the weights that magnitude pruning must keep (the better of both) to
 those that prune keeps. All sparsities count the weights of all linear layers.
 
-With --split N, `tune` takes N images of TEST (drawn with the seed, balanced), `test` the others.
+With --split N, `tune` takes N images of TEST (drawn with the seed, balanced), `test` the others; with
+--images tune, prune has the images of that part, else those of --images, if any.
 """
 
 from __future__ import annotations
 
 import sys
+import tempfile
 import time
 from itertools import pairwise
 from pathlib import Path
@@ -42,6 +45,8 @@ Curve = list[tuple[float, float]]
 @click.option("--pattern", default="2:4", help="Also measured; '' for none.")
 @click.option("--inputs", default="auto", help="Of prune.")
 @click.option("--synthetic", type=int, default=None, help="Of prune.")
+@click.option("--images", help="Of prune; with --split, `tune`: those of that part.")
+@click.option("--count", type=int, default=None, help="Of prune.")
 @click.option("--depthwise", is_flag=True, help="Of prune.")
 @click.option("--split", type=int, help="Images of TEST to tune with.")
 @click.option("--part", type=click.Choice(["tune", "test"]), default="test")
@@ -93,15 +98,22 @@ def main(
     print(f"magnitude pruning at {LOST} point lost: " + _text(reached), flush=True)
     options |= {"preprocess": preprocess, "seed": seed}
     curve = [(0.0, 0.0)]
-    for share in _shares(sparsities):
-        pruned, account = _pruned(network, options | {"sparsity": share})
-        curve.append((share, measured("prune", share, pruned, account)))
-    if len(curve) > 1:
-        own = _at(curve)
-        print(f"prune at {LOST} point lost: {own:.3f}; kept weights {(1 - best) / (1 - own):.2f} x fewer")
-    if pattern:
-        pruned, account = _pruned(network, options | {"pattern": pattern})
-        measured(f"prune {pattern}", float("nan"), pruned, account)
+    with tempfile.TemporaryDirectory() as folder:
+        if options["images"] == "tune":
+            tuned = labelled_images(test, preprocess, split, "tune", None, seed)
+            options["images"] = f"{folder}/tune.npz"
+            np.savez(options["images"], x=tuned.x)
+        for share in _shares(sparsities):
+            pruned, account = _pruned(network, options | {"sparsity": share})
+            curve.append((share, measured("prune", share, pruned, account)))
+        if len(curve) > 1:
+            own = _at(curve)
+            print(
+                f"prune at {LOST} point lost: {own:.3f}; kept weights {(1 - best) / (1 - own):.2f} x fewer"
+            )
+        if pattern:
+            pruned, account = _pruned(network, options | {"pattern": pattern})
+            measured(f"prune {pattern}", float("nan"), pruned, account)
 
 
 def labelled_images(
