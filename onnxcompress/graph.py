@@ -182,7 +182,7 @@ def _run_reference(
     opset = onnx.helper.make_opsetid("", min(max(model.opset, 7), onnx.defs.onnx_opset_version()))
     try:
         graph = onnx.helper.make_graph(
-            [model._export_node(node)],
+            [model.node_proto(node)],
             "constant",
             [],
             [onnx.helper.make_empty_tensor_value_info(output)],

@@ -15,7 +15,6 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,6 @@ import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 from google.protobuf.message import DecodeError
-from onnx_graphsurgeon.exporters.onnx_exporter import OnnxExporter
 from onnx_graphsurgeon.ir.tensor import LazyValues, SparseValues
 
 from onnxcompress import __version__, storage, wire
@@ -31,27 +29,13 @@ from onnxcompress.checking import check_graph
 from onnxcompress.envelope import sync_values, without_contents
 from onnxcompress.errors import ModelError
 from onnxcompress.importing import import_graph
+from onnxcompress.origins import export_node, node_origins, tensor_origins
 from onnxcompress.storage import StoredValues
 
 PROVENANCE = "onnxcompress.provenance"
 """Key in metadata_props: JSON list of {pass, options, version, input_sha256, inputs}, oldest first."""
 
 Shape = tuple[int | str | None, ...]
-
-
-@dataclass
-class _NodeOrigin:
-    node: gs.Node  # held so that id(node) stays its own
-    proto: onnx.NodeProto
-    attrs: dict[str, Any]
-
-
-@dataclass
-class _TensorOrigin:
-    constant: gs.Constant
-    proto: onnx.TensorProto
-    values: LazyValues
-    used: bool
 
 
 class Model:
@@ -72,8 +56,8 @@ class Model:
         self._removed: set[int] = set()
         self._graph = import_graph(proto, name)
         self._inner = {id(n): n for g in self._graph.subgraphs(recursive=True) for n in g.nodes}
-        self._nodes = _node_origins(self.graph, proto)
-        self._tensors = _tensor_origins(self.graph, proto, stored)
+        self._nodes = node_origins(self.graph, proto)
+        self._tensors = tensor_origins(self.graph, proto, stored)
         self._envelope = onnx.ModelProto()
         self._envelope.CopyFrom(without_contents(proto))
 
@@ -266,7 +250,7 @@ class Model:
     def _export(self) -> tuple[onnx.ModelProto, list[storage.Stored]]:
         proto = onnx.ModelProto()
         proto.CopyFrom(self._envelope)
-        proto.graph.node.extend(self._export_node(node) for node in self.graph.nodes)
+        proto.graph.node.extend(self.node_proto(node) for node in self.graph.nodes)
         tensors = self._export_tensors()
         sync_values(proto, self.graph, {tensor.name for tensor, _ in tensors})
         if proto.ir_version < 4:  # IR 3: an initializer must be listed as an input, too
@@ -278,28 +262,9 @@ class Model:
             )
         return proto, tensors
 
-    def _export_node(self, node: gs.Node) -> onnx.NodeProto:
-        origin = self._nodes.get(id(node))
-        if origin is None:
-            new: onnx.NodeProto = OnnxExporter.export_node(node)
-            return new
-        proto = onnx.NodeProto()
-        proto.CopyFrom(origin.proto)
-        if (proto.op_type, proto.name) != (node.op, node.name):  # setting an absent name makes it present
-            proto.op_type, proto.name = node.op, node.name
-        for field, tensors in ((proto.input, node.inputs), (proto.output, node.outputs)):
-            names = [t.name for t in tensors]
-            if list(field) != names:
-                del field[:]
-                field.extend(names)
-        for key in [a.name for a in proto.attribute]:
-            if key in origin.attrs and key not in node.attrs:
-                _drop_attribute(proto, key)
-        for key, value in node.attrs.items():
-            if key not in origin.attrs or not _same(value, origin.attrs[key]):
-                _drop_attribute(proto, key)
-                proto.attribute.extend(OnnxExporter.export_attributes({key: value}))
-        return proto
+    def node_proto(self, node: gs.Node) -> onnx.NodeProto:
+        """The node of the main graph as it is written now."""
+        return export_node(node, self._nodes.get(id(node)))
 
     def _export_tensors(self) -> list[storage.Stored]:
         outputs = {t.name for t in self.graph.outputs}
@@ -375,51 +340,3 @@ class _Hasher:
 
     def hexdigest(self) -> str:
         return self._sha.hexdigest()
-
-
-def _node_origins(graph: gs.Graph, proto: onnx.ModelProto) -> dict[int, _NodeOrigin]:
-    return {
-        id(node): _NodeOrigin(
-            node,
-            original,
-            {k: list(v) if isinstance(v, list) else v for k, v in node.attrs.items()},
-        )
-        for node, original in zip(graph.nodes, proto.graph.node, strict=True)
-    }
-
-
-def _tensor_origins(
-    graph: gs.Graph, proto: onnx.ModelProto, stored: dict[int, LazyValues | np.ndarray]
-) -> list[_TensorOrigin]:
-    by_name = graph.tensors()
-    origins = []
-    for index, tensor in enumerate(proto.graph.initializer):
-        constant = by_name.get(tensor.name)
-        if not isinstance(constant, gs.Constant):  # nothing in the main graph reads it
-            constant = _captured(graph, tensor.name) or gs.Constant(tensor.name, LazyValues(tensor))
-        values = stored.get(index, constant._values)
-        constant._values = values
-        constant.data_location = None
-        origins.append(_TensorOrigin(constant, tensor, values, bool(constant.outputs)))
-    return origins
-
-
-def _captured(graph: gs.Graph, name: str) -> gs.Constant | None:
-    """The constant of that name which only the bodies of If, Loop or Scan read."""
-    for subgraph in graph.subgraphs(recursive=True):
-        for node in subgraph.nodes:
-            for tensor in node.inputs:
-                if tensor.name == name and isinstance(tensor, gs.Constant):
-                    return tensor
-    return None
-
-
-def _drop_attribute(proto: onnx.NodeProto, key: str) -> None:
-    for at in [i for i, a in enumerate(proto.attribute) if a.name == key][::-1]:
-        del proto.attribute[at]
-
-
-def _same(value: Any, before: Any) -> bool:
-    if isinstance(value, gs.Tensor | gs.Graph):
-        return value is before
-    return type(value) is type(before) and bool(value == before)

@@ -91,7 +91,7 @@ def _reconstruct(
     result.shown = inputs.shown
     subject = Subject.of(model, inputs, stretched=False)
     parts = [Part(subject.images, subject.twin)]
-    if inputs.record:
+    if inputs.may_use_record:
         many = min(STARTS, BYTES // max(12 * pixels, 1))
         more = one.synthetic is None and inputs.layerwise and pixels > SMALL_PIXELS and many > LARGE
 

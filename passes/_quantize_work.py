@@ -74,7 +74,7 @@ def quantize(
         chosen = choose_bits(one, subject, bits, original, progress)
         plan = make_plan(model, bits, chosen.bits)
     parts = [Part(x, twin)]
-    if inputs.record and one.weight_bits < 8 and not one.activation_bits and one.reconstruct:
+    if inputs.may_use_record and one.weight_bits < 8 and not one.activation_bits and one.reconstruct:
         began = time.perf_counter()
         parts = parts_of(subject, seed=one.seed, device=device, progress=progress)
         made += time.perf_counter() - began

@@ -112,7 +112,7 @@ class Inputs:
         return sum(used.count for used in self.sources if used.source == "images")
 
     @property
-    def record(self) -> bool:
+    def may_use_record(self) -> bool:
         """Whether recorded statistics may shape more inputs: not where procedural images were asked for."""
         return all(used.source != "procedural" for used in self.sources)
 

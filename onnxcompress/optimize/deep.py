@@ -103,7 +103,7 @@ def parts_of(
         return [Part(subject.images, subject.twin)]
     begun = subject if starts is None else replace(subject, images=starts())
     values = deep_inputs(begun, start, seed=seed, device=device, progress=progress)
-    made = len(values) - min(subject.real, len(values))
+    made = len(values) - subject.real
     where = f"at {start!r}, where the deep layers begin; from {len(begun.images)} images"
     used = Used("deep inputs", made, seed, where, "", "") if made else None
     return [
@@ -161,7 +161,7 @@ def deep_inputs(
     behind = [t.name for n in nodes_between(topology, start, None) for t in n.outputs]
     targets = targets_of([start, *behind], known_statistics(subject.model), executor.device)
     begin = through_twin(executor, subject, start)
-    real = begin[: subject.real]
+    real = begin[: subject.real].cpu()
     logits = _logits(subject.model)
     size = min(CHUNK, max(1, BYTES // (4 * sum(floats(shapes.get(name)) for name in behind))))
     count = min(COUNT, EACH * len(begin), max(size, BYTES // (4 * floats(shapes[start])))) - len(real)

@@ -100,6 +100,8 @@ def main(
     curve = [(0.0, 0.0)]
     with tempfile.TemporaryDirectory() as folder:
         if options["images"] == "tune":
+            if split is None:
+                raise click.UsageError("--images tune needs --split: the others are tested on")
             tuned = labelled_images(test, preprocess, split, "tune", None, seed)
             options["images"] = f"{folder}/tune.npz"
             np.savez(options["images"], x=tuned.x)
