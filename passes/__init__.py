@@ -1,44 +1,41 @@
-"""The passes, in the order in which a pipeline would use them. Importing this imports none of them."""
+"""The passes, and what it takes to write and to run one. Importing this imports none of them."""
 
 from __future__ import annotations
 
 from importlib import import_module
-from typing import TYPE_CHECKING, NamedTuple
 
-if TYPE_CHECKING:
-    from onnxcompress.passing import Pass
+from onnxcompress.account import Change, Refusal
+from onnxcompress.option_fields import option
+from onnxcompress.passes.base import Pass, PassResult, apply_to_proto, run
+from onnxcompress.passes.catalogue import CATALOGUE, Entry
 
-
-class Entry(NamedTuple):
-    """Where a pass is, and what it does in one line."""
-
-    name: str
-    module: str
-    cls: str
-    summary: str
-
-
-CATALOGUE: tuple[Entry, ...] = (
-    Entry("fold-bn", "fold_bn", "FoldBatchNorm", "Fold BatchNorm into the layers beside it."),
-    Entry("calibrate", "calibrate", "Calibrate", "Estimate statistics where no BatchNorm knows them."),
-    Entry("equalize", "equalize", "Equalize", "Rescale channels between layers for fewer bits."),
-    Entry("absorb-bias", "absorb_bias", "AbsorbBias", "Move high biases into the layers behind."),
-    Entry("correct-bias", "correct_bias", "CorrectBias", "Give back what other weights changed in means."),
-    Entry("drop-blocks", "drop_blocks", "DropBlocks", "Drop residual blocks to meet a latency."),
-    Entry("prune", "prune", "Prune", "Set weights to zero and make up for them with the others."),
-    Entry("quantize", "quantize", "Quantize", "Quantize weights and activations to few bits."),
-    Entry("fp16", "fp16", "HalfPrecision", "Compute in half precision where it does no harm."),
-)
+__all__ = [
+    "CATALOGUE",
+    "Change",
+    "Entry",
+    "Pass",
+    "PassResult",
+    "Refusal",
+    "apply_to_proto",
+    "load_pass",
+    "option",
+    "run",
+]
 
 
 def load_pass(name: str) -> type[Pass]:
-    """The class of a pass, of the catalogue or of another package.
+    """Import the class of a pass, of the catalogue or of another package.
 
-    Raises KeyError where there is none of that name, RuntimeUnavailable where its package is broken.
+    Args:
+        name: The pass's name in kebab case, as on the command line.
+
+    Raises:
+        KeyError: There is no pass of that name.
+        RuntimeUnavailable: The package that declares the pass is broken.
     """
     entry = next((e for e in CATALOGUE if e.name == name), None)
     if entry is None:
-        from onnxcompress.plugins import load_plugin
+        from onnxcompress.passes.plugins import load_plugin
 
         return load_plugin(name)
     found: type[Pass] = getattr(import_module(f"onnxcompress.passes.{entry.module}"), entry.cls)

@@ -2,8 +2,8 @@
 
 Both modes of torch.onnx.export fold BatchNorm unless told otherwise, so most files know nothing of the data
 they were trained on. Here images go through the network, and mean and deviation of each channel of the
-image and of each linear layer's output are written to the record (`onnxcompress.estimate` has the sums and
-says which tensors), so that whatever needs statistics works.
+image and of each linear layer's output are written to the record, so that whatever needs statistics works.
+`onnxcompress.optimize.statistics_estimation` has the sums, and says which tensors.
 
  1. What a BatchNorm knows, in the graph or recorded before it was folded, holds for the training set: it is
     kept. What was estimated before is estimated anew.
@@ -24,8 +24,10 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 
+from onnxcompress.account import Change
 from onnxcompress.errors import OptionError
-from onnxcompress.inputs.source import (
+from onnxcompress.model import Model
+from onnxcompress.optimize.calibration import (
     InputRequest,
     count_option,
     gather_inputs,
@@ -34,9 +36,10 @@ from onnxcompress.inputs.source import (
     preprocess_option,
     synthetic_option,
 )
-from onnxcompress.model import Model
-from onnxcompress.passing import Change, Pass, PassResult, Progress, option, silent
-from onnxcompress.statistics import (
+from onnxcompress.option_fields import option
+from onnxcompress.passes.base import Pass, PassResult
+from onnxcompress.progress import Progress, silent
+from onnxcompress.statistics.record import (
     ESTIMATED,
     ChannelStatistics,
     known_statistics,
@@ -46,8 +49,8 @@ from onnxcompress.statistics import (
 )
 
 if TYPE_CHECKING:
-    from onnxcompress.inputs.images import ImageSet
-    from onnxcompress.inputs.source import Used
+    from onnxcompress.data.image_set import ImageSet
+    from onnxcompress.optimize.calibration import Used
 
 Record = dict[str, ChannelStatistics]
 
@@ -90,8 +93,8 @@ class Calibrate(Pass):
         size is open and no images are given.
         """
         self.check()
-        from onnxcompress.estimate import estimate_statistics, measurable
         from onnxcompress.optimize.device import pick_device
+        from onnxcompress.optimize.statistics_estimation import estimate_statistics, measurable
 
         wanted, refusals = measurable(model)
         wanted += [name for name in live_record(model) if name not in wanted]

@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported
+from tests.helpers.paths import MODELS
 
-MODELS = Path(__file__).resolve().parent.parent / "models"
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported
 
 
 @pytest.fixture(scope="session")
@@ -42,7 +42,7 @@ def more_threads() -> Callable[[], AbstractContextManager[None]]:
 @pytest.fixture
 def quick_clock(monkeypatch: pytest.MonkeyPatch) -> None:
     """Latency from a few rounds, for tests of what is done with it."""
-    from onnxcompress import latency
+    from onnxcompress.runtime import latency
 
     original = latency.interleave
 

@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from onnxcompress.cli import options, reporting
+from onnxcompress.cli import options, report_option
 
 if TYPE_CHECKING:
-    from onnxcompress.latency import Ratio, Timing
+    from onnxcompress.runtime.latency import Ratio, Timing
 
 Timings = dict[str, "Timing"]
 
@@ -30,7 +30,7 @@ Timings = dict[str, "Timing"]
 @options.timing()
 @options.seed()
 @options.as_json()
-@reporting.report()
+@report_option.report()
 def benchmark(models: tuple[str, ...], as_json: bool, report: str | None, **chosen: Any) -> None:
     """Measure latency in onnxruntime.
 
@@ -57,12 +57,12 @@ def benchmark(models: tuple[str, ...], as_json: bool, report: str | None, **chos
     timings = [t for one in found for t in one.values()]
     names = [m["name"] for m in account["models"]]
     samples = {name: one.samples_ms for name, one in zip(names, timings, strict=True)}
-    reporting.write_report(report, account, [("model", m) for m in models], samples=samples)
+    report_option.write_report(report, account, [("model", m) for m in models], samples=samples)
 
 
 def _timed(models: tuple[str, ...], batch: int, *, tolerance: float, **chosen: Any) -> Timings:
-    from onnxcompress import latency
-    from onnxcompress.sources import display_names
+    from onnxcompress.model.model_like import display_names
+    from onnxcompress.runtime import latency
 
     named = dict(zip(display_names(models), models, strict=True))
     return latency.benchmark(named, batch=batch, tolerance=tolerance / 100, **chosen)
@@ -70,7 +70,7 @@ def _timed(models: tuple[str, ...], batch: int, *, tolerance: float, **chosen: A
 
 def _account(batches: tuple[int, ...], found: list[Timings], asked: float | None) -> dict[str, Any]:
     """What --json prints. `asked`: the tolerance in percent, None: none was to be reached."""
-    from onnxcompress import latency
+    from onnxcompress.runtime import latency
 
     several = len(batches) > 1
     models: list[dict[str, Any]] = []
@@ -89,8 +89,8 @@ def _account(batches: tuple[int, ...], found: list[Timings], asked: float | None
 
 def _show(found: list[Timings], account: dict[str, Any]) -> None:
     from onnxcompress.cli.console import stdout, table
-    from onnxcompress.latency import Ratio
-    from onnxcompress.providers import described
+    from onnxcompress.runtime.latency import Ratio
+    from onnxcompress.runtime.providers import described
 
     models, ratios = account["models"], account["ratios_to_first"]
     columns = ["model", "median", "mean", "min", "p90", "p99", "images/s"]

@@ -19,14 +19,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from onnxcompress.cli import options, reporting
-from onnxcompress.cli.gating import SectionedCommand, gated, take_gates
+from onnxcompress.cli import options, report_option
+from onnxcompress.cli.gate_options import SectionedCommand, gated, take_gates
 from onnxcompress.errors import OptionError, TargetMissed
 
 if TYPE_CHECKING:
-    from onnxcompress.compare import Comparison
-    from onnxcompress.inputs.images import ImageSet
-    from onnxcompress.inputs.preprocess import Choice
+    from onnxcompress.data.image_set import ImageSet
+    from onnxcompress.data.preprocess import Choice
+    from onnxcompress.evaluation.compare import Comparison
 
 
 @click.command(cls=SectionedCommand)
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 @options.timing()
 @options.seed()
 @options.as_json()
-@reporting.report()
+@report_option.report()
 @gated
 def compare(
     a: str,
@@ -60,13 +60,13 @@ def compare(
     Example: onnxcompress compare net.onnx fast.onnx --images val/ --preprocess imagenet
              onnxcompress compare net.onnx fast.onnx --min-speedup 1.2 --max-size 5
     """
-    from onnxcompress import compare as measure
     from onnxcompress.cli.console import progress, show_verdicts, stdout
-    from onnxcompress.gates import Gates
-    from onnxcompress.inputs.images import load_images
-    from onnxcompress.inputs.preprocess import choose
-    from onnxcompress.sources import metadata_of
-    from onnxcompress.verdicts import Facts, judge, summary
+    from onnxcompress.data.image_set import load_images
+    from onnxcompress.data.preprocess import choose
+    from onnxcompress.evaluation import compare as measure
+    from onnxcompress.evaluation.gate_results import Facts, judge, summary
+    from onnxcompress.evaluation.gates import Gates
+    from onnxcompress.model.model_like import metadata_of
 
     if images is None and (preprocess is not None or count is not None):
         raise OptionError("--preprocess and --count need --images")
@@ -98,7 +98,7 @@ def compare(
         _show(found, None if loaded is None else choice)
         stdout().print(options.precision_text(sure, True), markup=False)
         show_verdicts(stdout(), verdicts)
-    _report(report, account, (a, b, images), reporting.Compared(found), loaded)
+    _report(report, account, (a, b, images), report_option.Compared(found), loaded)
     if missed := summary(verdicts):
         raise TargetMissed(missed)
 
@@ -107,16 +107,16 @@ def _report(
     path: str | None,
     account: dict[str, Any],
     files: tuple[str, str, str | None],
-    compared: reporting.Compared,
+    compared: report_option.Compared,
     loaded: ImageSet | None,
 ) -> None:
     if path is None:
         return
-    from onnxcompress.report.gather import pictures
+    from onnxcompress.report.collect import pictures
 
     shown = [] if loaded is None else [pictures(f"Images of {files[2]}", loaded)]
     roles = [(r, f) for r, f in zip(("reference", "model", "images"), files, strict=True) if f is not None]
-    reporting.write_report(path, account, roles, compared=compared, pictures=shown)
+    report_option.write_report(path, account, roles, compared=compared, pictures=shown)
 
 
 def _show(found: Comparison, choice: Choice | None) -> None:

@@ -20,11 +20,12 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
-from onnxcompress import passing
+from onnxcompress.account import Refusal
 from onnxcompress.cli import interrupts
-from onnxcompress.units import number as number
-from onnxcompress.units import size as size
-from onnxcompress.verdicts import Verdict
+from onnxcompress.evaluation.gate_results import Verdict
+from onnxcompress.formatting import number as number
+from onnxcompress.formatting import size as size
+from onnxcompress.progress import Progress as ReportProgress
 
 SHOWN = 12
 """Refusals that are listed one by one; the rest is counted."""
@@ -55,7 +56,7 @@ def _console(*, stderr: bool) -> Console:
 
 
 @contextmanager
-def progress(*, lines: bool = True) -> Iterator[passing.Progress]:
+def progress(*, lines: bool = True) -> Iterator[ReportProgress]:
     """Progress bars with time left on standard error; where that is no terminal a line for each stage, or
     without `lines` nothing. Bars are drawn once a second, so that they stay out of what is timed."""
     console = stderr()
@@ -81,7 +82,7 @@ def progress(*, lines: bool = True) -> Iterator[passing.Progress]:
         yield report
 
 
-def _plain_progress(console: Console) -> passing.Progress:
+def _plain_progress(console: Console) -> ReportProgress:
     seen: dict[str, float] = {}
 
     def report(stage: str, done: int, total: int) -> None:
@@ -107,7 +108,7 @@ def table(title: str, columns: list[str], rows: list[list[str]], *, left: int = 
 
 
 def show_refusals(
-    console: Console, refusals: list[passing.Refusal], title: str = "left alone", *, all: bool = False
+    console: Console, refusals: list[Refusal], title: str = "left alone", *, all: bool = False
 ) -> None:
     """What was not done, where and why: the first ones listed, the rest counted."""
     if not refusals:
@@ -120,46 +121,9 @@ def show_refusals(
         console.print(f"  … and {len(refusals) - len(shown)} more (all with -v or --json)")
 
 
-def show_result(
-    console: Console, one: passing.Pass, result: passing.PassResult, *, verbose: bool = False
-) -> None:
-    """The account of one pass; verbose: each change, and all that was left alone."""
-    if one.name == "drop-blocks":
-        from onnxcompress.cli.drop_blocks import show_drop_blocks
-
-        show_drop_blocks(console, result)
-    elif one.name == "calibrate":
-        from onnxcompress.cli.calibrate import show_calibrate
-
-        show_calibrate(console, result)
-    elif one.name == "quantize":
-        from onnxcompress.cli.quantize import show_quantize
-
-        show_quantize(console, result)
-    elif one.name == "fp16":
-        from onnxcompress.cli.fp16 import show_fp16
-
-        show_fp16(console, result)
-    else:
-        kinds: dict[str, int] = {}
-        for change in result.changes:
-            kinds[change.what] = kinds.get(change.what, 0) + 1
-        for what, count in kinds.items():
-            console.print(f"{count} × {what}", markup=False)
-        if not result.changes:
-            console.print("nothing to change")
-        for line in learned_from(result.measured.get("inputs", [])):
-            console.print(line, markup=False)
-    if verbose:
-        for change in result.changes:
-            console.print(f"  {change.node}: {change.what}", markup=False)
-    show_refusals(console, result.refusals, all=verbose)
-    _show_difference(console, result.measured.get("difference"))
-
-
 def learned_from(inputs: Sequence[Mapping[str, Any]], verb: str = "learned") -> list[str]:
-    """A line for each source of a pass's inputs (`inputs.source.Used`)."""
-    from onnxcompress.inputs.preprocess import told
+    """A line for each source of a pass's inputs (`optimize.calibration.Used`)."""
+    from onnxcompress.data.preprocess import told
 
     return [
         f"{verb} from {used['count']} {used['source']} ({used['why']})"
@@ -173,16 +137,3 @@ def show_verdicts(console: Console, verdicts: list[Verdict]) -> None:
     for one in verdicts:
         word = "kept" if one.passed else "MISSED"
         console.print(f"gate --{one.gate.replace('_', '-')} {word}: {one.text}", markup=False)
-
-
-def _show_difference(console: Console, found: dict[str, Any] | None) -> None:
-    if found is None:
-        return
-    if "skipped" in found:
-        console.print(f"outputs not compared: {found['skipped']}", markup=False)
-        return
-    console.print(
-        f"largest output difference on random input: {found['max_abs']:.2e} absolute, "
-        f"{found['max_rel']:.2e} relative (output {found['output']!r})",
-        markup=False,
-    )

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from onnxcompress.cli import options, reporting
+from onnxcompress.cli import options, report_option
 
 if TYPE_CHECKING:
-    from onnxcompress.evaluate import Accuracy
-    from onnxcompress.inputs.preprocess import Choice
+    from onnxcompress.data.preprocess import Choice
+    from onnxcompress.evaluation.accuracy import Accuracy
 
 
 @click.command()
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 @options.runtime(batch=64)
 @options.seed()
 @options.as_json()
-@reporting.report()
+@report_option.report()
 def evaluate(
     model: str,
     images: str,
@@ -40,11 +40,11 @@ def evaluate(
     \b
     Example: onnxcompress evaluate net.onnx --images val/ --preprocess imagenet
     """
-    from onnxcompress import evaluate as measure
     from onnxcompress.cli.console import progress
-    from onnxcompress.inputs.images import load_images
-    from onnxcompress.inputs.preprocess import choose
-    from onnxcompress.sources import metadata_of
+    from onnxcompress.data.image_set import load_images
+    from onnxcompress.data.preprocess import choose
+    from onnxcompress.evaluation import accuracy as measure
+    from onnxcompress.model.model_like import metadata_of
 
     chosen = options.take_provider(chosen)
     choice = choose(preprocess, metadata_of(model), model)
@@ -56,16 +56,18 @@ def evaluate(
     account = {**given, **asdict(accuracy), "top1_interval": list(accuracy.interval)}
     options.print_json(account) if as_json else _show(model, images, choice, accuracy)
     if report:
-        from onnxcompress.report.gather import pictures
+        from onnxcompress.report.collect import pictures
 
         files = [("model", model), ("images", images)]
-        reporting.write_report(report, account, files, pictures=[pictures(f"Images of {images}", loaded)])
+        report_option.write_report(
+            report, account, files, pictures=[pictures(f"Images of {images}", loaded)]
+        )
 
 
 def _show(model: str, images: str, choice: Choice, accuracy: Accuracy) -> None:
     from onnxcompress.cli.console import stdout, table
-    from onnxcompress.providers import described
-    from onnxcompress.sources import display_names
+    from onnxcompress.model.model_like import display_names
+    from onnxcompress.runtime.providers import described
 
     low, high = accuracy.interval
     row = [

@@ -6,67 +6,23 @@ IN --load--> model --Pipeline.run--> model --save--> OUT --gates--> verdicts -->
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from onnxcompress.cli.files import Files, check_external, check_target, opened
+from onnxcompress.cli.job import Job, Outcome
 from onnxcompress.cli.options import print_json
-from onnxcompress.cli.passes import check_external, check_target
-from onnxcompress.cli.reporting import write_job_report
-from onnxcompress.cli.streams import Files, opened
+from onnxcompress.cli.report_option import write_job_report
 from onnxcompress.errors import CompressError, ModelError, OptionError, TargetMissed, require
-from onnxcompress.gates import Baseline, Gates
-from onnxcompress.passing import Progress, silent
-from onnxcompress.pipeline import Pipeline, Run
-from onnxcompress.verdicts import Verdict, judge, summary
+from onnxcompress.evaluation.gate_results import judge, summary
+from onnxcompress.evaluation.gates import Baseline
+from onnxcompress.progress import Progress, silent
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from onnxcompress.model import Model
-    from onnxcompress.passing import Pass
-    from onnxcompress.resume import Cache
-
-
-@dataclass(frozen=True)
-class Job:
-    """What a command line asks for."""
-
-    source: str
-    target: str
-    chain: Pipeline
-    gates: Gates
-    account: Callable[[Outcome], dict[str, Any]]
-    """What --json prints."""
-    cache: Cache | None = None
-    verify: bool = False
-    as_json: bool = False
-    quiet: bool = False
-    verbose: bool = False
-    dry_run: bool = False
-    report: str | None = None
-    recipe: str | None = None
-    """The file that the chain is of."""
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What came of it."""
-
-    run: Run
-    files: Files
-    verdicts: list[Verdict]
-    bytes: tuple[int, int]
-    """Of IN and OUT."""
-
-
-def pass_account(found: Outcome) -> dict[str, Any]:
-    """The JSON of a pass's command (`cli.passes` has its keys)."""
-    step = found.run.steps[0].as_dict()
-    kept = {key: step[key] for key in ("pass", "options", "changes", "refusals", "measured")}
-    gates = [dataclasses.asdict(v) for v in found.verdicts]
-    return kept | {"gates": gates, "provenance": found.run.model.provenance()}
+    from onnxcompress.passes.base import Pass
 
 
 def execute(job: Job) -> None:
@@ -97,7 +53,7 @@ def _work(job: Job, files: Files, model: Model, baseline: Baseline, show: Progre
     """Apply, write, compare, judge."""
     run = job.chain.run(model, show, cache=job.cache)
     from onnxcompress.model import save
-    from onnxcompress.sources import model_bytes
+    from onnxcompress.model.model_like import model_bytes
 
     save(run.model, files.target)
     if job.verify:
@@ -131,10 +87,11 @@ def _progress(job: Job) -> AbstractContextManager[Progress]:
 
 
 def _difference(files: Files) -> dict[str, float | str]:
-    from onnxcompress import verify
+    from onnxcompress.evaluation.equivalence import difference
+    from onnxcompress.runtime.inference import random_feeds
 
     try:
-        found = verify.difference(files.source, files.target, verify.random_feeds(files.source))
+        found = difference(files.source, files.target, random_feeds(files.source))
     except CompressError as error:
         return {"skipped": str(error)}
     return {"max_abs": found.max_abs, "max_rel": found.max_rel, "output": found.output}
@@ -146,7 +103,8 @@ def _tell(job: Job, found: Outcome) -> None:
         return
     if job.quiet:
         return
-    from onnxcompress.cli.console import show_result, show_verdicts, size
+    from onnxcompress.cli.console import show_verdicts, size
+    from onnxcompress.cli.results.show import show_result
 
     console = _console(found.files)
     steps = found.run.steps

@@ -9,14 +9,15 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from onnxcompress.cli import reporting
+from onnxcompress.cli import report_option
 from onnxcompress.cli.options import FILE, as_json, print_json
 from onnxcompress.errors import ModelError
+from onnxcompress.graph.shape_inference import tensor_shapes
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from onnxcompress.blocks import Discovery
+    from onnxcompress.graph.blocks import Discovery
     from onnxcompress.model import Model
 
 
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 @click.argument("model", type=FILE)
 @click.option("--statistics", is_flag=True, help="List what is known of each channel, too.")
 @as_json()
-@reporting.report()
+@report_option.report()
 def inspect(model: str, statistics: bool, as_json: bool, report: str | None) -> None:
     """Show a model: inputs, size, operators, and each block that can be dropped.
 
@@ -32,13 +33,13 @@ def inspect(model: str, statistics: bool, as_json: bool, report: str | None) -> 
     Example:
       onnxcompress inspect net.onnx
     """
-    from onnxcompress.blocks import find_blocks
+    from onnxcompress.graph.blocks import find_blocks
     from onnxcompress.model import load
 
     loaded = load(model)
     found = find_blocks(loaded)
     facts = _facts(loaded, Path(model))
-    reporting.write_report(report, facts | dataclasses.asdict(found), [("input", model)])
+    report_option.write_report(report, facts | dataclasses.asdict(found), [("input", model)])
     if as_json:
         print_json(facts | {"statistics": _statistics(loaded)} | dataclasses.asdict(found))
         return
@@ -52,12 +53,12 @@ def inspect(model: str, statistics: bool, as_json: bool, report: str | None) -> 
 
 
 def _facts(model: Model, path: Path) -> dict[str, Any]:
-    from onnxcompress.macs import count_macs, count_parameters
-    from onnxcompress.sources import model_bytes
-    from onnxcompress.statistics import live_record, read_record
-    from onnxcompress.topology import Topology
+    from onnxcompress.graph.macs import count_macs, count_parameters
+    from onnxcompress.graph.topology import Topology
+    from onnxcompress.model.model_like import model_bytes
+    from onnxcompress.statistics.record import live_record, read_record
 
-    shapes = model.shapes()
+    shapes = tensor_shapes(model)
     feature = Topology(model).feature()
     try:
         macs: int | None = count_macs(model)
@@ -158,7 +159,7 @@ def _show_blocks(console: Console, found: Discovery, facts: dict[str, Any]) -> N
 
 def _statistics(model: Model) -> dict[str, Any]:
     """What is known of tensors, by name in order; `where`: in the `graph`'s BatchNorm, or on `record`."""
-    from onnxcompress.statistics import graph_statistics, known_statistics
+    from onnxcompress.statistics.record import graph_statistics, known_statistics
 
     graph, known = graph_statistics(model), known_statistics(model)
     made = [*model.graph.inputs, *(t for node in model.graph.nodes for t in node.outputs)]

@@ -12,11 +12,11 @@ from typing import Any
 
 import click
 
-from onnxcompress import __version__
 from onnxcompress.cli import interrupts
 from onnxcompress.errors import CompressError, CompressWarning, printable
 from onnxcompress.passes import CATALOGUE
-from onnxcompress.plugins import plugins
+from onnxcompress.passes.plugins import plugins
+from onnxcompress.version import __version__
 
 COMMANDS: dict[str, tuple[str, str, str]] = {
     "run": ("Chain", "run", "Apply the passes of a recipe; resumable."),
@@ -50,7 +50,7 @@ class LazyGroup(click.Group):
             assert isinstance(found, click.Command)
             return found
         if any(entry.name == name for entry in CATALOGUE) or name in plugins():
-            from onnxcompress.cli.passes import command
+            from onnxcompress.cli.pass_commands import command
 
             return command(name)
         return None

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json
 import math
+import types
+import typing
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
 from onnxcompress.errors import OptionError
-from onnxcompress.passing import PROVIDER_HELP, PROVIDER_OPTIONS_HELP
+from onnxcompress.option_fields import PROVIDER_HELP, PROVIDER_OPTIONS_HELP
 
 if TYPE_CHECKING:
-    from onnxcompress.latency import Timing
+    from onnxcompress.runtime.latency import Timing
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 Decorator = Callable[[Command], Command]
@@ -72,7 +74,7 @@ def runtime(*, batch: int, several: bool = False) -> Decorator[Any]:
 
 def take_provider(chosen: dict[str, Any]) -> dict[str, Any]:
     """A command's arguments with what `runtime` gave joined to one Provider. Raises OptionError."""
-    from onnxcompress.providers import Provider
+    from onnxcompress.runtime.providers import Provider
 
     texts = [text for text in chosen.pop("provider_options").split(",") if text]
     return chosen | {"provider": Provider.of(chosen["provider"], texts)}
@@ -146,7 +148,7 @@ def warn_placements(placements: Sequence[tuple[str, Any]]) -> None:
 
 def precision_of(timings: Mapping[str, Timing], asked: float | None) -> dict[str, Any]:
     """How sure the ratios are: `within`, `asked` and whether it was `reached`; asked: percent, or None."""
-    from onnxcompress.latency import precision
+    from onnxcompress.runtime.latency import precision
 
     within = precision(timings)
     goal = None if asked is None else asked / 100
@@ -173,7 +175,7 @@ def warn_clocks(timings: Sequence[Timing]) -> None:
             if one.clocks.drift:
                 click.echo(f"warning: {one.clocks.drift}; trust the ratios, not the times", err=True)
     if timings and timings[0].clocks is None and timings[0].provider in ("cuda", "tensorrt"):
-        from onnxcompress.clocks import INSTALL
+        from onnxcompress.runtime.gpu_clocks import INSTALL
 
         click.echo(f"note: the GPU's clocks were not noted: {INSTALL}", err=True)
 
@@ -206,3 +208,24 @@ def _finite(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_finite(inner) for inner in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def option_type(hint: Any) -> click.ParamType[Any] | type:
+    """What click reads a value of this annotation with."""
+    inner, _ = inner_type(hint)
+    if typing.get_origin(inner) is typing.Literal:
+        return click.Choice(typing.get_args(inner))
+    return {int: int, float: float}.get(inner, str)
+
+
+def inner_type(hint: Any) -> tuple[Any, bool]:
+    """The type inside `X | None`, and whether it was optional."""
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        parts = [a for a in typing.get_args(hint) if a is not type(None)]
+        return parts[0], True
+    return hint, False
+
+
+def split(value: str) -> tuple[str, ...]:
+    """The parts of a list with commas."""
+    return tuple(part.strip() for part in value.split(",") if part.strip())

@@ -22,14 +22,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from onnxcompress.cli.gating import SectionedCommand, gate_options, gates_of
+from onnxcompress.cli.gate_options import SectionedCommand, gate_options, gates_of
 from onnxcompress.cli.options import FILE, print_json
-from onnxcompress.cli.passes import running_options
+from onnxcompress.cli.pass_commands import running_options
 from onnxcompress.errors import OptionError
 
 if TYPE_CHECKING:
-    from onnxcompress.cli.execute import Outcome
-    from onnxcompress.resume import Cache
+    from onnxcompress.cli.job import Outcome
+    from onnxcompress.pipeline.cache import Cache
 
 CACHE_VARIABLE = "ONNXCOMPRESS_CACHE"
 
@@ -37,7 +37,7 @@ CACHE_VARIABLE = "ONNXCOMPRESS_CACHE"
 def _print_schema(context: click.Context, parameter: click.Parameter, value: bool) -> None:
     if not value:
         return
-    from onnxcompress.recipe_schema import recipe_schema
+    from onnxcompress.pipeline.recipe_schema import recipe_schema
 
     print_json(recipe_schema())
     context.exit()
@@ -84,9 +84,10 @@ def _run(
     Example:
       onnxcompress run models/fast-resnet20.yaml models/resnet20-fashion.onnx fast.onnx -D blocks=3
     """
-    from onnxcompress.cli.execute import Job, execute
+    from onnxcompress.cli.execute import execute
+    from onnxcompress.cli.job import Job
     from onnxcompress.pipeline import Pipeline
-    from onnxcompress.recipe import read_recipe
+    from onnxcompress.pipeline.recipe import read_recipe
 
     if cache is not None and no_cache:
         raise OptionError("--cache and --no-cache: give one of them")
@@ -103,7 +104,7 @@ def _run(
 
 def _cache(folder: str | None) -> Cache | None:
     """The cache that was asked for, else the user's; None where that cannot be written."""
-    from onnxcompress.resume import Cache
+    from onnxcompress.pipeline.cache import Cache
 
     if folder is not None:
         return Cache(folder)

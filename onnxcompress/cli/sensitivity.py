@@ -8,15 +8,16 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from onnxcompress.cli import options, reporting
+from onnxcompress.cli import options, report_option
 from onnxcompress.errors import ModelError, OptionError, RuntimeUnavailable
-from onnxcompress.inputs.source import SOURCES, InputRequest
+from onnxcompress.optimize.calibration import SOURCES, InputRequest
 
 if TYPE_CHECKING:
-    from onnxcompress.sensitivity import Row, Sensitivity
+    from onnxcompress.sensitivity.analysis import Sensitivity
+    from onnxcompress.sensitivity.rows import Row
 
 IMAGES = 96
-"""As `onnxcompress.sensitivity` has it, which the help need not load."""
+"""As `onnxcompress.sensitivity.analysis` has it, which the help need not load."""
 PLOTS = (".png", ".svg", ".pdf")
 
 
@@ -98,7 +99,7 @@ def _numbers(kind: type[int] | type[float]) -> Any:
 @click.option("--plot", metavar="OUT.png|svg|pdf", help="Draw it, too; needs matplotlib.")
 @options.seed()
 @options.as_json()
-@reporting.report()
+@report_option.report()
 def sensitivity(
     source: str,
     images: str | None,
@@ -127,14 +128,17 @@ def sensitivity(
 
     target = None if plot is None else _target(Path(source), plot)
     model = load(source)
-    from onnxcompress import sensitivity as core
     from onnxcompress.cli.console import progress
+    from onnxcompress.passes.fold_bn.fold_and_canonicalize import fold_and_canonicalize
+    from onnxcompress.sensitivity import analysis as core
 
     request = InputRequest(images, preprocess, count, inputs, synthetic, seed)
     start = time.perf_counter()
+    canonical = model.copy()
+    fold_and_canonicalize(canonical)
     with progress(lines=not as_json) as show:
         found = core.sensitivity(
-            model,
+            canonical,
             request,
             chosen["weight_bits"],
             chosen["activation_bits"],
@@ -147,21 +151,21 @@ def sensitivity(
         )
     seconds = time.perf_counter() - start
     if target is not None:
-        from onnxcompress.cli.sensitivity_plot import write_plot
+        from onnxcompress.cli.results.sensitivity_plot import write_plot
 
         write_plot(target, found.rows, Path(source).name)
     how = {name: chosen[name] for name in ("per_channel", "reconstruct", "stretch")}
     facts = {"model": source, "seed": seed, "options": how, "seconds": seconds}
     account = {**facts, **core.account(found, model.digest())}
     options.print_json(account) if as_json else _show(found, seconds, target)
-    reporting.write_report(report, account, [("model", source)])
+    report_option.write_report(report, account, [("model", source)])
 
 
 def _target(source: Path, text: str) -> Path:
     """Where to draw. Raises OptionError for another ending, RuntimeUnavailable without matplotlib."""
     from importlib.util import find_spec
 
-    from onnxcompress.cli.passes import check_target
+    from onnxcompress.cli.files import check_target
 
     target = Path(text)
     if target.suffix.lower() not in PLOTS:
@@ -178,6 +182,7 @@ def _target(source: Path, text: str) -> Path:
 def _show(found: Sensitivity, seconds: float, plot: Path | None) -> None:
     """A row for each layer, the most costly first."""
     from onnxcompress.cli.console import number, show_refusals, stdout, table
+    from onnxcompress.cli.results.sensitivity_plot import title
 
     layers: dict[str, list[Row]] = {}
     for row in found.rows:
@@ -195,13 +200,6 @@ def _show(found: Sensitivity, seconds: float, plot: Path | None) -> None:
         console.print(f"measured on {used.count} {used.source} ({used.why})", markup=False)
     console.print(f"took {seconds:.1f} s" + ("" if plot is None else f"; drawn: {plot}"), markup=False)
     show_refusals(console, found.refusals)
-
-
-def title(row: Row) -> str:
-    """For a person: `weight 4 bits`, `input 8 bits`, `50 % zeros`."""
-    if row.kind == "sparsity":
-        return f"{100 * row.value:g} % zeros"
-    return f"{'weight' if row.kind == 'weight_bits' else 'input'} {row.value:g} bits"
 
 
 def _cell(row: Row) -> str:

@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 import click
 
-from onnxcompress.cli import options, reporting
+from onnxcompress.cli import options, report_option
 from onnxcompress.errors import OptionError
 
 if TYPE_CHECKING:
-    from onnxcompress.inputs.images import ImageSet
-    from onnxcompress.inputs.preprocess import Choice
+    from onnxcompress.data.image_set import ImageSet
+    from onnxcompress.data.preprocess import Choice
     from onnxcompress.model import Model
-    from onnxcompress.passing import Progress
+    from onnxcompress.progress import Progress
 
 
 @click.command()
@@ -47,7 +47,7 @@ if TYPE_CHECKING:
 )
 @click.option("--no-sheet", is_flag=True, help="Write no contact sheet.")
 @options.as_json()
-@reporting.report()
+@report_option.report()
 def synthesize(
     source: str,
     target: str,
@@ -70,8 +70,8 @@ def synthesize(
     Example: onnxcompress synthesize net.onnx images.npz --count 500 --preprocess imagenet
     """
     from onnxcompress.cli.console import progress
-    from onnxcompress.inputs.preprocess import choose
-    from onnxcompress.inputs.source import best_kind
+    from onnxcompress.data.preprocess import choose
+    from onnxcompress.optimize.calibration import best_kind
 
     files = _files(Path(target), sheet, no_sheet)
     model = _load(Path(source), files)
@@ -88,9 +88,9 @@ def synthesize(
     account = {**asked, **written, **made, "seconds": time.perf_counter() - start}
     options.print_json(account) if as_json else _show(account)
     if report:
-        from onnxcompress.report.gather import pictures
+        from onnxcompress.report.collect import pictures
 
-        reporting.write_report(
+        report_option.write_report(
             report,
             account,
             [("model", source), ("images", target)],
@@ -100,7 +100,7 @@ def synthesize(
 
 def _load(source: Path, files: list[Path]) -> Model:
     """The model. Raises ModelError where a file to be written is its own, or cannot be written."""
-    from onnxcompress.cli.passes import check_external, check_target
+    from onnxcompress.cli.files import check_external, check_target
     from onnxcompress.model import load
 
     for file in files:
@@ -113,7 +113,7 @@ def _load(source: Path, files: list[Path]) -> Model:
 
 def _device(model: Model, kind: str, name: str) -> str:
     """Where images are made; torch is loaded if they will be distilled. Raises RuntimeUnavailable."""
-    from onnxcompress.statistics import known_statistics
+    from onnxcompress.statistics.record import known_statistics
 
     if kind == "procedural" or not known_statistics(model):
         return "cpu"
@@ -139,7 +139,7 @@ def _files(target: Path, sheet: str | None, no_sheet: bool) -> list[Path]:
 def _make(
     model: Model, kind: str, count: int, choice: Choice, seed: int, device: str, progress: Progress
 ) -> ImageSet:
-    from onnxcompress.inputs.source import STANDARDIZED, synthetic_images
+    from onnxcompress.optimize.calibration import STANDARDIZED, synthetic_images
 
     if choice.said is None:
         click.echo(
@@ -152,8 +152,8 @@ def _write(files: list[Path], images: ImageSet, kind: str, seed: int) -> None:
     """All files, or none. The archive has no times in it: the same images give the same bytes."""
     import numpy as np
 
-    from onnxcompress.inputs.contact_sheet import contact_sheet
-    from onnxcompress.storage import write_files
+    from onnxcompress.data.contact_sheet import contact_sheet
+    from onnxcompress.model.tensor_storage import write_files
 
     arrays: dict[str, Any] = {
         "x": images.x,

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from onnxcompress.errors import CompressWarning, RuntimeUnavailable
-from onnxcompress.runtime import cuda_devices
+from onnxcompress.runtime.session import cuda_devices
 
 FEWEST = 4
 """Images at once below which no smaller batch is tried."""

@@ -8,8 +8,8 @@ matplotlib as SVG whose colours are the page's (light, dark, print), each in a w
 
 from __future__ import annotations
 
-from onnxcompress.report.material import File, LayerSize, Material, Pictures
-from onnxcompress.report.page import render, write_page
-from onnxcompress.report.story import tell
+from onnxcompress.report.build import tell
+from onnxcompress.report.html import render, write_page
+from onnxcompress.report.run_data import File, LayerSize, Material, Pictures
 
 __all__ = ["File", "LayerSize", "Material", "Pictures", "render", "tell", "write_page"]

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from onnxcompress.report.labels import Named, name_points
+from onnxcompress.formatting import milliseconds
+from onnxcompress.report.label_layout import Named, name_points
 from onnxcompress.report.svg import ACCENT, INK, MUTED, PAPER, SECOND, draw
-from onnxcompress.units import milliseconds
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

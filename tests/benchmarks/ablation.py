@@ -66,7 +66,7 @@ def main(
     seed: int,
 ) -> None:
     """One row for each part that is left out."""
-    from onnxcompress.evaluate import logits, topk
+    from onnxcompress.evaluation.accuracy import logits, topk
     from onnxcompress.model import load
     from tests.benchmarks.prune import labelled_images
 
@@ -96,15 +96,15 @@ def _published(
     model: str, folder: str, options: dict[str, Any], before: Sequence[str], corrected: bool
 ) -> Any:
     from onnxcompress.model import load, save
-    from onnxcompress.passes._quantize_prepare import prepare
     from onnxcompress.passes.absorb_bias import AbsorbBias
+    from onnxcompress.passes.base import run
     from onnxcompress.passes.correct_bias import CorrectBias
     from onnxcompress.passes.equalize import Equalize
+    from onnxcompress.passes.fold_bn.fold_and_canonicalize import fold_and_canonicalize
     from onnxcompress.passes.quantize import Quantize
-    from onnxcompress.passing import run
 
     network = load(model)
-    prepare(network)
+    fold_and_canonicalize(network)
     made = {"equalize": Equalize(clip="per-channel"), "absorb": AbsorbBias(approximate=True)}
     run([made[name] for name in before], network)
     save(network, f"{folder}/reference.onnx")
@@ -116,8 +116,8 @@ def _published(
 
 def _own(model: str, folder: str, options: dict[str, Any]) -> Any:
     from onnxcompress.model import load
+    from onnxcompress.passes.base import run
     from onnxcompress.passes.quantize import Quantize
-    from onnxcompress.passing import run
 
     network = load(model)
     if options.get("inputs") == "images":

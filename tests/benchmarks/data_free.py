@@ -118,13 +118,13 @@ def _row(name: str, top1: float, seconds: float | None, measured: dict[str, Any]
 
 def _folded(model: str, folder: Path) -> str:
     """The model with BatchNorm folded and its record removed."""
-    from onnxcompress import statistics
     from onnxcompress.model import load, save
     from onnxcompress.passes.fold_bn import FoldBatchNorm
+    from onnxcompress.statistics import record
 
     network = load(model)
     FoldBatchNorm().apply(network)
-    statistics.write_record(network, {})
+    record.write_record(network, {})
     target = folder / "folded.onnx"
     save(network, target)
     return str(target)
@@ -132,8 +132,8 @@ def _folded(model: str, folder: Path) -> str:
 
 def _split(test: str, preprocess: str, count: int, folder: Path) -> tuple[str, str]:
     """TEST as two .npz files: `count` images to tune with, and the others."""
-    from onnxcompress.inputs.images import load_images
-    from onnxcompress.inputs.preprocess import Preprocess
+    from onnxcompress.data.image_set import load_images
+    from onnxcompress.data.preprocess import Preprocess
 
     parsed = Preprocess.parse(preprocess)
     everything = load_images(test, preprocess=parsed, labels=True)

@@ -2,10 +2,10 @@
 
     python tests/benchmarks/deep_inputs.py MODEL TEST --preprocess TEXT --split N [--sparsity 0.55]
 
-All in front of the waist (`optimize.deep`) stays as it is; behind it, --sparsity of the weights go. Rows:
-what the layers are pruned on, procedural images through the twin, inputs made at the waist, and real
-images, the latter two tuned as well. Signal to noise and KL divergence of the output, on N images of TEST
-that are not among those pruned on.
+All in front of the waist (`reconstruction.feature_inputs`) stays as it is; behind it, --sparsity of the
+weights go. Rows: what the layers are pruned on, procedural images through the twin, inputs made at the
+waist, and real images, the latter two tuned as well. Signal to noise and KL divergence of the output, on N
+images of TEST that are not among those pruned on.
 """
 
 from __future__ import annotations
@@ -35,22 +35,28 @@ def main(
     import torch.nn.functional as F
     from torch import Tensor
 
-    from onnxcompress.inputs.source import InputRequest, gather_inputs
     from onnxcompress.model import load
-    from onnxcompress.optimize.deep import deep_inputs, through_twin, waist
+    from onnxcompress.optimize.calibration import InputRequest, gather_inputs
     from onnxcompress.optimize.executor import Executor
-    from onnxcompress.optimize.joint import tail_from, tune
-    from onnxcompress.optimize.sparsify import LEVELS, Settings, Sparsifier, Trials, output_costs
-    from onnxcompress.optimize.standardize import Twin
-    from onnxcompress.optimize.subject import Subject
-    from onnxcompress.passes._prune_target import choose_target
-    from onnxcompress.passes._quantize_prepare import prepare
+    from onnxcompress.optimize.reconstruction.context import Subject
+    from onnxcompress.optimize.reconstruction.feature_inputs import deep_inputs, through_twin, waist
+    from onnxcompress.optimize.reconstruction.global_tuning import tail_from, tune
+    from onnxcompress.optimize.reconstruction.prune import (
+        LEVELS,
+        Settings,
+        Sparsifier,
+        Trials,
+        output_costs,
+    )
+    from onnxcompress.optimize.synthesis.statistics_alignment import Twin
+    from onnxcompress.passes.fold_bn.fold_and_canonicalize import fold_and_canonicalize
     from onnxcompress.passes.prune import Prune
-    from onnxcompress.sparsities import by_cost
+    from onnxcompress.passes.prune.targets import choose_target
+    from onnxcompress.sensitivity.sparsity_allocation import by_cost
     from tests.benchmarks.prune import divergence, labelled_images
 
     network = load(model)
-    prepare(network)
+    fold_and_canonicalize(network)
     request = InputRequest(preprocess=preprocess, inputs="layerwise", synthetic=synthetic, seed=seed)
     subject = Subject.of(network, gather_inputs(network, request), stretched=False)
     start = waist(network, subject.plan)

@@ -39,16 +39,16 @@ def scoring(model: str, train: str, preprocess: str, count: int, steps: int) -> 
     import torch
     from scipy.stats import spearmanr
 
-    from onnxcompress.blocks import find_blocks
-    from onnxcompress.inputs.images import load_images
-    from onnxcompress.inputs.preprocess import Preprocess
+    from onnxcompress.data.image_set import load_images
+    from onnxcompress.data.preprocess import Preprocess
+    from onnxcompress.graph.blocks import find_blocks
+    from onnxcompress.graph.topology import Topology
     from onnxcompress.model import load
-    from onnxcompress.optimize.dropper import SCORING_IMAGES
+    from onnxcompress.optimize.block_drop.pipeline import SCORING_IMAGES
+    from onnxcompress.optimize.block_drop.recoverability import Scorer, probe
     from onnxcompress.optimize.executor import Executor
-    from onnxcompress.optimize.score import Scorer, probe
     from onnxcompress.passes.fold_bn import FoldBatchNorm
-    from onnxcompress.shares import latency_shares, usable
-    from onnxcompress.topology import Topology
+    from onnxcompress.runtime.block_latency import latency_shares, usable
     from tests.benchmarks.practise import published_recoverability
 
     network = load(model)
@@ -160,14 +160,14 @@ def _plain(model: str, train: str, preprocess: str, count: int, seed: str, numbe
     """--drop with the blocks whose lack alone, nothing adapted, damages the features least."""
     import torch
 
-    from onnxcompress.blocks import find_blocks
-    from onnxcompress.inputs.images import load_images
-    from onnxcompress.inputs.preprocess import Preprocess
+    from onnxcompress.data.image_set import load_images
+    from onnxcompress.data.preprocess import Preprocess
+    from onnxcompress.graph.blocks import find_blocks
+    from onnxcompress.graph.topology import Topology
     from onnxcompress.model import load
+    from onnxcompress.optimize.block_drop.recoverability import Scorer, probe
     from onnxcompress.optimize.executor import Executor
-    from onnxcompress.optimize.score import Scorer, probe
     from onnxcompress.passes.fold_bn import FoldBatchNorm
-    from onnxcompress.topology import Topology
 
     network = load(model)
     FoldBatchNorm().apply(network)

@@ -13,14 +13,14 @@ from typing import Any
 import onnx
 import onnxruntime
 
-from onnxcompress.blocks import find_blocks
-from onnxcompress.dropping import drop_blocks
 from onnxcompress.errors import CompressError
-from onnxcompress.latency import Ratio, Timing, benchmark, ratio
+from onnxcompress.graph.block_removal import drop_blocks
+from onnxcompress.graph.blocks import find_blocks
 from onnxcompress.model import Model
-from onnxcompress.providers import Provider, ProviderOptions, full_name
-from onnxcompress.runtime import session
-from onnxcompress.shares import Share, added, latency_shares
+from onnxcompress.runtime.block_latency import Share, added, latency_shares
+from onnxcompress.runtime.latency import Ratio, Timing, benchmark, ratio
+from onnxcompress.runtime.providers import Provider, ProviderOptions, full_name
+from onnxcompress.runtime.session import session
 from tests.benchmarks.gpu_networks import NETWORKS, read
 
 MOST = 4
@@ -79,7 +79,7 @@ class Bench:
 
 
 def timer(bench: Bench) -> None:
-    from onnxcompress.timer import check_timer
+    from onnxcompress.runtime.timer_check import check_timer
 
     for name in NETWORKS:
         for graph in (False, True) if bench.provider == "cuda" else (False,):
@@ -178,11 +178,11 @@ def _half(bench: Bench, model: Model) -> dict[str, Any]:
 def scoring(bench: Bench) -> None:
     import torch
 
+    from onnxcompress.graph.topology import Topology
+    from onnxcompress.optimize.block_drop.pipeline import SCORING_IMAGES
+    from onnxcompress.optimize.block_drop.recoverability import Scorer, probe
     from onnxcompress.optimize.device import pick_device
-    from onnxcompress.optimize.dropper import SCORING_IMAGES
     from onnxcompress.optimize.executor import Executor
-    from onnxcompress.optimize.score import Scorer, probe
-    from onnxcompress.topology import Topology
     from tests.benchmarks.practise import published_recoverability
 
     device = pick_device("cpu" if bench.provider == "cpu" else "cuda")

@@ -22,9 +22,9 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
-from tests.hostile import mutate
-from tests.hostile.harness import Seen, attempt
-from tests.hostile.networks import TEXTS, network
+from tests.robustness.hostile import mutate
+from tests.robustness.hostile.harness import Seen, attempt
+from tests.robustness.hostile.networks import TEXTS, network
 
 MADE = ["--synthetic", "4"]
 COMMANDS = {
@@ -46,8 +46,9 @@ COMMANDS = {
     "run": ["run", "recipe.yaml", "in.onnx", "out.onnx", "--no-cache"],
     "report": ["inspect", "in.onnx", "--report", "out.html"],
 }
-LOADED = ("torch", "onnxruntime", "onnxcompress.compare", "onnxcompress.pipeline",
-          "onnxcompress.optimize.dropper", "onnxcompress.passes.fold_bn", "onnxcompress.passes.equalize",
+LOADED = ("torch", "onnxruntime", "onnxcompress.evaluation.compare", "onnxcompress.pipeline",
+          "onnxcompress.optimize.block_drop.pipeline", "onnxcompress.passes.fold_bn",
+          "onnxcompress.passes.equalize",
           "onnxcompress.passes.quantize",
           "onnxcompress.passes.prune", "onnxcompress.cli.execute", "onnxcompress.cli.console")  # fmt: skip
 """Imported once, before the forks."""

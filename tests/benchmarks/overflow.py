@@ -39,10 +39,10 @@ np.save({result!r}, np.concatenate([opened.run(None, {{name: x[i : i + 1]}})[0] 
 @click.option("--cpu", default="Haswell", help="That qemu emulates; it must have AVX2 and no VNNI.")
 def main(model: str, preprocess: str, count: int, cpu: str) -> None:
     """Scores of W8A8 natively and without VNNI."""
-    from onnxcompress.inputs.source import InputRequest, gather_inputs
     from onnxcompress.model import load, save
+    from onnxcompress.optimize.calibration import InputRequest, gather_inputs
+    from onnxcompress.passes.base import run
     from onnxcompress.passes.quantize import Quantize
-    from onnxcompress.passing import run
 
     if shutil.which(EMULATOR) is None:
         raise click.ClickException(f"{EMULATOR} was not found; apt-get install qemu-user")

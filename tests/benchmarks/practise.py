@@ -13,13 +13,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from onnxcompress.blocks import Block
-from onnxcompress.dropping import drop_blocks
+from onnxcompress.graph.block_removal import drop_blocks
+from onnxcompress.graph.blocks import Block
+from onnxcompress.graph.conv_layers import ConvLayer, readers, writers
 from onnxcompress.model import Model
-from onnxcompress.optimize.augment import windows
 from onnxcompress.optimize.device import autocast, sent
 from onnxcompress.optimize.executor import Executor
-from onnxcompress.optimize.layers import ConvLayer, readers, writers
+from onnxcompress.optimize.reconstruction.augment import windows
 
 
 def published_recoverability(

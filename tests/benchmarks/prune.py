@@ -68,7 +68,7 @@ def main(
     **options: Any,
 ) -> None:
     """Accuracy over sparsities, the sparsity at one point lost, and the ratio to magnitude pruning."""
-    from onnxcompress.evaluate import agreement, logits, topk
+    from onnxcompress.evaluation.accuracy import agreement, logits, topk
     from onnxcompress.model import Model, load
 
     images = labelled_images(test, preprocess, split, part, limit, seed)
@@ -122,8 +122,8 @@ def labelled_images(
     test: str, preprocess: str, split: int | None, part: str, limit: int | None, seed: int
 ) -> Any:
     """TEST, or with `split` one part of it, N images to tune with or the others."""
-    from onnxcompress.inputs.images import load_images
-    from onnxcompress.inputs.preprocess import Preprocess
+    from onnxcompress.data.image_set import load_images
+    from onnxcompress.data.preprocess import Preprocess
 
     parsed = Preprocess.parse(preprocess)
     images = load_images(test, preprocess=parsed, labels=True)
@@ -154,8 +154,9 @@ def _pruned(network: Any, options: dict[str, Any]) -> tuple[Any, str]:
 
 def _magnitude(network: Any, share: float, scope: str) -> Any:
     """One shot, the weights as they are in the file."""
-    from onnxcompress.graph import read, set_values
-    from onnxcompress.quantization.plan import Bits, make_plan
+    from onnxcompress.graph.edit import set_values
+    from onnxcompress.graph.query import read
+    from onnxcompress.quantization.qdq_plan import Bits, make_plan
 
     one = network.copy()
     tensors = one.graph.tensors()

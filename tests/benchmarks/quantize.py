@@ -57,8 +57,8 @@ def accuracy(
     seed: int,
 ) -> None:
     """Top-1 on TEST for each number of bits, and of onnxruntime with real images."""
-    from onnxcompress.inputs.images import load_images
-    from onnxcompress.inputs.preprocess import Preprocess
+    from onnxcompress.data.image_set import load_images
+    from onnxcompress.data.preprocess import Preprocess
 
     parsed = Preprocess.parse(preprocess)
     images = load_images(test, preprocess=parsed, labels=True)
@@ -99,7 +99,7 @@ def accuracy(
 @click.option("--seconds", default=20.0)
 def latency(model: str, preprocess: str, batch: int, threads: int, seconds: float) -> None:
     """W8A8 against MODEL in onnxruntime on the CPU, interleaved."""
-    from onnxcompress.latency import benchmark, ratio
+    from onnxcompress.runtime.latency import benchmark, ratio
 
     with tempfile.TemporaryDirectory() as folder:
         file = f"{folder}/own.onnx"
@@ -115,8 +115,8 @@ def latency(model: str, preprocess: str, batch: int, threads: int, seconds: floa
 
 def _quantized(model: str, target: str, options: dict[str, Any]) -> dict[str, Any]:
     from onnxcompress.model import load, save
+    from onnxcompress.passes.base import run
     from onnxcompress.passes.quantize import Quantize
-    from onnxcompress.passing import run
 
     network = load(model)
     (result,) = run([Quantize(**options)], network)
@@ -134,7 +134,7 @@ def _account(measured: dict[str, Any]) -> str:
 def _row(
     name: str, model: str, images: Any, exact: Any, seconds: float | None, account: str = ""
 ) -> np.ndarray:
-    from onnxcompress.evaluate import agreement, logits, topk
+    from onnxcompress.evaluation.accuracy import agreement, logits, topk
 
     scores = logits(model, images, provider="cpu")
     top1 = 100 * topk(scores, images.y)[0]

@@ -19,10 +19,10 @@ from pathlib import Path
 
 import click
 
-from tests import suites
-from tests.embedding import embedded_cases
-from tests.suites import Case
-from tests.through_passes import MAKERS, Subject, outcome
+from tests.helpers import suites
+from tests.helpers.embedding import embedded_cases
+from tests.helpers.suites import Case
+from tests.robustness.through_passes import MAKERS, Subject, outcome
 
 SUITES: dict[str, Callable[[], Iterable[Case]]] = {
     **{name: (lambda name=name: suites.backend_cases(name)) for name in suites.BACKEND},  # type: ignore[misc]

@@ -1,0 +1,120 @@
+"""`-` for IN and OUT: models on the standard streams, so that commands can be chained in a shell.
+
+A stream is spooled to a temporary file: reading weights needs a file to seek in, and the next command
+gets a model that is whole. Only the model goes to standard output then, messages to standard error.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from onnxcompress.errors import ModelError, OptionError
+from onnxcompress.model import Model
+
+STREAM = "-"
+PIECE = 1 << 20
+"""Bytes copied at a time."""
+
+
+@dataclass(frozen=True)
+class Files:
+    """Where a command finds its input and leaves its output, streams or not."""
+
+    source: Path
+    target: Path
+    source_name: str
+    """For a person."""
+    target_name: str
+    to_stream: bool = False
+
+    def send(self) -> None:
+        """Write the output to standard output, if it goes there."""
+        if not self.to_stream:
+            return
+        if self.target.with_name(self.target.name + ".data").exists():
+            raise ModelError("standard output: no stream carries 2 GB and more; name a file for OUT")
+        out = sys.stdout.buffer
+        with self.target.open("rb") as file:
+            shutil.copyfileobj(file, out, PIECE)
+        out.flush()
+
+
+@contextmanager
+def opened(source: str, target: str, *, as_json: bool = False) -> Iterator[Files]:
+    """The files of a command, temporary ones for `-`.
+
+    Raises OptionError where a stream is a terminal, or --json and the model would go to the same stream;
+    ModelError for a stream that has no model, or one without its weights.
+    """
+    if target == STREAM and as_json:
+        raise OptionError("OUT - and --json: both go to standard output; name a file for OUT")
+    if (target == STREAM and sys.stdout is None) or (source == STREAM and sys.stdin is None):
+        raise OptionError("-: the standard stream is closed; name a file")
+    if target == STREAM and sys.stdout.isatty():
+        raise OptionError("OUT -: standard output is a terminal; pipe it into a command, or name a file")
+    if source == STREAM and sys.stdin.isatty():
+        raise OptionError("IN -: standard input is a terminal; pipe a model into it, or name a file")
+    files = Files(Path(source), Path(target), source, target)
+    if STREAM not in (source, target):
+        yield files
+        return
+    with tempfile.TemporaryDirectory(prefix="onnxcompress-") as folder:
+        if source == STREAM:
+            files = replace(files, source=_spool(Path(folder)), source_name="standard input")
+        if target == STREAM:
+            file = Path(folder) / "stdout.onnx"
+            files = replace(files, target=file, target_name="standard output", to_stream=True)
+        yield files
+
+
+def _spool(folder: Path) -> Path:
+    file = folder / "stdin.onnx"
+    with file.open("wb") as out:
+        shutil.copyfileobj(sys.stdin.buffer, out, PIECE)
+    if file.stat().st_size == 0:
+        raise ModelError("standard input: no model came; did the command before it fail?")
+    if _lacks_weights(file):
+        raise ModelError(
+            "standard input: the weights lie in external data, which no stream carries; name the file"
+        )
+    return file
+
+
+def _lacks_weights(file: Path) -> bool:
+    """Whether the file is a model with external data; False for what is no model: `load` says so."""
+    import onnx
+    from google.protobuf.message import DecodeError
+
+    from onnxcompress.model import protobuf_stream
+    from onnxcompress.model.envelope import nested_tensors
+
+    try:
+        graph = onnx.ModelProto.FromString(protobuf_stream.split(file)[0]).graph
+    except (DecodeError, ModelError):
+        return False
+    external = onnx.TensorProto.EXTERNAL
+    return any(t.data_location == external for t in [*graph.initializer, *nested_tensors(graph)])
+
+
+def check_target(source: Path, target: Path) -> None:
+    """Refuse at once what would fail after the work. Raises ModelError."""
+    if target.exists() and source.exists() and os.path.samefile(source, target):
+        raise ModelError(f"{target}: the output would replace the input; name another file")
+    if target.exists() and not target.is_file() and not target.is_dir():
+        raise ModelError(f"{target}: no regular file; for standard output write -")
+    if target.is_dir() or not target.parent.is_dir() or not os.access(target.parent, os.W_OK):
+        raise ModelError(f"{target}: cannot be written; name a file in an existing, writable folder")
+
+
+def check_external(model: Model, target: Path) -> None:
+    """Refuse to write over the file that holds the input's weights. Raises ModelError."""
+    for file in (target, target.with_name(target.name + ".data")):
+        if any(file.exists() and os.path.samefile(file, one) for one in model.external_files):
+            raise ModelError(f"{file}: it holds the input's weights; name another file or folder")

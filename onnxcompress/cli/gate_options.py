@@ -1,0 +1,87 @@
+"""The options of gates, made from their declaration, and help in sections."""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import click
+
+from onnxcompress.evaluation.gates import LIMITS, Gates
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+GATES_HELP = "Gates (exit code 3 where the result is not worth it)"
+
+
+class SectionedOption(click.Option):
+    """An option that the help lists under a heading of its own."""
+
+    section: str = ""
+
+
+class SectionedCommand(click.Command):
+    """A command whose help has one list of options for each section."""
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        lists: dict[str, list[tuple[str, str]]] = {"Options": []}
+        for parameter in self.get_params(ctx):
+            record = parameter.get_help_record(ctx) if isinstance(parameter, click.Option) else None
+            if record is not None:
+                lists.setdefault(getattr(parameter, "section", "") or "Options", []).append(record)
+        for title, records in lists.items():
+            with formatter.section(title):
+                formatter.write_dl(records)
+
+
+def gate_options(*, measuring: bool = True) -> list[click.Option]:
+    """One option for each limit, and with `measuring` those that say how to measure (`--gate-…`)."""
+    hints = typing.get_type_hints(Gates)
+    fields = [f for f in dataclasses.fields(Gates) if measuring or f.name in LIMITS]
+    return [_option(f, hints[f.name]) for f in fields]
+
+
+def gated(command: Command) -> Command:
+    """Decorator: the limits alone, for a command that says itself how to measure."""
+    for one in reversed(gate_options(measuring=False)):
+        command.__click_params__ = [*getattr(command, "__click_params__", []), one]  # type: ignore[attr-defined]
+    return command
+
+
+def take_gates(options: dict[str, Any]) -> dict[str, Any]:
+    """Remove what `gate_options` made from a command's arguments; those that were given, by field."""
+    names = {f.name: _name(f.name) for f in dataclasses.fields(Gates)}
+    found = {field: options.pop(name) for field, name in names.items() if name in options}
+    return {field: value for field, value in found.items() if value is not None}
+
+
+def gates_of(options: dict[str, Any], base: Gates | None = None) -> Gates:
+    """The gates of a command: what was given wins over `base`. Raises OptionError."""
+    gates = dataclasses.replace(base or Gates(), **take_gates(options))
+    gates.check()
+    return gates
+
+
+def _name(field: str) -> str:
+    return field if field in LIMITS else f"gate_{field}"
+
+
+def _option(field: dataclasses.Field[Any], hint: Any) -> click.Option:
+    from onnxcompress.cli.options import option_type, split
+
+    name = _name(field.name)
+    text = field.metadata["help"]
+    if field.default not in (None, ()):
+        text += f"  [default: {field.default}]"
+    several = typing.get_origin(hint) is tuple
+    made = SectionedOption(
+        ["--" + name.replace("_", "-"), name],
+        type=option_type(hint),
+        callback=(lambda context, parameter, value: value and split(value)) if several else None,
+        metavar=field.metadata["metavar"],
+        help=text,
+    )
+    made.section = GATES_HELP
+    return made

@@ -1,0 +1,104 @@
+"""One command for each pass, made from the pass's declaration.
+
+--json prints one object:
+
+    pass, options       as they stand in the provenance
+    changes             [{node, what}]
+    refusals            [{node, rule, remedy}]
+    measured            figures of the pass, by name; `difference` of the outputs where they were compared
+    gates               [{gate, limit, measured, passed, text, preprocess}], one for each limit given
+    provenance          all passes so far, oldest first
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import typing
+from typing import Any
+
+import click
+
+from onnxcompress.cli.gate_options import SectionedCommand, gate_options, gates_of
+from onnxcompress.cli.options import FILE, inner_type, option_type, split
+from onnxcompress.cli.report_option import report_option
+from onnxcompress.option_fields import is_required
+from onnxcompress.passes import load_pass
+
+if typing.TYPE_CHECKING:
+    pass
+
+STREAMS_HELP = (
+    "IN and OUT may be -, the standard streams. A result that misses a gate is written all the same."
+)
+
+
+def command(name: str) -> click.Command:
+    """The click command of a pass: IN, OUT, one option for each field, the gates."""
+    cls = load_pass(name)
+    hints = typing.get_type_hints(cls)
+    params: list[click.Parameter] = [
+        click.Argument(["source"], metavar="IN", type=FILE),
+        click.Argument(["target"], metavar="OUT", type=FILE),
+        *(_option(f, hints[f.name]) for f in dataclasses.fields(cls)),
+        *running_options(),
+        *gate_options(),
+    ]
+    if cls.preserves_function:
+        params.append(
+            click.Option(
+                ["--verify/--no-verify"],
+                default=True,
+                show_default=True,
+                help="Compare the outputs in onnxruntime on random input.",
+            )
+        )
+
+    def callback(source: str, target: str, **options: Any) -> None:
+        from onnxcompress.cli.execute import execute
+        from onnxcompress.cli.job import Job, pass_account
+        from onnxcompress.pipeline import Pipeline
+
+        gates = gates_of(options)
+        how = {key: options.pop(key) for key in ("as_json", "quiet", "verbose", "dry_run", "report")}
+        verify = bool(options.pop("verify", False))
+        chain = Pipeline([cls(**options)])
+        execute(Job(source, target, chain, gates, account=pass_account, verify=verify, **how))
+
+    text = f"{inspect.cleandoc(cls.__doc__ or '')}\n\n{STREAMS_HELP}"
+    return SectionedCommand(name, callback=callback, params=params, help=text)
+
+
+def running_options() -> list[click.Option]:
+    """--dry-run, --json, --quiet, --verbose and --report."""
+    return [
+        click.Option(["--dry-run"], is_flag=True, help="Check all, say what would be done, and end."),
+        click.Option(["--json", "as_json"], is_flag=True, help="Print one JSON object, nothing else."),
+        click.Option(["--quiet", "-q"], is_flag=True, help="Print nothing but errors."),
+        click.Option(["--verbose", "-v"], is_flag=True, help="List each change, and all left alone."),
+        report_option(),
+    ]
+
+
+def _option(field: dataclasses.Field[Any], hint: Any) -> click.Option:
+    names = ["--" + field.name.replace("_", "-"), field.name]
+    default = None if field.default is dataclasses.MISSING else field.default
+    if field.default_factory is not dataclasses.MISSING:
+        default = field.default_factory()
+    common: dict[str, Any] = {
+        "help": field.metadata.get("help", ""),
+        **({"required": True} if is_required(field) else {"default": default}),
+        "show_default": isinstance(default, int | float | str) and default is not False,
+    }
+    if field.metadata.get("metavar"):
+        common["metavar"] = field.metadata["metavar"]
+    inner, optional = inner_type(hint)
+    if inner is bool and not optional:
+        off = "--no-" + field.name.replace("_", "-")
+        flag = [f"{names[0]}/{off}", field.name] if default else names
+        return click.Option(flag, is_flag=True, **common)
+    if typing.get_origin(inner) is tuple:
+        if default is not None:
+            common["default"] = ",".join(default)
+        return click.Option(names, type=str, callback=lambda c, p, value: split(value or ""), **common)
+    return click.Option(names, type=FILE if field.metadata.get("file") else option_type(hint), **common)

@@ -1,0 +1,217 @@
+"""`--report OUT.html` of every command: one option, and one call that writes the page.
+
+A command gives what --json prints and the files that it read and wrote; commands that change a model have
+both models compared for it, which takes some seconds more.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from onnxcompress.errors import CompressError, OptionError
+
+if TYPE_CHECKING:
+    from onnxcompress.cli.job import Job, Outcome
+    from onnxcompress.data.image_set import ImageSet
+    from onnxcompress.evaluation.compare import Comparison
+    from onnxcompress.pipeline import Step
+    from onnxcompress.report import Pictures
+
+SECONDS = 4.0
+"""Of timing both models."""
+IMAGES = 500
+"""Images that both models are compared on, at most."""
+
+
+@dataclass(frozen=True)
+class Compared:
+    """Two models side by side, or why there is no comparison."""
+
+    found: Comparison | None = None
+    on: str = ""
+    """What the outputs were compared on, for a person; empty: as `found` has it."""
+    learned_from: bool = False
+    problem: str = ""
+
+
+def _checked(context: click.Context, parameter: click.Parameter, value: str | None) -> str | None:
+    """Raise OptionError at once for what would fail after the work."""
+    if value is None:
+        return None
+    path = Path(value)
+    if path.suffix.lower() not in (".html", ".htm"):
+        raise OptionError(f"--report {value}: expected a name that ends in .html")
+    if path.is_dir() or not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
+        raise OptionError(f"--report {value}: name a file in an existing, writable folder")
+    return value
+
+
+_REPORT: dict[str, Any] = {
+    "metavar": "OUT.html",
+    "callback": _checked,
+    "help": "Write the story of the run, with charts, to one HTML file.",
+}
+
+
+def report_option() -> click.Option:
+    """For a command that is made of a list of options."""
+    return click.Option(["--report"], **_REPORT)
+
+
+def report() -> Callable[[Any], Any]:
+    """Decorator of a command."""
+    return click.option("--report", **_REPORT)
+
+
+def write_report(
+    path: str | None,
+    account: Mapping[str, Any],
+    files: Sequence[tuple[str, str | os.PathLike[str]]],
+    *,
+    names: Mapping[str, str] | None = None,
+    compared: Compared | None = None,
+    samples: Mapping[str, Sequence[float]] | None = None,
+    pictures: Sequence[Pictures] = (),
+) -> None:
+    """Write the report of the running command, if one is wanted.
+
+    account: what --json prints. files: (role, path); of `input` or `reference`, and of `output` or `model`
+    beside one, the sizes of layers are told. names: role -> name for a person, where it is not the path.
+    """
+    if path is None:
+        return
+    from onnxcompress.model.model_like import as_model
+    from onnxcompress.report import Material, tell, write_page
+    from onnxcompress.report.collect import environment, file_facts, layer_sizes, now
+
+    context = click.get_current_context()
+    named = names or {}
+    facts = [file_facts(role, Path(file), named.get(role)) for role, file in files if Path(file).is_file()]
+    before = next((file for role, file in files if role in ("input", "reference")), None)
+    after = next((file for role, file in files if role in ("output", "model")), None)
+    layers = [] if before is None else layer_sizes(as_model(before), as_model(after) if after else None)
+    compared = compared or Compared()
+    found = compared.found
+    if found is not None:
+        samples = {s.name: s.timing.samples_ms for s in (found.a, found.b)}
+    material = Material(
+        command=str(context.info_name),
+        account=account,
+        argv=context.find_root().obj or sys.argv[1:],
+        made=now(),
+        environment=environment(),
+        files=facts,
+        comparison=None if found is None else found.as_dict(),
+        compared_on=compared.on,
+        learned_from=compared.learned_from,
+        not_compared=compared.problem,
+        samples=samples or {},
+        layers=layers,
+        pictures=pictures,
+    )
+    write_page(path, tell(material))
+
+
+def write_job_report(job: Job, found: Outcome) -> None:
+    """Of a command that changed a model: both are compared first."""
+    if job.report is None:
+        return
+    if not job.quiet:
+        click.echo("for the report: comparing the models before and after", err=True)
+    files = found.files
+    learned = _learned(found.run.steps, files.source)
+    roles: list[tuple[str, str | os.PathLike[str]]] = [("input", files.source), ("output", files.target)]
+    named = {"input": files.source_name, "output": files.target_name}
+    read = [("recipe", job.recipe), ("gate images", job.gates.images)]
+    for step in found.run.steps:
+        read += [
+            (f.name, getattr(step.pass_, f.name))
+            for f in dataclasses.fields(step.pass_)
+            if f.metadata.get("file")
+        ]
+    roles += [(role, path) for role, path in dict.fromkeys(read) if path]
+    from onnxcompress.report.collect import pictures
+
+    write_report(
+        job.report,
+        job.account(found),
+        roles,
+        names=named,
+        compared=_compared(job, found, learned),
+        pictures=[pictures(title, one) for title, one in learned],
+    )
+    if not (job.quiet or job.as_json):
+        click.echo(f"report: {job.report}", err=files.to_stream)
+
+
+def _compared(job: Job, found: Outcome, learned: Sequence[tuple[str, ImageSet]]) -> Compared:
+    """Both models on the gates' images, else on those that passes learned from, else on random inputs."""
+    images, on = None, ""
+    if job.gates.images is not None:
+        images = _load(job.gates.images, job.gates.preprocess, found.files.source)
+        on = f"{len(images)} images that the gates judge by" if images else ""
+    elif learned:
+        first = learned[0][1].spread(IMAGES)
+        images = dataclasses.replace(first, y=None)  # accuracy on what was learned from says nothing
+        on = f"{len(images)} images that it learned from"
+    try:
+        made = _compare(job, found, images)
+    except CompressError as error:
+        return Compared(problem=str(error))
+    return Compared(made, on, learned_from=bool(learned) and job.gates.images is None)
+
+
+def _compare(job: Job, found: Outcome, images: ImageSet | None) -> Comparison:
+    from onnxcompress.evaluation.compare import compare
+    from onnxcompress.runtime.providers import Provider
+
+    gates = job.gates
+    timed = next((s.pass_ for s in found.run.steps if hasattr(s.pass_, "latency_batch")), None)
+    how: dict[str, Any] = {"provider": gates.runs_on, "threads": gates.threads, "batch": gates.batch}
+    if timed is not None and how == {"provider": Provider(), "threads": 0, "batch": 1}:
+        options = timed.options()
+        where = Provider.of(options["provider"], options["provider_options"])
+        how = {"provider": where, "threads": options["threads"], "batch": options["latency_batch"]}
+    return compare(
+        found.files.source, found.files.target, images=images, seconds=SECONDS, tolerance=None, **how
+    )
+
+
+def _learned(steps: Sequence[Step], source: Path) -> list[tuple[str, ImageSet]]:
+    """What passes learned from: title, images; each set once."""
+    found: list[tuple[str, ImageSet]] = []
+    files: set[tuple[Any, ...]] = set()
+    for step in steps:
+        options, shown = step.pass_.options(), step.result.shown
+        path, text, count, seed = (options.get(k) for k in ("images", "preprocess", "count", "seed"))
+        if path is not None:
+            new = (path, text, count, seed) not in files
+            files.add((path, text, count, seed))
+            if new and (loaded := _load(path, text, source, count, seed or 0)) is not None:
+                found.append((f"Images of {path}", loaded))
+        elif shown is not None:
+            kind = ", ".join(u["source"] for u in step.result.measured.get("inputs", []))
+            found.append((f"What {step.pass_.name} made for itself: {kind}", shown))
+    return found
+
+
+def _load(
+    path: str, preprocess: str | None, source: Path, count: int | None = None, seed: int = 0
+) -> ImageSet | None:
+    from onnxcompress.data.image_set import load_images
+    from onnxcompress.data.preprocess import choose
+    from onnxcompress.model.model_like import metadata_of
+
+    try:
+        how = choose(preprocess, metadata_of(source)).preprocess
+        return load_images(path, preprocess=how, count=count, seed=seed)
+    except CompressError:  # gone since the pass ran, which kept its result
+        return None

@@ -1,0 +1,45 @@
+"""What `fp16` shows: the error of the outputs, what stayed float32, and where it was run."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from rich.console import Console
+
+from onnxcompress.passes.base import PassResult
+
+
+def show_fp16(console: Console, result: PassResult) -> None:
+    """A line for each figure; the nodes that stayed are listed with the refusals."""
+    measured = result.measured
+    if not measured:
+        console.print("nothing to change")
+        return
+    kept = len(measured["kept_float32"])
+    text = f"{measured['converted']} nodes compute in float16, {kept} stay float32 for the error's sake"
+    console.print(text, markup=False)
+    whole = _error(measured["all_float16"])
+    text = (
+        f"error of the outputs: {_error(measured['error'])}, at most {_error(measured['max_error'])} asked"
+    )
+    if measured["kept_float32"]:
+        text += f"; with all nodes in float16: {whole}"
+    console.print(text, markup=False)
+    for used in measured["inputs"]:
+        console.print(f"measured on {used['count']} {used['source']} ({used['why']})", markup=False)
+    _show_runtime(console, measured.get("runtime"))
+
+
+def _show_runtime(console: Console, runtime: dict[str, Any] | None) -> None:
+    if runtime is None:
+        return
+    note = ""
+    if runtime["provider"] == "cpu":
+        note = "; a CPU computes it in float32, it is made for a GPU"
+    error = _error(runtime["error"])
+    console.print(f"run on {runtime['provider']}: error {error}{note}", markup=False)
+
+
+def _error(share: float | None) -> str:
+    return "infinite" if share is None or math.isinf(share) else f"{100 * share:.2g} %"

@@ -1,0 +1,62 @@
+"""The account of a pass at the terminal: its own results, what it changed and what it left alone."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+from rich.console import Console
+
+from onnxcompress.cli.console import learned_from, show_refusals
+from onnxcompress.formatting import number as number
+from onnxcompress.formatting import size as size
+from onnxcompress.passes.base import Pass, PassResult
+
+RENDERERS = {
+    "calibrate": ("calibrate", "show_calibrate"),
+    "drop-blocks": ("drop_blocks", "show_drop_blocks"),
+    "fp16": ("fp16", "show_fp16"),
+    "quantize": ("quantize", "show_quantize"),
+}
+"""Pass -> module of this package and its function; other passes show their changes alone."""
+
+
+def show_result(console: Console, one: Pass, result: PassResult, *, verbose: bool = False) -> None:
+    """The account of one pass; verbose: each change, and all that was left alone."""
+    renderer = RENDERERS.get(one.name)
+    if renderer is None:
+        show_changes(console, result)
+    else:
+        module, function = renderer
+        getattr(import_module(f"onnxcompress.cli.results.{module}"), function)(console, result)
+    if verbose:
+        for change in result.changes:
+            console.print(f"  {change.node}: {change.what}", markup=False)
+    show_refusals(console, result.refusals, all=verbose)
+    _show_difference(console, result.measured.get("difference"))
+
+
+def _show_difference(console: Console, found: dict[str, Any] | None) -> None:
+    if found is None:
+        return
+    if "skipped" in found:
+        console.print(f"outputs not compared: {found['skipped']}", markup=False)
+        return
+    console.print(
+        f"largest output difference on random input: {found['max_abs']:.2e} absolute, "
+        f"{found['max_rel']:.2e} relative (output {found['output']!r})",
+        markup=False,
+    )
+
+
+def show_changes(console: Console, result: PassResult) -> None:
+    """What was changed, counted by kind, and what was learned from."""
+    kinds: dict[str, int] = {}
+    for change in result.changes:
+        kinds[change.what] = kinds.get(change.what, 0) + 1
+    for what, count in kinds.items():
+        console.print(f"{count} × {what}", markup=False)
+    if not result.changes:
+        console.print("nothing to change")
+    for line in learned_from(result.measured.get("inputs", [])):
+        console.print(line, markup=False)

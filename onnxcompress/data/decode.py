@@ -1,0 +1,66 @@
+"""One image: decode it, convert its channels, resize and crop it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from onnxcompress.data.preprocess import CROP_SHARE, Preprocess
+from onnxcompress.errors import InputError
+
+_GRAY = ("1", "L", "LA")
+_COLOUR = ("RGB", "RGBA", "P", "PA", "CMYK", "YCbCr")
+
+
+def decode(file: Path, preprocess: Preprocess) -> np.ndarray:
+    """One file as uint8 H,W,C."""
+    try:
+        with Image.open(file) as opened:
+            if opened.width * opened.height > (Image.MAX_IMAGE_PIXELS or float("inf")):
+                raise Image.DecompressionBombError(f"{opened.width}x{opened.height} pixels")
+            return fit(_converted(opened, file, preprocess.channels), preprocess, str(file))
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise InputError(f"{file}: too large to be an honest image ({error})") from error
+    except UnidentifiedImageError as error:
+        raise InputError(f"{file}: not an image; remove or replace it") from error
+    except (OSError, SyntaxError, ValueError) as error:  # Pillow's decoders raise all three
+        raise InputError(f"{file}: broken image ({error}); remove or replace it") from error
+
+
+def _converted(image: Image.Image, file: Path, channels: int | None) -> Image.Image:
+    if image.mode not in (*_GRAY, *_COLOUR):
+        raise InputError(f"{file}: pixels of mode {image.mode}; expected 8-bit gray or colour")
+    gray = image.mode in _GRAY if channels is None else channels == 1
+    return image.convert("L" if gray else "RGB")
+
+
+def fit(image: Image.Image, preprocess: Preprocess, name: str) -> np.ndarray:
+    """Resize and crop as `preprocess` says; uint8 H,W,C."""
+    size = preprocess.size
+    if size is not None and (image.height, image.width) != size:
+        image = _cropped(image, size, preprocess, name)
+    pixels = np.asarray(image, np.uint8)
+    return pixels[:, :, None] if pixels.ndim == 2 else pixels
+
+
+def _cropped(image: Image.Image, size: tuple[int, int], preprocess: Preprocess, name: str) -> Image.Image:
+    height, width = size
+    resize = preprocess.resize
+    kind = Image.Resampling.BICUBIC if preprocess.filter == "bicubic" else Image.Resampling.BILINEAR
+    if resize == "stretch":
+        return image.resize((width, height), kind)
+    if not isinstance(resize, int) and (image.height < height or image.width < width):
+        raise InputError(
+            f"{name}: {image.height}x{image.width} (height x width), smaller than size "
+            f"{height}x{width}; correct size=, or add resize={round(max(size) / CROP_SHARE)} to scale up"
+        )
+    if resize != "none":
+        short = resize if isinstance(resize, int) else round(max(size) / CROP_SHARE)
+        share = short / min(image.height, image.width)
+        if isinstance(resize, int) or share < 1:
+            scaled = (max(width, int(image.width * share)), max(height, int(image.height * share)))
+            image = image.resize(scaled, kind)
+    left, top = round((image.width - width) / 2), round((image.height - height) / 2)
+    return image.crop((left, top, left + width, top + height))

@@ -1,0 +1,1 @@
+"""How good a model is, beside another one and against limits."""

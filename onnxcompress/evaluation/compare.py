@@ -1,0 +1,202 @@
+"""Two models side by side: size, work, latency, and how far apart what they compute is."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from onnxcompress.data.image_set import ImageSet, check_fits
+from onnxcompress.errors import ModelError
+from onnxcompress.evaluation.accuracy import agreement, image_input, logits, score_output, topk
+from onnxcompress.evaluation.equivalence import Difference, difference_of
+from onnxcompress.graph import macs
+from onnxcompress.model.model_like import (
+    ModelLike,
+    as_model,
+    dims,
+    display_names,
+    input_specs,
+    label,
+    model_bytes,
+)
+from onnxcompress.progress import Progress, silent
+from onnxcompress.runtime.inference import random_feeds, run
+from onnxcompress.runtime.latency import Ratio, Timing, benchmark, ratio
+from onnxcompress.runtime.providers import ProviderLike
+
+DIFFERENCE_BATCH = 32
+"""Images, or random inputs, over which the outputs' difference is taken."""
+
+
+@dataclass(frozen=True)
+class Side:
+    """One of the two models."""
+
+    name: str
+    bytes: int
+    """Of the file and its external data."""
+    parameters: int
+    macs: int | None
+    """For one image; None where the image size is open."""
+    timing: Timing
+    top1: float | None
+    """Where the images have labels."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """`a` is the reference."""
+
+    a: Side
+    b: Side
+    latency: Ratio
+    """median(b) / median(a)."""
+    difference: Difference
+    """Outputs of b against a, without graph optimizations."""
+    agreement: float | None
+    """Share of inputs with the same top-1 class; None where the models give no scores."""
+    inputs: str
+    """What the difference and the agreement were taken on."""
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON values, without the samples of the timings."""
+        values = asdict(self)
+        for side in ("a", "b"):
+            del values[side]["timing"]["samples_ms"]
+        return values
+
+
+@dataclass(frozen=True)
+class _Outputs:
+    difference: Difference
+    agreement: float | None
+    top1: tuple[float | None, float | None]
+    inputs: str
+
+
+def compare(
+    a: ModelLike,
+    b: ModelLike,
+    *,
+    images: ImageSet | None = None,
+    provider: ProviderLike = "auto",
+    batch: int = 1,
+    threads: int = 0,
+    runs: int | None = None,
+    seconds: float | None = None,
+    tolerance: float | None = 0.01,
+    seed: int = 0,
+    shapes: Mapping[str, Sequence[int]] | None = None,
+    progress: Progress = silent,
+) -> Comparison:
+    """Compare b with the reference a, on `images` or on random inputs.
+
+    The latency options are those of `benchmark`. Raises ModelError where inputs or outputs differ in form.
+    """
+    names = display_names([a, b])
+    if images is None:
+        outputs = _on_random(a, b, seed, shapes)
+    else:
+        outputs = _on_images(a, b, images, provider, threads, progress)
+    timings = benchmark(
+        dict(zip(names, (a, b), strict=True)),
+        provider=provider,
+        batch=batch,
+        threads=threads,
+        runs=runs,
+        seconds=seconds,
+        tolerance=tolerance,
+        seed=seed,
+        shapes=shapes,
+        progress=progress,
+    )
+    return _joined((a, b), [timings[name] for name in names], outputs)
+
+
+def _joined(
+    models: tuple[ModelLike, ModelLike], timings: Sequence[Timing], outputs: _Outputs
+) -> Comparison:
+    a, b = (_side(m, t, top1) for m, t, top1 in zip(models, timings, outputs.top1, strict=True))
+    return Comparison(
+        a=a,
+        b=b,
+        latency=ratio(a.timing, b.timing),
+        difference=outputs.difference,
+        agreement=outputs.agreement,
+        inputs=outputs.inputs,
+    )
+
+
+def _side(model: ModelLike, timing: Timing, top1: float | None) -> Side:
+    graph = as_model(model)
+    try:
+        work: int | None = macs.count_macs(graph)
+    except ModelError:  # an open image size: unknown is what is shown
+        work = None
+    return Side(timing.name, model_bytes(model), macs.count_parameters(graph), work, timing, top1)
+
+
+def _on_random(
+    a: ModelLike, b: ModelLike, seed: int, shapes: Mapping[str, Sequence[int]] | None
+) -> _Outputs:
+    inputs = {s.name for s in input_specs(a)}
+    given = {k: v for k, v in (shapes or {}).items() if k in inputs}
+    feeds = random_feeds(a, batch=_batch(a, b, DIFFERENCE_BATCH), seed=seed, shapes=given)
+    left, right = run(a, feeds), run(b, _for(b, feeds))
+    count = len(next(iter(feeds.values()), np.zeros(1)))
+    scores = score_output(left, count), score_output(right, count)
+    same = None
+    if scores[0] is not None and scores[1] is not None:
+        same = agreement(scores[0], scores[1])
+    return _Outputs(difference_of(left, right), same, (None, None), f"{count} random inputs, N(0, 1)")
+
+
+def _on_images(
+    a: ModelLike, b: ModelLike, images: ImageSet, provider: ProviderLike, threads: int, progress: Progress
+) -> _Outputs:
+    scores = [logits(m, images, provider=provider, threads=threads, progress=progress) for m in (a, b)]
+    spec = image_input(a)
+    check_fits(images, spec.shape, spec.name)
+    size = _batch(a, b, min(DIFFERENCE_BATCH, len(images)))
+    x = images.take(np.arange(size) % len(images)).array().astype(spec.dtype)
+    feeds = {spec.name: x}
+    difference = difference_of(run(a, feeds), run(b, _for(b, feeds)))
+    top1: tuple[float | None, float | None] = (None, None)
+    if images.y is not None:
+        top1 = topk(scores[0], images.y, label(a))[0], topk(scores[1], images.y, label(b))[0]
+    same = agreement(scores[0], scores[1])
+    return _Outputs(difference, same, top1, f"{len(images)} images")
+
+
+def _batch(a: ModelLike, b: ModelLike, default: int) -> int:
+    """The batch that both models take: a fixed one, else `default`."""
+    shapes = [s.shape for model in (a, b) for s in input_specs(model)]
+    fixed = sorted({s[0] for s in shapes if s and isinstance(s[0], int)})
+    if len(fixed) > 1:
+        raise ModelError(f"the models' inputs have fixed batches of {fixed[0]} and {fixed[1]}")
+    return fixed[0] if fixed else default
+
+
+def _for(model: ModelLike, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The reference's feeds under the model's own input names, by order where the names differ."""
+    specs = input_specs(model)
+    if len(specs) != len(feeds):
+        raise ModelError(f"the models have {len(feeds)} and {len(specs)} inputs; expected as many")
+    by_name = {s.name for s in specs} == set(feeds)
+    sources = [s.name for s in specs] if by_name else list(feeds)
+    for spec, source in zip(specs, sources, strict=True):
+        if not spec.takes(feeds[source].shape):
+            got, expected = dims(feeds[source].shape), dims(spec.shape or ())
+            raise ModelError(
+                f"{label(model)}: input {spec.name!r} takes {expected}, the other model's {got}; only "
+                "models with the same inputs can be compared"
+            )
+    return {s.name: _as_float(feeds[source], s.dtype) for s, source in zip(specs, sources, strict=True)}
+
+
+def _as_float(values: np.ndarray, dtype: np.dtype[Any]) -> np.ndarray:
+    """Floats in the type that the model takes: a float16 model is compared with its float32 original."""
+    return values.astype(dtype, copy=False) if values.dtype.kind == dtype.kind == "f" else values

@@ -1,0 +1,133 @@
+"""What gates say: each limit against what was measured, in one clause."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from onnxcompress.errors import OptionError
+
+if TYPE_CHECKING:
+    from onnxcompress.evaluation.compare import Comparison
+    from onnxcompress.runtime.latency import Ratio
+
+MEGABYTE = 1e6
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What gates judge; what was not measured is None."""
+
+    bytes: int
+    inputs: str = ""
+    """What accuracy and agreement were taken on: `2000 images`."""
+    top1: tuple[float, float] | None = None
+    """Before and after, 0 to 1."""
+    agreement: float | None = None
+    """0 to 1."""
+    latency_ms: float | None = None
+    ratio: Ratio | None = None
+    """Latency after over latency before."""
+    device: str = ""
+    preprocess: str = ""
+    """How images were preprocessed, for a person."""
+
+    @staticmethod
+    def of(found: Comparison, preprocess: str = "") -> Facts:
+        """What a comparison measured."""
+        a, b = found.a, found.b
+        top1 = None if a.top1 is None or b.top1 is None else (a.top1, b.top1)
+        device = f"{b.timing.device}, batch {b.timing.batch}"
+        return Facts(
+            bytes=b.bytes,
+            inputs=found.inputs,
+            top1=top1,
+            agreement=found.agreement,
+            latency_ms=b.timing.median_ms,
+            ratio=found.latency,
+            device=device,
+            preprocess=preprocess,
+        )
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether a limit was kept."""
+
+    gate: str
+    limit: float
+    measured: float
+    passed: bool
+    text: str
+    """What was measured and what was asked for, in one clause."""
+    preprocess: str = ""
+    """How the images that it was measured on were preprocessed; empty: there were none."""
+
+
+def summary(verdicts: list[Verdict]) -> str:
+    """One sentence of the limits that were missed; empty where none was."""
+    missed = [v.text for v in verdicts if not v.passed]
+    return f"not worth it: {'; '.join(missed)}" if missed else ""
+
+
+def judge(limits: Mapping[str, float], facts: Facts) -> list[Verdict]:
+    """One verdict for each limit; the names are those of `gates.LIMITS`."""
+    return [_JUDGES[name](limit, facts) for name, limit in limits.items()]
+
+
+def _max_drop(limit: float, facts: Facts) -> Verdict:
+    if facts.top1 is None:
+        raise OptionError("--max-drop needs labels: class folders, or y in the .npz")
+    before, after = facts.top1
+    drop = 100 * (before - after)
+    moved = f"fell by {drop:.2f}" if drop > 0 else f"rose by {-drop:.2f}"
+    text = (
+        f"top-1 accuracy {moved} points ({before:.2%} to {after:.2%} on {facts.inputs}), "
+        f"it may fall by {limit:g}"
+    )
+    return Verdict("max_drop", limit, drop, _rounded(drop) <= limit, text, facts.preprocess)
+
+
+def _min_agreement(limit: float, facts: Facts) -> Verdict:
+    assert facts.agreement is not None
+    percent = 100 * facts.agreement
+    text = f"the same top-1 class for {percent:.2f} % of {facts.inputs}, at least {limit:g} % is asked for"
+    return Verdict("min_agreement", limit, percent, _rounded(percent) >= limit, text, facts.preprocess)
+
+
+def _max_latency(limit: float, facts: Facts) -> Verdict:
+    assert facts.latency_ms is not None
+    text = f"median latency {facts.latency_ms:.3g} ms ({facts.device}), at most {limit:g} ms is allowed"
+    return Verdict("max_latency", limit, facts.latency_ms, facts.latency_ms <= limit, text)
+
+
+def _min_speedup(limit: float, facts: Facts) -> Verdict:
+    assert facts.ratio is not None
+    found = facts.ratio
+    speed = 1 / found.value
+    text = (
+        f"{speed:.3f} times as fast (95 % interval {1 / found.high:.3f} to {1 / found.low:.3f}; "
+        f"{facts.device}), at least {limit:g} is asked for"
+    )
+    return Verdict("min_speedup", limit, speed, speed >= limit, text)
+
+
+def _max_size(limit: float, facts: Facts) -> Verdict:
+    size = facts.bytes / MEGABYTE
+    text = f"{size:.3f} MB, at most {limit:g} MB is allowed"
+    return Verdict("max_size", limit, size, size <= limit, text)
+
+
+def _rounded(percent: float) -> float:
+    """Without the last digits, which 100 × share leaves: 1 point is within a limit of 1."""
+    return round(percent, 9)
+
+
+_JUDGES: dict[str, Callable[[float, Facts], Verdict]] = {
+    "max_drop": _max_drop,
+    "min_agreement": _min_agreement,
+    "max_latency": _max_latency,
+    "min_speedup": _min_speedup,
+    "max_size": _max_size,
+}

@@ -1,0 +1,191 @@
+"""Gates: limits that a result must keep to be worth having, measured on the two files.
+
+    Gates --prepare(before)--> Baseline --measure(after)--> Facts --verdicts.judge--> [Verdict]
+
+Only what a gate asks for is measured: accuracy and agreement in onnxruntime on images that no pass need
+have seen, latency as the median of interleaved runs (`latency`). A gate judges the measured value itself,
+its interval is in the sentence: with a limit as close as the noise, the next verdict may differ.
+Does not handle: networks without class scores (`max_drop`, `min_agreement`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from onnxcompress.errors import OptionError
+from onnxcompress.evaluation.gate_results import Facts
+from onnxcompress.option_fields import PROVIDER_HELP, option, provider_options_option
+from onnxcompress.progress import Progress, silent
+from onnxcompress.runtime.providers import Provider
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from onnxcompress.data.image_set import ImageSet
+    from onnxcompress.model.model_like import ModelLike
+
+LIMITS = ("max_drop", "min_agreement", "max_latency", "min_speedup", "max_size")
+"""The fields of Gates that are limits; the others say how to measure."""
+
+
+@dataclass(frozen=True)
+class Gates:
+    """The limits, all off, and how to measure. Fields are options and keys of a recipe's `gates`."""
+
+    max_drop: float | None = option(
+        None, "Top-1 accuracy may fall by so many points at most; needs labelled images.", metavar="POINTS"
+    )
+    min_agreement: float | None = option(
+        None, "The same top-1 class as before for so many percent of the images.", metavar="PCT"
+    )
+    max_latency: float | None = option(None, "Median latency at most, in milliseconds.", metavar="MS")
+    min_speedup: float | None = option(
+        None, "Latency before, divided by latency after, at least: 1.2 is 20 % more speed.", metavar="X"
+    )
+    max_size: float | None = option(None, "Size at most, in MB (10⁶ bytes).", metavar="MB")
+    images: str | None = option(
+        None, "Images to judge by, best none that a pass learned from.", metavar="DIR|NPZ", file="read"
+    )
+    preprocess: str | None = option(
+        None, "As --preprocess. [default: the model's metadata, else unit]", metavar="TEXT"
+    )
+    provider: str = option("auto", PROVIDER_HELP, metavar="NAME")
+    provider_options: tuple[str, ...] = provider_options_option()
+    threads: int = option(0, "CPU threads of onnxruntime; 0: all cores.")
+    batch: int = option(1, "Images in a run when latency is measured.")
+
+    @property
+    def limits(self) -> dict[str, float]:
+        """The limits that are set, by name."""
+        return {n: v for n in LIMITS if (v := getattr(self, n)) is not None}
+
+    @property
+    def runs_on(self) -> Provider:
+        """The provider and how it runs. Raises OptionError."""
+        return Provider.of(self.provider, self.provider_options)
+
+    def check(self, *, images: str | None = "--gate-images") -> None:
+        """Raise OptionError for limits out of range, or without the images they need.
+
+        `images` is the option to name where they are missing; None: they are given elsewhere.
+        """
+        for name, value in self.limits.items():
+            low, high = _RANGES[name]
+            if not low < value <= high:
+                said = f"more than {low:g}" + (f" and at most {high:g}" if high < float("inf") else "")
+                raise OptionError(f"{_flag(name)} {value:g}: expected {_UNITS[name]}, {said}")
+        needing = [n for n in ("max_drop", "min_agreement") if n in self.limits]
+        if needing and self.images is None and images is not None:
+            what = "labelled images" if "max_drop" in needing else "images"
+            raise OptionError(f"{_flag(needing[0])} needs {what}: name them with {images} DIR|NPZ")
+        self.runs_on  # noqa: B018  it checks itself
+        for name, least in (("threads", 0), ("batch", 1)):
+            if getattr(self, name) < least:
+                raise OptionError(f"--gate-{name} {getattr(self, name)}: expected {least} or more")
+
+    def prepare(self, before: ModelLike, progress: Progress = silent) -> Baseline:
+        """What the result will be judged against. All that can fail on the model before fails here.
+
+        Raises InputError for unusable images or missing labels, OptionError for a batch that the model does
+        not take, RuntimeUnavailable for a provider that cannot start, ModelError where there are no scores.
+        """
+        if {"max_latency", "min_speedup"} & self.limits.keys():
+            from onnxcompress.runtime.inference import random_feeds
+            from onnxcompress.runtime.session import check_provider
+
+            check_provider(self.runs_on)
+            random_feeds(before, batch=self.batch, fixed_batch_ok=False)
+        if self.images is None or not {"max_drop", "min_agreement"} & self.limits.keys():
+            return Baseline(before)
+        from onnxcompress.data.image_set import load_images
+        from onnxcompress.data.preprocess import choose
+        from onnxcompress.evaluation.accuracy import logits
+        from onnxcompress.model.model_like import label, metadata_of
+
+        choice = choose(self.preprocess, metadata_of(before), label(before))
+        labels = self.max_drop is not None
+        images = load_images(self.images, preprocess=choice.preprocess, labels=labels, progress=progress)
+        scores = logits(before, images, provider=self.runs_on, threads=self.threads, progress=progress)
+        return Baseline(before, images, scores, self._top1(scores, images), str(choice))
+
+    def measure(self, baseline: Baseline, after: ModelLike, progress: Progress = silent) -> Facts:
+        """Measure what the limits ask for. Raises ModelError where the result gives no scores, say."""
+        from onnxcompress.model.model_like import model_bytes
+
+        facts = Facts(bytes=model_bytes(after))
+        if baseline.images is not None:
+            facts = dataclasses.replace(facts, **self._scores(baseline, after, progress))
+        if {"max_latency", "min_speedup"} & self.limits.keys():
+            facts = dataclasses.replace(facts, **self._latency(baseline.model, after, progress))
+        return facts
+
+    def _scores(self, baseline: Baseline, after: ModelLike, progress: Progress) -> dict[str, Any]:
+        from onnxcompress.evaluation.accuracy import agreement, logits
+
+        images = baseline.images
+        assert images is not None
+        assert baseline.scores is not None
+        scores = logits(after, images, provider=self.runs_on, threads=self.threads, progress=progress)
+        found: dict[str, Any] = {"inputs": f"{len(images)} images", "preprocess": baseline.preprocess}
+        found["agreement"] = agreement(baseline.scores, scores)
+        if baseline.top1 is not None:
+            found["top1"] = baseline.top1, self._top1(scores, images)
+        return found
+
+    def _top1(self, scores: np.ndarray, images: ImageSet) -> float | None:
+        """Accuracy, where a limit is on it."""
+        from onnxcompress.evaluation.accuracy import topk
+
+        if self.max_drop is None or images.y is None:
+            return None
+        return topk(scores, images.y)[0]
+
+    def _latency(self, before: ModelLike, after: ModelLike, progress: Progress) -> dict[str, Any]:
+        from onnxcompress.runtime.latency import benchmark, ratio
+
+        models = {"before": before, "after": after} if self.min_speedup is not None else {"after": after}
+        timings = benchmark(
+            models, provider=self.runs_on, batch=self.batch, threads=self.threads, progress=progress
+        )
+        last = timings["after"]
+        device = f"{last.device}, batch {last.batch}"
+        found: dict[str, Any] = {"latency_ms": last.median_ms, "device": device}
+        if "before" in timings:
+            found["ratio"] = ratio(timings["before"], last)
+        return found
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """The model before, and where images are needed what it gives for them."""
+
+    model: ModelLike
+    images: ImageSet | None = None
+    scores: np.ndarray | None = None
+    top1: float | None = None
+    preprocess: str = ""
+    """How images are preprocessed, for a person."""
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+_INFINITE = float("inf")
+_RANGES = {
+    "max_drop": (-100.0, 100.0),
+    "min_agreement": (1.0, 100.0),  # a share, 0.98, would let everything pass
+    "max_latency": (0.0, _INFINITE),
+    "min_speedup": (0.0, _INFINITE),
+    "max_size": (0.0, _INFINITE),
+}
+"""Limit -> more than this, up to this."""
+_UNITS = {
+    "max_drop": "points of percent",
+    "min_agreement": "percent",
+    "max_latency": "milliseconds",
+    "min_speedup": "a factor",
+    "max_size": "megabytes",
+}

@@ -1,0 +1,190 @@
+"""Which channels of a network must be scaled together: the groundwork of `equalize`.
+
+Every channel of every tensor gets a label. Where a positive scale of a channel passes an operator
+unchanged (`_equalize_rules`), the output takes the input's labels; where two channels must have the same
+scale (the operands of an Add), their labels are tied. Linear layers end labels and begin them:
+
+    layer --writes--> labels --Relu, pools, Add, Concat, Pad, Slice, …--> labels <--reads-- layer
+
+Tied labels are one channel group. Its scale is free where every writer and every reader is a linear layer
+with a weight of its own and nothing bars it: an operator that is not homogeneous or has no rule, an input
+or output of the model, the body of an If, Loop or Scan. Labels go on through operators that are not
+homogeneous but keep channels in place (Clip, Sigmoid): the assumption-free scales of Horton et al. (arXiv
+2011.09058, §3.2) need to know which layers meet there.
+
+A label array has the rank of its tensor, and size 1 along each axis over which labels do not vary, as a
+rule (1, C, 1, 1). Channel shuffles, Flatten before a Gemm, Concat and Slice are plain array operations.
+
+Does not handle: what Loop, Scan and If compute, and sequences; their tensors are barred.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import onnx_graphsurgeon as gs
+
+from onnxcompress.account import Refusal
+from onnxcompress.graph import layer_params
+from onnxcompress.graph.channel_groups.groups import (
+    MAX_LABELS,
+    Flow,
+    Labels,
+    Layer,
+    Unknown,
+)
+from onnxcompress.graph.channel_groups.labels import TensorLabels
+from onnxcompress.graph.channel_groups.rules import RULES
+from onnxcompress.graph.linear_layer import LINEAR_OPS, as_linear
+from onnxcompress.graph.query import DEFAULT_DOMAINS, attribute, is_op, node_label
+from onnxcompress.model import Model
+
+COMBINES = ("Add", "Concat", "Div", "Max", "Min", "Mul", "Sub", "Sum")
+"""Operators of which every input is data; of the others, the first one is."""
+
+
+def trace(model: Model, *, scale_clips: bool = False) -> Flow:
+    """Find the channel groups of a model. `scale_clips`: a Clip passes scales, in `Flow.bounds`."""
+    tracer = Tracer(model, scale_clips)
+    tracer.run()
+    return tracer.flow()
+
+
+class Tracer(TensorLabels):
+    """Walks the graph once, in order, and asks each operator's rule."""
+
+    def __init__(self, model: Model, scale_clips: bool) -> None:
+        super().__init__(model, scale_clips)
+        self._layers: list[Layer] = []
+        self._ended: list[Labels] = []
+
+    def run(self) -> None:
+        for tensor in self.model.graph.inputs:
+            self._set_barred(tensor, Refusal(tensor.name, "is an input of the model"))
+        for node in self.topology.order:
+            if is_op(node, "Shape", "Size") or not any(self.carries(t) for t in node.inputs):
+                continue
+            rule = RULES.get(node.op) if node.domain in DEFAULT_DOMAINS else None
+            try:
+                if is_op(node, *LINEAR_OPS):
+                    self._linear(node)
+                    continue
+                if rule is None:
+                    raise Unknown(*_no_rule(node))
+                for tensor, labels in zip(node.outputs, rule(self, node), strict=False):
+                    self._set(tensor, labels)
+                if node.op not in COMBINES:
+                    self._bar_parameters(node, 0)
+            except Unknown as problem:
+                self._end(node, Refusal(node_label(node), f"({node.op}) {problem.rule}", problem.remedy))
+        self._bar_outside()
+
+    def _set(self, tensor: gs.Tensor, labels: Labels) -> None:
+        self._labels[id(tensor)] = self._tensors[tensor.name] = labels
+
+    def _set_barred(self, tensor: gs.Tensor, refusal: Refusal) -> None:
+        """New, barred labels for a tensor, where its number of channels is known."""
+        shape = self.topology.shape(tensor)
+        channels = shape[1] if shape is not None and len(shape) > 1 else None
+        if shape is not None and isinstance(channels, int) and 0 < channels <= MAX_LABELS:
+            labels = self.fresh((1, channels, *[1] * (len(shape) - 2)))
+            self._set(tensor, self.bar(labels, refusal))
+
+    def _end(self, node: gs.Node, refusal: Refusal) -> None:
+        """Nothing is known of the node: it bars what it reads and what it makes."""
+        for tensor in node.inputs:
+            if id(tensor) in self._labels:
+                self._ended.append(self.bar(self._labels[id(tensor)], refusal))
+        for tensor in node.outputs:
+            if self.carries(tensor) and not tensor.is_empty():
+                self._set_barred(tensor, refusal)
+
+    def _bar_parameters(self, node: gs.Node, data_at: int) -> None:
+        """Bar the channels that an operator takes as its parameters."""
+        for at, tensor in enumerate(node.inputs):
+            if at != data_at and id(tensor) in self._labels:
+                refusal = Refusal(node_label(node), f"({node.op}) takes {tensor.name!r} as a parameter")
+                self.bar(self._labels[id(tensor)], refusal)
+
+    def _linear(self, node: gs.Node) -> None:
+        """Enter a linear layer."""
+        linear = as_linear(self.model, node, self._rank)
+        if isinstance(linear, Refusal):
+            raise Unknown(linear.rule, linear.remedy)
+        if node.op == "Gemm" and attribute(node, "transA", 0):
+            raise Unknown("transposes its input")
+        output, label = node.outputs[0], node_label(node)
+        try:
+            reads = self._channels(node.inputs[linear.data_at], linear.inputs)
+        except Unknown as unknown:
+            reads = self.fresh((linear.inputs,))
+            self.bar(reads, Refusal(label, f"({node.op}) {unknown.rule}", unknown.remedy))
+        writes = self.fresh((1, linear.outputs, *[1] * (linear.rank - 2)))
+        self._set(output, writes)
+        own = layer_params.check_shared(self.model, linear, label, copy_shared=False) is None
+        layer = Layer(linear, output.name, reads, writes.reshape(-1), own)
+        self._layers.append(layer)
+        if not layer.scalable:
+            self.bar(reads, _fixed(layer))
+            self.bar(writes, _fixed(layer))
+        if layer_params.bias(self.model, linear) is None:
+            self.bar(writes, Refusal(label, f"({node.op}) has a bias that is not a constant"))
+        self._bar_parameters(node, linear.data_at)
+
+    def _channels(self, tensor: gs.Tensor, count: int) -> Labels:
+        """(count,) labels of the channels, axis 1, that a linear layer reads."""
+        labels = self.labels(tensor)
+        if labels.ndim < 2 or labels.shape[1] not in (1, count):
+            raise Unknown(f"reads {count} channels, {tensor.name!r} has shape {labels.shape}")
+        merged = self.merge(labels, (0, *range(2, labels.ndim)))
+        return np.array(np.broadcast_to(merged.reshape(-1), (count,)))
+
+    def _rank(self, tensor: gs.Tensor) -> int | None:
+        if id(tensor) in self._labels:
+            return self._labels[id(tensor)].ndim
+        shape = self.topology.shape(tensor)
+        return None if shape is None else len(shape)
+
+    def _bar_outside(self) -> None:
+        """Bar what is seen outside the main graph."""
+        outputs = {id(t) for t in self.model.graph.outputs}
+        for node in self.topology.order:
+            for tensor in node.outputs:
+                labels = self._labels.get(id(tensor))
+                if labels is None:
+                    continue
+                if id(tensor) in outputs:
+                    self.bar(labels, Refusal(tensor.name, "is an output of the model"))
+                if any(map(self.model.in_body, tensor.outputs)):
+                    self.bar(labels, Refusal(tensor.name, "is read inside the body of an If, Loop or Scan"))
+
+    # The result --------------------------------------------------------------------------------------
+
+    def flow(self) -> Flow:
+        """What was found, each label replaced by the one that stands for its group."""
+        roots = self.roots()
+        found = Flow(count=len(roots), barred=self.barred(roots))
+        for layer in self._layers:
+            found.layers.append(replace(layer, reads=roots[layer.reads], writes=roots[layer.writes]))
+        found.origins = dict(self._tensors)
+        found.tensors = {name: roots[labels] for name, labels in self._tensors.items()}
+        found.offsets = [replace(o, labels=roots[o.labels]) for o in self.offsets]
+        found.bounds = [replace(b, labels=roots[b.labels]) for b in self.bounds]
+        found.ended = {int(root) for labels in self._ended for root in np.unique(roots[labels])}
+        return found
+
+
+def _fixed(layer: Layer) -> Refusal:
+    """Why the layer's weight stays."""
+    node = layer.linear.node
+    if not layer.own:
+        return Refusal(node_label(node), f"({node.op}) shares its weight", "give each node its own copy")
+    rule = f"({node.op}) has weights of type {layer.linear.weight.dtype.name}, which scaling would round"
+    return Refusal(node_label(node), rule, "convert the model to float32")
+
+
+def _no_rule(node: gs.Node) -> tuple[str, str]:
+    if node.op in ("QuantizeLinear", "DequantizeLinear"):
+        return "quantizes", "equalize before quantizing"
+    return "is an operator without a rule for channels", ""

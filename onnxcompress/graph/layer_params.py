@@ -1,0 +1,77 @@
+"""Reading and replacing the weight and the bias of a linear layer, with the checks that go with it."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from onnxcompress.account import Refusal
+from onnxcompress.graph.constant_folding import constant_value
+from onnxcompress.graph.edit import set_constant
+from onnxcompress.graph.linear_layer import BIAS_AT, Linear, chain, is_float
+from onnxcompress.graph.query import attribute, input_at, is_output, node_label, value_readers
+from onnxcompress.model import Model
+
+
+def bias(model: Model, layer: Linear) -> np.ndarray | None:
+    """The layer's offset as it broadcasts onto the output, float64 (Gemm: beta C); None: it is computed."""
+    tensor = input_at(layer.node, BIAS_AT) if layer.takes_bias else None
+    factor = attribute(layer.node, "beta", 1.0) if layer.node.op == "Gemm" else 1.0
+    if tensor is None or factor == 0:
+        return np.zeros(())
+    value = constant_value(model, tensor)  # torch's newer exporter computes a zero bias with Expand
+    if value is None or not is_float(value):
+        return None
+    value = value.astype(np.float64) * factor
+    return value if layer.node.op == "Gemm" else layer.spread(value)
+
+
+def computed_bias(layer: Linear, label: str) -> Refusal:
+    rule = f"the bias of {layer.node.op} {node_label(layer.node)!r} is not a constant"
+    return Refusal(label, rule, "make it an initializer")
+
+
+def check_shared(model: Model, layer: Linear, label: str, copy_shared: bool) -> Refusal | None:
+    """Rule 10 of `fold_bn`."""
+    tensors = chain(layer.node.inputs[layer.weight_at])
+    shared = [t for t in tensors if len(value_readers(t)) > 1 or is_output(model, t)]
+    if copy_shared or not shared:
+        return None
+    rule = f"the weight {shared[-1].name!r} of {layer.node.op} {node_label(layer.node)!r} is shared"
+    return Refusal(label, rule, "--copy-shared gives it a copy")
+
+
+def check_finite(layer: Linear, label: str, *values: np.ndarray) -> Refusal | None:
+    """Rule 12 of `fold_bn`."""
+    if all(np.isfinite(v).all() for v in values):
+        return None
+    rule = f"values folded into {layer.node.op} {node_label(layer.node)!r} exceed {values[0].dtype}"
+    return Refusal(label, rule, "convert the model to a wider type")
+
+
+def stored(values: np.ndarray, layer: Linear) -> np.ndarray:
+    """The values in the layer's type. May overflow to infinity."""
+    assert is_float(layer.weight)
+    with np.errstate(all="ignore"):
+        return np.asarray(values).astype(layer.weight.dtype)
+
+
+def set_weight(model: Model, layer: Linear, weight: np.ndarray) -> None:
+    old = layer.node.inputs[layer.weight_at].name
+    set_constant(model, layer.node, layer.weight_at, weight, f"{old}_folded")
+
+
+def set_bias(model: Model, layer: Linear, offset: np.ndarray) -> None:
+    """Give Conv, ConvTranspose or Gemm this offset, as it broadcasts onto its output; none for zero."""
+    node = layer.node
+    if not offset.any() and input_at(node, BIAS_AT) is None:
+        return
+    if node.op != "Gemm" or layer.is_per_channel(offset):
+        offset = np.ascontiguousarray(np.broadcast_to(offset.reshape(-1), layer.outputs))
+    set_constant(model, node, BIAS_AT, offset, bias_name(layer))
+    node.attrs.pop("beta", None)
+
+
+def bias_name(layer: Linear) -> str:
+    """`conv.weight` -> `conv.bias`; else the weight's name with `_bias`."""
+    weight = layer.node.inputs[layer.weight_at].name
+    return weight.removesuffix("weight") + "bias" if weight.endswith("weight") else f"{weight}_bias"

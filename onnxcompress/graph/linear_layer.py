@@ -1,0 +1,216 @@
+"""Conv, ConvTranspose, Gemm and MatMul as one thing: a linear map of channels, and an offset.
+
+    y[o] = sum over inputs i of o's group, and taps k, of  W[o, i, k] * x[i, at k]   +   b[o]
+
+`Linear.view` shows the weight of any of them as W of shape (groups, outputs / groups, inputs / groups,
+taps), without copying. Where the channels are (ONNX operator specification; axis 1 of x and of y):
+
+| operator                        | weight as stored             | group g's output o | input i         |
+|---------------------------------|------------------------------|--------------------|-----------------|
+| Conv                            | (outputs, inputs/groups, k)  | axis 0, g*O + o    | axis 1          |
+| ConvTranspose                   | (inputs, outputs/groups, k)  | axis 1             | axis 0, g*I + i |
+| Gemm, transB 1                  | (outputs, inputs)            | axis 0             | axis 1          |
+| Gemm, transB 0; MatMul x @ W    | (inputs, outputs)            | axis 1             | axis 0          |
+| MatMul W @ x, x of rank 3       | (outputs, inputs)            | axis 0             | axis 1          |
+
+Legality, numbered on from `graph.batch_norm`:
+ 6. the weight is a dense float tensor of at least two axes, an initializer or Constant, directly or through
+    Identity, Cast or Transpose (a DequantizeLinear is none: folding would undo the quantization);
+ 7. of a MatMul one operand is such a weight with two axes, and the channels of the other are axis 1: x has
+    rank 2 on the left of W, rank 3 on its right (in `x @ W` with x of rank 3, axis 1 is not multiplied).
+Does not handle: linear layers of other domains (FusedConv), Einsum, quantized operators.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import onnx
+import onnx_graphsurgeon as gs
+from onnx_graphsurgeon.ir.tensor import LazyValues, SparseValues
+
+from onnxcompress.account import Refusal
+from onnxcompress.graph.constant_folding import constant_attribute
+from onnxcompress.graph.query import attribute, input_at, is_op, node_label, producer, read
+from onnxcompress.model import Model
+
+LINEAR_OPS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
+BIAS_AT = 2
+"""Input of Conv, ConvTranspose and Gemm that is the bias; MatMul has none."""
+
+COPIES = ("Identity", "Cast", "Transpose")
+"""What may lie between an initializer and the layer that reads it as its weight."""
+
+Rank = Callable[[gs.Tensor], "int | None"]
+
+
+@dataclass(frozen=True)
+class Linear:
+    """A linear layer with a constant weight."""
+
+    node: gs.Node
+    weight: np.ndarray
+    """As stored; never written to."""
+    weight_at: int
+    """Which input of the node it is."""
+    rank: int
+    """Of the output."""
+
+    @property
+    def data_at(self) -> int:
+        return 1 - self.weight_at if self.node.op == "MatMul" else 0
+
+    @property
+    def takes_bias(self) -> bool:
+        return bool(self.node.op != "MatMul")
+
+    @property
+    def groups(self) -> int:
+        return int(attribute(self.node, "group", 1))
+
+    @property
+    def outputs(self) -> int:
+        """Output channels."""
+        return int(self.view(self.weight).shape[1]) * self.groups
+
+    @property
+    def inputs(self) -> int:
+        """Input channels."""
+        return int(self.view(self.weight).shape[2]) * self.groups
+
+    def view(self, weight: np.ndarray) -> np.ndarray:
+        """A contiguous array of the weight's shape, seen as (groups, outputs, inputs, taps)."""
+        first, second, *kernel = weight.shape
+        grouped = weight.reshape(self.groups, first // self.groups, second, math.prod(kernel))
+        op, node = self.node.op, self.node
+        inputs_first = (
+            op == "ConvTranspose"
+            or (op == "Gemm" and not attribute(node, "transB", 0))
+            or (op == "MatMul" and self.weight_at == 1)
+        )
+        return grouped.swapaxes(1, 2) if inputs_first else grouped
+
+    def scaled(self, *, outputs: np.ndarray | None = None, inputs: np.ndarray | None = None) -> np.ndarray:
+        """A new weight with each output or input channel multiplied, in float64, stored in its own type.
+
+        `outputs`: (output channels,), `inputs`: (input channels,), float64. May overflow to infinity.
+        """
+        factor: np.ndarray = np.ones(())
+        if outputs is not None:
+            factor = outputs.reshape(self.groups, -1, 1, 1)
+        elif inputs is not None:
+            factor = inputs.reshape(self.groups, 1, -1, 1)
+        new = np.empty(self.weight.shape, self.weight.dtype)
+        with np.errstate(all="ignore"):
+            np.multiply(
+                self.view(self.weight), factor, out=self.view(new), dtype=np.float64, casting="unsafe"
+            )
+        return new
+
+    def response(self, constant: np.ndarray) -> np.ndarray:
+        """The output to an input that is constant in each channel, where no zeros pad it.
+
+        `constant`: (input channels,); returns (output channels,), float64.
+        """
+        taps = self.view(self.weight).sum(axis=3, dtype=np.float64)
+        out = np.einsum("goi,gi->go", taps, constant.reshape(self.groups, -1)).reshape(-1)
+        return np.asarray(out * attribute(self.node, "alpha", 1.0) if self.node.op == "Gemm" else out)
+
+    def spread(self, vector: np.ndarray) -> np.ndarray:
+        """(channels,) shaped so that it broadcasts along axis 1 of the output."""
+        return vector.reshape(-1, *[1] * (self.rank - 2))
+
+    def is_per_channel(self, offset: np.ndarray) -> bool:
+        """Whether an array added to the output is one number for each channel (or for all)."""
+        padded = (1,) * (self.rank - offset.ndim) + offset.shape
+        return len(padded) == self.rank and padded[0] == 1 and set(padded[2:]) <= {1} and self.fits(offset)
+
+    def fits(self, offset: np.ndarray) -> bool:
+        """Whether adding the array to the output leaves axis 1 the channels that they are."""
+        padded = (1,) * (self.rank - offset.ndim) + offset.shape
+        return len(padded) == self.rank and padded[1] in (1, self.outputs)
+
+
+def as_linear(model: Model, node: gs.Node, rank: Rank) -> Linear | Refusal:
+    """The node as a linear layer, or why it is none. `rank` tells the rank of a tensor, where known."""
+    name = f"{node.op} {node_label(node)!r}"
+    weight_at = 1
+    if node.op == "MatMul" and stored_value(node.inputs[1]) is None:
+        weight_at = 0
+    tensor = input_at(node, weight_at)
+    weight = None if tensor is None else stored_value(tensor)
+    if weight is None:  # rule 6
+        remedy = "make it a dense initializer of a float type"
+        return Refusal(node_label(node), f"the weight of {name} is not a constant", remedy)
+    if node.op == "MatMul":
+        refusal = _check_matmul(node, weight, weight_at, rank, name)
+        if refusal:
+            return refusal
+    groups = attribute(node, "group", 1)
+    expected = 2 if node.op in ("Gemm", "MatMul") else 3
+    shape = weight.shape
+    wrong = len(shape) < expected or (expected == 2 and len(shape) > 2) or 0 in shape
+    if wrong or groups < 1 or shape[0] % groups:
+        return Refusal(node_label(node), f"the weight of {name} has shape {list(shape)}, group {groups}")
+    output_rank = 3 if node.op == "MatMul" and weight_at == 0 else len(shape)
+    return Linear(node, np.ascontiguousarray(weight), weight_at, output_rank)
+
+
+def _check_matmul(
+    node: gs.Node, weight: np.ndarray, weight_at: int, rank: Rank, name: str
+) -> Refusal | None:
+    """Rule 7."""
+    data = node.inputs[1 - weight_at]
+    found, expected = rank(data), 2 if weight_at == 1 else 3
+    if weight.ndim == 2 and found == expected:
+        return None
+    if found is None:
+        remedy = "store its shape with onnx.shape_inference"
+        return Refusal(node_label(node), f"the rank of {name}'s input {data.name!r} is unknown", remedy)
+    ranks = f"its input has rank {found}, its weight {weight.ndim}"
+    return Refusal(node_label(node), f"the channels (axis 1) are not what {name} multiplies: {ranks}")
+
+
+def chain(tensor: gs.Tensor) -> list[gs.Tensor]:
+    """The tensor and those it is a copy of: through COPIES, to an initializer or Constant."""
+    found, node = [tensor], producer(tensor)
+    while is_op(node, *COPIES):
+        found.append(node.inputs[0])
+        node = producer(found[-1])
+    return found
+
+
+def stored_value(tensor: gs.Tensor) -> np.ndarray | None:
+    """The value of a float weight or bias (rule 6), else None. Not kept in memory."""
+    *copies, root = chain(tensor)
+    value = _root_value(root)
+    for copy in reversed(copies):
+        node = producer(copy)
+        try:
+            if value is not None and is_op(node, "Cast"):
+                value = value.astype(onnx.helper.tensor_dtype_to_np_dtype(node.attrs["to"]))
+            elif value is not None and is_op(node, "Transpose"):
+                value = value.transpose(attribute(node, "perm"))
+        except (KeyError, ValueError):  # a type or a permutation that is none
+            return None
+    return value if value is not None and is_float(value) else None
+
+
+def _root_value(root: gs.Tensor) -> np.ndarray | None:
+    node = producer(root)
+    if not isinstance(root, gs.Constant):
+        return constant_attribute(node) if is_op(node, "Constant") else None
+    if isinstance(root._values, SparseValues):
+        return None
+    value = read(root)
+    if isinstance(root._values, LazyValues):  # old onnx reads bfloat16 as float32
+        stored = root._values.tensor.data_type
+        return value if onnx.helper.np_dtype_to_tensor_dtype(value.dtype) == stored else None
+    return value
+
+
+def is_float(value: np.ndarray) -> bool:
+    return value.dtype.kind == "f" or value.dtype.name == "bfloat16"

@@ -1,0 +1,119 @@
+"""Shapes of all tensors, by ONNX shape inference on the model without its weights.
+
+Exporters compute pads and target shapes with long chains of Shape, Gather, Slice, Concat; onnx's own
+inference gives up at some of them, and with it on all that follows. Chains that no input reaches are
+therefore replaced by their value first.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import onnx_graphsurgeon as gs
+
+from onnxcompress.errors import ModelError, one_line
+from onnxcompress.graph.constant_folding import constant_value
+from onnxcompress.graph.order import sorted_nodes
+from onnxcompress.graph.query import is_op, producer
+from onnxcompress.model import Model, Shape
+
+ROUNDS = 50
+"""Each round passes one more computed target shape; ShuffleNetV2 needs one a unit."""
+
+
+def tensor_shapes(model: Model) -> dict[str, Shape]:
+    """Shapes of all tensors, inferred once for a graph (`infer_shapes`)."""
+    return model.analysis(infer_shapes)
+
+
+def infer_shapes(model: Model) -> dict[str, Shape]:
+    """Infer the shapes of all tensors by ONNX shape inference.
+
+    Returns:
+        Shapes by tensor name; a dimension is a number, a symbol's name, or None where it is unknown. A
+        tensor whose rank is unknown is absent.
+
+    Raises:
+        ModelError: The graph contradicts itself.
+    """
+    shapes: dict[str, Shape] = {}
+    for _ in range(ROUNDS):
+        shapes = _infer_once(model)
+        if not _learn_sizes(model, shapes):
+            break
+    return shapes
+
+
+def _learn_sizes(model: Model, shapes: dict[str, Shape]) -> bool:
+    """Make constants of the sizes that the graph reads off tensors whose size is known by now."""
+    learned = False
+    for node in model.graph.nodes:
+        source = producer(node.inputs[0]) if is_op(node, "Gather", "Slice") else node
+        if source is None or not is_op(source, "Shape"):
+            continue
+        if model.constants.get(node.outputs[0].name) is not None:
+            continue
+        shape = shapes.get(source.inputs[0].name)
+        value = None if shape is None or source.attrs else _picked(model, node, shape)
+        if value is not None:
+            if not learned:
+                for name in [n for n, v in model.constants.items() if v is None]:
+                    del model.constants[name]
+            model.constants[node.outputs[0].name] = value
+            learned = True
+    return learned
+
+
+def _picked(model: Model, node: gs.Node, shape: Shape) -> np.ndarray | None:
+    """What Shape, Gather(Shape) or Slice(Shape) gives, where it takes known dimensions only."""
+    unknown = -(1 << 40)
+    sizes = np.array([d if isinstance(d, int) else unknown for d in shape], np.int64)
+    if node.op == "Gather":
+        index = constant_value(model, node.inputs[1])
+        if index is None or not ((-len(sizes) <= index) & (index < len(sizes))).all():
+            return None
+        picked = np.asarray(sizes[index])
+    elif node.op == "Slice":
+        if len(node.inputs) < 3:
+            return None
+        bounds = [constant_value(model, t) for t in node.inputs[1:]]
+        numbers = [int(b.item()) for b in bounds if b is not None and b.size == 1]
+        if len(numbers) < len(bounds) or (len(numbers) > 2 and numbers[2] != 0) or 0 in numbers[3:]:
+            return None
+        picked = sizes[numbers[0] : numbers[1] : numbers[3] if len(numbers) > 3 else 1]
+    else:
+        picked = sizes
+    return None if picked is None or (picked == unknown).any() else picked
+
+
+def _infer_once(model: Model) -> dict[str, Shape]:
+    proto = model.skeleton()
+    folded = {}
+    for node in model.graph.nodes:
+        for tensor in node.outputs:
+            value = constant_value(model, tensor)
+            if value is not None and node.op != "Constant":
+                folded[tensor.name] = value
+    nodes = {id(n): one for n, one in zip(model.graph.nodes, proto.graph.node, strict=True)}
+    order = [nodes[id(n)] for n in sorted_nodes(model)]  # inference reads the nodes in order, once
+    keep = [n for n in order if not any(o in folded for o in n.output)]
+    del proto.graph.node[:]
+    proto.graph.node.extend(keep)
+    proto.graph.initializer.extend(onnx.numpy_helper.from_array(v, n) for n, v in folded.items())
+    try:
+        inferred = onnx.shape_inference.infer_shapes(proto, data_prop=True)
+    except (onnx.shape_inference.InferenceError, onnx.checker.ValidationError) as error:
+        raise ModelError(f"{model.name}: the graph's shapes contradict ({one_line(error)})") from error
+    shapes: dict[str, Shape] = {t.name: tuple(t.dims) for t in inferred.graph.initializer}
+    for field in (inferred.graph.value_info, inferred.graph.input, inferred.graph.output):
+        for info in field:
+            if info.type.tensor_type.HasField("shape"):
+                shapes[info.name] = _dims(info.type.tensor_type.shape)
+    return shapes
+
+
+def _dims(shape: onnx.TensorShapeProto) -> Shape:
+    return tuple(
+        (d.dim_value if d.dim_value >= 0 else None) if d.HasField("dim_value") else (d.dim_param or None)
+        for d in shape.dim
+    )

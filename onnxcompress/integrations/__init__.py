@@ -1,0 +1,1 @@
+"""onnxcompress inside other toolkits."""

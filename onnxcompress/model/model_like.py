@@ -1,0 +1,190 @@
+"""A model in any form that a caller may have: a Model, a ModelProto, its bytes, or a path.
+
+Does not handle: strings, sequences and bfloat16 as inputs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_graphsurgeon as gs
+from google.protobuf.message import DecodeError, EncodeError
+
+from onnxcompress.errors import ModelError
+from onnxcompress.model import Model, Shape, load, protobuf_stream, save
+
+ModelLike = Model | onnx.ModelProto | bytes | str | os.PathLike[str]
+
+_IN_MEMORY_LIMIT = 1_900_000_000
+"""Bytes from which on a model goes to onnxruntime through a file: protobuf ends at 2 GB."""
+_DTYPES = {
+    "float": np.float32, "double": np.float64, "float16": np.float16, "bool": np.bool_,
+    "int8": np.int8, "int16": np.int16, "int32": np.int32, "int64": np.int64,
+    "uint8": np.uint8, "uint16": np.uint16, "uint32": np.uint32, "uint64": np.uint64,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class InputSpec:
+    """One input of a model; str: a symbolic dimension, None: an unknown one, or an unknown rank."""
+
+    name: str
+    dtype: np.dtype[Any]
+    shape: Shape | None
+
+    def takes(self, shape: Sequence[int]) -> bool:
+        """Whether the input accepts arrays of this shape."""
+        if self.shape is None:
+            return True
+        pairs = zip(self.shape, shape, strict=False)
+        return len(self.shape) == len(shape) and all(not isinstance(d, int) or d == g for d, g in pairs)
+
+
+def label(model: ModelLike) -> str:
+    """What messages call the model: its file name, or the name of its graph."""
+    if isinstance(model, Model):
+        return model.name
+    if isinstance(model, onnx.ModelProto):
+        return model.graph.name or "model"
+    return "model" if isinstance(model, bytes) else os.fspath(model)
+
+
+def display_names(models: Sequence[ModelLike]) -> list[str]:
+    """A different name for each model: file names, whole paths where two are equal, else numbered."""
+    labels = [label(m) for m in models]
+    short = [os.path.basename(text) or text for text in labels]
+    for names in (short, labels):
+        if len(set(names)) == len(names):
+            return names
+    return [f"{text} ({number})" for number, text in enumerate(labels, 1)]
+
+
+def dims(shape: Sequence[int | str | None]) -> str:
+    """A shape for messages: 1x3x224x224, ? for what is not known."""
+    return "x".join("?" if d is None else str(d) for d in shape) or "scalar"
+
+
+def model_bytes(model: ModelLike) -> int:
+    """Bytes of the model as a file, external data included."""
+    if isinstance(model, bytes):
+        return len(model)
+    if isinstance(model, onnx.ModelProto):
+        return int(model.ByteSize())
+    if isinstance(model, Model):
+        return int(model.to_proto().ByteSize())
+    path = Path(model)
+    proto = _proto(path)
+    places = {
+        entry.value
+        for tensor in proto.graph.initializer
+        for entry in tensor.external_data
+        if entry.key == "location"
+    }
+    beside = (path.parent / place for place in places)
+    return path.stat().st_size + sum(p.stat().st_size for p in beside if p.is_file())
+
+
+def as_model(model: ModelLike) -> Model:
+    """Any form of a model as a Model."""
+    if isinstance(model, Model):
+        return model
+    if isinstance(model, bytes | onnx.ModelProto):
+        return Model.from_proto(_proto(model), label(model))
+    return load(model)
+
+
+def metadata_of(model: ModelLike) -> dict[str, str]:
+    """The model's metadata_props."""
+    if isinstance(model, Model):
+        return model.metadata
+    return {p.key: p.value for p in _proto(model).metadata_props}
+
+
+def input_specs(model: ModelLike) -> list[InputSpec]:
+    """Inputs that must be fed, in order. Raises ModelError for a type that is not handled."""
+    if isinstance(model, Model):
+        real = {t.name for t in model.graph.inputs if not isinstance(t, gs.Constant)}
+        return _proto_specs(model.skeleton(), only=real)
+    return _proto_specs(_proto(model), only=None)
+
+
+@contextlib.contextmanager
+def runnable(model: ModelLike) -> Iterator[str | bytes]:
+    """The model as onnxruntime takes it: a path, or the bytes of a small enough model."""
+    if isinstance(model, bytes):
+        yield model
+    elif isinstance(model, str | os.PathLike):
+        if not Path(model).is_file():
+            raise ModelError(f"{os.fspath(model)}: no such file")
+        yield os.fspath(model)
+    elif isinstance(model, onnx.ModelProto):
+        try:
+            data = model.SerializeToString()
+        except (EncodeError, ValueError) as error:  # 2 GB and more
+            raise ModelError(f"{label(model)}: too large for memory; give its path") from error
+        yield data
+    elif weight_bytes(model) < _IN_MEMORY_LIMIT:
+        yield model.to_proto().SerializeToString()
+    else:
+        with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+            path = os.path.join(folder, "model.onnx")
+            save(model, path)
+            yield path
+
+
+def weight_bytes(model: Model) -> int:
+    """Bytes of all initializers, without reading them."""
+    tensors = model.graph.tensors().values()
+    return sum(int(t._values.nbytes) for t in tensors if isinstance(t, gs.Constant))
+
+
+def _proto(model: onnx.ModelProto | bytes | str | os.PathLike[str]) -> onnx.ModelProto:
+    """The graph of the model; of a file, without its weights."""
+    if isinstance(model, onnx.ModelProto):
+        return model
+    if not isinstance(model, bytes) and not Path(model).is_file():
+        raise ModelError(f"{label(model)}: no such file")
+    try:
+        data = model if isinstance(model, bytes) else protobuf_stream.split(Path(model))[0]
+        return onnx.ModelProto.FromString(data)
+    except (OSError, DecodeError, ModelError) as error:
+        raise ModelError(f"{label(model)}: not a readable ONNX model ({error})") from error
+
+
+def _proto_specs(proto: onnx.ModelProto, only: set[str] | None) -> list[InputSpec]:
+    weights = {t.name for t in proto.graph.initializer}
+    specs = []
+    for value in proto.graph.input:
+        if value.name in weights or (only is not None and value.name not in only):
+            continue
+        tensor = value.type.tensor_type
+        shape: Shape | None = None
+        if tensor.HasField("shape"):
+            shape = tuple(
+                d.dim_value if d.dim_value > 0 else (d.dim_param or None) for d in tensor.shape.dim
+            )
+        kind = type_name(tensor.elem_type).lower()
+        specs.append(InputSpec(value.name, _dtype(kind, value.name), shape))
+    return specs
+
+
+def type_name(element_type: int) -> str:
+    """ONNX's name of an element type, FLOAT; of one that there is not the number."""
+    kinds = onnx.TensorProto.DataType
+    return kinds.Name(element_type) if element_type in kinds.values() else str(element_type)
+
+
+def _dtype(kind: str, name: str) -> np.dtype[Any]:
+    if kind not in _DTYPES:
+        raise ModelError(
+            f"input {name!r}: type {kind} is not handled; expected one of {', '.join(_DTYPES)}"
+        )
+    return np.dtype(_DTYPES[kind])

@@ -1,0 +1,1 @@
+"""Which residual blocks go for a latency, and the repair of what is left."""

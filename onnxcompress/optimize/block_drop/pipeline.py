@@ -1,0 +1,392 @@
+"""The steps of dropping blocks, on one model: score, choose, refit, fine-tune, measure."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from onnxcompress.account import Refusal
+from onnxcompress.errors import ModelError, OptionError
+from onnxcompress.graph.block_removal import drop_blocks
+from onnxcompress.graph.blocks import Block, Discovery
+from onnxcompress.graph.edit import set_values
+from onnxcompress.graph.query import read
+from onnxcompress.graph.shape_inference import tensor_shapes
+from onnxcompress.graph.topology import Topology
+from onnxcompress.model import Model
+from onnxcompress.optimize.block_drop.options import DropBlocksOptions
+from onnxcompress.optimize.block_drop.recoverability import BATCH, Probe, Scorer, probe
+from onnxcompress.optimize.block_drop.score_file import read_scores, write_scores
+from onnxcompress.optimize.block_drop.selection import Choice, choose
+from onnxcompress.optimize.calibration import gather_inputs, image_input
+from onnxcompress.optimize.device import fitting, pick_device, resident
+from onnxcompress.optimize.executor import Executor
+from onnxcompress.optimize.reconstruction.finetune import Schedule, finetune
+from onnxcompress.optimize.reconstruction.residual_refit import (
+    RIDGE,
+    RIDGE_SYNTHETIC,
+    Reconstruction,
+    Segment,
+    segments,
+)
+from onnxcompress.optimize.synthesis.statistics_alignment import Twin, standardize
+from onnxcompress.progress import Progress
+from onnxcompress.runtime.block_latency import Share, added, latency_shares, usable
+from onnxcompress.runtime.latency import benchmark, ratio
+
+SCORING_IMAGES = 128
+"""Images that blocks are scored on, at most."""
+REFIT_IMAGES = 500
+"""Images that layers are refitted on, at most."""
+REFIT_BYTES = 1 << 30
+"""Memory that one tensor of all those images may take; refitting holds about four."""
+BATCH_BYTES = 16 << 20
+"""Memory that one tensor of a batch may take: beyond, each is new memory that the system has to clear."""
+MAX_BATCH = 125
+TAPS_BYTES = 2 << 30
+"""Memory that the tensors kept for scoring may take; fewer images are used where they would need more."""
+
+
+class Dropper:
+    """One run of the pass `drop-blocks`. `model` has BatchNorm folded and is changed in place."""
+
+    def __init__(
+        self,
+        options: DropBlocksOptions,
+        original: Model,
+        model: Model,
+        found: Discovery,
+        progress: Progress,
+    ) -> None:
+        self.options, self.original, self.model, self.progress = options, original, model, progress
+        self.source, _ = image_input(model)
+        self.feature = self.student_feature = _feature(model, options.feature)
+        self.device = pick_device(options.device)
+        self.teacher = Executor.from_model(model, device=self.device)
+        self.found = self._in_front(found)
+        self.dropped: list[Block] = []
+        self.weights: dict[str, Tensor] = {}
+        self.shares: dict[str, Share] = {}
+        self.scores: dict[str, dict[str, float]] = {}
+        self.measured: dict[str, Any] = {"feature": self.feature}
+        self._check_runtime()
+        start = time.perf_counter()
+        self.inputs = gather_inputs(model, options.request, device=self.device, progress=progress)
+        self.measured["seconds"] = {"inputs": time.perf_counter() - start}
+        self.measured["inputs"] = [asdict(used) for used in self.inputs.sources]
+        images = self.inputs.images
+        self.measured["preprocess"] = str(images.preprocess)
+        self.nhwc = images.preprocess.layout == "nhwc"
+        self.images = torch.from_numpy(images.array())
+        if not self.nhwc:  # depthwise convolutions on the CPU are three times as fast
+            self.images = self.images.contiguous(memory_format=torch.channels_last)
+        self.images = resident(self.images, self.device)
+        self.scoring_batch = BATCH
+        self.twin: Twin | None = None
+        if self.inputs.layerwise:
+            given = self.images[:SCORING_IMAGES].to(self.device)
+            self.twin = standardize(model, self.teacher, given, self.feature, batch=_batch(model))
+            self.twin.wear(model)
+        self.teacher = Executor.from_model(model, device=self.device)
+
+    def run(self) -> None:
+        """All steps, in order."""
+        if self.options.drop:
+            named = {self.found[name] for name in self.options.drop}
+            self.dropped = sorted(named, key=self.found.blocks.index)
+            instead = drop_blocks(self.model, [b.exit for b in self.dropped])
+            self.student_feature = instead.get(self.feature, self.feature)
+        else:
+            self._score()
+            self._choose()
+        self._tune()
+        self._measure()
+
+    def _in_front(self, found: Discovery) -> Discovery:
+        """The blocks that the features depend on; what others lose, no score and no repair could see."""
+        needed = self.teacher.needed([self.source], [self.feature])
+        seen = {t.name for node in needed for t in node.outputs}
+        behind = [b for b in found.blocks if b.exit not in seen]
+        left = tuple(b for b in found.blocks if b.exit in seen)
+        rule, remedy = f"the features {self.feature!r} do not depend on it", "name a later --feature"
+        for name in self.options.drop:
+            if found[name] in behind:
+                raise OptionError(f"--drop {name!r}: {rule}; {remedy}")
+        if len(left) < (self.options.blocks or 1):
+            names = ", ".join(b.name for b in behind)
+            raise OptionError(
+                f"the features {self.feature!r} depend on {len(left)} blocks, not on {names}; {remedy}"
+            )
+        return Discovery(left, (*found.near_misses, *(Refusal(b.name, rule, remedy) for b in behind)))
+
+    def _check_runtime(self) -> None:
+        """Run the original once: a provider or a batch that cannot be is an error now, not at the end."""
+        options = self.options
+        benchmark(
+            {"before": self.original},
+            provider=options.runs_on,
+            batch=options.latency_batch,
+            threads=options.threads,
+            runs=1,
+            warm_up=0,
+        )
+
+    def _probe(self) -> Probe:
+        shapes = tensor_shapes(self.model)
+        each = sum(_elements(shapes[b.entry]) * 2 for b in self.found.blocks) * 4
+        count = max(8, min(SCORING_IMAGES, len(self.images), TAPS_BYTES // max(each, 1)))
+        made = fitting("scoring", self.scoring_batch, lambda batch: self._probed(count, batch))
+        if not 0 < made.energy < float("inf"):
+            raise ModelError(
+                f"{self.model.name}: the features {self.feature!r} are all zero, or not finite, on these "
+                "images; check --preprocess"
+            )
+        return made
+
+    def _probed(self, count: int, batch: int) -> Probe:
+        self.scoring_batch = batch
+        return probe(self.teacher, self.images[:count], self.source, self.feature, batch=batch)
+
+    def _score(self) -> None:
+        self.probe = self._probe()
+        exits = {b.exit for b in self.found.blocks}
+        file = Path(self.options.scores) if self.options.scores else None
+        saved = read_scores(file, self._scores_of(), exits) if file else None
+        if saved is not None:
+            self.shares, self.scores = saved
+            return
+        blocks = self.found.blocks
+        options = self.options
+        self.progress("measuring latency shares", 0, 1)
+        self.shares = latency_shares(
+            self.model,
+            blocks,
+            provider=options.runs_on,
+            batch=options.latency_batch,
+            threads=options.threads,
+            seed=options.seed,
+        )
+        self.progress("measuring latency shares", 1, 1)
+        fitting("scoring", self.scoring_batch, self._recover)
+        if file:
+            write_scores(file, self._scores_of(), self._rows())
+
+    def _recover(self, batch: int) -> None:
+        """Score each block, `batch` images at once."""
+        self.scoring_batch = batch
+        tau, blocks = self._tau(), self.found.blocks
+        scorer = Scorer(self.model, blocks, self.probe, executor=self.teacher, batch=batch)
+        for done, block in enumerate(blocks):
+            loss = scorer.recover(block).loss
+            self.scores[block.exit] = {"recoverability": loss, "score": loss / tau[block.exit]}
+            self.progress("scoring blocks", done + 1, len(blocks))
+
+    def _tau(self) -> dict[str, float]:
+        tau, noisy = usable(self.shares, self.found.blocks)
+        self.measured["noisy_latency"] = noisy
+        return tau
+
+    def _scores_of(self) -> dict[str, Any]:
+        """What scores depend on but the images."""
+        options = self.options
+        return {
+            "model_sha256": self.original.digest(),
+            "feature": self.feature,
+            "preprocess": self.measured.get("preprocess"),
+            "latency": [
+                options.provider,
+                options.latency_batch,
+                options.threads,
+                *options.provider_options,
+            ],
+        }
+
+    def _rows(self) -> list[dict[str, Any]]:
+        """One row for each block, as the report shows them."""
+        gone = {b.exit for b in self.dropped}
+        rows = []
+        for block in self.found.blocks:
+            row: dict[str, Any] = {"name": block.name, "exit": block.exit, "dropped": block.exit in gone}
+            if block.exit in self.scores:
+                share = self.shares[block.exit]
+                row |= {"latency_share": [share.value, share.low, share.high], **self.scores[block.exit]}
+            rows.append(row)
+        return rows
+
+    def _choose(self) -> None:
+        by_latency = self.options.blocks is None  # a target in blocks costs 1 a block, whatever its τ
+        choice = choose(
+            self.model,
+            {e: row["score" if by_latency else "recoverability"] for e, row in self.scores.items()},
+            self._tau() if by_latency else dict.fromkeys(self.scores, 1.0),
+            self.probe,
+            self._enough,
+            batch=self.scoring_batch,
+            device=self.device,
+            progress=self.progress,
+            expected=self.options.blocks or 0,
+        )
+        self.dropped, self.weights = choice.dropped, choice.weights
+        self.student_feature = choice.feature
+        self.measured["order"] = [b.name for b in choice.dropped]
+        self.measured["choosing_loss"] = choice.loss
+
+    def _enough(self, choice: Choice) -> bool:
+        if self.options.blocks is not None:
+            return len(choice.dropped) >= self.options.blocks
+        target = (self.options.latency_reduction or 0.0) / 100
+        tau = self._tau()  # not what a noisy clock says: all blocks might go before it adds up
+        predicted = sum(tau[b.exit] for b in choice.dropped)
+        if not choice.dropped or predicted < 0.9 * target:
+            return False
+        return 1 - self._latency(choice.model, seconds=5.0)["ratio"] >= target
+
+    def _tune(self) -> None:
+        if not self.dropped:
+            return
+        student = Executor.from_model(self.model, device=self.device)
+        pieces = segments(self.model, self.student_feature)
+        weights = {n: w for n, w in self.weights.items() if n in student.parameters}
+        if pieces and pieces[0].start == self.source:
+            weights = fitting(
+                "refitting layers", _batch(self.model), lambda batch: self._refit(student, pieces, batch)
+            )
+        if self.options.steps and self.twin is None:
+            weights = fitting(
+                "fine-tuning", self.options.batch, lambda batch: self._finetune(student, weights, batch)
+            )
+        self._store(weights)
+        self.measured["feature_error"] = self._feature_error()
+        if self.twin is not None:
+            self.twin.take_off(self.model)
+            self._store(self.twin.restored(weights))
+
+    def _refit(self, student: Executor, pieces: list[Segment], batch: int) -> dict[str, Tensor]:
+        largest = max(_elements(tensor_shapes(self.model)[piece.end]) for piece in pieces)
+        count = max(8, min(REFIT_IMAGES, len(self.images), REFIT_BYTES // (4 * largest)))
+        refit = Reconstruction(
+            student,
+            self.teacher,
+            pieces,
+            batch=batch,
+            seed=self.options.seed,
+            ridge=RIDGE if self.inputs.real else RIDGE_SYNTHETIC,
+        )
+        return refit.run(self.images[:count].to(self.device), self.progress)
+
+    def _finetune(self, student: Executor, start: dict[str, Tensor], batch: int) -> dict[str, Tensor]:
+        schedule = Schedule(
+            steps=self.options.steps,
+            batch=batch,
+            learning_rate=self.options.learning_rate,
+            seed=self.options.seed,
+            captured=self.options.capture,
+        )
+        return finetune(
+            student, self.teacher, start, self.images, self.source,
+            (self.student_feature, self.feature), schedule,
+            shares=self.inputs.shares(), nhwc=self.nhwc, progress=self.progress,
+        )  # fmt: skip
+
+    def _store(self, weights: dict[str, Tensor]) -> None:
+        """Put the new values into the model, in its own types."""
+        tensors = self.model.graph.tensors()
+        for name, value in weights.items():
+            dtype = read(tensors[name]).dtype
+            new = value.detach().to("cpu", torch.float32).numpy().astype(dtype)
+            if not np.isfinite(new).all():
+                raise ModelError(
+                    f"{self.model.name}: weight {name!r} became infinite; try a smaller --learning-rate"
+                )
+            set_values(tensors[name], np.ascontiguousarray(new))
+        self.model.touch()
+
+    def _latency(self, model: Model, seconds: float) -> dict[str, float]:
+        """Of `model` against the original, interleaved: ratio and its 95 % interval, milliseconds."""
+        options = self.options
+        timings = benchmark(
+            {"before": self.original, "after": model},
+            provider=options.runs_on,
+            batch=options.latency_batch,
+            threads=options.threads,
+            seconds=seconds,
+            tolerance=0.005,
+            seed=options.seed,
+        )
+        before, after = timings["before"], timings["after"]
+        found = ratio(before, after)
+        return {
+            "before_ms": before.median_ms,
+            "after_ms": after.median_ms,
+            "ratio": found.value,
+            "low": found.low,
+            "high": found.high,
+        }
+
+    def _measure(self) -> None:
+        self.progress("measuring the result", 0, 1)
+        final = self.measured["latency"] = self._latency(self.model, seconds=8.0)
+        self.measured["blocks"] = self._rows()
+        if self.dropped and all(b.exit in self.shares for b in self.dropped):
+            predicted = added(self.shares[b.exit] for b in self.dropped)
+            self.measured["additivity"] = {
+                "predicted": [predicted.value, predicted.low, predicted.high],
+                "measured": [1 - final["ratio"], 1 - final["high"], 1 - final["low"]],
+            }
+        target = self.options.latency_reduction
+        if (
+            target is not None and 100 * (1 - final["low"]) < target
+        ):  # beyond the interval, not just by luck
+            self.measured["target_missed"] = (
+                f"latency is {100 * (1 - final['ratio']):.1f} % lower, {target:g} % was asked for; "
+                "the file was written as it is"
+            )
+        self.progress("measuring the result", 1, 1)
+
+    def _feature_error(self) -> float:
+        """Relative squared error of the features on the images at hand, nothing augmented."""
+        student = Executor.from_model(self.model, device=self.device)
+        lost = energy = torch.zeros((), dtype=torch.float64, device=self.device)
+        with torch.no_grad():
+            for part in torch.split(self.images[:SCORING_IMAGES], self.scoring_batch):
+                feeds = {self.source: part.to(self.device)}
+                wanted = self.teacher.run(feeds, [self.feature])[self.feature].double()
+                got = student.run(feeds, [self.student_feature])[self.student_feature].double()
+                lost = lost + (got - wanted).square().sum()
+                energy = energy + wanted.square().sum()
+        return float(lost) / max(float(energy), 1e-30)
+
+
+def _elements(shape: tuple[int | str | None, ...]) -> int:
+    count = 1
+    for dim in shape[1:]:
+        count *= dim if isinstance(dim, int) else 1
+    return count
+
+
+def _batch(model: Model) -> int:
+    """Images that run at once when nothing is trained: larger tensors cost more than they gain."""
+    largest = max(
+        (_elements(shape) for shape in tensor_shapes(model).values() if len(shape) > 2), default=1
+    )
+    return max(1, min(MAX_BATCH, BATCH_BYTES // (4 * largest)))
+
+
+def _feature(model: Model, name: str | None) -> str:
+    """The tensor that student and teacher are matched at."""
+    if name is None:
+        found = Topology(model).feature()
+        if found is None:
+            raise ModelError(
+                f"{model.name}: no spatial tensor that all goes through; name one with --feature"
+            )
+        return str(found.name)
+    if name not in {t.name for node in model.graph.nodes for t in node.outputs}:
+        raise OptionError(f"--feature {name!r}: the model has no such tensor")
+    return name

@@ -1,0 +1,188 @@
+"""An ONNX graph run by torch: a pure function of parameters and inputs, differentiable.
+
+    run(feeds, outputs, parameters) -> outputs
+
+Feeds may name any tensor of the graph, so that a prefix that never changes is computed once and fed;
+outputs may name any tensor, and only the nodes between the two run. What no input reaches (constants,
+the shape and pad computations that exporters leave) is computed once. Shape arithmetic stays on the host.
+
+Floating types: with dtype=None each tensor has the model's own type. With a type given, all floating
+tensors on the device have it: parameters, constants, feeds, and the results of casts to any floating
+type. Under torch.autocast, feeds and parameters are taken as they are.
+
+Does not handle: control flow, recurrent layers, sequences (but for the pieces of a split), strings,
+training mode, custom domains, and element types that torch cannot compute with (8-bit floats, 4-bit
+integers).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import onnx_graphsurgeon as gs
+import torch
+from torch import Tensor
+
+from onnxcompress.optimize.device import laid_out
+from onnxcompress.optimize.executor.ops import DOMAINS, TABLE
+from onnxcompress.optimize.executor.ops.dtypes import convert
+from onnxcompress.optimize.executor.ops.registry import ExecutionError, UnsupportedOp
+from onnxcompress.optimize.executor.plan import Plan, Planner, Step
+from onnxcompress.optimize.executor.program import Binding, Kind, Program, explained
+
+if TYPE_CHECKING:
+    from onnxcompress.model import Model
+
+__all__ = ["ExecutionError", "Executor", "UnsupportedOp", "supported_ops", "unsupported"]
+
+OLDEST_OPSET = 7
+
+
+class Executor:
+    """A graph as it is when the executor is made; later edits of the graph do not reach it.
+
+    parameters: every floating initializer of rank 1 or more that a node reads as a tensor, by name, on
+    `device`, in `dtype`, without gradient. Initializers read only as numbers (the scales of a Resize)
+    and those of rank 0 are constants.
+    """
+
+    def __init__(
+        self,
+        graph: gs.Graph,
+        *,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype | None = torch.float32,
+        opset: int | None = None,
+    ) -> None:
+        """Raises UnsupportedOp for an opset below 7; for operators, only when a run needs them."""
+        opset = int(graph.opset if opset is None else opset)
+        if opset < OLDEST_OPSET:
+            raise UnsupportedOp(
+                f"the graph is of opset {opset}; {OLDEST_OPSET} and later can be run. "
+                "Convert it with onnx.version_converter"
+            )
+        self.device, self.dtype = torch.device(device), dtype
+        self._plans: dict[tuple[frozenset[str], tuple[str, ...]], Plan] = {}
+        # Tensors made under inference_mode could not take part in a later backward pass.
+        with torch.inference_mode(False), torch.no_grad():
+            self._program = Program.of(graph, opset)
+            self._binding = Binding(self._program, self.device, dtype)
+            self.parameters: dict[str, Tensor] = {
+                name: laid_out(convert(value, self.device, dtype))
+                for name, value in self._program.constants.items()
+                if name in self._program.weights
+            }
+
+    @classmethod
+    def from_model(
+        cls,
+        model: Model,
+        *,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype | None = torch.float32,
+    ) -> Executor:
+        return cls(model.graph, device=device, dtype=dtype, opset=model.opset)
+
+    def run(
+        self,
+        feeds: Mapping[str, Tensor],
+        outputs: Sequence[str],
+        parameters: Mapping[str, Tensor] | None = None,
+    ) -> dict[str, Tensor]:
+        """Compute `outputs` from `feeds`. `parameters` take the place of initializers, by name.
+
+        Results lie on the device; shape arithmetic lies on the host. Raises ExecutionError where a
+        tensor is missing or a node fails on what it is given, UnsupportedOp where one cannot be run.
+        """
+        given = dict(feeds)
+        replaced: Mapping[str, Tensor] = parameters or {}
+        for name in replaced:
+            if name not in self.parameters:  # a constant, of rank 0 perhaps
+                given[name] = replaced[name]
+        plan = self._plan(given, outputs)
+        if self._binding.fixed_shapes:
+            self._check_shapes({**given, **replaced})
+        dtype = None if self._autocast() else self.dtype
+        values = plan.initial.copy()
+        for name, slot, on_device in plan.fed:
+            tensor = given[name]
+            values[slot] = convert(tensor, self.device, dtype) if on_device else tensor.cpu()
+        for name, slot in plan.parameters:
+            tensor = replaced.get(name, self.parameters[name])
+            values[slot] = convert(tensor, self.device, dtype)
+        given.clear()
+        _execute(plan.steps, values)
+        return {name: values[slot] for name, slot in plan.outputs}
+
+    def needed(self, feeds: Iterable[str], outputs: Iterable[str]) -> list[gs.Node]:
+        """The nodes that `run` would compute, in the order in which they would run."""
+        return [node.source for node in self._plan(feeds, outputs).nodes]
+
+    def _autocast(self) -> bool:
+        kind = self.device.type
+        return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+
+    def _check_shapes(self, replaced: Mapping[str, Tensor]) -> None:
+        for name in self._binding.fixed_shapes.intersection(replaced):
+            expected, got = self.parameters[name].shape, replaced[name].shape
+            if expected != got:
+                raise ExecutionError(
+                    f"parameter {name!r}: shape {tuple(got)} cannot replace {tuple(expected)}, "
+                    "which the graph uses in a constant"
+                )
+
+    def _plan(self, feeds: Iterable[str], outputs: Iterable[str]) -> Plan:
+        key = (frozenset(feeds), tuple(outputs))
+        if key not in self._plans:
+            unknown = sorted(key[0] - self._program.names)
+            if unknown:
+                raise ExecutionError(f"no tensor of the graph is named {unknown[0]!r}")
+            fed = frozenset(n for n in key[0] if self._is_constant(n))
+            binding = self._binding
+            if fed:
+                binding = Binding(self._program, self.device, self.dtype, fed)
+            with torch.inference_mode(False), torch.no_grad():
+                self._plans[key] = Planner(binding, *key).build()
+        return self._plans[key]
+
+    def _is_constant(self, name: str) -> bool:
+        return self._binding.kinds.get(name) is Kind.CONSTANT
+
+
+def _execute(steps: Sequence[Step], values: list[Any]) -> None:
+    """Run the steps in place on the slots."""
+    step: Step | None = None
+    arguments: list[Any] = []
+    try:
+        for step in steps:
+            arguments = [values[slot] for slot in step.inputs]
+            result = step.kernel(*arguments)
+            if len(step.outputs) == 1:
+                values[step.outputs[0]] = result
+            else:
+                for slot, value in zip(step.outputs, result, strict=False):
+                    values[slot] = value
+            for slot in step.free:
+                values[slot] = None
+    except Exception as error:
+        if step is None:
+            raise
+        raise explained(error, step.node, arguments) from error
+
+
+def supported_ops() -> frozenset[str]:
+    """Names of the operators of the default domain that can be run."""
+    return frozenset(TABLE)
+
+
+def unsupported(graph: gs.Graph) -> list[str]:
+    """One line per node whose operator cannot be run; empty where all can.
+
+    Uses of an operator that are refused (a training mode, an unusual type) are found when they run.
+    """
+    return [
+        f"node {node.name!r}: {node.op} (domain {node.domain or 'ai.onnx'!r}, opset {graph.opset})"
+        for node in graph.nodes
+        if node.op not in TABLE or (node.domain or "") not in DOMAINS
+    ]

@@ -1,0 +1,105 @@
+"""Changes of element type: constants, casts, uniform affine quantization."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from onnxcompress.optimize.executor.ops.dtypes import tensor_from, type_at
+from onnxcompress.optimize.executor.ops.registry import Kernel, Op, Site, axis_of
+
+_PLAIN_VALUES = {
+    "value_float": np.float32,
+    "value_floats": np.float32,
+    "value_int": np.int64,
+    "value_ints": np.int64,
+}
+
+
+def _constant(site: Site) -> Kernel:
+    value = constant_value(site.attributes)
+    if value is None:
+        raise site.unsupported("torch cannot compute with the type of its value")
+    return lambda: value
+
+
+def constant_value(attributes: Mapping[str, Any]) -> Tensor | None:
+    """What a Constant node holds, in the model's own type; None where torch has no such type."""
+    if "value" in attributes:
+        return tensor_from(attributes["value"])
+    for name, dtype in _PLAIN_VALUES.items():
+        if name in attributes:
+            return tensor_from(np.array(attributes[name], dtype=dtype))
+    return None
+
+
+def _to(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Floats become integers towards zero; those out of range wrap as in numpy, through int64."""
+    if x.is_floating_point() and dtype in (torch.int8, torch.int16, torch.uint8):
+        return x.to(torch.int64).to(dtype)
+    return x.to(dtype)
+
+
+def _cast(site: Site) -> Kernel:
+    dtype = type_at(site, site.integer("to"))
+    return lambda x: _to(x, dtype)
+
+
+def _cast_like(x: Tensor, other: Tensor) -> Tensor:
+    return _to(x, other.dtype)
+
+
+def _along(values: Tensor, x: Tensor, axis: int, block: int) -> Tensor:
+    """A scale or zero point broadcast against `x`: one number, one per slice, or one per block."""
+    if values.numel() == 1 and values.ndim <= 1:
+        return values.reshape(())
+    dim = axis_of(axis, x.ndim)
+    if values.ndim == 1:
+        return values.reshape(*[1] * dim, -1, *[1] * (x.ndim - dim - 1))
+    repeats = block or -(-x.shape[dim] // values.shape[dim])
+    return values.repeat_interleave(repeats, dim).narrow(dim, 0, x.shape[dim])
+
+
+def _quantize(site: Site) -> Kernel:
+    """round_half_even(x / scale) + zero_point, saturated. The gradient is that of rounding: zero."""
+    axis, block = site.integer("axis", 1), site.integer("block_size")
+    wanted = site.integer("output_dtype")
+    fixed = type_at(site, wanted) if wanted else torch.uint8
+
+    def kernel(x: Tensor, scale: Tensor, zero: Tensor | None = None) -> Tensor:
+        dtype = fixed if zero is None else zero.dtype
+        limits = torch.iinfo(dtype)
+        y = torch.round(x / _along(scale, x, axis, block).to(x.dtype))
+        if zero is not None:
+            y = y + _along(zero, x, axis, block).to(y.dtype)
+        return torch.clamp(y, limits.min, limits.max).to(torch.int64).to(dtype)
+
+    return kernel
+
+
+def _dequantize(site: Site) -> Kernel:
+    """(x − zero_point) · scale, in the type of the scale."""
+    axis, block = site.integer("axis", 1), site.integer("block_size")
+    wanted = site.integer("output_dtype")
+    fixed = type_at(site, wanted) if wanted else None
+
+    def kernel(x: Tensor, scale: Tensor, zero: Tensor | None = None) -> Tensor:
+        shift = 0 if zero is None else _along(zero, x, axis, block).to(torch.int32)
+        wide = x if x.dtype == torch.int64 else x.to(torch.int32)
+        y = (wide - shift).to(scale.dtype) * _along(scale, x, axis, block)
+        return y if fixed is None else y.to(fixed)
+
+    return kernel
+
+
+OPS: dict[str, Op] = {
+    "Cast": Op(_cast),
+    "CastLike": Op(lambda site: _cast_like),
+    "Constant": Op(_constant),
+    "DequantizeLinear": Op(_dequantize),
+    "QuantizeLinear": Op(_quantize),
+}

@@ -1,0 +1,251 @@
+"""A snapshot of a graph for the executor: nodes in order, constants, and where each tensor lives.
+
+Each tensor is one of three kinds, found once for the whole graph:
+
+    constant   no input reaches it; computed once, on the host, in the model's own types
+    host       it depends on the shapes of tensors only; computed on the host at each run, in the
+               model's own types, so that shape arithmetic neither waits for a device nor is rounded
+    device     everything else, in the executor's floating type
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import onnx_graphsurgeon as gs
+import torch
+from torch import Tensor
+
+from onnxcompress.graph.query import read
+from onnxcompress.optimize.executor.ops import DOMAINS, TABLE
+from onnxcompress.optimize.executor.ops.dtypes import tensor_from
+from onnxcompress.optimize.executor.ops.registry import ExecutionError, Kernel, Op, Site, UnsupportedOp
+
+
+class Kind(enum.Enum):
+    CONSTANT = "constant"
+    HOST = "host"
+    DEVICE = "device"
+
+
+@dataclass(frozen=True)
+class Node:
+    """One node as it was when the executor was made; names, so that later edits do not reach it."""
+
+    source: gs.Node
+    name: str
+    op: str
+    domain: str
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    attributes: Mapping[str, Any]
+
+    @property
+    def definition(self) -> Op | None:
+        return TABLE.get(self.op) if self.domain in DOMAINS else None
+
+    def is_static(self, index: int) -> bool:
+        definition = self.definition
+        return definition is not None and index in definition.static
+
+
+@dataclass
+class Program:
+    """The graph's nodes in topological order, and its initializers on the host.
+
+    constants: initializers in the model's own types; weights: the names of those that are parameters.
+    """
+
+    nodes: list[Node]
+    producer: dict[str, int]
+    constants: dict[str, Tensor]
+    weights: frozenset[str]
+    names: frozenset[str]
+    opset: int
+
+    @staticmethod
+    def of(graph: gs.Graph, opset: int) -> Program:
+        nodes = _in_order([_snapshot(node) for node in graph.nodes])
+        producer = {name: i for i, node in enumerate(nodes) for name in node.outputs if name}
+        constants: dict[str, Tensor] = {}
+        weights: set[str] = set()
+        for name, (constant, only_static) in _initializers(graph, nodes).items():
+            value = tensor_from(read(constant))
+            if value is None:
+                continue  # reported as missing if a node that runs needs it
+            constants[name] = value
+            if value.is_floating_point() and value.ndim >= 1 and not only_static:
+                weights.add(name)
+        names = {*producer, *constants, *(tensor.name for tensor in graph.inputs)}
+        return Program(nodes, producer, constants, frozenset(weights), frozenset(names), opset)
+
+
+def _snapshot(node: gs.Node) -> Node:
+    inputs, outputs = [t.name for t in node.inputs], [t.name for t in node.outputs]
+    while inputs and not inputs[-1]:
+        inputs.pop()
+    while outputs and not outputs[-1]:
+        outputs.pop()
+    name = node.name or (outputs[0] if outputs else "")
+    attributes = {k: list(v) if isinstance(v, list) else v for k, v in node.attrs.items()}
+    return Node(node, name, node.op, node.domain or "", tuple(inputs), tuple(outputs), attributes)
+
+
+def _in_order(nodes: list[Node]) -> list[Node]:
+    """Topological order, the file's own where possible. Raises ExecutionError on a cycle."""
+    producer = {name: i for i, node in enumerate(nodes) for name in node.outputs if name}
+    state: dict[int, bool] = {}  # False: begun, True: done
+    order: list[Node] = []
+    for root in range(len(nodes)):
+        stack = [root]
+        while stack:
+            at = stack[-1]
+            before = {producer[name] for name in nodes[at].inputs if name in producer}
+            waiting = [i for i in before if not state.get(i, False)]
+            if state.get(at, False) or not waiting:
+                stack.pop()
+                if not state.get(at, False):
+                    state[at] = True
+                    order.append(nodes[at])
+                continue
+            if any(i in state for i in waiting):
+                raise ExecutionError(f"node {nodes[at].name!r}: the graph has a cycle through it")
+            state[at] = False
+            stack.extend(sorted(waiting, reverse=True))
+    return order
+
+
+def _initializers(graph: gs.Graph, nodes: Iterable[Node]) -> dict[str, tuple[gs.Constant, bool]]:
+    """Used initializers by name, with whether all uses read them as numbers (shapes, scales)."""
+    found: dict[str, tuple[gs.Constant, bool]] = {}
+    for node in nodes:
+        for index, tensor in enumerate(node.source.inputs):
+            if isinstance(tensor, gs.Constant):
+                static = node.is_static(index) and found.get(tensor.name, (None, True))[1]
+                found[tensor.name] = (tensor, static)
+    for tensor in graph.outputs:
+        if isinstance(tensor, gs.Constant):
+            found[tensor.name] = (tensor, False)
+    return found
+
+
+@dataclass
+class Binding:
+    """A program with the set of its constants fixed: kinds of tensors, folded values, kernels.
+
+    fed: names of constants that are given at run time instead (none, as a rule).
+    fixed_shapes: weights whose shape is read by a constant; they can only be replaced by equal shapes.
+    """
+
+    program: Program
+    device: torch.device
+    dtype: torch.dtype | None
+    fed: frozenset[str] = frozenset()
+    values: dict[str, Tensor] = field(default_factory=dict)
+    kinds: dict[str, Kind] = field(default_factory=dict)
+    fixed_shapes: set[str] = field(default_factory=set)
+    _kernels: dict[int, Kernel] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name, value in self.program.constants.items():
+            if name not in self.fed:
+                self.values[name] = value
+                weight = name in self.program.weights
+                self.kinds[name] = Kind.DEVICE if weight else Kind.CONSTANT
+        for node in self.program.nodes:
+            kind = self._kind_of(node)
+            for name in node.outputs:
+                self.kinds[name] = Kind.DEVICE if name in self.fed else kind
+
+    def _kind_of(self, node: Node) -> Kind:
+        definition = node.definition
+        if definition is None:
+            return Kind.DEVICE
+        if definition.host and self.program.weights.issuperset(node.inputs):
+            self.fixed_shapes.update(node.inputs)
+            return Kind.CONSTANT
+        kinds = {
+            Kind.CONSTANT if self.is_number(node, i) else self.kinds.get(name, Kind.DEVICE)
+            for i, name in enumerate(node.inputs)
+            if name
+        }
+        if kinds <= {Kind.CONSTANT}:
+            return Kind.CONSTANT
+        return Kind.HOST if definition.host or Kind.DEVICE not in kinds else Kind.DEVICE
+
+    def is_number(self, node: Node, index: int) -> bool:
+        """Whether the input is an initializer read as a number, which no parameter overrides."""
+        return node.is_static(index) and node.inputs[index] in self.values
+
+    def fold(self, indices: Collection[int]) -> None:
+        """Compute the constants that these nodes yield, once, on the host."""
+        for at in sorted(indices):
+            node = self.program.nodes[at]
+            if not all(self.kinds[name] is Kind.CONSTANT for name in node.outputs if name):
+                continue
+            if all(name in self.values for name in node.outputs if name):
+                continue
+            arguments = [self.values[name] if name else None for name in node.inputs]
+            result = call(node, self.kernel(at), arguments)
+            results = result if isinstance(result, tuple) else (result,)
+            self.values.update(zip(node.outputs, results, strict=False))
+
+    def kernel(self, at: int) -> Kernel:
+        """The prepared kernel of a node. Raises UnsupportedOp where there is none."""
+        if at not in self._kernels:
+            node = self.program.nodes[at]
+            site = self._site(node)
+            definition = node.definition
+            if definition is None:
+                raise site.unsupported("no kernel for it")
+            self._kernels[at] = definition.build(site)
+        return self._kernels[at]
+
+    def _site(self, node: Node) -> Site:
+        on_device = any(self.kinds[name] is Kind.DEVICE for name in node.outputs if name)
+        known = [
+            self.values.get(name)
+            if self.kinds.get(name) is Kind.CONSTANT or self.is_number(node, i)
+            else None
+            for i, name in enumerate(node.inputs)
+        ]
+        return Site(
+            name=node.name,
+            op=node.op,
+            domain=node.domain,
+            opset=self.program.opset,
+            attributes=_attributes(node.attributes),
+            present=tuple(bool(name) for name in node.inputs),
+            constants=tuple(known),
+            outputs=len(node.outputs),
+            device=self.device if on_device else torch.device("cpu"),
+            dtype=self.dtype if on_device else None,
+        )
+
+
+def _attributes(attributes: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        key: read(value) if isinstance(value, gs.Constant) else value for key, value in attributes.items()
+    }
+
+
+def call(node: Node, kernel: Kernel, arguments: list[Any]) -> Any:
+    """Run one kernel; what goes wrong is told with the node's name and the shapes of its inputs."""
+    try:
+        return kernel(*arguments)
+    except Exception as error:
+        raise explained(error, node, arguments) from error
+
+
+def explained(error: Exception, node: Node, arguments: list[Any]) -> Exception:
+    """The error to raise for one that a kernel raised: itself where it is not about this call."""
+    if isinstance(error, (UnsupportedOp, torch.OutOfMemoryError)):
+        return error
+    shapes = ", ".join(str(tuple(a.shape)) if isinstance(a, Tensor) else "-" for a in arguments)
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return ExecutionError(
+        f"node {node.name!r} ({node.op}) cannot be computed from shapes {shapes}: {reason}"
+    )

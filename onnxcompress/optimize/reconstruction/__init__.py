@@ -1,0 +1,1 @@
+"""Layers refitted so that their outputs stay those of the original network."""

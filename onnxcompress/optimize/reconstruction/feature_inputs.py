@@ -1,0 +1,243 @@
+"""Inputs of a network's deep layers, made at the tensor where those begin.
+
+The last stage of a CNN has most of its weights and little of its work. What it reads of a few made images
+is too little to choose its weights by, and lacks what real images bring there. So many inputs are made for
+it alone, as `distill` makes images:
+
+    min over z:   Σ_t mean_c ( (μ_c − β_c)² / γ_c² + (σ_c / |γ_c| − 1)² )  +  CLASSES_WEIGHT · CE(f(z), k)
+
+z: at the tensor `waist`, from what the twin makes of procedural images there, or from what real images are
+there; t: the recorded tensors from there on; k: a random class of each z, where the network's output tells
+classes. Real images are of a class; without that term hardly one of 1,000 stands out. Where there are real
+images, they come first, as they are, and only what they lack in number is made.
+
+EfficientNet-Lite0 from its block 12 on, 55 % of it pruned, on 100 real images (`python
+tests/benchmarks/deep_inputs.py`): 4.5 dB and a KL divergence of 0.33 on 128 procedural images through the
+twin, 7.3 dB and 0.20 on these inputs, 0.14 tuned (`joint`).
+
+Source of the idea, of images: Yin et al., DeepInversion (CVPR 2020).
+Does not handle: networks without a waist, or whose file fixes a batch of more than one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from onnxcompress.graph.query import is_op, producer
+from onnxcompress.graph.shape_inference import tensor_shapes
+from onnxcompress.graph.topology import Topology
+from onnxcompress.model import Model
+from onnxcompress.optimize.calibration import Used
+from onnxcompress.optimize.deterministic_threads import in_turn
+from onnxcompress.optimize.device import autocast, laid_out
+from onnxcompress.optimize.executor import Executor
+from onnxcompress.optimize.reconstruction.context import Subject, fixed_batch, floats, needs, nodes_between
+from onnxcompress.optimize.synthesis.distillation import Targets, mismatch, targets_of
+from onnxcompress.optimize.synthesis.statistics_alignment import Twin
+from onnxcompress.progress import Progress, silent
+from onnxcompress.quantization.qdq_plan import Plan
+from onnxcompress.statistics.record import known_statistics
+
+COUNT = 2048
+STARTS = 1024
+"""Images that `prune` begins from where inputs are large. EfficientNet-Lite0 at 34 % (`python
+tests/benchmarks/prune.py`): KL divergence 0.029; from 128 (`--synthetic 128`) 0.037."""
+EACH = 16
+"""Of an image, at most."""
+CHUNK = 256
+"""Inputs that are optimized together, at most: their statistics are matched as a whole."""
+BYTES = 1 << 30
+"""Of all inputs, and of what is computed of a chunk; fewer are made where they would take more."""
+STEPS = 16
+RATE = 0.15
+"""Of Adam at its start, in deviations of the channel; half a cosine to zero."""
+CLASSES_WEIGHT = 0.05
+FEWEST_CLASSES = 10
+"""Of an output of fewer numbers, nobody knows whether they are classes."""
+WORK, WEIGHTS = 1 / 5, 1 / 2
+"""Behind the waist are at most this share of the numbers that the network computes for an image, and at
+least this share of its weights."""
+KEPT = 0.85
+"""Of the weights behind the first tensor for which that holds; the waist is the last with so many."""
+FEWEST_RECORDED = 3
+"""Tensors behind the waist with known statistics."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """A stretch of the trunk whose layers are learned in one course, and what it reads."""
+
+    inputs: Tensor
+    twin: Twin
+    start: str | None = None
+    stop: str | None = None
+    used: Used | None = None
+    """The account of inputs that were made for it."""
+
+    def seen(self, lost: Tensor | None) -> Tensor:
+        """What the student reads. lost: what its earlier layers lack there, of other inputs."""
+        if lost is None:
+            return self.inputs
+        return self.inputs + lost[torch.arange(len(self.inputs)) % len(lost)]
+
+
+def parts_of(
+    subject: Subject,
+    starts: Callable[[], Tensor] | None = None,
+    *,
+    seed: int = 0,
+    device: str = "cpu",
+    progress: Progress = silent,
+) -> list[Part]:
+    """The network, in two where its deep layers can have inputs of their own.
+
+    starts: images to begin from, where there are better ones for it than the subject's.
+    """
+    start = waist(subject.model, subject.plan)
+    if start is None:
+        return [Part(subject.images, subject.twin)]
+    begun = subject if starts is None else replace(subject, images=starts())
+    values = deep_inputs(begun, start, seed=seed, device=device, progress=progress)
+    made = len(values) - subject.real
+    where = f"at {start!r}, where the deep layers begin; from {len(begun.images)} images"
+    used = Used("deep inputs", made, seed, where, "", "") if made else None
+    return [
+        Part(subject.images, subject.twin, stop=start),
+        Part(values, Twin(), start=start, used=used),
+    ]
+
+
+def waist(model: Model, plan: Plan) -> str | None:
+    """The tensor of the trunk where the deep layers begin; None where they cannot be told or fed alone.
+
+    It is no output of an activation: any value may stand there.
+    """
+    topology, known = Topology(model), known_statistics(model)
+    if fixed_batch(model) > 1:
+        return None
+    shapes = tensor_shapes(model)
+    nodes = nodes_between(topology, None, None)
+    work = np.array([sum(floats(shapes.get(t.name)) for t in node.outputs) for node in nodes])
+    weights = np.array(
+        [plan.layers[id(n)].linear.weight.size if id(n) in plan.layers else 0 for n in nodes]
+    )
+    places = {id(node): place for place, node in enumerate(nodes)}
+    least, found = WEIGHTS * weights.sum(), None
+    for tensor in topology.trunk():
+        maker = producer(tensor)
+        if not is_op(maker, "Conv", "Add") or len(shapes.get(tensor.name, ())) != 4:
+            continue
+        place = places[id(maker)] + 1
+        behind = weights[place:].sum()
+        if work[place:].sum() > WORK * work.sum() or behind < least:
+            continue
+        after = {t.name for node in nodes[place:] for t in node.outputs}
+        alone = all(after.issuperset({*needs(n, topology)} - {tensor.name}) for n in nodes[place:])
+        if alone and len(after & known.keys()) >= FEWEST_RECORDED:
+            least, found = max(least, KEPT * behind), str(tensor.name)
+    return found
+
+
+def deep_inputs(
+    subject: Subject,
+    start: str,
+    *,
+    seed: int = 0,
+    device: str = "cpu",
+    progress: Progress = silent,
+) -> Tensor:
+    """Inputs at the tensor `start`, (COUNT or fewer, …), from what the subject's images are there.
+
+    Real images of the subject come first, all of them; the others are made.
+    """
+    executor = Executor.from_model(subject.model, device=device)
+    topology = Topology(subject.model)
+    shapes = tensor_shapes(subject.model)
+    behind = [t.name for n in nodes_between(topology, start, None) for t in n.outputs]
+    targets = targets_of([start, *behind], known_statistics(subject.model), executor.device)
+    begin = through_twin(executor, subject, start)
+    real = begin[: subject.real].cpu()
+    logits = _logits(subject.model)
+    size = min(CHUNK, max(1, BYTES // (4 * sum(floats(shapes.get(name)) for name in behind))))
+    count = min(COUNT, EACH * len(begin), max(size, BYTES // (4 * floats(shapes[start])))) - len(real)
+    if count <= 0:
+        return real
+    chunks = -(-count // size)
+    executor.needed([start], [*targets, *([logits] if logits else [])])  # once, not by each thread
+
+    def work(chunk: int) -> Tensor:
+        generator = torch.Generator().manual_seed(seed * chunks + chunk)
+        index = torch.arange(chunk * size, min(count, (chunk + 1) * size))
+        z = begin[index % len(begin)]
+        mirrored = (index // len(begin) % 2 == 1).view(-1, 1, 1, 1)
+        return _optimized(executor, torch.where(mirrored, z.flip(3), z), start, targets, logits, generator)
+
+    made = []
+    for part in in_turn(work, chunks):
+        made.append(part)
+        progress("making deep inputs", len(made), chunks)
+    return torch.cat([real, *made])
+
+
+def through_twin(executor: Executor, subject: Subject, start: str) -> Tensor:
+    """What the subject's images are at `start`, (N, …), with its recorded statistics."""
+    twin, name = subject.twin, str(subject.model.graph.inputs[0].name)
+    maps = {n: twin.mapped(n, executor.parameters[n]) for n in (*twin.weights, *twin.biases)}
+    batches = torch.split(subject.images, subject.batch)
+
+    def run(batch: int) -> Tensor:
+        with torch.no_grad():  # of each thread
+            return executor.run({name: batches[batch]}, [start], maps)[start]
+
+    executor.needed([name], [start])  # once, not by each thread
+    return torch.cat(list(in_turn(run, len(batches))))
+
+
+def _optimized(
+    executor: Executor,
+    begin: Tensor,
+    start: str,
+    targets: Targets,
+    logits: str | None,
+    generator: torch.Generator,
+) -> Tensor:
+    """One chunk."""
+    unit = begin.std((0, 2, 3), keepdim=True).clamp_min(1e-6)
+    if start in targets:
+        unit = targets[start][1].view(1, -1, 1, 1).clamp_min(1e-6)
+    z = laid_out(begin / unit).requires_grad_()
+    adam = torch.optim.Adam([z], lr=RATE, betas=(0.5, 0.9), eps=1e-12)
+    classes: Tensor | None = None
+    for step in range(STEPS):
+        adam.param_groups[0]["lr"] = RATE * 0.5 * (1 + math.cos(math.pi * step / STEPS))
+        with autocast(executor.device):
+            fed = z * unit
+            found = executor.run({start: fed}, [*targets, *([logits] if logits else [])]) | {start: fed}
+            loss = torch.stack([mismatch(found[name], *targets[name]) for name in targets]).sum()
+        if logits:
+            scores = found[logits].float()
+            if classes is None:
+                classes = torch.randint(scores.shape[1], scores.shape[:1], generator=generator)
+            loss = loss + CLASSES_WEIGHT * F.cross_entropy(scores, classes.to(scores.device))
+        (z.grad,) = torch.autograd.grad(loss, z)
+        adam.step()
+    return (z * unit).detach().cpu()
+
+
+def _logits(model: Model) -> str | None:
+    """The output that tells classes, before a softmax; None: none does."""
+    if len(model.graph.outputs) != 1:
+        return None
+    tensor = model.graph.outputs[0]
+    while is_op(maker := producer(tensor), "Softmax", "LogSoftmax", "Identity"):
+        tensor = maker.inputs[0]
+    shape = tensor_shapes(model).get(tensor.name, ())
+    many = len(shape) == 2 and isinstance(shape[1], int) and shape[1] >= FEWEST_CLASSES
+    return str(tensor.name) if many else None

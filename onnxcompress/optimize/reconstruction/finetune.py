@@ -1,0 +1,178 @@
+"""Fine-tune a student to a teacher's features on a few unlabelled images (PRACTISE, arXiv 2202.07861 §3.3).
+
+    loss = ‖s − t‖² / ‖t‖²        s, t: the feature tensor of student and teacher
+
+from refitted layers on, with rates relative to each weight's size. Each step sees newly augmented images
+(flips, shifts, and patches pasted from another image: no label to keep right); the teacher's answer to
+them is the target. All before the feature is trained, the classifier behind it has no gradient.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import cast
+
+import onnx_graphsurgeon as gs
+import torch
+from torch import Tensor
+
+from onnxcompress.errors import CompressError, CompressWarning, one_line
+from onnxcompress.graph.query import is_op
+from onnxcompress.optimize.device import autocast, laid_out, resident
+from onnxcompress.optimize.executor import Executor
+from onnxcompress.optimize.reconstruction.augment import augment
+from onnxcompress.progress import Progress, silent
+
+Loss = Callable[..., Tensor]
+"""(batch, *values) -> scalar."""
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How long and how fast to train."""
+
+    steps: int
+    batch: int
+    learning_rate: float
+    """Of Adam at its peak, relative to each parameter tensor's root mean square."""
+    seed: int
+    warm_up: float = 0.05
+    """Share of the steps in which the rate rises."""
+    captured: bool = False
+    """On a GPU, record a step as a CUDA graph and replay it."""
+
+
+def finetune(
+    student: Executor,
+    teacher: Executor,
+    parameters: Mapping[str, Tensor],
+    images: Tensor,
+    source: str,
+    feature: tuple[str, str],
+    schedule: Schedule,
+    *,
+    shares: Tensor | None = None,
+    nhwc: bool = False,
+    progress: Progress = silent,
+) -> dict[str, Tensor]:
+    """Train all that the feature depends on; returns {initializer: value} in float32.
+
+    images: (N, C, H, W), or (N, H, W, C) with `nhwc`, normalized; source: the input's name; feature: the
+    name in the student's graph, and in the teacher's; parameters: where to start; shares: (N,), how often
+    each image is taken, relative to the others.
+    """
+    device = student.device
+    images = resident(images, device)
+    if nhwc:
+        images = images.permute(0, 3, 1, 2)
+    values, rates = _leaves(student, parameters, source, feature[0])
+    if not values:  # of a network without a layer there: all its blocks went
+        return {}
+    groups = [
+        {"params": [v], "lr": schedule.learning_rate * r}
+        for v, r in zip(values.values(), rates, strict=True)
+    ]
+    adam = torch.optim.Adam(groups, betas=(0.9, 0.98), fused=device.type == "cuda")
+    scheduler = torch.optim.lr_scheduler.LambdaLR(adam, lambda step: rate(step, schedule))
+    generator = torch.Generator().manual_seed(schedule.seed)
+    loss_of = _loss(student, teacher, list(values), source, feature)
+    for step in range(schedule.steps):
+        x = augment(images, schedule.batch, generator, shares, device)
+        if nhwc:
+            x = x.permute(0, 2, 3, 1)
+        if step == 0 and schedule.captured and device.type == "cuda":
+            loss_of = _captured(student, teacher, values, source, feature, x)
+        loss = loss_of(x, *values.values())
+        adam.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]
+        adam.step()
+        scheduler.step()
+        progress("fine-tuning", step + 1, schedule.steps)
+    return {name: value.detach() for name, value in values.items()}
+
+
+def _loss(
+    student: Executor,
+    teacher: Executor,
+    names: Sequence[str],
+    source: str,
+    feature: tuple[str, str],
+    *,
+    cached: bool = True,
+) -> Loss:
+    """A pure function of a batch and the values of `names`."""
+    ours, theirs = feature
+
+    def loss(x: Tensor, *values: Tensor) -> Tensor:
+        with autocast(student.device, cached=cached):
+            with torch.no_grad():
+                wanted = teacher.run({source: x}, [theirs])[theirs]
+            got = student.run({source: x}, [ours], dict(zip(names, values, strict=True)))[ours]
+        return _relative(got, wanted)
+
+    return loss
+
+
+def _captured(
+    student: Executor,
+    teacher: Executor,
+    values: Mapping[str, Tensor],
+    source: str,
+    feature: tuple[str, str],
+    x: Tensor,
+) -> Loss:
+    """The loss and its backward pass, each recorded once as a CUDA graph for batches of this shape.
+
+    Where the recording fails (an operator that waits for the device), the loss as it is, and a warning.
+    """
+    plain = _loss(student, teacher, list(values), source, feature, cached=False)
+    sample = (x.clone(), *values.values())
+    try:
+        made = torch.cuda.make_graphed_callables(plain, sample)
+    except torch.OutOfMemoryError:
+        raise
+    except (CompressError, RuntimeError, AssertionError) as error:
+        text = f"no CUDA graph of a step ({one_line(error)}): fine-tuning goes on without"
+        warnings.warn(text, CompressWarning, stacklevel=3)
+        return plain
+    return cast("Loss", made)
+
+
+def _leaves(
+    student: Executor, start: Mapping[str, Tensor], source: str, feature: str
+) -> tuple[dict[str, Tensor], list[float]]:
+    """Trainable copies of the parameters that the feature depends on, and their scales."""
+    used = {t.name for node in student.needed([source], [feature]) for t in _trainable(node)}
+    values = {
+        name: laid_out(start.get(name, value).detach().clone().float()).requires_grad_()
+        for name, value in student.parameters.items()
+        if name in used
+    }
+    if not values:
+        return {}, []
+    sizes = torch.stack([leaf.detach().square().mean().sqrt() for leaf in values.values()])
+    return values, [max(size, 1e-3) for size in sizes.tolist()]
+
+
+def _trainable(node: gs.Node) -> list[gs.Tensor]:
+    """Inputs that may be trained: not a BatchNorm's statistics (a variance would turn negative), no scales
+    of a quantizer."""
+    if is_op(node, "BatchNormalization"):
+        return list(node.inputs[:3])
+    return [] if is_op(node, "QuantizeLinear", "DequantizeLinear") else list(node.inputs)
+
+
+def rate(step: int, schedule: Schedule) -> float:
+    """Linear warm-up, then half a cosine to zero."""
+    warm = max(1, round(schedule.warm_up * schedule.steps))
+    if step < warm:
+        return (step + 1) / warm
+    share = (step - warm) / max(1, schedule.steps - warm)
+    return 0.5 * (1 + float(torch.cos(torch.tensor(share * torch.pi))))
+
+
+def _relative(got: Tensor, wanted: Tensor) -> Tensor:
+    wanted = wanted.float()
+    return (got.float() - wanted).square().mean() / wanted.square().mean().clamp_min(1e-12)

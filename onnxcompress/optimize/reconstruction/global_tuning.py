@@ -1,0 +1,143 @@
+"""Pruned layers tuned together by gradient: zeros stay zeros.
+
+    loss = mean over levels of ‖s − t‖² / var t  +  Σ over outputs ‖s − t‖² / var t
+
+s, t: tensors of student and teacher; levels: the trunk where it is narrow. The closed form (`sparse`) knows
+of a layer what it reads and should give; errors of several layers that could cancel, and what the
+activations cut off, only this sees. What it is worth: `tests/benchmarks/deep_inputs.py`.
+
+Source: the global AdaPrune of Frantar and Alistarh, SPDY (arXiv 2201.13096). Gradients are added in halves
+of a batch, each on one thread: the same whatever the number of threads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from onnxcompress.graph.query import is_op, producer
+from onnxcompress.graph.shape_inference import tensor_shapes
+from onnxcompress.graph.topology import Topology
+from onnxcompress.model import Model
+from onnxcompress.optimize.deterministic_threads import in_turn, one_thread
+from onnxcompress.optimize.device import autocast, laid_out
+from onnxcompress.optimize.executor import Executor
+from onnxcompress.optimize.reconstruction.context import floats
+from onnxcompress.optimize.reconstruction.finetune import Schedule, rate
+from onnxcompress.progress import Progress, silent
+from onnxcompress.quantization.qdq_plan import Plan
+
+STEPS, BATCH, LEARNING_RATE = 100, 64, 0.003
+HALVES = 2
+NARROW = 2
+"""Times the numbers of the first tensor that a level has at most."""
+
+
+@dataclass(frozen=True)
+class Tail:
+    """From one tensor of the trunk to the outputs."""
+
+    start: str
+    levels: tuple[str, ...]
+    outputs: tuple[str, ...]
+
+
+def tail_from(model: Model, start: str) -> Tail:
+    """Behind the tensor `start` of the trunk: its narrow tensors, and the network's outputs."""
+    topology, shapes = Topology(model), tensor_shapes(model)
+    tensors = model.graph.tensors()
+
+    first = topology.position(tensors[start])
+    outputs = tuple(t.name for t in model.graph.outputs if id(t) in topology.data)
+    levels = tuple(
+        t.name
+        for t in topology.trunk()
+        if topology.position(t) > first
+        and is_op(producer(t), "Conv", "Add", "GlobalAveragePool", "ReduceMean")
+        and floats(shapes.get(t.name)) <= NARROW * floats(shapes[start])
+        and t.name not in outputs
+    )
+    return Tail(start, levels, outputs)
+
+
+def tune(
+    model: Model,
+    plan: Plan,
+    where: Tail,
+    values: Tensor,
+    seen: Tensor,
+    learned: Mapping[str, Tensor],
+    *,
+    steps: int = STEPS,
+    seed: int = 0,
+    device: str = "cpu",
+    progress: Progress = silent,
+) -> dict[str, Tensor]:
+    """The learned parameters of the layers behind `where.start`, tuned; zeros of weights stay.
+
+    model: the teacher. values: (N, …), what it reads there; seen: what the student does.
+    """
+    executor = Executor.from_model(model, device=device)
+    wanted = _wanted(executor, where.start, values, [*where.levels, *where.outputs])
+    names = list(wanted)
+    with one_thread():
+        spread = {n: w.float().var().clamp_min(1e-12) for n, w in wanted.items()}
+        sizes = {n: max(float(v.square().mean().sqrt()), 1e-3) for n, v in learned.items()}
+    used = {t.name for node in executor.needed([where.start], names) for t in node.inputs}
+    leaves = {
+        n: laid_out(v.detach().clone().float().to(executor.device)).requires_grad_()
+        for n, v in learned.items()
+        if n in used
+    }
+    if not leaves:
+        return {}
+    weights = {layer.weight for layer in plan.layers.values()}
+    masks = {n: v.detach() != 0 for n, v in leaves.items() if n in weights}
+    schedule = Schedule(steps, BATCH, LEARNING_RATE, seed)
+    groups = [{"params": [v], "lr": LEARNING_RATE * sizes[n]} for n, v in leaves.items()]
+    adam = torch.optim.Adam(groups, betas=(0.9, 0.98))
+    scheduler = torch.optim.lr_scheduler.LambdaLR(adam, lambda step: rate(step, schedule))
+    generator = torch.Generator().manual_seed(seed)
+    for step in range(steps):
+        index = torch.randint(len(values), (BATCH,), generator=generator)
+
+        def slopes(half: int, index: Tensor = index) -> tuple[Tensor, ...]:
+            own = index[half::HALVES]
+            with autocast(executor.device):
+                made = executor.run({where.start: laid_out(seen[own])}, names, leaves)
+            errors = {n: (made[n].float() - wanted[n][own]).square().mean() / spread[n] for n in names}
+            share = 1 / max(len(where.levels), 1)
+            shares = {n: share if n in where.levels else 1.0 for n in names if made[n].requires_grad}
+            if not shares:  # behind an ArgMax, say
+                return tuple(torch.zeros_like(leaf) for leaf in leaves.values())
+            loss = torch.stack([weight * errors[n] for n, weight in shares.items()]).sum()
+            return torch.autograd.grad(
+                loss, list(leaves.values()), allow_unused=True, materialize_grads=True
+            )
+
+        halves = list(in_turn(slopes, HALVES))
+        for leaf, *parts in zip(leaves.values(), *halves, strict=True):
+            leaf.grad = torch.stack(parts).mean(0)
+        adam.step()
+        scheduler.step()
+        with torch.no_grad():
+            for name, mask in masks.items():
+                leaves[name].mul_(mask)
+        progress("tuning layers together", step + 1, steps)
+    return {name: value.detach().cpu() for name, value in leaves.items()}
+
+
+def _wanted(executor: Executor, start: str, values: Tensor, names: list[str]) -> dict[str, Tensor]:
+    parts = torch.split(values, BATCH)
+
+    def run(part: int) -> dict[str, Tensor]:
+        with torch.no_grad():  # of each thread
+            return executor.run({start: parts[part]}, names)
+
+    executor.needed([start], names)  # once, not by each thread
+    runs = list(in_turn(run, len(parts)))
+    found = {n: torch.cat([run[n] for run in runs]) for n in names}
+    return {n: v for n, v in found.items() if v.is_floating_point()}

@@ -1,0 +1,255 @@
+"""The course of a network's layers, in one pass: the student reads what its own earlier layers give.
+
+    teacher:  x ─ layers ─> t
+    student:  x̂ ─ layers as learned so far ─> y
+
+Node by node, in the order of the graph, both networks run on the same inputs, and only tensors that a later
+node needs are held. A layer is learned (by the subclass: `quantizer`, `sparsify`) so that Ŵ x̂ + b̂ comes
+near t. Where only a residual addition reads the layer, it also makes up for what the other side of the sum
+lost: t + (s_teacher − s_student).
+
+A course goes through the whole network, or from one tensor of its trunk to another (`start`, `stop`).
+
+With a twin (`standardize`) both run with the twin's maps, y' = a y + b₀, and the layer is learned as the
+network has it: the map of a channel is undone on both sides.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+
+import onnx_graphsurgeon as gs
+import torch
+from torch import Tensor
+
+from onnxcompress.errors import InputError, ModelError
+from onnxcompress.graph.query import is_op, is_output, node_label, value_readers
+from onnxcompress.graph.topology import Topology
+from onnxcompress.model import Model
+from onnxcompress.optimize.deterministic_threads import in_turn, one_thread
+from onnxcompress.optimize.executor import Executor
+from onnxcompress.optimize.reconstruction.context import live_floats, needs, nodes_between
+from onnxcompress.optimize.reconstruction.gptq import Moments
+from onnxcompress.optimize.reconstruction.patches import Patches
+from onnxcompress.optimize.synthesis.statistics_alignment import Twin
+from onnxcompress.progress import Progress, silent
+from onnxcompress.quantization.qdq_plan import Layer, Plan
+
+RIDGE = 1e-2
+"""λ as a share of the mean of the patches' second moments."""
+TARGET_ROWS = 4
+"""Patches per weight of an output that the least-squares target takes at least."""
+MEMORY = 3 << 30
+"""Bytes of the tensors that are held; fewer images are used where they would take more."""
+COPIES = 3
+"""Of each tensor: the teacher's, the student's, one in work."""
+ROWS, ROWS_EACH = 40_000, 100
+"""Patches that are taken: in all, or of each column of the matrix where that is more."""
+NARROW = 16
+"""Outputs below which products of matrices depend on the number of threads, as of 5 to 11."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CourseSettings:
+    """What every course needs to know."""
+
+    reconstruct: bool = True
+    batch: int = 32
+    """Images that go through at once."""
+    seed: int = 0
+
+
+@dataclass
+class Course(ABC):
+    """One run over the network."""
+
+    model: Model
+    plan: Plan
+    settings: CourseSettings
+    twin: Twin = field(default_factory=Twin)
+    device: str = "cpu"
+    start: str | None = None
+    """Name of the tensor of the trunk that is fed; None: the network's one input."""
+    stop: str | None = None
+    """… at which the course ends; None: it goes through all."""
+
+    def __post_init__(self) -> None:
+        self.executor = Executor.from_model(self.model, device=self.device)
+        self.topology = Topology(self.model)
+        self._teacher: dict[str, Tensor] = {}
+        self._student: dict[str, Tensor] = {}
+        self._own: dict[str, Tensor] = {}
+        self._nodes = nodes_between(self.topology, self.start, self.stop)
+        self._needs_of = [needs(node, self.topology) for node in self._nodes]
+        for node, needed in zip(self._nodes, self._needs_of, strict=True):
+            if not needed:
+                raise ModelError(
+                    f"{self.model.name}: node {node_label(node)!r} ({node.op}) reads data only inside its "
+                    "body, where layers are not followed; export the network without control flow"
+                )
+        self._last = {name: place for place, needed in enumerate(self._needs_of) for name in needed}
+        self._generator = torch.Generator().manual_seed(self.settings.seed)
+
+    @property
+    def source(self) -> str:
+        """The tensor that is fed."""
+        return str(self.model.graph.inputs[0].name) if self.start is None else self.start
+
+    def pass_through(
+        self, images: Tensor, stage: str, progress: Progress = silent, seen: Tensor | None = None
+    ) -> None:
+        """images: (N, …) at `source`. seen: what the student reads there; None: the same."""
+        count = self.affordable(len(images))
+        self._teacher[self.source] = self._student[self.source] = images[:count]
+        if seen is not None:
+            self._student[self.source] = seen[:count]
+        mapped = (*self.twin.weights, *self.twin.biases)
+        self._maps = {n: self.twin.mapped(n, self.executor.parameters[n]) for n in mapped}
+        self._own.update(self._maps)
+        with torch.no_grad():
+            for place, node in enumerate(self._nodes):
+                self._step(node, self._needs_of[place])
+                for tensor in [
+                    t for t in self._teacher if self._last.get(t, -1) <= place and t != self.stop
+                ]:
+                    del self._teacher[tensor], self._student[tensor]
+                progress(stage, place + 1, len(self._nodes))
+
+    @abstractmethod
+    def _learn(self, layer: Layer, x: Tensor, wanted: Tensor) -> None:
+        """Learn the layer and `_set` its parameters. x: what it reads; wanted: the teacher's output."""
+
+    def _seen(self, node: gs.Node, index: int, name: str) -> Tensor:
+        """The student's tensor as the node reads it at that input."""
+        return self._student[name]
+
+    def _learned(self, layer: Layer, wanted: Tensor, made: Tensor) -> None:
+        """Called with both networks' outputs once the layer is learned."""
+        return
+
+    def _step(self, node: gs.Node, needs: list[str]) -> None:
+        outputs = [t.name for t in node.outputs if not t.is_empty()]
+        layer = self.plan.layers.get(id(node))
+        if layer is not None:
+            self._check_finite(node.inputs[layer.linear.data_at].name)
+        theirs = self._run(outputs, {n: self._teacher[n] for n in needs}, self._maps)
+        if layer is not None and not _finite(theirs[outputs[0]]):
+            raise ModelError(
+                f"{self.model.name}: {node_label(node)!r} ({node.op}) gives values that are not finite; "
+                "correct its weights, or the inputs"
+            )
+        read = {n: self._student[n] for n in needs}
+        for index, tensor in enumerate(node.inputs):
+            if tensor.name in read:
+                read[tensor.name] = self._seen(node, index, tensor.name)
+        if layer is not None:
+            with one_thread() if layer.linear.outputs < NARROW else nullcontext():
+                self._learn(layer, read[node.inputs[layer.linear.data_at].name], theirs[outputs[0]])
+        ours = theirs if self._alike(node, read) else self._run(outputs, read, self._own)
+        self._teacher.update(theirs)
+        self._student.update(ours)
+        if layer is not None:
+            self._learned(layer, theirs[outputs[0]], ours[outputs[0]])
+
+    def _alike(self, node: gs.Node, read: dict[str, Tensor]) -> bool:
+        """Whether the student computes what the teacher did: nothing before it, nor itself, was learned."""
+        names = [t.name for t in node.inputs]
+        return all(v is self._teacher[n] for n, v in read.items()) and all(
+            self._own.get(n) is self._maps.get(n) for n in names
+        )
+
+    def _run(
+        self, outputs: list[str], feeds: dict[str, Tensor], parameters: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """Batch by batch, each on one thread: sums of a convolution depend on how many work on it."""
+        batches = {n: torch.split(v, self.settings.batch) for n, v in feeds.items()}
+
+        def run(index: int) -> dict[str, Tensor]:
+            part = {n: of[index] for n, of in batches.items()}
+            size = len(next(iter(part.values())))
+            with torch.no_grad():  # of each thread
+                made = self.executor.run(part, outputs, parameters)
+            for name, value in made.items():
+                if not value.ndim or len(value) % size:
+                    raise ModelError(
+                        f"{self.model.name}: tensor {name!r} of shape {list(value.shape)} does not hold one"
+                        f" image after the other, of a batch of {size}: such networks are not handled"
+                    )
+            return made
+
+        self.executor.needed(feeds, outputs)  # once, not by each thread
+        parts = list(in_turn(run, len(next(iter(batches.values())))))
+        return {n: torch.cat([part[n] for part in parts]) for n in outputs}
+
+    def _check_finite(self, name: str) -> None:
+        if not _finite(self._student[name]):
+            raise InputError(f"tensor {name!r} is not finite on these images; check --preprocess")
+
+    def _mean_error(self, layer: Layer, x: Tensor, wanted: Tensor) -> Tensor:
+        """Of the learned layer's output, (outputs,), less the maps of the twin."""
+        source = layer.node.inputs[layer.linear.data_at].name
+        made = self._run([layer.output], {source: x}, self._own)[layer.output]
+        error = self._unmapped(layer, wanted) - self._unmapped(layer, made)
+        return error.mean([axis for axis in range(error.ndim) if axis != 1])
+
+    def _set(self, name: str, value: Tensor) -> None:
+        self._own[name] = self.twin.mapped(name, value) if name in self._maps else value
+
+    def _unmapped(self, layer: Layer, y: Tensor, offset: bool = True) -> Tensor:
+        """The layer's output without the maps of the twin."""
+        if layer.bias not in self.twin.biases:
+            return y
+        scale, shift = (along(part, y) for part in self.twin.biases[layer.bias])
+        return (y - shift) / scale if offset else y / scale
+
+    def _wanted(self, layer: Layer, y: Tensor) -> Tensor:
+        """What the layer should give: the teacher's output, and what the other side of a sum lost."""
+        lost = self._owed(layer)
+        y = self._unmapped(layer, y)
+        return y if lost is None or lost.shape != y.shape else y + self._unmapped(layer, lost, offset=False)
+
+    def _owed(self, layer: Layer) -> Tensor | None:
+        """What the other side of the residual addition that alone reads the layer lost."""
+        tensor = layer.node.outputs[0]
+        readers = value_readers(tensor)
+        if len(readers) != 1 or is_output(self.model, tensor) or not is_op(readers[0], "Add"):
+            return None
+        others = [(i, t) for i, t in enumerate(readers[0].inputs) if t is not tensor]
+        if len(others) != 1 or others[0][1].name not in self._student:
+            return None
+        index, other = others[0]
+        return self._teacher[other.name] - self._seen(readers[0], index, other.name)
+
+    def _moments(self, layer: Layer, cut: Patches, weight: Tensor, x: Tensor, wanted: Tensor) -> Moments:
+        """Of the layer's patches and of what it lacks as it is."""
+        moments = Moments.empty(weight)
+        if layer.bias is not None:
+            wanted = wanted - along(self.executor.parameters[layer.bias], wanted)
+        for start in range(0, len(x), self.settings.batch):
+            part = slice(start, start + self.settings.batch)
+            a, y = cut.take(x[part], wanted[part], self._generator)
+            moments.add(a, y - weight @ a)
+            if moments.rows >= max(ROWS, ROWS_EACH * weight.shape[2]):
+                break
+        return moments
+
+    def lost(self, name: str) -> Tensor:
+        """What the student's tensor lacks, of one that is held after the course: that at which it stops."""
+        return self._student[name] - self._teacher[name]
+
+    def affordable(self, count: int) -> int:
+        """Images of which all tensors that are held at a time fit into MEMORY."""
+        live = live_floats(self.model, self._nodes, self._last, self.source)
+        return max(1, min(count, MEMORY // (4 * COPIES * live)))
+
+
+def _finite(x: Tensor) -> bool:
+    """Whether all are; extremes pass on a NaN, and take no memory."""
+    return bool(torch.stack(torch.aminmax(x)).isfinite().all())
+
+
+def along(vector: Tensor, like: Tensor) -> Tensor:
+    """(channels,) shaped to broadcast along axis 1."""
+    return vector.reshape(1, -1, *[1] * (like.ndim - 2))

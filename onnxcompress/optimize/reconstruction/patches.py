@@ -1,0 +1,82 @@
+"""What a layer reads, cut into the columns of its matrix; and that matrix.
+
+A convolution is y = W a at each place, a the patch under the kernel: (inputs x taps,) for each group. At
+random places of each image, patches a (G, F, R) and outputs (G, O, R) give a layer's second moments without
+the whole unfolding, which is `taps` times as large as the input.
+
+Does not handle: convolutions that are not 2-d or pad automatically, ConvTranspose, MatMul.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from onnxcompress.graph.conv_layers import conv_layer
+from onnxcompress.graph.query import is_op
+from onnxcompress.model import Model
+from onnxcompress.quantization.qdq_plan import Layer
+
+PLACES = 256
+"""Places at which an image gives a patch, at most."""
+
+
+@dataclass(frozen=True)
+class Patches:
+    """Cuts what a layer reads into columns of its matrix."""
+
+    groups: int
+    kernel: tuple[int, int] | None
+    """None: a Gemm, no places."""
+    strides: tuple[int, int] = (1, 1)
+    dilations: tuple[int, int] = (1, 1)
+    pads: tuple[int, int, int, int] = (0, 0, 0, 0)
+
+    def take(self, x: Tensor, y: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """(G, F, R) and (G, O, R) at random places."""
+        if self.kernel is None:
+            return x.T[None], y.T[None]
+        top, left, bottom, right = self.pads
+        padded = F.pad(x, (left, right, top, bottom)) if any(self.pads) else x
+        height, width = y.shape[2:]
+        places = torch.randperm(height * width, generator=generator)[:PLACES]
+        rows, columns = places // width * self.strides[0], places % width * self.strides[1]
+        taps = torch.arange(self.kernel[0] * self.kernel[1])
+        rows = rows[:, None] + taps // self.kernel[1] * self.dilations[0]
+        columns = columns[:, None] + taps % self.kernel[1] * self.dilations[1]
+        found = _at(padded, (rows * padded.shape[3] + columns).flatten())
+        a = found.reshape(len(x) * len(places), -1, self.groups, x.shape[1] // self.groups)
+        b = _at(y, places).reshape(len(x) * len(places), self.groups, -1)
+        a = a.permute(2, 3, 1, 0).flatten(1, 2)
+        return a.contiguous() if self.groups > 1 else a, b.permute(1, 2, 0)
+
+
+def _at(maps: Tensor, index: Tensor) -> Tensor:
+    """(N, places, C): neighbours in memory where channels are last there, too."""
+    return maps.permute(0, 2, 3, 1).flatten(1, 2).index_select(1, index)
+
+
+def patches_of(model: Model, layer: Layer) -> Patches | None:
+    """How to cut what the layer reads; None where it cannot be."""
+    if is_op(layer.node, "Gemm"):
+        return Patches(1, None)
+    conv = conv_layer(model, layer.node)
+    if conv is None:
+        return None
+    return Patches(conv.groups, conv.kernel, conv.strides, conv.dilations, conv.pads)
+
+
+def matrix(layer: Layer, weight: Tensor) -> tuple[Tensor, torch.Size]:
+    """The weight as (groups, outputs, inputs x taps), and the shape of its four-axis view."""
+    view = torch.from_numpy(layer.linear.view(weight.cpu().numpy()).copy())
+    return view.flatten(2), view.shape
+
+
+def stored(layer: Layer, rows: Tensor, shape: torch.Size) -> Tensor:
+    """The reverse: in the initializer's own layout."""
+    new = torch.empty(layer.linear.weight.shape, dtype=rows.dtype)
+    layer.linear.view(new.numpy())[...] = rows.reshape(shape).numpy()
+    return new

@@ -1,0 +1,252 @@
+"""Prune a network layer by layer: a `course` whose layers get zeros, and new values for what stays.
+
+`Trials` walks through the teacher and tries some sparsities on each layer, on its own. `output_costs` says
+what each would do to the network's output f. With random v, independent for each image and output,
+
+    E (∂(Σ v f)/∂W · ΔW)² = Σ over images |Δf|²        to first order in ΔW
+
+so that one backward pass gives one sample of the cost of all layers, sparsities and rows at a time; errors
+that are alike at all places of an image add up in it, as they do in the network. `Sparsifier` then prunes:
+mask and values by least squares (`sparse`), on what the student reads.
+
+Does not handle in closed form: ConvTranspose, MatMul of higher rank, convolutions that are not 2-d or pad
+automatically: their smallest magnitudes go, and their bias is corrected by the mean error.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from onnxcompress.graph.query import producer
+from onnxcompress.optimize.deterministic_threads import in_turn
+from onnxcompress.optimize.reconstruction.admm_mask import Choice, Problem
+from onnxcompress.optimize.reconstruction.gptq import Moments, least_squares
+from onnxcompress.optimize.reconstruction.layerwise import RIDGE, TARGET_ROWS, Course, CourseSettings
+from onnxcompress.optimize.reconstruction.patches import matrix, patches_of, stored
+from onnxcompress.optimize.reconstruction.sparsity_pattern import UNSTRUCTURED, Pattern
+from onnxcompress.quantization.qdq_plan import Layer
+
+LEVELS = (0.3, 0.5, 0.65, 0.8, 0.9, 0.95)
+"""Sparsities that are tried."""
+TYPICAL = 2
+"""Of them, the one that tells rows apart."""
+TRIAL_STEPS, TRIAL_REFITS = 20, 10
+"""Of `Problem.solve`."""
+PROBES = 64
+PROBED = 8
+"""Images of a probe."""
+SPREAD = 20.0
+"""What a row is worth, over the layer's mean or under it, at most."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What pruning does to a layer that reads what the teacher gives, at each of LEVELS."""
+
+    weight: Tensor
+    """Ŵ − W, (levels, groups, outputs, fan)"""
+    bias: Tensor
+    """(levels, groups, outputs)"""
+    error: Tensor
+    """Mean square at the layer's outputs, (levels, groups, outputs)."""
+
+
+@dataclass
+class Trials(Course):
+    """Tries LEVELS on the layers named."""
+
+    names: frozenset[str] = frozenset()
+    found: dict[str, Trial] = field(default_factory=dict)
+
+    @property
+    def outputs(self) -> list[str]:
+        """Of the network, those that depend on its input; of an ArgMax or the like, what it is made of."""
+        found: dict[str, None] = {}
+        pending = [t for t in self.model.graph.outputs if id(t) in self.topology.data]
+        while pending:
+            tensor = pending.pop(0)
+            maker = producer(tensor)
+            if (
+                maker is not None
+                and not isinstance(tensor.dtype, int)
+                and np.dtype(tensor.dtype).kind in "iub"
+            ):
+                pending += [t for t in maker.inputs if id(t) in self.topology.data]
+            else:
+                found[tensor.name] = None
+        return list(found)
+
+    def _learn(self, layer: Layer, x: Tensor, wanted: Tensor) -> None:
+        cut = patches_of(self.model, layer)
+        if cut is None or layer.weight not in self.names:
+            return
+        weight, shape = matrix(layer, self.executor.parameters[layer.weight])
+        moments = self._moments(layer, cut, weight, x, self._unmapped(layer, wanted))
+        goal, h = _quadratic(weight, moments, math.inf)
+        problem = Problem.of(goal, h, torch.ones(weight.shape[:2]))
+        changes, biases, errors = [], [], []
+        for level in LEVELS:
+            choice = Choice(kept(weight.numel(), level), math.prod(shape[3:]))
+            new = problem.solve(choice, steps=TRIAL_STEPS, refits=TRIAL_REFITS)
+            off = new - goal
+            changes.append(off.float())
+            biases.append(moments.shift(weight, new).float())
+            errors.append(((off @ h) * off).sum(2))
+        self.found[layer.weight] = Trial(torch.stack(changes), torch.stack(biases), torch.stack(errors))
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Of pruning each layer, by name of its weight."""
+
+    levels: dict[str, list[float]]
+    """Squared error of the network's output at each of LEVELS."""
+    rows: dict[str, Tensor]
+    """What errors of a row are worth, (groups, outputs), about 1."""
+
+
+def output_costs(trials: Trials, images: Tensor, behind: Tensor | None = None) -> Costs:
+    """By PROBES backward passes. images: at the trials' source.
+
+    behind: what lies at the tensor at which the trials stop, where that is fed by other inputs than these:
+    errors there are then as bad as they are for them.
+    """
+    executor, twin = trials.executor, trials.twin
+    layers = [layer for layer in trials.plan.layers.values() if layer.weight in trials.found]
+    sums = {n: torch.zeros(len(LEVELS), dtype=torch.float64) for n in trials.found}
+    rows = {n: torch.zeros_like(t.error[0]) for n, t in trials.found.items()}
+    names = [n for layer in layers for n in (layer.weight, layer.bias) if n is not None]
+    maps = {n: twin.mapped(n, executor.parameters[n]) for n in (*twin.weights, *twin.biases)}
+    size = min(PROBED, len(images)) if trials.settings.batch >= PROBED else trials.settings.batch
+
+    def probed(probe: int) -> dict[str, Tensor]:
+        def some(values: Tensor) -> Tensor:
+            start = probe * size % max(len(values) - size + 1, 1)
+            return values[start : start + size]
+
+        generator = torch.Generator().manual_seed(PROBES * trials.settings.seed + probe)
+        leaves = {n: maps.get(n, executor.parameters[n]).detach().clone().requires_grad_() for n in names}
+        feeds, given = {trials.source: some(images)}, {**maps, **leaves}
+        if trials.stop is None or behind is None:
+            total = _random_sum(executor.run(feeds, trials.outputs, given), generator)
+        else:
+            place = some(behind).clone().requires_grad_()
+            made = _random_sum(executor.run({trials.stop: place}, trials.outputs), generator)
+            (slope,) = torch.autograd.grad(made, place)
+            total = (slope * executor.run(feeds, [trials.stop], given)[trials.stop]).sum()
+        found = torch.autograd.grad(total, list(leaves.values()), allow_unused=True, materialize_grads=True)
+        return dict(zip(leaves, found, strict=True))
+
+    executor.needed([trials.source], trials.outputs)  # once, not by each thread
+    for slopes in in_turn(probed, PROBES):
+        for layer in layers:
+            trial = trials.found[layer.weight]
+            slope = _undone(trials, layer.weight, slopes[layer.weight])
+            change = (matrix(layer, slope)[0] * trial.weight).sum(3)
+            if layer.bias is not None:
+                offset = _undone(trials, layer.bias, slopes[layer.bias])
+                change = change + offset.reshape(change.shape[1:]) * trial.bias
+            sums[layer.weight] += change.sum((1, 2)).double().square() / (PROBES * size)
+            rows[layer.weight] += change[TYPICAL].double().square()
+    worth = {n: _worth(rows[n] / trials.found[n].error[TYPICAL].clamp_min(1e-12)) for n in rows}
+    return Costs({n: v.tolist() for n, v in sums.items()}, worth)
+
+
+def _random_sum(made: Mapping[str, Tensor], generator: torch.Generator) -> Tensor:
+    """Σ v f, outputs in units of their deviation."""
+    total = torch.zeros(())
+    for value in made.values():
+        if value.is_floating_point():
+            v = torch.randn(value.shape, generator=generator).to(value)
+            total = total + (v * value).sum() / value.detach().std().clamp_min(1e-12)
+    return total
+
+
+def _undone(trials: Trials, name: str, slope: Tensor) -> Tensor:
+    """In the network's own parameter, where the twin's was differentiated."""
+    if name in trials.twin.weights:
+        return slope * trials.twin.weights[name]
+    return slope * trials.twin.biases[name][0] if name in trials.twin.biases else slope
+
+
+def _worth(rows: Tensor) -> Tensor:
+    """Of few samples: the square root, within bounds."""
+    return (rows / rows.mean().clamp_min(1e-30)).clamp(1 / SPREAD, SPREAD).sqrt()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings(CourseSettings):
+    """How to prune."""
+
+    pattern: Pattern = UNSTRUCTURED
+    sparsity: Mapping[str, float] = field(default_factory=dict)
+    """By name of the weight; others stay dense, but make up for errors, too."""
+    rows: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass
+class Sparsifier(Course):
+    """One run over the network."""
+
+    settings: Settings
+    learned: dict[str, Tensor] = field(default_factory=dict)
+    """Parameters of the layers, by name."""
+    noise: dict[str, float] = field(default_factory=dict)
+    """Of each layer's output, by name of its weight: squared error over variance."""
+
+    def _learn(self, layer: Layer, x: Tensor, wanted: Tensor) -> None:
+        weight, shape = matrix(layer, self.executor.parameters[layer.weight])
+        cut = patches_of(self.model, layer)
+        share = self.settings.sparsity.get(layer.weight)
+        pattern = self.settings.pattern if share is not None else UNSTRUCTURED
+        choice = Choice(kept(weight.numel(), share or 0.0), math.prod(shape[3:]), pattern)
+        if cut is None:
+            new, shift = torch.where(choice.mask(weight.abs()), weight, 0.0), None
+        else:
+            moments = self._moments(layer, cut, weight, x, self._wanted(layer, wanted))
+            new = self._solved(layer, weight, moments, None if share is None else choice)
+            shift = moments.shift(weight, new).float()
+        self._note(layer.weight, stored(layer, new.float(), shape))
+        if layer.bias is not None:
+            bias = self.executor.parameters[layer.bias]
+            off = self._mean_error(layer, x, wanted) if shift is None else shift.reshape(-1)
+            self._note(layer.bias, bias + off)
+
+    def _solved(self, layer: Layer, weight: Tensor, moments: Moments, choice: Choice | None) -> Tensor:
+        """The least squares target, with the zeros chosen."""
+        few = moments.rows < TARGET_ROWS * weight.shape[2]
+        goal, h = _quadratic(weight, moments, math.inf if few else RIDGE)
+        if choice is None:
+            return goal
+        rows = self.settings.rows.get(layer.weight)
+        return Problem.of(goal, h, torch.ones(weight.shape[:2]) if rows is None else rows).solve(choice)
+
+    def _note(self, name: str, value: Tensor) -> None:
+        self.learned[name] = value
+        self._set(name, value)
+
+    def _learned(self, layer: Layer, wanted: Tensor, made: Tensor) -> None:
+        error = (made - wanted).square().mean()
+        self.noise[layer.weight] = float(error / wanted.var().clamp_min(1e-12))
+
+
+def _quadratic(weight: Tensor, moments: Moments, target: float) -> tuple[Tensor, Tensor]:
+    """W*, and H with the less off its diagonal the fewer patches there are for each of its columns.
+
+    Few patches (a classifier has one an image) can be had right by a few weights that are wrong elsewhere.
+    """
+    goal, h = least_squares(weight, moments, ridge=RIDGE, target=target)
+    fan = weight.shape[2]
+    diagonal = torch.diag_embed(h.diagonal(dim1=1, dim2=2))
+    return goal, h.lerp(diagonal, fan / (fan + moments.rows))
+
+
+def kept(size: int, sparsity: float) -> int:
+    """Weights that stay, one at least."""
+    return max(1, round((1 - sparsity) * size))

@@ -1,0 +1,181 @@
+"""A range for each channel of an activation, folded into the layers beside it.
+
+A quantizer has one scale for a tensor; its channels differ in range, and those with a small one get few
+steps. Between a layer A and the layers B that alone read it, with an activation φ (Relu, Clip, none),
+
+    B φ(A x) = B' φ(A' x)      A' row c = s_c A row c      B' column c = B column c / s_c      s_c = R / r_c
+
+gives all channels the range R (r_c: the largest magnitude of channel c on the inputs, times MARGIN). A
+row's factor goes into its weight scale, B' keeps its precision where it is depthwise or rounded to its
+inputs' moments. Exact for Relu and no activation. For a Clip to [0, R] (ReLU6) the Clip stays as it is:
+what channel c has beyond r_c is cut off, as a quantizer with that range for the channel would do.
+Sources: the scales of Xiao et al., SmoothQuant (ICML 2023), eq. 4 with all of the range moved; Nagel et
+al., Data-Free Quantization (ICCV 2019), §4.1.
+
+All writers and readers of a residual stream (joined by Add) have the same factors, exactly.
+The record follows. Does not handle: streams that anything else writes or reads (pools, Slice, Concat).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import onnx_graphsurgeon as gs
+import torch
+from torch import Tensor
+
+from onnxcompress.graph.constant_folding import constant_value
+from onnxcompress.graph.edit import set_values
+from onnxcompress.graph.query import is_op, is_output, producer, read, value_readers
+from onnxcompress.graph.shape_inference import tensor_shapes
+from onnxcompress.model import Model
+from onnxcompress.optimize.executor import Executor
+from onnxcompress.optimize.synthesis.statistics_alignment import Twin
+from onnxcompress.quantization.qdq_plan import Layer, Plan
+from onnxcompress.statistics.record import ChannelStatistics, read_record, write_record
+
+MARGIN = 1.5
+"""Largest values of other inputs are larger."""
+LARGEST = 64.0
+"""Factor, at most: beyond it a channel is dead."""
+
+
+@dataclass
+class Stream:
+    """Tensors whose channels must have the same factors, and who writes and reads them."""
+
+    tensors: list[str] = field(default_factory=list)
+    writers: list[Layer] = field(default_factory=list)
+    readers: list[Layer] = field(default_factory=list)
+    read: set[str] = field(default_factory=set)
+    """Those of the tensors that layers read."""
+    tops: set[float] = field(default_factory=set)
+    """Upper ends of its Clips."""
+
+    @property
+    def top(self) -> float | None:
+        return min(self.tops, default=None)
+
+
+def streams(model: Model, plan: Plan) -> list[Stream]:
+    """All streams between layers of the plan whose channels can be scaled, in its order."""
+    found, seen = [], set[str]()
+    for writer in plan.layers.values():
+        if writer.output not in seen:
+            stream = _stream(model, plan, writer.node.outputs[0], seen)
+            if stream is not None and stream.readers and len(stream.tops) < 2:
+                found.append(stream)
+    return found
+
+
+def _stream(model: Model, plan: Plan, start: gs.Tensor, seen: set[str]) -> Stream | None:
+    """The stream of a tensor; None where something else writes or reads it."""
+    stream, whole = Stream(), True
+    pending = [start]
+    shapes = tensor_shapes(model)
+    while pending:
+        tensor = pending.pop()
+        if tensor.name in seen:
+            continue
+        seen.add(tensor.name)
+        stream.tensors.append(tensor.name)
+        whole &= (
+            not is_output(model, tensor)
+            and shapes.get(tensor.name, ())[1:2] == shapes.get(start.name, ())[1:2]
+        )
+        for node in [*tensor.inputs, *value_readers(tensor)] or [None]:
+            layer = None if node is None else plan.layers.get(id(node))
+            if layer is not None and node is producer(tensor):
+                stream.writers.append(layer)
+                whole &= layer.bias is not None
+            elif layer is not None:
+                stream.readers.append(layer)
+                stream.read.add(tensor.name)
+                whole &= node.inputs[layer.linear.data_at] is tensor
+            elif is_op(node, "Add", "Relu", "Clip"):
+                pending += node.inputs[: 2 if is_op(node, "Add") else 1] + node.outputs
+                whole &= _scalable(model, node, stream)
+            else:
+                whole = False
+        whole &= bool(tensor.inputs)
+    return stream if whole else None
+
+
+def _scalable(model: Model, node: gs.Node, stream: Stream) -> bool:
+    """Whether factors pass the node; notes the end of a Clip."""
+    if is_op(node, "Add"):
+        shapes = [tensor_shapes(model).get(t.name) for t in node.inputs]
+        return shapes[0] is not None and shapes[0] == shapes[1]
+    if is_op(node, "Clip"):
+        ends = [None if t.is_empty() else constant_value(model, t) for t in node.inputs[1:]]
+        ends += [None] * (2 - len(ends))
+        if ends[1] is not None:
+            stream.tops.add(float(ends[1].item()))
+        return ends[0] is not None and float(ends[0].item()) == 0
+    return True
+
+
+def stretch(model: Model, plan: Plan, images: Tensor, twin: Twin, batch: int = 16) -> int:
+    """Scale all streams in place, by their ranges on the images; how many there are.
+
+    The twin's maps and the record follow. Layers of the plan must be made anew afterwards.
+    """
+    places = streams(model, plan)
+    if not places:
+        return 0
+    executor = Executor.from_model(model)
+    names = [name for one in places for name in sorted(one.read)]
+    mapped = (*twin.weights, *twin.biases)
+    worn = {name: twin.mapped(name, executor.parameters[name]) for name in mapped}
+    largest: dict[str, Tensor] = {}
+    with torch.no_grad():
+        for part in torch.split(images, batch):
+            values = executor.run({model.graph.inputs[0].name: part}, names, worn)
+            for name, value in values.items():
+                found = value.abs().movedim(1, 0).flatten(1).amax(1)
+                largest[name] = torch.maximum(largest[name], found) if name in largest else found
+    record = read_record(model)
+    for one in places:
+        found = torch.stack([largest[name] for name in sorted(one.read)]).amax(0)
+        scale = _scales(found.double().numpy(), one.top)
+        _apply(model, one, scale, twin, record)
+    write_record(model, record)
+    model.touch()
+    return len(places)
+
+
+def _scales(largest: np.ndarray, top: float | None) -> np.ndarray:
+    reach = largest * MARGIN if top is None else np.minimum(largest * MARGIN, top)
+    goal = float(reach.max(initial=0.0)) if top is None else top
+    scale = goal / np.maximum(reach, 1e-30)
+    return np.where(scale <= LARGEST, scale, 1.0)
+
+
+def _apply(
+    model: Model, one: Stream, scale: np.ndarray, twin: Twin, record: dict[str, ChannelStatistics]
+) -> None:
+    tensors = model.graph.tensors()
+    for writer in one.writers:
+        _rescale(writer, tensors[writer.weight], outputs=scale)
+        assert writer.bias is not None
+        bias = tensors[writer.bias]
+        set_values(bias, (read(bias).astype(np.float64) * scale).astype(np.float32))
+        if writer.bias in twin.biases:
+            factor, shift = twin.biases[writer.bias]
+            twin.biases[writer.bias] = factor, shift * torch.from_numpy(scale).to(shift)
+    for reader in one.readers:
+        _rescale(reader, tensors[reader.weight], inputs=1 / scale)
+    for name in record.keys() & set(one.tensors):
+        old = record[name]
+        mean, std = ((part * scale).astype(np.float32) for part in (old.mean, old.std))
+        record[name] = ChannelStatistics(mean, std, old.source)
+
+
+def _rescale(layer: Layer, weight: gs.Constant, **factors: np.ndarray) -> None:
+    values = np.ascontiguousarray(read(weight)).copy()
+    groups = layer.linear.groups
+    view = layer.linear.view(values)
+    for side, factor in factors.items():
+        view *= factor.reshape((groups, -1, 1, 1) if side == "outputs" else (groups, 1, -1, 1))
+    set_values(weight, values)

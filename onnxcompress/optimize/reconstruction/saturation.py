@@ -1,0 +1,80 @@
+"""The integers that a layer's weight may have, so that no kernel's sums overflow.
+
+On a CPU with AVX2 or AVX-512 but no VNNI, onnxruntime's kernels for uint8 times int8 (VPMADDUBSW) add two
+products in 16 bits and cut off what is beyond: of activations 0 ≤ a ≤ 255,
+
+    a₁ q₁ + a₂ q₂   is exact whenever   −128 ≤ q₁, q₂, q₁ + q₂ ≤ 128        (255 · 128 < 2¹⁵)
+
+Which two are added is known: neighbours 2k, 2k + 1 of the reduced axis, in a convolution counted with the
+channels last (taps, inputs). So it is enough that no *pair* of one sign is too large; each weight may have
+all 8 bits, where onnxruntime's own `reduce_range` leaves every one 7. A pair's room is divided before
+rounding, what both want first: so columns can be rounded one by one.
+
+`tests/benchmarks/overflow.py` shows it on an emulated CPU without VNNI.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from onnxcompress.quantization.affine_grid import weight_limits
+from onnxcompress.quantization.qdq_plan import Layer
+
+PAIR = 128
+"""What the weights of a pair add up to at most."""
+
+
+@dataclass(frozen=True)
+class Integers:
+    """Least and largest integer, and the pairs."""
+
+    low: int
+    high: int
+    partner: Tensor | None = None
+    """(F,): the column that a column is paired with, itself where it is alone; None: no pairs."""
+
+    @staticmethod
+    def of(layer: Layer, bits: int, *, safe: bool) -> Integers:
+        """Of a layer's matrix with columns (inputs x taps); `safe`: pairs must not overflow."""
+        low, high = weight_limits(bits)
+        if bits < 8 or not safe or layer.depthwise:
+            return Integers(low, high)
+        inputs, *kernel = layer.linear.view(layer.linear.weight).shape[2:]
+        return Integers(low, high, partners(inputs, math.prod(kernel)))
+
+    def least_scale(self, weight: Tensor) -> Tensor:
+        """At which nothing of the weight is cut off: (G, O, F) -> (G, O, 1)."""
+        largest = weight.abs().amax(2, keepdim=True) / self.high
+        if self.partner is None:
+            return largest
+        paired = self.partner != torch.arange(len(self.partner))
+        sums = [(part + part[..., self.partner] * paired) for part in (weight.relu(), (-weight).relu())]
+        return torch.maximum(largest, torch.maximum(*sums).amax(2, keepdim=True) / PAIR)
+
+    def bounds(self, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Least and largest integer of each; values: unrounded integers, (G, O, F)."""
+        return -self._room(-values, -self.low), self._room(values, self.high)
+
+    def _room(self, values: Tensor, most: int) -> Tensor:
+        """What each may be at most."""
+        if self.partner is None:
+            return torch.full_like(values, most)
+        wanted = values.round().clamp(0, most)
+        spare = PAIR - wanted - wanted[..., self.partner]
+        place = torch.arange(len(self.partner))
+        share = torch.where(place < self.partner, (spare / 2).ceil(), (spare / 2).floor())
+        return torch.where(place == self.partner, most, (wanted + share).clamp_max(most))
+
+
+def partners(inputs: int, taps: int) -> Tensor:
+    """For each column (inputs x taps): the other one of its pair, (inputs * taps,)."""
+    size = inputs * taps
+    place = torch.arange(size).reshape(inputs, taps)
+    last = torch.arange(size).reshape(taps, inputs).T.reshape(-1)  # with the channels last
+    other = last ^ 1
+    other = torch.where(other < size, other, last)
+    return place.T.reshape(-1)[other]

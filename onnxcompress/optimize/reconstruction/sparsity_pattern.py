@@ -1,0 +1,35 @@
+"""Which weights a sparsity pattern lets stay."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """Which weights stay: any, or `kept` of each `group` neighbouring input channels."""
+
+    kept: int = 0
+    group: int = 0
+    """0: any."""
+
+    @staticmethod
+    def parse(text: str) -> Pattern | None:
+        """Of `unstructured` or `N:M`; None for anything else."""
+        if text == "unstructured":
+            return Pattern()
+        kept, colon, group = text.partition(":")
+        if not colon or not kept.isdecimal() or not group.isdecimal():
+            return None
+        return Pattern(int(kept), int(group)) if 0 < int(kept) < int(group) else None
+
+    @property
+    def sparsity(self) -> float:
+        """Share of zeros that the pattern itself asks for."""
+        return 1 - self.kept / self.group if self.group else 0.0
+
+    def fits(self, inputs: int) -> bool:
+        return not self.group or inputs % self.group == 0
+
+
+UNSTRUCTURED = Pattern()

@@ -1,0 +1,207 @@
+"""Estimate the record: mean and deviation of each channel of tensors, while images go through the network.
+
+Over all images and positions, channel c of a tensor x (axis 1) has
+
+    mean = E[x_c]        std = √E[(x_c − mean)²]
+
+taken for each batch in float64 and merged (Chan, Golub, LeVeque, The American Statistician 37, 1983):
+with n, m, S (count, mean, squares about it) of what came before, n', m', S' of the batch and δ = m' − m,
+
+    m ← m + δ n' / (n + n')        S ← S + S' + δ² n n' / (n + n')
+
+What is measured (`measurable`): the image, and the output of each linear layer as it is once all that folds
+into it is folded: behind a BatchNorm or an added constant, where nothing else reads what lies before.
+A tool that folds keeps these values, under this name or another; it may give an earlier tensor's name to
+another value. The estimates are of the network on these very images: taken of procedural ones, they are not
+those of the training set.
+
+Does not handle: networks with several inputs; MatMul whose channels are not axis 1 (attention).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import onnx_graphsurgeon as gs
+
+from onnxcompress.account import Refusal
+from onnxcompress.errors import InputError, OptionError
+from onnxcompress.graph.batch_norm import is_batch_norm
+from onnxcompress.graph.constant_folding import constant_value
+from onnxcompress.graph.linear_layer import LINEAR_OPS, as_linear
+from onnxcompress.graph.query import attribute, is_op, only_consumer, value_readers
+from onnxcompress.graph.shape_inference import tensor_shapes
+from onnxcompress.graph.topology import Topology
+from onnxcompress.model import Model
+from onnxcompress.progress import Progress, silent
+from onnxcompress.statistics.record import ChannelStatistics
+
+if TYPE_CHECKING:
+    import torch
+
+    from onnxcompress.data.image_set import ImageSet
+    from onnxcompress.optimize.executor import Executor
+
+BYTES = 1 << 28
+"""Memory that the measured tensors of a batch may take; fewer images go at once where it is more."""
+IN_CACHE = 1 << 17
+"""Elements that are summed up at once on the CPU: ten times as fast as a whole batch."""
+CHANNELS_FIRST = [0, 3, 1, 2]
+
+
+def estimate_statistics(
+    model: Model,
+    images: torch.Tensor | ImageSet,
+    tensors: Sequence[str] | None = None,
+    *,
+    source: str,
+    batch: int = 64,
+    device: str = "cpu",
+    progress: Progress = silent,
+) -> dict[str, ChannelStatistics]:
+    """Statistics of `tensors` (None: all that `measurable` names) on the images, by tensor name.
+
+    images: float (N, …) as the network takes them, or an ImageSet. source: what the entries say.
+    At most `batch` images go through at once, in one pass for all tensors. A batch that the file fixes is
+    kept to; images that do not fill it are left out. On the CPU the same images give the same numbers.
+    Raises InputError where a tensor is not finite, or the images do not fill one fixed batch.
+    """
+    import torch
+
+    from onnxcompress.optimize.executor import Executor
+
+    names = list(measurable(model)[0] if tensors is None else tensors)
+    input = model.graph.inputs[0]
+    executor = Executor.from_model(model, device=device)
+    found = {name: Moments() for name in names}
+    with torch.no_grad():
+        for part, done in _batches(images, _fixed_batch(input), batch, executor, input.name, names):
+            values = executor.run({input.name: part}, names)
+            for name in names:
+                found[name].add(values.pop(name), name)
+            progress("estimating statistics", done, len(images))
+    return {name: one.statistics(source) for name, one in found.items()}
+
+
+def measurable(model: Model) -> tuple[list[str], list[Refusal]]:
+    """Tensors of the main graph worth measuring, in topological order, and the layers that have none."""
+    topology = Topology(model)
+    ranks = {name: len(shape) for name, shape in tensor_shapes(model).items()}
+    found: dict[str, None] = {}
+    refusals: list[Refusal] = []
+    for tensor in model.graph.inputs:
+        image = channels_first(tensor)
+        if image is None:
+            rule = "its channels are not on axis 1, and no Transpose puts them there"
+            refusals.append(Refusal(f"input {tensor.name!r}", rule))
+        else:
+            found[image.name] = None
+    for node in topology.order:
+        if (
+            not (is_op(node, *LINEAR_OPS) or is_batch_norm(node))
+            or id(node.outputs[0]) not in topology.data
+        ):
+            continue
+        if is_op(node, "MatMul"):  # only here may the channels be elsewhere than on axis 1
+            layer = as_linear(model, node, lambda t: ranks.get(t.name))
+            if isinstance(layer, Refusal):
+                refusals.append(layer)
+                continue
+        found[_settled(model, topology, node.outputs[0]).name] = None
+    return list(found), refusals
+
+
+def channels_first(tensor: gs.Tensor) -> gs.Tensor | None:
+    """The image with its channels on axis 1: the input, or what a Transpose makes of it; None: neither."""
+    readers = value_readers(tensor)
+    if readers and all(is_op(n, "Transpose") and attribute(n, "perm") == CHANNELS_FIRST for n in readers):
+        return readers[0].outputs[0]
+    last = tensor.shape[-1] if tensor.shape is not None and len(tensor.shape) == 4 else None
+    return None if last in (1, 3) and tensor.shape[1] not in (1, 3) else tensor
+
+
+def _settled(model: Model, topology: Topology, tensor: gs.Tensor) -> gs.Tensor:
+    """The tensor behind all that folds into the layer that makes this one."""
+    while True:
+        node = only_consumer(model, tensor)
+        if node is None or id(node) not in topology.index:
+            return tensor
+        adds = is_op(node, "Add") and any(constant_value(model, t) is not None for t in node.inputs)
+        if not adds and not is_batch_norm(node):
+            return tensor
+        tensor = node.outputs[0]
+
+
+@dataclass
+class Moments:
+    """Count, mean and squares about the mean of each channel, of what was added so far."""
+
+    count: int = 0
+    mean: np.ndarray | float = 0.0
+    squares: np.ndarray | float = 0.0
+
+    def add(self, values: torch.Tensor, name: str) -> None:
+        """Take in (N, channels, …)."""
+        if values.ndim < 2:
+            raise OptionError(f"tensor {name!r}: shape {list(values.shape)} has no channels on axis 1")
+        flat = values.flatten(2) if values.ndim > 2 else values.unsqueeze(2)
+        at_once = max(1, IN_CACHE // flat[0].numel()) if flat.device.type == "cpu" else len(flat)
+        for start in range(0, len(flat), at_once):
+            part = flat[start : start + at_once].double()
+            total = part.shape[0] * part.shape[2]
+            mean = part.sum(2).sum(0) / total
+            squares = (part - mean[:, None]).square_().sum(2).sum(0)
+            self._merge(total, mean.cpu().numpy(), squares.cpu().numpy())
+        if not np.isfinite(self.squares).all():
+            raise InputError(f"tensor {name!r} is not finite on these images; check --preprocess")
+
+    def _merge(self, count: int, mean: np.ndarray, squares: np.ndarray) -> None:
+        total = self.count + count
+        step = mean - self.mean
+        self.mean = self.mean + step * (count / total)
+        self.squares = self.squares + squares + step**2 * (self.count * count / total)
+        self.count = total
+
+    def statistics(self, source: str) -> ChannelStatistics:
+        mean, std = np.asarray(self.mean), np.sqrt(np.asarray(self.squares) / self.count)
+        return ChannelStatistics(mean.astype(np.float32), std.astype(np.float32), source)
+
+
+def _fixed_batch(input: gs.Tensor) -> int | None:
+    """The batch that the file fixes, if any."""
+    first = input.shape[0] if input.shape else None
+    return first if isinstance(first, int) else None
+
+
+def _batches(
+    images: torch.Tensor | ImageSet,
+    fixed: int | None,
+    batch: int,
+    executor: Executor,
+    input: str,
+    names: list[str],
+) -> Iterator[tuple[torch.Tensor, int]]:
+    """Batches as the network takes them, and how many images have been given out with each."""
+    total, size = len(images), fixed
+    if size is None:
+        values = executor.run({input: _part(images, 0, 1)}, names)
+        each = sum(t.numel() * t.element_size() for t in values.values())
+        size = max(1, min(batch, BYTES // max(each, 1)))
+        del values
+    if total < (fixed or 1):
+        raise InputError(f"input {input!r}: the file fixes a batch of {fixed}, there are {total} images")
+    last = total - total % fixed if fixed else total
+    for start in range(0, last, size):
+        stop = min(start + size, last)
+        yield _part(images, start, stop), total if stop == last else stop
+
+
+def _part(images: torch.Tensor | ImageSet, start: int, stop: int) -> torch.Tensor:
+    import torch
+
+    if isinstance(images, torch.Tensor):
+        return images[start:stop]
+    return torch.from_numpy(images.preprocess.normalize(images.x[start:stop]))

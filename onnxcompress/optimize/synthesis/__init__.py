@@ -1,0 +1,1 @@
+"""Inputs made from recorded statistics, and tensors brought to them."""

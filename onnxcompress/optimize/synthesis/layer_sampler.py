@@ -1,0 +1,258 @@
+"""Inputs of any layer from statistics alone: draw at recorded tensors, run the real graph in between.
+
+The input of a layer is x = f(y₁, y₂, …): f is the part of the graph between it and the nearest tensors
+with known statistics, y_k, wherever they lie: the last layers of all earlier branches of a residual stage,
+the parts of a Concat. Horton et al. (arXiv 2011.09058, §3.1) draw each y_k from N(mean, std²) of its
+channels and sum up; here f is run, with its activations, pools and sums.
+
+    depth 0        y_k drawn                                  -> f -> x
+    depth d > 0    y_k = standardize(g_k(…)), g_k the graph from the next recorded tensors behind y_k, which
+                   have depth d − 1, and so on, or from the graph's input. The standardizing is a BatchNorm
+                   in training mode with the recorded mean and deviation: it keeps each y_k to its record,
+                   and leaves the correlations between places and channels, and of branch and shortcut, that
+                   g_k makes. A tensor needed at two depths is computed once, at the larger.
+
+Each call plans which tensors are drawn and which nodes run, each once, in pieces between recorded tensors;
+a tensor is let go after its last reader. Linear in the nodes behind the wanted tensor.
+
+Does not handle: open image sizes, inputs that are not floating (they cannot be drawn), batches whose size
+the graph fixes, control flow. The samples of a call are standardized together: take more calls of other
+seeds, not more samples, where memory is short.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
+from typing import TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from onnxcompress.errors import InputError, ModelError
+from onnxcompress.graph.shape_inference import tensor_shapes
+from onnxcompress.model import Model
+from onnxcompress.optimize.executor import Executor
+from onnxcompress.optimize.synthesis.colored_noise import Noise, draw, draw_input, generator, standardized
+from onnxcompress.optimize.synthesis.sampling_plan import Cut, Piece, cut, snapshot
+from onnxcompress.statistics.record import ChannelStatistics, known_statistics
+
+Result = TypeVar("Result")
+
+
+class LayerSampler:
+    """Draws values of any tensor of a graph as it is now; later edits do not reach it.
+
+    Values of a call depend on the seed, the count and the tensors that are asked for alone.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        statistics: Mapping[str, ChannelStatistics] | None = None,
+        *,
+        executor: Executor | None = None,
+        noise: Noise = Noise(),  # noqa: B008 (frozen)
+        images: Tensor | None = None,
+        device: str = "cpu",
+    ) -> None:
+        """statistics: by tensor, `known_statistics(model)` unless given. executor: of the same graph.
+
+        images: (N, …), normalized, taken in place of noise at the graph's only input, as they are: the best
+        there is without data are procedural ones (see `Noise`).
+        """
+        self.noise = noise
+        self.statistics = dict(known_statistics(model) if statistics is None else statistics)
+        self.executor = Executor.from_model(model, device=device) if executor is None else executor
+        self._name = model.name
+        self._inputs = {t.name: t.dtype for t in model.graph.inputs}
+        self._shapes = dict(tensor_shapes(model))
+        self._nodes = snapshot(model)
+        made = (name for node in self._nodes for name in node.makes)
+        self._place = {name: at for at, name in enumerate((*self._inputs, *made))}
+        self._lock = threading.Lock()
+        self._images = self._checked(images)
+
+    def sources(self, tensor: str | Sequence[str]) -> tuple[str, ...]:
+        """The tensors that are drawn for `tensor` (or several, together), in the order of the graph."""
+        return tuple(self._cut([tensor] if isinstance(tensor, str) else tensor).drawn)
+
+    def ordered(self, tensors: Iterable[str]) -> list[str]:
+        """The tensors, each once, in the order of the graph."""
+        return sorted(set(tensors), key=self._place.__getitem__)
+
+    def sample(self, tensor: str, count: int, seed: int) -> Tensor:
+        """`count` values of the tensor, shape (count, …), on the executor's device."""
+        return next(self.stream([tensor], count, seed))[1]
+
+    def sample_all(self, tensors: Sequence[str], count: int, seed: int) -> dict[str, Tensor]:
+        """Values of several tensors in one run, consistent with each other."""
+        found = dict(self.stream(tensors, count, seed))
+        return {name: found[name] for name in tensors}
+
+    def stream(self, tensors: Sequence[str], count: int, seed: int) -> Iterator[tuple[str, Tensor]]:
+        """As `sample_all`, each tensor as soon as it is computed; drawn ones that nothing reads come last.
+
+        Holds no more than the run itself needs: one pass for the inputs of all layers.
+        """
+        plan = self._cut(tensors)
+        wanted = set(tensors)
+        live: dict[str, Tensor] = {}
+        for piece in plan.pieces:
+            for name in piece.fresh:
+                live[name] = self._fresh(name, plan, count, seed)
+            live.update(self._run(piece, live))
+            for name in plan.standardized.intersection(piece.outputs):
+                self._check_record(name, live[name].shape)
+                live[name] = standardized(live[name], self.statistics[name])
+            for name in self.ordered(wanted.intersection((*piece.fresh, *piece.outputs))):
+                self._check_count(name, live[name], count)
+                yield name, live[name]
+            for name in piece.done:
+                live.pop(name, None)
+
+    def _run(self, piece: Piece, live: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        if not piece.outputs:
+            return {}
+        feeds = {name: live[name] for name in piece.feeds}
+        with torch.no_grad():
+            with self._lock:  # plans are made by one thread
+                self.executor.needed(feeds, piece.outputs)
+            return self.executor.run(feeds, piece.outputs)
+
+    def _fresh(self, name: str, plan: Cut, count: int, seed: int) -> Tensor:
+        device = self.executor.device
+        if name in plan.shapes_only:
+            return torch.zeros((), device=device).expand(self._shape(name, count))
+        stream = generator(seed, name, count)
+        if name in self._inputs and self._images is not None:
+            if count > len(self._images):
+                raise InputError(f"{count} samples from {len(self._images)} images; give more images")
+            chosen = torch.randperm(len(self._images), generator=stream)[:count]
+            return self._images[chosen].to(device, self.executor.dtype)
+        shape = self._shape(name, count)
+        statistics = self.statistics.get(name)
+        if statistics is not None:
+            self._check_record(name, shape)
+        if name in self._inputs:
+            self._check_floating(name)
+            value = draw_input(shape, statistics, self.noise, stream)
+        else:
+            value = draw(shape, self.statistics[name], self.noise, stream)
+        return value.to(device, self.executor.dtype)
+
+    def _shape(self, name: str, count: int) -> tuple[int, ...]:
+        shape = self._shapes.get(name)
+        sides = () if shape is None else shape[1:]
+        if shape is None or len(shape) < 1 or not all(isinstance(d, int) for d in sides):
+            text = "unknown" if shape is None else "x".join("?" if d is None else str(d) for d in shape)
+            raise ModelError(
+                f"{self._name}: tensor {name!r} cannot be drawn, its shape is {text}; "
+                "fix the input's image size in the file"
+            )
+        return (count, *(int(d) for d in sides if isinstance(d, int)))
+
+    def _checked(self, images: Tensor | None) -> Tensor | None:
+        if images is None:
+            return None
+        if len(self._inputs) != 1:
+            raise InputError(f"{self._name}: images for {len(self._inputs)} inputs; one is expected")
+        (name,) = self._inputs
+        expected, got = self._shapes.get(name, ()), tuple(images.shape)
+        fits = [not isinstance(d, int) or d == g for d, g in zip(expected[1:], got[1:], strict=False)]
+        if len(expected) != len(got) or not all(fits):
+            raise InputError(f"input {name!r} takes {list(expected)}, the images are {list(got)}")
+        return images
+
+    def _check_record(self, name: str, shape: Sequence[int]) -> None:
+        channels = len(self.statistics[name].mean)
+        if len(shape) < 2 or shape[1] != channels:
+            raise ModelError(
+                f"{self._name}: tensor {name!r} has shape {list(shape)}, its statistics are of {channels} "
+                "channels; remove the record, or estimate it again"
+            )
+
+    def _check_floating(self, name: str) -> None:
+        kind = self._inputs[name]
+        if kind is not None and not isinstance(kind, int) and np.dtype(kind).kind in "iub":
+            raise ModelError(
+                f"{self._name}: input {name!r} cannot be drawn: it is {np.dtype(kind)}, not floating"
+            )
+
+    def _check_count(self, name: str, value: Tensor, count: int) -> None:
+        if value.ndim == 0 or value.shape[0] != count:
+            raise ModelError(
+                f"{self._name}: tensor {name!r} has shape {list(value.shape)} for {count} samples: "
+                "the graph fixes the batch size; make it open"
+            )
+
+    def _cut(self, tensors: Sequence[str]) -> Cut:
+        for name in tensors:
+            if name not in self._place:
+                known = "no input of the graph reaches it" if name in self._shapes else "there is none"
+                raise ModelError(f"{self._name}: tensor {name!r} cannot be drawn: {known}")
+        return cut(self._nodes, self._inputs, self.statistics, tensors, self.noise.depth)
+
+
+def map_layers(
+    sampler: LayerSampler,
+    tensors: Sequence[str],
+    count: int,
+    seed: int,
+    work: Callable[[str, Tensor], Result],
+    workers: int = 1,
+) -> Iterator[tuple[str, Result]]:
+    """`work(tensor, values)` for each tensor, up to `workers` of them at a time.
+
+    Holds no more values than that at a time. Where all levels or none are gone back the values of each
+    tensor alone are also those of all together, and come from one pass; else each worker draws its own.
+    Until the last result is taken torch computes with one thread per worker, so that results and their
+    order are the same whatever their number.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # of the process: torch has no setting of a thread's own
+    pool = ThreadPoolExecutor(workers)
+    waiting: deque[tuple[str, Future[Result]]] = deque()
+    try:
+        for name, job in _jobs(sampler, tensors, count, seed, work):
+            waiting.append((name, pool.submit(job)))
+            del job  # it holds the values
+            if len(waiting) == workers:
+                first, future = waiting.popleft()
+                yield first, future.result()
+        while waiting:
+            first, future = waiting.popleft()
+            yield first, future.result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+        torch.set_num_threads(threads)
+
+
+def _jobs(
+    sampler: LayerSampler,
+    tensors: Sequence[str],
+    count: int,
+    seed: int,
+    work: Callable[[str, Tensor], Result],
+) -> Iterator[tuple[str, Callable[[], Result]]]:
+    if not sampler.noise.depth:
+        for name, value in sampler.stream(tensors, count, seed):
+            yield name, partial(work, name, value)
+        return
+
+    def alone(name: str) -> Result:
+        return work(name, sampler.sample(name, count, seed))
+
+    for name in sampler.ordered(tensors):
+        yield name, partial(alone, name)
+
+
+def sample_layers(
+    sampler: LayerSampler, tensors: Sequence[str], count: int, seed: int, workers: int = 1
+) -> Iterator[tuple[str, Tensor]]:
+    """Values of each tensor on its own: `map_layers` with nothing done to them."""
+    return map_layers(sampler, tensors, count, seed, lambda _, value: value, workers)

@@ -1,0 +1,137 @@
+"""A twin of a network that has the recorded statistics on inputs that are not the training data.
+
+On noise, or on procedural images, the layers of a network do not see what they see on real ones: means and
+deviations drift from layer to layer. The twin's convolutions bring each channel back to its record (β, γ):
+
+    y' = a y + b,   a = |γ| / σ(y),   b = β − a μ(y)        W' = a W,   b₀' = a b₀ + b
+
+found layer by layer, each on what the twin's earlier layers give it: a BatchNorm in training mode whose
+scale and offset are the recorded ones. So each layer gets samples with the statistics of its real inputs,
+as in Horton et al. (arXiv 2011.09058, §3.1), and with the correlations between places and channels that the
+network itself makes. Student and teacher get the same maps; what a student learned is carried back by
+dividing by a.
+
+Does not handle: recorded tensors that are no output of a convolution with bias (fold BatchNorm first).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from itertools import pairwise
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from onnxcompress.graph.conv_layers import ConvLayer, conv_layers
+from onnxcompress.graph.edit import set_values
+from onnxcompress.graph.query import read
+from onnxcompress.graph.topology import Topology
+from onnxcompress.model import Model
+from onnxcompress.optimize.executor import Executor
+from onnxcompress.statistics.record import ChannelStatistics, known_statistics
+
+MOST = 16.0
+"""Factor by which a channel is scaled, at most: beyond it, it is dead on these inputs."""
+
+
+@dataclass
+class Twin:
+    """Maps of the convolutions' outputs, by initializer name."""
+
+    weights: dict[str, Tensor] = field(default_factory=dict)
+    """Name of the weight -> a, (outputs, 1, 1, 1)."""
+    biases: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    """Name of the bias -> a and b, (outputs,)."""
+    own: dict[str, np.ndarray] = field(default_factory=dict)
+    """The model's own values while it wears the maps."""
+
+    def mapped(self, name: str, value: Tensor) -> Tensor:
+        """A parameter of the network as its twin has it."""
+        if name in self.weights:
+            return value * self.weights[name]
+        scale, shift = self.biases[name]
+        return value * scale + shift
+
+    def wear(self, model: Model) -> None:
+        """Turn the model into its twin, in place."""
+        tensors = model.graph.tensors()
+        for name in (*self.weights, *self.biases):
+            self.own[name] = read(tensors[name])
+            value = self.mapped(name, torch.from_numpy(self.own[name].astype(np.float32)))
+            set_values(tensors[name], value.cpu().numpy().astype(self.own[name].dtype))
+        model.touch()
+
+    def take_off(self, model: Model) -> None:
+        """Give a model that wears the maps its own values back; layers that are gone stay so."""
+        tensors = model.graph.tensors()
+        for name in self.own.keys() & tensors.keys():
+            set_values(tensors[name], self.own[name])
+        model.touch()
+
+    def restored(self, learned: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What was learned by a twin, as parameters of the network itself."""
+        found = dict(learned)
+        for name in self.weights.keys() & found.keys():
+            found[name] = found[name] / self.weights[name].to(found[name])
+        for name in self.biases.keys() & found.keys():
+            scale, shift = (part.to(found[name]) for part in self.biases[name])
+            found[name] = (found[name] - shift) / scale
+        return found
+
+
+def standardize(
+    model: Model,
+    executor: Executor,
+    values: Tensor,
+    last: str,
+    *,
+    batch: int = 32,
+    statistics: Mapping[str, ChannelStatistics] | None = None,
+) -> Twin:
+    """The maps that give the network the recorded statistics on `values` (N, …) at its one input.
+
+    executor: of the model. last: the tensor of the trunk at which to end. statistics: default: what the
+    file knows.
+    """
+    known = known_statistics(model) if statistics is None else statistics
+    twin = Twin()
+    now: dict[str, Tensor] = {}
+    topology = Topology(model)
+    layers = conv_layers(model)
+    with torch.no_grad():
+        for start, end in pairwise(topology.trunk()):
+            for node in topology.between(start, end):
+                layer = layers.get(node.outputs[0].name)
+                if layer is None or layer.bias is None or layer.node not in known:
+                    continue
+                out = _run(executor, start.name, layer.node, values, now, batch)
+                _map(twin, layer, out, known[layer.node])
+                for name in (layer.weight, layer.bias):
+                    now[name] = twin.mapped(name, executor.parameters[name])
+            if end.name == last:
+                break
+            values = _run(executor, start.name, end.name, values, now, batch)
+    return twin
+
+
+def _run(
+    executor: Executor, start: str, end: str, values: Tensor, now: Mapping[str, Tensor], batch: int
+) -> Tensor:
+    parts = [executor.run({start: part}, [end], now)[end] for part in torch.split(values, batch)]
+    return torch.cat(parts)
+
+
+def _map(twin: Twin, layer: ConvLayer, out: Tensor, wanted: ChannelStatistics) -> None:
+    """Note the map that gives `out` (N, C, …) the wanted statistics."""
+    axes = [axis for axis in range(out.ndim) if axis != 1]
+    variance, mean = torch.var_mean(out.double(), axes, correction=0)
+    deviation = variance.sqrt()
+    target = torch.from_numpy(wanted.std.copy()).to(deviation)
+    scale = torch.where(deviation > 0, target / deviation.clamp_min(1e-30), 1.0)
+    scale = torch.where((scale < MOST) & (scale > 1 / MOST), scale, 1.0)
+    shift = torch.from_numpy(wanted.mean.copy()).to(mean) - scale * mean
+    assert layer.bias is not None
+    twin.weights[layer.weight] = scale.float().reshape(-1, 1, 1, 1)
+    twin.biases[layer.bias] = scale.float(), shift.float()

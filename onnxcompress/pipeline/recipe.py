@@ -1,0 +1,214 @@
+"""Recipes: passes in order with their options, checked as a whole before the first of them runs.
+
+    variables:                    # names and defaults, replaced by `-D images=photos/`
+      images: fashion-tiny.npz
+    passes:                       # a name, or a name and its options
+      - fold-bn
+      - drop-blocks:
+          images: ${images}
+          blocks: 2
+    gates:                        # what the result must keep to (`onnxcompress.evaluation.gates`)
+      min_agreement: 95
+
+An option has the name and the type of the field of the pass: pydantic checks each value against that very
+annotation, strictly, so `steps: "3"` is an error. What comes from -D is text, and read as on the command
+line. `${name}` alone has its variable's type, within a text it is text; `$${` stands for `${`.
+A path in the recipe is relative to the recipe's folder, one from -D to the folder that one is in.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import re
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import TypeAdapter, ValidationError
+
+from onnxcompress.errors import RuntimeUnavailable
+from onnxcompress.evaluation.gates import Gates
+from onnxcompress.option_fields import is_required
+from onnxcompress.passes import CATALOGUE, load_pass
+from onnxcompress.passes.base import Pass
+from onnxcompress.passes.plugins import plugins
+from onnxcompress.pipeline.recipe_yaml import Document, Place, dump, read_document, shown
+
+SECTIONS = ("variables", "passes", "gates")
+_VARIABLE = re.compile(r"\$\$\{|\$\{([^}]*)\}")
+Built = TypeVar("Built", Pass, Gates)
+
+
+class Given(str):
+    """A text with something of -D in it: its type and its folder are those of the command line."""
+
+    __slots__ = ()
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What a recipe says, every option of its own type."""
+
+    passes: tuple[Pass, ...]
+    gates: Gates = field(default_factory=Gates)
+
+
+def read_recipe(path: str | os.PathLike[str], variables: Mapping[str, str] | None = None) -> Recipe:
+    """Read and check a recipe; `variables` are those of -D.
+
+    Raises OptionError with the line for whatever is not right, RuntimeUnavailable where the package of a
+    pass cannot be imported.
+    """
+    return _read(read_document(path), variables)
+
+
+def parse_recipe(text: str, name: str = "recipe", variables: Mapping[str, str] | None = None) -> Recipe:
+    """As `read_recipe`, of a recipe's text; paths in it are relative to the folder of `name`."""
+    return _read(Document(text, name), variables)
+
+
+def write_recipe(recipe: Recipe, folder: str | os.PathLike[str] = ".") -> str:
+    """The recipe's text, with options that are not the default; paths relative to `folder`, its place."""
+    passes = [{p.name: o} if (o := _set_options(p, folder)) else p.name for p in recipe.passes]
+    gates = _set_options(recipe.gates, folder)
+    return dump({"passes": passes} | ({"gates": gates} if gates else {}))
+
+
+def pass_names() -> list[str]:
+    """All passes that a recipe can name: the catalogue's, then those of other packages."""
+    return [entry.name for entry in CATALOGUE] + list(plugins())
+
+
+def option_adapter(cls: type[Pass] | type[Gates], name: str) -> TypeAdapter[Any]:
+    """What checks a field's value; an annotation that pydantic cannot check is an error of the pass."""
+    return TypeAdapter(typing.get_type_hints(cls)[name])
+
+
+def _read(document: Document, variables: Mapping[str, str] | None) -> Recipe:
+    top = document.mapping(document.value, (), "section", SECTIONS)
+    listed = top.get("passes")
+    if not isinstance(listed, list) or not listed:
+        document.fail(("passes",), "passes: expected a list of passes, such as `- fold-bn`")
+    reader = _Reader(document, top.get("variables"), variables or {})
+    passes = tuple(reader.read_pass(index, item) for index, item in enumerate(listed))
+    gates = reader.build(Gates, top.get("gates"), ("gates",))
+    reader.check_used()
+    return Recipe(passes, gates)
+
+
+class _Reader:
+    """Builds passes and gates from a document's values, with variables in their places."""
+
+    def __init__(self, document: Document, declared: Any, given: Mapping[str, str]) -> None:
+        self.document = document
+        self.given = given
+        self.declared = document.mapping(declared, ("variables",), "variable", None)
+        self.used: set[str] = set()
+
+    def read_pass(self, index: int, item: Any) -> Pass:
+        place: Place = ("passes", index)
+        if isinstance(item, dict) and len(item) == 1:
+            name, options = next(iter(item.items()))
+        elif isinstance(item, str):
+            name, options = item, None
+        else:
+            self.document.fail(place, f"expected one pass, with its options or without, got {shown(item)}")
+        if name not in pass_names():
+            self.document.unknown(place, "pass", name, pass_names())
+        try:
+            return self.build(load_pass(name), options, (*place, name) if item is not name else place)
+        except RuntimeUnavailable as error:
+            raise RuntimeUnavailable(f"{self.document.name}: {error}") from error
+
+    def build(self, cls: type[Built], options: Any, place: Place) -> Built:
+        """An instance of the class; `options` are its fields. Raises OptionError."""
+        fields = {f.name: f for f in dataclasses.fields(cls)}
+        what = f"option of {place[-1]}" if cls is not Gates else "gate"
+        values = {}
+        for name, value in self.document.mapping(options, place, what, list(fields)).items():
+            where = (*place, name)
+            full = self._expanded(value, where)
+            if fields[name].metadata.get("file") and isinstance(full, str) and full:
+                full = self._rebased(full)
+            values[name] = self._checked(option_adapter(cls, name), full, where)
+        for name, one in fields.items():
+            if name not in values and is_required(one):
+                whose = getattr(cls, "name", "gates")
+                self.document.fail(place, f"{whose}: give option {name!r}, which has no default")
+        return cls(**values)
+
+    def check_used(self) -> None:
+        """Raise OptionError for a -D that nothing reads."""
+        for name in self.given:
+            known = sorted(self.used | self.declared.keys())
+            if name not in known:
+                self.document.unknown((), "variable", name, known)
+
+    def _expanded(self, value: Any, place: Place) -> Any:
+        """The value with variables replaced."""
+        if isinstance(value, list):
+            return [self._expanded(one, (*place, at)) for at, one in enumerate(value)]
+        if not isinstance(value, str):
+            return value
+        whole = _VARIABLE.fullmatch(value)
+        if whole is not None and whole[1] is not None:
+            return self._variable(whole[1], place)
+        names = [found[1] for found in _VARIABLE.finditer(value)]
+        parts = [self._variable(name, place) if name is not None else "${" for name in names]
+        replaced = iter(parts)
+        text = _VARIABLE.sub(lambda _: str(next(replaced)), value)
+        return Given(text) if any(isinstance(part, Given) for part in parts) else text
+
+    def _variable(self, name: str, place: Place) -> Any:
+        self.used.add(name)
+        if name in self.given:
+            return Given(self.given[name])
+        if name not in self.declared:
+            self.document.fail(place, f"${{{name}}} has no value; give it with -D {name}=...")
+        value = self.declared[name]
+        if isinstance(value, str) and _VARIABLE.search(value):
+            self.document.fail(("variables", name), f"{name}: a default cannot use a variable")
+        return value
+
+    def _rebased(self, path: str) -> str:
+        if isinstance(path, Given):
+            return path
+        return os.path.normpath(Path(self.document.name).parent / path)
+
+    def _checked(self, adapter: TypeAdapter[Any], value: Any, place: Place) -> Any:
+        try:
+            if isinstance(value, Given):
+                return _from_text(adapter, value)
+            return adapter.validate_json(json.dumps(value), strict=True)  # as JSON a list fits a tuple
+        except ValidationError as error:
+            message = str(error.errors()[0]["msg"]).split(", unable")[0]
+            message = message.replace("Input should be", "expected")
+            self.document.fail(place, f"{place[-1]}: {message}, got {shown(value)}")
+        except TypeError:  # a value of no JSON type, such as a mapping with a list for its key
+            self.document.fail(place, f"{place[-1]}: no value of an option, got {shown(value)}")
+
+
+def _from_text(adapter: TypeAdapter[Any], text: str) -> Any:
+    """A value as the command line reads it: a list has commas."""
+    if adapter.json_schema().get("type") == "array":
+        return adapter.validate_python(tuple(t.strip() for t in text.split(",") if t.strip()))
+    return adapter.validate_strings(str(text))
+
+
+def _set_options(one: Pass | Gates, folder: str | os.PathLike[str]) -> dict[str, Any]:
+    """The fields that are not the default, as YAML values that read back to the same."""
+    values = {}
+    for f in dataclasses.fields(one):
+        value = getattr(one, f.name)
+        if value == f.default:
+            continue
+        if f.metadata.get("file") and value and not os.path.isabs(value):
+            value = os.path.relpath(value, folder)
+        if isinstance(value, str):
+            value = value.replace("${", "$${")
+        values[f.name] = list(value) if isinstance(value, tuple) else value
+    return values

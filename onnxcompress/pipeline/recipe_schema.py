@@ -1,0 +1,58 @@
+"""The JSON Schema of recipes: an editor completes and checks what `onnxcompress run` reads."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from onnxcompress.evaluation.gates import Gates
+from onnxcompress.option_fields import is_required
+from onnxcompress.passes import load_pass
+from onnxcompress.passes.base import Pass
+from onnxcompress.pipeline.recipe import option_adapter, pass_names
+
+
+def recipe_schema() -> dict[str, Any]:
+    """The JSON Schema of recipes with the passes that are installed; any option may be a `${variable}`."""
+    names = pass_names()
+    steps = {name: {"anyOf": [_object_schema(load_pass(name)), {"type": "null"}]} for name in names}
+    step = {"type": "object", "properties": steps, "additionalProperties": False}
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": "Recipe of onnxcompress",
+        "type": "object",
+        "properties": {
+            "variables": {
+                "description": "Names and defaults; -D NAME=VALUE replaces a default.",
+                "type": ["object", "null"],
+            },
+            "passes": {
+                "description": "The passes in order: a name, or a name and its options.",
+                "type": "array",
+                "minItems": 1,
+                "items": {"anyOf": [{"enum": names}, step | {"minProperties": 1, "maxProperties": 1}]},
+            },
+            "gates": {"anyOf": [_object_schema(Gates), {"type": "null"}]},
+        },
+        "required": ["passes"],
+        "additionalProperties": False,
+    }
+
+
+def _object_schema(cls: type[Pass] | type[Gates]) -> dict[str, Any]:
+    properties = {}
+    for one in dataclasses.fields(cls):
+        schema = option_adapter(cls, one.name).json_schema()
+        about = {"description": one.metadata.get("help", "")}
+        if one.default is not dataclasses.MISSING:
+            about["default"] = one.default
+        variable = {"type": "string", "pattern": r"\$\{"}
+        properties[one.name] = about | {"anyOf": [*schema.get("anyOf", [schema]), variable]}
+    required = [f.name for f in dataclasses.fields(cls) if is_required(f)]
+    return {
+        "description": (cls.__doc__ or "").strip().partition("\n\n")[0],
+        "type": "object",
+        "properties": properties,
+        "required": required,
+        "additionalProperties": False,
+    }

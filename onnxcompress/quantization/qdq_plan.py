@@ -1,0 +1,265 @@
+"""What is quantized where: layers, the tensors that carry integers, and who reads which of them.
+
+    tensor --quantizer (bits)--> edge into a node
+
+An edge is (node, input index); all edges that read a tensor with the same bits share one quantizer. Where
+they lie is what onnxruntime's integer kernels need (QLinearConv, QLinearAdd, …): on each input of a linear
+layer and of an element-wise or pooling operator, and behind the activation (Relu, Clip) that only such a
+layer feeds, never before it. Operators that only move numbers (Reshape, MaxPool, Slice, …) have one grid
+on both sides.
+
+With activations of 8 bits all of this is 8 bits, and what a quantized node gives is quantized whoever reads
+it. With fewer, linear layers read that many bits; residual sums, pools and the like read 8: no integer
+kernel exists there, and a residual stream holds far more than a layer needs of it.
+
+Legality of a layer (refused with the reason otherwise):
+ 1. a Conv, ConvTranspose, Gemm or MatMul on data, with a constant float32 weight (rules 6 and 7 of
+    `graph.linear_layer`);
+ 2. nothing else reads that weight; the bias is constant, one number for each channel;
+ 3. of a Gemm: not transposed input, alpha 1.
+Does not handle: recurrent and attention operators, bodies of If, Loop and Scan.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import onnx_graphsurgeon as gs
+
+from onnxcompress.account import Refusal
+from onnxcompress.graph.constant_folding import constant_value
+from onnxcompress.graph.linear_layer import BIAS_AT, LINEAR_OPS, Linear, as_linear
+from onnxcompress.graph.query import (
+    attribute,
+    input_at,
+    is_op,
+    is_output,
+    node_label,
+    only_consumer,
+    value_readers,
+)
+from onnxcompress.graph.shape_inference import tensor_shapes
+from onnxcompress.graph.topology import Topology
+from onnxcompress.model import Model
+
+STREAM_BITS = 8
+ARITHMETIC = ("Add", "Mul", "Concat", "AveragePool", "GlobalAveragePool", "LeakyRelu", "Sigmoid")
+"""Operators with an integer kernel of their own in onnxruntime."""
+MOVING = ("MaxPool", "Reshape", "Flatten", "Transpose", "Squeeze", "Unsqueeze", "Slice", "Gather",
+          "Identity", "DepthToSpace", "SpaceToDepth", "Split", "Pad", "Dropout")  # fmt: skip
+"""Operators whose outputs hold numbers of their first input (and zeros) only."""
+FUSED = ("Relu", "Clip")
+
+Key = tuple[str, int]
+"""(tensor, bits)"""
+Edge = tuple[int, int]
+"""(id of the node, index of the input)"""
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A linear layer whose weight is quantized."""
+
+    linear: Linear
+    label: str
+    weight_bits: int
+    input: Key | None
+    """What it reads; None: floats."""
+
+    @property
+    def node(self) -> gs.Node:
+        return self.linear.node
+
+    @property
+    def output(self) -> str:
+        return str(self.node.outputs[0].name)
+
+    @property
+    def weight(self) -> str:
+        return str(self.node.inputs[self.linear.weight_at].name)
+
+    @property
+    def bias(self) -> str | None:
+        tensor = input_at(self.node, BIAS_AT) if self.linear.takes_bias else None
+        return None if tensor is None else str(tensor.name)
+
+    @property
+    def depthwise(self) -> bool:
+        """One input a group: onnxruntime's kernel for these has sums of 32 bits, which cannot overflow."""
+        return self.node.op == "Conv" and self.linear.weight.shape[:2] == (self.linear.groups, 1)
+
+    def per_channel(self, wanted: bool) -> bool:
+        """Whether output channels have scales of their own. Not those of a grouped ConvTranspose: the axis
+        that they lie on has the channels of one group only."""
+        return wanted and not (self.node.op == "ConvTranspose" and self.linear.groups > 1)
+
+
+@dataclass
+class Plan:
+    """All that is to be quantized."""
+
+    layers: dict[int, Layer] = field(default_factory=dict)
+    """By id of the node."""
+    edges: dict[Edge, Key] = field(default_factory=dict)
+    like: dict[Key, Key] = field(default_factory=dict)
+    """Quantizers whose grid is another's."""
+    refusals: list[Refusal] = field(default_factory=list)
+
+    @property
+    def quantizers(self) -> list[Key]:
+        return list(dict.fromkeys(self.edges.values()))
+
+    def root(self, key: Key) -> Key:
+        """The quantizer whose grid this one has."""
+        while key in self.like:
+            key = self.like[key]
+        return key
+
+
+@dataclass(frozen=True)
+class Bits:
+    """What the user chose."""
+
+    weight: int
+    activation: int | None
+    """None: weights only."""
+    ends: int | None
+    """Of the first and last layer, weight and input; None: as the others."""
+    depthwise: int = 0
+    """Of depthwise convolutions where weights alone are quantized, at least."""
+
+
+def make_plan(model: Model, bits: Bits, chosen: Mapping[str, int] | None = None) -> Plan:
+    """Everything that can be quantized in the prepared model, and what cannot.
+
+    chosen: bits of single layers' weights, by name of the weight; they win over `bits`.
+    """
+    topology = Topology(model)
+    plan = Plan()
+    linears = _linears(model, topology, plan)
+    first, last = _ends(linears, topology) if bits.ends else (set(), set())
+    for node, linear in linears:
+        own = id(node) in first | last
+        weight = max(bits.ends or 0, bits.weight) if own else bits.weight
+        key = None
+        if bits.activation is not None:
+            amount = max(bits.ends or 0, bits.activation) if own else bits.activation
+            key = (node.inputs[linear.data_at].name, amount)
+            plan.edges[id(node), linear.data_at] = key
+        layer = Layer(linear, node_label(node), weight, key)
+        if layer.depthwise and key is None:
+            layer = replace(layer, weight_bits=max(weight, bits.depthwise))
+        own_bits = (chosen or {}).get(layer.weight)
+        plan.layers[id(node)] = layer if own_bits is None else replace(layer, weight_bits=own_bits)
+    if bits.activation is not None and plan.layers:
+        _streams(model, topology, plan)
+        if bits.activation == STREAM_BITS:
+            _outputs(model, plan, topology)
+        _moves(topology, plan)
+    return plan
+
+
+def _linears(model: Model, topology: Topology, plan: Plan) -> list[tuple[gs.Node, Linear]]:
+    ranks = {name: len(shape) for name, shape in tensor_shapes(model).items()}
+    found = []
+    for node in topology.order:
+        if not is_op(node, *LINEAR_OPS) or id(node.outputs[0]) not in topology.data:
+            continue
+        linear = as_linear(model, node, lambda t: ranks.get(t.name))
+        refusal = linear if isinstance(linear, Refusal) else _check(model, linear)
+        if refusal is not None:
+            plan.refusals.append(refusal)
+        elif isinstance(linear, Linear):
+            found.append((node, linear))
+    return found
+
+
+def _check(model: Model, linear: Linear) -> Refusal | None:
+    """Rules 1 to 3."""
+    node, label = linear.node, node_label(linear.node)
+    if linear.weight.dtype != np.float32:
+        return Refusal(label, f"its weight is {linear.weight.dtype}", "convert the model to float32")
+    weight = node.inputs[linear.weight_at]
+    if len(value_readers(weight)) > 1 or is_output(model, weight):
+        return Refusal(label, f"the weight {weight.name!r} is shared", "give each layer a copy of its own")
+    bias = input_at(node, BIAS_AT) if linear.takes_bias else None
+    value = None if bias is None else constant_value(model, bias)
+    if value is not None and node.op != "Gemm":
+        value = linear.spread(value)
+    if bias is not None and (value is None or not linear.is_per_channel(value)):
+        return Refusal(label, "its bias is not one constant for each channel", "make it an initializer")
+    if node.op == "Gemm" and (attribute(node, "transA", 0) or attribute(node, "alpha", 1.0) != 1.0):
+        return Refusal(label, "it is a Gemm with transA or alpha", "export it with transA 0, alpha 1")
+    return None
+
+
+def _ends(linears: list[tuple[gs.Node, Linear]], topology: Topology) -> tuple[set[int], set[int]]:
+    """Layers that no other layer feeds, and those that feed none."""
+    below: dict[int, bool] = {}
+    linear = {id(node) for node, _ in linears}
+    feeds: set[int] = set()
+    sources: dict[int, set[int]] = {}
+    for node in topology.order:
+        behind: set[int] = set()
+        for tensor in node.inputs:
+            behind |= sources.get(id(tensor), set()) if id(tensor) in topology.data else set()
+        if id(node) in linear:
+            below[id(node)] = bool(behind)
+            feeds |= behind
+            behind = {id(node)}
+        for tensor in node.outputs:
+            sources[id(tensor)] = behind
+    return {n for n, fed in below.items() if not fed}, linear - feeds
+
+
+def _streams(model: Model, topology: Topology, plan: Plan) -> None:
+    """Sums, products and pools of data read 8 bits."""
+    for node in topology.order:
+        if is_op(node, *ARITHMETIC) and all(id(t) in topology.data for t in node.inputs):
+            for index, tensor in enumerate(node.inputs):
+                plan.edges[id(node), index] = (tensor.name, STREAM_BITS)
+
+
+def _outputs(model: Model, plan: Plan, topology: Topology) -> None:
+    """What a quantized node gives is quantized for all who read it: its kernel then writes integers."""
+    for node in topology.order:
+        if not any((id(node), index) in plan.edges for index in range(len(node.inputs))):
+            continue
+        for tensor in (behind_activation(model, t) for t in node.outputs):
+            for reader in value_readers(tensor) if id(tensor) in topology.data else ():
+                for index, read in enumerate(reader.inputs):
+                    if read is tensor and not is_op(reader, *MOVING):
+                        plan.edges.setdefault((id(reader), index), (tensor.name, STREAM_BITS))
+
+
+def _moves(topology: Topology, plan: Plan) -> None:
+    """Operators that move numbers read what their readers read, in the same grid."""
+    for node in reversed(topology.order):
+        if not is_op(node, *MOVING) or id(node.inputs[0]) not in topology.data:
+            continue
+        read = {
+            plan.edges[id(reader), index]
+            for tensor in node.outputs
+            for reader in value_readers(tensor)
+            for index, one in enumerate(reader.inputs)
+            if one is tensor and (id(reader), index) in plan.edges
+        }
+        wide = [key for key in read if key[1] == STREAM_BITS]
+        if wide:
+            source = (node.inputs[0].name, STREAM_BITS)
+            plan.edges[id(node), 0] = source
+            plan.like.update(dict.fromkeys(wide, source))
+
+
+def behind_activation(model: Model, tensor: gs.Tensor) -> gs.Tensor:
+    """The tensor behind a Relu or Clip that alone reads this one; else itself."""
+    node = only_consumer(model, tensor)
+    if not is_op(node, *FUSED):
+        return tensor
+    bounded = all(constant_value(model, t) is not None for t in node.inputs[1:] if not t.is_empty())
+    return node.outputs[0] if bounded else tensor
+
+
+QDQ = ("QuantizeLinear", "DequantizeLinear")

@@ -1,0 +1,147 @@
+"""Write a plan into the graph as QDQ: standard QuantizeLinear and DequantizeLinear, nothing else.
+
+    weight   int8 initializer -> DequantizeLinear(scale, axis) -> layer
+    bias     int32 initializer -> DequantizeLinear(s_x s_w) -> layer      where the layer reads integers
+    tensor   [-> Clip(low, high)] -> QuantizeLinear -> DequantizeLinear -> its readers
+
+The Clip stands where the grid has fewer integers than its type: so the file computes what it says on any
+runtime. All readers of a quantizer share its DequantizeLinear.
+"""
+
+from __future__ import annotations
+
+import ml_dtypes
+import numpy as np
+import onnx_graphsurgeon as gs
+
+from onnxcompress.graph.edit import set_input, unique_name
+from onnxcompress.graph.linear_layer import BIAS_AT
+from onnxcompress.graph.query import is_op
+from onnxcompress.graph.topology import Topology
+from onnxcompress.model import Model
+from onnxcompress.quantization.affine_grid import Grid
+from onnxcompress.quantization.qdq_plan import Key, Layer, Plan
+
+_TYPES = {"int8": np.int8, "uint8": np.uint8, "int4": ml_dtypes.int4, "uint4": ml_dtypes.uint4}
+
+
+class Emitter:
+    """Names and nodes of one emission."""
+
+    def __init__(self, model: Model) -> None:
+        self.model = model
+        self.taken = set(model.graph.tensors())
+        self.added: list[gs.Node] = []
+
+    def constant(self, base: str, values: np.ndarray) -> gs.Constant:
+        return gs.Constant(self.name(base), np.asarray(values))  # a product of 0-d arrays is a scalar
+
+    def name(self, base: str) -> str:
+        found = base if base not in self.taken else unique_name(self.model, base)
+        while found in self.taken:
+            found += "_"
+        self.taken.add(found)
+        return found
+
+    def node(self, op: str, inputs: list[gs.Tensor], base: str, **attrs: int) -> gs.Tensor:
+        output = gs.Variable(self.name(base), np.float32)
+        self.added.append(gs.Node(op, self.name(f"{base}_node"), attrs, inputs, [output]))
+        return output
+
+
+def emit(
+    model: Model,
+    plan: Plan,
+    grids: dict[Key, Grid],
+    weights: dict[int, tuple[np.ndarray, Grid]],
+    biases: dict[int, np.ndarray],
+) -> None:
+    """Turn the float model into the quantized one, in place.
+
+    grids: of the plan's root quantizers. weights: integers in the initializer's layout, and their grid, by
+    id of the node. biases: float (outputs,).
+    """
+    made = Emitter(model)
+    for layer in plan.layers.values():
+        grid = None if layer.input is None else grids[plan.root(layer.input)]
+        integers, own = weights[id(layer.node)]
+        _weight(made, layer, integers, own)
+        if id(layer.node) in biases:
+            _bias(made, layer, biases[id(layer.node)], own, grid)
+    _activations(made, plan, grids)
+    model.graph.nodes.extend(made.added)
+    model.touch()
+    order = Topology(model).order
+    model.graph.nodes[:] = order
+    model.touch()
+
+
+def channel_axis(layer: Layer) -> int:
+    """The axis of the stored weight on which the output channels are."""
+    node, linear = layer.node, layer.linear
+    if is_op(node, "Conv") or (is_op(node, "Gemm") and node.attrs.get("transB", 0)):
+        return 0
+    return 0 if is_op(node, "MatMul") and linear.weight_at == 0 else 1
+
+
+def _weight(made: Emitter, layer: Layer, integers: np.ndarray, grid: Grid) -> None:
+    base, kind = layer.weight, _TYPES[grid.storage]
+    zero = np.full(grid.scale.shape, grid.zero_point).astype(kind)
+    inputs = [
+        made.constant(f"{base}_quantized", (integers + grid.zero_point).astype(np.int32).astype(kind)),
+        made.constant(f"{base}_scale", grid.scale),
+        made.constant(f"{base}_zero_point", zero),
+    ]
+    attrs = {"axis": channel_axis(layer)} if grid.scale.ndim else {}
+    set_input(
+        layer.node, layer.linear.weight_at, made.node("DequantizeLinear", inputs, f"{base}_dq", **attrs)
+    )
+
+
+def _bias(made: Emitter, layer: Layer, bias: np.ndarray, weight: Grid, data: Grid | None) -> None:
+    base = layer.bias or f"{layer.output}_bias"
+    if data is None:
+        set_input(layer.node, BIAS_AT, made.constant(f"{base}_corrected", bias.astype(np.float32)))
+        return
+    scale = (data.scale * weight.scale).astype(np.float32)
+    integers = np.clip(np.rint(bias.astype(np.float64) / scale), -(2**31) + 1, 2**31 - 1).astype(np.int32)
+    inputs = [
+        made.constant(f"{base}_quantized", integers),
+        made.constant(f"{base}_scale", scale),
+        made.constant(f"{base}_zero_point", np.zeros(scale.shape, np.int32)),
+    ]
+    attrs = {"axis": 0} if scale.ndim else {}
+    set_input(layer.node, BIAS_AT, made.node("DequantizeLinear", inputs, f"{base}_dq", **attrs))
+
+
+def _activations(made: Emitter, plan: Plan, grids: dict[Key, Grid]) -> None:
+    nodes = {id(node): node for node in made.model.graph.nodes}
+    tensors = made.model.graph.tensors()
+    done: dict[Key, gs.Tensor] = {}
+    shared: dict[Key, list[gs.Tensor]] = {}
+    for (place, index), key in plan.edges.items():
+        if key not in done:
+            grid = grids[plan.root(key)]
+            done[key] = _quantized(made, tensors[key[0]], key, grid, shared, plan.root(key))
+        nodes[place].inputs[index] = done[key]
+
+
+def _quantized(
+    made: Emitter, tensor: gs.Tensor, key: Key, grid: Grid, shared: dict[Key, list[gs.Tensor]], root: Key
+) -> gs.Tensor:
+    """The tensor through [Clip,] QuantizeLinear and DequantizeLinear."""
+    base = tensor.name if key[1] == 8 else f"{tensor.name}_{key[1]}bit"
+    if root not in shared:
+        zero = np.asarray(grid.zero_point, _TYPES[grid.storage])
+        shared[root] = [
+            made.constant(f"{base}_scale", grid.scale),
+            made.constant(f"{base}_zero_point", zero),
+        ]
+    source = tensor
+    if grid.narrow:
+        ends = [np.asarray(end, np.float32) for end in grid.bounds]
+        low, high = (made.constant(f"{base}_{n}", e) for n, e in zip(("low", "high"), ends, strict=True))
+        source = made.node("Clip", [source, low, high], f"{base}_clipped")
+    quantized = made.node("QuantizeLinear", [source, *shared[root]], f"{base}_q")
+    quantized.dtype = _TYPES[grid.storage]
+    return made.node("DequantizeLinear", [quantized, *shared[root]], f"{base}_dq")

@@ -1,0 +1,116 @@
+"""What passes did: an account of each, with what it left alone and why."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from onnxcompress.report.elements import Code, Fold, Heading, Part, Prose, Section, Table, Terms
+from onnxcompress.report.run_data import Material
+
+SHOWN = 12
+"""Rows that are shown before the rest is folded away."""
+_ELSEWHERE = (
+    "blocks",
+    "layers",
+    "inputs",
+    "latency",
+    "difference",
+    "target_missed",
+    "order",
+    "additivity",
+    "kept_float32",
+)
+"""Keys of `measured` that other parts tell."""
+
+
+def passes(material: Material) -> Section | None:
+    """The account of each pass: what it did, what it left alone and why, what it measured."""
+    steps = material.steps
+    if not steps:
+        return None
+    parts: list[Part] = []
+    for number, step in enumerate(steps, 1):
+        parts += _account(number if len(steps) > 1 else 0, step)
+    return Section("passes", "What each pass did" if len(steps) > 1 else "What the pass did", parts)
+
+
+def _account(number: int, step: Mapping[str, Any]) -> list[Part]:
+    parts: list[Part] = []
+    if number:
+        took = f"{step['seconds']:.1f} s" + (", kept from an earlier run" if step["cached"] else "")
+        parts.append(Heading(f"{number}. {step['pass']}", took))
+    changes, refusals, measured = step["changes"], step["refusals"], step["measured"]
+    parts += _changes(changes)
+    if refusals:
+        parts += left_alone(refusals)
+    else:
+        parts.append(Prose("Nothing was refused.", "quiet"))
+    difference = measured.get("difference")
+    if difference is not None:
+        parts.append(_difference(difference))
+    terms = plain_terms({k: v for k, v in measured.items() if k not in _ELSEWHERE})
+    more: list[Part] = [Terms(terms)] if terms else []
+    options = json.dumps(step["options"], indent=2)
+    parts.append(Fold("What it measured, and its options", [*more, Code(options)]))
+    return parts
+
+
+def _changes(changes: Sequence[Mapping[str, str]]) -> list[Part]:
+    if not changes:
+        return [Prose("It changed nothing.")]
+    kinds = Counter(c["what"] for c in changes)
+    if len(kinds) > SHOWN:
+        text = f"{len(changes)} changes, of {len(kinds)} kinds."
+    else:
+        text = "; ".join(what if n == 1 else f"{n} × {what}" for what, n in kinds.items()) + "."
+    rows = [[c["node"], c["what"]] for c in changes]
+    return [Prose(text), Fold(f"All {len(rows)} changes", [Table("Changes", ["node", "what"], rows, 2)])]
+
+
+def left_alone(refusals: Sequence[Mapping[str, str]], title: str = "Left alone") -> list[Part]:
+    """What was not done: where, the rule, the remedy."""
+    rows = [[r["node"], r["rule"], r["remedy"] or "–"] for r in refusals]
+    columns = ["node", "why", "what would make it possible"]
+    if not any(r["remedy"] for r in refusals):
+        rows, columns = [row[:2] for row in rows], columns[:2]
+    parts: list[Part] = [Table(f"{title}: {len(rows)}", columns, rows[:SHOWN], 3)]
+    if len(rows) > SHOWN:
+        rest = Table(f"{title}, the rest", columns, rows[SHOWN:], 3)
+        parts.append(Fold(f"{len(rows) - SHOWN} more", [rest]))
+    return parts
+
+
+def _difference(found: Mapping[str, Any]) -> Prose:
+    if "skipped" in found:
+        return Prose(f"Its outputs were not compared: {found['skipped']}")
+    return Prose(
+        f"Largest difference of its outputs on random input: {found['max_abs']:.3g} absolute, "
+        f"{found['max_rel']:.3g} relative (output {found['output']})."
+    )
+
+
+def plain_terms(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+    """Names and values of what is a number, a text or a short list, nested names joined."""
+    rows: list[tuple[str, str]] = []
+    for key, value in values.items():
+        name = f"{prefix}{key}".replace("_", " ")
+        if isinstance(value, Mapping):
+            rows += plain_terms(value, f"{key}: ") if value else [(name, "none")]
+        elif isinstance(value, list):
+            shown = ", ".join(plain(v) for v in value[:8])
+            rows.append((name, (shown + (f" … ({len(value)})" if len(value) > 8 else "")) or "none"))
+        else:
+            rows.append((name, plain(value)))
+    return rows
+
+
+def plain(value: Any) -> str:
+    """A JSON value for a person."""
+    if value is None:
+        return "none"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,136 @@
+"""A model bound to its device: inputs and outputs in its memory, and which provider runs each node."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from onnxcompress.errors import ModelError, RuntimeUnavailable, one_line
+from onnxcompress.model.model_like import ModelLike, label
+from onnxcompress.runtime.inference import Arrays
+from onnxcompress.runtime.providers import NAMED, Provider, full_name
+from onnxcompress.runtime.session import session
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where onnxruntime ran the nodes that were left after its own optimizations."""
+
+    nodes: dict[str, int]
+    """Provider -> number of nodes."""
+    computed_on_cpu: tuple[str, ...] = ()
+    """On a GPU: nodes that the CPU ran and that compute more than shapes, as "name (Op)"."""
+    shapes_on_cpu: tuple[str, ...] = ()
+    """On a GPU: nodes on scalars and vectors that onnxruntime leaves to the CPU; that is normal."""
+
+
+@dataclass(frozen=True)
+class Runner:
+    name: str
+    run: Callable[[], float]
+    """Run once; milliseconds."""
+    batch: int
+    placement: Placement
+
+
+def bind(
+    name: str,
+    model: ModelLike,
+    provider: Provider,
+    threads: int,
+    feeds: Arrays,
+    *,
+    interleaved: bool = True,
+) -> Runner:
+    """Open a session, run it once to see which provider runs what, and bind its inputs and outputs.
+
+    Addresses never change afterwards, so that a CUDA graph, which is captured by the second run, may be
+    replayed. A run waits for the device once, at its end: onnxruntime does so itself.
+    """
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        opened = session(
+            model,
+            provider=provider,
+            threads=threads,
+            profile=str(Path(folder) / "run"),
+            interleaved=interleaved,
+        )
+        try:
+            binding = bound(opened, feeds, provider)
+        except Exception as error:  # onnxruntime's exceptions have no common base
+            raise ModelError(f"{label(model)}: the run failed ({one_line(error)})") from error
+        events = json.loads(Path(opened.end_profiling()).read_text(encoding="utf-8"))
+    placement = placement_of(events, provider.name)
+    _check_provider(name, provider.name, placement)
+
+    def run() -> float:
+        start = time.perf_counter_ns()
+        opened.run_with_iobinding(binding)
+        return (time.perf_counter_ns() - start) / 1e6
+
+    first = next(iter(feeds.values()), np.zeros(()))
+    return Runner(name, run, first.shape[0] if first.ndim else 1, placement)
+
+
+def bound(opened: Any, feeds: Arrays, provider: Provider) -> Any:
+    """Bind inputs to the device, run once, and bind the outputs to what that run allocated."""
+    import onnxruntime as ort
+
+    device, index = ("cuda", provider.options.device) if provider.on_gpu else ("cpu", 0)
+    binding = opened.io_binding()
+    for name, array in feeds.items():
+        binding.bind_ortvalue_input(name, ort.OrtValue.ortvalue_from_numpy(array, device, index))
+    names = [o.name for o in opened.get_outputs()]
+    for name in names:
+        binding.bind_output(name, device, index)
+    binding.synchronize_inputs()
+    first = ort.RunOptions()
+    first.add_run_config_entry("gpu_graph_id", "-1")  # the outputs have no addresses yet: capture nothing
+    opened.run_with_iobinding(binding, first)
+    binding.synchronize_outputs()
+    values = binding.get_outputs()
+    if all(v.is_tensor() for v in values):
+        binding.clear_binding_outputs()
+        for name, value in zip(names, values, strict=True):
+            binding.bind_ortvalue_output(name, value)
+    return binding
+
+
+def placement_of(events: Sequence[Mapping[str, Any]], provider: str) -> Placement:
+    """Read onnxruntime's profile of one run: each event of category Node names its provider."""
+    nodes: dict[str, int] = {}
+    computed: list[str] = []
+    shapes: list[str] = []
+    for event in events:
+        detail = event.get("args", {})
+        if event.get("cat") != "Node" or "provider" not in detail:
+            continue
+        ran = detail["provider"]
+        nodes[ran] = nodes.get(ran, 0) + 1
+        if provider != "cpu" and ran == NAMED["cpu"]:
+            text = f"{event['name'].removesuffix('_kernel_time')} ({detail.get('op_name', '?')})"
+            (shapes if _only_shapes(detail) else computed).append(text)
+    return Placement(nodes, tuple(computed), tuple(shapes))
+
+
+def _only_shapes(detail: Mapping[str, Any]) -> bool:
+    """Whether all that the node writes is scalars and vectors: {"int64": [4]} in the profile."""
+    outputs = detail.get("output_type_shape", [])
+    return all(len(shape) <= 1 for output in outputs for shape in output.values())
+
+
+def _check_provider(name: str, provider: str, placement: Placement) -> None:
+    wanted = full_name(provider)
+    if placement.nodes and wanted not in placement.nodes:
+        ran = ", ".join(f"{p}: {n}" for p, n in placement.nodes.items())
+        raise RuntimeUnavailable(
+            f"{name}: no node ran on {wanted} ({ran}); this provider cannot run the model's "
+            "operators or types, use another"
+        )

@@ -1,0 +1,269 @@
+"""Latency in onnxruntime: warmed up, interleaved, on the device the user asked for.
+
+Clock, temperature and neighbours of a machine drift by more than the differences to be seen. So all models
+run once a round, in a new random order each round: the drift hits all alike, and the ratio of two
+models is taken over the same rounds (`spread` has its interval).
+
+Inputs and outputs are bound once, on a GPU in its memory, and each run waits for the device: no copy and
+no allocation of inputs is timed.
+"""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from math import ceil
+from typing import Any
+
+import numpy as np
+
+from onnxcompress.errors import OptionError
+from onnxcompress.model.model_like import ModelLike, input_specs
+from onnxcompress.progress import Progress, silent
+from onnxcompress.runtime.bootstrap import RESAMPLES, Ratio, half_width, ratio_of
+from onnxcompress.runtime.gpu_clocks import Clocks, watching
+from onnxcompress.runtime.inference import random_feeds
+from onnxcompress.runtime.io_binding import Placement, Runner, bind
+from onnxcompress.runtime.providers import Provider, ProviderLike, described
+from onnxcompress.runtime.session import pick_provider, session
+
+__all__ = ["Placement", "Ratio", "Timing", "benchmark", "ratio", "session"]
+
+DEFAULT_SECONDS = 10.0
+MIN_ROUNDS, MAX_ROUNDS = 20, 10_000
+WARM_WINDOW, WARM_TOLERANCE = 5, 0.05
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Latency of one model: milliseconds a run of `batch` images."""
+
+    name: str
+    median_ms: float
+    mean_ms: float
+    min_ms: float
+    p90_ms: float
+    p99_ms: float
+    runs: int
+    batch: int
+    throughput: float
+    """Images a second, from the median."""
+    provider: str
+    samples_ms: tuple[float, ...] = field(repr=False)
+    """One a round, in the order of the rounds."""
+    placement: Placement = field(default_factory=lambda: Placement({}))
+    settings: dict[str, bool | int | str] = field(default_factory=dict)
+    """Of the provider (`Provider.settings`)."""
+    clocks: Clocks | None = None
+    """Of the GPU while all models were timed, where NVML tells."""
+
+    @property
+    def device(self) -> str:
+        """The provider and its settings, for a person."""
+        return described(self.provider, self.settings)
+
+    def as_dict(self) -> dict[str, Any]:
+        """All but the samples, as JSON values."""
+        values = asdict(self)
+        del values["samples_ms"]
+        return values
+
+
+def benchmark(
+    models: Mapping[str, ModelLike],
+    *,
+    provider: ProviderLike = "auto",
+    batch: int = 1,
+    threads: int = 0,
+    runs: int | None = None,
+    seconds: float | None = None,
+    tolerance: float | None = 0.01,
+    warm_up: float = 3.0,
+    seed: int = 0,
+    shapes: Mapping[str, Sequence[int]] | None = None,
+    progress: Progress = silent,
+) -> dict[str, Timing]:
+    """Time all models, interleaved, on random inputs; name -> Timing, in the order given.
+
+    runs: rounds to time. seconds: end after as long, whichever is first (10 where neither is given).
+    tolerance: without `runs`, end once the interval of each model's ratio to the first is within ± this
+    share (with one model: of its median); None times for all of `seconds`.
+    warm_up: seconds at most until all models run steadily. shapes: input name -> shape, where the model
+    leaves more open than the batch; for every model that has the input.
+    Raises OptionError for bad values, RuntimeUnavailable where the provider cannot run, ModelError.
+    """
+    _check(models, batch, runs, seconds, tolerance)
+    if runs is None and seconds is None:
+        seconds = DEFAULT_SECONDS
+    chosen = pick_provider(provider)
+    feeds = _feeds(models, batch, seed, shapes or {})
+    several = len(models) > 1
+    runners = [bind(n, m, chosen, threads, feeds[n], interleaved=several) for n, m in models.items()]
+    timed = [runner.run for runner in runners]
+    with _without_gc(), watching(chosen) as watch:
+        _warm(timed, warm_up)
+        samples = interleave(
+            timed,
+            runs=runs,
+            seconds=seconds,
+            tolerance=tolerance,
+            seed=seed,
+            between=watch,
+            progress=progress,
+        )
+    clocks = None if watch is None else watch.found()
+    columns = zip(runners, samples.T, strict=True)
+    return {r.name: _summary(r, column, chosen, clocks) for r, column in columns}
+
+
+def ratio(a: Timing, b: Timing, *, confidence: float = 0.95) -> Ratio:
+    """How b compares with a, over the rounds that both ran in. Raises OptionError for unequal rounds."""
+    if a.runs != b.runs:
+        raise OptionError(f"{a.name} has {a.runs} rounds, {b.name} {b.runs}: time them together")
+    if not 0 < confidence < 1:
+        raise OptionError(f"confidence: {confidence}; expected between 0 and 1")
+    return ratio_of(np.array([a.samples_ms, b.samples_ms]).T, confidence)
+
+
+def precision(timings: Mapping[str, Timing]) -> float:
+    """Half the widest 95 % interval of the ratios to the first, relative: what `tolerance` bounds.
+
+    Of one model alone: of its median.
+    """
+    return half_width(np.array([t.samples_ms for t in timings.values()]).T, RESAMPLES)
+
+
+def interleave(
+    timed: Sequence[Callable[[], float]],
+    *,
+    runs: int | None,
+    seconds: float | None,
+    tolerance: float | None,
+    seed: int,
+    clock: Callable[[], float] = time.monotonic,
+    between: Callable[[], None] | None = None,
+    progress: Progress = silent,
+) -> np.ndarray:
+    """Call each of `timed` once a round, in a new order each round; what they return, (rounds, models).
+
+    between: called after each round.
+
+    The rounds end as `benchmark` says; with a time limit alone at MAX_ROUNDS, and never before the third.
+    Progress is in rounds where their number is given, else in seconds, of which fewer may do.
+    """
+    rng = np.random.default_rng(seed)
+    rounds: list[list[float]] = []
+    start = clock()
+    end = None if seconds is None else start + seconds
+    limit = MAX_ROUNDS if runs is None else runs
+    checkpoint = MIN_ROUNDS
+    while len(rounds) < limit:
+        row = [0.0] * len(timed)
+        for index in rng.permutation(len(timed)):
+            row[index] = timed[index]()
+        rounds.append(row)
+        if between is not None:
+            between()
+        now = clock()
+        if runs is None and seconds is not None:
+            progress("timing, seconds at most", min(int(now - start), ceil(seconds)), ceil(seconds))
+        else:
+            progress("timing, rounds", len(rounds), limit)
+        if end is not None and now >= end and len(rounds) >= 3:
+            break
+        if runs is None and tolerance is not None and len(rounds) == checkpoint:
+            if half_width(np.array(rounds)) <= tolerance:
+                break
+            checkpoint = ceil(checkpoint * 1.3)
+    return np.array(rounds)
+
+
+def _check(
+    models: Mapping[str, ModelLike],
+    batch: int,
+    runs: int | None,
+    seconds: float | None,
+    tolerance: float | None,
+) -> None:
+    if not models:
+        raise OptionError("no model to time; give at least one")
+    for name, value in (("batch", batch), ("runs", runs)):
+        if value is not None and value < 1:
+            raise OptionError(f"{name}: {value}; expected 1 or more")
+    for name, limit in (("seconds", seconds), ("tolerance", tolerance)):
+        if limit is not None and limit <= 0:
+            raise OptionError(f"{name}: {limit}; expected more than 0")
+
+
+def _feeds(
+    models: Mapping[str, ModelLike], batch: int, seed: int, shapes: Mapping[str, Sequence[int]]
+) -> dict[str, dict[str, np.ndarray]]:
+    """Random inputs by model; a shape counts for each model that has an input of its name."""
+    inputs = {name: {s.name for s in input_specs(model)} for name, model in models.items()}
+    for name in shapes:
+        if not any(name in known for known in inputs.values()):
+            known = ", ".join(sorted(set().union(*inputs.values()))) or "none"
+            raise OptionError(f"shape for {name!r}: no model has this input; inputs are {known}")
+    return {
+        name: random_feeds(
+            model,
+            batch=batch,
+            seed=seed,
+            shapes={k: v for k, v in shapes.items() if k in inputs[name]},
+            fixed_batch_ok=False,
+        )
+        for name, model in models.items()
+    }
+
+
+def _warm(timed: Sequence[Callable[[], float]], seconds: float) -> None:
+    """Run rounds until each model's last runs take as long as those before, or the time is over."""
+    end = time.monotonic() + seconds
+    history: list[list[float]] = [[] for _ in timed]
+    while not all(_steady(h) for h in history) and time.monotonic() < end:
+        for run, past in zip(timed, history, strict=True):
+            past.append(run())
+
+
+def _steady(history: Sequence[float]) -> bool:
+    if len(history) < 2 * WARM_WINDOW:
+        return False
+    now = float(np.median(history[-WARM_WINDOW:]))
+    before = float(np.median(history[-2 * WARM_WINDOW : -WARM_WINDOW]))
+    return abs(now - before) <= WARM_TOLERANCE * before
+
+
+@contextmanager
+def _without_gc() -> Iterator[None]:
+    enabled = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+def _summary(runner: Runner, samples: np.ndarray, provider: Provider, clocks: Clocks | None) -> Timing:
+    median = float(np.median(samples))
+    p90, p99 = (float(v) for v in np.percentile(samples, [90, 99]))
+    return Timing(
+        name=runner.name,
+        median_ms=median,
+        mean_ms=float(samples.mean()),
+        min_ms=float(samples.min()),
+        p90_ms=p90,
+        p99_ms=p99,
+        runs=len(samples),
+        batch=runner.batch,
+        throughput=runner.batch * 1000 / median if median > 0 else float("inf"),
+        provider=provider.name,
+        samples_ms=tuple(float(s) for s in samples),
+        placement=runner.placement,
+        settings=provider.settings,
+        clocks=clocks,
+    )

@@ -1,0 +1,1 @@
+"""What each layer costs at given bits or sparsity, and what a budget makes of it."""

@@ -1,0 +1,272 @@
+"""One layer changed, the rest as it is: what comes out of the network.
+
+    teacher   x ──> layer ──> y ─┬─ the rest ──> t
+    changed   x̂ ──> layer' ──> y' ─┘  …        ──> t̂        E (t̂ − t)² / Var t
+
+The teacher is walked through once, node by node. At a layer, all tensors that later nodes need are at hand;
+only the layer itself and what lies behind it run again for each change, fed with them.
+
+ - weight bits: rounded as `quantize` rounds a layer that reads what the teacher gives (`rounding`);
+ - activation bits: what the layer reads passes a quantizer with the least squared error (`ranges`);
+ - sparsity: the smallest magnitudes of the layer become zero, by the weights as they are in the file.
+
+A third of the inputs is measured on; the others give moments, ranges and bias corrections. On the inputs
+that a layer was rounded for its error is far too small where they are few: a Gemm has one row an image.
+
+Where the layer has a bias, the mean error of each output channel is taken back, as bias correction does.
+Layers run beside each other on threads, each with one thread of torch: results are the same whatever their
+number. With a twin (`standardize`) teacher and changed network both wear its maps.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from onnxcompress.evaluation.accuracy import agreement, score_output
+from onnxcompress.graph.topology import Topology
+from onnxcompress.optimize.deterministic_threads import one_thread
+from onnxcompress.optimize.executor import Executor
+from onnxcompress.optimize.reconstruction.activation_range import fake, least_squares, samples
+from onnxcompress.optimize.reconstruction.context import Subject, fixed_batch, live_floats, needs
+from onnxcompress.optimize.reconstruction.gptq import Moments, nearest, reconstruct
+from onnxcompress.optimize.reconstruction.layerwise import along
+from onnxcompress.optimize.reconstruction.patches import matrix, patches_of, stored
+from onnxcompress.optimize.reconstruction.quantize import RIDGE
+from onnxcompress.optimize.reconstruction.saturation import Integers
+from onnxcompress.progress import Progress, silent
+from onnxcompress.quantization.qdq_plan import Layer
+from onnxcompress.sensitivity.rows import Row, Variant
+
+MEMORY = 3 << 30
+"""Bytes of the teacher's tensors that are held; fewer inputs are used where they would take more."""
+COPIES = 4
+"""Of the tensors at one place: several layers are measured at once."""
+SHARE = 3
+"""One in so many inputs is measured on."""
+
+
+@dataclass(frozen=True)
+class Measuring:
+    """How layers are changed, and by how many at once."""
+
+    per_channel: bool = True
+    safe: bool = False
+    """As of `integers.Integers.of`."""
+    reconstruct: bool = True
+    seed: int = 0
+    workers: int = 0
+    """0: one for each core."""
+
+
+@one_thread()
+def layer_errors(
+    subject: Subject, variants: Sequence[Variant], how: Measuring, progress: Progress = silent
+) -> list[Row]:
+    """A row for each layer of the plan and each variant, in their order."""
+    workers = how.workers or os.cpu_count() or 1
+    pool = ThreadPoolExecutor(workers)
+    waiting: deque[Future[list[Row]]] = deque()
+    rows: list[Row] = []
+    total, done = len(subject.plan.layers), 0
+    try:
+        walk = _Walk(subject, how)
+        for site in walk.sites():
+            waiting.append(pool.submit(walk.measure, site, variants))
+            while len(waiting) > workers:  # each holds tensors
+                rows += waiting.popleft().result()
+                done += 1
+                progress("measuring layers", done, total)
+        while waiting:
+            rows += waiting.popleft().result()
+            done += 1
+            progress("measuring layers", done, total)
+    finally:
+        pool.shutdown(cancel_futures=True)
+    return rows
+
+
+@dataclass(frozen=True)
+class _Site:
+    """A layer, and the teacher's tensors there."""
+
+    layer: Layer
+    reads: dict[str, Tensor]
+    """What the layer needs."""
+    held: dict[str, Tensor]
+    """What later nodes need, but for the layer's output."""
+    right: Tensor
+    """The layer's output."""
+    outputs: tuple[str, ...]
+    """Of the network, that are not made yet."""
+
+
+@dataclass
+class _Walk:
+    """The teacher's pass, and the runs behind each layer."""
+
+    subject: Subject
+    how: Measuring
+    _targets: dict[str, Tensor] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        model, twin = self.subject.model, self.subject.twin
+        self.executor = Executor.from_model(model)
+        mapped = (*twin.weights, *twin.biases)
+        self.maps = {n: twin.mapped(n, self.executor.parameters[n]) for n in mapped}
+        self.topology = Topology(model)
+        data = self.topology.data
+        self.nodes = [n for n in self.topology.order if any(id(t) in data for t in n.outputs)]
+        self.needs = [needs(node, self.topology) for node in self.nodes]
+        self.last = {name: place for place, needed in enumerate(self.needs) for name in needed}
+        fixed = fixed_batch(model)
+        live = live_floats(model, self.nodes, self.last, model.graph.inputs[0].name)
+        count = max(min(len(self.subject.images), MEMORY // (4 * COPIES * live)) // fixed, 1) * fixed
+        self.images = self.subject.images[:count]
+        measured = max(count // SHARE // fixed, 1) * fixed
+        self.learned = slice(0, count - measured or count)
+        self.measured = slice(count - measured, count)
+
+    def sites(self) -> Iterator[_Site]:
+        """All layers of the plan in the order of the graph."""
+        model = self.subject.model
+        outputs = [t for t in model.graph.outputs if id(t) in self.topology.data]
+        held = {model.graph.inputs[0].name: self.images}
+        with torch.no_grad():
+            found = self.run([t.name for t in outputs], held, {})
+        self._targets = {n: v[self.measured] for n, v in found.items() if v.is_floating_point()}
+        places = {t.name: self.topology.position(t) for t in outputs if t.name in self._targets}
+        for place, node in enumerate(self.nodes):
+            reads = {n: held[n] for n in self.needs[place]}
+            made = [t.name for t in node.outputs if not t.is_empty()]
+            with torch.no_grad():
+                held |= self.run(made, reads, {})
+            held = {n: v for n, v in held.items() if self.last.get(n, -1) > place or n in made}
+            layer = self.subject.plan.layers.get(id(node))
+            if layer is not None:
+                right = held[layer.output]
+                later = {n: v for n, v in held.items() if n != layer.output}
+                now = self.topology.index[id(node)]
+                behind = tuple(n for n, at in places.items() if at >= now)
+                site = _Site(layer, reads, later, right, behind)
+                self._plan(site)
+                yield site
+            held = {n: v for n, v in held.items() if self.last.get(n, -1) > place}
+
+    def _plan(self, site: _Site) -> None:
+        """Have the executor lay out the runs of the site here: only the runs themselves go to threads."""
+        self.executor.needed(site.reads, [site.layer.output])
+        self.executor.needed([*site.held, site.layer.output], site.outputs)
+
+    def measure(self, site: _Site, variants: Sequence[Variant]) -> list[Row]:
+        """A row for each variant."""
+        layer = site.layer
+        with torch.no_grad():
+            weight, shape = matrix(layer, self.executor.parameters[layer.weight])
+            moments = self._moments(site, weight, variants)
+            rows = []
+            for one in variants:
+                reads, parameters = site.reads, {}
+                if one.kind == "activation_bits":
+                    name = layer.node.inputs[layer.linear.data_at].name
+                    reads = reads | {name: self._quantized(reads[name], int(one.value))}
+                else:
+                    zeros = one.kind == "sparsity"
+                    new = (
+                        self._pruned(layer, weight, one)
+                        if zeros
+                        else self._rounded(layer, weight, moments, one)
+                    )
+                    parameters = {layer.weight: stored(layer, new, shape)}
+                wrong = self.run([layer.output], reads, parameters)[layer.output]
+                rows.append(self._row(site, one, weight.numel(), wrong))
+        return rows
+
+    def _row(self, site: _Site, one: Variant, parameters: int, wrong: Tensor) -> Row:
+        """Run what lies behind the layer's changed output, and compare."""
+        layer = site.layer
+        if layer.bias is not None:
+            off = (site.right - wrong)[self.learned]
+            error = off.mean([axis for axis in range(wrong.ndim) if axis != 1])
+            wrong = wrong + along(error, wrong)
+        feeds = {n: v[self.measured] for n, v in (site.held | {layer.output: wrong}).items()}
+        found = self.run(site.outputs, feeds, {})
+        total = 0.0
+        for name, value in found.items():
+            target = self._targets[name].double()
+            off = (value.double() - target).square().mean()
+            total += float(off / target.var(correction=0).clamp_min(1e-12))
+        error_ = total / max(len(self._targets), 1)
+        return Row(
+            layer.label,
+            layer.node.op,
+            layer.weight,
+            parameters,
+            one.kind,
+            one.value,
+            error_ if math.isfinite(error_) else float("inf"),
+            self._changed(self._targets | found),
+        )
+
+    def _changed(self, found: Mapping[str, Tensor]) -> float | None:
+        """Share of other top-1 classes, by the first output that has scores."""
+        count = self.measured.stop - self.measured.start
+        right = score_output({n: v.numpy() for n, v in self._targets.items()}, count)
+        wrong = score_output({n: found[n].numpy() for n in self._targets}, count)
+        return None if right is None or wrong is None else 1 - agreement(right, wrong)
+
+    def _quantized(self, x: Tensor, bits: int) -> Tensor:
+        grid = least_squares(samples(x[self.learned], self.how.seed), bits, "uint8", False)
+        return fake(x, grid)
+
+    def _pruned(self, layer: Layer, weight: Tensor, one: Variant) -> Tensor:
+        """The weight with the smallest magnitudes zero; of equal ones the first."""
+        own = self.executor.parameters[layer.weight]
+        plain, _ = matrix(layer, self.subject.plain.get(layer.weight, own))
+        order = plain.abs().flatten().argsort(stable=True)
+        new = weight.flatten().clone()
+        new[order[: round(one.value * weight.numel())]] = 0
+        return new.reshape(weight.shape)
+
+    def _rounded(self, layer: Layer, weight: Tensor, moments: Moments | None, one: Variant) -> Tensor:
+        """The weight on its grid."""
+        allowed = Integers.of(layer, int(one.value), safe=self.how.safe)
+        each = layer.per_channel(self.how.per_channel)
+        if moments is None:
+            return nearest(weight, allowed, each).weight
+        found = reconstruct(weight, moments, allowed, each, ridge=RIDGE, target=math.inf)
+        return found.weight
+
+    def _moments(self, site: _Site, weight: Tensor, variants: Sequence[Variant]) -> Moments | None:
+        """Of what the layer reads; None where weights are rounded to nearest, or not at all."""
+        cut = patches_of(self.subject.model, site.layer)
+        wanted = self.how.reconstruct and any(v.kind == "weight_bits" for v in variants)
+        if cut is None or not wanted:
+            return None
+        x = site.reads[site.layer.node.inputs[site.layer.linear.data_at].name]
+        generator = torch.Generator().manual_seed(self.how.seed)
+        moments = Moments.empty(weight)
+        for start in range(0, self.learned.stop, self.subject.batch):
+            part = slice(start, min(start + self.subject.batch, self.learned.stop))
+            a, y = cut.take(x[part], site.right[part], generator)
+            moments.add(a, torch.zeros_like(y))
+        return moments
+
+    def run(
+        self, outputs: Sequence[str], feeds: Mapping[str, Tensor], parameters: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """In batches. parameters: new ones of the network itself, without the twin's maps."""
+        twin = self.subject.twin
+        own = {n: twin.mapped(n, v) if n in self.maps else v for n, v in parameters.items()}
+        size, parts = self.subject.batch, []
+        for start in range(0, len(next(iter(feeds.values()))), size):
+            part = {n: v[start : start + size] for n, v in feeds.items()}
+            parts.append(self.executor.run(part, list(outputs), self.maps | own))
+        return {n: torch.cat([part[n] for part in parts]) for n in outputs}

@@ -1,0 +1,190 @@
+"""High-bias absorption: give the part of a bias that the activation never cuts to the layers behind.
+
+Let layer 2 feed layer 1 through Relu, and let the record say that channel c of z = W₂ x + b₂ has mean β and
+deviation γ. Where z is (nearly) never below c = max(0, β − nγ), relu(z) = relu(z − c) + c, so
+
+    b₂ −= c        b₁ += W₁ c (summed over the taps of the kernel)        record: mean −= c
+
+leaves the function (nearly) what it was, and the activation's range [0, β + nγ] becomes [0, 2 nγ] or less.
+After equalization some channels have biases many times their deviation, and one scale for a tensor's
+activations serves the largest range. Source: Nagel et al., Data-Free Quantization through Weight
+Equalization and Bias Correction (ICCV 2019), §4.1.3, where n = 3. Nothing lies between the layers but
+
+    nothing, pools, …   z moves as it is: exact, and c = min(0, β + nγ) serves negative channels, too
+    Relu and its kin    (LeakyRelu, PRelu, Max with 0) exact above c: 99.9 % of a Gaussian for n = 3
+    Clip to [0, h]      (or Min with h) channels with β + nγ > h stay
+
+Legality; everything else stays, with the reason:
+ 1. every way from z ends in a linear layer with a constant bias (a MatMul gets an Add); no graph output, no
+    body of an If, Loop or Scan reads what lies between; each operator on the way moves with its input;
+ 2. no layer pads its input with zeros: they stand for themselves, and would have to become −c. Nothing in
+    ONNX pads with a number per channel. `approximate` takes the sum over all taps for the border, too, as
+    the paper does: right inside the image, wrong where the kernel hangs over;
+ 3. of a ConvTranspose all taps reach every output (1×1, stride 1): no number would be right elsewhere;
+ 4. z is the output of Conv, ConvTranspose or Gemm, or of an Add of one number for each channel;
+ 5. the new values are finite in the layer's type.
+Does not handle: sums of two tensors (the residual stream): what is taken from one writer reaches all later
+readers through all later activations; BatchNormalization: fold it first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import ClassVar
+
+import numpy as np
+
+from onnxcompress.account import Change, Refusal
+from onnxcompress.errors import OptionError
+from onnxcompress.graph import layer_params
+from onnxcompress.graph.channel_groups.groups import Flow
+from onnxcompress.graph.channel_groups.tracer import trace
+from onnxcompress.graph.constant_folding import constant_value
+from onnxcompress.graph.edit import set_constant
+from onnxcompress.graph.linear_layer import Linear
+from onnxcompress.graph.query import node_label, per_channel
+from onnxcompress.model import Model
+from onnxcompress.option_fields import option
+from onnxcompress.passes.absorb_bias.paths import Path, follow
+from onnxcompress.passes.base import Pass, PassResult
+from onnxcompress.passes.fold_bn import into_following
+from onnxcompress.progress import Progress, silent
+from onnxcompress.statistics.record import ChannelStatistics, read_record, write_record
+
+NEGLIGIBLE = 1e-3
+"""Part of a mean that is not worth moving; what rounding leaves after a first run is far below."""
+
+
+@dataclass(frozen=True)
+class AbsorbBias(Pass):
+    """Move high biases into the next layers, so that activations need a smaller range.
+
+    Needs statistics: of BatchNorms that fold-bn recorded, or from calibrate. Best after equalize.
+
+    \b
+    Example: onnxcompress absorb-bias equalized.onnx absorbed.onnx
+    """
+
+    name: ClassVar[str] = "absorb-bias"
+
+    deviations: float = option(3.0, "How far below its mean a channel is taken to reach, in deviations.")
+    approximate: bool = option(False, "Also where a reader pads with zeros: wrong at the image's border.")
+
+    def apply(self, model: Model, progress: Progress = silent) -> PassResult:
+        """Absorb in place; layers with a high bias that has to stay come back as refusals.
+
+        `measured`: `layers` and `channels` that gave bias away, the `largest` bias given, and how many of
+        the layers are wrong at the border (`approximated`).
+        Raises OptionError where `deviations` is negative or not finite.
+        """
+        if not 0 <= self.deviations < np.inf:
+            raise OptionError(f"--deviations {self.deviations}: expected 0 or more")
+        record, flow = read_record(model), trace(model)
+        tensors = [t for node in model.graph.nodes for t in node.outputs if t.name in record]
+        result = PassResult(measured={"layers": 0, "channels": 0, "largest": 0.0, "approximated": 0})
+        for at, tensor in enumerate(tensors):
+            progress("absorbing", at + 1, len(tensors))
+            known = record[tensor.name]
+            path = follow(model, flow, tensor, self.approximate)
+            if isinstance(path, Refusal):
+                if self.shift(known).any():
+                    result.refusals.append(path)
+            elif path is not None and len(path.labels) == len(known.mean):
+                self._give(model, flow, path, record, result)
+        if result.changes:
+            write_record(model, record)
+        return result
+
+    def shift(self, known: ChannelStatistics, path: Path | None = None) -> np.ndarray:
+        """(channels,) what each channel gives away, float64; without a path, what it would through Relu."""
+        mean, reach = known.mean.astype(np.float64), self.deviations * known.std.astype(np.float64)
+        found = np.maximum(0.0, mean - reach)
+        if path is not None and not path.rectified:
+            found += np.minimum(0.0, mean + reach)
+        if path is not None:
+            found[mean + reach > path.ceiling] = 0.0
+        found[np.abs(found) <= NEGLIGIBLE * np.abs(mean)] = 0.0
+        return found
+
+    def _give(
+        self,
+        model: Model,
+        flow: Flow,
+        path: Path,
+        record: dict[str, ChannelStatistics],
+        result: PassResult,
+    ) -> None:
+        """Move the biases along one path, if there is any to move."""
+        known = record[path.tensor.name]
+        shift = self.shift(known, path)
+        if not shift.any() or not path.readers:
+            return
+        label = node_label(path.writer)
+        edits = _edits(model, path, shift)
+        if edits is None:  # rule 5
+            rule = "its high bias stays: a bias would leave the range of its type"
+            result.refusals.append(Refusal(label, rule, "convert the model to a wider type"))
+            return
+        for edit in edits:
+            edit()
+        for name in path.between:
+            if name in record and name in flow.tensors:
+                _follow(record, name, flow, path, shift)
+        count = f"{len(path.readers)} layer{'s' * (len(path.readers) > 1)}"
+        result.changes.append(Change(label, f"high biases given to {count}"))
+        measured = result.measured
+        measured["layers"] += 1
+        measured["channels"] += int(np.count_nonzero(shift))
+        measured["largest"] = max(measured["largest"], float(np.abs(shift).max()))
+        measured["approximated"] += path.padded or any(reader.pads for reader in path.readers)
+
+
+def _edits(model: Model, path: Path, shift: np.ndarray) -> list[Callable[[], object]] | None:
+    """What to do to the writer and the readers; None: a value would not be finite."""
+    found: list[Callable[[], object]] = []
+    if path.linear is not None:
+        found.append(_moved(model, path.linear, -shift))
+    else:
+        node, at = path.writer, path.constant_at
+        constant = constant_value(model, node.inputs[at])
+        assert constant is not None
+        number = per_channel(constant, path.rank, len(shift))
+        assert number is not None
+        with np.errstate(over="ignore"):
+            new = (number - shift).reshape(-1, *[1] * (path.rank - 2)).astype(constant.dtype)
+        if not np.isfinite(new).all():
+            return None
+        found.append(partial(set_constant, model, node, at, new, f"{node.inputs[at].name}_absorbed"))
+    for reader in path.readers:
+        gets = reader.layer.response(path.along(reader.reads, shift))
+        found.append(_moved(model, reader.layer, gets))
+    return None if any(edit is _impossible for edit in found) else found
+
+
+def _moved(model: Model, layer: Linear, by: np.ndarray) -> Callable[[], object]:
+    """The edit that adds one number for each channel to a layer's output."""
+    if not layer.takes_bias:
+        finite = np.isfinite(layer_params.stored(by, layer)).all()
+        return partial(into_following.add_behind, model, layer, by) if finite else _impossible
+    bias = layer_params.bias(model, layer)
+    assert bias is not None
+    offset = layer_params.stored(bias + layer.spread(by), layer)
+    return (
+        partial(layer_params.set_bias, model, layer, offset) if np.isfinite(offset).all() else _impossible
+    )
+
+
+def _impossible() -> None:
+    raise AssertionError
+
+
+def _follow(
+    record: dict[str, ChannelStatistics], name: str, flow: Flow, path: Path, shift: np.ndarray
+) -> None:
+    """Move a recorded mean on the path."""
+    known, labels = record[name], flow.tensors[name]
+    if labels.ndim > 1 and labels.shape[1] == labels.size == len(known.mean):
+        mean = (known.mean - path.along(labels.reshape(-1), shift)).astype(np.float32)
+        record[name] = ChannelStatistics(mean, known.std, known.source)

@@ -1,0 +1,157 @@
+"""What the taps of layers see on average: from the record, or measured on inputs. See `_correct_taps`.
+
+Measured: images go through the reference, or each layer's input is drawn from statistics
+(`optimize.synthesis.layer_sampler`); batches count by their number of samples, sums are in float64.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import numpy as np
+import onnx_graphsurgeon as gs
+
+from onnxcompress.account import Refusal
+from onnxcompress.data.image_set import ImageSet
+from onnxcompress.errors import InputError
+from onnxcompress.graph.channel_groups.tracer import trace
+from onnxcompress.graph.constant_folding import constant_value
+from onnxcompress.graph.linear_layer import Linear
+from onnxcompress.graph.query import attribute, input_at, is_op, node_label, producer
+from onnxcompress.graph.shape_inference import tensor_shapes
+from onnxcompress.model import Model
+from onnxcompress.optimize.calibration import InputRequest, Inputs, gather_inputs
+from onnxcompress.passes.correct_bias.kernel_taps import Window, window
+from onnxcompress.progress import Progress
+from onnxcompress.statistics.propagation import Moments, NoMoments
+from onnxcompress.statistics.record import known_statistics
+
+BATCH = 16
+"""Samples at once, unless the file fixes a batch: the inputs of all layers are held."""
+
+
+def recorded_means(model: Model, layers: list[Linear]) -> dict[str, np.ndarray | Refusal]:
+    """(inputs, taps) means for each layer, from statistics alone, by name of its output tensor."""
+    moments = Moments(model, trace(model), known_statistics(model))
+    found: dict[str, np.ndarray | Refusal] = {}
+    for layer in layers:
+        name = layer.node.outputs[0].name
+        try:
+            source, geometry = layer_window(model, layer)
+            mean, _ = moments.of(source)
+            if len(mean) != layer.inputs:
+                raise NoMoments(f"the channels of {source.name!r} are not those of the layer")
+            found[name] = mean[:, None] * geometry.coverage()
+        except NoMoments as problem:
+            rule = f"the mean of its input is not known: {problem.rule}"
+            found[name] = Refusal(node_label(layer.node), rule, problem.remedy)
+    return found
+
+
+def layer_window(model: Model, layer: Linear) -> tuple[gs.Tensor, Window]:
+    """The tensor that a layer reads, through a Pad of zeros if there is one, and where its taps lie.
+
+    Raises NoMoments where the size of the image is open and matters.
+    """
+    source = layer.node.inputs[layer.data_at]
+    pads = None
+    node = producer(source)
+    if is_op(node, "Pad") and layer.node.op == "Conv":
+        pads = _zeros(model, node)
+        source = source if pads is None else node.inputs[0]
+    shape = tensor_shapes(model).get(source.name)
+    sizes = [d for d in (shape or ())[2:] if isinstance(d, int)]
+    if layer.node.op in ("Conv", "ConvTranspose") and len(sizes) != layer.rank - 2:
+        if np.prod(layer.weight.shape[2:]) != 1 or layer.node.op != "Conv" or pads is not None:
+            raise NoMoments("the size of the image is open", "fix it in the file")
+        sizes = [1] * (layer.rank - 2)
+    return source, window(layer, tuple(sizes), pads)
+
+
+def _zeros(model: Model, node: gs.Node) -> tuple[int, ...] | None:
+    """Pads of the image, begins first, of a Pad with zeros; None: it is another Pad."""
+    given = attribute(node, "pads")
+    value = np.asarray(given) if given is not None else constant_value(model, node.inputs[1])
+    filled = input_at(node, 2)
+    number = attribute(node, "value", 0.0) if filled is None else constant_value(model, filled)
+    plain = attribute(node, "mode", "constant") in ("constant", b"constant") and input_at(node, 3) is None
+    if value is None or number is None or np.any(number) or not plain:
+        return None
+    begins, ends = value.reshape(2, -1).tolist()
+    if any(begins[:2]) or any(ends[:2]) or min(begins + ends) < 0:
+        return None
+    return tuple(begins[2:] + ends[2:])
+
+
+def measured_means(
+    model: Model, layers: list[Linear], request: InputRequest, progress: Progress
+) -> tuple[Mapping[str, np.ndarray | Refusal], Inputs]:
+    """(inputs, taps) means for each layer, by name of its output tensor, or why there are none; and what
+    they were measured on."""
+    inputs = gather_inputs(model, request, progress=progress)
+    windows: dict[str, tuple[str, Window]] = {}
+    found: dict[str, np.ndarray | Refusal] = {}
+    for layer in layers:
+        name = layer.node.outputs[0].name
+        try:
+            source, geometry = layer_window(model, layer)
+            windows[name] = (source.name, geometry)
+        except NoMoments as problem:
+            rule = f"the mean of its input cannot be measured: {problem.rule}"
+            found[name] = Refusal(node_label(layer.node), rule, problem.remedy)
+    tensors = sorted({source for source, _ in windows.values()})
+    if not tensors:
+        return found, inputs
+    sums = dict.fromkeys(windows, np.zeros(()))
+    total = len(inputs.images)
+    if inputs.layerwise:
+        batches = _drawn(model, tensors, total, request.seed)
+    else:
+        batches = _seen(model, tensors, inputs.images)
+    done = 0
+    for count, values in batches:
+        for name, (source, geometry) in windows.items():
+            sums[name] = sums[name] + count * geometry.means(values[source])
+        done += count
+        progress("measuring means", done, total)
+    progress("measuring means", total, total)
+    return found | {name: value / done for name, value in sums.items()}, inputs
+
+
+def _seen(
+    model: Model, tensors: list[str], images: ImageSet
+) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
+    """Number of samples, and values of the tensors, batch by batch."""
+    import torch
+
+    from onnxcompress.optimize.executor import Executor
+
+    executor = Executor.from_model(model)
+    source = model.graph.inputs[0]
+    first = source.shape[0] if source.shape else None
+    fixed = first if isinstance(first, int) else None
+    if len(images) < (fixed or 1):
+        raise InputError(
+            f"input {source.name!r}: the file fixes a batch of {fixed}, there are {len(images)}"
+        )
+    for x in images.batches(fixed or BATCH):
+        if fixed and len(x) < fixed:
+            return
+        with torch.no_grad():
+            values = executor.run({source.name: torch.from_numpy(x)}, tensors)
+        yield len(x), {name: value.numpy() for name, value in values.items()}
+
+
+def _drawn(
+    model: Model, tensors: list[str], count: int, seed: int
+) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
+    import torch
+
+    from onnxcompress.optimize.synthesis.layer_sampler import LayerSampler
+
+    sampler = LayerSampler(model)
+    for at, start in enumerate(range(0, count, BATCH)):
+        size = min(BATCH, count - start)
+        with torch.no_grad():
+            values = sampler.sample_all(tensors, size, seed + at)
+        yield size, {name: value.numpy() for name, value in values.items()}

@@ -1,0 +1,218 @@
+"""Scales become weights, biases, constants, bounds, Mul nodes and the record. See `equalize`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_graphsurgeon as gs
+
+from onnxcompress.account import Change, Refusal
+from onnxcompress.graph import layer_params
+from onnxcompress.graph.channel_groups.groups import Bounds, Flow, Labels, Layer, Offset
+from onnxcompress.graph.constant_folding import constant_value
+from onnxcompress.graph.edit import remove_unread, set_constant, unique_name
+from onnxcompress.graph.linear_layer import Linear
+from onnxcompress.graph.query import node_label
+from onnxcompress.model import Model
+from onnxcompress.passes.equalize.scales import Balance
+from onnxcompress.statistics.record import ChannelStatistics, read_record, write_record
+
+
+@dataclass(frozen=True)
+class NewValues:
+    """What one layer or one operator with a constant gets."""
+
+    layer: Layer | None
+    offset: Offset | None
+    weight: np.ndarray
+    """Or the constant."""
+    bias: np.ndarray | None
+    """As it broadcasts onto the output; None: it stays."""
+
+
+def scaled_weight(linear: Linear, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
+    """The weight with its rows multiplied and its columns divided, float64, as stored."""
+    weight = linear.weight.astype(np.float64)
+    view = linear.view(weight)
+    view *= rows.reshape(linear.groups, -1, 1, 1)
+    view /= columns.reshape(linear.groups, 1, -1, 1)
+    return weight
+
+
+def new_values(
+    model: Model, flow: Flow, balance: Balance, scales: np.ndarray
+) -> tuple[list[NewValues], dict[int, Refusal]]:
+    """New values of all that changes; or the channel groups that their type cannot hold, and why."""
+    found: list[NewValues] = []
+    barred: dict[int, Refusal] = {}
+    for at, layer in enumerate(flow.layers):
+        rows, columns = balance.writes(at), balance.reads(at)
+        if not rows.any() and not columns.any():
+            continue
+        linear = layer.linear
+        weight = layer_params.stored(scaled_weight(linear, np.exp(rows), np.exp(columns)), linear)
+        bias = layer_params.bias(model, linear) if rows.any() else None
+        if bias is not None:
+            bias = layer_params.stored(bias * linear.spread(np.exp(rows)), linear)
+        found.append(NewValues(layer, None, weight, bias))
+        if not _holds(linear.weight, weight) or (bias is not None and not np.isfinite(bias).all()):
+            refusal = _overflow(linear.node, weight)
+            moved = [layer.writes[rows != 0], layer.reads[columns != 0]]
+            barred |= dict.fromkeys(np.concatenate(moved).tolist(), refusal)
+    for offset in flow.offsets:
+        if scales[offset.labels].any():
+            old = constant_value(model, offset.node.inputs[offset.operand])
+            assert old is not None
+            new = _scaled_constant(old, scales[offset.labels])
+            found.append(NewValues(None, offset, new, None))
+            if not np.isfinite(new).all():
+                refusal = _overflow(offset.node, new)
+                barred |= dict.fromkeys(np.unique(offset.labels).tolist(), refusal)
+    return found, barred
+
+
+def _holds(old: np.ndarray, new: np.ndarray) -> bool:
+    """Whether no value overflowed, and none but the tiniest lost digits."""
+    tiny = np.finfo(new.dtype).tiny
+    lost = (np.abs(new) < tiny) & (np.abs(old) > tiny / np.finfo(new.dtype).eps)
+    return bool(np.isfinite(new).all() and not lost.any())
+
+
+def _overflow(node: gs.Node, values: np.ndarray) -> Refusal:
+    rule = f"({node.op}) would have values out of the range of {values.dtype.name}"
+    return Refusal(node_label(node), rule)
+
+
+def _scaled_constant(old: np.ndarray, scales: np.ndarray) -> np.ndarray:
+    """A constant times the scales (log) of the channels that it meets; as small as it broadcasts."""
+    with np.errstate(over="ignore"):
+        new = np.asarray(old.astype(np.float64) * np.exp(scales)).astype(old.dtype)
+    if new.size == old.size:
+        return new.reshape(old.shape)
+    return new[0] if new.shape[0] == 1 else new
+
+
+def write_values(model: Model, values: list[NewValues]) -> None:
+    """Put the new weights, biases and constants into the graph."""
+    for new in values:
+        if new.layer is not None:
+            linear = new.layer.linear
+            if new.bias is not None and linear.takes_bias:
+                layer_params.set_bias(model, linear, new.bias)
+            name = linear.node.inputs[linear.weight_at].name
+            set_constant(model, linear.node, linear.weight_at, new.weight, f"{name}_equalized")
+        elif new.offset is not None:
+            node, index = new.offset.node, new.offset.operand
+            name = node.inputs[index].name
+            set_constant(model, node, index, new.weight, f"{name}_equalized")
+    model.touch()
+
+
+def write_bounds(model: Model, bounds: list[Bounds], scales: np.ndarray) -> list[Change]:
+    """Make Relu or Max, and Min, with a bound for each channel, of each Clip whose channels are scaled."""
+    changes = []
+    for clip in bounds:
+        if not scales[clip.labels].any():
+            continue
+        node = clip.node
+        values = (None if t.is_empty() else constant_value(model, t) for t in node.inputs[1:])
+        kinds = [t.dtype for t in node.inputs] + [v.dtype for v in values if v is not None]
+        dtype = next((kind for kind in kinds if kind is not None), np.dtype(np.float32))
+        factor = np.exp(scales[clip.labels])[0]
+        parts = [("Max", clip.low), ("Min", clip.high)]
+        steps = [(op, (bound * factor).astype(dtype)) for op, bound in parts if np.isfinite(bound)]
+        what = f"Clip replaced by {_become(model, node, steps)} with a bound for each channel"
+        changes.append(Change(node_label(node), what))
+    return changes
+
+
+def _become(model: Model, node: gs.Node, steps: list[tuple[str, np.ndarray]]) -> str:
+    """Turn a Clip into these operators, one after the other; the last one makes the Clip's output."""
+    output, name = node.outputs[0], node.name
+    parameters = [node.inputs.pop() for _ in node.inputs[1:]]
+    node.attrs.clear()
+    ops = []
+    place = next(i for i, n in enumerate(model.graph.nodes) if n is node)
+    current = node
+    for at, (op, bound) in enumerate(steps):
+        if at:
+            inner = gs.Variable(unique_name(model, f"{output.name}_low"), output.dtype, output.shape)
+            current.outputs[0] = inner
+            current = gs.Node(op, f"{name}_{op.lower()}" if name else "", inputs=[inner], outputs=[output])
+            model.graph.nodes.insert(place + at, current)
+        current.op = "Relu" if op == "Max" and not bound.any() else op
+        ops.append(current.op)
+        if current.op == "Relu":
+            continue
+        base = f"{output.name}_{'low' if op == 'Max' else 'high'}"
+        current.inputs.append(gs.Constant(unique_name(model, base), bound))
+    remove_unread(model, [t for t in parameters if not t.is_empty()])
+    model.touch()
+    return " and ".join(ops)
+
+
+def write_products(model: Model, flow: Flow, balance: Balance) -> list[Change]:
+    """Add a Mul behind or before a layer where its scales of loose channels do not cancel."""
+    changes = []
+    for at, layer in enumerate(flow.layers):
+        node = layer.linear.node
+        rows = np.where(balance.loose[layer.writes], -balance.writes(at), 0.0)
+        columns = np.where(balance.loose[layer.reads], balance.reads(at), 0.0)
+        if rows.any():
+            output = node.outputs[0]
+            inner = gs.Variable(unique_name(model, f"{output.name}_scaled"), output.dtype, output.shape)
+            node.outputs[0] = inner
+            _insert(model, layer.linear, inner, output, rows, behind=True)
+            changes.append(Change(node_label(node), f"a Mul behind the {node.op} undoes its scales"))
+        if columns.any():
+            data_at = layer.linear.data_at
+            source = node.inputs[data_at]
+            inner = gs.Variable(unique_name(model, f"{source.name}_scaled"), source.dtype, source.shape)
+            node.inputs[data_at] = inner
+            _insert(model, layer.linear, source, inner, columns, behind=False)
+            changes.append(Change(node_label(node), f"a Mul before the {node.op} undoes its scales"))
+    return changes
+
+
+def _insert(
+    model: Model, linear: Linear, source: gs.Tensor, target: gs.Tensor, scales: np.ndarray, *, behind: bool
+) -> None:
+    """A Mul by exp(scales) from source to target, beside the layer's node."""
+    node = linear.node
+    values = linear.spread(np.exp(scales)).astype(linear.weight.dtype)
+    constant = gs.Constant(unique_name(model, f"{target.name}_scale"), values)
+    name = f"{node.name}_{'unscale' if behind else 'scale'}" if node.name else ""
+    new = gs.Node("Mul", name, inputs=[source, constant], outputs=[target])
+    place = next(i for i, n in enumerate(model.graph.nodes) if n is node)
+    model.graph.nodes.insert(place + int(behind), new)
+    model.touch()
+
+
+def write_statistics(model: Model, flow: Flow, scales: np.ndarray) -> int:
+    """Let the record follow; returns how many tensors' statistics changed."""
+    record = read_record(model)
+    changed = 0
+    for name, known in list(record.items()):
+        labels = flow.tensors.get(name)
+        if labels is None or not scales[labels].any():
+            continue
+        factor = _per_channel(np.exp(scales[labels]), len(known.mean))
+        changed += 1
+        if factor is None:
+            del record[name]
+            continue
+        record[name] = ChannelStatistics(
+            (known.mean * factor).astype(np.float32), (known.std * factor).astype(np.float32), known.source
+        )
+    if changed:
+        write_record(model, record)
+    return changed
+
+
+def _per_channel(factor: Labels, channels: int) -> np.ndarray | None:
+    """One number for each channel of axis 1; None where it varies over other axes."""
+    first = factor.reshape(*factor.shape[:2], -1)[0, :, :1]
+    if (factor.reshape(*factor.shape[:2], -1)[0] != first).any() or len(first) not in (1, channels):
+        return None
+    return np.broadcast_to(first[:, 0], (channels,))

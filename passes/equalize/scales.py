@@ -1,0 +1,263 @@
+"""The scales that equalize layers: one for each channel group, or one for each layer that meets there.
+
+Write r for the largest magnitude in a writer's row or a reader's column, at the scales so far, and R for
+the layer's largest. Nagel et al. (ICCV 2019, §4.1) maximize the sum over channels c of (r_w,c / R_w)
+(r_r,c / R_r) for one writer w and one reader r, and find
+
+    s_c = √(r_w,c · r_r,c) / r_w,c = √(r_r,c / r_w,c)          row c ·= s_c,  column c /= s_c
+
+That is two things: a pattern over c, of r relative to R, and a level, the same for all c, which changes no
+layer's precision. With many writers and readers (a residual stream) the pattern is the same formula with
+the largest relative range among the writers and among the readers, for a scale that serves a whole tensor
+is set by the largest; the level takes geometric means over writers and over readers:
+
+    s_c = √( max_r r_r,c/R_r  /  max_w r_w,c/R_w ) · √( mean_r R_r / mean_w R_w )
+
+which for a pair is Nagel's s_c again. Levels do not act on patterns, and follow from a linear system.
+
+Loose channels (Horton et al., arXiv 2011.09058, §3.2): every layer that writes or reads them has a scale
+of its own, and all get the geometric means of their patterns and of their levels; for one writer and one
+reader, both scales are s_c once more: the method's v₂ᵒ and v₁ⁱ.
+
+Patterns of streams depend on each other through the layers between them: they are updated in turn until
+none moves by more than TOLERANCE. Channels that are dead on a side (below DEAD of the layer's largest) do
+not count there, and where a group has no living writer or no living reader its scale stays.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from onnxcompress.graph.channel_groups.groups import Flow, Labels, Layer
+from onnxcompress.graph.query import attribute
+from onnxcompress.passes.equalize.level_solver import LevelSystem, Meeting
+from onnxcompress.progress import Progress, silent
+
+TOLERANCE = 3e-4
+"""Largest |log s| of a sweep after which scales count as converged."""
+BALANCED = 2e-3
+"""Largest |log s| that is not worth a change."""
+LOOSE = 30.0
+"""How much larger both are for loose channels: in dense blocks all of them hang on each other."""
+SWEEPS = 300
+DEAD = 1e-3
+
+
+@dataclass
+class Side:
+    """The rows (a writer) or columns (a reader) of a layer, with their scales so far."""
+
+    layer: int
+    reads: bool
+    labels: Labels
+    shift: np.ndarray
+    """(channels,) log of what the rows were multiplied by, the columns divided by."""
+    unique: Labels
+    """The channel groups on it, and which of them each channel belongs to."""
+    inverse: np.ndarray
+
+    @property
+    def sign(self) -> float:
+        return -1.0 if self.reads else 1.0
+
+    @property
+    def index(self) -> int:
+        return 2 * self.layer + int(self.reads)
+
+
+class Balance:
+    """Scales of a network's layers, all 1 at first; `solve` equalizes them."""
+
+    def __init__(self, flow: Flow, tied: np.ndarray, loose: np.ndarray) -> None:
+        """`tied`, `loose`: masks over channel groups: one scale for all, or one for each layer."""
+        self.tied, self.loose = tied, loose
+        self.sweeps, self.converged = 0, False
+        self._magnitudes = [_magnitudes(layer) for layer in flow.layers]
+        self.sides: list[Side] = []
+        for at, layer in enumerate(flow.layers):
+            for reads, labels in ((False, layer.writes), (True, layer.reads)):
+                unique, inverse = np.unique(labels, return_inverse=True)
+                self.sides.append(Side(at, reads, labels, np.zeros(len(labels)), unique, inverse))
+        moving = tied | loose
+        self.all_streams = _streams(self.sides, flow.count)
+        self.streams = [
+            s
+            for s in self.all_streams
+            if len({side.reads for side in s}) == 2 and any(moving[side.unique].any() for side in s)
+        ]
+
+    def writes(self, layer: int) -> np.ndarray:
+        """Log of the factor of each row of a layer."""
+        return self.sides[2 * layer].shift
+
+    def reads(self, layer: int) -> np.ndarray:
+        """Log of the divisor of each column of a layer."""
+        return self.sides[2 * layer + 1].shift
+
+    def scales(self, count: int) -> np.ndarray:
+        """(groups,) log of the scale of each tied channel group; 0 for others."""
+        found = np.zeros(count)
+        for side in self.sides:
+            at = self.tied[side.labels]
+            found[side.labels[at]] = side.shift[at]
+        return found
+
+    def solve(self, progress: Progress = silent) -> bool:
+        """Equalize; False, and nothing moves, where all is balanced already."""
+        steps = [self._largest(stream, self._pattern(stream)) for stream in self.streams]
+        steps += [
+            self._largest([s], [np.array([y])]) for s, y in zip(self.sides, self._levels(), strict=True)
+        ]
+        if max(steps, default=0.0) < BALANCED:
+            self.converged = True
+            return False
+        while self.sweeps < SWEEPS and not self.converged:
+            self.sweeps += 1
+            largest = max(self._sweep(stream) for stream in self.streams)
+            self.converged = largest < TOLERANCE
+            progress("equalizing", SWEEPS if self.converged else self.sweeps, SWEEPS)
+        for side, level in zip(self.sides, self._levels(), strict=True):
+            side.shift += level
+        return True
+
+    def settle(self) -> None:
+        """Give up loose scales that no layer would gain from: they would cost a Mul."""
+        for side in self.sides:
+            own = self.loose[side.labels]
+            if abs(side.shift[own]).max(initial=0.0) < BALANCED * LOOSE:
+                side.shift[own] = 0.0
+
+    def lost_bits(self) -> float:
+        """Binary digits that one scale for a layer's weights costs a channel: the mean of log2(R / r).
+
+        Over the living channels of all sides that may move; a depthwise layer counts once.
+        """
+        moving = self.tied | self.loose
+        found = [np.zeros(0)]
+        for side in (side for stream in self.streams for side in stream):
+            if side.reads and self._magnitudes[side.layer].shape[1:] == (1, 1):
+                continue
+            ranges = self._grouped(side)
+            top = ranges.max(initial=0.0)
+            found.append(np.log2(top / ranges[moving[side.unique] & (ranges > DEAD * top)]))
+        bits = np.concatenate(found)
+        return float(bits.mean()) if bits.size else 0.0
+
+    def ranges(self, side: Side) -> np.ndarray:
+        """(channels,) largest magnitude in each row or column, at the scales so far."""
+        weight = self._magnitudes[side.layer]
+        groups, outputs, inputs = weight.shape
+        rows = np.exp(self.writes(side.layer)).reshape(groups, outputs, 1)
+        columns = np.exp(-self.reads(side.layer)).reshape(groups, 1, inputs)
+        if side.reads:
+            return np.asarray((weight * rows).max(1, keepdims=True) * columns).reshape(-1)
+        return np.asarray((weight * columns).max(2, keepdims=True) * rows).reshape(-1)
+
+    def _grouped(self, side: Side) -> np.ndarray:
+        """(groups on it,) the largest range of each channel group."""
+        ranges = np.zeros(len(side.unique))
+        np.maximum.at(ranges, side.inverse, self.ranges(side))
+        return ranges
+
+    def _sweep(self, stream: list[Side]) -> float:
+        """Update one stream; returns its largest step."""
+        steps = self._pattern(stream)
+        looped = len({side.layer for side in stream}) < len(stream)
+        for side, step in zip(stream, steps, strict=True):
+            side.shift += step / 2 if looped else step  # rows and columns of one layer move each other
+        return self._largest(stream, steps)
+
+    def _largest(self, stream: list[Side], steps: list[np.ndarray]) -> float:
+        """The largest step, those of loose channels divided by LOOSE."""
+        pairs = zip(stream, steps, strict=True)
+        found = [(abs(s) / np.where(self.loose[a.labels], LOOSE, 1.0)).max(initial=0.0) for a, s in pairs]
+        return float(max(found))
+
+    def _pattern(self, stream: list[Side]) -> list[np.ndarray]:
+        """What equalizes each side's channels relative to the layer's largest, log, others held."""
+        relative, alive = [], []
+        for side in stream:
+            ranges = self._grouped(side)
+            top = ranges.max(initial=0.0)
+            alive.append(ranges > DEAD * top)
+            relative.append(np.log(np.where(alive[-1], ranges, 1.0) / (top or 1.0)))
+        groups = np.unique(np.concatenate([side.unique for side in stream]))
+        places = [np.searchsorted(groups, side.unique) for side in stream]
+        largest = np.full((2, len(groups)), -np.inf)
+        total, number = np.zeros(len(groups)), np.zeros((2, len(groups)))
+        for side, place, values, living in zip(stream, places, relative, alive, strict=True):
+            at, row = place[living], int(side.reads)
+            largest[row, at] = np.maximum(largest[row, at], values[living])
+            total[at] += values[living]
+            number[row, at] += 1
+        both: np.ndarray = np.asarray((number > 0).all(0))
+        common = np.where(both, total / np.maximum(number.sum(0), 1), 0.0)
+        with np.errstate(invalid="ignore"):
+            pull = np.where(both & self.tied[groups], (largest[1] - largest[0]) / 2, 0.0)
+        steps = []
+        for side, place, values, living in zip(stream, places, relative, alive, strict=True):
+            own = both[place] & self.loose[side.unique] & living
+            step = pull[place] + np.where(own, side.sign * (common[place] - values), 0.0)
+            steps.append(step[side.inverse])
+        return steps
+
+    def _levels(self) -> np.ndarray:
+        """(sides,) what equalizes the largest ranges of layers that meet: a log factor for each side."""
+        unknown = self._unknowns()
+        tops = np.array([np.log(self.ranges(side).max(initial=0.0) or 1.0) for side in self.sides])
+        signs = np.array([side.sign for side in self.sides])
+        meetings = [
+            Meeting([side.index for side in stream], bool(self.tied[stream[0].unique].all()))
+            for stream in self.streams
+            if unknown[stream[0].index] >= 0
+        ]
+        return LevelSystem(unknown, signs, meetings).solve(tops)
+
+    def _unknowns(self) -> np.ndarray:
+        """Number of each side's unknown level; -1: it has none, as layers of zeros have no range."""
+        unknown, count = np.full(len(self.sides), -1), 0
+        for stream in self.streams:
+            if not all(self._magnitudes[side.layer].any() for side in stream):
+                continue
+            labels = np.concatenate([side.unique for side in stream])
+            if self.tied[labels].all():
+                unknown[[side.index for side in stream]] = count
+                count += 1
+            elif self.loose[labels].all():
+                unknown[[side.index for side in stream]] = range(count, count + len(stream))
+                count += len(stream)
+        return unknown
+
+
+def _magnitudes(layer: Layer) -> np.ndarray:
+    """(groups, outputs, inputs): the largest magnitude over the taps of the kernel."""
+    linear = layer.linear
+    weight = linear.view(linear.weight)
+    largest = np.maximum(weight.max(3), -weight.min(3)).astype(np.float64)
+    return np.asarray(
+        largest * abs(attribute(linear.node, "alpha", 1.0)) if linear.node.op == "Gemm" else largest
+    )
+
+
+def _streams(sides: list[Side], count: int) -> list[list[Side]]:
+    """Sides that have a channel group in common, directly or through others, in order of the first."""
+    owner = np.full(count, -1)
+    parent = list(range(len(sides)))
+
+    def root(at: int) -> int:
+        while parent[at] != at:
+            at = parent[at]
+        return at
+
+    for at, side in enumerate(sides):
+        for met in np.unique(owner[side.unique]).tolist():
+            if met >= 0:
+                first, second = sorted((root(at), root(met)))
+                parent[second] = first
+        owner[side.unique] = at
+    found: dict[int, list[Side]] = {}
+    for at, side in enumerate(sides):
+        found.setdefault(root(at), []).append(side)
+    return list(found.values())

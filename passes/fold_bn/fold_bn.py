@@ -1,0 +1,179 @@
+"""Fold BatchNorm into the linear layer before it, or after it, and record what it knew of the data.
+
+With the BatchNorm `n(x) = s x + t` per channel (`graph.batch_norm`; s = gamma / sqrt(variance + epsilon),
+t = beta - mean s) and a linear layer with weight W and offset b (`graph.linear_layer`), all in float64:
+
+    behind it   n(W x + b) = (s W) x + (s b + t)                       s along the output channels
+                n((W x + b) + a) = (s W) x + (s (b + a) + t)           an Add of a constant a between
+    before it   W n(x) + b = (W s) x + (b + W t)                       s along the input channels,
+                                                                       W t summed over the kernel's taps
+The layer's bias takes the offset (Gemm: alpha stays, `beta C` becomes C). MatMul has none: the BatchNorm
+node turns into an Add, or the Add beside it takes it. Sources: Krishnamoorthi, arXiv 1806.08342, §3.2;
+Horton et al., arXiv 2011.09058, §3.1 for the record; the ONNX operator specification for the layouts.
+
+Legality (1 to 5 in `graph.batch_norm`, 6 and 7 in `graph.linear_layer`); everything else stays, with the
+reason:
+ 8. what lies between layer and BatchNorm is read by nobody else: no second consumer (the bodies of If, Loop
+    and Scan count), no graph output;
+ 9. the layer has as many channels as the BatchNorm;
+10. no other node reads the weight (its shape it may), or `copy_shared` allows to copy it (a shared bias
+    always gives way to an own one, as where there was none);
+11. the bias is a constant, where it has to change;
+12. the new values are finite in the layer's type;
+13. before a layer: nothing pads it with zeros (they would not be normalized), or t = 0; of a ConvTranspose
+    all taps must reach every output (1x1, stride 1), or t = 0; a Gemm must not transpose its input.
+    A Flatten from axis 1 may lie between;
+14. before a layer: no channel's mean is more than 64 deviations from zero. The BatchNorm subtracts it at
+    once; folded, the layer sums terms that large, and the difference comes last, with their rounding.
+
+A BatchNorm is folded backward where possible, else forward, again and again until none folds. Backward,
+the layer's output takes the name of the BatchNorm's, so graph outputs and the record stay valid. Forward,
+that tensor is gone: the record then holds the layer's new input, with the stored mean and deviation.
+Does not handle: BatchNorm inside the bodies of If, Loop, Scan and inside functions, or across Transpose,
+Reshape, pooling, Concat, Relu; a lone BatchNorm stays as it is: one node is the cheapest form of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import numpy as np
+import onnx_graphsurgeon as gs
+
+from onnxcompress.account import Change, Refusal
+from onnxcompress.graph.batch_norm import is_batch_norm, read_batch_norm
+from onnxcompress.graph.query import DEFAULT_DOMAINS, is_op, node_label, producer
+from onnxcompress.graph.shape_inference import tensor_shapes
+from onnxcompress.model import Model
+from onnxcompress.option_fields import option
+from onnxcompress.passes.base import Pass, PassResult
+from onnxcompress.passes.fold_bn import into_following, into_preceding
+from onnxcompress.progress import Progress, silent
+from onnxcompress.statistics.record import (
+    ChannelStatistics,
+    drop_missing,
+    known_statistics,
+    read_record,
+    write_record,
+)
+
+
+@dataclass(frozen=True)
+class FoldBatchNorm(Pass):
+    """Fold BatchNorm into the convolutions and matrix products beside it.
+
+    The outputs stay the same but for rounding. The mean and deviation of each BatchNorm's output are
+    recorded in the file, for passes that have no other data.
+
+    \b
+    Example: onnxcompress fold-bn net.onnx folded.onnx
+    """
+
+    name: ClassVar[str] = "fold-bn"
+    preserves_function: ClassVar[bool] = True
+
+    copy_shared: bool = option(False, "Fold a weight that several layers share by copying it.")
+
+    def apply(self, model: Model, progress: Progress = silent) -> PassResult:
+        """Fold every BatchNorm of the main graph that can be; the others come back as refusals.
+
+        `measured`: numbers of BatchNorms `folded` and `left`, and of tensors `recorded`.
+        """
+        result = PassResult(refusals=list(_in_bodies(model)))
+        nodes = [node for node in model.graph.nodes if is_batch_norm(node)]
+        before = read_record(model)
+        record = known_statistics(model)
+        left = _fold_all(_Folding(model, self.copy_shared, record, result), nodes, progress)
+        write_record(model, record)
+        drop_missing(model)
+        result.refusals += left
+        result.measured = {
+            "folded": len(result.changes),
+            "left": len(result.refusals),
+            "recorded": len(record),
+        }
+        if not result.changes and record.keys() != before.keys():
+            result.changes.append(Change(model.name, f"recorded the statistics of {len(record)} tensors"))
+        return result
+
+
+@dataclass
+class _Folding:
+    """One application of the pass."""
+
+    model: Model
+    copy_shared: bool
+    record: dict[str, ChannelStatistics]
+    result: PassResult
+    ranks: dict[str, int] | None = field(default=None)
+
+    def rank(self, tensor: gs.Tensor) -> int | None:
+        """Rank of a tensor of the graph as it was: folding changes none. Inferred when first needed."""
+        if is_op(producer(tensor), "Flatten", "Gemm"):
+            return 2
+        if self.ranks is None:
+            self.ranks = {name: len(shape) for name, shape in tensor_shapes(self.model).items()}
+        return self.ranks.get(tensor.name)
+
+
+def _fold_all(work: _Folding, nodes: list[gs.Node], progress: Progress) -> list[Refusal]:
+    """Fold until nothing folds any more; returns why the others stay."""
+    total = len(nodes)
+    while True:
+        refusals, left = [], []
+        for node in nodes:
+            refusal = _fold(work, node)
+            if refusal is None:
+                progress("folding", len(work.result.changes), total)
+                continue
+            refusals.append(refusal)
+            left.append(node)
+        if len(left) == len(nodes):
+            return refusals
+        nodes = left
+
+
+def _fold(work: _Folding, node: gs.Node) -> Refusal | None:
+    """Fold one BatchNorm backward or forward, or say why not."""
+    norm = read_batch_norm(work.model, node)
+    if isinstance(norm, Refusal):
+        return norm
+    label, source, output = node_label(node), node.inputs[0], node.outputs[0].name
+    between = {source.name} | {t.name for n in source.inputs if is_op(n, "Add") for t in n.inputs}
+    behind = into_preceding.fold(work.model, norm, work.copy_shared, work.rank)
+    if isinstance(behind, str):
+        work.result.changes.append(Change(label, behind))
+        for name in between:  # gone, or scaled
+            work.record.pop(name, None)
+        return None
+    ahead = into_following.fold(work.model, norm, work.copy_shared, work.rank)
+    if isinstance(ahead, str):
+        work.result.changes.append(Change(label, ahead))
+        work.record.pop(output, None)
+        if source.name not in work.record or work.record[source.name].estimated:
+            std = np.sqrt(np.maximum(norm.variance, 0))
+            work.record[source.name] = ChannelStatistics(norm.mean.astype("float32"), std.astype("float32"))
+        return None
+    return behind or ahead or _lone(node)
+
+
+def _lone(node: gs.Node) -> Refusal:
+    origin = producer(node.inputs[0])
+    readers = " and ".join(sorted({n.op for n in node.outputs[0].outputs})) or "nothing else"
+    before = f"follows {origin.op} {node_label(origin)!r}" if origin else "follows an input"
+    return Refusal(node_label(node), f"no linear layer is beside it: it {before}, {readers} reads it")
+
+
+def _in_bodies(model: Model) -> Iterator[Refusal]:
+    """BatchNorms of subgraphs and functions."""
+    for graph in model.graph.subgraphs(recursive=True):
+        for node in filter(is_batch_norm, graph.nodes):
+            rule = f"it is inside {graph.name!r}, the body of an If, Loop or Scan"
+            yield Refusal(node_label(node), rule, "fold before the control flow is exported")
+    for function in model.functions:
+        for inner in function.node:
+            if inner.op_type == "BatchNormalization" and inner.domain in DEFAULT_DOMAINS:
+                rule = f"it is inside the function {function.name!r}"
+                yield Refusal(inner.name or inner.output[0], rule, "inline it with onnx.inliner")

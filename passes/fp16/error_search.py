@@ -1,0 +1,163 @@
+"""How far the outputs are off when some nodes compute in float16: measured, not guessed from their kind.
+
+onnxruntime's CPU kernels compute a float16 model in float32 and do not even round between them: what
+overflows on a GPU passes there unseen. So float16 is simulated on the float32 graph: for a node i in
+float16 each of its float tensors t becomes
+
+    t' = g_i ? float32(float16(t)) : t
+
+where the gate g_i is a further input of the graph. One session serves all choices of nodes; a gate is a
+bool. Sums inside an operator stay float32, as cuDNN and cuBLAS have them by default.
+
+    error(S) = max over outputs y:  √( mean (y_S − y)² / var y )        infinite where y_S is not finite
+
+Choosing what stays float32: if error(all) is too much, error({i}) of each node alone, on one batch, ranks
+them; the shortest beginning of that ranking that must stay float32 for the rest to keep the bound is found
+by bisection. That errors shrink as more nodes stay is assumed there; what is kept is measured as a whole.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import onnx
+from onnx import helper
+
+from onnxcompress.errors import ModelError, one_line
+from onnxcompress.passes.fp16.candidates import FLOAT, HALF, Candidate
+from onnxcompress.progress import Progress
+from onnxcompress.runtime.session import session
+
+_GATE = "onnxcompress.gate"
+
+
+class Simulation:
+    """A float32 model in which any candidate can be switched to float16.
+
+    batches: of the one input, in order. The session has one gate for each candidate.
+    """
+
+    def __init__(
+        self,
+        proto: onnx.ModelProto,
+        nodes: Sequence[Candidate],
+        batches: Sequence[np.ndarray],
+        threads: int = 0,
+    ) -> None:
+        self.nodes, self.batches = nodes, batches
+        self.input = proto.graph.input[0].name
+        self.session = session(gated(proto, nodes), provider="cpu", threads=threads, optimize=False)
+        self.outputs = [o.name for o in self.session.get_outputs() if o.type == "tensor(float)"]
+        self.exact = self._run((), batches)
+
+    def error(self, half: Collection[int]) -> float:
+        """With these candidates (places in `nodes`) in float16."""
+        return relative_error(self.exact, self._run(half, self.batches))
+
+    def glance(self, half: Collection[int]) -> float:
+        """The same on the first batch only."""
+        first = self.batches[:1]
+        return relative_error([y[: len(first[0])] for y in self.exact], self._run(half, first))
+
+    def _run(self, half: Collection[int], batches: Sequence[np.ndarray]) -> list[np.ndarray]:
+        gates = {f"{_GATE}{i}": np.array(i in half) for i in range(len(self.nodes))}
+        try:
+            with np.errstate(over="ignore"):
+                runs = [self.session.run(self.outputs, {self.input: x, **gates}) for x in batches]
+        except Exception as error:  # onnxruntime's exceptions have no common base
+            raise ModelError(f"measuring float16: the run failed ({one_line(error)})") from error
+        return [np.concatenate(parts) for parts in zip(*runs, strict=True)]
+
+
+def relative_error(exact: Sequence[np.ndarray], found: Sequence[np.ndarray]) -> float:
+    """Root mean square of the difference over the deviation of `exact`, of the worst output."""
+    worst = 0.0
+    for a, b in zip(exact, found, strict=True):
+        a, b = a.astype(np.float64), b.astype(np.float64)
+        if not np.isfinite(b).all():
+            return math.inf
+        off = float(np.square(a - b).mean())
+        scale = float(a.var()) or float(np.square(a).mean())
+        worst = max(worst, math.sqrt(off / scale) if scale > 0 else math.inf if off else 0.0)
+    return worst
+
+
+@dataclass
+class Choice:
+    """Which candidates stay float32, by places in the list."""
+
+    kept: list[int]
+    whole: float
+    """error of all candidates in float16."""
+    error: float
+    """error of those that are converted."""
+    alone: dict[int, float] = field(default_factory=dict)
+    """error of each alone, on one batch; measured only where `whole` was too much."""
+
+
+def choose(simulation: Simulation, bound: float, progress: Progress) -> Choice:
+    """The candidates that must stay float32 for the error to be at most `bound`."""
+    count = len(simulation.nodes)
+    whole = simulation.error(range(count))
+    if whole <= bound:
+        return Choice([], whole, whole)
+    alone = {}
+    for i in range(count):
+        alone[i] = simulation.glance({i})
+        progress("measuring float16", i + 1, count)
+    ranked = sorted(alone, key=lambda i: -alone[i])
+    low, high, error = sum(e > bound for e in alone.values()), count, 0.0
+    while low < high:
+        middle = (low + high) // 2
+        found = simulation.error(set(ranked[middle:]))
+        if found <= bound:
+            high, error = middle, found
+        else:
+            low = middle + 1
+    return Choice(sorted(ranked[:high]), whole, error if high < count else 0.0, alone)
+
+
+def gated(proto: onnx.ModelProto, nodes: Sequence[Candidate]) -> onnx.ModelProto:
+    """The model with a bool input for each candidate that rounds its tensors to float16."""
+    made = onnx.ModelProto()
+    made.CopyFrom(proto)
+    graph = made.graph
+    chosen = {c.index: (i, c) for i, c in enumerate(nodes)}
+    old = list(graph.node)
+    del graph.node[:]
+    for at, node in enumerate(old):
+        if at in chosen:
+            graph.node.extend(_gated_node(node, *chosen[at]))
+        else:
+            graph.node.append(node)
+    graph.input.extend(
+        helper.make_tensor_value_info(f"{_GATE}{i}", onnx.TensorProto.BOOL, []) for i in range(len(nodes))
+    )
+    if made.ir_version < 4:  # IR 3 wants initializers among the inputs; 4 says the same without
+        made.ir_version = 4
+    return made
+
+
+def _gated_node(node: onnx.NodeProto, number: int, candidate: Candidate) -> Iterable[onnx.NodeProto]:
+    before: list[onnx.NodeProto] = []
+    after: list[onnx.NodeProto] = []
+    own = onnx.NodeProto()
+    own.CopyFrom(node)
+    for i in candidate.inputs:
+        own.input[i] = f"{_GATE}{number}.in{i}"
+        before += _rounded(node.input[i], own.input[i], number)
+    for i in candidate.outputs:
+        own.output[i] = f"{_GATE}{number}.out{i}"
+        after += _rounded(own.output[i], node.output[i], number)
+    return [*before, own, *after]
+
+
+def _rounded(source: str, target: str, number: int) -> list[onnx.NodeProto]:
+    return [
+        helper.make_node("Cast", [source], [f"{target}.half"], to=HALF),
+        helper.make_node("Cast", [f"{target}.half"], [f"{target}.back"], to=FLOAT),
+        helper.make_node("Where", [f"{_GATE}{number}", f"{target}.back", source], [target]),
+    ]

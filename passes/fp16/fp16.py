@@ -1,0 +1,215 @@
+"""Half precision: weights and tensors in float16, but for the nodes that measurably suffer from it.
+
+ 1. BatchNorm is folded: onnxruntime would fold it later, in float16           `fold_bn`
+ 2. which nodes can be computed in float16                                    `_fp16_nodes`
+ 3. inputs: images, or made ones                                              `optimize.calibration`
+ 4. float16 is simulated node by node, and what makes the outputs' error
+    exceed `max_error` stays float32                                          `_fp16_measure`
+ 5. onnxruntime's converter writes the model, its Casts are tidied            `_fp16_convert`
+ 6. the result runs in onnxruntime, on the provider that is named: its error there
+
+Inputs and outputs stay float32 unless `float16_io` is set, so that callers notice nothing. A GPU with
+tensor cores runs the result faster; a CPU computes it in float32, with Casts, and is slower. TensorRT
+chooses its own precisions with `--provider-options fp16=on`, this pass is for CUDA and other providers.
+
+Does not handle: several inputs, or inputs that are no images; quantized models (QuantizeLinear wants
+float32 scales up to opset 18); bodies of If, Loop and Scan; models of 2 GB and more.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+import numpy as np
+
+from onnxcompress.account import Change, Refusal
+from onnxcompress.errors import InputError, ModelError, OptionError
+from onnxcompress.model import Model
+from onnxcompress.optimize.calibration import (
+    InputRequest,
+    count_option,
+    gather_inputs,
+    images_option,
+    preprocess_option,
+)
+from onnxcompress.option_fields import PROVIDER_HELP, option, provider_options_option
+from onnxcompress.passes.base import Pass, PassResult
+from onnxcompress.passes.fold_bn import FoldBatchNorm
+from onnxcompress.passes.fp16.candidates import HALF, Candidate, candidates, element_types, has_bodies
+from onnxcompress.passes.fp16.convert import convert
+from onnxcompress.passes.fp16.error_search import Choice, Simulation, choose, relative_error
+from onnxcompress.progress import Progress, silent
+from onnxcompress.quantization.qdq_plan import QDQ
+from onnxcompress.runtime.providers import Provider
+
+if TYPE_CHECKING:
+    import onnx
+
+    from onnxcompress.optimize.calibration import Inputs
+
+IMAGES, BATCH = 16, 4
+"""Images that are measured on, at most, and how many at once where the file leaves it open."""
+
+
+@dataclass(frozen=True)
+class HalfPrecision(Pass):
+    """Compute in half precision (float16), but for the nodes that measurably suffer from it.
+
+    Inputs and outputs stay float32. It is for GPUs: a CPU computes the result in float32 and is slower.
+
+    \b
+    Example:
+      onnxcompress fp16 net.onnx half.onnx
+      onnxcompress fp16 net.onnx half.onnx --images photos/ --preprocess imagenet --max-error 0.002
+    """
+
+    name: ClassVar[str] = "fp16"
+
+    images: str | None = images_option()
+    preprocess: str | None = preprocess_option()
+    count: int | None = count_option()
+    inputs: Literal["auto", "images", "distilled", "procedural"] = option(
+        "auto", "What to measure on; auto: --images if given, else procedural ones, made at once."
+    )
+    max_error: float = option(
+        0.01, "Of an output at most: root mean square of the difference over its deviation."
+    )
+    float16_io: bool = option(False, "Inputs and outputs become float16, too.")
+    provider: str = option("auto", PROVIDER_HELP, metavar="NAME")
+    provider_options: tuple[str, ...] = provider_options_option()
+    threads: int = option(0, "CPU threads of onnxruntime; 0: all cores.")
+    seed: int = option(0, "Of all draws.")
+
+    def apply(self, model: Model, progress: Progress = silent) -> PassResult:
+        """Convert in place; nodes that stay float32 come back as refusals.
+
+        `measured`: the outputs' `error` and that `all_float16`, `max_error`, the nodes `converted` and
+        `kept_float32`, the `runtime` it was run on and the error there, the `inputs` and the `seconds`.
+        Raises OptionError, InputError for unusable images, ModelError where onnxruntime or the converter
+        cannot handle the model.
+        """
+        self.check()
+        if refusal := _whole(model):
+            return PassResult(refusals=[refusal])
+        start = time.perf_counter()
+        folded = model.copy()
+        count = FoldBatchNorm().apply(folded).measured["folded"]
+        nodes, cannot = candidates(proto := folded.to_proto())
+        result = PassResult(refusals=[Refusal(name, why) for name, why in cannot])
+        if not nodes:
+            return result
+        inputs = gather_inputs(model, self.request, progress=progress)
+        batches = _batches(model, inputs)
+        simulation = Simulation(proto, nodes, batches, self.threads)
+        choice = choose(simulation, self.max_error, progress)
+        kept = set(choice.kept)
+        result.refusals += _kept(nodes, choice)
+        result.measured = self._measured(nodes, choice, inputs)
+        half = [c for i, c in enumerate(nodes) if i not in kept]
+        if half:
+            made = convert(proto, {c.index for c in half}, keep_io=not self.float16_io)
+            result.measured["runtime"] = self._runtime(made, simulation.exact, batches)
+            model.become(Model.from_proto(made, model.name))
+            result.changes = [Change(c.name, "computed in float16") for c in half]
+            result.changes += [Change(model.name, f"{count} BatchNorms folded")] * bool(count)
+        result.measured["seconds"] = time.perf_counter() - start
+        result.shown = inputs.shown
+        return result
+
+    def check(self) -> None:
+        """Raise OptionError for values out of range."""
+        self.request.check()
+        self.runs_on  # noqa: B018  it checks itself
+        if not 0 < self.max_error < 1:
+            raise OptionError(f"--max-error {self.max_error:g}: expected a share, more than 0 and below 1")
+        if self.threads < 0:
+            raise OptionError(f"--threads {self.threads}: expected 0 or more")
+
+    @property
+    def runs_on(self) -> Provider:
+        """Where the result is run. Raises OptionError."""
+        return Provider.of(self.provider, self.provider_options)
+
+    @property
+    def request(self) -> InputRequest:
+        """What to measure on: `auto` makes procedural images."""
+        kind = "procedural" if self.inputs == "auto" and self.images is None else self.inputs
+        return InputRequest(self.images, self.preprocess, self.count, kind, IMAGES, self.seed)
+
+    def _measured(self, nodes: Sequence[Candidate], choice: Choice, inputs: Inputs) -> dict[str, Any]:
+        kept = [
+            {"name": nodes[i].name, "op": nodes[i].op, "error_alone": choice.alone[i]} for i in choice.kept
+        ]
+        return {
+            "error": choice.error,
+            "all_float16": choice.whole,
+            "max_error": self.max_error,
+            "converted": len(nodes) - len(kept),
+            "kept_float32": kept,
+            "inputs": [self._why(asdict(one)) for one in inputs.sources],
+        }
+
+    def _why(self, used: dict[str, Any]) -> dict[str, Any]:
+        auto = self.inputs == "auto" and self.images is None
+        return used | ({"why": "no --images; a few that are made at once do"} if auto else {})
+
+    def _runtime(
+        self, made: onnx.ModelProto, exact: Sequence[np.ndarray], batches: Sequence[np.ndarray]
+    ) -> dict[str, Any]:
+        """The provider that ran the result, and the outputs' error there."""
+        from onnxcompress.errors import one_line
+        from onnxcompress.runtime.session import pick_provider, session
+
+        chosen = pick_provider(self.runs_on)
+        opened = session(made, provider=chosen, threads=self.threads)
+        (fed,) = opened.get_inputs()
+        names = [o.name for o in opened.get_outputs() if o.type in ("tensor(float)", "tensor(float16)")]
+        kind = np.float16 if self.float16_io else np.float32
+        try:
+            runs = [opened.run(names, {fed.name: x.astype(kind)}) for x in batches]
+        except Exception as error:  # onnxruntime's exceptions have no common base
+            raise ModelError(
+                f"the float16 model does not run on {chosen.text} ({one_line(error)})"
+            ) from error
+        found = [np.concatenate(parts) for parts in zip(*runs, strict=True)]
+        return {"provider": chosen.text, "error": relative_error(exact, found)}
+
+
+def _whole(model: Model) -> Refusal | None:
+    """Why nothing of the model is converted."""
+    if any(node.op in QDQ for node in model.graph.nodes):
+        rule = "it is quantized: it has QuantizeLinear or DequantizeLinear nodes"
+        return Refusal(model.name, rule, "take the float model; int8 and float16 do not add up")
+    proto = model.skeleton()
+    if has_bodies(proto):
+        return Refusal(model.name, "it has functions, or bodies of If, Loop or Scan", "inline them first")
+    halves = [name for name, kind in element_types(proto).items() if kind == HALF]
+    if halves:
+        return Refusal(model.name, f"it is in half precision already: {halves[0]!r} is float16")
+    return None
+
+
+def _kept(nodes: Sequence[Candidate], choice: Choice) -> list[Refusal]:
+    return [
+        Refusal(
+            nodes[i].name,
+            f"{nodes[i].op} stays float32: alone in float16 it makes an error of {choice.alone[i]:.2g}",
+            "a larger --max-error",
+        )
+        for i in choice.kept
+    ]
+
+
+def _batches(model: Model, inputs: Inputs) -> list[np.ndarray]:
+    """Some of the images, in whole batches. Raises InputError where there is none."""
+    shape = model.graph.inputs[0].shape
+    fixed = int(shape[0]) if shape and isinstance(shape[0], int) else None
+    size = fixed or BATCH
+    images = inputs.images.spread(max(IMAGES, size))
+    found = [x for x in images.batches(size) if fixed is None or len(x) == fixed]
+    if not found:
+        raise InputError(f"{model.name}: the file fixes a batch of {fixed}, there are {len(images)} images")
+    return found

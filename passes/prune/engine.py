@@ -1,0 +1,245 @@
+"""The course of `prune`: from a model and options to the pruned one and its account."""
+
+from __future__ import annotations
+
+import math
+import time
+import zlib
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from onnxcompress.account import Change, Refusal
+from onnxcompress.graph.edit import set_values
+from onnxcompress.graph.query import read
+from onnxcompress.model import Model
+from onnxcompress.optimize.calibration import FEW_MADE, MANY_MADE, SMALL_PIXELS, gather_inputs, quick
+from onnxcompress.optimize.device import pick_device
+from onnxcompress.optimize.reconstruction.context import Subject, whole_batches
+from onnxcompress.optimize.reconstruction.feature_inputs import BYTES, STARTS, Part, parts_of
+from onnxcompress.optimize.reconstruction.global_tuning import tail_from, tune
+from onnxcompress.optimize.reconstruction.prune import (
+    LEVELS,
+    Costs,
+    Settings,
+    Sparsifier,
+    Trials,
+    output_costs,
+)
+from onnxcompress.passes.base import PassResult
+from onnxcompress.passes.fold_bn.fold_and_canonicalize import fold_and_canonicalize
+from onnxcompress.passes.prune import sparse_storage as packing
+from onnxcompress.passes.prune.options import PruneOptions
+from onnxcompress.passes.prune.targets import Target, choose_target, is_pruned, magnitudes, smallest_gone
+from onnxcompress.passes.quantize.engine import output_snr
+from onnxcompress.progress import Progress
+from onnxcompress.sensitivity.bit_allocation import sparsity_budget
+from onnxcompress.sensitivity.rows import read_rows
+from onnxcompress.sensitivity.sparsity_allocation import by_cost, by_magnitude, share_of, uniform
+
+NO_SPEED = "onnxruntime computes zeros as any other weight: no speed is to be expected"
+
+
+def prune(one: PruneOptions, model: Model, progress: Progress) -> PassResult:
+    """Prune in place."""
+    original, looked_at = model.copy(), model.copy()
+    changes = fold_and_canonicalize(looked_at)
+    target = choose_target(one, looked_at)
+    result = PassResult(refusals=target.refusals)
+    pruned = bool(target.layers) and is_pruned(target, one.sparsity)
+    if not target.layers or (pruned and one.storage == "dense"):
+        return result
+    fold_and_canonicalize(model)
+    target = choose_target(one, model)
+    result.changes = changes
+    if not pruned:
+        if one.reconstruct:
+            _reconstruct(one, original, model, target, result, progress)
+        else:
+            shares = layer_sparsities(one, original, target, None)
+            _write(model, smallest_gone(target, shares))
+            result.measured["layers"] = _rows(target, shares, {})
+        target = choose_target(one, model)
+    _account(one, model, target, result)
+    return result
+
+
+def layer_sparsities(
+    one: PruneOptions, original: Model, target: Target, costs: Mapping[str, list[float]] | None
+) -> dict[str, float]:
+    """Share of zeros of each layer, by name of its weight. costs: at LEVELS; None: not measured."""
+    sizes, total = target.sizes, target.total
+    if target.pattern.group:
+        return dict.fromkeys(sizes, target.pattern.sparsity)
+    if one.scope == "layer":
+        return uniform(sizes, total, one.sparsity)
+    if one.sensitivity is not None:
+        rows = read_rows(Path(one.sensitivity), original.digest())
+        return sparsity_budget(rows, sizes, share_of(sum(sizes.values()), total, one.sparsity))
+    if costs is not None:
+        return by_cost(costs, LEVELS, sizes, total, one.sparsity)
+    return by_magnitude(magnitudes(target), total, one.sparsity)
+
+
+def _reconstruct(
+    one: PruneOptions, original: Model, model: Model, target: Target, result: PassResult, progress: Progress
+) -> None:
+    """Mask and values in closed form."""
+    start = time.perf_counter()
+    request, device = quick(one.request, model), pick_device(one.device)
+    pixels = _pixels(model)
+    if one.synthetic is None and 0 < pixels <= SMALL_PIXELS:
+        request = replace(request, synthetic=MANY_MADE)
+    inputs = gather_inputs(model, request, device=device, progress=progress)
+    result.shown = inputs.shown
+    subject = Subject.of(model, inputs, stretched=False)
+    parts = [Part(subject.images, subject.twin)]
+    if inputs.may_use_record:
+        many = min(STARTS, BYTES // max(12 * pixels, 1))
+        more = one.synthetic is None and inputs.layerwise and pixels > SMALL_PIXELS and many > FEW_MADE
+
+        def starts() -> Tensor:
+            made = gather_inputs(model, replace(request, synthetic=many), device=device, progress=progress)
+            return whole_batches(model, made, subject.batch)
+
+        parts = parts_of(subject, starts if more else None, seed=one.seed, device=device, progress=progress)
+    made = time.perf_counter() - start
+    costs = _costs(one, subject, parts, target, progress)
+    shares = layer_sparsities(one, original, target, costs.levels if costs else None)
+    settings = Settings(
+        batch=subject.batch,
+        seed=one.seed,
+        pattern=target.pattern,
+        sparsity=shares,
+        rows=costs.rows if costs else {},
+    )
+    learned, noise = _learned(one, subject, parts, settings, device, progress)
+    _write(model, {name: value.numpy() for name, value in learned.items()})
+    result.measured |= {
+        "layers": _rows(target, shares, noise),
+        "inputs": [asdict(used) for used in (*inputs.sources, *(part.used for part in parts if part.used))],
+        "seconds": {"inputs": made, "layers": time.perf_counter() - start - made},
+        "output_snr_db": output_snr(original, model, subject.images),
+    }
+
+
+def _write(model: Model, values: Mapping[str, np.ndarray]) -> None:
+    tensors = model.graph.tensors()
+    for name, value in values.items():
+        set_values(tensors[name], value.astype(np.float32))
+    model.touch()
+
+
+def _pixels(model: Model) -> int:
+    """Of an input; 0 where the file leaves its size open."""
+    shape = model.graph.inputs[0].shape or ()
+    return math.prod(d for d in shape[1:] if isinstance(d, int) and d > 4) if len(shape) == 4 else 0
+
+
+def _costs(
+    one: PruneOptions, subject: Subject, parts: list[Part], target: Target, progress: Progress
+) -> Costs | None:
+    """None where neither sparsities nor rows are chosen by them, or no layer can be tried."""
+    if target.pattern.group or one.sensitivity is not None:
+        return None
+    settings = Settings(batch=subject.batch, seed=one.seed)
+    found = Costs({}, {})
+    for part in parts:
+        names = frozenset(target.layers)
+        trials = Trials(
+            subject.model, subject.plan, settings, part.twin, start=part.start, stop=part.stop, names=names
+        )
+        trials.pass_through(part.inputs, "trying sparsities", progress)
+        if trials.found:
+            own = output_costs(trials, part.inputs, parts[-1].inputs if part.stop else None)
+            found = Costs(found.levels | own.levels, found.rows | own.rows)
+    return found if found.levels else None
+
+
+def _learned(
+    one: PruneOptions,
+    subject: Subject,
+    parts: list[Part],
+    settings: Settings,
+    device: str,
+    progress: Progress,
+) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """Parameters of all layers, and the noise of each."""
+    learned: dict[str, Tensor] = {}
+    noise: dict[str, float] = {}
+    lost: Tensor | None = None
+    for part in parts:
+        worker = Sparsifier(
+            subject.model, subject.plan, settings, part.twin, start=part.start, stop=part.stop
+        )
+        seen = part.seen(lost)
+        worker.pass_through(part.inputs, "pruning layers", progress, seen)
+        learned, noise = learned | worker.learned, noise | worker.noise
+        if part.stop is not None:
+            lost = worker.lost(part.stop)
+        if part.start is not None:
+            where = tail_from(subject.model, part.start)
+            learned |= tune(
+                subject.model,
+                subject.plan,
+                where,
+                part.inputs,
+                seen,
+                learned,
+                seed=one.seed,
+                device=device,
+                progress=progress,
+            )
+    return learned, noise
+
+
+def _account(one: PruneOptions, model: Model, target: Target, result: PassResult) -> None:
+    """Store the zeros as asked, and say how many there are and what they save."""
+    weights = {name: read(model.graph.tensors()[name]) for name in target.weights}
+    zeros = sum(int(w.size - np.count_nonzero(w)) for w in weights.values())
+    size = {
+        "dense": sum(w.nbytes for w in weights.values()),
+        "deflated": sum(len(zlib.compress(w.tobytes())) for w in weights.values()),
+    }
+    if one.storage == "sparse":
+        saved = _pack(model, target, result)
+        size["sparse"] = size["dense"] - saved
+    result.measured |= {
+        "sparsity": zeros / max(target.total, 1),
+        "weights": target.total,
+        "zeros": zeros,
+        "bytes": size,
+        "speed": NO_SPEED,
+    }
+    text = ", ".join(f"{count / 1e6:.2f} MB {how}" for how, count in size.items())
+    share = f"{zeros / max(target.total, 1):.1%} of {target.total} weights are zero"
+    result.changes.append(Change(model.name, f"{share}: {text}; {NO_SPEED}"))
+
+
+def _pack(model: Model, target: Target, result: PassResult) -> int:
+    """Bytes saved."""
+    if model.opset < packing.OPSET:
+        rule = f"opset {model.opset}: sparse storage needs {packing.OPSET} or later"
+        result.refusals.append(Refusal(model.name, rule, "convert it with onnx.version_converter"))
+        return 0
+    saved = 0
+    for layer in target.weights.values():
+        weight = read(layer.node.inputs[layer.linear.weight_at])
+        stored = packing.pack(model, layer.linear, weight)
+        saved += 0 if stored is None else weight.nbytes - stored
+    model.touch()
+    return saved
+
+
+def _rows(target: Target, shares: Mapping[str, float], noise: Mapping[str, float]) -> list[dict[str, Any]]:
+    rows = []
+    for name, layer in target.layers.items():
+        row = {"name": layer.label, "op": layer.node.op, "weight": name, "sparsity": shares.get(name, 0.0)}
+        if name in noise:
+            row["snr_db"] = float(-10 * np.log10(max(noise[name], 1e-12)))
+        rows.append(row)
+    return rows

@@ -1,0 +1,72 @@
+"""Prune weights after training, without data: unstructured, 2:4 or N:M.
+
+ 1. BatchNorm and zero pads are folded                                       `_quantize_prepare`
+ 2. inputs: procedural ones through the twin that has the recorded
+    statistics, images, …                                                    `optimize.calibration`
+    the deep layers get many of their own, made to have the recorded
+    statistics there, unless there are thousands of images                   `feature_inputs`
+ 3. how sparse each layer is to be                                           `sparsity_allocation`
+ 4. layer by layer, the student reading its own earlier error: mask and new values of what stays in closed
+    form, biases corrected                                                   `reconstruction.prune`
+    deep layers with inputs of their own are then tuned together, by
+    gradient; their zeros stay                                               `reconstruction.global_tuning`
+ 5. how the zeros are stored                                                 `passes.prune.sparse_storage`
+
+`scope`: with "layer" all layers are as sparse as each other. With "global" that differs: reconstructed, a
+layer gets what costs the network's output least, tried and measured (or read from `sensitivity`); without,
+the smallest of all magnitudes go, made comparable by assumption-free equalization (`equalize`). Its vectors
+only choose the zeros: zeros stay zeros when they are folded back, so that no node remains.
+
+Sources: Horton et al. (arXiv 2011.09058) §3.2 to 3.4 for both uses of magnitudes and for layer-wise
+reconstruction on generated inputs. Its schedule of rising sparsity over gradient steps is replaced by the
+closed form's own: a penalty that rises while the mask settles (`optimize.reconstruction.admm_mask`).
+
+`sparsity` counts zeros among the weights of all linear layers: what stays dense (biases do not count;
+depthwise convolutions, few weights that cost much, unless told otherwise) makes others sparser.
+
+N:M keeps N of each M neighbouring input channels at each place of the kernel, as NVIDIA's sparse tensor
+cores read 2:4. Layers whose inputs are no multiple of M stay dense, with the reason.
+
+No speed: onnxruntime computes zeros as any other weight. A sparse file is smaller, on disk only.
+
+Does not handle: several inputs; quantized models (prune first, then quantize). `quantization.qdq_plan` says
+which operators.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from onnxcompress.account import Refusal
+from onnxcompress.model import Model
+from onnxcompress.passes.base import Pass, PassResult
+from onnxcompress.passes.prune.options import PruneOptions
+from onnxcompress.progress import Progress, silent
+from onnxcompress.quantization.qdq_plan import QDQ
+
+
+@dataclass(frozen=True)
+class Prune(PruneOptions, Pass):
+    """Set weights to zero and make up for them with the others, without data.
+
+    The file gets smaller (--storage sparse, or compressed); runtimes compute zeros, too: no faster.
+
+    \b
+    Example:
+      onnxcompress prune net.onnx sparse.onnx --sparsity 0.6
+      onnxcompress prune net.onnx two-of-four.onnx --pattern 2:4
+    """
+
+    name: ClassVar[str] = "prune"
+    needs: ClassVar[tuple[str, ...]] = ("torch",)
+
+    def apply(self, model: Model, progress: Progress = silent) -> PassResult:
+        """Prune in place; what cannot be comes back as refusals."""
+        self.check()
+        if any(node.op in QDQ for node in model.graph.nodes):
+            rule = "it is quantized already: it has QuantizeLinear or DequantizeLinear nodes"
+            return PassResult(refusals=[Refusal(model.name, rule, "prune the float model, then quantize")])
+        from onnxcompress.passes.prune.engine import prune
+
+        return prune(self, model, progress)

@@ -1,0 +1,110 @@
+"""What is to be pruned: layers, their equalized magnitudes, and whether it is done already."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from onnxcompress.account import Refusal
+from onnxcompress.model import Model
+from onnxcompress.optimize.reconstruction.admm_mask import Choice
+from onnxcompress.optimize.reconstruction.prune import kept
+from onnxcompress.optimize.reconstruction.sparsity_pattern import UNSTRUCTURED, Pattern
+from onnxcompress.passes.equalize.equalize import assumption_free_scales, equalized_weight
+from onnxcompress.passes.prune.options import PruneOptions
+from onnxcompress.quantization.qdq_plan import Bits, Layer, Plan, make_plan
+
+FLOATS = Bits(8, None, None)
+"""Of a plan that puts nothing on a grid."""
+ENDS = Bits(2, None, 8)
+"""Of a plan whose first and last layers are those with more than 2 bits."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """What is to be pruned."""
+
+    model: Model
+    plan: Plan
+    pattern: Pattern
+    layers: dict[str, Layer]
+    """By name of the weight."""
+    refusals: list[Refusal]
+
+    @property
+    def weights(self) -> dict[str, Layer]:
+        """All linear layers, those that stay dense as well."""
+        return {layer.weight: layer for layer in self.plan.layers.values()}
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        return {name: int(layer.linear.weight.size) for name, layer in self.layers.items()}
+
+    @property
+    def total(self) -> int:
+        """Weights of all linear layers."""
+        return sum(int(layer.linear.weight.size) for layer in self.weights.values())
+
+
+def choose_target(one: PruneOptions, model: Model) -> Target:
+    """Of a prepared model."""
+    pattern = Pattern.parse(one.pattern) or UNSTRUCTURED
+    plan = make_plan(model, FLOATS)
+    layers, refusals = {}, list(plan.refusals)
+    ends = {layer.weight for layer in make_plan(model, ENDS).layers.values() if layer.weight_bits > 2}
+    for layer in plan.layers.values():
+        groups, _, inputs, _ = layer.linear.view(layer.linear.weight).shape
+        if one.skip_first_last and layer.weight in ends:
+            continue
+        if groups > 1 and inputs == 1 and not one.depthwise:
+            continue
+        if not pattern.fits(inputs):
+            rule = f"{inputs} inputs are no multiple of {pattern.group}: it stays dense"
+            refusals.append(Refusal(layer.label, rule, "prune it with --pattern unstructured"))
+            continue
+        layers[layer.weight] = layer
+    return Target(model, plan, pattern, layers, refusals)
+
+
+def is_pruned(target: Target, sparsity: float) -> bool:
+    """Whether there are as many zeros as asked for, but for rounding in each layer."""
+    if target.pattern.group:
+        return all(_matches(layer, target.pattern) for layer in target.layers.values())
+    weights = [layer.linear.weight for layer in target.weights.values()]
+    zeros = sum(w.size - np.count_nonzero(w) for w in weights)
+    return bool(zeros >= sparsity * target.total - len(weights))
+
+
+def _matches(layer: Layer, pattern: Pattern) -> bool:
+    view = layer.linear.view(layer.linear.weight)
+    groups, outputs, inputs, taps = view.shape
+    split = view.reshape(groups, outputs, inputs // pattern.group, pattern.group, taps)
+    return bool((np.count_nonzero(split, axis=3) <= pattern.kept).all())
+
+
+def magnitudes(target: Target) -> dict[str, np.ndarray]:
+    """Of the equalized weights, (groups, outputs, inputs x taps), by name of the weight."""
+    scales = assumption_free_scales(target.model)
+    found = {}
+    for name, layer in target.layers.items():
+        own = scales.get(layer.output)
+        weight = layer.linear.weight if own is None else equalized_weight(layer.linear, own)
+        view = layer.linear.view(np.ascontiguousarray(np.abs(weight)))
+        found[name] = view.reshape(*view.shape[:2], -1)
+    return found
+
+
+def smallest_gone(target: Target, shares: Mapping[str, float]) -> dict[str, np.ndarray]:
+    """The weights without their smallest equalized magnitudes, as stored."""
+    found = {}
+    for name, size in magnitudes(target).items():
+        linear = target.layers[name].linear
+        new = np.ascontiguousarray(linear.weight).copy()
+        view = linear.view(new)
+        choice = Choice(kept(size.size, shares.get(name, 0.0)), view.shape[3], target.pattern)
+        view *= choice.mask(torch.from_numpy(size)).numpy().reshape(view.shape)
+        found[name] = new
+    return found

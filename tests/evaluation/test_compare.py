@@ -1,0 +1,220 @@
+"""MACs, parameters and the comparison of two models."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from click.testing import CliRunner
+
+from onnxcompress.cli.benchmark import benchmark as benchmark_command
+from onnxcompress.cli.compare import compare as compare_command
+from onnxcompress.cli.options import parse_shape
+from onnxcompress.data.image_set import ImageSet
+from onnxcompress.data.preprocess import Preprocess
+from onnxcompress.errors import ModelError, OptionError
+from onnxcompress.evaluation.compare import compare
+from onnxcompress.graph.macs import count_macs, count_parameters, node_macs
+from onnxcompress.graph.shape_inference import tensor_shapes
+from onnxcompress.model import Model
+from onnxcompress.model.model_like import model_bytes
+
+
+def parse(text: str, opset: int = 17) -> onnx.ModelProto:
+    return onnx.parser.parse_model(f'<ir_version: 8, opset_import: ["" : {opset}]> {text}')
+
+
+def with_weights(proto: onnx.ModelProto, **shapes: tuple[int, ...]) -> onnx.ModelProto:
+    rng = np.random.default_rng(0)
+    for name, shape in shapes.items():
+        values = rng.standard_normal(shape).astype(np.float32)
+        proto.graph.initializer.append(onnx.numpy_helper.from_array(values, name))
+    return proto
+
+
+def classifier(width: int = 4, batch: str = "N") -> onnx.ModelProto:
+    """Conv 3x3 on 3x8x8, global mean, Gemm to 5 classes."""
+    proto = parse(f"""
+        net (float[{batch},3,8,8] x) => (float[{batch},5] y) {{
+            c = Conv<pads=[1,1,1,1]>(x, w)
+            r = Relu(c)
+            p = GlobalAveragePool(r)
+            f = Flatten(p)
+            y = Gemm<transB=1>(f, v, b)
+        }}
+    """)
+    return with_weights(proto, w=(width, 3, 3, 3), v=(5, width), b=(5,))
+
+
+CLASSIFIER_MACS = 4 * 8 * 8 * 3 * 9 + 4 * 5
+CLASSIFIER_PARAMETERS = 4 * 27 + 20 + 5
+
+
+# MACs and parameters
+
+
+@pytest.mark.parametrize(
+    ("inputs", "call", "weights", "expected"),
+    [
+        ("4,8,8] x", "Conv<group=4,pads=[1,1,1,1]>(x, w)", {"w": (4, 1, 3, 3)}, 4 * 64 * 9),
+        ("4,9,9] x", "Conv<strides=[2,2]>(x, w)", {"w": (6, 4, 3, 3)}, 6 * 16 * 36),
+        ("4,5,5] x", "ConvTranspose<strides=[2,2]>(x, w)", {"w": (4, 3, 2, 2)}, 4 * 25 * 12),
+        ("7] x", "Gemm(x, w)", {"w": (7, 3)}, 21),
+        ("7] x", "Gemm<transB=1>(x, w)", {"w": (3, 7)}, 21),
+        ("6,7] x", "MatMul(x, w)", {"w": (7, 3)}, 6 * 21),
+        ("2,6,7] x, float[N,2,7,5] z", "MatMul(x, z)", {}, 2 * 6 * 5 * 7),
+        ("4,8,8] x", "Relu(x)", {}, 0),
+    ],
+)  # fmt: skip
+def test_macs(inputs: str, call: str, weights: dict[str, tuple[int, ...]], expected: int) -> None:
+    proto = parse(f"net (float[N,{inputs}) => (float[] y) {{ y = {call} }}")
+    assert count_macs(Model.from_proto(with_weights(proto, **weights))) == expected
+
+
+def test_macs_are_for_one_image_whatever_the_fixed_batch() -> None:
+    assert count_macs(Model.from_proto(classifier())) == CLASSIFIER_MACS
+    assert count_macs(Model.from_proto(classifier(batch="8"))) == CLASSIFIER_MACS
+
+
+def test_macs_of_an_open_image_size() -> None:
+    proto = with_weights(parse("net (float[N,3,H,W] x) => (float[] y) { y = Conv(x, w) }"), w=(4, 3, 3, 3))
+    with pytest.raises(ModelError, match=r"dimension 2 of 'y' .* is open"):
+        count_macs(Model.from_proto(proto))
+
+
+def test_parameters() -> None:
+    model = Model.from_proto(classifier())
+    assert count_parameters(model) == CLASSIFIER_PARAMETERS
+    shapes = tensor_shapes(model)
+    assert sum(node_macs(n, shapes) for n in model.graph.nodes) == CLASSIFIER_MACS
+
+
+def test_a_shared_weight_counts_once() -> None:
+    proto = with_weights(
+        parse("net (float[N,4] x) => (float[N,4] y) { a = MatMul(x, w)  y = MatMul(a, w) }"), w=(4, 4)
+    )
+    model = Model.from_proto(proto)
+    assert count_parameters(model) == 16
+
+
+def test_weights_in_constant_nodes_and_quantized_weights_count() -> None:
+    constant = parse("""
+        net (float[N,2] x) => (float[N,2] y)
+        { w = Constant<value=float[2,2] {1,2,3,4}>()  y = MatMul(x, w) }
+    """)
+    assert count_parameters(Model.from_proto(constant)) == 4
+    quantized = parse("""
+        net (float[N,2] x) => (float[N,2] y)
+        <int8[2,2] q = {1,2,3,4}, float[2] s = {1,1}, int8[2] z = {0,0}>
+        { w = DequantizeLinear<axis=1>(q, s, z)  y = MatMul(x, w) }
+    """)
+    assert count_parameters(Model.from_proto(quantized)) == 4
+
+
+def test_shapes_scales_and_limits_are_no_parameters() -> None:
+    proto = parse("""
+        net (float[N,4] x) => (float[N,2,2] y)
+        <int64[3] s = {0,2,2}, float low = {0}, float high = {6}>
+        { c = Clip(x, low, high)  y = Reshape(c, s) }
+    """)
+    assert count_parameters(Model.from_proto(proto)) == 0
+
+
+# comparing
+
+
+def test_a_model_and_itself() -> None:
+    found = compare(classifier(), classifier(), runs=3, threads=1)
+    assert (found.difference.max_abs, found.agreement) == (0, 1)
+    assert (found.a.macs, found.a.parameters) == (CLASSIFIER_MACS, CLASSIFIER_PARAMETERS)
+    assert found.a.name != found.b.name
+    assert found.inputs == "32 random inputs, N(0, 1)"
+    values = json.loads(json.dumps(found.as_dict()))
+    assert "samples_ms" not in values["a"]["timing"]
+
+
+def test_two_models_on_labelled_images() -> None:
+    rng = np.random.default_rng(0)
+    x = rng.integers(0, 256, (10, 8, 8, 3)).astype(np.uint8)
+    images = ImageSet(x, rng.integers(0, 5, 10), tuple("abcdefghij"), Preprocess())
+    found = compare(classifier(4), classifier(6), images=images, runs=3, threads=1)
+    assert found.difference.max_abs > 0
+    assert found.agreement is not None
+    assert 0 <= found.agreement <= 1
+    assert found.a.top1 is not None
+    assert found.inputs == "10 images"
+    fixed = compare(classifier(), classifier(batch="4"), images=images, runs=3, threads=1, batch=4)
+    assert fixed.difference.max_abs == pytest.approx(0, abs=1e-5)
+    assert fixed.agreement == 1
+
+
+def test_inputs_of_other_names_go_by_order() -> None:
+    renamed = classifier()
+    renamed.graph.input[0].name = "image"
+    renamed.graph.node[0].input[0] = "image"
+    assert compare(classifier(), renamed, runs=3, threads=1).difference.max_abs == 0
+
+
+def test_outputs_of_another_form() -> None:
+    other = parse("net (float[N,3,8,8] x) => (float[N,3,8,8] y) { y = Relu(x) }")
+    with pytest.raises(ModelError, match=r"shapes .* differ"):
+        compare(classifier(), other, runs=3)
+
+
+def test_inputs_of_another_form() -> None:
+    other = parse("net (float[N,3,9,9] x) => (float[N,5] y) { y = ReduceMean<axes=[2,3],keepdims=0>(x) }")
+    with pytest.raises(ModelError, match=r"input 'x' takes Nx3x9x9, the other model's 32x3x8x8"):
+        compare(classifier(), other, runs=3)
+
+
+def test_bytes_count_external_data(tmp_path: Path) -> None:
+    proto = classifier(64)
+    whole = len(proto.SerializeToString())
+    assert model_bytes(proto) == model_bytes(proto.SerializeToString()) == whole
+    path = tmp_path / "net.onnx"
+    onnx.save(proto, path, save_as_external_data=True, location="net.data", size_threshold=0)
+    files = (tmp_path / "net.data").stat().st_size + path.stat().st_size
+    assert model_bytes(path) == files
+    with pytest.raises(ModelError, match="no such file"):
+        model_bytes(tmp_path / "none.onnx")
+
+
+# the commands
+
+
+@pytest.mark.parametrize("text", ["x", "x=", "=1x2", "x=1xa", "x=0x2"])
+def test_bad_shapes(text: str) -> None:
+    with pytest.raises(OptionError, match="expected NAME=DIMS"):
+        parse_shape(text)
+
+
+def test_shape_with_an_equals_sign_in_the_name() -> None:
+    assert parse_shape("a=b=1x3") == ("a=b", (1, 3))
+
+
+def test_compare_command(tmp_path: Path) -> None:
+    paths = [str(tmp_path / name) for name in ("a.onnx", "b.onnx")]
+    for path, width in zip(paths, (4, 2), strict=True):
+        onnx.save(classifier(width), path)
+    options = ["--runs", "3", "--threads", "1", "--provider", "cpu"]
+    result = CliRunner().invoke(compare_command, [*paths, *options, "--json"], catch_exceptions=False)
+    found = json.loads(result.stdout)
+    assert found["b"]["parameters"] < found["a"]["parameters"] == CLASSIFIER_PARAMETERS
+    assert result.stderr == ""
+    table = CliRunner().invoke(compare_command, [*paths, *options], catch_exceptions=False)
+    assert "top-1 agreement" in table.stdout
+
+
+def test_benchmark_command(tmp_path: Path) -> None:
+    path = str(tmp_path / "a.onnx")
+    onnx.save(classifier(), path)
+    options = ["--runs", "3", "--threads", "1", "--provider", "cpu", "--batch", "2"]
+    result = CliRunner().invoke(benchmark_command, [path, path, *options, "--json"], catch_exceptions=False)
+    found = json.loads(result.stdout)
+    assert [one["batch"] for one in found["models"]] == [2, 2]
+    assert len(found["ratios_to_first"]) == 1
+    table = CliRunner().invoke(benchmark_command, [path, *options], catch_exceptions=False)
+    assert "CPUExecutionProvider" in table.stdout

@@ -1,0 +1,9 @@
+"""Where the checkout lies."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+MODELS = ROOT / "models"
+"""The shipped networks and images."""

@@ -1,0 +1,202 @@
+"""Inputs made for the deep layers: where those begin, what the inputs must match; layers tuned together."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import onnx_graphsurgeon as gs
+import pytest
+import torch
+from torch import Tensor
+
+from onnxcompress.data.image_set import load_images
+from onnxcompress.data.preprocess import Preprocess
+from onnxcompress.evaluation.accuracy import logits
+from onnxcompress.graph.shape_inference import tensor_shapes
+from onnxcompress.graph.topology import Topology
+from onnxcompress.model import Model, load
+from onnxcompress.optimize.calibration import InputRequest, gather_inputs
+from onnxcompress.optimize.executor import Executor
+from onnxcompress.optimize.reconstruction.context import Subject, nodes_between
+from onnxcompress.optimize.reconstruction.feature_inputs import (
+    EACH,
+    WEIGHTS,
+    WORK,
+    deep_inputs,
+    through_twin,
+    waist,
+)
+from onnxcompress.optimize.reconstruction.global_tuning import tail_from, tune
+from onnxcompress.optimize.synthesis.distillation import mismatch, targets_of
+from onnxcompress.optimize.synthesis.statistics_alignment import Twin
+from onnxcompress.passes.fold_bn.fold_and_canonicalize import fold_and_canonicalize
+from onnxcompress.passes.prune import Prune
+from onnxcompress.passes.prune.targets import FLOATS
+from onnxcompress.quantization.qdq_plan import make_plan
+from onnxcompress.statistics.record import known_statistics, write_record
+
+Threads = Callable[[], AbstractContextManager[None]]
+
+NETWORKS = ("resnet20-fashion.onnx", "mobilenetv2-fashion.onnx")
+
+
+@pytest.fixture(scope="module")
+def subjects(models: Path) -> dict[str, Subject]:
+    found = {}
+    for name in NETWORKS:
+        model = _prepared(models / name)
+        inputs = gather_inputs(
+            model, InputRequest(preprocess="fashion-mnist", inputs="layerwise", synthetic=32)
+        )
+        found[name] = Subject.of(model, inputs, stretched=False)
+    return found
+
+
+def _prepared(file: Path) -> Model:
+    model = load(file)
+    fold_and_canonicalize(model)
+    return model
+
+
+def _start(subject: Subject) -> str:
+    start = waist(subject.model, subject.plan)
+    assert start is not None
+    return start
+
+
+def _unlike(subject: Subject, start: str, x: Tensor) -> float:
+    """How far the recorded tensors from `start` on are from their statistics."""
+    executor = Executor.from_model(subject.model)
+    behind = [t.name for n in nodes_between(Topology(subject.model), start, None) for t in n.outputs]
+    targets = targets_of(behind, known_statistics(subject.model), torch.device("cpu"))
+    with torch.no_grad():
+        found = executor.run({start: x}, list(targets))
+        return float(torch.stack([mismatch(found[n], *targets[n]) for n in targets]).mean())
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_behind_the_waist_are_most_weights_and_little_work(subjects: dict[str, Subject], name: str) -> None:
+    subject = subjects[name]
+    model = subject.model
+    behind = nodes_between(Topology(model), _start(subject), None)
+    sizes = {key: layer.linear.weight.size for key, layer in subject.plan.layers.items()}
+    assert sum(sizes.get(id(n), 0) for n in behind) >= WEIGHTS * sum(sizes.values())
+    shapes = tensor_shapes(model)
+
+    def work(nodes: list[gs.Node]) -> int:
+        made = [shapes[t.name][1:] for n in nodes for t in n.outputs]
+        return sum(math.prod(d for d in shape if isinstance(d, int)) for shape in made)
+
+    assert work(behind) <= WORK * work(nodes_between(Topology(model), None, None))
+
+
+def test_a_network_without_statistics_or_with_a_fixed_batch_has_no_waist(models: Path) -> None:
+    model = _prepared(models / NETWORKS[0])
+    write_record(model, {})
+    assert waist(model, make_plan(model, FLOATS)) is None
+    model = _prepared(models / NETWORKS[0])
+    model.graph.inputs[0].shape = [4, *model.graph.inputs[0].shape[1:]]
+    model.touch()
+    assert waist(model, make_plan(model, FLOATS)) is None
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_deep_inputs_bring_the_recorded_statistics_and_classes(
+    subjects: dict[str, Subject], name: str
+) -> None:
+    subject = subjects[name]
+    start = _start(subject)
+    executor = Executor.from_model(subject.model)
+    source, output = subject.model.graph.inputs[0].name, subject.model.graph.outputs[0].name
+    with torch.no_grad():
+        plain = executor.run({source: subject.images}, [start])[start]
+    x = deep_inputs(subject, start)
+    assert x.shape == (EACH * len(plain), *plain.shape[1:])
+    assert _unlike(subject, start, x) < 0.25 * _unlike(subject, start, plain)
+    with torch.no_grad():
+        found = executor.run({start: x}, [output])[output].argmax(1)
+    assert (found.bincount(minlength=10) > 0.03 * len(x)).all()  # all classes come
+
+
+def test_real_images_come_first_and_what_they_lack_in_number_is_made(
+    subjects: dict[str, Subject],
+) -> None:
+    subject = subjects[NETWORKS[1]]
+    start = _start(subject)
+    executor = Executor.from_model(subject.model)
+    real = replace(subject, images=subject.images[:8], twin=Twin(), real=8)
+    plain = through_twin(executor, real, start)
+    x = deep_inputs(real, start)
+    assert len(x) == EACH * 8
+    assert torch.equal(x[:8], plain)
+    assert _unlike(subject, start, x[8:]) < 0.25 * _unlike(subject, start, plain)
+
+
+def test_few_real_images_prune_better_with_deep_inputs(models: Path) -> None:
+    def error(network: Model) -> float:
+        pruned = network.copy()
+        Prune(
+            images=str(models / "fashion-tiny.npz"), count=32, preprocess="fashion-mnist", sparsity=0.6
+        ).apply(pruned)
+        held = load_images(
+            models / "fashion-test2k.npz", preprocess=Preprocess.parse("fashion-mnist"), count=256
+        )
+        exact, found = (logits(one, held, provider="cpu") for one in (network, pruned))
+        return float(np.square(exact - found).mean())
+
+    known = _prepared(models / NETWORKS[1])
+    unknown = known.copy()
+    write_record(unknown, {})
+    assert error(known) < 0.8 * error(unknown)
+
+
+def test_deep_inputs_follow_their_seed_and_not_the_threads(
+    subjects: dict[str, Subject], more_threads: Threads
+) -> None:
+    subject = subjects[NETWORKS[1]]
+    start = _start(subject)
+    first, other = (deep_inputs(subject, start, seed=seed) for seed in (0, 1))
+    with more_threads():
+        again = deep_inputs(subject, start)
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+
+
+def test_layers_tuned_together_err_less_and_keep_their_zeros(
+    subjects: dict[str, Subject], more_threads: Threads
+) -> None:
+    subject = subjects[NETWORKS[0]]
+    start = _start(subject)
+    where = tail_from(subject.model, start)
+    assert where.levels
+    made = deep_inputs(subject, start)
+    x, held = made[:192], made[192:]
+    executor = Executor.from_model(subject.model)
+    behind = {id(n) for n in nodes_between(Topology(subject.model), start, None)}
+    pruned = {}
+    for layer in subject.plan.layers.values():
+        if id(layer.node) in behind:
+            weight = executor.parameters[layer.weight]
+            pruned[layer.weight] = torch.where(weight.abs() < weight.abs().median(), 0.0, weight)
+            if layer.bias is not None:
+                pruned[layer.bias] = executor.parameters[layer.bias]
+
+    def error(values: dict[str, Tensor]) -> float:
+        with torch.no_grad():
+            a, b = (executor.run({start: held}, where.outputs, v) for v in ({}, values))
+        return float((a[where.outputs[0]] - b[where.outputs[0]]).square().mean())
+
+    tuned = tune(subject.model, subject.plan, where, x, x, pruned, steps=20)
+    with more_threads():
+        again = tune(subject.model, subject.plan, where, x, x, pruned, steps=20)
+    assert tuned.keys() == pruned.keys()
+    assert all(torch.equal(tuned[name], again[name]) for name in tuned)
+    for layer in subject.plan.layers.values():
+        if layer.weight in pruned:
+            assert torch.equal(tuned[layer.weight] == 0, pruned[layer.weight] == 0)
+    assert error(tuned) < 0.7 * error(pruned)

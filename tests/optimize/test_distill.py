@@ -1,0 +1,123 @@
+"""Distilled images and twins: what they must match, and what must not change."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from onnxcompress.data.image_set import ImageSet
+from onnxcompress.data.preprocess import Preprocess
+from onnxcompress.errors import ModelError
+from onnxcompress.graph.topology import Topology
+from onnxcompress.model import Model, load
+from onnxcompress.optimize.executor import Executor
+from onnxcompress.optimize.synthesis.distillation import distill
+from onnxcompress.optimize.synthesis.statistics_alignment import standardize
+from onnxcompress.passes.fold_bn import FoldBatchNorm
+from onnxcompress.statistics.record import known_statistics, read_record, write_record
+from tests.helpers.paths import MODELS
+
+FASHION = Preprocess.parse("fashion-mnist")
+
+
+def _folded(name: str = "resnet20-fashion.onnx") -> Model:
+    model = load(MODELS / name)
+    FoldBatchNorm().apply(model)
+    return model
+
+
+def _blobs(count: int) -> ImageSet:
+    """Smooth random images: nothing like clothes."""
+    rng = np.random.default_rng(0)
+    x = np.kron(rng.integers(0, 256, (count, 4, 4, 1)), np.ones((1, 7, 7, 1))).astype(np.uint8)
+    return ImageSet(x, None, tuple(map(str, range(count))), FASHION)
+
+
+def _mismatch(model: Model, images: ImageSet) -> float:
+    """Mean relative error of the deviations of all recorded tensors, on these images."""
+    record = read_record(model)
+    found = Executor.from_model(model).run({"input": torch.from_numpy(images.array())}, list(record))
+    errors = [
+        np.abs(found[n].detach().std((0, 2, 3)).numpy() / s.std - 1)[s.std > 1e-3].mean()
+        for n, s in record.items()
+        if found[n].dim() == 4
+    ]
+    return float(np.mean(errors))
+
+
+@pytest.mark.parametrize("name", ["resnet20-fashion.onnx", "mobilenetv2-fashion.onnx"])
+def test_distilled_images_have_the_statistics_of_the_training_set(name: str) -> None:
+    model = _folded(name)
+    start = _blobs(48)
+    made = distill(model, start, steps=15)
+    assert made.x.shape == start.x.shape
+    assert made.x.dtype == np.uint8
+    assert _mismatch(model, made) < 0.65 * _mismatch(model, start)
+
+
+def test_distilling_follows_its_seed_and_leaves_the_model_alone() -> None:
+    model = _folded()
+    before = model.digest()
+    first, again, other = (distill(model, _blobs(8), steps=2, seed=seed).x for seed in (0, 0, 1))
+    assert (first == again).all()
+    assert (first != other).any()
+    assert model.digest() == before
+
+
+@pytest.mark.parametrize("text", ["mean=0.2,0.3,0.4 order=bgr", "layout=nhwc std=0.5 order=bgr", "raw"])
+def test_pixels_survive_the_way_there_and_back(text: str) -> None:
+    """Without a step the images come back as they were, in whatever layout and order."""
+    from onnxcompress.optimize.synthesis.distillation import _Pixels
+
+    x = np.random.default_rng(0).integers(0, 256, (3, 5, 4, 3)).astype(np.uint8)
+    images = ImageSet(x, None, ("a", "b", "c"), Preprocess.parse(text))
+    pixels = _Pixels.of(images, "cpu")
+    shares = pixels.shares(x)
+    assert (pixels.rounded(shares) == x).all()
+    assert np.allclose(pixels.normalized(shares).numpy(), images.array(), atol=1e-4)
+
+
+def test_a_file_without_statistics_is_refused() -> None:
+    model = _folded()
+    write_record(model, {})
+    with pytest.raises(ModelError, match="no tensor of the graph has known statistics"):
+        distill(model, _blobs(8))
+
+
+def test_a_twin_has_the_recorded_statistics_on_noise() -> None:
+    model = _folded()
+    noise = torch.randn(64, 1, 28, 28, generator=torch.Generator().manual_seed(0))
+    feature = Topology(model).feature()
+    assert feature is not None
+    twin = standardize(model, Executor.from_model(model), noise, feature.name)
+    worn = model.copy()
+    twin.wear(worn)
+    record = known_statistics(model)
+    found = Executor.from_model(worn).run({"input": noise}, list(record))
+    for name, wanted in record.items():
+        axes = (0, 2, 3)
+        deviation = found[name].detach().std(axes).numpy()
+        seen = (deviation > 0) & (deviation < 10 * wanted.std)  # a dead channel cannot be scaled
+        assert seen.mean() > 0.9
+        assert np.allclose(deviation[seen], wanted.std[seen], rtol=0.01), name
+        assert np.allclose(found[name].detach().mean(axes).numpy(), wanted.mean, atol=1e-3), name
+
+
+def test_a_twin_is_taken_off_without_a_trace() -> None:
+    model = _folded()
+    images = torch.from_numpy(replace(_blobs(32)).array())
+    executor = Executor.from_model(model)
+    feature = Topology(model).feature()
+    assert feature is not None
+    twin = standardize(model, executor, images, feature.name)
+    twin.wear(model)
+    worn = Executor.from_model(model).parameters
+    assert any(not torch.equal(worn[n], executor.parameters[n]) for n in twin.weights)
+    restored = twin.restored(worn)
+    for name, value in executor.parameters.items():
+        assert torch.allclose(restored[name], value, rtol=1e-4, atol=1e-5), name
+    twin.take_off(model)
+    assert model.to_proto() == _folded().to_proto()

@@ -1,0 +1,30 @@
+"""Levels without a matrix are those of least squares with one."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from onnxcompress.passes.equalize.level_solver import LevelSystem, Meeting
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_levels_are_the_least_squares_solution_of_least_norm(seed: int) -> None:
+    """Layers in a row, with streams that tie and streams that are loose, at random."""
+    rng = np.random.default_rng(seed)
+    layers = 12
+    sides = rng.permutation(2 * layers)
+    cuts = np.split(sides, np.sort(rng.choice(np.arange(2, 2 * layers, 2), 5, replace=False)))
+    signs = np.where(np.arange(2 * layers) % 2, -1.0, 1.0)
+    meetings, unknown, count = [], np.full(2 * layers, -1), 0
+    for cut in cuts:
+        tied = len(set(signs[cut])) == 2 and bool(rng.integers(2))
+        unknown[cut] = count if tied else np.arange(count, count + len(cut))
+        count += 1 if tied else len(cut)
+        meetings.append(Meeting(cut.tolist(), tied))
+    system, tops = LevelSystem(unknown, signs, meetings), rng.normal(size=2 * layers)
+    matrix = np.stack([system._unequal(system._moved(one)) for one in np.eye(count)], axis=1)
+    expected = np.linalg.lstsq(matrix, -system._unequal(tops), rcond=1e-10)[0]
+    np.testing.assert_allclose(system.solve(tops), expected[unknown], atol=1e-7)
+    back = np.stack([system._back(one) for one in np.eye(len(matrix))], axis=1)
+    np.testing.assert_allclose(back, matrix.T, atol=1e-12)

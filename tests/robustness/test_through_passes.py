@@ -1,0 +1,81 @@
+"""Others' models through every pass: the fast part; `python -m tests.benchmarks.trust` runs all of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from functools import cache
+from itertools import islice
+from pathlib import Path
+
+import onnxruntime.datasets
+import pytest
+
+from onnxcompress.model import Model
+from onnxcompress.passes import CATALOGUE
+from tests.helpers import suites
+from tests.helpers.embedding import embedded_cases
+from tests.helpers.suites import Case
+from tests.robustness.through_passes import EXACT, MAKERS, Subject, outcome
+
+DATASETS = sorted(Path(onnxruntime.datasets.__file__).parent.glob("*.onnx"))
+SAMPLES: dict[str, tuple[Callable[[], Iterable[Case]], int]] = {
+    "simple": (lambda: suites.backend_cases("simple"), 1),
+    "pytorch-converted": (lambda: suites.backend_cases("pytorch-converted"), 2),
+    "pytorch-operator": (lambda: suites.backend_cases("pytorch-operator"), 1),
+    "pytorch-converted, opset 21": (lambda: suites.converted_cases("pytorch-converted"), 1),
+    "node": (lambda: suites.backend_cases("node"), 40),
+    "onnxruntime.datasets": (lambda: suites.file_cases(DATASETS), 1),
+}
+"""Suite -> its cases, and which share of them is run here: one in so many."""
+SHARE_EXACT, SHARE_OTHER = 4, 25
+"""Of node cases between layers."""
+
+
+@cache
+def _subjects(suite: str) -> list[Subject]:
+    make, share = SAMPLES[suite]
+    return [Subject(case) for case in islice(make(), 0, None, share)]
+
+
+@cache
+def _embedded() -> list[Subject]:
+    return [Subject(case) for case in embedded_cases()]
+
+
+def _check(subjects: Iterable[Subject], name: str) -> int:
+    """Take all through; returns how many changed."""
+    found = {subject.case.name: outcome(subject, name) for subject in subjects}
+    assert found
+    assert not {case: one.why for case, one in found.items() if one.kind == "failed"}
+    return sum(one.changed for one in found.values())
+
+
+@pytest.mark.parametrize("suite", suites.BACKEND)
+def test_reading_and_writing_loses_nothing(suite: str) -> None:
+    lost = [c.name for c in suites.backend_cases(suite) if Model.from_proto(c.model).to_proto() != c.model]
+    assert not lost
+
+
+@pytest.mark.parametrize("name", MAKERS)
+@pytest.mark.parametrize("suite", SAMPLES)
+def test_a_suite_of_others(suite: str, name: str) -> None:
+    _check(_subjects(suite), name)
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_any_operator_between_two_layers(name: str) -> None:
+    subjects = _embedded()[:: SHARE_EXACT if name in EXACT and name != "calibrate" else SHARE_OTHER]
+    changed = _check(subjects, name)
+    assert changed or not name.startswith(("fold-bn", "equalize", "prune", "quantize"))
+
+
+@pytest.mark.parametrize("name", ["fold-bn", "equalize", "equalize --assumption-free", "prune 2:4 sparse"])
+@pytest.mark.parametrize("network", ["shufflenet", "squeezenet"])
+def test_a_light_network_with_weights(network: str, name: str) -> None:
+    (case,) = suites.light_cases(filled=True, only=[network])
+    changed = _check([Subject(case)], name)
+    assert changed == (name != "fold-bn" or network == "shufflenet")
+
+
+def test_each_pass_of_the_catalogue_is_here() -> None:
+    assert {entry.name for entry in CATALOGUE} <= {name.split()[0] for name in MAKERS}
