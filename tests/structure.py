@@ -1,10 +1,10 @@
 """The structure of the package in figures: `python -m tests.structure` prints them.
 
-    import cycles       groups of modules that import each other, imports for types alone included
-    import levels       longest chain of rooms (folders and files of the package) that import each other
-    top-level modules   files directly in the package
-    functions           lines of the median and of the longest one; files over 350 lines
-    undocumented        public functions with parameters and no Args, or with a result and no Returns
+import cycles       groups of modules that import each other, imports for types alone included
+import levels       longest chain of rooms (folders and files of the package) that import each other
+top-level modules   files directly in the package
+functions           lines of the median and of the longest one; files over 350 lines
+undocumented        public functions with parameters and no Args, or with a result and no Returns
 """
 
 from __future__ import annotations

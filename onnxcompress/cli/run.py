@@ -15,9 +15,6 @@ and with --dry-run {dry_run, steps: [{pass, options, cached}], gates: {name: lim
 from __future__ import annotations
 
 import dataclasses
-import os
-import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -104,26 +101,17 @@ def _run(
 
 def _cache(folder: str | None) -> Cache | None:
     """The cache that was asked for, else the user's; None where that cannot be written."""
+    import platformdirs
+
     from onnxcompress.pipeline.cache import Cache
 
     if folder is not None:
         return Cache(folder)
     try:
-        return Cache(_user_cache())
+        return Cache(platformdirs.user_cache_dir("onnxcompress", appauthor=False))
     except (OptionError, RuntimeError) as error:  # RuntimeError: no home folder
         click.echo(f"note: results of passes are not kept ({error})", err=True)
         return None
-
-
-def _user_cache() -> Path:
-    """Where this system's programs keep what can be made again."""
-    if sys.platform == "win32":
-        base = os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local"
-    elif sys.platform == "darwin":
-        base = Path.home() / "Library" / "Caches"
-    else:
-        base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "onnxcompress"
 
 
 def _account(recipe: str, found: Outcome) -> dict[str, Any]:

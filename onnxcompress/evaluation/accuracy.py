@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -35,10 +34,11 @@ class Accuracy:
     @property
     def interval(self) -> tuple[float, float]:
         """95 % interval of top-1 for images drawn at random (Wilson's score)."""
-        z, n, p = 1.959964, self.count, self.top1
-        middle = (p + z * z / (2 * n)) / (1 + z * z / n)
-        half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-        return max(middle - half, 0.0), min(middle + half, 1.0)
+        from scipy.stats import binomtest
+
+        right = round(self.top1 * self.count)
+        interval = binomtest(right, self.count).proportion_ci(0.95, method="wilson")
+        return float(interval.low), float(interval.high)
 
 
 def evaluate(

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Sequence
+from graphlib import CycleError, TopologicalSorter
+
 import onnx_graphsurgeon as gs
 
 from onnxcompress.errors import ModelError
-from onnxcompress.graph.query import producer
 from onnxcompress.model import Model
 
 
@@ -21,41 +23,36 @@ def node_reads(node: gs.Node) -> list[gs.Tensor]:
 
 
 def sorted_nodes(model: Model) -> list[gs.Node]:
-    """Nodes in topological order (Kahn), in the file's own order where that is one."""
+    """Put the nodes in topological order: the file's own where it is one.
+
+    Returns:
+        All nodes of the main graph.
+
+    Raises:
+        ModelError: The graph has a cycle.
+    """
     nodes = list(model.graph.nodes)
-    made: set[int] = set()
-    if _is_sorted(nodes, made):
-        return nodes
-    makers = {id(t): n for n in nodes for t in n.outputs}
-    order: list[gs.Node] = []
-    state: dict[int, int] = {}
-    for root in nodes:
-        stack = [root]
-        while stack:
-            node = stack[-1]
-            if state.get(id(node)) == 2:
-                stack.pop()
-                continue
-            missing = [
-                m
-                for t in node_reads(node)
-                if (m := makers.get(id(t))) is not None and state.get(id(m)) != 2
-            ]
-            if state.get(id(node)) == 1 and missing:
-                raise ModelError(f"{model.name}: the graph has a cycle through node {node.name!r}")
-            state[id(node)] = 1
-            if missing:
-                stack.extend(missing)
-            else:
-                state[id(node)] = 2
-                order.append(node)
-                stack.pop()
-    return order
+    maker_of = {id(tensor): place for place, node in enumerate(nodes) for tensor in node.outputs}
+    waits = [[maker_of[id(t)] for t in node_reads(node) if id(t) in maker_of] for node in nodes]
+    try:
+        return [nodes[place] for place in topological_order(waits)]
+    except CycleError as error:
+        name = nodes[error.args[1][0]].name
+        raise ModelError(f"{model.name}: the graph has a cycle through node {name!r}") from error
 
 
-def _is_sorted(nodes: list[gs.Node], made: set[int]) -> bool:
-    for node in nodes:
-        if any(producer(t) is not None and id(t) not in made for t in node.inputs if not t.is_empty()):
-            return False
-        made.update(id(t) for t in node.outputs)
-    return True
+def topological_order(waits: Sequence[Collection[int]]) -> list[int]:
+    """Order what waits for each other: as it is, where that is an order.
+
+    Args:
+        waits: For each place, the places that must come before it.
+
+    Returns:
+        All places in order.
+
+    Raises:
+        CycleError: There is none; the error's second argument has the places of a cycle.
+    """
+    if all(max(before, default=-1) < place for place, before in enumerate(waits)):
+        return list(range(len(waits)))
+    return list(TopologicalSorter(dict(enumerate(waits))).static_order())

@@ -1,4 +1,4 @@
-"""Moments of functions of a Gaussian: clipped in closed form, else integrated. See `_correct_moments`."""
+"""Moments of functions of a Gaussian: clipped in closed form, else integrated."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import numpy as np
 import onnx_graphsurgeon as gs
+from scipy.special import ndtr
 
 from onnxcompress.graph.query import attribute
 
@@ -29,7 +30,7 @@ def clipped(mean: np.ndarray, variance: np.ndarray, low: object, high: object) -
         end = np.broadcast_to(np.asarray(bound, np.float64), mean.shape)
         finite = np.where(np.isfinite(end), end, 0.0)
         at = np.where(np.isfinite(end), (finite - mean) / safe, side * np.inf)
-        below, density = _distribution(at), np.where(np.isfinite(at), _density(at), 0.0)
+        below, density = ndtr(at), np.where(np.isfinite(at), _density(at), 0.0)
         beyond = below if side < 0 else 1 - below
         first += finite * beyond - side * safe * density
         second += finite**2 * beyond - side * safe * (mean + finite) * density
@@ -53,10 +54,6 @@ def integrate(mean: np.ndarray, variance: np.ndarray, function: Function) -> Pai
 def _density(x: np.ndarray) -> np.ndarray:
     with np.errstate(over="ignore", invalid="ignore"):
         return np.asarray(np.exp(-(x**2) / 2) / math.sqrt(2 * math.pi))
-
-
-def _distribution(x: np.ndarray) -> np.ndarray:
-    return np.array([0.5 * math.erfc(-v / math.sqrt(2)) for v in x.reshape(-1).tolist()]).reshape(x.shape)
 
 
 def _sigmoid(x: np.ndarray) -> np.ndarray:

@@ -6,10 +6,10 @@ both sides of a layer move by y(rows) - y(columns). What must vanish, given the 
     tied     mean over readers of t  -  mean over writers of t          one row a stream
     loose    t of each side  -  mean over all sides of t                one row a side
 
-Each side is in at most one stream, so both maps and their transposes cost one pass over the sides, and
-conjugate gradients on the normal equations take no matrix (CGLS: Björck, Least Squares Problems, 1996,
-§7.4). From zero they go to the solution of least norm. Levels change no layer's precision, so an end before
-the last digit, as on thousands of layers in a row, costs nothing.
+Each side is in at most one stream, so both maps and their transposes cost one pass over the sides, and the
+system is solved by LSMR (Fong & Saunders, 2011), which takes no matrix. From zero it goes to the solution
+of least norm. Levels change no layer's precision, so an end before the last digit, as on thousands of layers
+in a row, costs nothing.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-ENOUGH = 1e-11
-"""Of the gradient at zero: what may be left of it."""
+RELATIVE_TOLERANCE = 1e-11
+"""What may be left of the gradient, relative to the system and the residual."""
 STEPS = 2000
 
 
@@ -58,23 +58,14 @@ class LevelSystem:
 
     def solve(self, tops: np.ndarray) -> np.ndarray:
         """(sides,) the level of each side, 0 where it has none; tops: (sides,) log of the largest range."""
-        y = np.zeros(self.count)
-        residual = -self._unequal(tops)
-        gradient = self._back(residual)
-        direction, size = gradient, float(gradient @ gradient)
-        enough = ENOUGH**2 * size
-        for _ in range(STEPS):
-            if size <= enough:
-                break
-            step = self._unequal(self._moved(direction))
-            length = float(step @ step)
-            if length == 0.0:
-                break
-            y = y + (size / length) * direction
-            residual = residual - (size / length) * step
-            gradient = self._back(residual)
-            before, size = size, float(gradient @ gradient)
-            direction = gradient + (size / before) * direction
+        from scipy.sparse.linalg import LinearOperator, lsmr
+
+        shape = (self.groups + len(self.loose), self.count)
+        moved = LinearOperator(
+            shape, lambda y: self._unequal(self._moved(y)), rmatvec=self._back, dtype=np.float64
+        )
+        unequal = self._unequal(tops)
+        y = lsmr(moved, -unequal, atol=RELATIVE_TOLERANCE, btol=0.0, conlim=0.0, maxiter=STEPS)[0]
         found = np.zeros(len(self.unknown))
         found[self.moves] = y[self.unknown[self.moves]]
         return found

@@ -13,12 +13,14 @@ from __future__ import annotations
 import enum
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
+from graphlib import CycleError
 from typing import Any
 
 import onnx_graphsurgeon as gs
 import torch
 from torch import Tensor
 
+from onnxcompress.graph.order import topological_order
 from onnxcompress.graph.query import read
 from onnxcompress.optimize.executor.ops import DOMAINS, TABLE
 from onnxcompress.optimize.executor.ops.dtypes import tensor_from
@@ -95,27 +97,14 @@ def _snapshot(node: gs.Node) -> Node:
 
 
 def _in_order(nodes: list[Node]) -> list[Node]:
-    """Topological order, the file's own where possible. Raises ExecutionError on a cycle."""
-    producer = {name: i for i, node in enumerate(nodes) for name in node.outputs if name}
-    state: dict[int, bool] = {}  # False: begun, True: done
-    order: list[Node] = []
-    for root in range(len(nodes)):
-        stack = [root]
-        while stack:
-            at = stack[-1]
-            before = {producer[name] for name in nodes[at].inputs if name in producer}
-            waiting = [i for i in before if not state.get(i, False)]
-            if state.get(at, False) or not waiting:
-                stack.pop()
-                if not state.get(at, False):
-                    state[at] = True
-                    order.append(nodes[at])
-                continue
-            if any(i in state for i in waiting):
-                raise ExecutionError(f"node {nodes[at].name!r}: the graph has a cycle through it")
-            state[at] = False
-            stack.extend(sorted(waiting, reverse=True))
-    return order
+    """Topological order, the file's own where it is one. Raises ExecutionError on a cycle."""
+    maker_of = {name: place for place, node in enumerate(nodes) for name in node.outputs if name}
+    waits = [{maker_of[name] for name in node.inputs if name in maker_of} for node in nodes]
+    try:
+        return [nodes[place] for place in topological_order(waits)]
+    except CycleError as error:
+        name = nodes[error.args[1][0]].name
+        raise ExecutionError(f"node {name!r}: the graph has a cycle through it") from error
 
 
 def _initializers(graph: gs.Graph, nodes: Iterable[Node]) -> dict[str, tuple[gs.Constant, bool]]:
