@@ -6,10 +6,10 @@ both sides of a layer move by y(rows) - y(columns). What must vanish, given the 
     tied     mean over readers of t  -  mean over writers of t          one row a stream
     loose    t of each side  -  mean over all sides of t                one row a side
 
-Each side is in at most one stream, so both maps and their transposes cost one pass over the sides, and the
-system is solved by LSMR (Fong & Saunders, 2011), which takes no matrix. From zero it goes to the solution
-of least norm. Levels change no layer's precision, so an end before the last digit, as on thousands of layers
-in a row, costs nothing.
+Each side is in at most one stream, so both maps and their transposes cost one pass over the sides, and
+the system is solved by LSMR (Fong & Saunders, 2011), which takes no matrix. From zero it goes to the
+solution of least norm. Levels change no layer's precision, so an end before the last digit, as on
+thousands of layers in a row, costs nothing.
 """
 
 from __future__ import annotations
