@@ -1,30 +1,42 @@
-"""Dataclass fields that are options, for Python, the command line and recipes alike."""
+"""Dataclass fields that are options, for Python, the command line and recipes alike.
+
+A field says once what an option is for, what it may be, and whether many have a reason to set it:
+
+    weight_bits: int = option(8, "Bits of the weights.", ge=2, le=8)
+
+The command line makes a flag of it, a recipe a key, its JSON Schema a property with those limits.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import typing
+from collections.abc import Callable
 from dataclasses import field
 from typing import TYPE_CHECKING, Any, Literal
 
-if TYPE_CHECKING:
-    pass
+from onnxcompress.errors import OptionError
 
+if TYPE_CHECKING:
+    from pydantic import TypeAdapter
 
 PROVIDER_HELP = (
-    "Of onnxruntime: cpu, cuda, tensorrt, or another by its name, such as openvino; auto: cuda where it "
-    "works, else cpu."
+    "Execution provider of onnxruntime: cpu, cuda, tensorrt, or another by its name, such as openvino; "
+    "auto: cuda where it works, else cpu."
 )
-
-
 PROVIDER_OPTIONS_HELP = (
-    "How it runs. cuda: tf32=on|off, cudnn_search=exhaustive|heuristic|default, nhwc, memory (MB); "
-    "tensorrt: fp16, cache (folder), workspace (MB); both: device, cuda_graph."
+    "Options of the provider. cuda: tf32=on|off, cudnn_search=exhaustive|heuristic|default, nhwc, memory "
+    "(MB); tensorrt: fp16, cache (folder), workspace (MB); both: device, cuda_graph."
 )
 
 
 def provider_options_option() -> Any:
-    """The field `provider_options` of whatever has a field `provider`."""
-    return option((), PROVIDER_OPTIONS_HELP, metavar="NAME=VALUE,…")
+    """Declare the field `provider_options` of whatever has a field `provider`.
+
+    Returns:
+        A dataclass field.
+    """
+    return option((), PROVIDER_OPTIONS_HELP, metavar="NAME=VALUE,…", advanced=True)
 
 
 def option(
@@ -33,14 +45,100 @@ def option(
     *,
     metavar: str | None = None,
     file: Literal["read", "kept"] | None = None,
+    advanced: bool = False,
+    **limits: float,
 ) -> Any:
-    """A field of a pass that is an option. `help` states the unit where there is one.
+    """Declare a field of a dataclass that is an option.
 
-    `file`: it names a file or folder. "read": it must be there; "kept": read if it is there, else written.
+    Args:
+        default: Its value where it is not given; `dataclasses.MISSING`: it must be given.
+        help: One plain sentence, with the unit where there is one.
+        metavar: What the help shows in place of a value.
+        file: It names a file or folder. "read": it must be there; "kept": it is read where it exists, else
+            written.
+        advanced: Whether few have a reason to set it: the help lists it apart.
+        limits: Limits of a number, named as pydantic names them: `ge`, `gt`, `le`, `lt`.
+
+    Returns:
+        A dataclass field.
     """
-    return field(default=default, metadata={"help": help, "metavar": metavar, "file": file})
+    about = {"help": help, "metavar": metavar, "file": file, "advanced": advanced, "limits": limits}
+    return field(default=default, metadata=about)
 
 
-def is_required(one: dataclasses.Field[Any]) -> bool:
-    """Whether an option must be given."""
-    return one.default is dataclasses.MISSING and one.default_factory is dataclasses.MISSING
+def is_required(option_field: dataclasses.Field[Any]) -> bool:
+    """Say whether an option must be given.
+
+    Args:
+        option_field: A field of a dataclass of options.
+
+    Returns:
+        Whether it has no default.
+    """
+    missing = dataclasses.MISSING
+    return option_field.default is missing and option_field.default_factory is missing
+
+
+def option_adapter(cls: type[Any], name: str) -> TypeAdapter[Any]:
+    """Make what checks the value of an option: its type and its limits.
+
+    Args:
+        cls: A dataclass of options.
+        name: Name of the field.
+
+    Returns:
+        A pydantic adapter of the field's annotation with its limits.
+    """
+    from pydantic import Field, TypeAdapter
+
+    limits = cls.__dataclass_fields__[name].metadata.get("limits") or {}
+    hint = typing.get_type_hints(cls)[name]
+    return TypeAdapter(typing.Annotated[hint, Field(**limits)] if limits else hint)
+
+
+def flag(name: str) -> str:
+    """Write a field's name as an option of the command line.
+
+    Returns:
+        `--weight-bits` for `weight_bits`.
+    """
+    return "--" + name.replace("_", "-")
+
+
+def check_limits(options: Any, flag: Callable[[str], str] = flag) -> None:
+    """Check that each option keeps to the limits that its field states.
+
+    Args:
+        options: An instance of a dataclass of options.
+        flag: Writes the name of a field as its user knows it.
+
+    Raises:
+        OptionError: A value is out of range.
+    """
+    from pydantic import ValidationError
+
+    for option_field in dataclasses.fields(options):
+        limits = option_field.metadata.get("limits")
+        value = getattr(options, option_field.name)
+        if not limits or value is None:
+            continue
+        try:
+            option_adapter(type(options), option_field.name).validate_python(value)
+        except ValidationError as error:
+            wanted = _range(**limits)
+            raise OptionError(f"{flag(option_field.name)} {_shown(value)}: expected {wanted}") from error
+
+
+def _shown(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _range(
+    ge: float | None = None, gt: float | None = None, le: float | None = None, lt: float | None = None
+) -> str:
+    """Say a range as a person would."""
+    if ge is not None and le is not None:
+        return f"{ge:g} to {le:g}"
+    low = f"{ge:g} or more" if ge is not None else f"more than {gt:g}" if gt is not None else ""
+    high = f"{le:g} or less" if le is not None else f"less than {lt:g}" if lt is not None else ""
+    return " and ".join(filter(None, (low, high)))

@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from onnxcompress.cli import options, report_option
-from onnxcompress.cli.gate_options import SectionedCommand, gated, take_gates
+from onnxcompress.cli.gate_options import gated, take_gates
+from onnxcompress.cli.options import SectionedCommand
 from onnxcompress.errors import OptionError, TargetMissed
 
 if TYPE_CHECKING:

@@ -9,31 +9,12 @@ from typing import Any, TypeVar
 
 import click
 
+from onnxcompress.cli.options import ADVANCED, SectionedOption, option_type, split
 from onnxcompress.evaluation.gates import LIMITS, Gates
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 GATES_HELP = "Gates (exit code 3 where the result is not worth it)"
-
-
-class SectionedOption(click.Option):
-    """An option that the help lists under a heading of its own."""
-
-    section: str = ""
-
-
-class SectionedCommand(click.Command):
-    """A command whose help has one list of options for each section."""
-
-    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        lists: dict[str, list[tuple[str, str]]] = {"Options": []}
-        for parameter in self.get_params(ctx):
-            record = parameter.get_help_record(ctx) if isinstance(parameter, click.Option) else None
-            if record is not None:
-                lists.setdefault(getattr(parameter, "section", "") or "Options", []).append(record)
-        for title, records in lists.items():
-            with formatter.section(title):
-                formatter.write_dl(records)
 
 
 def gate_options(*, measuring: bool = True) -> list[click.Option]:
@@ -69,8 +50,6 @@ def _name(field: str) -> str:
 
 
 def _option(field: dataclasses.Field[Any], hint: Any) -> click.Option:
-    from onnxcompress.cli.options import option_type, split
-
     name = _name(field.name)
     text = field.metadata["help"]
     if field.default not in (None, ()):
@@ -83,5 +62,5 @@ def _option(field: dataclasses.Field[Any], hint: Any) -> click.Option:
         metavar=field.metadata["metavar"],
         help=text,
     )
-    made.section = GATES_HELP
+    made.section = ADVANCED if field.metadata["advanced"] else GATES_HELP
     return made

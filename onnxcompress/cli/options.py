@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 Command = TypeVar("Command", bound=Callable[..., Any])
 Decorator = Callable[[Command], Command]
 
+ADVANCED = "Advanced"
+"""Title of the options that few have a reason to set."""
 FILE = click.Path(readable=False)
 """Any text, which a shell completes as a file's name."""
 PREPROCESS_HELP = (
@@ -229,3 +231,23 @@ def inner_type(hint: Any) -> tuple[Any, bool]:
 def split(value: str) -> tuple[str, ...]:
     """The parts of a list with commas."""
     return tuple(part.strip() for part in value.split(",") if part.strip())
+
+
+class SectionedOption(click.Option):
+    """An option that the help lists under a heading of its own."""
+
+    section: str = ""
+
+
+class SectionedCommand(click.Command):
+    """A command whose help has one list of options for each section, the advanced ones last."""
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        lists: dict[str, list[tuple[str, str]]] = {"Options": []}
+        for parameter in self.get_params(ctx):
+            record = parameter.get_help_record(ctx) if isinstance(parameter, click.Option) else None
+            if record is not None:
+                lists.setdefault(getattr(parameter, "section", "") or "Options", []).append(record)
+        for title, records in sorted(lists.items(), key=lambda section: section[0] == ADVANCED):
+            with formatter.section(title):
+                formatter.write_dl(records)

@@ -19,10 +19,18 @@ from typing import Any
 
 import click
 
-from onnxcompress.cli.gate_options import SectionedCommand, gate_options, gates_of
-from onnxcompress.cli.options import FILE, inner_type, option_type, split
+from onnxcompress.cli.gate_options import gate_options, gates_of
+from onnxcompress.cli.options import (
+    ADVANCED,
+    FILE,
+    SectionedCommand,
+    SectionedOption,
+    inner_type,
+    option_type,
+    split,
+)
 from onnxcompress.cli.report_option import report_option
-from onnxcompress.option_fields import is_required
+from onnxcompress.option_fields import flag, is_required
 from onnxcompress.passes import load_pass
 
 if typing.TYPE_CHECKING:
@@ -81,24 +89,27 @@ def running_options() -> list[click.Option]:
 
 
 def _option(field: dataclasses.Field[Any], hint: Any) -> click.Option:
-    names = ["--" + field.name.replace("_", "-"), field.name]
+    """The option of a pass's field, in the section of the help where it belongs."""
     default = None if field.default is dataclasses.MISSING else field.default
     if field.default_factory is not dataclasses.MISSING:
         default = field.default_factory()
-    common: dict[str, Any] = {
+    settings: dict[str, Any] = {
         "help": field.metadata.get("help", ""),
         **({"required": True} if is_required(field) else {"default": default}),
         "show_default": isinstance(default, int | float | str) and default is not False,
     }
     if field.metadata.get("metavar"):
-        common["metavar"] = field.metadata["metavar"]
+        settings["metavar"] = field.metadata["metavar"]
+    names = [flag(field.name), field.name]
     inner, optional = inner_type(hint)
     if inner is bool and not optional:
-        off = "--no-" + field.name.replace("_", "-")
-        flag = [f"{names[0]}/{off}", field.name] if default else names
-        return click.Option(flag, is_flag=True, **common)
-    if typing.get_origin(inner) is tuple:
-        if default is not None:
-            common["default"] = ",".join(default)
-        return click.Option(names, type=str, callback=lambda c, p, value: split(value or ""), **common)
-    return click.Option(names, type=FILE if field.metadata.get("file") else option_type(hint), **common)
+        settings["is_flag"] = True
+        names[0] += f"/{flag('no_' + field.name)}" if default else ""
+    elif typing.get_origin(inner) is tuple:
+        settings["default"] = None if default is None else ",".join(default)
+        settings |= {"type": str, "callback": lambda c, p, value: split(value or "")}
+    else:
+        settings["type"] = FILE if field.metadata.get("file") else option_type(hint)
+    made = SectionedOption(names, **settings)
+    made.section = ADVANCED if field.metadata.get("advanced") else ""
+    return made

@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from onnxcompress.cli.gate_options import SectionedCommand, gate_options, gates_of
-from onnxcompress.cli.options import FILE, print_json
+from onnxcompress.cli.gate_options import gate_options, gates_of
+from onnxcompress.cli.options import FILE, SectionedCommand, print_json
 from onnxcompress.cli.pass_commands import running_options
 from onnxcompress.errors import OptionError
 

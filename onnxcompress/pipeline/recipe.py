@@ -22,7 +22,6 @@ import dataclasses
 import json
 import os
 import re
-import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,7 +31,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from onnxcompress.errors import RuntimeUnavailable
 from onnxcompress.evaluation.gates import Gates
-from onnxcompress.option_fields import is_required
+from onnxcompress.option_fields import is_required, option_adapter
 from onnxcompress.passes import CATALOGUE, load_pass
 from onnxcompress.passes.base import Pass
 from onnxcompress.passes.plugins import plugins
@@ -81,11 +80,6 @@ def write_recipe(recipe: Recipe, folder: str | os.PathLike[str] = ".") -> str:
 def pass_names() -> list[str]:
     """All passes that a recipe can name: the catalogue's, then those of other packages."""
     return [entry.name for entry in CATALOGUE] + list(plugins())
-
-
-def option_adapter(cls: type[Pass] | type[Gates], name: str) -> TypeAdapter[Any]:
-    """What checks a field's value; an annotation that pydantic cannot check is an error of the pass."""
-    return TypeAdapter(typing.get_type_hints(cls)[name])
 
 
 def _read(document: Document, variables: Mapping[str, str] | None) -> Recipe:

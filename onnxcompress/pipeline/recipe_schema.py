@@ -6,10 +6,10 @@ import dataclasses
 from typing import Any
 
 from onnxcompress.evaluation.gates import Gates
-from onnxcompress.option_fields import is_required
+from onnxcompress.option_fields import is_required, option_adapter
 from onnxcompress.passes import load_pass
 from onnxcompress.passes.base import Pass
-from onnxcompress.pipeline.recipe import option_adapter, pass_names
+from onnxcompress.pipeline.recipe import pass_names
 
 
 def recipe_schema() -> dict[str, Any]:
