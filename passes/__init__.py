@@ -8,6 +8,7 @@ from onnxcompress.account import Change, Refusal
 from onnxcompress.option_fields import option
 from onnxcompress.passes.base import Pass, PassResult, apply_to_proto, run
 from onnxcompress.passes.catalogue import CATALOGUE, Entry
+from onnxcompress.progress import Progress, silent
 
 __all__ = [
     "CATALOGUE",
@@ -15,11 +16,13 @@ __all__ = [
     "Entry",
     "Pass",
     "PassResult",
+    "Progress",
     "Refusal",
     "apply_to_proto",
     "load_pass",
     "option",
     "run",
+    "silent",
 ]
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
-from graphlib import CycleError, TopologicalSorter
+from collections.abc import Sequence
+from graphlib import CycleError
 
 import onnx_graphsurgeon as gs
 
@@ -41,18 +41,36 @@ def sorted_nodes(model: Model) -> list[gs.Node]:
         raise ModelError(f"{model.name}: the graph has a cycle through node {name!r}") from error
 
 
-def topological_order(waits: Sequence[Collection[int]]) -> list[int]:
-    """Order what waits for each other: as it is, where that is an order.
+def topological_order(waits: Sequence[Sequence[int]]) -> list[int]:
+    """Order what waits for each other, each right behind what it waits for.
+
+    Runtimes that run a file's nodes as they stand hold little in memory then; `graphlib` would put all that
+    waits for nothing, such as the dequantized weights of every layer, in front.
 
     Args:
         waits: For each place, the places that must come before it.
 
     Returns:
-        All places in order.
+        All places in order: as they are, where that is an order.
 
     Raises:
-        CycleError: There is none; the error's second argument has the places of a cycle.
+        CycleError: There is none; the error's second argument has a place of the cycle.
     """
-    if all(max(before, default=-1) < place for place, before in enumerate(waits)):
-        return list(range(len(waits)))
-    return list(TopologicalSorter(dict(enumerate(waits))).static_order())
+    order: list[int] = []
+    is_done: dict[int, bool] = {}
+    for root in range(len(waits)):
+        stack = [root]
+        while stack:
+            place = stack[-1]
+            missing = [before for before in waits[place] if not is_done.get(before, False)]
+            if missing and place in is_done:
+                raise CycleError("a cycle", [place])
+            if missing:
+                is_done[place] = False
+                stack.extend(missing)
+                continue
+            stack.pop()
+            if not is_done.get(place, False):
+                is_done[place] = True
+                order.append(place)
+    return order

@@ -312,7 +312,7 @@ def test_killed_in_the_middle_it_resumes(models: Path, tmp_path: Path) -> None:
 THEIRS = '''
 from dataclasses import dataclass, field
 from typing import ClassVar
-from onnxcompress.passing import Change, Pass, PassResult, option, silent
+from onnxcompress.passes import Change, Pass, PassResult, option, silent
 
 @dataclass(frozen=True)
 class Sign(Pass):

@@ -168,7 +168,7 @@ def test_gates_refuse_options_before_anything_runs() -> None:
 
 
 def test_providers_load_without_onnxruntime() -> None:
-    code = "import sys; import onnxcompress.gates; assert 'onnxruntime' not in sys.modules"
+    code = "import sys; import onnxcompress.evaluation.gates; assert 'onnxruntime' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

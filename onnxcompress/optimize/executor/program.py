@@ -99,7 +99,7 @@ def _snapshot(node: gs.Node) -> Node:
 def _in_order(nodes: list[Node]) -> list[Node]:
     """Topological order, the file's own where it is one. Raises ExecutionError on a cycle."""
     maker_of = {name: place for place, node in enumerate(nodes) for name in node.outputs if name}
-    waits = [{maker_of[name] for name in node.inputs if name in maker_of} for node in nodes]
+    waits = [[maker_of[name] for name in node.inputs if name in maker_of] for node in nodes]
     try:
         return [nodes[place] for place in topological_order(waits)]
     except CycleError as error:
