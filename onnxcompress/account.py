@@ -1,17 +1,13 @@
-"""What a pass did and what it left alone, as values."""
+"""Records of what a pass changed and of what it refused to change."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    pass
 
 
 @dataclass(frozen=True)
 class Change:
-    """One thing that a pass did."""
+    """A change that a pass made at a node."""
 
     node: str
     what: str
@@ -19,7 +15,7 @@ class Change:
 
 @dataclass(frozen=True)
 class Refusal:
-    """One thing that a pass left alone: where, which rule forbids it, what would make it possible."""
+    """A change that a pass refused: the node, the rule that forbids it, and what would make it possible."""
 
     node: str
     rule: str

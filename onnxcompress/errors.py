@@ -1,10 +1,18 @@
-"""Every error a user can meet: one line that names the place, what was expected, what to try."""
+"""Errors and warnings for users: one line with the place, what was expected, and what to try."""
 
 from __future__ import annotations
 
 
 def require(who: str, *packages: str) -> None:
-    """Raise RuntimeUnavailable where a package is not installed; none of them is imported."""
+    """Check that packages are installed, without importing them.
+
+    Args:
+        who: What needs them, as it begins the message.
+        *packages: Import names, the same as on the package index.
+
+    Raises:
+        RuntimeUnavailable: A package is not installed.
+    """
     from importlib.util import find_spec
 
     for name in packages:
@@ -19,15 +27,15 @@ class CompressError(Exception):
 
 
 class ModelError(CompressError):
-    """The ONNX file, or a place in its graph, is not what the operation needs."""
+    """The ONNX file or its graph is broken, or lacks what the operation needs."""
 
 
 class InputError(CompressError):
-    """Images or other inputs that cannot be used with this model."""
+    """Images or other inputs cannot be used with this model."""
 
 
 class RuntimeUnavailable(CompressError):
-    """A library, an execution provider or a device that was asked for is not there."""
+    """A requested library, execution provider or device is not available."""
 
 
 class OptionError(CompressError):
@@ -37,17 +45,24 @@ class OptionError(CompressError):
 
 
 class CompressWarning(UserWarning):
-    """What a user should know and need not act on; the command line prints it as a note."""
+    """Something that a user should know but need not act on; the command line prints it as a note."""
 
 
 class TargetMissed(CompressError):
-    """The result was written, but it is not what the user's target asked for (exit code 3)."""
+    """The result was written, but it misses the target that the user set (exit code 3)."""
 
     exit_code = 3
 
 
 def one_line(error: BaseException) -> str:
-    """An exception's message without line ends and without onnxruntime's own prefix."""
+    """Shorten an exception's message to one line, without onnxruntime's prefix.
+
+    Args:
+        error: Any exception.
+
+    Returns:
+        At most 300 characters without line breaks.
+    """
     text = " ".join(str(error).split())
     if text.startswith("[ONNXRuntimeError]"):
         text = text.split(" : ", 3)[-1]
@@ -55,7 +70,14 @@ def one_line(error: BaseException) -> str:
 
 
 def printable(text: str) -> str:
-    """One line of bounded length without control characters: names in a file may command a terminal."""
+    """Make a text safe to print: names in a file may contain control sequences for the terminal.
+
+    Args:
+        text: Any text.
+
+    Returns:
+        One line of at most 1000 characters, unprintable ones replaced.
+    """
     line = " ".join(text.split())
     line = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in line)
     return line if len(line) <= 1000 else line[:997] + "..."

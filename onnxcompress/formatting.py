@@ -1,20 +1,34 @@
-"""Numbers for a person: sizes in powers of 1000, counts in three digits, shares in percent."""
+"""Format numbers for people: sizes in powers of 1000, counts with three digits, shares in percent."""
 
 from __future__ import annotations
 
 
 def size(count: float) -> str:
-    """Bytes for a person: 12.3 MB (powers of 1000)."""
+    """Format a size, such as 12.3 MB.
+
+    Args:
+        count: Bytes, at least 0.
+
+    Returns:
+        The size in the unit that fits, in powers of 1000.
+    """
     return _scaled(count, (" B", " kB", " MB", " GB"))
 
 
 def number(count: float) -> str:
-    """A count for a person: 1.23 M."""
+    """Format a count, such as 1.23 M.
+
+    Args:
+        count: A count, at least 0.
+
+    Returns:
+        The count with a prefix k, M or G that stands for a power of 1000.
+    """
     return _scaled(count, ("", " k", " M", " G"))
 
 
 def _scaled(count: float, units: tuple[str, ...]) -> str:
-    """In the first unit that leaves fewer than four digits before the point; three digits in all."""
+    """Express a count with three digits, in the first unit that puts at most three before the point."""
     if count < 999.5:
         return f"{count:.0f}{units[0]}"
     for unit in units[1:]:
@@ -25,22 +39,51 @@ def _scaled(count: float, units: tuple[str, ...]) -> str:
 
 
 def percent(share: float, digits: int = 2) -> str:
-    """A share for a person: 12.34 %."""
+    """Format a share, such as 12.34 %.
+
+    Args:
+        share: A fraction; 1 is 100 %.
+        digits: Digits behind the point.
+
+    Returns:
+        The share in percent.
+    """
     return f"{100 * share:.{digits}f} %"
 
 
 def points(share: float) -> str:
-    """A difference of shares for a person: −0.70 points."""
+    """Format a difference between two shares, such as −0.70 points.
+
+    Args:
+        share: A difference of fractions; 0.01 is one percentage point.
+
+    Returns:
+        The difference in percentage points, with its sign.
+    """
     text = f"{100 * share:+.2f}"
     return f"{'±0.00' if float(text) == 0 else text.replace('-', '−')} points"
 
 
 def milliseconds(value: float) -> str:
-    """A time for a person: 0.200 ms, 12.3 ms, 1234 ms."""
+    """Format a duration, such as 0.200 ms, 12.3 ms or 1234 ms.
+
+    Args:
+        value: Milliseconds, at least 0.
+
+    Returns:
+        The duration with three digits, or in whole milliseconds from 1000 on.
+    """
     return f"{value:.0f} ms" if value >= 1000 else f"{value:#.3g}".rstrip(".") + " ms"
 
 
 def where(provider: str) -> str:
-    """Where onnxruntime computes, for a person: the GPU (CUDA)."""
+    """Name the device that an execution provider of onnxruntime computes on.
+
+    Args:
+        provider: Short name of the provider, such as `cuda`.
+
+    Returns:
+        A phrase such as "the GPU (CUDA)"; an unknown name as it is.
+    """
     known = {"cpu": "the CPU", "cuda": "the GPU (CUDA)", "tensorrt": "the GPU (TensorRT)"}
     return known.get(provider, provider)

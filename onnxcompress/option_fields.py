@@ -25,7 +25,7 @@ PROVIDER_HELP = (
     "auto: cuda where it works, else cpu."
 )
 PROVIDER_OPTIONS_HELP = (
-    "Options of the provider. cuda: tf32=on|off, cudnn_search=exhaustive|heuristic|default, nhwc, memory "
+    "Settings of the provider. cuda: tf32=on|off, cudnn_search=exhaustive|heuristic|default, nhwc, memory "
     "(MB); tensorrt: fp16, cache (folder), workspace (MB); both: device, cuda_graph."
 )
 

@@ -1,17 +1,18 @@
-"""How long work reports how far it is."""
+"""The callback with which long computations report their progress."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    pass
-
 
 Progress = Callable[[str, int, int], None]
-"""Called with (what is being done, steps done, steps in all); it may be called often."""
+"""Callback that gets the current stage, the steps done and the steps in all; it may be called often."""
 
 
 def silent(stage: str, done: int, total: int) -> None:
-    """The progress of someone who does not look."""
+    """Ignore all progress; the default callback.
+
+    Args:
+        stage: What is being done.
+        done: Steps done.
+        total: Steps in all.
+    """
