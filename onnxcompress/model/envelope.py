@@ -1,4 +1,4 @@
-"""What a model's file holds beside nodes and initializers, kept in step with the graph."""
+"""What a ModelProto holds besides the main graph's nodes and initializers, kept in step with the graph."""
 
 from __future__ import annotations
 
@@ -11,7 +11,14 @@ from onnx_graphsurgeon.exporters.onnx_exporter import OnnxExporter
 
 
 def attributes(graph: onnx.GraphProto) -> Iterator[onnx.AttributeProto]:
-    """All attributes of the graph's nodes, and of those in the bodies inside it."""
+    """Iterate over the attributes of a graph's nodes, including those inside bodies of If, Loop and Scan.
+
+    Args:
+        graph: The graph to walk.
+
+    Yields:
+        Each attribute, outer ones before those in its bodies.
+    """
     for node in graph.node:
         for attribute in node.attribute:
             yield attribute
@@ -21,7 +28,14 @@ def attributes(graph: onnx.GraphProto) -> Iterator[onnx.AttributeProto]:
 
 
 def nested_tensors(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
-    """All tensors that are not dense initializers of this graph: in attributes, bodies, sparse tensors."""
+    """Iterate over all tensors that are not dense initializers of the graph itself.
+
+    Args:
+        graph: The graph to walk.
+
+    Yields:
+        Tensors in attributes and in bodies, and the values and indices of sparse tensors.
+    """
     for attribute in attributes(graph):
         if attribute.type == onnx.AttributeProto.TENSOR:
             yield attribute.t
@@ -33,7 +47,14 @@ def nested_tensors(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
 
 
 def sparse_tensors(graph: onnx.GraphProto) -> Iterator[onnx.SparseTensorProto]:
-    """All sparse tensors: initializers of the graph and of bodies, attributes."""
+    """Iterate over all sparse tensors: initializers of the graph and of bodies, and attributes.
+
+    Args:
+        graph: The graph to walk.
+
+    Yields:
+        Each sparse tensor.
+    """
     yield from graph.sparse_initializer
     for attribute in attributes(graph):
         yield from attribute.sparse_tensors
@@ -44,7 +65,14 @@ def sparse_tensors(graph: onnx.GraphProto) -> Iterator[onnx.SparseTensorProto]:
 
 
 def without_contents(proto: onnx.ModelProto) -> onnx.ModelProto:
-    """A shallow envelope: everything but the main graph's nodes and initializers."""
+    """Copy a model without the nodes and initializers of its main graph.
+
+    Args:
+        proto: The model; it is not changed.
+
+    Returns:
+        A new ModelProto with everything else.
+    """
     envelope = onnx.ModelProto()
     for field, value in proto.ListFields():
         if field.name == "graph":
@@ -73,7 +101,13 @@ def _names(graph: gs.Graph) -> Iterator[str]:
 
 
 def sync_values(proto: onnx.ModelProto, graph: gs.Graph, initializers: set[str]) -> None:
-    """Make inputs, outputs and value infos of the envelope agree with the graph, in their order."""
+    """Update the inputs, outputs and value infos of a ModelProto to match the graph, in the file's order.
+
+    Args:
+        proto: The model's envelope, changed in place.
+        graph: The graph as the passes left it.
+        initializers: Names of the initializers that will be written.
+    """
     inputs = {t.name: t for t in graph.inputs}
     kept = [i for i in proto.graph.input if i.name in inputs or i.name in initializers]
     listed = {i.name for i in kept}

@@ -1,7 +1,8 @@
-"""A ModelProto as a graphsurgeon graph, past what graphsurgeon stumbles over.
+"""Import a ModelProto as a graphsurgeon graph, around what graphsurgeon cannot read.
 
-Functions are left out (it does not know overloads and all attributes): the model keeps them as they are.
-Strings that are no text (engines of other runtimes) are hidden from it: the nodes keep their protos.
+Local functions are left out, since graphsurgeon knows neither overloads nor all of their attributes: the
+model keeps them as they are. Strings that are not UTF-8 (engines of other runtimes) are hidden during the
+import: the nodes keep their protos.
 """
 
 from __future__ import annotations
@@ -18,7 +19,18 @@ from onnxcompress.model.envelope import attributes
 
 
 def import_graph(proto: onnx.ModelProto, name: str) -> gs.Graph:
-    """The main graph. Raises ModelError where it is broken; `proto` is as before afterwards."""
+    """Import the main graph of a model.
+
+    Args:
+        proto: The model; the same afterwards as before.
+        name: The model's name in messages.
+
+    Returns:
+        The graph.
+
+    Raises:
+        ModelError: graphsurgeon cannot read the graph.
+    """
     log = gs.logger.G_LOGGER
     log.severity = log.CRITICAL  # its warnings concern what the model keeps
     try:
@@ -40,7 +52,7 @@ def import_graph(proto: onnx.ModelProto, name: str) -> gs.Graph:
 
 @contextmanager
 def _hidden_bytes(graph: onnx.GraphProto) -> Iterator[None]:
-    """Without the attributes' strings that are not UTF-8."""
+    """Empty attribute strings that are not UTF-8 for the duration of the context."""
     hidden = []
     for attribute in attributes(graph):
         if not all(map(_is_text, (attribute.s, *attribute.strings))):

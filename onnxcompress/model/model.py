@@ -1,7 +1,7 @@
-"""An ONNX model as the passes see it: a graphsurgeon graph, and all that graphsurgeon would lose.
+r"""An ONNX model as the passes see it: a graphsurgeon graph, and everything that graphsurgeon would lose.
 
     file --split--> skeleton --import_onnx--> graph     (weights stay in the file until they are read)
-                        \\-----------------> envelope  (metadata, value infos, functions, doc strings, …)
+                        \-----------------> envelope  (metadata, value infos, functions, doc strings, …)
     graph + envelope --export--> skeleton --join--> file
 
 graphsurgeon's round trip drops metadata_props, model_version, domain, doc strings of nodes, initializers
@@ -13,23 +13,20 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
-from google.protobuf.message import DecodeError
-from onnx_graphsurgeon.ir.tensor import LazyValues, SparseValues
+from onnx_graphsurgeon.ir.tensor import LazyValues
 
 from onnxcompress.errors import ModelError
-from onnxcompress.model import protobuf_stream, tensor_storage
+from onnxcompress.model import tensor_storage
 from onnxcompress.model.envelope import sync_values, without_contents
 from onnxcompress.model.gs_import import import_graph
-from onnxcompress.model.origins import export_node, node_origins, tensor_origins
-from onnxcompress.model.tensor_storage import StoredValues
+from onnxcompress.model.origins import export_node, export_tensors, node_origins, tensor_origins
+from onnxcompress.model.stored_values import StoredValues, check_tensors
 from onnxcompress.model.validation import check_graph
 from onnxcompress.version import __version__
 
@@ -42,12 +39,12 @@ Analysis = TypeVar("Analysis")
 
 
 class Model:
-    """A model in memory. Create it with `load` or `Model.from_proto`; write it with `save`."""
+    """An ONNX model in memory: `load` or `Model.from_proto` creates it, `save` writes it."""
 
     def __init__(
         self, proto: onnx.ModelProto, stored: dict[int, LazyValues | np.ndarray], name: str
     ) -> None:
-        """`proto` may lack the raw data of the initializers whose index is in `stored`."""
+        """Import a ModelProto; it may lack the raw data of the initializers whose index is in `stored`."""
         self.name = name
         external = [v for v in stored.values() if isinstance(v, StoredValues) and v.external]
         self.external_data = bool(external)
@@ -66,13 +63,24 @@ class Model:
 
     @staticmethod
     def from_proto(proto: onnx.ModelProto, name: str = "model") -> Model:
-        """Wrap a complete ModelProto. It is read, never changed; later changes to it are not seen."""
+        """Copy a complete ModelProto; later changes to it have no effect on the model.
+
+        Args:
+            proto: The model, weights included.
+            name: The model's name in messages.
+
+        Returns:
+            The model.
+
+        Raises:
+            ModelError: The proto is invalid, or its weights are in external data.
+        """
         for tensor in proto.graph.initializer:
             if tensor.data_location == onnx.TensorProto.EXTERNAL:
                 raise ModelError(
                     f"{name}: initializer {tensor.name!r} lies in external data; load the file instead"
                 )
-        tensor_storage.check_tensors(proto, name, {})
+        check_tensors(proto, name, {})
         check_graph(proto, name)
         own = onnx.ModelProto()
         own.CopyFrom(proto)
@@ -90,12 +98,12 @@ class Model:
 
     @property
     def graph_outputs(self) -> Sequence[gs.Tensor]:
-        """The outputs of the main graph, without a look at its nodes."""
+        """The outputs of the main graph; cheaper than `graph.outputs` after removals."""
         return list(self._graph.outputs)
 
     @property
     def names(self) -> set[str]:
-        """Names that a tensor of the model has, or had since the last `touch`: add those you give."""
+        """Names of all tensors, past ones since the last `touch` included; add each name that you give."""
         if self._names is None:
             self._names = set(self.graph.tensors()) | self.sparse_names
             self._names |= {t.name for t in self.graph.inputs}
@@ -105,7 +113,14 @@ class Model:
         return self._names
 
     def in_body(self, node: gs.Node) -> bool:
-        """Whether the node is inside the body of an If, Loop or Scan. Bodies are never edited."""
+        """Whether a node is inside the body of an If, Loop or Scan. Bodies are never edited.
+
+        Args:
+            node: Any node of the model.
+
+        Returns:
+            False for nodes of the main graph.
+        """
         return id(node) in self._inner
 
     @property
@@ -116,6 +131,7 @@ class Model:
 
     @property
     def ir_version(self) -> int:
+        """Version of ONNX's intermediate representation."""
         return int(self._envelope.ir_version)
 
     @property
@@ -130,6 +146,7 @@ class Model:
 
     @property
     def producer(self) -> str:
+        """Name and version of the tool that exported the model."""
         return f"{self._envelope.producer_name} {self._envelope.producer_version}".strip()
 
     @property
@@ -138,10 +155,15 @@ class Model:
         return {p.key: p.value for p in self._envelope.metadata_props}
 
     def set_metadata(self, key: str, value: str | None) -> None:
-        """Set one entry of metadata_props, or remove it where `value` is None."""
+        """Set or remove an entry of metadata_props.
+
+        Args:
+            key: The entry's key.
+            value: Its value; None removes the entry.
+        """
         if self.metadata.get(key) == value:
             return
-        self.input_digest = None  # what would be saved is no longer what was read
+        self.input_digest = None  # `save` would no longer write what was read
         entries = self._envelope.metadata_props
         for at in [i for i, p in enumerate(entries) if p.key == key][::-1]:
             if value is None:
@@ -153,14 +175,17 @@ class Model:
             entries.add(key=key, value=value)
 
     def touch(self) -> None:
-        """Say that the graph changed: what was derived from it is forgotten."""
+        """Discard everything derived from the graph, after a change to it."""
         self.remove(())
         self._names = None
 
     def remove(self, nodes: Iterable[gs.Node]) -> None:
-        """Take nodes that are connected to nothing any more out of the graph.
+        """Remove disconnected nodes from the graph, and discard everything derived from it.
 
-        They leave its list when that is next looked at, all at once: many removals cost one scan.
+        The list of nodes is filtered once, when it is next read, however many nodes were removed.
+
+        Args:
+            nodes: Nodes of the main graph without inputs and outputs.
         """
         self._removed.update(id(node) for node in nodes)
         self._analyses.clear()
@@ -168,21 +193,25 @@ class Model:
         self.input_digest = None
 
     def analysis(self, compute: Callable[[Model], Analysis]) -> Analysis:
-        """What `compute` says of the graph as it is now, computed once until the graph changes.
+        """Compute a property of the graph, once until the graph changes.
 
         Args:
-            compute: A function, or a class, of the model alone, such as `infer_shapes` or `Topology`.
+            compute: A function or class that takes the model alone, such as `infer_shapes` or `Topology`.
 
         Returns:
-            What it returned for this graph; the same object to all who ask, so it is read only.
+            What it returned for this graph; all callers share the object, so it must not be changed.
         """
         if compute not in self._analyses:
             self._analyses[compute] = compute(self)
-        found: Analysis = self._analyses[compute]
-        return found
+        result: Analysis = self._analyses[compute]
+        return result
 
     def copy(self) -> Model:
-        """An independent model; unchanged weights are shared, not copied."""
+        """Copy the model; unchanged weights are shared.
+
+        Returns:
+            An independent model.
+        """
         skeleton, tensors = self._export()
         stored: dict[int, LazyValues | np.ndarray] = {}
         for index, (proto, values) in enumerate(tensors):
@@ -195,44 +224,65 @@ class Model:
         return twin
 
     def become(self, other: Model) -> None:
-        """Take the contents of another model, which is not to be used any more; the name stays.
+        """Replace the contents by those of another model; name and use of external data stay.
 
-        For what comes of a library that returns a model of its own. Weights that lay in external data do
-        so again when it is saved.
+        This is for libraries that return a model of their own.
+
+        Args:
+            other: The model to take over; it must not be used afterwards.
         """
         kept = {key: getattr(self, key) for key in ("name", "external_data", "external_files")}
         self.__dict__.update(other.__dict__ | kept)
         self.touch()
 
     def provenance(self) -> list[dict[str, Any]]:
-        """What was done to this model so far, oldest first."""
+        """Read from the metadata which passes made this model.
+
+        Returns:
+            Entries with `pass`, `options`, `version`, `input_sha256` and perhaps `inputs`, oldest first.
+        """
         try:
             entries = json.loads(self.metadata.get(PROVENANCE, "[]"))
         except (ValueError, RecursionError):  # RecursionError: nested too deep
             return []
-        named = isinstance(entries, list) and all(isinstance(e, dict) and "pass" in e for e in entries)
-        return entries if named else []
+        valid = isinstance(entries, list) and all(isinstance(e, dict) and "pass" in e for e in entries)
+        return entries if valid else []
 
     def add_provenance(
         self, name: str, options: dict[str, Any], digest: str, inputs: Any | None = None
     ) -> None:
-        """Append to the provenance; `digest` is the SHA-256 of what went in, `inputs` what was learned from
-        (JSON: source, count and seed of each)."""
+        """Append an entry to the provenance in the metadata.
+
+        Args:
+            name: The pass.
+            options: Its options, as JSON.
+            digest: SHA-256 of the model that it was given, in hexadecimal.
+            inputs: Source, count and seed of the inputs that it learned from, as JSON.
+        """
         entry = {"pass": name, "options": options, "version": __version__, "input_sha256": digest}
         if inputs is not None:
             entry["inputs"] = inputs
         self.set_metadata(PROVENANCE, json.dumps([*self.provenance(), entry]))
 
     def digest(self) -> str:
-        """SHA-256 of the model as it was read; after a change, of what `save` would write."""
+        """Compute the SHA-256 of the model as it was read or, once changed, as `save` would write it.
+
+        Returns:
+            The digest in hexadecimal.
+        """
         if self.input_digest is not None:
             return self.input_digest()
-        sha = _Hasher()
-        self._write(sha)
-        return sha.hexdigest()
+        return tensor_storage.digest(*self._export())
 
     def to_proto(self) -> onnx.ModelProto:
-        """The complete model as a ModelProto, weights in memory. Raises ModelError from 2 GB on."""
+        """Export the complete model, with all weights in memory; from 2 GB on protobuf cannot serialize it.
+
+        Returns:
+            A new ModelProto.
+
+        Raises:
+            ModelError: A file that holds weights was cut short.
+        """
         proto, tensors = self._export()
         for tensor, values in tensors:
             if values is not None:
@@ -241,7 +291,11 @@ class Model:
         return proto
 
     def skeleton(self) -> onnx.ModelProto:
-        """The model with large initializers turned into graph inputs: small, valid, for analysis."""
+        """Export the model with its large initializers as graph inputs: a small, valid model to analyse.
+
+        Returns:
+            A new ModelProto.
+        """
         proto, tensors = self._export()
         listed = {i.name for i in proto.graph.input}
         for tensor, values in tensors:
@@ -257,7 +311,7 @@ class Model:
         proto = onnx.ModelProto()
         proto.CopyFrom(self._envelope)
         proto.graph.node.extend(self.node_proto(node) for node in self.graph.nodes)
-        tensors = self._export_tensors()
+        tensors = export_tensors(self.graph, self._tensors)
         sync_values(proto, self.graph, {tensor.name for tensor, _ in tensors})
         if proto.ir_version < 4:  # IR 3: an initializer must be listed as an input, too
             listed = {i.name for i in proto.graph.input}
@@ -269,80 +323,12 @@ class Model:
         return proto, tensors
 
     def node_proto(self, node: gs.Node) -> onnx.NodeProto:
-        """The node of the main graph as it is written now."""
+        """Export a node of the main graph.
+
+        Args:
+            node: The node.
+
+        Returns:
+            The proto as `save` would write it.
+        """
         return export_node(node, self._nodes.get(id(node)))
-
-    def _export_tensors(self) -> list[tensor_storage.Stored]:
-        outputs = {t.name for t in self.graph.outputs}
-        known: set[str] = set()
-        tensors: list[tensor_storage.Stored] = []
-        for origin in self._tensors:
-            constant = origin.constant
-            known.add(constant.name)
-            if constant.outputs or not origin.used or constant.name in outputs:
-                tensors.append(tensor_storage.export(constant, origin.proto, origin.values))
-        for node in self.graph.nodes:
-            for tensor in node.inputs:
-                if isinstance(tensor, gs.Constant) and tensor.name not in known:
-                    known.add(tensor.name)
-                    if not isinstance(tensor._values, SparseValues):
-                        tensors.append(tensor_storage.export(tensor, None, None))
-        return tensors
-
-    def _write(self, file: Any) -> None:
-        proto, tensors = self._export()
-        tensor_storage.write(file, proto, tensors)
-
-
-def load(path: str | os.PathLike[str]) -> Model:
-    """Read an ONNX file; weights, inside the file or external, stay on disk until they are read.
-
-    Raises ModelError where the file is missing, broken, cut short, or its external data is missing
-    or lies outside the file's folder.
-    """
-    file = Path(path)
-    if not file.is_file():
-        raise ModelError(f"{file}: {'a folder; name an ONNX file' if file.is_dir() else 'no such file'}")
-    try:
-        skeleton, places = protobuf_stream.split(file)
-        proto = onnx.ModelProto()
-        proto.ParseFromString(skeleton)
-    except OSError as error:
-        raise ModelError(f"{file}: cannot be read ({error.strerror})") from error
-    except (DecodeError, ModelError) as error:
-        raise ModelError(f"{file}: not a readable ONNX model ({error})") from error
-    if not proto.graph.node and not proto.graph.output:
-        raise ModelError(f"{file}: not an ONNX model (it has no graph)")
-    check_graph(proto, file.name)
-    tensor_storage.inline_nested(proto, file)
-    tensor_storage.check_tensors(proto, file.name, places)
-    model = Model(proto, tensor_storage.stored_values(proto, file, places), file.name)
-    model.input_digest = lambda: tensor_storage.file_digest(file)
-    return model
-
-
-def save(model: Model, path: str | os.PathLike[str]) -> None:
-    """Write the model whole or not at all; beyond 2 GB, or where the input had it so, weights go to
-    `<path>.data` beside it.
-
-    Raises ModelError where the folder cannot be written.
-    """
-    proto, tensors = model._export()
-    tensor_storage.save(Path(path), proto, tensors, external=model.external_data)
-
-
-class _Hasher:
-    """A file that is only hashed."""
-
-    def __init__(self) -> None:
-        self._sha = hashlib.sha256()
-
-    def write(self, data: bytes) -> None:
-        self._sha.update(data)
-
-    def writelines(self, pieces: Iterable[bytes]) -> None:
-        for piece in pieces:
-            self._sha.update(piece)
-
-    def hexdigest(self) -> str:
-        return self._sha.hexdigest()

@@ -1,6 +1,6 @@
-"""A model in any form that a caller may have: a Model, a ModelProto, its bytes, or a path.
+"""Accept a model in any form that a caller may have: a Model, a ModelProto, its bytes, or a path.
 
-Does not handle: strings, sequences and bfloat16 as inputs.
+Does not handle: inputs of type string, sequence or bfloat16.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from onnxcompress.model import Model, Shape, load, protobuf_stream, save
 ModelLike = Model | onnx.ModelProto | bytes | str | os.PathLike[str]
 
 _IN_MEMORY_LIMIT = 1_900_000_000
-"""Bytes from which on a model goes to onnxruntime through a file: protobuf ends at 2 GB."""
+"""Models with more bytes of weights go to onnxruntime through a file: protobuf ends at 2 GB."""
 _DTYPES = {
     "float": np.float32, "double": np.float64, "float16": np.float16, "bool": np.bool_,
     "int8": np.int8, "int16": np.int16, "int32": np.int32, "int64": np.int64,
@@ -34,14 +34,22 @@ _DTYPES = {
 
 @dataclass(frozen=True)
 class InputSpec:
-    """One input of a model; str: a symbolic dimension, None: an unknown one, or an unknown rank."""
+    """Name, type and shape of a model's input."""
 
     name: str
     dtype: np.dtype[Any]
     shape: Shape | None
+    """A symbolic dimension is a name, an unknown one None; None: the rank is unknown, too."""
 
     def takes(self, shape: Sequence[int]) -> bool:
-        """Whether the input accepts arrays of this shape."""
+        """Whether the input accepts arrays of a shape.
+
+        Args:
+            shape: Shape of an array, such as (N, C, H, W).
+
+        Returns:
+            True where the rank and all fixed dimensions agree, or the input's shape is unknown.
+        """
         if self.shape is None:
             return True
         pairs = zip(self.shape, shape, strict=False)
@@ -49,7 +57,14 @@ class InputSpec:
 
 
 def label(model: ModelLike) -> str:
-    """What messages call the model: its file name, or the name of its graph."""
+    """Name the model for a message.
+
+    Args:
+        model: A model in any form.
+
+    Returns:
+        The file name, the path as given, or the name of the graph; "model" where there is none.
+    """
     if isinstance(model, Model):
         return model.name
     if isinstance(model, onnx.ModelProto):
@@ -58,7 +73,14 @@ def label(model: ModelLike) -> str:
 
 
 def display_names(models: Sequence[ModelLike]) -> list[str]:
-    """A different name for each model: file names, whole paths where two are equal, else numbered."""
+    """Give each of several models a different name.
+
+    Args:
+        models: Models in any form.
+
+    Returns:
+        Their file names; whole paths where two file names are equal; else labels with a number behind.
+    """
     labels = [label(m) for m in models]
     short = [os.path.basename(text) or text for text in labels]
     for names in (short, labels):
@@ -68,12 +90,29 @@ def display_names(models: Sequence[ModelLike]) -> list[str]:
 
 
 def dims(shape: Sequence[int | str | None]) -> str:
-    """A shape for messages: 1x3x224x224, ? for what is not known."""
+    """Format a shape for a message.
+
+    Args:
+        shape: Dimensions: a number, the name of a symbol, or None where unknown.
+
+    Returns:
+        Such as `1x3x224x224`, `?` for unknown dimensions; `scalar` for rank 0.
+    """
     return "x".join("?" if d is None else str(d) for d in shape) or "scalar"
 
 
 def model_bytes(model: ModelLike) -> int:
-    """Bytes of the model as a file, external data included."""
+    """Measure the model's size as a file, including external data.
+
+    Args:
+        model: A model in any form.
+
+    Returns:
+        Bytes.
+
+    Raises:
+        ModelError: The file is missing or not a readable ONNX model.
+    """
     if isinstance(model, bytes):
         return len(model)
     if isinstance(model, onnx.ModelProto):
@@ -93,7 +132,17 @@ def model_bytes(model: ModelLike) -> int:
 
 
 def as_model(model: ModelLike) -> Model:
-    """Any form of a model as a Model."""
+    """Convert a model in any form to a Model.
+
+    Args:
+        model: A model in any form; a Model is returned as it is.
+
+    Returns:
+        The model.
+
+    Raises:
+        ModelError: The file is missing, or the model is broken.
+    """
     if isinstance(model, Model):
         return model
     if isinstance(model, bytes | onnx.ModelProto):
@@ -102,14 +151,34 @@ def as_model(model: ModelLike) -> Model:
 
 
 def metadata_of(model: ModelLike) -> dict[str, str]:
-    """The model's metadata_props."""
+    """Read the model's metadata_props.
+
+    Args:
+        model: A model in any form.
+
+    Returns:
+        Values by key.
+
+    Raises:
+        ModelError: The file is missing or not a readable ONNX model.
+    """
     if isinstance(model, Model):
         return model.metadata
     return {p.key: p.value for p in _proto(model).metadata_props}
 
 
 def input_specs(model: ModelLike) -> list[InputSpec]:
-    """Inputs that must be fed, in order. Raises ModelError for a type that is not handled."""
+    """Describe the inputs that must be fed, in order: graph inputs that are not initializers.
+
+    Args:
+        model: A model in any form.
+
+    Returns:
+        A specification of each input.
+
+    Raises:
+        ModelError: The model cannot be read, or an input has a type that is not handled.
+    """
     if isinstance(model, Model):
         real = {t.name for t in model.graph.inputs if not isinstance(t, gs.Constant)}
         return _proto_specs(model.skeleton(), only=real)
@@ -118,7 +187,17 @@ def input_specs(model: ModelLike) -> list[InputSpec]:
 
 @contextlib.contextmanager
 def runnable(model: ModelLike) -> Iterator[str | bytes]:
-    """The model as onnxruntime takes it: a path, or the bytes of a small enough model."""
+    """Provide the model in a form that onnxruntime loads, for the duration of the context.
+
+    Args:
+        model: A model in any form.
+
+    Yields:
+        A path, or the bytes of a model that fits in one protobuf message.
+
+    Raises:
+        ModelError: The file is missing, or a ModelProto has 2 GB or more.
+    """
     if isinstance(model, bytes):
         yield model
     elif isinstance(model, str | os.PathLike):
@@ -141,13 +220,20 @@ def runnable(model: ModelLike) -> Iterator[str | bytes]:
 
 
 def weight_bytes(model: Model) -> int:
-    """Bytes of all initializers, without reading them."""
+    """Sum the bytes of all initializers, without reading them.
+
+    Args:
+        model: The model.
+
+    Returns:
+        Bytes.
+    """
     tensors = model.graph.tensors().values()
     return sum(int(t._values.nbytes) for t in tensors if isinstance(t, gs.Constant))
 
 
 def _proto(model: onnx.ModelProto | bytes | str | os.PathLike[str]) -> onnx.ModelProto:
-    """The graph of the model; of a file, without its weights."""
+    """Parse the model; of a file, everything but the data of large initializers."""
     if isinstance(model, onnx.ModelProto):
         return model
     if not isinstance(model, bytes) and not Path(model).is_file():
@@ -177,7 +263,14 @@ def _proto_specs(proto: onnx.ModelProto, only: set[str] | None) -> list[InputSpe
 
 
 def type_name(element_type: int) -> str:
-    """ONNX's name of an element type, FLOAT; of one that there is not the number."""
+    """Name an ONNX element type.
+
+    Args:
+        element_type: A number of TensorProto.DataType.
+
+    Returns:
+        ONNX's name, such as FLOAT; the number itself where ONNX has no such type.
+    """
     kinds = onnx.TensorProto.DataType
     return kinds.Name(element_type) if element_type in kinds.values() else str(element_type)
 

@@ -1,4 +1,4 @@
-"""What each node and initializer was in the file: the export starts from it and writes what passes changed.
+"""Original protos of nodes and initializers: the export starts from them and writes what passes changed.
 
 graphsurgeon's round trip drops doc strings, metadata_props and attributes of types that it does not know.
 """
@@ -12,21 +12,23 @@ import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 from onnx_graphsurgeon.exporters.onnx_exporter import OnnxExporter
-from onnx_graphsurgeon.ir.tensor import LazyValues
+from onnx_graphsurgeon.ir.tensor import LazyValues, SparseValues
+
+from onnxcompress.model import tensor_storage
 
 
 @dataclass
 class NodeOrigin:
-    """A node of the main graph, and what it was."""
+    """A node of the main graph with its original proto and attributes."""
 
-    node: gs.Node  # held so that id(node) stays its own
+    node: gs.Node  # kept alive, so that no other object gets its id
     proto: onnx.NodeProto
     attrs: dict[str, Any]
 
 
 @dataclass
 class TensorOrigin:
-    """An initializer, and what it was."""
+    """An initializer with its original proto and values."""
 
     constant: gs.Constant
     proto: onnx.TensorProto
@@ -36,7 +38,15 @@ class TensorOrigin:
 
 
 def node_origins(graph: gs.Graph, proto: onnx.ModelProto) -> dict[int, NodeOrigin]:
-    """By id of the node. graph: what `import_graph` made of `proto`, unchanged."""
+    """Pair each node of the main graph with its original proto.
+
+    Args:
+        graph: The graph that `import_graph` returned for `proto`, unchanged.
+        proto: The model.
+
+    Returns:
+        Origins by id of the node.
+    """
     return {
         id(node): NodeOrigin(
             node,
@@ -50,7 +60,16 @@ def node_origins(graph: gs.Graph, proto: onnx.ModelProto) -> dict[int, NodeOrigi
 def tensor_origins(
     graph: gs.Graph, proto: onnx.ModelProto, stored: dict[int, LazyValues | np.ndarray]
 ) -> list[TensorOrigin]:
-    """In the file's order. stored: values by index of the initializer; they become the constants' own."""
+    """Pair each initializer with its original proto and values.
+
+    Args:
+        graph: The graph that `import_graph` returned for `proto`; its constants get the stored values.
+        proto: The model.
+        stored: Values by index of the initializer, for those whose data is not in `proto`.
+
+    Returns:
+        Origins in the file's order.
+    """
     by_name = graph.tensors()
     origins = []
     for index, tensor in enumerate(proto.graph.initializer):
@@ -65,7 +84,15 @@ def tensor_origins(
 
 
 def export_node(node: gs.Node, origin: NodeOrigin | None) -> onnx.NodeProto:
-    """What the file held of the node, and what a pass changed of it. origin: None where a pass made it."""
+    """Write a node as a proto, with everything of the original that no pass changed.
+
+    Args:
+        node: The node as it is now.
+        origin: Its origin; None for a node that a pass added.
+
+    Returns:
+        A new NodeProto.
+    """
     if origin is None:
         new: onnx.NodeProto = OnnxExporter.export_node(node)
         return new
@@ -88,8 +115,35 @@ def export_node(node: gs.Node, origin: NodeOrigin | None) -> onnx.NodeProto:
     return proto
 
 
+def export_tensors(graph: gs.Graph, origins: list[TensorOrigin]) -> list[tensor_storage.Stored]:
+    """Write the initializers that are still used as protos, those that passes added behind the file's own.
+
+    Args:
+        graph: The graph as the passes left it.
+        origins: Origins of the file's initializers, in its order.
+
+    Returns:
+        TensorProtos, each with its raw data where that is not in the proto.
+    """
+    outputs = {t.name for t in graph.outputs}
+    known: set[str] = set()
+    tensors: list[tensor_storage.Stored] = []
+    for origin in origins:
+        constant = origin.constant
+        known.add(constant.name)
+        if constant.outputs or not origin.used or constant.name in outputs:
+            tensors.append(tensor_storage.export(constant, origin.proto, origin.values))
+    for node in graph.nodes:
+        for tensor in node.inputs:
+            if isinstance(tensor, gs.Constant) and tensor.name not in known:
+                known.add(tensor.name)
+                if not isinstance(tensor._values, SparseValues):
+                    tensors.append(tensor_storage.export(tensor, None, None))
+    return tensors
+
+
 def _captured(graph: gs.Graph, name: str) -> gs.Constant | None:
-    """The constant of that name which only the bodies of If, Loop or Scan read."""
+    """Find the constant of that name that only bodies of If, Loop or Scan read."""
     for subgraph in graph.subgraphs(recursive=True):
         for node in subgraph.nodes:
             for tensor in node.inputs:

@@ -21,7 +21,7 @@ from onnxcompress.errors import ModelError
 
 GRAPH, INITIALIZER, RAW_DATA = 7, 5, 9
 LARGE = 1024
-"""Bytes of raw data from which on an initializer stays in the file."""
+"""Initializers with at least this many bytes of raw data stay in the file."""
 
 Buffer = mmap.mmap | bytes
 
@@ -64,6 +64,14 @@ def _fields(data: Buffer, at: int, end: int) -> Iterator[tuple[int, int, int, in
 
 
 def encode_varint(value: int) -> bytes:
+    """Encode a number as a protobuf varint.
+
+    Args:
+        value: A number, at least 0.
+
+    Returns:
+        The bytes, seven bits in each, the lowest first.
+    """
     out = bytearray()
     while value > 0x7F:
         out.append(value & 0x7F | 0x80)
@@ -77,7 +85,7 @@ def _header(number: int, length: int) -> bytes:
 
 
 def _split_tensor(data: Buffer, at: int, end: int) -> tuple[bytes, tuple[int, int] | None]:
-    """The tensor's bytes without large raw data, and (offset, length) of that data."""
+    """Separate a tensor into its bytes without large raw data, and (offset, length) of that data."""
     parts, place = [], None
     for number, kind, start, payload, stop in _fields(data, at, end):
         if number == RAW_DATA and kind == 2 and stop - payload >= LARGE:
@@ -88,9 +96,18 @@ def _split_tensor(data: Buffer, at: int, end: int) -> tuple[bytes, tuple[int, in
 
 
 def split(path: Path) -> tuple[bytes, dict[int, tuple[int, int]]]:
-    """Return the skeleton of an ONNX file and {index of initializer: (offset, length) in the file}.
+    """Read an ONNX file without the raw data of its large initializers.
 
-    Raises ModelError where the file is empty, cut short or no protobuf message.
+    Args:
+        path: The file.
+
+    Returns:
+        The skeleton, a serialized ModelProto, and {index of the initializer: (offset, length)}, the
+        place of the omitted data in the file, in bytes.
+
+    Raises:
+        ModelError: The file is empty, cut short or not a protobuf message.
+        OSError: The file cannot be read.
     """
     with path.open("rb") as file:
         if path.stat().st_size == 0:
@@ -123,15 +140,19 @@ def _split_model(data: mmap.mmap) -> tuple[bytes, dict[int, tuple[int, int]]]:
 
 
 Payload = tuple[int, Callable[[], Iterable[bytes | memoryview]]]
-"""Length in bytes and a function that yields the raw data in pieces."""
+"""Length of raw data in bytes, and a function that yields it in pieces."""
 
 
 def join(
     file: BinaryIO, model: bytes, graph: bytes, tensors: Iterable[tuple[bytes, Payload | None]]
 ) -> None:
-    """Write one ModelProto to `file`: `model` has no graph, `graph` no initializer.
+    """Write a ModelProto, streaming the raw data of its initializers.
 
-    Each of `tensors` is a serialized TensorProto without raw data, and the raw data to add.
+    Args:
+        file: The file to write to.
+        model: A serialized ModelProto without a graph.
+        graph: A serialized GraphProto without initializers.
+        tensors: Serialized TensorProtos without raw data, each with the raw data to add, if any.
     """
     entries = []
     for tensor, payload in tensors:

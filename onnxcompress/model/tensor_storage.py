@@ -1,11 +1,11 @@
-"""Where weights lie: in the ONNX file, in external data beside it, or in memory; and writing them out."""
+"""Write models: export initializers, stream their weights, and rename files only when they are complete."""
 
 from __future__ import annotations
 
 import hashlib
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -16,129 +16,26 @@ from onnx_graphsurgeon.ir.tensor import LazyValues
 
 from onnxcompress.errors import ModelError
 from onnxcompress.model import protobuf_stream
-from onnxcompress.model.envelope import nested_tensors, sparse_tensors
-from onnxcompress.model.validation import check_sparse, check_tensor
+from onnxcompress.model.stored_values import PIECE, StoredValues
 
-PIECE = 1 << 22
-"""Bytes copied at a time."""
 PROTOBUF_LIMIT = (1 << 31) - 1
 """No protobuf message may be longer, in bytes."""
 ALIGNMENT = 4096
-"""Of a tensor in external data, in bytes: what onnxruntime can map into memory."""
+"""Bytes to which tensors in external data are aligned, so that onnxruntime can map them into memory."""
 
 Stored = tuple[onnx.TensorProto, LazyValues | np.ndarray | None]
-"""A TensorProto and where its raw data is; None: in the TensorProto itself."""
-
-
-class DataFile:
-    """A file held open: what was loaded stays readable although its name is replaced meanwhile."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._file = path.open("rb")
-
-    def read(self, offset: int, length: int) -> bytes:
-        data = os.pread(self._file.fileno(), length, offset) if length else b""
-        while len(data) < length:  # one pread returns at most 2 GB
-            more = os.pread(self._file.fileno(), length - len(data), offset + len(data))
-            if not more:
-                raise ModelError(
-                    f"{self.path}: {length} bytes at {offset} expected, the file ends after "
-                    f"{len(data)}; was it changed or cut short?"
-                )
-            data += more
-        return data
-
-
-class StoredValues(LazyValues):  # type: ignore[misc]
-    """Lazy values of an initializer whose raw data lies in a file."""
-
-    def __init__(
-        self, tensor: onnx.TensorProto, file: DataFile, offset: int, length: int, external: bool
-    ) -> None:
-        super().__init__(tensor)
-        self.file, self.offset, self.length, self.external = file, offset, length, external
-
-    def load(self) -> np.ndarray:
-        """The values as a new array in the tensor's shape and type."""
-        proto = onnx.TensorProto(
-            dims=self.tensor.dims, data_type=self.tensor.data_type, name=self.tensor.name
-        )
-        proto.raw_data = self.file.read(self.offset, self.length)
-        try:
-            return np.array(onnx.numpy_helper.to_array(proto))
-        except ValueError as error:
-            raise ModelError(
-                f"initializer {self.tensor.name!r}: {self.length} bytes do not fill the shape "
-                f"{list(self.tensor.dims)} ({error})"
-            ) from error
-
-    def pieces(self) -> Iterator[bytes]:
-        for at in range(0, self.length, PIECE):
-            yield self.file.read(self.offset + at, min(PIECE, self.length - at))
-
-
-def stored_values(
-    proto: onnx.ModelProto, path: Path, places: dict[int, tuple[int, int]]
-) -> dict[int, LazyValues | np.ndarray]:
-    """Lazy values for the initializers in `places` of the file and for those in external data."""
-    files: dict[Path, DataFile] = {}
-
-    def opened(file: Path) -> DataFile:
-        return files.setdefault(file, files.get(file) or DataFile(file))
-
-    stored: dict[int, LazyValues | np.ndarray] = {}
-    for index, tensor in enumerate(proto.graph.initializer):
-        if index in places:
-            stored[index] = StoredValues(tensor, opened(path), *places[index], external=False)
-        elif tensor.data_location == onnx.TensorProto.EXTERNAL:
-            stored[index] = _external(tensor, path, opened)
-    return stored
-
-
-def check_tensors(proto: onnx.ModelProto, name: str, places: dict[int, tuple[int, int]]) -> None:
-    """All tensors that are not in external data. Raises ModelError."""
-    for index, tensor in enumerate(proto.graph.initializer):
-        if tensor.data_location != onnx.TensorProto.EXTERNAL:
-            check_tensor(tensor, name, places[index][1] if index in places else None)
-    for tensor in nested_tensors(proto.graph):
-        check_tensor(tensor, name)
-    for sparse in sparse_tensors(proto.graph):
-        check_sparse(sparse, name)
-
-
-def inline_nested(proto: onnx.ModelProto, path: Path) -> None:
-    """Read external data of tensors that are no initializers (attributes, bodies) into the proto."""
-    for tensor in nested_tensors(proto.graph):
-        if tensor.data_location == onnx.TensorProto.EXTERNAL:
-            values = _external(tensor, path, DataFile)
-            tensor.raw_data = values.file.read(values.offset, values.length)
-
-
-def _external(tensor: onnx.TensorProto, path: Path, opened: Any) -> StoredValues:
-    entries = {e.key: e.value for e in tensor.external_data}
-    where = f"{path}: initializer {tensor.name!r}"
-    folder = path.parent.resolve()
-    file = (folder / entries.get("location", "")).resolve()
-    if not file.is_relative_to(folder) or file == folder:
-        raise ModelError(f"{where}: external data {str(file)!r} lies outside the model's folder")
-    if not file.is_file():
-        raise ModelError(f"{where}: external data file {file.name!r} is missing; copy it beside")
-    try:
-        offset = int(entries.get("offset", 0))
-        length = int(entries.get("length", file.stat().st_size - offset))
-    except ValueError as error:
-        raise ModelError(f"{where}: external data has a broken offset or length") from error
-    if offset < 0 or length < 0 or offset + length > file.stat().st_size:
-        raise ModelError(f"{where}: external data ends before byte {offset + length}; cut short?")
-    check_tensor(tensor, path.name, length)
-    tensor.ClearField("external_data")
-    tensor.ClearField("data_location")
-    return StoredValues(tensor, opened(file), offset, length, external=True)
+"""A TensorProto and its raw data, where that is not in the TensorProto itself."""
 
 
 def file_digest(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal."""
+    """Compute the SHA-256 of a file.
+
+    Args:
+        path: The file.
+
+    Returns:
+        The digest in hexadecimal.
+    """
     with path.open("rb") as file:
         sha = hashlib.sha256()
         while piece := file.read(PIECE):
@@ -147,6 +44,17 @@ def file_digest(path: Path) -> str:
 
 
 def raw_bytes(values: LazyValues | np.ndarray) -> bytes:
+    """Encode values as the raw data of a TensorProto.
+
+    Args:
+        values: An array, or values that are still in a file.
+
+    Returns:
+        Little-endian bytes; 4-bit types have two elements in a byte.
+
+    Raises:
+        ModelError: The file that holds the values was cut short.
+    """
     if isinstance(values, StoredValues):
         return values.file.read(values.offset, values.length)
     array = values if isinstance(values, np.ndarray) else values.load()
@@ -154,7 +62,7 @@ def raw_bytes(values: LazyValues | np.ndarray) -> bytes:
 
 
 def _packed(array: np.ndarray) -> np.ndarray:
-    """The bytes of raw_data, shape (bytes,), uint8: little endian, two int4 a byte."""
+    """Encode an array as raw data, shape (bytes,), uint8: little endian, two 4-bit elements a byte."""
     if array.dtype.name in ("int4", "uint4", "int2", "uint2", "float4_e2m1fn"):
         return np.frombuffer(onnx.numpy_helper.from_array(array).raw_data, np.uint8)
     little = array.astype(array.dtype.newbyteorder("<"), copy=False)
@@ -162,9 +70,17 @@ def _packed(array: np.ndarray) -> np.ndarray:
 
 
 def export(constant: gs.Constant, origin: onnx.TensorProto | None, before: LazyValues | None) -> Stored:
-    """The TensorProto of a constant without its large raw data, and that data.
+    """Write a constant as a TensorProto, its large raw data apart.
 
-    An unchanged tensor keeps its original proto, so its encoding, doc string and metadata.
+    An unchanged tensor keeps its original proto, and so its encoding, doc string and metadata.
+
+    Args:
+        constant: The constant as it is now.
+        origin: Its original proto; None for a constant that a pass added.
+        before: Its original values.
+
+    Returns:
+        The TensorProto, and the raw data to add to it, if any.
     """
     values = constant._values
     if origin is not None and (values is before or _equal(values, before)):
@@ -196,7 +112,7 @@ def export(constant: gs.Constant, origin: onnx.TensorProto | None, before: LazyV
 
 
 def _equal(values: Any, before: LazyValues | None) -> bool:
-    """Whether a small tensor that something loaded still holds what the file held."""
+    """Whether a small tensor that was loaded into memory still equals what the file held."""
     if not isinstance(values, np.ndarray) or before is None or isinstance(before, np.ndarray):
         return False
     if values.dtype == object:  # strings: bytes in the file, text once loaded
@@ -220,7 +136,16 @@ def _payload(values: LazyValues | np.ndarray) -> protobuf_stream.Payload:
 
 
 def write(file: BinaryIO, proto: onnx.ModelProto, tensors: list[Stored]) -> None:
-    """Write one ONNX file, streaming the weights. `proto` is used up."""
+    """Write one ONNX file, streaming the weights.
+
+    Args:
+        file: The file to write to.
+        proto: The model without initializers; it is emptied.
+        tensors: Its initializers.
+
+    Raises:
+        ModelError: A file that holds weights was cut short.
+    """
     graph = proto.graph.SerializeToString(deterministic=True)
     proto.ClearField("graph")
     model = proto.SerializeToString(deterministic=True)
@@ -231,9 +156,18 @@ def write(file: BinaryIO, proto: onnx.ModelProto, tensors: list[Stored]) -> None
 
 
 def save(path: Path, proto: onnx.ModelProto, tensors: list[Stored], *, external: bool) -> None:
-    """Write to `path` through a temporary file in its folder, then rename: whole or not at all.
+    """Write a model to a temporary file beside `path`, then rename it: no partial file ever appears.
 
-    With external data both files are complete before the first gets its name.
+    With external data both files are complete before the first one is renamed.
+
+    Args:
+        path: The ONNX file to write.
+        proto: The model without initializers; it is emptied.
+        tensors: Its initializers.
+        external: Put the weights into `<path>.data`; from 2 GB on this happens anyway.
+
+    Raises:
+        ModelError: A file cannot be written, or one that holds weights was cut short.
     """
     size = proto.ByteSize() + sum(
         t.ByteSize() + (_payload(v)[0] if v is not None else 0) + 32 for t, v in tensors
@@ -252,9 +186,13 @@ def save(path: Path, proto: onnx.ModelProto, tensors: list[Stored], *, external:
 
 
 def write_files(fills: Sequence[tuple[Path, Callable[[BinaryIO], None]]]) -> None:
-    """Fill files in turn, through temporary ones beside them; all are complete before the first is renamed.
+    """Write files through temporary ones beside them; all are complete before the first one is renamed.
 
-    Raises ModelError where one cannot be written.
+    Args:
+        fills: Paths, each with a function that writes the content to an open file.
+
+    Raises:
+        ModelError: A file cannot be written.
     """
     written: list[tuple[Path, Path]] = []
     path = fills[0][0]
@@ -286,7 +224,7 @@ def _write_external(file: BinaryIO, name: str, tensors: list[Stored]) -> None:
 
 
 def _write_beside(path: Path, fill: Callable[[BinaryIO], None], written: list[tuple[Path, Path]]) -> None:
-    """Fill a temporary file in the folder of `path`; it is noted in `written` before anything can fail."""
+    """Fill a temporary file beside `path`; it enters `written` first, so that a failure removes it."""
     if not path.parent.is_dir():
         raise ModelError(f"{path}: cannot be written (no folder {str(path.parent)!r})")
     umask = os.umask(0)
@@ -296,3 +234,35 @@ def _write_beside(path: Path, fill: Callable[[BinaryIO], None], written: list[tu
     with os.fdopen(handle, "wb", buffering=PIECE) as file:
         fill(file)
     os.chmod(name, 0o666 & ~umask)
+
+
+def digest(proto: onnx.ModelProto, tensors: list[Stored]) -> str:
+    """Compute the SHA-256 of the ONNX file that `write` would produce.
+
+    Args:
+        proto: The model without initializers; it is emptied.
+        tensors: Its initializers.
+
+    Returns:
+        The digest in hexadecimal.
+    """
+    hasher: Any = _Hasher()
+    write(hasher, proto, tensors)
+    return str(hasher.hexdigest())
+
+
+class _Hasher:
+    """A writable file that only computes the SHA-256 of what is written."""
+
+    def __init__(self) -> None:
+        self._sha = hashlib.sha256()
+
+    def write(self, data: bytes) -> None:
+        self._sha.update(data)
+
+    def writelines(self, pieces: Iterable[bytes]) -> None:
+        for piece in pieces:
+            self._sha.update(piece)
+
+    def hexdigest(self) -> str:
+        return self._sha.hexdigest()

@@ -1,16 +1,18 @@
-"""What every ONNX file must fulfil before a pass looks at it: sizes agree, nodes fit their operators.
+"""Checks that every ONNX file must pass before a pass sees it: sizes agree, nodes match their operators.
 
-A file may come from anywhere, and say anything. Passes rely on what is checked here, each once, in time
-linear in the file:
+A file may come from anywhere and claim anything. Passes rely on what is checked here, in time linear in
+the size of the file:
 
     tensors   the type is one of ONNX's, no dimension is negative, and there are as many bytes or numbers as
-              the shape says: a few bytes cannot claim 100 GB (sparse ones: DENSE bytes at most)
-    nodes     operators of ONNX's own domains have their required attributes and inputs, attributes of the
-              right types (operator schemas of the installed onnx)
-    names     each tensor is made once; what is read is made, given or an input; nothing waits for itself
+              the shape needs: a few bytes cannot claim 100 GB (a sparse tensor may have DENSE bytes when
+              written out)
+    nodes     operators of ONNX's own domains have their required attributes and inputs, and attributes of
+              the right types (operator schemas of the installed onnx)
+    names     each tensor has one producer; whatever is read is an input, an initializer or the output of a
+              node; there is no cycle
 
-Does not handle: what the values of attributes mean (shape inference and the passes do), bodies of
-functions, and operators of other domains, which no pass touches.
+Does not handle: the values of attributes (shape inference and the passes check them), bodies of functions,
+and operators of other domains, which no pass touches.
 """
 
 from __future__ import annotations
@@ -28,18 +30,27 @@ from onnxcompress.errors import ModelError
 from onnxcompress.model.envelope import attributes
 
 DENSE = 1 << 31
-"""Bytes that a sparse tensor may have when it is written out."""
+"""Limit for the bytes of a sparse tensor when written out."""
 DOMAINS = ("", "ai.onnx", "ai.onnx.ml")
 _BITS: dict[int, int] = {TensorProto.INT4: 4, TensorProto.UINT4: 4, TensorProto.FLOAT4E2M1: 4} | {
     getattr(TensorProto, name): 2 for name in ("INT2", "UINT2") if hasattr(TensorProto, name)
 }
 _WIDE: dict[int, int] = {TensorProto.COMPLEX64: 2, TensorProto.COMPLEX128: 2}
-"""Numbers of a typed field for one element."""
+"""Numbers that one element takes in a typed field; 1 for other types."""
 _LAST_INT = 2**31 - 1
 
 
 def check_tensor(tensor: onnx.TensorProto, where: str, length: int | None = None) -> None:
-    """`length`: bytes of its raw data, where they lie elsewhere. Raises ModelError, `where` in front."""
+    """Check a tensor's type and shape, and that it has as much data as they need.
+
+    Args:
+        tensor: The tensor.
+        where: The model's name, as it begins a message.
+        length: Bytes of its raw data where they lie outside the proto.
+
+    Raises:
+        ModelError: The type is unknown, the shape invalid, or the amount of data wrong.
+    """
     what = f"{where}: tensor {shown(tensor.name)}"
     kinds = TensorProto.DataType.values()
     if tensor.data_type == TensorProto.UNDEFINED or tensor.data_type not in kinds:
@@ -66,14 +77,29 @@ def check_tensor(tensor: onnx.TensorProto, where: str, length: int | None = None
 
 
 def bits(kind: int) -> int:
-    """Of one element of this type in raw data."""
+    """Look up the size of an element in raw data.
+
+    Args:
+        kind: A number of TensorProto.DataType.
+
+    Returns:
+        Bits of one element.
+    """
     if kind in _BITS:
         return _BITS[kind]
     return int(onnx.helper.tensor_dtype_to_np_dtype(kind).itemsize) * 8
 
 
 def check_sparse(sparse: onnx.SparseTensorProto, where: str) -> None:
-    """Raises ModelError for one that is no sparse tensor, or a small one that stands for a huge one."""
+    """Check a sparse tensor's shape and indices, and its size when written out.
+
+    Args:
+        sparse: The sparse tensor.
+        where: The model's name, as it begins a message.
+
+    Raises:
+        ModelError: It is not a valid sparse tensor, or would have more than DENSE bytes when written out.
+    """
     name = shown(sparse.values.name)
     if any(d < 0 for d in sparse.dims) or sparse.indices.data_type != TensorProto.INT64:
         raise ModelError(f"{where}: sparse tensor {name} has no valid shape or indices")
@@ -82,7 +108,15 @@ def check_sparse(sparse: onnx.SparseTensorProto, where: str) -> None:
 
 
 def check_graph(proto: onnx.ModelProto, where: str) -> None:
-    """Nodes and names of the main graph and of all bodies. Raises ModelError."""
+    """Check the nodes and names of the main graph and of all bodies.
+
+    Args:
+        proto: The model.
+        where: The model's name, as it begins a message.
+
+    Raises:
+        ModelError: An operator set version, a node or a name is invalid, or the graph has a cycle.
+    """
     versions = {o.domain: o.version for o in proto.opset_import}
     if any(version < 1 for version in versions.values()):
         raise ModelError(f"{where}: an operator set has a version below 1; export the model again")
@@ -107,7 +141,7 @@ def _nodes(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
 
 
 def _bodies(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
-    """Those of the graph's nodes, and those inside them."""
+    """Iterate over the bodies in a graph's nodes, and those nested inside them."""
     for attribute in attributes(graph):
         if attribute.type == AttributeProto.GRAPH:
             yield attribute.g
@@ -124,10 +158,10 @@ def _schema(op: str, domain: str, version: int) -> Any:
 
 
 def _check_text(names: Iterable[object], where: str) -> None:
-    """Protobuf gives bytes for a string that is no UTF-8."""
+    """Check that names are text: protobuf gives bytes for a string that is not UTF-8."""
     for name in names:
         if isinstance(name, bytes):
-            raise ModelError(f"{where}: the name {name[:60]!r} is no text; export the model again")
+            raise ModelError(f"{where}: the name {name[:60]!r} is not UTF-8 text; export the model again")
 
 
 def _check_attributes(node: onnx.NodeProto, where: str) -> None:
@@ -145,7 +179,7 @@ _ATTRIBUTE_TYPES = frozenset(AttributeProto.AttributeType.values())
 
 
 def _check_node(node: onnx.NodeProto, schema: Any, where: str) -> None:
-    """The node against its operator's schema."""
+    """Check a node against its operator's schema."""
     given = {a.name: a for a in node.attribute}
     for name, declared in schema.attributes.items():
         kind = int(declared.type.value)
@@ -170,7 +204,7 @@ def _check_node(node: onnx.NodeProto, schema: Any, where: str) -> None:
 
 
 def _check_scope(graph: onnx.GraphProto, outer: frozenset[str], where: str) -> None:
-    """Each tensor is made once, and what is read exists; `outer`: names that a body sees."""
+    """Check that each tensor has one producer and that inputs exist; `outer`: names a body may read."""
     given = [i.name for i in graph.initializer] + [s.values.name for s in graph.sparse_initializer]
     made: set[str] = set()
     values = (*graph.input, *graph.output, *graph.value_info)
@@ -182,22 +216,22 @@ def _check_scope(graph: onnx.GraphProto, outer: frozenset[str], where: str) -> N
         made.add(name)
     made |= listed
     if len(listed) < len(graph.input):
-        raise ModelError(f"{where}: there are two inputs of one name")
+        raise ModelError(f"{where}: two inputs have the same name")
     for node in graph.node:
         for name in filter(None, node.output):
             if name in made:
-                raise ModelError(f"{where}: {_name(node)} makes tensor {shown(name)} a second time")
+                raise ModelError(f"{where}: {_name(node)} produces tensor {shown(name)} a second time")
             made.add(name)
     seen = outer | made
     for node in graph.node:
         for name in filter(None, node.input):
             if name not in seen:
-                raise ModelError(f"{where}: {_name(node)} reads {shown(name)}, which nothing makes")
+                raise ModelError(f"{where}: {_name(node)} reads {shown(name)}, which no node produces")
         for body in _own_bodies(node):
             _check_scope(body, seen, where)
     for output in graph.output:
         if output.name not in seen:
-            raise ModelError(f"{where}: nothing makes the output {shown(output.name)}")
+            raise ModelError(f"{where}: no node produces the output {shown(output.name)}")
     _check_order(graph, where)
 
 
@@ -210,7 +244,7 @@ def _own_bodies(node: onnx.NodeProto) -> Iterator[onnx.GraphProto]:
 
 
 def _reads(node: onnx.NodeProto) -> Iterator[str]:
-    """Names that the node reads, those inside its bodies included."""
+    """Iterate over the names that a node reads, including what its bodies read from outside them."""
     yield from filter(None, node.input)
     for body in _own_bodies(node):
         own = {n for inner in body.node for n in inner.output} | {i.name for i in body.input}
@@ -219,7 +253,7 @@ def _reads(node: onnx.NodeProto) -> Iterator[str]:
 
 
 def _check_order(graph: onnx.GraphProto, where: str) -> None:
-    """No node waits for its own output. Files need not be in order: some exporters' are not."""
+    """Check that the graph has no cycle. Nodes need not be sorted: some exporters do not sort them."""
     maker = {name: at for at, node in enumerate(graph.node) for name in node.output if name}
     waits: dict[int, Iterable[int]] = {}
     sorted_already = True
@@ -241,5 +275,12 @@ def _name(node: onnx.NodeProto) -> str:
 
 
 def shown(name: str) -> str:
-    """A name from a file, in a message: quoted, control characters escaped, not longer than a line."""
+    """Quote a name from a file for a message.
+
+    Args:
+        name: Any text.
+
+    Returns:
+        At most 60 characters in quotes, control characters escaped.
+    """
     return repr(name if len(name) <= 60 else name[:57] + "...")

@@ -157,7 +157,7 @@ def test_names_in_a_file_cannot_command_the_terminal(
 def test_an_error_that_nobody_foresaw_is_one_line(
     models: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from onnxcompress.model import model
+    from onnxcompress import model
 
     def broken(path: str) -> None:
         raise KeyError("what")

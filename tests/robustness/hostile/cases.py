@@ -92,7 +92,7 @@ REFUSED: dict[str, tuple[Build, str]] = {
     "type of no version": (_tensor("w0", data_type=9999), "unknown type"),
     "sparse claims 128 GB": (_sparse, "store it dense"),
     "cycle": (_cycle, "cycle through node"),
-    "dangling input": (_node("Relu", input=["nowhere"]), "reads 'nowhere', which nothing makes"),
+    "dangling input": (_node("Relu", input=["nowhere"]), "reads 'nowhere', which no node produces"),
     "made twice": (_node("Relu", output=["a"]), "a second time"),
     "attribute of another type": (_node("Conv", group="four"), "'group' is STRING, expected INT"),
     "too few inputs": (_node("Conv", input=["x"]), "has 1 inputs, expected 2 to 3"),

@@ -1,0 +1,65 @@
+"""Load and save ONNX files."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import onnx
+from google.protobuf.message import DecodeError
+
+from onnxcompress.errors import ModelError
+from onnxcompress.model import protobuf_stream, tensor_storage
+from onnxcompress.model.model import Model
+from onnxcompress.model.stored_values import check_tensors, inline_nested, stored_values
+from onnxcompress.model.validation import check_graph
+
+
+def load(path: str | os.PathLike[str]) -> Model:
+    """Read an ONNX file; weights, inside the file or external, stay on disk until they are needed.
+
+    Args:
+        path: The file.
+
+    Returns:
+        The model.
+
+    Raises:
+        ModelError: The file is missing, broken or cut short, or its external data is missing or outside the
+            file's folder.
+    """
+    file = Path(path)
+    if not file.is_file():
+        raise ModelError(f"{file}: {'a folder; name an ONNX file' if file.is_dir() else 'no such file'}")
+    try:
+        skeleton, places = protobuf_stream.split(file)
+        proto = onnx.ModelProto()
+        proto.ParseFromString(skeleton)
+    except OSError as error:
+        raise ModelError(f"{file}: cannot be read ({error.strerror})") from error
+    except (DecodeError, ModelError) as error:
+        raise ModelError(f"{file}: not a readable ONNX model ({error})") from error
+    if not proto.graph.node and not proto.graph.output:
+        raise ModelError(f"{file}: not an ONNX model (it has no graph)")
+    check_graph(proto, file.name)
+    inline_nested(proto, file)
+    check_tensors(proto, file.name, places)
+    model = Model(proto, stored_values(proto, file, places), file.name)
+    model.input_digest = lambda: tensor_storage.file_digest(file)
+    return model
+
+
+def save(model: Model, path: str | os.PathLike[str]) -> None:
+    """Write a model to a file, completely or not at all.
+
+    Weights go to `<path>.data` beside it from 2 GB on, and where the model was read from external data.
+
+    Args:
+        model: The model.
+        path: The ONNX file to write.
+
+    Raises:
+        ModelError: The folder cannot be written, or a file that holds weights was cut short.
+    """
+    proto, tensors = model._export()
+    tensor_storage.save(Path(path), proto, tensors, external=model.external_data)
