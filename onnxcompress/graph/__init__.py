@@ -1,1 +1,1 @@
-"""What a graph says: its operators, shapes, layers and blocks, and the edits that passes share."""
+"""Analysis of a graph (operators, shapes, layers, blocks) and the edits that passes share."""

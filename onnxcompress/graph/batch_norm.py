@@ -2,7 +2,7 @@
 
     scale = gamma / sqrt(variance + epsilon)        shift = beta - mean * scale       (float64, per channel)
 
-A node is read as one where (legality, numbered; the code names the rule):
+A node is accepted where these rules hold (numbered; the code refers to the numbers):
  1. the operator set is 7 or newer, and `spatial` (7, 8) is not 0;
  2. it is in inference mode: no `training_mode` (14 on), no outputs but the first (before 14 they *mean*
     training mode; from 14 on they may be listed if nothing reads them);
@@ -12,7 +12,7 @@ A node is read as one where (legality, numbered; the code names the rule):
 
 Over the training set the output has mean beta, and the input has the stored mean and variance. The output's
 standard deviation is |gamma| sqrt(variance / (variance + epsilon)): that is |gamma| (Horton et al., arXiv
-2011.09058, §3.1) but for channels that hardly vary, such as the dead ones of depthwise convolutions.
+2011.09058, §3.1) except for channels that hardly vary, such as the dead ones of depthwise convolutions.
 Does not handle: operator sets below 7 (`is_test`, `consumed_inputs`).
 """
 
@@ -30,32 +30,34 @@ from onnxcompress.model import Model
 
 OLDEST_OPSET = 7
 LISTED_OUTPUTS_ALLOWED = 14
-"""Operator set from which on `training_mode` says what the number of outputs said before."""
+"""First operator set in which `training_mode`, not the number of outputs, means training mode."""
 DEFAULT_EPSILON = float(np.float32(1e-5))
-"""Attributes are single precision, their defaults, too."""
+"""Attributes and their defaults are in single precision."""
 PARAMETERS = ("scale", "bias", "mean", "variance")
 
 
 @dataclass(frozen=True)
 class BatchNorm:
-    """What one node computes. All arrays have shape (channels,), float64."""
+    """The parameters of a BatchNormalization node; all arrays have shape (channels,), float64."""
 
     node: gs.Node
     gamma: np.ndarray
     beta: np.ndarray
     mean: np.ndarray
-    """Of the input, over the training set."""
+    """Mean of the input over the training set."""
     variance: np.ndarray
-    """Of the input, over the training set."""
+    """Variance of the input over the training set."""
     deviation: np.ndarray
-    """Of the input: sqrt(variance + epsilon)."""
+    """Standard deviation of the input: sqrt(variance + epsilon)."""
 
     @property
     def scale(self) -> np.ndarray:
+        """Factor of each channel, `gamma / sqrt(variance + epsilon)`."""
         return np.asarray(self.gamma / self.deviation)
 
     @property
     def shift(self) -> np.ndarray:
+        """Offset of each channel, `beta - mean * scale`."""
         return np.asarray(self.beta - self.mean * self.scale)
 
     @property
@@ -65,15 +67,32 @@ class BatchNorm:
 
     @property
     def channels(self) -> int:
+        """Number of channels."""
         return len(self.gamma)
 
 
 def is_batch_norm(node: gs.Node) -> bool:
+    """Whether a node is a BatchNormalization of the default domain.
+
+    Args:
+        node: The node.
+
+    Returns:
+        True for any mode and operator set; `read_batch_norm` checks those.
+    """
     return is_op(node, "BatchNormalization")
 
 
 def read_batch_norm(model: Model, node: gs.Node) -> BatchNorm | Refusal:
-    """The affine map of a BatchNormalization node, or why it is none."""
+    """Read a BatchNormalization node as a per-channel affine map.
+
+    Args:
+        model: The model.
+        node: A BatchNormalization node.
+
+    Returns:
+        The parameters, or the refusal that names the rule it breaks.
+    """
     refusal = _check_mode(model, node)
     if refusal:
         return refusal

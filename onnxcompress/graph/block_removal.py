@@ -1,4 +1,4 @@
-"""Replace a block by the identity, and take away what that makes superfluous."""
+"""Replace a block by the identity, and remove what becomes redundant."""
 
 from __future__ import annotations
 
@@ -14,32 +14,44 @@ from onnxcompress.graph.query import consumers, input_at, is_op, is_output, prod
 from onnxcompress.model import Model
 
 KEEPS_SIGN = ("MaxPool", "Identity", "Dropout")
-"""Operators whose output has no value that their input did not have."""
+"""Operators whose output contains only values of their input."""
 
 
 def drop_blocks(model: Model, exits: Iterable[str]) -> dict[str, str]:
-    """Drop the blocks with these exit tensors from `model`, in place.
+    """Drop blocks from a model, in place.
 
-    Returns {tensor that is gone: tensor that is read in its place}. Raises OptionError where one of
-    them is no block (any more): it lay inside another one.
+    Args:
+        model: The model.
+        exits: Names or exit tensors of the blocks, in the order in which they are dropped.
+
+    Returns:
+        {removed tensor: tensor that is read in its place}.
+
+    Raises:
+        OptionError: A name is not a block, or it was inside a block that was dropped before.
     """
     instead: dict[str, str] = {}
     for exit in exits:
-        found = find_blocks(model)
+        blocks = find_blocks(model)
         try:
-            new = drop_block(model, found[exit])
+            new = drop_block(model, blocks[exit])
         except KeyError:
             raise OptionError(
-                f"{exit!r} is no block that can be dropped; `onnxcompress inspect` lists them"
+                f"{exit!r} is not a block that can be dropped; `onnxcompress inspect` lists them"
             ) from None
         instead = {old: new.get(name, name) for old, name in instead.items()} | new
     return instead
 
 
 def drop_block(model: Model, block: Block) -> dict[str, str]:
-    """Drop one block: readers of its exit read its entry; an activation that repeats itself goes.
+    """Drop one block: readers of its exit read its entry, and an activation made idempotent goes, too.
 
-    Returns {tensor that is gone: tensor that is read in its place}, inner tensors left out.
+    Args:
+        model: The model, changed in place.
+        block: A block of it.
+
+    Returns:
+        {removed tensor: tensor that is read in its place}, without tensors inside the block.
     """
     tensors = model.graph.tensors()
     entry, exit = tensors[block.entry], tensors[block.exit]
@@ -58,14 +70,14 @@ def drop_block(model: Model, block: Block) -> dict[str, str]:
 
 
 def _can_go(model: Model, node: gs.Node) -> bool:
-    """Whether only nodes of the main graph read what the node makes: bodies are never changed."""
+    """Whether only nodes of the main graph read the node's output: bodies are never changed."""
     bodies = {id(n) for body in model.graph.subgraphs(recursive=True) for n in body.nodes}
     output = node.outputs[0]
     return not is_output(model, output) and not any(id(n) in bodies for n in consumers(output))
 
 
 def _repeats(model: Model, node: gs.Node, entry: gs.Tensor) -> bool:
-    """Whether the activation changes nothing, because the same one made its input."""
+    """Whether an activation is idempotent here, because an equal or tighter one produced its input."""
     if not is_op(node, "Relu", "Clip"):
         return False
     source = producer(entry)

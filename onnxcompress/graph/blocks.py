@@ -1,7 +1,7 @@
-"""Which parts of a network can be replaced by the identity, found from the graph alone.
+"""Find the parts of a network that can be replaced by the identity, from the graph alone.
 
-A *block* is a region with one entry tensor and one exit tensor of the same shape, nothing inside of which
-is seen outside. Dropping it lets every reader of the exit read the entry. Three kinds are offered:
+A *block* is a region with one entry tensor and one exit tensor of the same shape, no inner tensor of which
+is used outside. Dropping it lets every reader of the exit read the entry. There are three kinds:
 
 residual    exit = Add(branch(entry), entry): a residual branch and its Add (arXiv 2202.07861 §3.1).
 unit        a region of the trunk that splits and ends in a Concat (ShuffleNetV2, Inception).
@@ -13,7 +13,7 @@ layer, a gate), and replacing it changes what is merged later. Legality, an allo
 
   R1  the shapes of entry and exit are known and equal
   R2  the region depends on nothing but its entry and constants
-  R3  no tensor inside is read outside or is a graph output; the exit is no graph output, and no body of
+  R3  no inner tensor is read outside or is a graph output; the exit is not a graph output, and no body of
       an If, Loop or Scan reads it
   R4  it has at least one layer with weights (Conv, ConvTranspose, Gemm, MatMul)
   R5  a run's convolution mixes channels (group = 1) and lies before the feature tensor
@@ -50,32 +50,32 @@ class Block:
     """A part of the graph that can be replaced by the identity."""
 
     name: str
-    """The module's name where the exporter kept one, else the exit tensor's."""
+    """Name of the module where the exporter kept it, else of the exit tensor."""
     kind: Kind
     entry: str
-    """Name of the tensor that goes in."""
+    """Name of the input tensor."""
     exit: str
-    """Name of the tensor that comes out; readers of it will read `entry`."""
+    """Name of the output tensor; when the block is dropped, its readers read `entry`."""
     shape: Shape
-    """Of entry and exit, (batch, channels, height, width) in a CNN."""
+    """Shape of entry and exit, (N, C, H, W) in a CNN."""
     inner: tuple[str, ...]
     """First output of each node inside, in topological order; the last one is `exit`."""
     parameters: int
     macs: int
     """Multiply-accumulates for one image."""
     signature: str
-    """Equal for blocks with the same operators and shapes: they take the same time."""
+    """Equal for blocks with the same operators and shapes, whose latency is therefore equal."""
 
 
 @dataclass(frozen=True)
 class Discovery:
-    """What `find_blocks` found, in topological order, and what it nearly offered."""
+    """The blocks of a graph in topological order, and the near misses with the rule that each breaks."""
 
     blocks: tuple[Block, ...]
     near_misses: tuple[Refusal, ...]
 
     def __getitem__(self, name: str) -> Block:
-        """The block of that name or exit tensor. Raises KeyError."""
+        """Look up a block by its name or exit tensor; raises KeyError where there is none."""
         for block in self.blocks:
             if name in (block.name, block.exit):
                 return block
@@ -91,7 +91,7 @@ class _Region:
 
 
 class _Illegal(Exception):
-    """Why a candidate is no block."""
+    """The rule that a candidate breaks, and what would mend that."""
 
     def __init__(self, rule: str, remedy: str = "") -> None:
         super().__init__(rule)
@@ -99,7 +99,17 @@ class _Illegal(Exception):
 
 
 def find_blocks(model: Model) -> Discovery:
-    """All blocks of the main graph that can be dropped, and the near misses with their reasons."""
+    """Find all blocks of the main graph that can be dropped.
+
+    Args:
+        model: The model.
+
+    Returns:
+        The blocks, and near misses with their reasons.
+
+    Raises:
+        ModelError: The graph has a cycle, or its shapes contradict each other.
+    """
     topology = Topology(model)
     regions: list[_Region] = []
     misses: list[Refusal] = []
@@ -271,7 +281,7 @@ def _macs(model: Model, region: _Region) -> int:
 
 
 def _with_constants(topology: Topology, region: _Region) -> list[gs.Node]:
-    """The region's nodes, and those that make its constants: a MatMul's weight may be transposed first."""
+    """The region's nodes and those that compute its constants, such as a MatMul's transposed weight."""
     found = {id(node): node for node in region.nodes}
     pending = list(region.nodes)
     while pending:
@@ -293,7 +303,7 @@ def _signature(region: _Region, shapes: dict[str, Shape]) -> str:
 
 
 def _name(region: _Region) -> str:
-    """The module path that all names of the region share: torch's node names, else weights' names."""
+    """The module path common to all names in the region: torch's node names, or else names of weights."""
     for separator, names in (
         ("/", [n.name for n in region.nodes if n.name]),
         (".", [t.name for n in region.nodes for t in n.inputs if isinstance(t, gs.Constant)]),

@@ -1,12 +1,12 @@
-"""The graph as layer-wise passes need it: exact rewrites that leave the outputs what they were.
+"""Bring the graph into the form that layer-wise passes need, by rewrites that preserve the outputs.
 
 1. Weights in Constant nodes become initializers.
-2. A Pad of zeros that only convolutions read becomes their `pads`:
+2. A zero Pad that only convolutions read becomes their `pads`:
        Conv(Pad(x, p), pads q) = Conv(x, pads p + q)
    An integer kernel pads with the zero point, which stands for 0 exactly.
 3. A Reshape to (batch, everything else) whose shape is computed from its own input gets the constant
-   shape [0, n]: else that computation reads the float tensor and keeps its maker from being fused.
-4. Every layer with room for a bias gets one: correcting it needs a place.
+   shape [0, n]: otherwise that computation reads the float tensor, which prevents fusing its producer.
+4. Every layer that can have a bias gets one, so that it can be corrected.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ from onnxcompress.model import Model
 
 
 def canonicalize(model: Model) -> list[Change]:
-    """Rewrite the graph in place; the outputs stay what they were.
+    """Rewrite the graph in place; the outputs stay the same.
 
     Args:
-        model: Its BatchNorms are folded, as far as they can be: Pads and biases show only then.
+        model: The model, its BatchNorms folded as far as possible: they hide Pads and biases.
 
     Returns:
         What changed, for the account of a pass.
@@ -104,7 +104,7 @@ def _fix_reshape(model: Model, node: gs.Node, shapes: dict[str, tuple[int | str 
 
 
 def _own_parameters(model: Model, linear: Linear) -> None:
-    """Rule 4; and a weight behind Identity, Cast or Transpose becomes an initializer."""
+    """Rule 4; a weight behind Identity, Cast or Transpose becomes an initializer, too."""
     node = linear.node
     if not isinstance(node.inputs[linear.weight_at], gs.Constant):
         layer_params.set_weight(model, linear, linear.weight)

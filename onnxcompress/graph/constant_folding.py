@@ -1,4 +1,4 @@
-"""Values of tensors that no input reaches: constants, and chains of deterministic operators on them."""
+"""Values of tensors that depend on no input: constants, and chains of deterministic operators on them."""
 
 from __future__ import annotations
 
@@ -13,8 +13,7 @@ from onnxcompress.graph.query import DEFAULT_DOMAINS, is_op, producer, read
 from onnxcompress.model import Model
 
 MAX_FOLDED = 1 << 16
-"""Elements from which on the result of a constant chain is not computed: it is no shape chain."""
-
+"""Limit for the elements of a constant chain's operands and result: chains for shapes are small."""
 
 EVALUATED = frozenset(
     {"Abs", "Add", "And", "Cast", "CastLike", "Ceil", "Clip", "Compress", "Concat", "Constant",
@@ -27,19 +26,25 @@ EVALUATED = frozenset(
      "Size", "Slice", "Softmax", "Split", "Sqrt", "Squeeze", "Sub", "Sum", "Tanh", "Tile", "Transpose",
      "Trilu", "Unsqueeze", "Where", "Xor"}
 )  # fmt: skip
-"""Operators that are evaluated: deterministic ones, without loops over what a file says."""
-
+"""Operators that are evaluated: deterministic ones, whose cost no value in the file can inflate."""
 
 SHRINKING = frozenset({"Compress", "NonZero"})
-"""Those of them whose output has a size that depends on values: at most rank times the input's."""
+"""Evaluated operators whose output size depends on values: at most the rank times the input's size."""
 
 
 def constant_value(model: Model, tensor: gs.Tensor) -> np.ndarray | None:
-    """The value of a tensor that no input reaches, else None.
+    """Compute the value of a tensor that depends on no graph input.
 
-    Looks through Constant, Identity, Cast and any chain of deterministic operators on constants, as
-    torch's exporters leave them for pads and slices. An initializer that is also a graph input (IR 3)
-    counts as a constant: overriding weights at run time is not supported.
+    Looks through Constant, Identity, Cast and any chain of deterministic operators on constants, which
+    torch's exporters leave for pads and slices. An initializer that is also a graph input (IR 3) counts as
+    a constant: overriding weights at run time is not supported.
+
+    Args:
+        model: The model.
+        tensor: The tensor.
+
+    Returns:
+        The value; None where it depends on an input, or is too large or not evaluated here.
     """
     if isinstance(tensor, gs.Constant):
         return read(tensor)
@@ -60,7 +65,7 @@ def constant_value(model: Model, tensor: gs.Tensor) -> np.ndarray | None:
 
 
 def _operands(node: gs.Node) -> list[gs.Tensor]:
-    """What the node computes from that is computed itself; only the first of those whose type it takes."""
+    """The computed inputs that a node's value depends on; of a CastLike only the first."""
     sources = node.inputs[:1] if is_op(node, "CastLike") else node.inputs
     return [t for t in sources if not t.is_empty() and not isinstance(t, gs.Constant)]
 
@@ -95,20 +100,27 @@ def _evaluate(model: Model, node: gs.Node, tensor: gs.Tensor) -> np.ndarray | No
 
 
 def _shape_of(node: gs.Node) -> np.ndarray:
-    """What a Shape node gives for an initializer (`start` and `end` as in a Python slice)."""
+    """Evaluate a Shape node on an initializer (`start` and `end` as in a Python slice)."""
     part = slice(node.attrs.get("start", 0), node.attrs.get("end"))
     return np.array(list(node.inputs[0].shape)[part], np.int64)
 
 
 def _cast_like(value: np.ndarray | None, kind: Any) -> np.ndarray | None:
-    """`kind`: a numpy type, a TensorProto.DataType, or None where it is not known."""
+    """Convert to `kind`: a numpy type, a TensorProto.DataType, or None where it is unknown."""
     if value is None or kind is None:
         return None
     return value.astype(onnx.helper.tensor_dtype_to_np_dtype(kind) if isinstance(kind, int) else kind)
 
 
 def constant_attribute(node: gs.Node) -> np.ndarray | None:
-    """The value of a Constant node, whichever attribute holds it."""
+    """Read the value of a Constant node, whichever attribute holds it.
+
+    Args:
+        node: A Constant node.
+
+    Returns:
+        The value; None where it is sparse or a string.
+    """
     for key, value in node.attrs.items():
         if key == "value":
             return read(value)
@@ -145,7 +157,7 @@ def _run_reference(
 
 
 def _is_small(proto: onnx.ModelProto) -> bool:
-    """Whether shape inference knows how large the output is: a few bytes can ask for terabytes."""
+    """Whether the output's inferred size is known and small: a few bytes can ask for terabytes."""
     info = onnx.shape_inference.infer_shapes(proto, data_prop=True).graph.output[0].type.tensor_type
     sizes = [d.dim_value if d.HasField("dim_value") else MAX_FOLDED + 1 for d in info.shape.dim]
     return info.HasField("shape") and 0 <= math.prod(sizes) <= MAX_FOLDED

@@ -1,4 +1,4 @@
-"""The convolutions of a graph as the optimizer sees them: names of tensors and parameters, geometry."""
+"""The convolutions of a graph as the optimizer sees them: names of tensors and parameters, and geometry."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from onnxcompress.model import Model
 
 @dataclass(frozen=True)
 class ConvLayer:
-    """A 2-d convolution with its own, constant weight. Names are those of ONNX tensors."""
+    """A 2-d convolution with a constant weight of its own. Names are those of ONNX tensors."""
 
     node: str
     """Name of its output tensor: unique, unlike node names."""
@@ -33,13 +33,29 @@ class ConvLayer:
 
 
 def conv_layers(model: Model, nodes: Iterable[gs.Node] | None = None) -> dict[str, ConvLayer]:
-    """All 2-d convolutions whose weight is an initializer that nothing else reads, by output tensor."""
+    """List the 2-d convolutions whose weight is an initializer that nothing else reads.
+
+    Args:
+        model: The model.
+        nodes: Where to look; all nodes of the main graph by default.
+
+    Returns:
+        Layers by name of their output tensor.
+    """
     found = (conv_layer(model, node) for node in (model.graph.nodes if nodes is None else nodes))
     return {layer.node: layer for layer in found if layer is not None}
 
 
 def conv_layer(model: Model, node: gs.Node | None) -> ConvLayer | None:
-    """The node as a ConvLayer; None where it is none, shares a parameter or pads automatically."""
+    """Describe a node as a 2-d convolution.
+
+    Args:
+        model: The model.
+        node: A node, or None.
+
+    Returns:
+        The layer; None where the node is not a 2-d convolution, shares a parameter or uses auto_pad.
+    """
     if node is None or not is_op(node, "Conv") or node.attrs.get("auto_pad", "NOTSET") != "NOTSET":
         return None
     weight, bias = node.inputs[1], input_at(node, 2)
@@ -65,13 +81,21 @@ def conv_layer(model: Model, node: gs.Node | None) -> ConvLayer | None:
 
 
 STREAM = ("Add", "Sum", "Relu", "Clip", "LeakyRelu", "BatchNormalization", "Identity", "Dropout")
-"""Operators that a residual stream passes with its channels in place."""
+"""Operators of a residual stream that keep channels in place."""
 
 
 def writers(model: Model, tensor: gs.Tensor) -> list[ConvLayer]:
-    """The dense convolutions that write to the residual stream which `tensor` is a part of.
+    """Find the dense convolutions that write to the residual stream of a tensor.
 
-    Walks back through additions and activations (method: after-adapters, PRACTISE §3.1).
+    Walks back through additions and activations. The adapters before a dropped block are placed
+    after these layers (PRACTISE, arXiv 2202.07861, §3.1).
+
+    Args:
+        model: The model.
+        tensor: A tensor of the residual stream.
+
+    Returns:
+        The layers.
     """
     found: dict[str, ConvLayer] = {}
     seen: set[int] = set()
@@ -89,7 +113,15 @@ def writers(model: Model, tensor: gs.Tensor) -> list[ConvLayer]:
 
 
 def readers(model: Model, tensor: gs.Tensor) -> list[ConvLayer]:
-    """The dense convolutions that read the residual stream from `tensor` on, nearest first."""
+    """Find the dense convolutions that read the residual stream from a tensor on.
+
+    Args:
+        model: The model.
+        tensor: A tensor of the residual stream.
+
+    Returns:
+        The layers, nearest first.
+    """
     found: dict[str, ConvLayer] = {}
     seen: set[int] = set()
     pending = [tensor]
@@ -107,7 +139,15 @@ def readers(model: Model, tensor: gs.Tensor) -> list[ConvLayer]:
 
 
 def only_add_after(model: Model, layer: ConvLayer) -> tuple[str, str] | None:
-    """(the Add's output, its other input) where only a residual addition reads the layer's output."""
+    """Find the residual addition that alone reads a layer's output.
+
+    Args:
+        model: The model.
+        layer: The layer.
+
+    Returns:
+        Names of the Add's output and of its other input; None where anything else reads the layer's output.
+    """
     tensor = model.graph.tensors()[layer.node]
     after = consumers(tensor)
     if len(after) != 1 or is_output(model, tensor) or not is_op(after[0], "Add"):

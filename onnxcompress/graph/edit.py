@@ -15,14 +15,28 @@ from onnxcompress.model import Model
 
 
 def set_input(node: gs.Node, index: int, tensor: gs.Tensor) -> None:
-    """Set an input, filling the optional ones before it with empty tensors."""
+    """Set an input of a node, filling missing optional inputs before it with empty tensors.
+
+    Args:
+        node: The node.
+        index: Position of the input.
+        tensor: The new input.
+    """
     while len(node.inputs) <= index:
         node.inputs.append(gs.Variable.empty())
     node.inputs[index] = tensor
 
 
 def unique_name(model: Model, base: str) -> str:
-    """`base`, or `base_1`, … : a name that no tensor of the model or its subgraphs has."""
+    """Choose a name that no tensor of the model or its subgraphs has, and reserve it.
+
+    Args:
+        model: The model.
+        base: The name to use if it is free.
+
+    Returns:
+        `base`, or `base_1`, `base_2`, ….
+    """
     name, number = base, 0
     while name in model.names:
         number += 1
@@ -32,15 +46,27 @@ def unique_name(model: Model, base: str) -> str:
 
 
 def set_values(tensor: gs.Constant, values: np.ndarray) -> None:
-    """Replace an initializer's values; shape and type may change."""
+    """Replace an initializer's values; shape and type may change.
+
+    Args:
+        tensor: The initializer.
+        values: The new values.
+    """
     tensor._values = values
 
 
 def set_constant(model: Model, node: gs.Node, index: int, values: np.ndarray, base: str) -> None:
-    """Give the node these values as an input, and remove what nothing reads any more.
+    """Replace an input of a node by a constant, and remove nodes that nothing reads any more.
 
-    In place where there is an initializer of that shape and type whose values only this node reads, else
-    as a new initializer named after `base`.
+    An initializer of that shape and type whose values only this node reads is changed in place; otherwise
+    the node gets a new one.
+
+    Args:
+        model: The model.
+        node: The node.
+        index: Position of the input.
+        values: The new values.
+        base: Name of a new initializer.
     """
     old = input_at(node, index)
     if isinstance(old, gs.Constant) and _is_own(model, old) and _alike(old, values):
@@ -67,7 +93,12 @@ def _alike(constant: gs.Constant, values: np.ndarray) -> bool:
 
 
 def lift_weights(model: Model, *ops: str) -> None:
-    """Make initializers, of the same names, of the Constant nodes that hold weights of these operators."""
+    """Turn Constant nodes that hold parameters of these operators into initializers of the same name.
+
+    Args:
+        model: The model.
+        *ops: Operators whose inputs behind the first one are looked at.
+    """
     for node in list(model.graph.nodes):
         for tensor in node.inputs[1:] if is_op(node, *ops) else ():
             source = producer(tensor)
@@ -78,7 +109,12 @@ def lift_weights(model: Model, *ops: str) -> None:
 
 
 def remove_unread(model: Model, tensors: Iterable[gs.Tensor]) -> None:
-    """Remove the nodes that make these tensors, where nothing reads any of their outputs."""
+    """Remove the producers of these tensors where nothing reads any of their outputs.
+
+    Args:
+        model: The model.
+        tensors: The tensors.
+    """
     nodes = [producer(t) for t in tensors]
     remove_nodes(model, [n for n in nodes if n is not None and not _is_read(model, n)])
 
@@ -88,7 +124,13 @@ def _is_read(model: Model, node: gs.Node) -> bool:
 
 
 def replace_uses(model: Model, old: gs.Tensor, new: gs.Tensor) -> None:
-    """Let every consumer of `old` read `new`. `old` must not be a graph output."""
+    """Let every consumer of a tensor read another one.
+
+    Args:
+        model: The model.
+        old: The tensor to replace; not a graph output.
+        new: The tensor to read.
+    """
     for node in consumers(old):
         for index, tensor in enumerate(node.inputs):
             if tensor is old:
@@ -96,7 +138,12 @@ def replace_uses(model: Model, old: gs.Tensor, new: gs.Tensor) -> None:
 
 
 def remove_nodes(model: Model, nodes: Iterable[gs.Node]) -> None:
-    """Take nodes out of the graph, and what only they needed (constants' chains, dead producers)."""
+    """Remove nodes from the graph, and those that only they needed.
+
+    Args:
+        model: The model.
+        nodes: Nodes whose outputs nothing reads any more.
+    """
     outputs = {id(t) for t in model.graph_outputs}
     gone: dict[int, gs.Node] = {}
     pending = list(nodes)

@@ -1,4 +1,4 @@
-"""Reading and replacing the weight and the bias of a linear layer, with the checks that go with it."""
+"""Read and replace the weight and the bias of a linear layer, with the checks that go with it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,16 @@ from onnxcompress.model import Model
 
 
 def bias(model: Model, layer: Linear) -> np.ndarray | None:
-    """The layer's offset as it broadcasts onto the output, float64 (Gemm: beta C); None: it is computed."""
+    """Read a layer's bias (of a Gemm: beta times C).
+
+    Args:
+        model: The model.
+        layer: The layer.
+
+    Returns:
+        An array that broadcasts onto the layer's output, float64, zero where there is no bias; None where
+        the bias is not constant.
+    """
     tensor = input_at(layer.node, BIAS_AT) if layer.takes_bias else None
     factor = attribute(layer.node, "beta", 1.0) if layer.node.op == "Gemm" else 1.0
     if tensor is None or factor == 0:
@@ -26,12 +35,31 @@ def bias(model: Model, layer: Linear) -> np.ndarray | None:
 
 
 def computed_bias(layer: Linear, label: str) -> Refusal:
+    """Refuse a layer whose bias is not constant.
+
+    Args:
+        layer: The layer.
+        label: Node that the refusal names.
+
+    Returns:
+        The refusal.
+    """
     rule = f"the bias of {layer.node.op} {node_label(layer.node)!r} is not a constant"
     return Refusal(label, rule, "make it an initializer")
 
 
 def check_shared(model: Model, layer: Linear, label: str, copy_shared: bool) -> Refusal | None:
-    """Rule 10 of `fold_bn`."""
+    """Check that only this layer reads its weight (rule 10 of `passes.fold_bn`).
+
+    Args:
+        model: The model.
+        layer: The layer.
+        label: Node that a refusal names.
+        copy_shared: Allow a shared weight, since the layer gets a copy.
+
+    Returns:
+        The refusal; None where the weight may be replaced.
+    """
     tensors = chain(layer.node.inputs[layer.weight_at])
     shared = [t for t in tensors if len(value_readers(t)) > 1 or is_output(model, t)]
     if copy_shared or not shared:
@@ -41,7 +69,16 @@ def check_shared(model: Model, layer: Linear, label: str, copy_shared: bool) -> 
 
 
 def check_finite(layer: Linear, label: str, *values: np.ndarray) -> Refusal | None:
-    """Rule 12 of `fold_bn`."""
+    """Check that folding did not overflow the layer's type (rule 12 of `passes.fold_bn`).
+
+    Args:
+        layer: The layer.
+        label: Node that a refusal names.
+        *values: The folded values, in the layer's type.
+
+    Returns:
+        The refusal; None where all values are finite.
+    """
     if all(np.isfinite(v).all() for v in values):
         return None
     rule = f"values folded into {layer.node.op} {node_label(layer.node)!r} exceed {values[0].dtype}"
@@ -49,19 +86,40 @@ def check_finite(layer: Linear, label: str, *values: np.ndarray) -> Refusal | No
 
 
 def stored(values: np.ndarray, layer: Linear) -> np.ndarray:
-    """The values in the layer's type. May overflow to infinity."""
+    """Convert values to the type of the layer's weight; they may overflow to infinity.
+
+    Args:
+        values: Any array.
+        layer: The layer.
+
+    Returns:
+        The values in the weight's type.
+    """
     assert is_float(layer.weight)
     with np.errstate(all="ignore"):
         return np.asarray(values).astype(layer.weight.dtype)
 
 
 def set_weight(model: Model, layer: Linear, weight: np.ndarray) -> None:
+    """Replace a layer's weight.
+
+    Args:
+        model: The model.
+        layer: The layer; its own copy of the weight stays as it was.
+        weight: The new weight, in the layout of the initializer.
+    """
     old = layer.node.inputs[layer.weight_at].name
     set_constant(model, layer.node, layer.weight_at, weight, f"{old}_folded")
 
 
 def set_bias(model: Model, layer: Linear, offset: np.ndarray) -> None:
-    """Give Conv, ConvTranspose or Gemm this offset, as it broadcasts onto its output; none for zero."""
+    """Replace the bias of a Conv, ConvTranspose or Gemm; a zero bias is not added where there was none.
+
+    Args:
+        model: The model.
+        layer: The layer.
+        offset: The new bias, as it broadcasts onto the layer's output.
+    """
     node = layer.node
     if not offset.any() and input_at(node, BIAS_AT) is None:
         return
@@ -72,6 +130,13 @@ def set_bias(model: Model, layer: Linear, offset: np.ndarray) -> None:
 
 
 def bias_name(layer: Linear) -> str:
-    """`conv.weight` -> `conv.bias`; else the weight's name with `_bias`."""
+    """Name a layer's bias after its weight, `conv.bias` after `conv.weight`.
+
+    Args:
+        layer: The layer.
+
+    Returns:
+        The name; the weight's name with `_bias` appended where that does not end in `weight`.
+    """
     weight = layer.node.inputs[layer.weight_at].name
     return weight.removesuffix("weight") + "bias" if weight.endswith("weight") else f"{weight}_bias"

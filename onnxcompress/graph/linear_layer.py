@@ -1,4 +1,4 @@
-"""Conv, ConvTranspose, Gemm and MatMul as one thing: a linear map of channels, and an offset.
+"""Conv, ConvTranspose, Gemm and MatMul in one form: a linear map of channels, and a bias.
 
     y[o] = sum over inputs i of o's group, and taps k, of  W[o, i, k] * x[i, at k]   +   b[o]
 
@@ -15,8 +15,8 @@ taps), without copying. Where the channels are (ONNX operator specification; axi
 
 Legality, numbered on from `graph.batch_norm`:
  6. the weight is a dense float tensor of at least two axes, an initializer or Constant, directly or through
-    Identity, Cast or Transpose (a DequantizeLinear is none: folding would undo the quantization);
- 7. of a MatMul one operand is such a weight with two axes, and the channels of the other are axis 1: x has
+    Identity, Cast or Transpose (a DequantizeLinear is not: folding would undo the quantization);
+ 7. one operand of a MatMul is such a weight with two axes, and the channels of the other are axis 1: x has
     rank 2 on the left of W, rank 3 on its right (in `x @ W` with x of rank 3, axis 1 is not multiplied).
 Does not handle: linear layers of other domains (FusedConv), Einsum, quantized operators.
 """
@@ -42,7 +42,7 @@ BIAS_AT = 2
 """Input of Conv, ConvTranspose and Gemm that is the bias; MatMul has none."""
 
 COPIES = ("Identity", "Cast", "Transpose")
-"""What may lie between an initializer and the layer that reads it as its weight."""
+"""Operators that may lie between an initializer and the layer that reads it as its weight."""
 
 Rank = Callable[[gs.Tensor], "int | None"]
 
@@ -53,36 +53,46 @@ class Linear:
 
     node: gs.Node
     weight: np.ndarray
-    """As stored; never written to."""
+    """The stored values; never written to."""
     weight_at: int
-    """Which input of the node it is."""
+    """Position of the weight among the node's inputs."""
     rank: int
-    """Of the output."""
+    """Rank of the output."""
 
     @property
     def data_at(self) -> int:
+        """Position of the node's data input."""
         return 1 - self.weight_at if self.node.op == "MatMul" else 0
 
     @property
     def takes_bias(self) -> bool:
+        """Whether the operator has a bias input."""
         return bool(self.node.op != "MatMul")
 
     @property
     def groups(self) -> int:
+        """Number of groups of channels; 1 for Gemm and MatMul."""
         return int(attribute(self.node, "group", 1))
 
     @property
     def outputs(self) -> int:
-        """Output channels."""
+        """Number of output channels."""
         return int(self.view(self.weight).shape[1]) * self.groups
 
     @property
     def inputs(self) -> int:
-        """Input channels."""
+        """Number of input channels."""
         return int(self.view(self.weight).shape[2]) * self.groups
 
     def view(self, weight: np.ndarray) -> np.ndarray:
-        """A contiguous array of the weight's shape, seen as (groups, outputs, inputs, taps)."""
+        """View a weight in the common layout, without copying.
+
+        Args:
+            weight: A contiguous array of the stored weight's shape.
+
+        Returns:
+            Shape (groups, outputs / groups, inputs / groups, taps).
+        """
         first, second, *kernel = weight.shape
         grouped = weight.reshape(self.groups, first // self.groups, second, math.prod(kernel))
         op, node = self.node.op, self.node
@@ -94,9 +104,14 @@ class Linear:
         return grouped.swapaxes(1, 2) if inputs_first else grouped
 
     def scaled(self, *, outputs: np.ndarray | None = None, inputs: np.ndarray | None = None) -> np.ndarray:
-        """A new weight with each output or input channel multiplied, in float64, stored in its own type.
+        """Multiply the output or the input channels of the weight, in float64.
 
-        `outputs`: (output channels,), `inputs`: (input channels,), float64. May overflow to infinity.
+        Args:
+            outputs: Factors of shape (output channels,), float64.
+            inputs: Factors of shape (input channels,), float64; ignored where `outputs` is given.
+
+        Returns:
+            A new weight in the type of the old; it may overflow to infinity.
         """
         factor: np.ndarray = np.ones(())
         if outputs is not None:
@@ -111,31 +126,65 @@ class Linear:
         return new
 
     def response(self, constant: np.ndarray) -> np.ndarray:
-        """The output to an input that is constant in each channel, where no zeros pad it.
+        """Compute the output, without bias and padding, for an input that is constant in each channel.
 
-        `constant`: (input channels,); returns (output channels,), float64.
+        Args:
+            constant: Value of each input channel, shape (input channels,).
+
+        Returns:
+            Value of each output channel, shape (output channels,), float64.
         """
         taps = self.view(self.weight).sum(axis=3, dtype=np.float64)
         out = np.einsum("goi,gi->go", taps, constant.reshape(self.groups, -1)).reshape(-1)
         return np.asarray(out * attribute(self.node, "alpha", 1.0) if self.node.op == "Gemm" else out)
 
     def spread(self, vector: np.ndarray) -> np.ndarray:
-        """(channels,) shaped so that it broadcasts along axis 1 of the output."""
+        """Reshape a vector so that it broadcasts along the channels of the output.
+
+        Args:
+            vector: Shape (output channels,).
+
+        Returns:
+            Shape (output channels, 1, …), with a 1 for each spatial axis.
+        """
         return vector.reshape(-1, *[1] * (self.rank - 2))
 
     def is_per_channel(self, offset: np.ndarray) -> bool:
-        """Whether an array added to the output is one number for each channel (or for all)."""
+        """Whether an array that is added to the output has one number per channel, or one for all.
+
+        Args:
+            offset: An array that broadcasts onto the output.
+
+        Returns:
+            False where it varies over the batch or the image.
+        """
         padded = (1,) * (self.rank - offset.ndim) + offset.shape
         return len(padded) == self.rank and padded[0] == 1 and set(padded[2:]) <= {1} and self.fits(offset)
 
     def fits(self, offset: np.ndarray) -> bool:
-        """Whether adding the array to the output leaves axis 1 the channels that they are."""
+        """Whether adding an array to the output preserves its rank and its number of channels.
+
+        Args:
+            offset: Any array.
+
+        Returns:
+            False where it would broadcast the output.
+        """
         padded = (1,) * (self.rank - offset.ndim) + offset.shape
         return len(padded) == self.rank and padded[1] in (1, self.outputs)
 
 
 def as_linear(model: Model, node: gs.Node, rank: Rank) -> Linear | Refusal:
-    """The node as a linear layer, or why it is none. `rank` tells the rank of a tensor, where known."""
+    """Read a node as a linear layer.
+
+    Args:
+        model: The model.
+        node: A Conv, ConvTranspose, Gemm or MatMul.
+        rank: Function that returns the rank of a tensor, None where unknown.
+
+    Returns:
+        The layer, or the refusal that names the rule it breaks.
+    """
     name = f"{node.op} {node_label(node)!r}"
     weight_at = 1
     if node.op == "MatMul" and stored_value(node.inputs[1]) is None:
@@ -175,16 +224,30 @@ def _check_matmul(
 
 
 def chain(tensor: gs.Tensor) -> list[gs.Tensor]:
-    """The tensor and those it is a copy of: through COPIES, to an initializer or Constant."""
-    found, node = [tensor], producer(tensor)
+    """Follow a tensor back through COPIES.
+
+    Args:
+        tensor: The tensor.
+
+    Returns:
+        The tensor, and those that it is a copy of, nearest first.
+    """
+    tensors, node = [tensor], producer(tensor)
     while is_op(node, *COPIES):
-        found.append(node.inputs[0])
-        node = producer(found[-1])
-    return found
+        tensors.append(node.inputs[0])
+        node = producer(tensors[-1])
+    return tensors
 
 
 def stored_value(tensor: gs.Tensor) -> np.ndarray | None:
-    """The value of a float weight or bias (rule 6), else None. Not kept in memory."""
+    """Read a float weight or bias (rule 6), without keeping it in memory.
+
+    Args:
+        tensor: The tensor.
+
+    Returns:
+        Its value; None where it is not a dense constant of a float type.
+    """
     *copies, root = chain(tensor)
     value = _root_value(root)
     for copy in reversed(copies):
@@ -194,7 +257,7 @@ def stored_value(tensor: gs.Tensor) -> np.ndarray | None:
                 value = value.astype(onnx.helper.tensor_dtype_to_np_dtype(node.attrs["to"]))
             elif value is not None and is_op(node, "Transpose"):
                 value = value.transpose(attribute(node, "perm"))
-        except (KeyError, ValueError):  # a type or a permutation that is none
+        except (KeyError, ValueError):  # an invalid type or permutation
             return None
     return value if value is not None and is_float(value) else None
 
@@ -213,4 +276,12 @@ def _root_value(root: gs.Tensor) -> np.ndarray | None:
 
 
 def is_float(value: np.ndarray) -> bool:
+    """Whether an array has a float type, bfloat16 included.
+
+    Args:
+        value: Any array.
+
+    Returns:
+        True for floats of any width.
+    """
     return value.dtype.kind == "f" or value.dtype.name == "bfloat16"

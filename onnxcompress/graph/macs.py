@@ -1,7 +1,7 @@
-"""Multiply-accumulates and parameters of the layers that have them.
+"""Multiply-accumulates and parameters of convolutions and matrix products.
 
-A symbolic or unknown first dimension counts as a batch of 1. What activations, pools and additions cost is
-left out, as is usual in the field.
+A symbolic or unknown first dimension counts as a batch of 1. Activations, pools and additions are not
+counted, as is usual in the field.
 """
 
 from __future__ import annotations
@@ -26,15 +26,22 @@ _WEIGHTS = {
     "QLinearMatMul": (0, 3),
     "MatMulInteger": (0, 1),
 }
-"""Operators whose integer constants are parameters, and at which inputs; scales do not count."""
+"""Operators whose integer constants are parameters, and their positions; scales do not count."""
 _NO_PARAMETERS = ("Constant", "Resize", "Upsample", "Pad", "Clip", "QuantizeLinear")
 
 
 def node_macs(node: gs.Node, shapes: Mapping[str, Shape]) -> int:
-    """Multiply-accumulates of one node, 0 where it is no convolution or matrix product.
+    """Count the multiply-accumulates of a node.
 
-    `shapes` are `tensor_shapes(model)`; a first dimension that is a number counts as it is.
-    Raises ModelError where a size that is needed is not known.
+    Args:
+        node: The node.
+        shapes: Shapes by tensor name (`tensor_shapes`); a numeric batch size counts.
+
+    Returns:
+        The count; 0 where the node is neither a convolution nor a matrix product.
+
+    Raises:
+        ModelError: A size that is needed is unknown.
     """
     if node.domain not in DEFAULT_DOMAINS:
         return 0
@@ -56,7 +63,17 @@ def node_macs(node: gs.Node, shapes: Mapping[str, Shape]) -> int:
 
 
 def count_macs(model: Model) -> int:
-    """Multiply-accumulates of the model for one image. Raises ModelError as `node_macs`."""
+    """Count the multiply-accumulates of the model for one image.
+
+    Args:
+        model: The model.
+
+    Returns:
+        The count.
+
+    Raises:
+        ModelError: A size that is needed is unknown, or the graph's shapes contradict each other.
+    """
     shapes = tensor_shapes(model)
     total = sum(node_macs(node, shapes) for node in model.graph.nodes)
     first = next((shapes.get(t.name) for t in model.graph.inputs), None)
@@ -65,12 +82,26 @@ def count_macs(model: Model) -> int:
 
 
 def count_parameters(model: Model) -> int:
-    """Numbers in all weights of the model, each tensor once."""
+    """Count the parameters of the model.
+
+    Args:
+        model: The model.
+
+    Returns:
+        The number of elements of all weights; a shared weight counts once.
+    """
     return parameters_of(model.graph.nodes)
 
 
 def parameters_of(nodes: Iterable[gs.Node]) -> int:
-    """Numbers in the weights that these nodes read, each tensor once."""
+    """Count the parameters that some nodes read.
+
+    Args:
+        nodes: The nodes.
+
+    Returns:
+        The number of elements of their weights; a shared weight counts once.
+    """
     weights = {t.name: t for node in nodes for t in _weights(node)}
     return sum(math.prod(t.shape) for t in weights.values())
 
@@ -86,7 +117,7 @@ def _weights(node: gs.Node) -> list[gs.Constant | _Shaped]:
 
 
 class _Shaped:
-    """The value of a Constant node under the name of its output."""
+    """The value of a Constant node, with the name of the node's output."""
 
     def __init__(self, name: str, value: gs.Constant) -> None:
         self.name, self.shape, self.dtype = name, tuple(value.shape), value.dtype
@@ -103,7 +134,7 @@ def _constant(tensor: gs.Tensor) -> gs.Constant | _Shaped | None:
 
 
 def _is_float(dtype: object) -> bool:
-    """Whether a tensor's type is a float; onnx's own small floats have no numpy kind of theirs."""
+    """Whether a tensor's type is a float; numpy has no kind for onnx's small floats."""
     try:
         kind = np.dtype(dtype)  # type: ignore[call-overload]
     except TypeError:
@@ -112,7 +143,7 @@ def _is_float(dtype: object) -> bool:
 
 
 def _inner(node: gs.Node, shapes: Mapping[str, Shape], *places: tuple[gs.Tensor, int]) -> int:
-    """The summed dimension of a product, from the first operand whose shape tells it."""
+    """The summed dimension of a product, from the first operand whose shape is known there."""
     for tensor, axis in places:
         shape = _shape(tensor, shapes)
         if shape is not None and len(shape) >= max(axis + 1, -axis):

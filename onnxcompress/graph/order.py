@@ -12,7 +12,14 @@ from onnxcompress.model import Model
 
 
 def node_reads(node: gs.Node) -> list[gs.Tensor]:
-    """Inputs of a node, and what its bodies capture from outside."""
+    """List the tensors that a node reads, and those that its bodies capture from outside.
+
+    Args:
+        node: A node; the bodies of If, Loop and Scan are its attributes.
+
+    Returns:
+        Tensors in the order of the inputs, those that are left out excluded.
+    """
     reads = [t for t in node.inputs if not t.is_empty()]
     for value in node.attrs.values():
         if isinstance(value, gs.Graph):
@@ -24,6 +31,9 @@ def node_reads(node: gs.Node) -> list[gs.Tensor]:
 
 def sorted_nodes(model: Model) -> list[gs.Node]:
     """Put the nodes in topological order: the file's own where it is one.
+
+    Args:
+        model: The model whose main graph is put in order; it stays as it is.
 
     Returns:
         All nodes of the main graph.

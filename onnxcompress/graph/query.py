@@ -1,6 +1,6 @@
-"""Queries and edits on a graphsurgeon graph that the passes share.
+"""Queries on a graphsurgeon graph that the passes share.
 
-A tensor's consumers include nodes inside the bodies of If, Loop and Scan that capture it: an edit that
+The consumers of a tensor include nodes in the bodies of If, Loop and Scan that capture it: an edit that
 looks at consumers is therefore safe for subgraphs, too. Bodies themselves are never edited.
 """
 
@@ -15,72 +15,170 @@ from onnx_graphsurgeon.ir.tensor import LazyValues
 from onnxcompress.model import Model
 
 NAMED = 8
-"""Nodes that a message names, before it counts."""
+"""Nodes that a message names; more are counted."""
 DEFAULT_DOMAINS = (None, "", "ai.onnx")
 
 
 def is_op(node: gs.Node | None, *ops: str) -> TypeGuard[gs.Node]:
-    """Whether the node is one of these operators of the default domain."""
+    """Whether a node is one of these operators of the default domain.
+
+    Args:
+        node: A node, or None.
+        *ops: Operator names.
+
+    Returns:
+        False for None and for operators of other domains.
+    """
     return node is not None and node.op in ops and node.domain in DEFAULT_DOMAINS
 
 
 def node_label(node: gs.Node) -> str:
-    """The node's name; where it has none, that of its first output."""
+    """Name a node for a message.
+
+    Args:
+        node: The node.
+
+    Returns:
+        Its name; where it has none, the name of its first output, or else its operator.
+    """
     return str(node.name or next((t.name for t in node.outputs if t.name), node.op))
 
 
 def producer(tensor: gs.Tensor) -> gs.Node | None:
-    """The node that computes the tensor; None for inputs and initializers."""
+    """Find the node that computes a tensor.
+
+    Args:
+        tensor: The tensor.
+
+    Returns:
+        The node; None for graph inputs and initializers.
+    """
     return tensor.inputs[0] if tensor.inputs else None
 
 
 def consumers(tensor: gs.Tensor) -> list[gs.Node]:
-    """Nodes that read the tensor, each once, those inside subgraphs included."""
+    """List the nodes that read a tensor, including nodes inside subgraphs.
+
+    Args:
+        tensor: The tensor.
+
+    Returns:
+        Each node once.
+    """
     seen: dict[int, gs.Node] = {id(node): node for node in tensor.outputs}
     return list(seen.values())
 
 
 def is_output(model: Model, tensor: gs.Tensor) -> bool:
+    """Whether a tensor is an output of the main graph.
+
+    Args:
+        model: The model.
+        tensor: The tensor.
+
+    Returns:
+        True for the tensor itself, not for a copy of it.
+    """
     return any(tensor is output for output in model.graph_outputs)
 
 
 def only_consumer(model: Model, tensor: gs.Tensor) -> gs.Node | None:
-    """The one node that reads the tensor, where nothing else sees it."""
+    """Find the only reader of a tensor.
+
+    Args:
+        model: The model.
+        tensor: The tensor.
+
+    Returns:
+        The node; None where the tensor is a graph output, or read elsewhere or more than once.
+    """
     readers = list(tensor.outputs)
     return readers[0] if len(readers) == 1 and not is_output(model, tensor) else None
 
 
 def reader_names(tensor: gs.Tensor, *but: gs.Node | None) -> str:
-    """Who reads the tensor, for a message: some by name, many counted."""
-    some = [n for n in tensor.outputs[: NAMED + len(but)] if all(n is not one for one in but)]
+    """List the readers of a tensor for a message.
+
+    Args:
+        tensor: The tensor.
+        *but: Nodes to leave out.
+
+    Returns:
+        The names of up to NAMED readers, and how many more there are.
+    """
+    some = [n for n in tensor.outputs[: NAMED + len(but)] if all(n is not other for other in but)]
     more = len(tensor.outputs) - NAMED - len(but)
     return ", ".join(sorted({node_label(n) for n in some})) + (f" and {more} more" if more > 0 else "")
 
 
 def value_readers(tensor: gs.Tensor) -> list[gs.Node]:
-    """Nodes that read more of the tensor than its shape; twice where they read it twice."""
+    """List the nodes that read the tensor's values and not only its shape.
+
+    Args:
+        tensor: The tensor.
+
+    Returns:
+        The nodes; a node that reads the tensor twice is listed twice.
+    """
     return [node for node in tensor.outputs if not is_op(node, "Shape", "Size")]
 
 
 def read(tensor: gs.Constant) -> np.ndarray:
-    """Values of an initializer, without keeping them in memory if they lie in a file."""
+    """Read the values of an initializer; those in a file are not kept in memory.
+
+    Args:
+        tensor: The initializer.
+
+    Returns:
+        Its values.
+
+    Raises:
+        ModelError: The file that holds them was cut short.
+    """
     values = tensor._values
     return np.asarray(values.load() if isinstance(values, LazyValues) else values)
 
 
 def attribute(node: gs.Node, key: str, default: Any = None) -> Any:
+    """Read an attribute of a node.
+
+    Args:
+        node: The node.
+        key: Name of the attribute.
+        default: Value where the node does not have it.
+
+    Returns:
+        The attribute's value.
+    """
     return node.attrs.get(key, default)
 
 
 def input_at(node: gs.Node, index: int) -> gs.Tensor | None:
-    """The input at an index; None where it is left out."""
+    """Look up an input of a node.
+
+    Args:
+        node: The node.
+        index: Position of the input.
+
+    Returns:
+        The tensor; None where the node does not have this input.
+    """
     if index >= len(node.inputs) or node.inputs[index].is_empty():
         return None
     return node.inputs[index]
 
 
 def per_channel(constant: np.ndarray, rank: int, channels: int) -> np.ndarray | None:
-    """(channels,) float64: a constant that broadcasts as one number for each channel, or for all."""
+    """Read a constant that broadcasts as one number per channel (axis 1), or as one number for all.
+
+    Args:
+        constant: Values of the constant.
+        rank: Rank of the tensor that it is combined with.
+        channels: Number of channels of that tensor.
+
+    Returns:
+        Shape (channels,), float64; None where the constant varies along another axis.
+    """
     padded = (1,) * (rank - constant.ndim) + constant.shape
     if len(padded) != rank or padded[0] != 1 or padded[1] not in (1, channels) or set(padded[2:]) - {1}:
         return None

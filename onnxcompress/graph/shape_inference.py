@@ -1,7 +1,7 @@
-"""Shapes of all tensors, by ONNX shape inference on the model without its weights.
+"""Infer the shapes of all tensors by ONNX shape inference, without reading weights.
 
-Exporters compute pads and target shapes with long chains of Shape, Gather, Slice, Concat; onnx's own
-inference gives up at some of them, and with it on all that follows. Chains that no input reaches are
+Exporters compute pads and target shapes with long chains of Shape, Gather, Slice, Concat. onnx's own
+inference gives up at some of them, and then at everything behind them. Chains that depend on no input are
 therefore replaced by their value first.
 """
 
@@ -18,23 +18,36 @@ from onnxcompress.graph.query import is_op, producer
 from onnxcompress.model import Model, Shape
 
 ROUNDS = 50
-"""Each round passes one more computed target shape; ShuffleNetV2 needs one a unit."""
+"""Limit on rounds; each resolves one more computed shape, and ShuffleNetV2 has one in each unit."""
 
 
 def tensor_shapes(model: Model) -> dict[str, Shape]:
-    """Shapes of all tensors, inferred once for a graph (`infer_shapes`)."""
+    """Infer the shapes of all tensors once per state of the graph (`infer_shapes`).
+
+    Args:
+        model: The model.
+
+    Returns:
+        Shapes by tensor name; not to be changed.
+
+    Raises:
+        ModelError: The graph's shapes contradict each other.
+    """
     return model.analysis(infer_shapes)
 
 
 def infer_shapes(model: Model) -> dict[str, Shape]:
-    """Infer the shapes of all tensors by ONNX shape inference.
+    """Infer the shapes of all tensors.
+
+    Args:
+        model: The model.
 
     Returns:
         Shapes by tensor name; a dimension is a number, a symbol's name, or None where it is unknown. A
         tensor whose rank is unknown is absent.
 
     Raises:
-        ModelError: The graph contradicts itself.
+        ModelError: The graph's shapes contradict each other.
     """
     shapes: dict[str, Shape] = {}
     for _ in range(ROUNDS):
@@ -45,7 +58,7 @@ def infer_shapes(model: Model) -> dict[str, Shape]:
 
 
 def _learn_sizes(model: Model, shapes: dict[str, Shape]) -> bool:
-    """Make constants of the sizes that the graph reads off tensors whose size is known by now."""
+    """Turn sizes that the graph reads from tensors of known shape into constants."""
     learned = False
     for node in model.graph.nodes:
         source = producer(node.inputs[0]) if is_op(node, "Gather", "Slice") else node
@@ -65,7 +78,7 @@ def _learn_sizes(model: Model, shapes: dict[str, Shape]) -> bool:
 
 
 def _picked(model: Model, node: gs.Node, shape: Shape) -> np.ndarray | None:
-    """What Shape, Gather(Shape) or Slice(Shape) gives, where it takes known dimensions only."""
+    """Evaluate Shape, Gather(Shape) or Slice(Shape), where the dimensions that it selects are known."""
     unknown = -(1 << 40)
     sizes = np.array([d if isinstance(d, int) else unknown for d in shape], np.int64)
     if node.op == "Gather":

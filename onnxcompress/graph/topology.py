@@ -1,4 +1,4 @@
-"""Order, data flow and trunk of a graph, computed once and asked often. Linear in nodes."""
+"""Topological order, data flow and trunk of a graph, computed once. Linear in the number of nodes."""
 
 from __future__ import annotations
 
@@ -11,13 +11,14 @@ from onnxcompress.model import Model, Shape
 
 
 class Topology:
-    """Facts about a graph as it is now; make a new one after a change.
+    """Order and data flow of a graph as it is now; create a new one after a change.
 
-    `order`    nodes in topological order
-    `index`    id(node) -> place in it
-    `dynamic`  ids of the tensors that depend on a graph input, by value or by shape
-    `data`     ids of those that carry data: reached from an input without passing a Shape or Size, or the
-               operand of a CastLike that only gives its type
+    Attributes:
+        order: Nodes in topological order.
+        index: Position in `order` by id of the node.
+        dynamic: Ids of the tensors that depend on a graph input, by value or by shape.
+        data: Ids of the tensors that depend on the values of an input: reached from one without passing a
+            Shape, a Size, or the operand of a CastLike that only gives its type.
     """
 
     def __init__(self, model: Model) -> None:
@@ -33,31 +34,48 @@ class Topology:
         self._trunk: list[gs.Tensor] | None = None
 
     def position(self, tensor: gs.Tensor) -> int:
-        """Place of the node that makes the tensor; -1 for inputs and initializers."""
+        """Look up where a tensor is produced.
+
+        Args:
+            tensor: The tensor.
+
+        Returns:
+            Position in `order` of the node that produces it; -1 for inputs and initializers.
+        """
         node = producer(tensor)
         return -1 if node is None else self.index[id(node)]
 
     def shape(self, tensor: gs.Tensor) -> Shape | None:
-        """Shape by inference; None where even the rank is unknown."""
+        """Look up a tensor's inferred shape.
+
+        Args:
+            tensor: The tensor.
+
+        Returns:
+            The shape; None where even the rank is unknown.
+        """
         return tensor_shapes(self.model).get(tensor.name)
 
     def trunk(self) -> list[gs.Tensor]:
-        """Tensors through which every data path from the inputs to the outputs goes, in order.
+        """Find the tensors through which every data path from the inputs to the outputs goes.
 
-        A tensor is one exactly if, once it is made, nothing else that was made before is still needed.
+        A tensor is on the trunk exactly if, once it is computed, nothing computed before it is needed.
+
+        Returns:
+            The tensors in order.
         """
         if self._trunk is None:
             last: dict[int, int] = {}
             for place, node in enumerate(self.order):
-                if not is_op(node, "Shape", "Size"):  # who reads only a shape needs no data
+                if not is_op(node, "Shape", "Size"):  # a reader of the shape needs no data
                     last.update((id(tensor), place) for tensor in node_reads(node))
             ends = {id(t): len(self.order) for t in self.model.graph.outputs}
-            found: list[gs.Tensor] = []
-            farthest = -1  # until where something made so far, but for the newest tensor, is needed
-            made = list(self.model.graph.inputs)
-            if len(made) == 1:
-                found.append(made[0])
-            pending = max((max(last.get(id(t), -1), ends.get(id(t), -1)) for t in made), default=-1)
+            trunk: list[gs.Tensor] = []
+            farthest = -1  # last node that needs something computed so far, except the newest tensor
+            inputs = list(self.model.graph.inputs)
+            if len(inputs) == 1:
+                trunk.append(inputs[0])
+            pending = max((max(last.get(id(t), -1), ends.get(id(t), -1)) for t in inputs), default=-1)
             for place, node in enumerate(self.order):
                 farthest = max(farthest, pending)
                 pending = -1
@@ -66,21 +84,32 @@ class Topology:
                     pending = max(pending, last.get(id(tensor), -1), ends.get(id(tensor), -1))
                 plain = "Sequence" not in node.op or node.op == "SequenceAt"
                 if plain and len(outputs) == 1 and farthest <= place and pending > place:
-                    found.append(outputs[0])
-            self._trunk = found
+                    trunk.append(outputs[0])
+            self._trunk = trunk
         return self._trunk
 
     def between(self, entry: gs.Tensor, exit: gs.Tensor) -> tuple[gs.Node, ...]:
-        """Nodes with data between two neighbouring tensors of the trunk, the exit's own included."""
+        """List the nodes between two neighbouring tensors of the trunk.
+
+        Args:
+            entry: The earlier tensor.
+            exit: The later tensor.
+
+        Returns:
+            Nodes that depend on a graph input, the producer of `exit` included, in order.
+        """
         start, end = self.position(entry), self.position(exit)
         return tuple(
             n for n in self.order[start + 1 : end + 1] if any(id(t) in self.dynamic for t in n.outputs)
         )
 
     def feature(self) -> gs.Tensor | None:
-        """The features before the global pool: the last spatial tensor of the trunk (PRACTISE §3.2).
+        """Find the features before the global pool: the last spatial tensor of the trunk.
 
-        Rank 4 (or 3 and 5 in 1-d and 3-d networks) with a spatial extent above 1; None if there is none.
+        Source: PRACTISE, arXiv 2202.07861, §3.2.
+
+        Returns:
+            A tensor of rank 4 (3 or 5 in 1-d and 3-d networks) with a spatial extent above 1, or None.
         """
         for tensor in reversed(self.trunk()):
             shape = self.shape(tensor)
@@ -90,7 +119,7 @@ class Topology:
 
 
 def _data_reads(node: gs.Node) -> list[gs.Tensor]:
-    """Those of which the node reads more than shape or type."""
+    """The inputs of which a node reads the values and not only shape or type."""
     if is_op(node, "Shape", "Size"):
         return []
     return list(node.inputs[:1]) if is_op(node, "CastLike") else node_reads(node)

@@ -159,7 +159,7 @@ def test_weights_in_constant_nodes_become_initializers() -> None:
 
 def test_a_block_that_is_none_is_refused() -> None:
     model = parse(f"h = Relu(x) a = Conv{CONV}(h, w) s = Add(a, h) y = Relu(s)")
-    with pytest.raises(OptionError, match="no block"):
+    with pytest.raises(OptionError, match="not a block"):
         drop_blocks(model, ["h"])
 
 

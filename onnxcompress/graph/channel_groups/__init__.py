@@ -1,1 +1,1 @@
-"""Which tensors share a channel, and which must be scaled or cut together."""
+"""Which tensors share a channel, and which channels must be scaled or removed together."""

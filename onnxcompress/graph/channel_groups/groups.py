@@ -1,4 +1,4 @@
-"""Labels of channels: which must be scaled together, which cannot be scaled. See `_equalize_flow`."""
+"""Labels of channels: which must be scaled together, and which cannot be scaled (see `tracer`)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from onnxcompress.account import Refusal
 from onnxcompress.graph.linear_layer import Linear
 
 MAX_LABELS = 1 << 22
-"""Elements from which on a label array is not written out: no channel layout needs it."""
+"""Limit for the elements of a label array: no channel layout needs more."""
 ACCURATE = ("float32", "float64")
 """Types in which a scaled weight rounds to less than 1e-5 of itself."""
 
@@ -20,7 +20,7 @@ Labels = np.ndarray
 
 
 class Unknown(Exception):
-    """A rule's answer where it cannot say what becomes of the channels."""
+    """Raised by a rule that cannot say what becomes of the channels."""
 
     def __init__(self, rule: str, remedy: str = "") -> None:
         super().__init__(rule)
@@ -29,22 +29,21 @@ class Unknown(Exception):
 
 @dataclass(frozen=True)
 class Layer:
-    """A linear layer with a constant weight."""
+    """A linear layer with a constant weight, and the labels of its channels."""
 
     linear: Linear
     name: str
-    """Of its output tensor: unique, unlike node names."""
+    """Name of its output tensor: unique, unlike node names."""
     reads: Labels
-    """(input channels,)"""
+    """Labels of the input channels, shape (input channels,)."""
     writes: Labels
-    """(output channels,)"""
-
+    """Labels of the output channels, shape (output channels,)."""
     own: bool
-    """Whether no other node reads its weight."""
+    """Whether this node alone reads the weight."""
 
     @property
     def scalable(self) -> bool:
-        """Whether it may get a new weight, exact but for rounding."""
+        """Whether the weight may be replaced by a scaled one, exact except for rounding."""
         return self.own and self.linear.weight.dtype.name in ACCURATE
 
 
@@ -59,7 +58,7 @@ class Offset:
 
 @dataclass(frozen=True)
 class Bounds:
-    """A Clip whose bounds are to be multiplied by the scales of its channels; ±inf where there is none."""
+    """A Clip whose bounds must be multiplied by the scales of its channels; ±inf for a missing bound."""
 
     node: gs.Node
     low: float
@@ -69,26 +68,30 @@ class Bounds:
 
 @dataclass
 class Flow:
-    """What `trace` found. Labels are those that stand for their groups, but in `origins`."""
+    """The channel groups of a model. Labels, except in `origins`, are those that represent their groups."""
 
     layers: list[Layer] = field(default_factory=list)
     tensors: dict[str, Labels] = field(default_factory=dict)
     origins: dict[str, Labels] = field(default_factory=dict)
-    """As `tensors`, with labels that are not yet tied: which channel it was when its layer wrote it."""
+    """As `tensors`, but with labels before they are tied: the channel that the layer wrote."""
     offsets: list[Offset] = field(default_factory=list)
     bounds: list[Bounds] = field(default_factory=list)
     barred: dict[int, Refusal] = field(default_factory=dict)
-    """Channel group -> the first thing that bars it."""
+    """The first reason why a channel group cannot be scaled, by group."""
     overflow: set[int] = field(default_factory=set)
-    """Those of them whose scaled values their type could not hold."""
+    """Barred groups whose scaled values would overflow their type."""
     ended: set[int] = field(default_factory=set)
-    """Those that end in an operator without a rule, though they may go on behind it."""
+    """Groups that end at an operator without a rule, though they may go on behind it."""
     count: int = 0
-    """All labels are below this."""
+    """Number of labels; all labels are below it."""
 
     @cached_property
     def layer_of(self) -> dict[int, Layer]:
-        """id of a node -> the layer that it is."""
+        """Layers by id of their node.
+
+        Returns:
+            All layers.
+        """
         return {id(layer.linear.node): layer for layer in self.layers}
 
 
@@ -101,7 +104,17 @@ class Channels:
         self._barred: set[int] = set()
 
     def fresh(self, shape: tuple[int, ...]) -> Labels:
-        """New labels, tied to nothing."""
+        """Create new labels that are tied to nothing.
+
+        Args:
+            shape: Shape of the label array.
+
+        Returns:
+            The labels.
+
+        Raises:
+            Unknown: There would be more than MAX_LABELS.
+        """
         start, count = len(self._parent), int(np.prod(shape))
         if count > MAX_LABELS:
             raise Unknown("has too many channels to follow")
@@ -109,7 +122,17 @@ class Channels:
         return np.arange(start, start + count).reshape(shape)
 
     def tie(self, *arrays: Labels) -> Labels:
-        """Tie labels element by element, arrays broadcast onto each other; returns the broadcast ones."""
+        """Tie labels element by element: these channels must have the same scale.
+
+        Args:
+            *arrays: Label arrays whose shapes broadcast.
+
+        Returns:
+            The labels, broadcast to the common shape.
+
+        Raises:
+            Unknown: The shapes do not broadcast, or there are more than MAX_LABELS elements.
+        """
         try:
             shape = np.broadcast_shapes(*(a.shape for a in arrays))
         except ValueError:
@@ -125,7 +148,18 @@ class Channels:
         return np.ascontiguousarray(first)
 
     def merge(self, labels: Labels, axes: tuple[int, ...]) -> Labels:
-        """Tie the labels along axes, which get size 1. Raises Unknown where there are none."""
+        """Tie all labels along some axes.
+
+        Args:
+            labels: The labels.
+            axes: Axes that are reduced to size 1.
+
+        Returns:
+            The labels, of the same rank.
+
+        Raises:
+            Unknown: An axis has size 0.
+        """
         if not all(labels.shape[axis] for axis in axes):
             raise Unknown("reduces over nothing")
         first = labels
@@ -136,14 +170,29 @@ class Channels:
         return first
 
     def bar(self, labels: Labels, refusal: Refusal) -> Labels:
-        """Say that these channels cannot be scaled."""
+        """Mark channels that cannot be scaled.
+
+        Args:
+            labels: Labels of the channels.
+            refusal: The reason.
+
+        Returns:
+            The same labels.
+        """
         for label in np.unique(labels).tolist():
             self._bars.append((label, refusal))
             self._barred.add(label)
         return labels
 
     def is_barred(self, labels: Labels) -> bool:
-        """Whether all of these channels are barred by themselves already."""
+        """Whether each of these labels is barred itself, and not through a label that it is tied to.
+
+        Args:
+            labels: The labels.
+
+        Returns:
+            True where all are barred.
+        """
         return all(label in self._barred for label in np.unique(labels).tolist())
 
     def _root(self, label: int) -> int:
@@ -155,12 +204,23 @@ class Channels:
         return root
 
     def roots(self) -> np.ndarray:
-        """For each label, the one that stands for its group."""
+        """Compute for each label the label that represents its group.
+
+        Returns:
+            Shape (labels,), int64.
+        """
         return np.array([self._root(label) for label in range(len(self._parent))], np.int64)
 
     def barred(self, roots: np.ndarray) -> dict[int, Refusal]:
-        """Group -> the first thing that bars it."""
-        found: dict[int, Refusal] = {}
+        """Collect for each barred group the first reason that was given.
+
+        Args:
+            roots: The result of `roots`.
+
+        Returns:
+            Refusals by the label that represents the group.
+        """
+        reasons: dict[int, Refusal] = {}
         for label, refusal in self._bars:
-            found.setdefault(int(roots[label]), refusal)
-        return found
+            reasons.setdefault(int(roots[label]), refusal)
+        return reasons

@@ -1,4 +1,4 @@
-"""Labels of a graph's tensors: what the rules of operators ask for."""
+"""Labels of a graph's tensors, and what the rules of operators need to know of those tensors."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from onnxcompress.model import Model
 
 
 class TensorLabels(Channels):
-    """The labels of each tensor that carries data, as far as the walk has come."""
+    """Labels of each tensor that carries data, as far as the graph has been walked."""
 
     def __init__(self, model: Model, scale_clips: bool) -> None:
         super().__init__()
@@ -30,23 +30,57 @@ class TensorLabels(Channels):
         self._tensors: dict[str, Labels] = {}
 
     def labels(self, tensor: gs.Tensor) -> Labels:
-        """The labels of a tensor that carries data. Raises Unknown where they are lost."""
+        """Look up the labels of a tensor that carries data.
+
+        Args:
+            tensor: The tensor.
+
+        Returns:
+            Its labels.
+
+        Raises:
+            Unknown: Its labels are not known.
+        """
         if id(tensor) not in self._labels:
             raise Unknown(f"has an input {tensor.name!r} whose channels are not known")
         return self._labels[id(tensor)]
 
     def carries(self, tensor: gs.Tensor) -> bool:
-        """Whether the tensor depends on the values of an input."""
+        """Whether a tensor carries data: depends on the values of a graph input.
+
+        Args:
+            tensor: The tensor.
+
+        Returns:
+            False for constants and for values computed from shapes.
+        """
         return id(tensor) in self.topology.data
 
     def constant(self, tensor: gs.Tensor | None) -> np.ndarray | None:
-        """The value of a tensor that no input reaches."""
+        """Compute the value of a tensor that carries no data.
+
+        Args:
+            tensor: The tensor, or None.
+
+        Returns:
+            Its value; None where there is no tensor, it carries data, or it cannot be evaluated.
+        """
         if tensor is None or tensor.is_empty() or self.carries(tensor):
             return None
         return constant_value(self.model, tensor)
 
     def sizes(self, tensor: gs.Tensor) -> list[int | None]:
-        """The tensor's shape, None for each dimension that is open. Raises Unknown without a rank."""
+        """Look up a tensor's shape.
+
+        Args:
+            tensor: The tensor.
+
+        Returns:
+            The dimensions, None for unknown ones.
+
+        Raises:
+            Unknown: The rank is not known.
+        """
         shape = self.topology.shape(tensor)
         if shape is None:
             raise Unknown(
@@ -55,7 +89,18 @@ class TensorLabels(Channels):
         return [d if isinstance(d, int) else None for d in shape]
 
     def spelled(self, tensor: gs.Tensor, axis: int) -> Labels:
-        """The tensor's labels, written out along one axis."""
+        """Repeat a tensor's labels along an axis, so that they have the axis's full size there.
+
+        Args:
+            tensor: The tensor.
+            axis: The axis.
+
+        Returns:
+            The labels.
+
+        Raises:
+            Unknown: The labels or the size of the axis are not known.
+        """
         labels = self.labels(tensor)
         size = self.sizes(tensor)[axis] if labels.shape[axis] == 1 else labels.shape[axis]
         if size is None:

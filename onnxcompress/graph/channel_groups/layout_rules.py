@@ -1,4 +1,8 @@
-"""What operators that move values, pad, join or reduce them do to channels. See `_equalize_rules`."""
+"""Rules for operators that move, pad, join or reduce values; see `rules`.
+
+Every rule takes the tracer and the node, returns the labels of the outputs, and raises `Unknown` where the
+channels cannot be followed.
+"""
 
 from __future__ import annotations
 
@@ -14,12 +18,35 @@ from onnxcompress.graph.query import attribute, input_at, node_label
 
 
 def within_channels(tracer: TensorLabels, node: gs.Node) -> Sequence[Labels]:
-    """Pools: labels must not vary over the image."""
+    """Label the output of a pool, whose labels must not vary over the image.
+
+    Args:
+        tracer: The labels of the tensors so far.
+        node: The node.
+
+    Returns:
+        Labels of the output, in a list.
+
+    Raises:
+        Unknown: The labels of its input are not known.
+    """
     labels = tracer.labels(node.inputs[0])
     return [tracer.merge(labels, tuple(range(2, labels.ndim)))]
 
 
 def concat(tracer: TensorLabels, node: gs.Node) -> Sequence[Labels]:
+    """Label the output of a Concat.
+
+    Args:
+        tracer: The labels of the tensors so far.
+        node: The node.
+
+    Returns:
+        Labels of the output, in a list.
+
+    Raises:
+        Unknown: It joins batches, or an operand's channels are not known.
+    """
     rank = next(tracer.labels(t).ndim for t in node.inputs if tracer.carries(t))
     axis = attribute(node, "axis") % rank
     if axis == 0:
@@ -36,7 +63,7 @@ def concat(tracer: TensorLabels, node: gs.Node) -> Sequence[Labels]:
 
 
 def _along(tracer: TensorLabels, tensor: gs.Tensor, labels: Labels, axis: int) -> Labels:
-    """A part's labels, written out along the axis of the Concat."""
+    """Repeat a part's labels along the axis of the Concat, up to its size there."""
     if tracer.carries(tensor):
         return tracer.spelled(tensor, axis)
     size = tracer.sizes(tensor)[axis]
@@ -44,7 +71,7 @@ def _along(tracer: TensorLabels, tensor: gs.Tensor, labels: Labels, axis: int) -
 
 
 def _part(tracer: TensorLabels, node: gs.Node, tensor: gs.Tensor, axis: int) -> Labels:
-    """Labels of a constant part: any scale suits zeros, none suits other numbers."""
+    """Create labels of a constant part: zeros have any scale, other numbers none."""
     value = tracer.constant(tensor)
     if value is None:
         raise Unknown(f"has an operand {tensor.name!r} that depends on the shape of an input")
@@ -55,6 +82,18 @@ def _part(tracer: TensorLabels, node: gs.Node, tensor: gs.Tensor, axis: int) -> 
 
 
 def pad(tracer: TensorLabels, node: gs.Node) -> Sequence[Labels]:
+    """Label the output of a Pad.
+
+    Args:
+        tracer: The labels of the tensors so far.
+        node: The node.
+
+    Returns:
+        Labels of the output, in a list.
+
+    Raises:
+        Unknown: It pads the batch, with a number other than 0, or by an unknown amount.
+    """
     labels = tracer.labels(node.inputs[0])
     rank = labels.ndim
     given = attribute(node, "pads", attribute(node, "paddings"))
@@ -82,7 +121,7 @@ def pad(tracer: TensorLabels, node: gs.Node) -> Sequence[Labels]:
 def _pad_channels(
     tracer: TensorLabels, node: gs.Node, before: int, after: int, mode: str | bytes
 ) -> Labels:
-    """Channels of zeros before and after: any scale suits them."""
+    """Put channels of zeros, which have any scale, before and behind the others."""
     labels = tracer.spelled(node.inputs[0], 1)
     if mode not in ("constant", b"constant") or labels[:, :1].size != 1:
         raise Unknown("pads channels with copies")
@@ -92,6 +131,18 @@ def _pad_channels(
 
 
 def slice_(tracer: TensorLabels, node: gs.Node) -> Sequence[Labels]:
+    """Label the output of a Slice.
+
+    Args:
+        tracer: The labels of the tensors so far.
+        node: The node.
+
+    Returns:
+        Labels of the output, in a list.
+
+    Raises:
+        Unknown: Its bounds, axes or steps are not constant where channels depend on them.
+    """
     labels = tracer.labels(node.inputs[0])
     if input_at(node, 1) is None:
         starts, ends = attribute(node, "starts"), attribute(node, "ends")
@@ -112,7 +163,7 @@ def slice_(tracer: TensorLabels, node: gs.Node) -> Sequence[Labels]:
 def _bounds(
     tracer: TensorLabels, node: gs.Node
 ) -> tuple[list[int | None], list[int | None], list[int], list[int]]:
-    """Starts, ends, axes and steps of a Slice from opset 10 on; starts and ends may be open (None)."""
+    """Starts, ends, axes and steps of a Slice from opset 10 on; a start or an end may be unknown (None)."""
     values = [tracer.constant(input_at(node, at)) for at in range(1, 5)]
     axes, steps = values[2], values[3]
     known = [v for v in values if v is not None]
@@ -128,6 +179,18 @@ def _bounds(
 
 
 def split(tracer: TensorLabels, node: gs.Node) -> Sequence[Labels]:
+    """Label the outputs of a Split.
+
+    Args:
+        tracer: The labels of the tensors so far.
+        node: The node.
+
+    Returns:
+        Labels of each output.
+
+    Raises:
+        Unknown: It splits the batch, or its sizes are not constant.
+    """
     labels = tracer.labels(node.inputs[0])
     axis = attribute(node, "axis", 0) % labels.ndim
     if axis == 0:
@@ -147,6 +210,18 @@ def split(tracer: TensorLabels, node: gs.Node) -> Sequence[Labels]:
 
 
 def gather(tracer: TensorLabels, node: gs.Node) -> Sequence[Labels]:
+    """Label the output of a Gather.
+
+    Args:
+        tracer: The labels of the tensors so far.
+        node: The node.
+
+    Returns:
+        Labels of the output, in a list.
+
+    Raises:
+        Unknown: Its indices are not constant, or it picks from the batch.
+    """
     labels, index = tracer.labels(node.inputs[0]), tracer.constant(node.inputs[1])
     axis = attribute(node, "axis", 0) % labels.ndim
     if index is None or axis == 0:
@@ -157,6 +232,18 @@ def gather(tracer: TensorLabels, node: gs.Node) -> Sequence[Labels]:
 
 
 def transpose(tracer: TensorLabels, node: gs.Node) -> Sequence[Labels]:
+    """Label the output of a Transpose.
+
+    Args:
+        tracer: The labels of the tensors so far.
+        node: The node.
+
+    Returns:
+        Labels of the output, in a list.
+
+    Raises:
+        Unknown: It moves the batch axis.
+    """
     labels = tracer.labels(node.inputs[0])
     perm = attribute(node, "perm", tuple(reversed(range(labels.ndim))))
     if perm[0] != 0:
@@ -165,7 +252,18 @@ def transpose(tracer: TensorLabels, node: gs.Node) -> Sequence[Labels]:
 
 
 def reshape(tracer: TensorLabels, node: gs.Node) -> Sequence[Labels]:
-    """Reshape, Flatten, Squeeze, Unsqueeze, of each image by itself."""
+    """Label the output of a Reshape, Flatten, Squeeze or Unsqueeze that keeps images apart.
+
+    Args:
+        tracer: The labels of the tensors so far.
+        node: The node.
+
+    Returns:
+        Labels of the output, in a list.
+
+    Raises:
+        Unknown: It mixes images of a batch, or the image has an unknown or too large size.
+    """
     source, target = node.inputs[0], node.outputs[0]
     labels = tracer.labels(source)
     before, after = tracer.sizes(source)[1:], tracer.sizes(target)[1:]
@@ -191,6 +289,18 @@ def reshape(tracer: TensorLabels, node: gs.Node) -> Sequence[Labels]:
 
 
 def reduce(tracer: TensorLabels, node: gs.Node) -> Sequence[Labels]:
+    """Label the output of a reduction.
+
+    Args:
+        tracer: The labels of the tensors so far.
+        node: The node.
+
+    Returns:
+        Labels of the output, in a list.
+
+    Raises:
+        Unknown: It reduces over the batch, or over axes that are not constant.
+    """
     labels = tracer.labels(node.inputs[0])
     axes = attribute(node, "axes")
     if axes is None and input_at(node, 1) is not None:
@@ -206,6 +316,18 @@ def reduce(tracer: TensorLabels, node: gs.Node) -> Sequence[Labels]:
 
 
 def resize(tracer: TensorLabels, node: gs.Node) -> Sequence[Labels]:
+    """Label the output of a Resize or Upsample.
+
+    Args:
+        tracer: The labels of the tensors so far.
+        node: The node.
+
+    Returns:
+        Labels of the output, in a list.
+
+    Raises:
+        Unknown: It resizes more than the image, or extrapolates.
+    """
     before, after = tracer.sizes(node.inputs[0]), tracer.sizes(node.outputs[0])
     batches = {before[0], after[0]} - {None}
     if before[1] is None or before[1] != after[1] or len(batches) > 1:

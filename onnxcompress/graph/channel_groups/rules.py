@@ -1,6 +1,6 @@
-"""What becomes of the scales of channels in each operator: `rule(tracer, node) -> labels of the outputs`.
+"""What each operator does to the scales of channels: `rule(tracer, node) -> labels of the outputs`.
 
-For a positive scale s of each channel (and numbers a, b that are constants):
+For a positive scale s of each channel (and constants a, b):
 
 | the scale passes                                 | because                                               |
 |--------------------------------------------------|-------------------------------------------------------|
@@ -12,11 +12,11 @@ For a positive scale s of each channel (and numbers a, b that are constants):
 | Add, Sub, Sum, Max, Min of tensors               | f(s x, s y) = s f(x, y): both get the same scale      |
 | … of a tensor and a constant                     | f(s x, s a) = s f(x, a): the constant is scaled       |
 | Mul by a constant or by a gate, Div              | linear in x; the gate keeps the scale 1               |
-| Clip to bounds out of 0, -inf, inf               | f(s x) = s f(x)                                       |
+| Clip whose bounds are 0, -inf or inf             | f(s x) = s f(x)                                       |
 | Clip to [a, b]                                   | only as min(max(x, s a), s b), bounds per channel     |
 
-Everything in KEEPS_CHANNELS bars the scale but leaves channels where they are. What has no rule bars what
-it reads and what it makes. Source: Nagel et al., ICCV 2019, §4.1; the ONNX operator specification.
+Operators in KEEPS_CHANNELS bar the scale but leave channels where they are. An operator without a rule bars
+its inputs and outputs. Source: Nagel et al., ICCV 2019, §4.1; the ONNX operator specification.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from onnxcompress.graph.query import attribute, input_at, node_label
 Rule = Callable[["TensorLabels", gs.Node], Sequence[Labels]]
 
 BROADCASTS = 8
-"""Operator set from which on Max and Min take a bound for each channel."""
+"""First operator set in which Max and Min accept a bound for each channel."""
 KEEPS_CHANNELS = (
     "BatchNormalization", "Celu", "Elu", "Erf", "Exp", "Gelu", "HardSigmoid", "HardSwish", "Hardmax",
     "InstanceNormalization", "LogSoftmax", "LRN", "Log", "LpNormalization", "MeanVarianceNormalization",
@@ -76,7 +76,7 @@ def _clip(tracer: TensorLabels, node: gs.Node) -> Sequence[Labels]:
 
 
 def _bound(tracer: TensorLabels, node: gs.Node, at: int) -> float:
-    """A bound of a Clip: an attribute before opset 11, then an input; ±inf where it is left out."""
+    """A bound of a Clip: an attribute before opset 11, then an input; ±inf where there is none."""
     free = (-np.inf, np.inf)[at - 1]
     tensor = input_at(node, at)
     if tensor is None:
@@ -90,7 +90,7 @@ def _bound(tracer: TensorLabels, node: gs.Node, at: int) -> float:
 
 
 def _combine(tracer: TensorLabels, node: gs.Node) -> Sequence[Labels]:
-    """Add, Sub, Sum, Max, Min."""
+    """The labels of Add, Sub, Sum, Max and Min."""
     arrays, constants = [], []
     for at, tensor in enumerate(node.inputs):
         if tracer.carries(tensor):
@@ -115,7 +115,7 @@ def _combine(tracer: TensorLabels, node: gs.Node) -> Sequence[Labels]:
 
 
 def _scale(tracer: TensorLabels, node: gs.Node) -> Sequence[Labels]:
-    """Mul and Div: one operand passes, the other is a constant or a gate of scale 1."""
+    """The labels of Mul and Div: one operand passes, the other is a constant or a gate of scale 1."""
     first, second = node.inputs[:2]
     if not tracer.carries(second):
         return [_fitted(tracer, node, first, second)]
@@ -143,7 +143,7 @@ def _gates(tracer: TensorLabels, first: gs.Tensor, second: gs.Tensor) -> bool:
 
 
 def _fitted(tracer: TensorLabels, node: gs.Node, data: gs.Tensor, other: gs.Tensor) -> Labels:
-    """The labels of `data` after a product with a constant that may not broadcast them."""
+    """The labels of `data` after a product with a constant, which must not broadcast them."""
     labels, shape = tracer.labels(data), tracer.sizes(other)
     if len(shape) > labels.ndim:
         raise Unknown("adds axes by broadcasting")
@@ -179,4 +179,4 @@ RULES: dict[str, Rule] = {
     "Split": layout_rules.split,
     "Transpose": layout_rules.transpose,
 }
-"""By operator of the default domain."""
+"""Rules by operator of the default domain."""

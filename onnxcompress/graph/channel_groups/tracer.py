@@ -1,8 +1,8 @@
-"""Which channels of a network must be scaled together: the groundwork of `equalize`.
+"""Find which channels of a network must be scaled together: the basis of `equalize`.
 
-Every channel of every tensor gets a label. Where a positive scale of a channel passes an operator
-unchanged (`_equalize_rules`), the output takes the input's labels; where two channels must have the same
-scale (the operands of an Add), their labels are tied. Linear layers end labels and begin them:
+Every channel of every tensor gets a label. Where an operator passes a positive scale of a channel through
+unchanged (`rules`), its output takes the input's labels; where two channels must have the same scale (the
+operands of an Add), their labels are tied. Linear layers end labels and begin them:
 
     layer --writes--> labels --Relu, pools, Add, Concat, Pad, Slice, …--> labels <--reads-- layer
 
@@ -41,18 +41,29 @@ from onnxcompress.graph.query import DEFAULT_DOMAINS, attribute, is_op, node_lab
 from onnxcompress.model import Model
 
 COMBINES = ("Add", "Concat", "Div", "Max", "Min", "Mul", "Sub", "Sum")
-"""Operators of which every input is data; of the others, the first one is."""
+"""Operators whose inputs are all data; of other operators only the first input is."""
 
 
 def trace(model: Model, *, scale_clips: bool = False) -> Flow:
-    """Find the channel groups of a model. `scale_clips`: a Clip passes scales, in `Flow.bounds`."""
+    """Find the channel groups of a model.
+
+    Args:
+        model: The model.
+        scale_clips: Let scales pass a Clip, whose bounds must then be scaled too (`Flow.bounds`).
+
+    Returns:
+        The layers, the labels of their channels, and what bars a group from being scaled.
+
+    Raises:
+        ModelError: The graph has a cycle, or its shapes contradict each other.
+    """
     tracer = Tracer(model, scale_clips)
     tracer.run()
     return tracer.flow()
 
 
 class Tracer(TensorLabels):
-    """Walks the graph once, in order, and asks each operator's rule."""
+    """Walk over the graph in topological order that applies the rule of each operator to its labels."""
 
     def __init__(self, model: Model, scale_clips: bool) -> None:
         super().__init__(model, scale_clips)
@@ -60,6 +71,7 @@ class Tracer(TensorLabels):
         self._ended: list[Labels] = []
 
     def run(self) -> None:
+        """Label all tensors of the graph."""
         for tensor in self.model.graph.inputs:
             self._set_barred(tensor, Refusal(tensor.name, "is an input of the model"))
         for node in self.topology.order:
@@ -84,7 +96,7 @@ class Tracer(TensorLabels):
         self._labels[id(tensor)] = self._tensors[tensor.name] = labels
 
     def _set_barred(self, tensor: gs.Tensor, refusal: Refusal) -> None:
-        """New, barred labels for a tensor, where its number of channels is known."""
+        """Give a tensor new, barred labels, where its number of channels is known."""
         shape = self.topology.shape(tensor)
         channels = shape[1] if shape is not None and len(shape) > 1 else None
         if shape is not None and isinstance(channels, int) and 0 < channels <= MAX_LABELS:
@@ -92,7 +104,7 @@ class Tracer(TensorLabels):
             self._set(tensor, self.bar(labels, refusal))
 
     def _end(self, node: gs.Node, refusal: Refusal) -> None:
-        """Nothing is known of the node: it bars what it reads and what it makes."""
+        """Bar the inputs and outputs of a node about which nothing is known."""
         for tensor in node.inputs:
             if id(tensor) in self._labels:
                 self._ended.append(self.bar(self._labels[id(tensor)], refusal))
@@ -101,14 +113,14 @@ class Tracer(TensorLabels):
                 self._set_barred(tensor, refusal)
 
     def _bar_parameters(self, node: gs.Node, data_at: int) -> None:
-        """Bar the channels that an operator takes as its parameters."""
+        """Bar the channels of inputs that an operator reads as parameters."""
         for at, tensor in enumerate(node.inputs):
             if at != data_at and id(tensor) in self._labels:
                 refusal = Refusal(node_label(node), f"({node.op}) takes {tensor.name!r} as a parameter")
                 self.bar(self._labels[id(tensor)], refusal)
 
     def _linear(self, node: gs.Node) -> None:
-        """Enter a linear layer."""
+        """Record a linear layer: end the labels that it reads and begin those that it writes."""
         linear = as_linear(self.model, node, self._rank)
         if isinstance(linear, Refusal):
             raise Unknown(linear.rule, linear.remedy)
@@ -133,7 +145,7 @@ class Tracer(TensorLabels):
         self._bar_parameters(node, linear.data_at)
 
     def _channels(self, tensor: gs.Tensor, count: int) -> Labels:
-        """(count,) labels of the channels, axis 1, that a linear layer reads."""
+        """The labels, shape (count,), of the channels (axis 1) that a linear layer reads."""
         labels = self.labels(tensor)
         if labels.ndim < 2 or labels.shape[1] not in (1, count):
             raise Unknown(f"reads {count} channels, {tensor.name!r} has shape {labels.shape}")
@@ -147,7 +159,7 @@ class Tracer(TensorLabels):
         return None if shape is None else len(shape)
 
     def _bar_outside(self) -> None:
-        """Bar what is seen outside the main graph."""
+        """Bar channels that are visible outside the main graph."""
         outputs = {id(t) for t in self.model.graph.outputs}
         for node in self.topology.order:
             for tensor in node.outputs:
@@ -162,21 +174,25 @@ class Tracer(TensorLabels):
     # The result --------------------------------------------------------------------------------------
 
     def flow(self) -> Flow:
-        """What was found, each label replaced by the one that stands for its group."""
+        """Collect the result, each label replaced by the one that represents its group.
+
+        Returns:
+            The channel groups.
+        """
         roots = self.roots()
-        found = Flow(count=len(roots), barred=self.barred(roots))
+        flow = Flow(count=len(roots), barred=self.barred(roots))
         for layer in self._layers:
-            found.layers.append(replace(layer, reads=roots[layer.reads], writes=roots[layer.writes]))
-        found.origins = dict(self._tensors)
-        found.tensors = {name: roots[labels] for name, labels in self._tensors.items()}
-        found.offsets = [replace(o, labels=roots[o.labels]) for o in self.offsets]
-        found.bounds = [replace(b, labels=roots[b.labels]) for b in self.bounds]
-        found.ended = {int(root) for labels in self._ended for root in np.unique(roots[labels])}
-        return found
+            flow.layers.append(replace(layer, reads=roots[layer.reads], writes=roots[layer.writes]))
+        flow.origins = dict(self._tensors)
+        flow.tensors = {name: roots[labels] for name, labels in self._tensors.items()}
+        flow.offsets = [replace(o, labels=roots[o.labels]) for o in self.offsets]
+        flow.bounds = [replace(b, labels=roots[b.labels]) for b in self.bounds]
+        flow.ended = {int(root) for labels in self._ended for root in np.unique(roots[labels])}
+        return flow
 
 
 def _fixed(layer: Layer) -> Refusal:
-    """Why the layer's weight stays."""
+    """The reason why a layer's weight cannot be scaled."""
     node = layer.linear.node
     if not layer.own:
         return Refusal(node_label(node), f"({node.op}) shares its weight", "give each node its own copy")
