@@ -1,1 +1,1 @@
-"""Quantization of a graph: what is quantized where, with which grid, and how it is written as QDQ."""
+"""Quantization of a graph: what is quantized, with which grid, and how it is written as QDQ."""

@@ -1,10 +1,11 @@
-"""Uniform grids: the numbers that a quantized tensor can hold.
+"""Uniform affine grids: the numbers that a quantized tensor can represent.
 
     q = clip(round_half_even(x / s) + z, low, high)        x̂ = (q − z) s
 
-`low` and `high` are the integers in use; where they are fewer than the storage type has (6 bits in a
-uint8), the file says so: stored weights stay inside, activations pass a Clip before their QuantizeLinear.
-Asymmetric activations include zero exactly, as zero padding needs. Does not handle: block-wise scales.
+`low` and `high` are the integers in use. Where they are fewer than the storage type has (6 bits in a
+uint8), the file enforces it: stored weights stay inside, activations pass a Clip before their
+QuantizeLinear. Asymmetric activations represent zero exactly, as zero padding needs. Does not handle:
+block-wise scales.
 """
 
 from __future__ import annotations
@@ -14,20 +15,20 @@ from dataclasses import dataclass
 import numpy as np
 
 SMALLEST = 1e-8
-"""Least scale: of a tensor that is zero throughout."""
+"""Smallest scale, which a tensor of zeros gets."""
 
 
 @dataclass(frozen=True)
 class Grid:
-    """One grid, or one for each channel."""
+    """A uniform affine grid, with one scale for the tensor or one for each of its channels."""
 
     scale: np.ndarray
-    """float32, of shape () or (channels,)."""
+    """Step between neighbouring numbers: float32, shape () or (channels,)."""
     zero_point: int
     low: int
     high: int
     storage: str
-    """The ONNX type: `int8`, `uint8`, `int4`, `uint4`."""
+    """ONNX type: `int8`, `uint8`, `int4` or `uint4`."""
 
     @property
     def narrow(self) -> bool:
@@ -36,17 +37,25 @@ class Grid:
 
     @property
     def bounds(self) -> tuple[float, float]:
-        """Least and largest number of a grid with one scale."""
+        """Smallest and largest number that a grid with one scale can represent."""
         scale = float(self.scale)
         return (self.low - self.zero_point) * scale, (self.high - self.zero_point) * scale
 
     @property
     def bits(self) -> int:
+        """Bits that the integers in use need."""
         return int(np.ceil(np.log2(self.high - self.low + 1)))
 
 
 def limits(storage: str) -> tuple[int, int]:
-    """Least and largest integer of a type."""
+    """Look up the range of an integer type.
+
+    Args:
+        storage: ONNX type: `int8`, `uint8`, `int4` or `uint4`.
+
+    Returns:
+        Smallest and largest integer.
+    """
     bits = int(storage.lstrip("uint"))
     return (0, 2**bits - 1) if storage.startswith("u") else (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
 
@@ -54,7 +63,18 @@ def limits(storage: str) -> tuple[int, int]:
 def activation_grid(
     low: float, high: float, bits: int, *, storage: str = "uint8", symmetric: bool = False
 ) -> Grid:
-    """The grid whose ends are near `low` and `high`, zero on it. Symmetric: as many steps on both sides."""
+    """Choose the grid that covers an activation's range, zero included.
+
+    Args:
+        low: Smallest value.
+        high: Largest value.
+        bits: Bits of the grid, at most those of the storage type.
+        storage: ONNX type: `int8` or `uint8`.
+        symmetric: Use as many steps below zero as above it.
+
+    Returns:
+        A grid with one scale.
+    """
     low, high = min(low, 0.0), max(high, 0.0)
     signed = not storage.startswith("u")
     first = -(2 ** (bits - 1)) if signed else 0
@@ -70,9 +90,9 @@ def activation_grid(
 
 
 def _inside(scale: float, high: float, steps: int) -> np.ndarray:
-    """The scale in float32, a little less where rounding would carry the grid's end beyond `high`.
+    """The scale in float32, reduced slightly where rounding would move the grid's end beyond `high`.
 
-    onnxruntime drops a Clip to `high` only before a QuantizeLinear that never gives more.
+    onnxruntime removes a Clip to `high` only before a QuantizeLinear that never exceeds it.
     """
     rounded = np.float32(scale)
     while (
@@ -83,5 +103,12 @@ def _inside(scale: float, high: float, steps: int) -> np.ndarray:
 
 
 def weight_limits(bits: int) -> tuple[int, int]:
-    """Integers of symmetric weights: [-127, 127] of 8 bits, all of fewer: [-8, 7] of 4."""
+    """Look up the integers of symmetrically quantized weights.
+
+    Args:
+        bits: Bits of a weight, at most 8.
+
+    Returns:
+        Smallest and largest integer: [-127, 127] for 8 bits, all that there are for fewer, such as [-8, 7].
+    """
     return (-127, 127) if bits == 8 else (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)

@@ -1,7 +1,7 @@
-"""What onnxruntime makes of a QDQ model: its optimized graph, node by node.
+"""Which operators of a QDQ model onnxruntime replaces by integer kernels.
 
 onnxruntime replaces DequantizeLinear -> operator -> QuantizeLinear by integer kernels (QLinearConv, …) when
-it loads a model. Here it writes the graph that it would run, and the nodes are counted.
+it loads a model. Here it writes its optimized graph, whose nodes are counted.
 """
 
 from __future__ import annotations
@@ -21,10 +21,17 @@ FLOATING = ("Conv", "FusedConv", "NhwcFusedConv", "Gemm", "FusedGemm", "MatMul",
 
 
 def fused_counts(model: Model) -> dict[str, Any]:
-    """`fused`: how many of each integer operator; `float`: names of nodes left floating, by operator;
-    `conversions`: QuantizeLinear and DequantizeLinear that are left.
+    """Count the integer and the floating-point nodes of onnxruntime's optimized graph.
 
-    Raises ModelError where onnxruntime does not load the model.
+    Args:
+        model: A QDQ model.
+
+    Returns:
+        `fused`: the number of nodes of each integer operator; `float`: names of the nodes that stay in
+        floating point, by operator; `conversions`: the number of QuantizeLinear and DequantizeLinear left.
+
+    Raises:
+        ModelError: onnxruntime cannot load the model.
     """
     import onnxruntime as ort
 

@@ -1,16 +1,16 @@
-"""What is quantized where: layers, the tensors that carry integers, and who reads which of them.
+"""What is quantized where: the layers, the tensors with quantizers, and which inputs read them.
 
     tensor --quantizer (bits)--> edge into a node
 
-An edge is (node, input index); all edges that read a tensor with the same bits share one quantizer. Where
-they lie is what onnxruntime's integer kernels need (QLinearConv, QLinearAdd, …): on each input of a linear
-layer and of an element-wise or pooling operator, and behind the activation (Relu, Clip) that only such a
-layer feeds, never before it. Operators that only move numbers (Reshape, MaxPool, Slice, …) have one grid
-on both sides.
+An edge is (node, input index); all edges that read a tensor with the same bits share one quantizer. They
+are placed where onnxruntime's integer kernels need them (QLinearConv, QLinearAdd, …): on each input of a
+linear layer and of an element-wise or pooling operator, and behind the activation (Relu, Clip) that only
+such a layer feeds, never before it. Operators that only move numbers (Reshape, MaxPool, Slice, …) have the
+same grid on both sides.
 
-With activations of 8 bits all of this is 8 bits, and what a quantized node gives is quantized whoever reads
-it. With fewer, linear layers read that many bits; residual sums, pools and the like read 8: no integer
-kernel exists there, and a residual stream holds far more than a layer needs of it.
+With activations of 8 bits everything is 8 bits, and the output of a quantized node is quantized for all of
+its readers. With fewer, linear layers read that many bits; residual sums, pools and the like read 8: no
+integer kernel with fewer exists there, and a residual stream needs more precision than a layer.
 
 Legality of a layer (refused with the reason otherwise):
  1. a Conv, ConvTranspose, Gemm or MatMul on data, with a constant float32 weight (rules 6 and 7 of
@@ -49,13 +49,13 @@ ARITHMETIC = ("Add", "Mul", "Concat", "AveragePool", "GlobalAveragePool", "Leaky
 """Operators with an integer kernel of their own in onnxruntime."""
 MOVING = ("MaxPool", "Reshape", "Flatten", "Transpose", "Squeeze", "Unsqueeze", "Slice", "Gather",
           "Identity", "DepthToSpace", "SpaceToDepth", "Split", "Pad", "Dropout")  # fmt: skip
-"""Operators whose outputs hold numbers of their first input (and zeros) only."""
+"""Operators whose outputs contain only values of their first input, and zeros."""
 FUSED = ("Relu", "Clip")
 
 Key = tuple[str, int]
-"""(tensor, bits)"""
+"""A quantizer: name of the tensor, and bits."""
 Edge = tuple[int, int]
-"""(id of the node, index of the input)"""
+"""An input of a node: id of the node, and position."""
 
 
 @dataclass(frozen=True)
@@ -66,53 +66,73 @@ class Layer:
     label: str
     weight_bits: int
     input: Key | None
-    """What it reads; None: floats."""
+    """Quantizer of the input; None: it reads floats."""
 
     @property
     def node(self) -> gs.Node:
+        """The layer's node."""
         return self.linear.node
 
     @property
     def output(self) -> str:
+        """Name of the output tensor."""
         return str(self.node.outputs[0].name)
 
     @property
     def weight(self) -> str:
+        """Name of the weight."""
         return str(self.node.inputs[self.linear.weight_at].name)
 
     @property
     def bias(self) -> str | None:
+        """Name of the bias; None where there is none."""
         tensor = input_at(self.node, BIAS_AT) if self.linear.takes_bias else None
         return None if tensor is None else str(tensor.name)
 
     @property
     def depthwise(self) -> bool:
-        """One input a group: onnxruntime's kernel for these has sums of 32 bits, which cannot overflow."""
+        """Whether each group has one input channel; onnxruntime then sums in 32 bits without overflow."""
         return self.node.op == "Conv" and self.linear.weight.shape[:2] == (self.linear.groups, 1)
 
     def per_channel(self, wanted: bool) -> bool:
-        """Whether output channels have scales of their own. Not those of a grouped ConvTranspose: the axis
-        that they lie on has the channels of one group only."""
+        """Whether each output channel gets a scale of its own.
+
+        A grouped ConvTranspose cannot have that: the axis of its output channels covers one group only.
+
+        Args:
+            wanted: Whether the user asks for it.
+
+        Returns:
+            False where the layer gets one scale.
+        """
         return wanted and not (self.node.op == "ConvTranspose" and self.linear.groups > 1)
 
 
 @dataclass
 class Plan:
-    """All that is to be quantized."""
+    """Everything that is to be quantized."""
 
     layers: dict[int, Layer] = field(default_factory=dict)
-    """By id of the node."""
+    """Layers by id of the node."""
     edges: dict[Edge, Key] = field(default_factory=dict)
     like: dict[Key, Key] = field(default_factory=dict)
-    """Quantizers whose grid is another's."""
+    """Quantizers that share another one's grid -> the other one."""
     refusals: list[Refusal] = field(default_factory=list)
 
     @property
     def quantizers(self) -> list[Key]:
+        """All quantizers, each once."""
         return list(dict.fromkeys(self.edges.values()))
 
     def root(self, key: Key) -> Key:
-        """The quantizer whose grid this one has."""
+        """Find the quantizer whose grid another one shares.
+
+        Args:
+            key: A quantizer.
+
+        Returns:
+            The quantizer that owns the grid.
+        """
         while key in self.like:
             key = self.like[key]
         return key
@@ -120,21 +140,30 @@ class Plan:
 
 @dataclass(frozen=True)
 class Bits:
-    """What the user chose."""
+    """The bits of weights and activations that the user chose."""
 
     weight: int
     activation: int | None
-    """None: weights only."""
+    """None: only weights are quantized."""
     ends: int | None
-    """Of the first and last layer, weight and input; None: as the others."""
+    """Bits, at least, of weight and input in the first and the last layers; None: as in the others."""
     depthwise: int = 0
-    """Of depthwise convolutions where weights alone are quantized, at least."""
+    """Bits, at least, of depthwise convolutions' weights where only weights are quantized."""
 
 
 def make_plan(model: Model, bits: Bits, chosen: Mapping[str, int] | None = None) -> Plan:
-    """Everything that can be quantized in the prepared model, and what cannot.
+    """Plan the quantization of a canonicalized model.
 
-    chosen: bits of single layers' weights, by name of the weight; they win over `bits`.
+    Args:
+        model: The model; see `graph.canonicalize`.
+        bits: Bits of weights and activations.
+        chosen: Bits of single layers' weights, by name of the weight; they override `bits`.
+
+    Returns:
+        Everything that can be quantized, and refusals of what cannot.
+
+    Raises:
+        ModelError: The graph has a cycle, or its shapes contradict each other.
     """
     topology = Topology(model)
     plan = Plan()
@@ -196,7 +225,7 @@ def _check(model: Model, linear: Linear) -> Refusal | None:
 
 
 def _ends(linears: list[tuple[gs.Node, Linear]], topology: Topology) -> tuple[set[int], set[int]]:
-    """Layers that no other layer feeds, and those that feed none."""
+    """The layers that no other layer feeds, and those that feed no other."""
     below: dict[int, bool] = {}
     linear = {id(node) for node, _ in linears}
     feeds: set[int] = set()
@@ -215,7 +244,7 @@ def _ends(linears: list[tuple[gs.Node, Linear]], topology: Topology) -> tuple[se
 
 
 def _streams(model: Model, topology: Topology, plan: Plan) -> None:
-    """Sums, products and pools of data read 8 bits."""
+    """Let sums, products and pools of data read STREAM_BITS bits."""
     for node in topology.order:
         if is_op(node, *ARITHMETIC) and all(id(t) in topology.data for t in node.inputs):
             for index, tensor in enumerate(node.inputs):
@@ -223,7 +252,7 @@ def _streams(model: Model, topology: Topology, plan: Plan) -> None:
 
 
 def _outputs(model: Model, plan: Plan, topology: Topology) -> None:
-    """What a quantized node gives is quantized for all who read it: its kernel then writes integers."""
+    """Quantize the outputs of quantized nodes for all readers: their kernels then write integers."""
     for node in topology.order:
         if not any((id(node), index) in plan.edges for index in range(len(node.inputs))):
             continue
@@ -235,7 +264,7 @@ def _outputs(model: Model, plan: Plan, topology: Topology) -> None:
 
 
 def _moves(topology: Topology, plan: Plan) -> None:
-    """Operators that move numbers read what their readers read, in the same grid."""
+    """Quantize the inputs of operators that move numbers, with the grid of their readers."""
     for node in reversed(topology.order):
         if not is_op(node, *MOVING) or id(node.inputs[0]) not in topology.data:
             continue
@@ -254,7 +283,15 @@ def _moves(topology: Topology, plan: Plan) -> None:
 
 
 def behind_activation(model: Model, tensor: gs.Tensor) -> gs.Tensor:
-    """The tensor behind a Relu or Clip that alone reads this one; else itself."""
+    """Follow a tensor through the Relu or Clip that alone reads it.
+
+    Args:
+        model: The model.
+        tensor: The tensor.
+
+    Returns:
+        The activation's output; the tensor itself where there is no such activation.
+    """
     node = only_consumer(model, tensor)
     if not is_op(node, *FUSED):
         return tensor

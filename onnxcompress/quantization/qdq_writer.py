@@ -1,11 +1,11 @@
-"""Write a plan into the graph as QDQ: standard QuantizeLinear and DequantizeLinear, nothing else.
+"""Write a plan into the graph as QDQ, with standard QuantizeLinear and DequantizeLinear only.
 
     weight   int8 initializer -> DequantizeLinear(scale, axis) -> layer
     bias     int32 initializer -> DequantizeLinear(s_x s_w) -> layer      where the layer reads integers
     tensor   [-> Clip(low, high)] -> QuantizeLinear -> DequantizeLinear -> its readers
 
-The Clip stands where the grid has fewer integers than its type: so the file computes what it says on any
-runtime. All readers of a quantizer share its DequantizeLinear.
+The Clip is added where the grid has fewer integers than its type, so that every runtime computes the same.
+All readers of a quantizer share its DequantizeLinear.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _TYPES = {"int8": np.int8, "uint8": np.uint8, "int4": ml_dtypes.int4, "uint4": m
 
 
 class Emitter:
-    """Names and nodes of one emission."""
+    """Creates the nodes and constants of a QDQ model under names that are free."""
 
     def __init__(self, model: Model) -> None:
         self.model = model
@@ -34,9 +34,26 @@ class Emitter:
         self.added: list[gs.Node] = []
 
     def constant(self, base: str, values: np.ndarray) -> gs.Constant:
+        """Create an initializer.
+
+        Args:
+            base: Its name, if that is free.
+            values: Its values.
+
+        Returns:
+            The initializer.
+        """
         return gs.Constant(self.name(base), np.asarray(values))  # a product of 0-d arrays is a scalar
 
     def name(self, base: str) -> str:
+        """Choose a free name, and reserve it.
+
+        Args:
+            base: The name to use if it is free.
+
+        Returns:
+            The name.
+        """
         found = base if base not in self.taken else unique_name(self.model, base)
         while found in self.taken:
             found += "_"
@@ -44,6 +61,17 @@ class Emitter:
         return found
 
     def node(self, op: str, inputs: list[gs.Tensor], base: str, **attrs: int) -> gs.Tensor:
+        """Add a node with one float32 output.
+
+        Args:
+            op: The operator.
+            inputs: Its inputs.
+            base: Name of its output, if that is free.
+            **attrs: Its attributes.
+
+        Returns:
+            The output.
+        """
         output = gs.Variable(self.name(base), np.float32)
         self.added.append(gs.Node(op, self.name(f"{base}_node"), attrs, inputs, [output]))
         return output
@@ -58,8 +86,12 @@ def emit(
 ) -> None:
     """Turn the float model into the quantized one, in place.
 
-    grids: of the plan's root quantizers. weights: integers in the initializer's layout, and their grid, by
-    id of the node. biases: float (outputs,).
+    Args:
+        model: The model.
+        plan: What is quantized.
+        grids: Grids of the plan's root quantizers.
+        weights: Integers in the initializer's layout, and their grid, by id of the node.
+        biases: Float biases of shape (outputs,), by id of the node.
     """
     made = Emitter(model)
     for layer in plan.layers.values():
@@ -77,7 +109,14 @@ def emit(
 
 
 def channel_axis(layer: Layer) -> int:
-    """The axis of the stored weight on which the output channels are."""
+    """Find the axis of the stored weight along which the output channels lie.
+
+    Args:
+        layer: The layer.
+
+    Returns:
+        0 or 1.
+    """
     node, linear = layer.node, layer.linear
     if is_op(node, "Conv") or (is_op(node, "Gemm") and node.attrs.get("transB", 0)):
         return 0

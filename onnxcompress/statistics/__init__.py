@@ -1,1 +1,1 @@
-"""Mean and deviation of each channel: what a file knows of its training data."""
+"""Mean and standard deviation of each channel: what a file knows of its training data."""

@@ -1,4 +1,4 @@
-"""Moments of functions of a Gaussian: clipped in closed form, else integrated."""
+"""Moments of functions of a Gaussian: clipping in closed form, others by integration. See `propagation`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from scipy.special import ndtr
 from onnxcompress.graph.query import attribute
 
 Function = Callable[[np.ndarray], np.ndarray]
-"""Of each number, on arrays of shape (channels, points)."""
+"""An element-wise function, of arrays of shape (channels, points)."""
 Pair = tuple[np.ndarray, np.ndarray]
 """Mean and variance, both (channels,) float64."""
 
@@ -21,7 +21,19 @@ QUADRATURE = 401
 
 
 def clipped(mean: np.ndarray, variance: np.ndarray, low: object, high: object) -> Pair:
-    """Moments of a Gaussian clipped to [low, high]."""
+    """Compute the moments of Gaussians clipped to [low, high].
+
+    Source: Nagel et al., ICCV 2019, §4.2.1; the formulas stand in `propagation`.
+
+    Args:
+        mean: Means, shape (channels,).
+        variance: Variances, shape (channels,), at least 0.
+        low: Lower bound, a number or shape (channels,); may be -inf.
+        high: Upper bound, a number or shape (channels,); may be inf.
+
+    Returns:
+        Mean and variance of the clipped variables, shape (channels,) each.
+    """
     sigma = np.sqrt(variance)
     safe = np.where(sigma > 0, sigma, 1.0)
     first, second = np.zeros_like(mean), np.zeros_like(mean)
@@ -43,7 +55,16 @@ def clipped(mean: np.ndarray, variance: np.ndarray, low: object, high: object) -
 
 
 def integrate(mean: np.ndarray, variance: np.ndarray, function: Function) -> Pair:
-    """Moments of a function of a Gaussian."""
+    """Compute the moments of a function of Gaussians, over a grid of QUADRATURE points.
+
+    Args:
+        mean: Means, shape (channels,).
+        variance: Variances, shape (channels,), at least 0.
+        function: Element-wise function of an array of shape (channels, points).
+
+    Returns:
+        Mean and variance of the function's values, shape (channels,) each.
+    """
     z = np.linspace(-8, 8, QUADRATURE)
     weights = _density(z) / _density(z).sum()
     values = function(mean[:, None] + np.sqrt(variance)[:, None] * z)
@@ -73,4 +94,4 @@ FUNCTIONS: dict[str, Callable[[gs.Node], Function]] = {
     "HardSigmoid": lambda node: _hard(attribute(node, "alpha", 0.2), attribute(node, "beta", 0.5)),
     "HardSwish": lambda node: lambda x: x * np.clip(x / 6 + 0.5, 0, 1),
 }
-"""Operators that are a function of each number: what gives the function of a node."""
+"""Element-wise operators: the function that a node of each computes."""

@@ -1,4 +1,4 @@
-"""Mean and variance of each channel of any tensor, from the record alone, in closed form.
+"""Mean and variance of each channel of any tensor, from recorded statistics alone, in closed form.
 
 A recorded tensor's channels are Gaussians N(β, γ²). Behind it, with φ, Φ the density and distribution of
 N(0, 1), and a' = (a − μ)/σ, b' = (b − μ)/σ (Nagel et al., ICCV 2019, §4.2.1, and its second moment):
@@ -11,12 +11,13 @@ N(0, 1), and a' = (a − μ)/σ, b' = (b − μ)/σ (Nagel et al., ICCV 2019, §
                   QUADRATURE points
     Add, Sub      means add; variances, too, as if independent
     Mul           by a constant, or by a gate: E[x] E[g], as if independent
-    pools         the mean over places keeps the mean; its variance is taken to stay, an upper bound that
+    pools         the mean over positions keeps the mean; its variance is taken to stay, an upper bound that
                   matters only to an activation behind the pool
-    moves         Concat, Slice, Flatten, Pad of channels, …: every channel by itself (`_equalize_flow`)
+    moves         Concat, Slice, Flatten, Pad of channels, …: every channel by itself (`channel_groups`)
 
-Chains of functions of one tensor are one function. Else, an operator takes its input for a Gaussian of
-these moments: nearly right behind sums, less so for a second activation behind a pool or a Concat.
+Chains of functions of one tensor are treated as one function. Otherwise an operator takes its input for a
+Gaussian with these moments: nearly right behind sums, less so for a second activation behind a pool or a
+Concat.
 Does not handle: MaxPool, Softmax, normalizations: their means need samples.
 """
 
@@ -52,7 +53,7 @@ REMEDY = "give it inputs: --inputs distilled, procedural or layerwise, or --imag
 
 
 class NoMoments(Exception):
-    """Why the record does not tell the moments of a tensor."""
+    """The reason why the moments of a tensor do not follow from the record."""
 
     def __init__(self, rule: str, remedy: str = REMEDY) -> None:
         super().__init__(rule)
@@ -60,14 +61,24 @@ class NoMoments(Exception):
 
 
 class Moments:
-    """Moments of the tensors of one graph as it is now."""
+    """Moments of the tensors of one graph, from known statistics of some of them."""
 
     def __init__(self, model: Model, flow: Flow, known: Mapping[str, ChannelStatistics]) -> None:
         self.model, self.flow, self.known = model, flow, known
         self._found: dict[str, Pair | NoMoments] = {}
 
     def of(self, tensor: gs.Tensor) -> Pair:
-        """Raises NoMoments."""
+        """Compute the moments of a tensor.
+
+        Args:
+            tensor: The tensor.
+
+        Returns:
+            Mean and variance of each channel, shape (channels,) each, float64.
+
+        Raises:
+            NoMoments: They do not follow from the known statistics.
+        """
         if tensor.name not in self._found:
             try:
                 self._found[tensor.name] = self._compute(tensor)
@@ -104,7 +115,7 @@ class Moments:
         raise NoMoments(f"no closed form is known for {node.op} {node_label(node)!r}")
 
     def _base(self, tensor: gs.Tensor) -> gs.Tensor:
-        """The nearest tensor behind operators that take each number by itself, or a recorded one."""
+        """The nearest tensor behind element-wise operators, or a recorded one among them."""
         while tensor.name not in self.known and is_op(node := producer(tensor), *POINTWISE):
             data = [t for t in node.inputs if t.name in self.flow.origins]
             if len(data) != 1:
@@ -113,14 +124,14 @@ class Moments:
         return tensor
 
     def _image(self, tensor: gs.Tensor) -> Pair:
-        """An input without statistics: N(0, 1), as Horton et al. take normalized images."""
+        """N(0, 1) for an input without statistics, as Horton et al. assume of normalized images."""
         channels = tensor.shape[1] if tensor.shape is not None and len(tensor.shape) > 1 else None
         if not isinstance(channels, int):
             raise NoMoments(f"the statistics of the input {tensor.name!r} are not known", "run calibrate")
         return np.zeros(channels), np.ones(channels)
 
     def _constant(self, tensor: gs.Tensor, like: gs.Tensor) -> np.ndarray | None:
-        """(channels,) of a constant operand beside a tensor; None: it is no constant."""
+        """A constant operand beside a tensor, shape (channels,); None where it is not a constant."""
         value = constant_value(self.model, tensor)
         labels = self.flow.origins.get(like.name)
         if value is None or labels is None:
@@ -159,7 +170,7 @@ class Moments:
         return clipped(*self.of(source), *ends)
 
     def _bounds(self, node: gs.Node) -> tuple[np.ndarray, np.ndarray]:
-        """Of a Clip."""
+        """The bounds of a Clip; infinite where it has none."""
         ends = []
         for at, (free, key) in enumerate([(-np.inf, "min"), (np.inf, "max")], start=1):
             tensor = input_at(node, at)
@@ -198,7 +209,7 @@ class Moments:
         return mean, np.sum([p[1] for p in pairs], axis=0)
 
     def _gated(self, node: gs.Node) -> Pair | None:
-        """x · g(x), as exporters write SiLU and HardSwish."""
+        """The moments of x · g(x), as exporters write SiLU and HardSwish; None for nodes of other forms."""
         for at in (0, 1) if is_op(node, "Mul") else ():
             source = node.inputs[at]
             gate = None if source is node.inputs[1 - at] else self._function(node.inputs[1 - at], source)
@@ -208,7 +219,7 @@ class Moments:
         return None
 
     def _function(self, tensor: gs.Tensor, source: gs.Tensor) -> Function | None:
-        """The tensor as a function of each number of the source; None: it is none that is known here."""
+        """The tensor as an element-wise function of the source; None where it is not a known one."""
         if tensor is source:
             return lambda x: x
         node = producer(tensor)
@@ -226,7 +237,7 @@ class Moments:
         return None
 
     def _move(self, node: gs.Node, tensor: gs.Tensor) -> Pair:
-        """Each channel of the output is one of the inputs'; new ones are zero."""
+        """The moments of a tensor whose channels are the inputs' channels, or new ones that are zero."""
         table: dict[int, tuple[float, float]] = {}
         for source in node.inputs:
             labels = self.flow.origins.get(source.name)

@@ -1,13 +1,13 @@
-"""The record: mean and standard deviation of each channel of tensors, inside the ONNX file.
+"""The record: mean and standard deviation of each channel of tensors, stored inside the ONNX file.
 
 A BatchNorm's output has mean beta and standard deviation |gamma| over the training set, per channel (see
 `graph.batch_norm` for what is exact): all that a data-free method knows of the data (Horton et al., arXiv
 2011.09058, §3.1). Folding would destroy it, so it is kept in metadata_props, keyed by tensor name, and
-follows what later passes do to the tensor.
+later passes update it with the tensors.
 
 Other tools keep metadata_props (onnxslim and onnxsim do), but rename and remove tensors: an entry counts
-only while its tensor is in the graph, with as many channels. What no BatchNorm knows can be estimated
-(`onnxcompress calibrate`); such entries say so.
+only while its tensor is in the graph, with as many channels. Statistics that no BatchNorm has can be
+estimated (`onnxcompress calibrate`); such entries are marked.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from onnxcompress.model import Model
 KEY = "onnxcompress.statistics"
 """Key in metadata_props: JSON {tensor: {"mean": base64 of float32 little endian, "std": …, "source"}}."""
 BATCH_NORM = "batch-norm"
-"""Source of what a BatchNorm knew: it holds for the training set."""
+"""Source of statistics from a BatchNorm, which hold for the training set."""
 ESTIMATED = "estimated"
-"""How the source of what was measured on other inputs begins."""
+"""Beginning of the source of statistics that were measured on other inputs."""
 DEAD = 1e-3
-"""Running variances of channels that are constant take long to reach zero."""
+"""Share of the largest deviation up to which a channel is dead: running variances reach zero slowly."""
 
 
 @dataclass(frozen=True)
@@ -43,30 +43,43 @@ class ChannelStatistics:
     std: np.ndarray
     """Shape (channels,), float32, not negative."""
     source: str = BATCH_NORM
-    """`batch-norm`, or how they were estimated: `estimated: …`."""
+    """`batch-norm`, or `estimated: …` with the way in which they were estimated."""
 
     @property
     def estimated(self) -> bool:
+        """Whether the statistics were measured on other inputs than the training set."""
         return self.source.startswith(ESTIMATED)
 
     @property
     def dead(self) -> list[int]:
-        """Channels that do not vary, or hardly: by less than DEAD of the one that varies most."""
+        """Channels that hardly vary: their deviation is at most DEAD times the largest of any channel."""
         return [int(channel) for channel in np.flatnonzero(self.std <= DEAD * self.std.max(initial=0))]
 
 
 def read_record(model: Model) -> dict[str, ChannelStatistics]:
-    """The record as it is in the file, by tensor name; entries that something else broke are left out."""
+    """Read the record from the model's metadata; broken entries are left out.
+
+    Args:
+        model: The model.
+
+    Returns:
+        Statistics by tensor name.
+    """
     try:
         entries = json.loads(model.metadata.get(KEY, "{}"))
     except (ValueError, RecursionError):  # RecursionError: nested too deep
         return {}
-    found = {} if not isinstance(entries, dict) else {n: _parse(entry) for n, entry in entries.items()}
-    return {name: one for name, one in found.items() if one is not None}
+    parsed = {} if not isinstance(entries, dict) else {n: _parse(entry) for n, entry in entries.items()}
+    return {name: statistics for name, statistics in parsed.items() if statistics is not None}
 
 
 def write_record(model: Model, record: dict[str, ChannelStatistics]) -> None:
-    """Put the record into the model's metadata, sorted by name; an empty one removes it."""
+    """Write the record to the model's metadata.
+
+    Args:
+        model: The model.
+        record: Statistics by tensor name; an empty record is removed from the metadata.
+    """
     entries = {
         name: {"mean": _encode(s.mean), "std": _encode(s.std), "source": s.source}
         for name, s in sorted(record.items())
@@ -75,14 +88,28 @@ def write_record(model: Model, record: dict[str, ChannelStatistics]) -> None:
 
 
 def live_record(model: Model) -> dict[str, ChannelStatistics]:
-    """The entries of the record that name a tensor of the graph with as many channels."""
+    """Read the entries of the record whose tensor is in the graph, with as many channels.
+
+    Args:
+        model: The model.
+
+    Returns:
+        Statistics by tensor name.
+    """
     record = read_record(model)
     tensors = {t.name: t for t in _tensors(model)} if record else {}
     return {n: s for n, s in record.items() if n in tensors and _fits(tensors[n], len(s.mean))}
 
 
 def graph_statistics(model: Model) -> dict[str, ChannelStatistics]:
-    """What the BatchNorms that are still in the graph say of their outputs, by tensor."""
+    """Read the statistics of the outputs of the BatchNorms that are still in the graph.
+
+    Args:
+        model: The model.
+
+    Returns:
+        Statistics by tensor name.
+    """
     norms = [read_batch_norm(model, node) for node in model.graph.nodes if is_batch_norm(node)]
     return {
         norm.node.outputs[0].name: ChannelStatistics(
@@ -94,21 +121,31 @@ def graph_statistics(model: Model) -> dict[str, ChannelStatistics]:
 
 
 def known_statistics(model: Model) -> dict[str, ChannelStatistics]:
-    """The live record, and what the BatchNorms that are still in the graph say of their outputs.
+    """Read all statistics of a model: the live record, and those of BatchNorms that are still in the graph.
 
-    Where both know a tensor the BatchNorm is right, unless the record was estimated over it on purpose
+    Where both know a tensor the BatchNorm prevails, unless the record was estimated over it on purpose
     (`calibrate --overwrite`).
+
+    Args:
+        model: The model.
+
+    Returns:
+        Statistics by tensor name.
     """
     record = live_record(model)
     return record | {
-        name: found
-        for name, found in graph_statistics(model).items()
+        name: statistics
+        for name, statistics in graph_statistics(model).items()
         if name not in record or not record[name].estimated
     }
 
 
 def drop_missing(model: Model) -> None:
-    """Forget the statistics of tensors that the graph no longer has."""
+    """Remove the entries of the record whose tensor is no longer in the graph.
+
+    Args:
+        model: The model.
+    """
     record = read_record(model)
     alive = {t.name for t in _tensors(model)} if record else set()
     if any(name not in alive for name in record):
@@ -116,14 +153,14 @@ def drop_missing(model: Model) -> None:
 
 
 def _tensors(model: Model) -> Iterator[gs.Tensor]:
-    """Tensors that are computed or given; no weights."""
+    """Iterate over the tensors that are computed or are graph inputs, without weights."""
     yield from model.graph.inputs
     for node in model.graph.nodes:
         yield from node.outputs
 
 
 def _fits(tensor: gs.Tensor, channels: int) -> bool:
-    """Whether the shape that the file states, if any, has that many channels."""
+    """Whether the tensor's declared shape, if any, has that many channels."""
     shape = tensor.shape
     known = shape is not None and len(shape) > 1 and isinstance(shape[1], int)
     return not known or shape[1] == channels
