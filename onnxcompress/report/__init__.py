@@ -1,8 +1,8 @@
-"""The report: one HTML file with the story of a run, which needs no network and no script.
+"""The report: one HTML file that presents a run, and needs no network and no script.
 
-    account of --json, files, timings, images --gather--> Material --tell--> Story --render--> page
+    account of --json, files, timings, images --collect--> Material --tell--> Story --render--> page
 
-`tell` is a pure function, and what it gives is text, tables and charts as data: `charts` draws them with
+`tell` is a pure function whose result is text, tables and charts as data: `charts` draws them with
 matplotlib as SVG whose colours are the page's (light, dark, print), each in a wide and a narrow form.
 """
 

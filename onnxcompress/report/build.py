@@ -1,4 +1,4 @@
-"""From material to a story: the outcome in a few sentences, what was missed first, then the sections."""
+"""Build the report's content: the outcome in a few sentences, missed targets first, then the sections."""
 
 from __future__ import annotations
 
@@ -22,12 +22,19 @@ _SECTIONS = (
     model.inputs,
     model.repeat,
 )
-"""In the order of the page; None: there is nothing to tell."""
+"""In the order of the page; a function returns None where the run has nothing to show."""
 
 
 def tell(material: Material) -> Story:
-    """The story of a run."""
-    sections = [section for one in _SECTIONS if (section := one(material)) is not None]
+    """Build the content of a report.
+
+    Args:
+        material: The facts about the run.
+
+    Returns:
+        The title, the outcome and the sections, ready to render.
+    """
+    sections = [section for show in _SECTIONS if (section := show(material)) is not None]
     return Story(
         title=_title(material),
         subtitle=_subtitle(material),
@@ -39,7 +46,14 @@ def tell(material: Material) -> Story:
 
 
 def missed(material: Material) -> list[str]:
-    """What was asked for and is not so."""
+    """List the targets and gates that the run missed.
+
+    Args:
+        material: The facts about the run.
+
+    Returns:
+        A sentence for each.
+    """
     gates = [g["text"] for g in material.account.get("gates") or [] if not g["passed"]]
     targets = [
         str(s["measured"]["target_missed"]) for s in material.steps if "target_missed" in s["measured"]

@@ -1,6 +1,7 @@
-"""Charts as data, and how matplotlib draws each: axes with units, in a wide and a narrow form.
+"""Charts as data, and how matplotlib draws each of them: axes with units, in a wide and a narrow form.
 
-A chart draws itself into axes of which it says the height; the narrow form has labels of rows above them.
+A chart states its height and draws itself into axes of that height; the narrow form puts the labels of rows
+above them.
 """
 
 from __future__ import annotations
@@ -19,27 +20,27 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 WIDE, NARROW = 720, 360
-"""Pixels."""
+"""Widths of the two forms, in pixels."""
 LONGEST = {False: 34, True: 46}
-"""Characters of a row's label, by whether the form is narrow."""
+"""Longest label of a row in characters, by whether the form is narrow."""
 
 
 @dataclass(frozen=True)
 class Point:
-    """Of a Scatter."""
+    """A point of a Scatter."""
 
     name: str
     x: float
     low: float
     high: float
-    """Interval of x."""
+    """`low` and `high` are the interval of x."""
     y: float
     picked: bool
 
 
 @dataclass(frozen=True)
 class Scatter:
-    """Points with intervals along x; those picked are filled and named first."""
+    """Points with intervals along x; picked points are filled and labelled first."""
 
     points: Sequence[Point]
     x_label: str
@@ -48,9 +49,23 @@ class Scatter:
     others: str
 
     def height(self, narrow: bool) -> int:
+        """Compute the height of the chart.
+
+        Args:
+            narrow: Whether the form is narrow.
+
+        Returns:
+            Pixels.
+        """
         return 330 if narrow else 380
 
     def draw(self, axes: Axes, narrow: bool) -> None:
+        """Draw the chart.
+
+        Args:
+            axes: Where to draw.
+            narrow: Whether the form is narrow.
+        """
         for picked, label in ((False, self.others), (True, self.picked)):
             chosen = [p for p in self.points if p.picked == picked]
             if not chosen:
@@ -84,18 +99,26 @@ class Scatter:
         _axes(axes, self.x_label, self.y_label, grid="both")
         axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, borderaxespad=0.1, handletextpad=0.1)
         names = [(elided(p.name, 22), p.x, p.low, p.high, p.y, p.picked) for p in self.points]
-        name_points(axes, [Named(*one) for one in sorted(names, key=lambda one: not one[-1])])
+        name_points(axes, [Named(*fields) for fields in sorted(names, key=lambda fields: not fields[-1])])
 
 
 @dataclass(frozen=True)
 class Bars:
-    """Horizontal bars, one or two a row; None: there is none."""
+    """Horizontal bars, one or two in a row; a value of None has no bar."""
 
     rows: Sequence[tuple[str, Sequence[float | None]]]
     x_label: str
     series: Sequence[str] = ()
 
     def height(self, narrow: bool) -> int:
+        """Compute the height of the chart.
+
+        Args:
+            narrow: Whether the form is narrow.
+
+        Returns:
+            Pixels.
+        """
         each = (30 if narrow else 20) + (12 if self._count > 1 else 2)
         return each * len(self.rows) + (70 if self._count > 1 else 48)
 
@@ -104,9 +127,15 @@ class Bars:
         return max(len(values) for _, values in self.rows)
 
     def draw(self, axes: Axes, narrow: bool) -> None:
+        """Draw the chart.
+
+        Args:
+            axes: Where to draw.
+            narrow: Whether the form is narrow.
+        """
         count = self._count
         thick = (0.4 if narrow else 0.36 + 0.18 * count) / count
-        top = 0.06 if narrow else -thick * count / 2  # of the bars; names stand above it where it is narrow
+        top = 0.06 if narrow else -thick * count / 2  # of the bars; in the narrow form names are above them
         colours = [SECOND, ACCENT][-count:]
         for place in range(count):
             held = [(at, v[place]) for at, (_, v) in enumerate(self.rows) if v[place] is not None]
@@ -122,15 +151,29 @@ class Bars:
 
 @dataclass(frozen=True)
 class Spread:
-    """Distributions: a silhouette, the middle half and 90 %, the median in figures."""
+    """Distributions: a histogram, the middle half and the middle 90 % as lines, and the median."""
 
     rows: Sequence[tuple[str, Sequence[float]]]
     x_label: str
 
     def height(self, narrow: bool) -> int:
+        """Compute the height of the chart.
+
+        Args:
+            narrow: Whether the form is narrow.
+
+        Returns:
+            Pixels.
+        """
         return 86 * len(self.rows) + 50
 
     def draw(self, axes: Axes, narrow: bool) -> None:
+        """Draw the chart.
+
+        Args:
+            axes: Where to draw.
+            narrow: Whether the form is narrow.
+        """
         low, high = self.limits
         for at, (_, samples) in enumerate(self.rows):
             colour = SECOND if at == 0 and len(self.rows) > 1 else ACCENT
@@ -148,7 +191,7 @@ class Spread:
 
     @property
     def limits(self) -> tuple[float, float]:
-        """What is shown: not the runs that something disturbed."""
+        """Range of the x axis, without outliers among the slow runs."""
         low = min(min(samples) for _, samples in self.rows)
         high = max(_usual(samples) for _, samples in self.rows)
         margin = 0.06 * (high - low) or 0.01 * high
@@ -157,16 +200,30 @@ class Spread:
 
 @dataclass(frozen=True)
 class Intervals:
-    """Values with their intervals, a row each."""
+    """Values with their intervals, one in a row."""
 
     rows: Sequence[tuple[str, float, float, float]]
-    """Name, value, low, high."""
+    """Name, value, and low and high end of its interval."""
     x_label: str
 
     def height(self, narrow: bool) -> int:
+        """Compute the height of the chart.
+
+        Args:
+            narrow: Whether the form is narrow.
+
+        Returns:
+            Pixels.
+        """
         return 52 * len(self.rows) + 50
 
     def draw(self, axes: Axes, narrow: bool) -> None:
+        """Draw the chart.
+
+        Args:
+            axes: Where to draw.
+            narrow: Whether the form is narrow.
+        """
         for at, (_, value, low, high) in enumerate(self.rows):
             colour = SECOND if at == 0 and len(self.rows) > 1 else ACCENT
             axes.plot([low, high], [at + 0.18] * 2, color=colour, lw=2)
@@ -184,7 +241,15 @@ Chart = Scatter | Bars | Spread | Intervals
 
 
 def svgs(chart: Chart, name: str) -> tuple[str, str]:
-    """Wide and narrow."""
+    """Draw a chart in its wide and its narrow form.
+
+    Args:
+        chart: The chart.
+        name: Prefix of the ids in the SVG, different for each chart of a page.
+
+    Returns:
+        Inline SVG of the wide and of the narrow form.
+    """
 
     def form(narrow: bool) -> str:
         width = NARROW if narrow else WIDE
@@ -195,7 +260,15 @@ def svgs(chart: Chart, name: str) -> tuple[str, str]:
 
 
 def elided(text: str, longest: int) -> str:
-    """Without its middle, where it is longer: layers' names differ at both ends."""
+    """Shorten a text in its middle: names of layers differ at both ends.
+
+    Args:
+        text: The text.
+        longest: Characters that are allowed.
+
+    Returns:
+        The text, with an ellipsis in place of its middle where it is too long.
+    """
     if len(text) <= longest:
         return text
     tail = (longest - 1) * 3 // 5
@@ -203,10 +276,18 @@ def elided(text: str, longest: int) -> str:
 
 
 def elided_apart(names: Sequence[str], longest: int) -> list[str]:
-    """Names in `longest` characters; those that would look alike are shown from where they differ."""
+    """Shorten names so that those which would look alike begin where they differ.
+
+    Args:
+        names: The names.
+        longest: Characters that are allowed for each.
+
+    Returns:
+        A text for each name.
+    """
     shown = [elided(name, longest) for name in names]
     for text in {text for text in shown if shown.count(text) > 1}:
-        alike = [at for at, one in enumerate(shown) if one == text]
+        alike = [at for at, label in enumerate(shown) if label == text]
         columns = zip(*(names[at] for at in alike), strict=False)
         first = next((at for at, letters in enumerate(columns) if len(set(letters)) > 1), 0)
         for at in alike:
@@ -224,7 +305,7 @@ def _axes(axes: Axes, x_label: str, y_label: str, *, grid: Any) -> None:
 
 
 def _usual(samples: Sequence[float]) -> float:
-    """The slowest run within four times the middle half's width above it, and within the fastest 98 %."""
+    """The slowest run up to four interquartile ranges above the middle half, among the fastest 98 %."""
     q1, q3, p98 = (float(v) for v in np.percentile(samples, [25, 75, 98]))
     fence = q3 + 4 * (q3 - q1)
     return max(s for s in samples if s <= max(min(fence, p98), q3))
@@ -248,7 +329,7 @@ def _ticks() -> Any:
 
 
 def _rows(axes: Axes, names: Sequence[str], narrow: bool, *, above: float) -> None:
-    """A row for each name, the first on top; names left of the rows, or above what is in them."""
+    """Label the rows, the first on top: at the left of each row, or above it in the narrow form."""
     axes.set_ylim(len(names) - 0.5, -0.5)
     axes.spines["left"].set_visible(False)
     shown = elided_apart(names, LONGEST[narrow])

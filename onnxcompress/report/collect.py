@@ -1,4 +1,4 @@
-"""Facts for a report that no account holds: digests, bytes by layer, versions, images to be looked at."""
+"""Collect facts that no account contains: digests, bytes by layer, versions, sample images."""
 
 from __future__ import annotations
 
@@ -29,21 +29,37 @@ from onnxcompress.report.run_data import File, LayerSize, Pictures
 from onnxcompress.version import __version__
 
 PICTURES = 16
-"""Images that are shown, at most."""
+"""Largest number of images shown."""
 SIDE = 96
-"""Pixels of a thumbnail's longer side, at most."""
+"""Largest length of a thumbnail's longer side, in pixels."""
 _LIBRARIES = ("numpy", "onnx", "onnxruntime", "onnxruntime-gpu", "torch")
 _HALF_BYTES = (onnx.TensorProto.INT4, onnx.TensorProto.UINT4)
 
 
 def file_facts(role: str, path: Path, name: str | None = None) -> File:
-    """Size, external data included, and digest of the file itself; `name`: how a person knows it."""
+    """Measure a file.
+
+    Args:
+        role: What the file was in the run, such as `input`.
+        path: The file.
+        name: Name that people know it by; the path by default.
+
+    Returns:
+        Its size, external data included, and its digest.
+    """
     size = model_bytes(path) if path.suffix.lower() == ".onnx" else path.stat().st_size
     return File(role, name or str(path), size, file_digest(path))
 
 
 def environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
-    """What computed: machine, Python, libraries."""
+    """Describe the machine and the software.
+
+    Args:
+        extra: More entries.
+
+    Returns:
+        Values by name: processor, operating system, Python and libraries with their versions.
+    """
     found = {
         "machine": f"{_processor()}, {os.cpu_count()} cores, {platform.system()}",
         "Python": platform.python_version(),
@@ -56,15 +72,26 @@ def environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
 
 
 def now() -> str:
-    """The time, for a person."""
+    """Format the current time in UTC.
+
+    Returns:
+        Such as `2025-01-31 14:05 UTC`.
+    """
     return datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
 
 
 def layer_sizes(before: Model, after: Model | None = None) -> list[LayerSize]:
-    """Bytes of weights by layer, in the order of the network.
+    """Sum the bytes of weights by layer, in the order of the network.
 
-    A weight counts for the first layer that reads it, through DequantizeLinear or not. Nodes that are no
-    layer are one row for each operator.
+    A weight counts for the first layer that reads it, directly or through a DequantizeLinear. Nodes that
+    are not layers, such as Add, share one row for each operator.
+
+    Args:
+        before: The original model.
+        after: The compressed model, if there is one.
+
+    Returns:
+        A row for each layer, then one for each other operator.
     """
     left, right = _held(before), ({}, {}) if after is None else _held(after)
     return [
@@ -75,7 +102,15 @@ def layer_sizes(before: Model, after: Model | None = None) -> list[LayerSize]:
 
 
 def pictures(title: str, images: ImageSet) -> Pictures:
-    """Some of the images, evenly from all, before they are normalized."""
+    """Lay out sample images in a contact sheet.
+
+    Args:
+        title: Heading of the sheet.
+        images: The images; PICTURES of them, evenly spread, are shown as they were before normalization.
+
+    Returns:
+        The sheet as a PNG.
+    """
     shown = images.spread(PICTURES).x
     height, width = shown.shape[1:3]
     if max(height, width) > SIDE:
@@ -94,7 +129,7 @@ def _reduced(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
 
 def _held(model: Model) -> tuple[dict[str, int], dict[str, int]]:
-    """Of layers, and of other nodes by operator."""
+    """Bytes of weights by layer, and by operator for nodes that are not layers."""
     found: dict[str, int] = {}
     seen: set[int] = set()
     others: dict[str, int] = {}
@@ -111,7 +146,7 @@ def _held(model: Model) -> tuple[dict[str, int], dict[str, int]]:
 
 
 def _reader(node: gs.Node) -> gs.Node:
-    """The layer that reads what a DequantizeLinear makes of constants; else the node."""
+    """The layer that reads a DequantizeLinear of constants; any other node itself."""
     while node.op == "DequantizeLinear" and all(isinstance(t, gs.Constant) for t in node.inputs):
         readers = consumers(node.outputs[0])
         if not readers:

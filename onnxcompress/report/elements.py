@@ -1,4 +1,4 @@
-"""What a page is made of, as data: a Story of Sections of Parts; `page.html` has a macro for each."""
+"""Elements of a page as data: a Story has Sections, which have Parts; `page.html` has a macro for each."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Prose:
 
 @dataclass(frozen=True)
 class Table:
-    """A table; the first `left` columns are text, the others numbers, the first cell of a row its head."""
+    """A table: the first `left` columns are text, the others numbers; each row begins with its header."""
 
     kind: ClassVar[str] = "table"
     caption: str
@@ -29,9 +29,9 @@ class Table:
     rows: Sequence[Sequence[str]]
     left: int = 1
     marked: frozenset[int] = frozenset()
-    """Rows that stand out."""
+    """Rows to highlight."""
     tone: str = "marked"
-    """How they do: `marked` or `missed`."""
+    """How they are highlighted: `marked` or `missed`."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Code:
 
 @dataclass(frozen=True)
 class Plot:
-    """A chart, with what is to be seen in it."""
+    """A chart, with a title and a sentence on what it shows."""
 
     kind: ClassVar[str] = "plot"
     title: str
@@ -62,7 +62,7 @@ class Plot:
 
 @dataclass(frozen=True)
 class Picture:
-    """A PNG."""
+    """A PNG with a title and a caption."""
 
     kind: ClassVar[str] = "picture"
     title: str
@@ -72,7 +72,7 @@ class Picture:
 
 @dataclass(frozen=True)
 class Fold:
-    """Parts that are shown when asked for."""
+    """Parts that are hidden until the reader opens them."""
 
     kind: ClassVar[str] = "fold"
     summary: str
@@ -81,7 +81,7 @@ class Fold:
 
 @dataclass(frozen=True)
 class Heading:
-    """Of what follows, below the section's own."""
+    """A heading inside a section."""
 
     kind: ClassVar[str] = "heading"
     text: str
@@ -93,15 +93,17 @@ Part = Prose | Table | Terms | Code | Plot | Picture | Fold | Heading
 
 @dataclass(frozen=True)
 class Section:
+    """A section of the page."""
+
     name: str
-    """Its anchor."""
+    """Anchor in the page."""
     title: str
     parts: Sequence[Part]
 
 
 @dataclass(frozen=True)
 class Tile:
-    """One figure of the outcome."""
+    """A figure of the outcome, shown large."""
 
     label: str
     value: str
@@ -110,10 +112,12 @@ class Tile:
 
 @dataclass(frozen=True)
 class Story:
+    """The content of a page."""
+
     title: str
     subtitle: str
     missed: Sequence[str]
-    """What was asked for and is not so."""
+    """Targets and gates that were missed."""
     lead: Sequence[str]
     """Sentences that state the outcome."""
     tiles: Sequence[Tile]

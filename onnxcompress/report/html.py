@@ -1,6 +1,6 @@
-"""The page: a Story in one HTML file that refers to nothing outside itself.
+"""Render the page: a Story as one HTML file that refers to nothing outside itself.
 
-It is well-formed XML, too. Characters that XML has no place for, as names in a file may have, are replaced.
+It is well-formed XML, too: characters in names of a file that XML does not allow are replaced.
 """
 
 from __future__ import annotations
@@ -26,15 +26,22 @@ _NOT_XML = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\ud800-\udfff\ufffe\uffff]")
 
 
 def render(story: Story) -> str:
-    """The page's text."""
+    """Render a page as HTML.
+
+    Args:
+        story: The content.
+
+    Returns:
+        The text of the page.
+    """
     folder = files("onnxcompress.report")
     environment = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters["joined"] = lambda text: _UNIT.sub("\u00a0", text)  # a unit stays at its number
+    environment.filters["joined"] = lambda text: _UNIT.sub("\u00a0", text)  # a unit stays with its number
     environment.tests["digest"] = lambda text: bool(_DIGEST.fullmatch(text))
     template = environment.from_string(folder.joinpath("page.html").read_text("utf-8"))
-    style = Markup(folder.joinpath("page.css").read_text("utf-8"))  # its own text, no user's
+    style = Markup(folder.joinpath("page.css").read_text("utf-8"))  # text of this package, not of users
     numbers: dict[str, int] = {}
 
     def drawn(chart: Chart) -> dict[str, Any]:
@@ -47,7 +54,15 @@ def render(story: Story) -> str:
 
 
 def write_page(path: str | os.PathLike[str], story: Story) -> None:
-    """Write the page, whole or not at all. Raises ModelError where it cannot be written."""
+    """Write a page to a file, completely or not at all.
+
+    Args:
+        path: The file.
+        story: The content.
+
+    Raises:
+        ModelError: The file cannot be written.
+    """
     data = render(story).encode()
 
     def fill(file: Any) -> None:

@@ -1,4 +1,4 @@
-"""Names beside points of a chart, where there is room for them."""
+"""Place names beside the points of a chart, where there is room for them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 Box = tuple[float, float, float, float]
 """Left, bottom, right, top, in pixels."""
 Side = tuple[float, float, str, str]
-"""Offset in pixels, and how the text is aligned there."""
+"""Offset in pixels, and the horizontal and vertical alignment of the text."""
 
 NEAR: Sequence[Side] = [
     (0, 9, "center", "bottom"),
@@ -28,7 +28,7 @@ FAR: Sequence[Side] = [
     for dy in (0, 18, -18, 36, -36)
     for dx in (28, -28, 70, -70)
 ]
-"""For a name with a line to its point."""
+"""Sides for a name that has a line to its point."""
 
 
 class Named(NamedTuple):
@@ -38,15 +38,19 @@ class Named(NamedTuple):
     x: float
     low: float
     high: float
-    """Interval of x, drawn as a line."""
+    """`low` and `high` are the interval of x, drawn as a line."""
     y: float
     picked: bool
 
 
 def name_points(axes: Axes, points: Sequence[Named]) -> None:
-    """Name points, in that order, as long as there is room: no name lies on another name, point or line.
+    """Name points as long as there is room: no name overlaps another name, a point or a line.
 
-    A picked point gets a name further off, on lines if need be.
+    A picked point may get its name further away with a line to it, across other lines if need be.
+
+    Args:
+        axes: The chart, its points drawn and its limits set.
+        points: The points; earlier ones get room first.
     """
     figure = axes.figure
     figure.canvas.draw()
@@ -67,7 +71,7 @@ def name_points(axes: Axes, points: Sequence[Named]) -> None:
 
 
 def _placed(axes: Axes, point: Named, sides: Sequence[Side], taken: Sequence[Box]) -> Box | None:
-    """Write the name at the first side where it is free; where it is then, or None."""
+    """Write the name at the first side where it fits; returns its box, None where it fits nowhere."""
     from matplotlib.text import Text
 
     frame = axes.get_window_extent()
@@ -78,7 +82,7 @@ def _placed(axes: Axes, point: Named, sides: Sequence[Side], taken: Sequence[Box
             point.name, (point.x, point.y), (dx, dy), textcoords="offset points", ha=ha, va=va, fontsize=12,
             color=INK if point.picked else MUTED, arrowprops=line, bbox=ground,
         )  # fmt: skip
-        text.get_window_extent()  # puts it where it belongs
+        text.get_window_extent()  # positions the text
         left, bottom, right, top = (float(v) for v in Text.get_window_extent(text).extents)
         box = left, bottom, right, top
         inside = frame.x0 <= left and right <= frame.x1 and frame.y0 < bottom and top < frame.y1 + 4

@@ -1,4 +1,4 @@
-"""What a report is made from: the account that --json prints, and what only a report needs beside it."""
+"""The facts that a report is made from: the account that --json prints, and what only a report needs."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class File:
-    """One that was read or written."""
+    """A file that was read or written."""
 
     role: str
     name: str
@@ -19,18 +19,18 @@ class File:
 
 @dataclass(frozen=True)
 class LayerSize:
-    """Bytes of what a node reads from the file, before and after; None: there is no such node."""
+    """Bytes of the weights of a layer, before and after; None where the model does not have the layer."""
 
     name: str
     before: int | None
     after: int | None
     layer: bool = True
-    """Or all nodes of an operator that is none."""
+    """Whether it is one layer; otherwise all nodes of an operator that is not a layer."""
 
 
 @dataclass(frozen=True)
 class Pictures:
-    """Images that were used, side by side in one PNG."""
+    """Sample images side by side in one PNG."""
 
     title: str
     text: str
@@ -39,7 +39,7 @@ class Pictures:
 
 @dataclass(frozen=True)
 class Material:
-    """All that a report tells."""
+    """All facts that a report presents."""
 
     command: str
     account: Mapping[str, Any]
@@ -47,16 +47,16 @@ class Material:
     argv: Sequence[str] = ()
     """The command line, without the program's name."""
     made: str = ""
-    """When."""
+    """When the report was made."""
     environment: Mapping[str, str] = field(default_factory=dict)
-    """What computed: name -> version."""
+    """Machine and software: name -> version."""
     files: Sequence[File] = ()
     comparison: Mapping[str, Any] | None = None
     """`Comparison.as_dict()` of the models before and after."""
     compared_on: str = ""
-    """What the outputs were compared on, for a person."""
+    """Description of the inputs on which the outputs were compared."""
     learned_from: bool = False
-    """Whether that is what a pass learned from."""
+    """Whether a pass learned from these inputs."""
     not_compared: str = ""
     """Why there is no comparison."""
     samples: Mapping[str, Sequence[float]] = field(default_factory=dict)

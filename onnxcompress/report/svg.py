@@ -1,4 +1,4 @@
-"""From a drawing function to SVG that belongs to the page: its colours, its font, ids that are its own."""
+"""Draw matplotlib figures as SVG that fits the page: with its colours, its font, and ids of their own."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 COLOURS = ("ink", "muted", "grid", "accent", "second", "paper")
-"""Properties of the page's style (`--ink`), by number in the hexadecimal colours below."""
+"""Custom properties of the page's style (`--ink`), numbered as in the hexadecimal colours below."""
 INK, MUTED, GRID, ACCENT, SECOND, PAPER = (f"#0{n}0{n}0{n}" for n in range(1, 7))
 _STYLE: dict[Any, Any] = {
     "axes.edgecolor": GRID,
@@ -39,17 +39,27 @@ _STYLE: dict[Any, Any] = {
 
 
 def draw(paint: Callable[[Axes], None], width: int, height: int, name: str) -> str:
-    """An inline SVG of so many pixels; `name` makes its ids differ from those of other charts."""
+    """Draw a figure as inline SVG.
+
+    Args:
+        paint: Function that draws into the axes.
+        width: Pixels.
+        height: Pixels.
+        name: Prefix of the ids, different for each chart of a page.
+
+    Returns:
+        The SVG.
+    """
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
 
     with matplotlib.rc_context({**_STYLE, "svg.hashsalt": name}), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # glyphs that its font lacks: the browser has another
+        warnings.simplefilter("ignore")  # for glyphs that the font lacks: the browser has another font
         layout = ConstrainedLayoutEngine(w_pad=0.03, h_pad=0.03)
         figure = Figure(figsize=(width / 72, height / 72), layout=layout)
-        FigureCanvasAgg(figure)  # texts can be measured
+        FigureCanvasAgg(figure)  # makes the sizes of texts known
         paint(figure.add_subplot())
         file = io.StringIO()
         figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})

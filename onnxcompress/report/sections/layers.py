@@ -1,4 +1,4 @@
-"""What blocks and layers cost: of `drop-blocks`, of `quantize`, of `sensitivity`."""
+"""Sections on blocks and layers: the results of `drop-blocks`, `quantize`, `prune` and `sensitivity`."""
 
 from __future__ import annotations
 
@@ -13,11 +13,18 @@ from onnxcompress.report.sections.passes import left_alone
 from onnxcompress.runtime.block_latency import additivity_text
 
 DRAWN = 60
-"""Layers in a chart, at most."""
+"""Largest number of layers in a chart."""
 
 
 def blocks(material: Material) -> Section | None:
-    """Which blocks were dropped, and what spoke for it."""
+    """Show which blocks were dropped, and the scores that decided it.
+
+    Args:
+        material: The facts about the run.
+
+    Returns:
+        The section; None where the run has nothing to show there.
+    """
     parts: list[Part] = []
     for step in material.steps:
         rows = step["measured"].get("blocks", [])
@@ -103,7 +110,14 @@ def _table(rows: Sequence[Mapping[str, Any]], order: Mapping[str, int]) -> Table
 
 
 def noise(material: Material) -> Section | None:
-    """How much each layer suffers that was quantized or pruned."""
+    """Show the signal to noise of each layer that was quantized or pruned.
+
+    Args:
+        material: The facts about the run.
+
+    Returns:
+        The section; None where the run has nothing to show there.
+    """
     parts: list[Part] = []
     for step in material.steps:
         rows = step["measured"].get("layers", [])
@@ -169,7 +183,14 @@ def _runtime(runtime: Mapping[str, Any] | None) -> list[Part]:
 
 
 def sensitivity(material: Material) -> Section | None:
-    """What a change of each layer alone does to the outputs."""
+    """Show how much a change of each layer alone affects the outputs.
+
+    Args:
+        material: The facts about the run.
+
+    Returns:
+        The section; None where the run has nothing to show there.
+    """
     rows = material.account.get("rows") or []
     if not rows or "error" not in rows[0]:
         return None
@@ -185,7 +206,7 @@ def sensitivity(material: Material) -> Section | None:
 
 
 def _sensitive(rows: Sequence[Mapping[str, Any]]) -> Plot:
-    """Of one kind of change, the hardest."""
+    """A chart of the strongest change of one kind."""
     values = [float(r["value"]) for r in rows]
     hardest = max(values) if rows[0]["kind"] == "sparsity" else min(values)
     shown = [r for r in rows if float(r["value"]) == hardest]
@@ -202,7 +223,14 @@ def _sensitive(rows: Sequence[Mapping[str, Any]]) -> Plot:
 
 
 def words(row: Mapping[str, Any]) -> str:
-    """The change of a layer, for a person."""
+    """Describe a change of a layer.
+
+    Args:
+        row: A row of the sensitivity analysis.
+
+    Returns:
+        Such as `4-bit weights`.
+    """
     if row["kind"] == "sparsity":
         return f"{percent(row['value'], 0)} of its weights zero"
     return f"{row['value']:g}-bit {str(row['kind']).removesuffix('_bits')}s"

@@ -1,4 +1,4 @@
-"""What was measured on models: latency, accuracy, agreement."""
+"""Sections on what was measured on models: latency, accuracy, agreement."""
 
 from __future__ import annotations
 
@@ -15,7 +15,14 @@ from onnxcompress.runtime.providers import described
 
 
 def latency(material: Material) -> Section | None:
-    """The distribution of the runs' latency."""
+    """Show the distribution of the latency of runs.
+
+    Args:
+        material: The facts about the run.
+
+    Returns:
+        The section; None where the run has nothing to show there.
+    """
     found = timings(material)
     if not found:
         return None
@@ -44,12 +51,19 @@ def latency(material: Material) -> Section | None:
 
 
 def device(timing: Mapping[str, Any]) -> str:
-    """The provider and its settings, for a person."""
+    """Describe the execution provider and its settings.
+
+    Args:
+        timing: A timing or an account with the keys `provider` and `settings`.
+
+    Returns:
+        Such as "the CPU".
+    """
     return described(where(timing["provider"]), timing["settings"])
 
 
 def _batch(found: list[Mapping[str, Any]]) -> str:
-    """Where there are several, the models' names have it."""
+    """The batch size; empty where models differ in it, since their names then state it."""
     return f", batch {found[0]['batch']}" if len({t["batch"] for t in found}) == 1 else ""
 
 
@@ -58,8 +72,8 @@ _TIMES = ("median_ms", "mean_ms", "min_ms", "p90_ms", "p99_ms")
 
 def _cut(chart: Spread) -> str:
     high = chart.limits[1]
-    runs = [one for _, samples in chart.rows for one in samples]
-    over = sum(one > high for one in runs)
+    runs = [run for _, samples in chart.rows for run in samples]
+    over = sum(run > high for run in runs)
     if not over:
         return ""
     share = percent(over / len(runs), 1)
@@ -67,7 +81,14 @@ def _cut(chart: Spread) -> str:
 
 
 def timings(material: Material) -> list[Mapping[str, Any]]:
-    """Of all models, as `Timing.as_dict` has them."""
+    """List the timings of all models in the run.
+
+    Args:
+        material: The facts about the run.
+
+    Returns:
+        Timings as `Timing.as_dict` returns them.
+    """
     if material.comparison is not None:
         return [material.comparison[side]["timing"] for side in ("a", "b")]
     models = material.account.get("models", []) if "ratios_to_first" in material.account else []
@@ -87,7 +108,14 @@ def _ratios(material: Material) -> str:
 
 
 def scores(material: Material) -> Section | None:
-    """Accuracy, agreement and difference of the outputs."""
+    """Show accuracy, agreement and differences of the outputs.
+
+    Args:
+        material: The facts about the run.
+
+    Returns:
+        The section; None where the run has nothing to show there.
+    """
     parts: list[Part] = []
     found = material.comparison
     rows = _accuracies(material)
@@ -110,7 +138,7 @@ def scores(material: Material) -> Section | None:
 
 
 def _accuracies(material: Material) -> list[tuple[str, float, float, float]]:
-    """Percent, with Wilson's interval."""
+    """Top-1 accuracies in percent, with Wilson's intervals."""
     account, found = material.account, material.comparison
     if found is not None:
         sides, count = [found["a"], found["b"]], images_of(found)
@@ -134,12 +162,27 @@ def _evaluated(account: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def wilson(share: float, count: int) -> tuple[float, float]:
-    """95 % interval of a share of `count`."""
+    """Compute the 95 % confidence interval of a share (Wilson's score interval).
+
+    Args:
+        share: The share, from 0 to 1.
+        count: The sample size.
+
+    Returns:
+        Lower and upper end, from 0 to 1.
+    """
     return Accuracy(share, share, count, 0.0, "").interval
 
 
 def images_of(comparison: Mapping[str, Any]) -> int:
-    """How many images, or random inputs, a comparison was made on."""
+    """Read from a comparison how many images or random inputs it used.
+
+    Args:
+        comparison: `Comparison.as_dict()`.
+
+    Returns:
+        The count; 0 where it is not stated.
+    """
     word = str(comparison["inputs"]).split(" ", 1)[0]
     return int(word) if word.isdigit() else 0
 

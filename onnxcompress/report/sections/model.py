@@ -1,4 +1,4 @@
-"""What a model is, where its bytes are, what passes were given, and how to do it all again."""
+"""Sections on a model, the sizes of its layers, the inputs of passes, and how to repeat the run."""
 
 from __future__ import annotations
 
@@ -16,13 +16,20 @@ from onnxcompress.report.sections.measurements import device, timings
 from onnxcompress.report.sections.passes import left_alone
 
 LARGEST = 30
-"""Layers in the chart of sizes, at most."""
+"""Largest number of layers in the chart of sizes."""
 _TINY = 0.005
-"""Of the largest layer; other nodes with less are only in the table."""
+"""Share of the largest layer's bytes below which nodes that are not layers appear only in the table."""
 
 
 def sizes(material: Material) -> Section | None:
-    """Where the bytes are."""
+    """Show the bytes of weights by layer.
+
+    Args:
+        material: The facts about the run.
+
+    Returns:
+        The section; None where the run has nothing to show there.
+    """
     layers = [r for r in material.layers if (r.before or 0) + (r.after or 0) > 0]
     if not layers:
         return None
@@ -70,7 +77,14 @@ def _bytes(value: int | None) -> str:
 
 
 def model(material: Material) -> Section | None:
-    """What a model is, where that is what was asked for."""
+    """Show the facts that `inspect` reports about a model.
+
+    Args:
+        material: The facts about the run.
+
+    Returns:
+        The section; None where the run has nothing to show there.
+    """
     facts = material.account
     if "operators" not in facts:
         return None
@@ -85,7 +99,7 @@ def model(material: Material) -> Section | None:
             f"opset {facts['opset']}, IR {facts['ir_version']}, by {facts['producer'] or 'unknown'}",
         ),
         ("operators", ", ".join(f"{op} {count}" for op, count in facts["operators"].items())),
-        ("features", facts["feature"] or "none that all goes through"),
+        ("features", facts["feature"] or "none through which all data flows"),
     ]
     parts: list[Part] = [Terms(rows)]
     if facts.get("blocks"):
@@ -115,7 +129,14 @@ def _block(block: Mapping[str, Any], facts: Mapping[str, Any]) -> list[str]:
 
 
 def inputs(material: Material) -> Section | None:
-    """What the passes learned from, to be looked at."""
+    """Show the inputs that passes learned from, with sample images.
+
+    Args:
+        material: The facts about the run.
+
+    Returns:
+        The section; None where the run has nothing to show there.
+    """
     parts: list[Part] = []
     learning = [(s["pass"], s["measured"].get("inputs") or []) for s in material.steps]
     if isinstance(material.account.get("inputs"), list):
@@ -135,7 +156,14 @@ def inputs(material: Material) -> Section | None:
 
 
 def repeat(material: Material) -> Section:
-    """The command, the files by their digests, the software, the passes that made the model."""
+    """Show how to repeat the run: command, digests of files, software, and provenance of the model.
+
+    Args:
+        material: The facts about the run.
+
+    Returns:
+        The section.
+    """
     parts: list[Part] = [Prose("The same command on the same files:"), Code(_command(material.argv))]
     if material.files:
         rows = [[f.role, f.name, size(f.bytes), f.sha256] for f in material.files]
@@ -159,7 +187,7 @@ def repeat(material: Material) -> Section:
 
 
 def _command(argv: Sequence[str]) -> str:
-    """As for a shell, a line for each option, so that none breaks in the middle."""
+    """The command line, quoted for a shell, with a line for each option."""
     words = ["onnxcompress", *map(shlex.quote, argv)]
     return "".join(
         (" \\\n    " if at and raw.startswith("-") and len(raw) > 1 else " " if at else "") + word

@@ -1,4 +1,4 @@
-"""What passes did: an account of each, with what it left alone and why."""
+"""The section on what each pass did, and what it refused and why."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from onnxcompress.report.elements import Code, Fold, Heading, Part, Prose, Secti
 from onnxcompress.report.run_data import Material
 
 SHOWN = 12
-"""Rows that are shown before the rest is folded away."""
+"""Rows of a table in view; the rest is folded away."""
 _ELSEWHERE = (
     "blocks",
     "layers",
@@ -23,11 +23,18 @@ _ELSEWHERE = (
     "additivity",
     "kept_float32",
 )
-"""Keys of `measured` that other parts tell."""
+"""Keys of `measured` that other parts of the report show."""
 
 
 def passes(material: Material) -> Section | None:
-    """The account of each pass: what it did, what it left alone and why, what it measured."""
+    """Show for each pass what it did, what it refused and why, and what it measured.
+
+    Args:
+        material: The facts about the run.
+
+    Returns:
+        The section; None where the run has nothing to show there.
+    """
     steps = material.steps
     if not steps:
         return None
@@ -71,7 +78,15 @@ def _changes(changes: Sequence[Mapping[str, str]]) -> list[Part]:
 
 
 def left_alone(refusals: Sequence[Mapping[str, str]], title: str = "Left alone") -> list[Part]:
-    """What was not done: where, the rule, the remedy."""
+    """Show refusals as a table; rows beyond SHOWN are folded away.
+
+    Args:
+        refusals: Mappings with `node`, `rule` and `remedy`.
+        title: Caption of the table.
+
+    Returns:
+        The table, and the folded rest.
+    """
     rows = [[r["node"], r["rule"], r["remedy"] or "–"] for r in refusals]
     columns = ["node", "why", "what would make it possible"]
     if not any(r["remedy"] for r in refusals):
@@ -93,7 +108,15 @@ def _difference(found: Mapping[str, Any]) -> Prose:
 
 
 def plain_terms(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
-    """Names and values of what is a number, a text or a short list, nested names joined."""
+    """List values with their names; nested names are joined.
+
+    Args:
+        values: JSON values by name.
+        prefix: Text before each name.
+
+    Returns:
+        Pairs of name and value; of a long list only its first 8 elements.
+    """
     rows: list[tuple[str, str]] = []
     for key, value in values.items():
         name = f"{prefix}{key}".replace("_", " ")
@@ -108,7 +131,14 @@ def plain_terms(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, 
 
 
 def plain(value: Any) -> str:
-    """A JSON value for a person."""
+    """Format a JSON value.
+
+    Args:
+        value: A value that is neither a list nor a mapping.
+
+    Returns:
+        Its text; numbers with four digits.
+    """
     if value is None:
         return "none"
     if isinstance(value, bool):
