@@ -52,7 +52,7 @@ def measure() -> Structure:
         median_function=median(length for length, _ in lengths),
         longest_functions=lengths[:3],
         long_files=[(lines, name) for lines, name in sorted(files, reverse=True) if lines > LONGEST_FILE],
-        undocumented=[name for name, node in functions if not _is_documented(node)],
+        undocumented=[name for name, node in _public_functions() if not _is_documented(node)],
     )
 
 
@@ -97,6 +97,21 @@ def _functions() -> Iterator[tuple[str, ast.FunctionDef]]:
         for node in ast.walk(ast.parse(path.read_text("utf-8"))):
             if isinstance(node, ast.FunctionDef):
                 yield f"{_name(path)}:{node.name}", node
+
+
+def _public_functions() -> Iterator[tuple[str, ast.FunctionDef]]:
+    for path in sources():
+        for node in _public(ast.parse(path.read_text("utf-8")).body):
+            yield f"{_name(path)}:{node.name}", node
+
+
+def _public(body: list[ast.stmt]) -> Iterator[ast.FunctionDef]:
+    """Functions and methods that other modules may call: none inside a function or a private class."""
+    for node in body:
+        if isinstance(node, ast.FunctionDef):
+            yield node
+        elif isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+            yield from _public(node.body)
 
 
 def _length(node: ast.FunctionDef) -> int:
