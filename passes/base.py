@@ -21,89 +21,129 @@ if TYPE_CHECKING:
 
 @dataclass
 class PassResult:
-    """What a pass did to the model it was given."""
+    """What a pass changed, refused and measured."""
 
     changes: list[Change] = field(default_factory=list)
     refusals: list[Refusal] = field(default_factory=list)
     measured: dict[str, Any] = field(default_factory=dict)
     """Figures that the pass measured, by name; JSON values only."""
     shown: ImageSet | None = field(default=None, repr=False, compare=False)
-    """Some of what it learned from, to be looked at; no account has it."""
+    """A sample of the inputs that the pass learned from, to look at; not part of the JSON account."""
 
     @property
     def modified(self) -> bool:
+        """Whether the pass changed the model."""
         return bool(self.changes)
 
 
 @dataclass(frozen=True)
 class Pass(ABC):
-    """A change of a model. Applied a second time it changes nothing.
+    """A transformation of a model that changes nothing when it is applied a second time.
 
-    Fields are the options, each made by `option`. Three names have a meaning of their own: `provider`
-    and `provider_options` are onnxruntime's, `device` is where torch computes; a chain asks for them before
-    its first pass runs.
+    Its fields are the options, each made by `option`. Three field names have a fixed meaning: `provider`
+    and `provider_options` configure onnxruntime, `device` is where torch computes. A pipeline checks that
+    they are available before its first pass runs.
     """
 
     name: ClassVar[str]
-    """In kebab case; also the command and the recipe key."""
+    """Name in kebab case; also the command and the recipe key."""
 
     preserves_function: ClassVar[bool] = False
-    """Whether the outputs stay what they were, but for rounding."""
+    """Whether the outputs stay the same except for rounding."""
 
     composite: ClassVar[bool] = False
-    """Whether it only applies other passes, which note themselves in the provenance."""
+    """Whether it only applies other passes, each of which is noted in the provenance itself."""
 
     needs: ClassVar[tuple[str, ...]] = ()
-    """Packages that it imports when it is applied, for a chain to look for before its first pass runs."""
+    """Packages imported when the pass is applied; a pipeline looks for them before its first pass runs."""
 
     def check(self) -> None:
-        """Raise OptionError where options are out of range or contradict each other; looks at no model."""
+        """Check the options on their own, without a model.
+
+        Raises:
+            OptionError: Options are out of range or contradict each other.
+        """
         return
 
     @abstractmethod
     def apply(self, model: Model, progress: Progress = silent) -> PassResult:
-        """Change `model` in place. Raises CompressError where the model cannot be handled."""
+        """Transform `model` in place.
+
+        Args:
+            model: The model to change.
+            progress: Called with the stage, the steps done and the steps in all.
+
+        Returns:
+            The changes, the refusals with their reasons, and the figures that the pass measured.
+
+        Raises:
+            CompressError: The model cannot be handled.
+        """
 
     def options(self) -> dict[str, Any]:
-        """The options as JSON values, for the provenance."""
+        """Collect the options as JSON values, for the provenance.
+
+        Returns:
+            Option name -> value.
+        """
         return {f.name: _plain(getattr(self, f.name)) for f in dataclasses.fields(self)}
 
 
 def run(passes: Sequence[Pass], model: Model, progress: Progress = silent) -> list[PassResult]:
-    """Apply passes in order, noting each that changed something in the model's provenance.
+    """Apply passes in order and note each that changed the model in its provenance.
 
-    Raises ModelError where a pass leaves an invalid model of a valid one. One that was invalid before, as
-    files are that runtimes take and ONNX's checker does not, is not held against a pass.
+    Args:
+        passes: The passes, first to last.
+        model: The model, changed in place.
+        progress: Called with the stage, the steps done and the steps in all.
+
+    Returns:
+        The result of each pass.
+
+    Raises:
+        ModelError: A pass made an invalid model of a valid one. A model that was invalid from the start, as
+            are some that runtimes accept and ONNX's checker does not, is not held against a pass.
+        CompressError: A pass cannot handle the model.
     """
     from onnxcompress.graph.validity import fault
 
     results = []
     valid = fault(model) is None
-    for one in passes:
+    for pass_ in passes:
         digest = model.digest()
-        result = one.apply(model, progress)
-        if result.modified and not one.composite:
-            model.add_provenance(one.name, one.options(), digest, result.measured.get("inputs"))
-            if valid and (found := fault(model)) is not None:
+        result = pass_.apply(model, progress)
+        if result.modified and not pass_.composite:
+            model.add_provenance(pass_.name, pass_.options(), digest, result.measured.get("inputs"))
+            if valid and (problem := fault(model)) is not None:
                 raise ModelError(
-                    f"{model.name}: {one.name} made an invalid model of a valid one ({found}); that is a "
-                    "defect of the pass: leave it out, and report it"
+                    f"{model.name}: {pass_.name} made an invalid model of a valid one ({problem}); this is "
+                    "a defect of the pass: leave it out, and report it"
                 )
         results.append(result)
     return results
 
 
 def apply_to_proto(
-    one: Pass, proto: onnx.ModelProto, progress: Progress = silent
+    pass_: Pass, proto: onnx.ModelProto, progress: Progress = silent
 ) -> tuple[onnx.ModelProto, PassResult]:
-    """Apply a pass to a ModelProto with its weights in memory; returns a new one and what was done.
+    """Apply one pass to a ModelProto whose weights are in memory.
 
-    Raises ModelError where weights lie in external data, or the result has 2 GB and more.
+    Args:
+        pass_: The pass.
+        proto: The model; it is not changed.
+        progress: Called with the stage, the steps done and the steps in all.
+
+    Returns:
+        The new model and the result of the pass.
+
+    Raises:
+        ModelError: Weights lie in external data, or the result has 2 GB or more.
+        CompressError: The pass cannot handle the model.
     """
     from onnxcompress.model import Model
 
     model = Model.from_proto(proto, proto.graph.name or "model")
-    (result,) = run([one], model, progress)
+    (result,) = run([pass_], model, progress)
     return model.to_proto(), result
 
 

@@ -1,4 +1,4 @@
-"""The passes, in the order in which a pipeline would use them. Importing this imports none of them."""
+"""The passes, in the order a pipeline would use them; importing this module imports none of them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ if TYPE_CHECKING:
 
 
 class Entry(NamedTuple):
-    """Where a pass is, and what it does in one line."""
+    """Where a pass is defined, and its one-line description."""
 
     name: str
     module: str
@@ -19,12 +19,12 @@ class Entry(NamedTuple):
 
 CATALOGUE: tuple[Entry, ...] = (
     Entry("fold-bn", "fold_bn", "FoldBatchNorm", "Fold BatchNorm into the layers beside it."),
-    Entry("calibrate", "calibrate", "Calibrate", "Estimate statistics where no BatchNorm knows them."),
+    Entry("calibrate", "calibrate", "Calibrate", "Estimate statistics that no BatchNorm holds."),
     Entry("equalize", "equalize", "Equalize", "Rescale channels between layers for fewer bits."),
-    Entry("absorb-bias", "absorb_bias", "AbsorbBias", "Move high biases into the layers behind."),
-    Entry("correct-bias", "correct_bias", "CorrectBias", "Give back what other weights changed in means."),
-    Entry("drop-blocks", "drop_blocks", "DropBlocks", "Drop residual blocks to meet a latency."),
-    Entry("prune", "prune", "Prune", "Set weights to zero and make up for them with the others."),
+    Entry("absorb-bias", "absorb_bias", "AbsorbBias", "Move high biases into the next layers."),
+    Entry("correct-bias", "correct_bias", "CorrectBias", "Correct biases for shifted output means."),
+    Entry("drop-blocks", "drop_blocks", "DropBlocks", "Drop residual blocks to meet a latency target."),
+    Entry("prune", "prune", "Prune", "Set weights to zero and refit the others."),
     Entry("quantize", "quantize", "Quantize", "Quantize weights and activations to few bits."),
-    Entry("fp16", "fp16", "HalfPrecision", "Compute in half precision where it does no harm."),
+    Entry("fp16", "fp16", "HalfPrecision", "Compute in half precision where accuracy allows."),
 )

@@ -1,10 +1,11 @@
-"""Passes of other packages, by the entry point group `onnxcompress.passes`.
+"""Passes of other packages, registered by the entry point group `onnxcompress.passes`.
 
     [project.entry-points."onnxcompress.passes"]        (their pyproject.toml)
     shrink-biases = "their_package.biases:ShrinkBiases"
 
-The entry's name is the pass's name; it becomes a command and a recipe key like those of the catalogue,
-which win where names are equal. A package is imported when its pass is used, not to list it.
+The name of the entry is the name of the pass; it becomes a command and a recipe key like those of the
+catalogue, which take precedence where names are equal. Listing the passes imports no package; a package is
+imported when its pass is used.
 """
 
 from __future__ import annotations
@@ -24,26 +25,41 @@ GROUP = "onnxcompress.passes"
 
 @cache
 def plugins() -> dict[str, str]:
-    """Names of the passes of other packages -> where each comes from, in order of names."""
-    return {name: f"Of the package {_package(entry)}." for name, entry in sorted(_entries().items())}
+    """List the passes of other packages.
+
+    Returns:
+        Name of the pass -> a sentence that names its package, sorted by name.
+    """
+    return {name: f"From the package {_package(entry)}." for name, entry in sorted(_entries().items())}
 
 
 def load_plugin(name: str) -> type[Pass]:
-    """The class of another package's pass. Raises KeyError, RuntimeUnavailable where it cannot be used."""
+    """Import the pass of another package.
+
+    Args:
+        name: Name of the pass, one of `plugins()`.
+
+    Returns:
+        The class of the pass.
+
+    Raises:
+        KeyError: No installed package has a pass of this name.
+        RuntimeUnavailable: The package cannot be imported, or its entry is not a `Pass` of this name.
+    """
     from onnxcompress.passes.base import Pass
 
     entry = _entries()[name]
     try:
-        found = entry.load()
+        loaded = entry.load()
     except Exception as error:  # whatever a package does when it is imported
         raise RuntimeUnavailable(
             f"pass {name!r} of the package {_package(entry)} cannot be imported: {error}"
         ) from error
-    if not (isinstance(found, type) and issubclass(found, Pass) and found.name == name):
+    if not (isinstance(loaded, type) and issubclass(loaded, Pass) and loaded.name == name):
         raise RuntimeUnavailable(
-            f"pass {name!r} of the package {_package(entry)}: {entry.value} is no Pass of that name"
+            f"pass {name!r} of the package {_package(entry)}: {entry.value} is not a Pass of that name"
         )
-    return found
+    return loaded
 
 
 @cache

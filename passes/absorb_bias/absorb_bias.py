@@ -1,4 +1,4 @@
-"""High-bias absorption: give the part of a bias that the activation never cuts to the layers behind.
+"""High-bias absorption: move the part of a bias that the activation never cuts off into the next layers.
 
 Let layer 2 feed layer 1 through Relu, and let the record say that channel c of z = W₂ x + b₂ has mean β and
 deviation γ. Where z is (nearly) never below c = max(0, β − nγ), relu(z) = relu(z − c) + c, so
@@ -6,21 +6,23 @@ deviation γ. Where z is (nearly) never below c = max(0, β − nγ), relu(z) = 
     b₂ −= c        b₁ += W₁ c (summed over the taps of the kernel)        record: mean −= c
 
 leaves the function (nearly) what it was, and the activation's range [0, β + nγ] becomes [0, 2 nγ] or less.
-After equalization some channels have biases many times their deviation, and one scale for a tensor's
-activations serves the largest range. Source: Nagel et al., Data-Free Quantization through Weight
-Equalization and Bias Correction (ICCV 2019), §4.1.3, where n = 3. Nothing lies between the layers but
+After equalization some channels have biases many times their deviation, and the one scale of the tensor has
+to cover them. Source: Nagel et al., Data-Free Quantization through Weight Equalization and Bias Correction
+(ICCV 2019), §4.1.3, where n = 3. What may lie between the layers:
 
-    nothing, pools, …   z moves as it is: exact, and c = min(0, β + nγ) serves negative channels, too
-    Relu and its kin    (LeakyRelu, PRelu, Max with 0) exact above c: 99.9 % of a Gaussian for n = 3
-    Clip to [0, h]      (or Min with h) channels with β + nγ > h stay
+    no activation       (nothing, pools, …) exact, and c = min(0, β + nγ) serves negative channels, too
+    Relu and its kin    (LeakyRelu, PRelu, Max with 0) exact above c: for 99.9 % of a Gaussian with n = 3
+    Clip to [0, h]      (or Min with h) channels with β + nγ > h stay as they are
 
-Legality; everything else stays, with the reason:
- 1. every way from z ends in a linear layer with a constant bias (a MatMul gets an Add); no graph output, no
-    body of an If, Loop or Scan reads what lies between; each operator on the way moves with its input;
- 2. no layer pads its input with zeros: they stand for themselves, and would have to become −c. Nothing in
-    ONNX pads with a number per channel. `approximate` takes the sum over all taps for the border, too, as
-    the paper does: right inside the image, wrong where the kernel hangs over;
- 3. of a ConvTranspose all taps reach every output (1×1, stride 1): no number would be right elsewhere;
+Legality; every other bias stays, with the reason:
+ 1. every path from z ends in a linear layer with a constant bias (a MatMul gets an Add); no tensor in
+    between is a graph output or read in the body of an If, Loop or Scan; adding a constant to the input of
+    an operator on the path adds the same constant to its output;
+ 2. no layer pads its input with zeros: the zeros would have to become −c, and ONNX cannot pad with one
+    number per channel. `approximate` counts all taps at the border, too, as the paper does: exact inside
+    the image, wrong where the kernel reaches over the border;
+ 3. all taps of a ConvTranspose reach every output (1×1, stride 1): otherwise the sum depends on the
+    position;
  4. z is the output of Conv, ConvTranspose or Gemm, or of an Add of one number for each channel;
  5. the new values are finite in the layer's type.
 Does not handle: sums of two tensors (the residual stream): what is taken from one writer reaches all later
@@ -54,7 +56,7 @@ from onnxcompress.progress import Progress, silent
 from onnxcompress.statistics.record import ChannelStatistics, read_record, write_record
 
 NEGLIGIBLE = 1e-3
-"""Part of a mean that is not worth moving; what rounding leaves after a first run is far below."""
+"""Share of a mean too small to be worth moving; what rounding leaves after a first run is far below."""
 
 
 @dataclass(frozen=True)
@@ -69,15 +71,24 @@ class AbsorbBias(Pass):
 
     name: ClassVar[str] = "absorb-bias"
 
-    deviations: float = option(3.0, "How far below its mean a channel is taken to reach, in deviations.")
-    approximate: bool = option(False, "Also where a reader pads with zeros: wrong at the image's border.")
+    deviations: float = option(3.0, "Assumed reach of a channel below its mean, in standard deviations.")
+    approximate: bool = option(
+        False, "Also move biases into layers that pad with zeros; inexact at the border."
+    )
 
     def apply(self, model: Model, progress: Progress = silent) -> PassResult:
-        """Absorb in place; layers with a high bias that has to stay come back as refusals.
+        """Absorb high biases in place; layers whose high bias has to stay come back as refusals.
 
-        `measured`: `layers` and `channels` that gave bias away, the `largest` bias given, and how many of
-        the layers are wrong at the border (`approximated`).
-        Raises OptionError where `deviations` is negative or not finite.
+        Args:
+            model: The model to change; it needs recorded statistics.
+            progress: Called with the stage, the tensors done and the tensors in all.
+
+        Returns:
+            The result; `measured` has the numbers of `layers` and `channels` whose bias was moved, the
+            `largest` amount moved, and how many of the layers are wrong at the border (`approximated`).
+
+        Raises:
+            OptionError: `deviations` is negative or not finite.
         """
         if not 0 <= self.deviations < np.inf:
             raise OptionError(f"--deviations {self.deviations}: expected 0 or more")
@@ -98,7 +109,15 @@ class AbsorbBias(Pass):
         return result
 
     def shift(self, known: ChannelStatistics, path: Path | None = None) -> np.ndarray:
-        """(channels,) what each channel gives away, float64; without a path, what it would through Relu."""
+        """Compute how much of each channel's bias can be moved (Nagel et al., §4.1.3).
+
+        Args:
+            known: Statistics of the layer's output.
+            path: The path to the layers that would take it; None: assume that it goes through a Relu.
+
+        Returns:
+            The amount for each channel, (channels,), float64; 0 where the bias stays.
+        """
         mean, reach = known.mean.astype(np.float64), self.deviations * known.std.astype(np.float64)
         found = np.maximum(0.0, mean - reach)
         if path is not None and not path.rectified:
@@ -116,7 +135,7 @@ class AbsorbBias(Pass):
         record: dict[str, ChannelStatistics],
         result: PassResult,
     ) -> None:
-        """Move the biases along one path, if there is any to move."""
+        """Move the biases along one path, if there are any to move."""
         known = record[path.tensor.name]
         shift = self.shift(known, path)
         if not shift.any() or not path.readers:
@@ -142,7 +161,7 @@ class AbsorbBias(Pass):
 
 
 def _edits(model: Model, path: Path, shift: np.ndarray) -> list[Callable[[], object]] | None:
-    """What to do to the writer and the readers; None: a value would not be finite."""
+    """List the edits of the writer and its readers, or None where a value would not be finite."""
     found: list[Callable[[], object]] = []
     if path.linear is not None:
         found.append(_moved(model, path.linear, -shift))
@@ -164,7 +183,7 @@ def _edits(model: Model, path: Path, shift: np.ndarray) -> list[Callable[[], obj
 
 
 def _moved(model: Model, layer: Linear, by: np.ndarray) -> Callable[[], object]:
-    """The edit that adds one number for each channel to a layer's output."""
+    """Return the edit that adds one number per channel to a layer's output."""
     if not layer.takes_bias:
         finite = np.isfinite(layer_params.stored(by, layer)).all()
         return partial(into_following.add_behind, model, layer, by) if finite else _impossible
@@ -183,7 +202,7 @@ def _impossible() -> None:
 def _follow(
     record: dict[str, ChannelStatistics], name: str, flow: Flow, path: Path, shift: np.ndarray
 ) -> None:
-    """Move a recorded mean on the path."""
+    """Shift the recorded mean of a tensor on the path."""
     known, labels = record[name], flow.tensors[name]
     if labels.ndim > 1 and labels.shape[1] == labels.size == len(known.mean):
         mean = (known.mean - path.along(labels.reshape(-1), shift)).astype(np.float32)

@@ -1,4 +1,4 @@
-"""The ways from a layer's output to its readers, where a constant can go along. See `absorb_bias`."""
+"""The paths from a layer's output to its readers along which a constant can be moved. See `absorb_bias`."""
 
 from __future__ import annotations
 
@@ -29,53 +29,62 @@ MOVES = (
     "ReduceMax", "ReduceMean", "ReduceMin", "Reshape", "Slice", "Split", "Squeeze", "Transpose",
     "Unsqueeze",
 )  # fmt: skip
-"""Operators whose output moves by what their input moves by, in each channel."""
+"""Operators whose output rises by c in a channel when their input rises by c in that channel."""
 RECTIFIERS = ("LeakyRelu", "PRelu", "Relu")
 
 
 @dataclass(frozen=True)
 class Reader:
-    """A layer that gets what the writer gives away."""
+    """A layer that takes over the moved bias."""
 
     layer: Linear
     name: str
-    """Of its output tensor."""
+    """Name of its output tensor."""
     reads: Labels
     pads: bool
-    """Whether zeros that do not move are read, too: inexact at the border."""
+    """Whether it also reads padded zeros, which stay zero: inexact at the border."""
 
 
 @dataclass
 class Path:
-    """From one tensor to all layers that read it."""
+    """The paths from one tensor to all layers that read it."""
 
     tensor: gs.Tensor
     writer: gs.Node
     linear: Linear | None
-    """The writer; None: it is an Add of a constant."""
+    """The writer as a linear layer; None: it is an Add of a constant."""
     constant_at: int
     """Which operand of that Add the constant is."""
     labels: Labels
-    """(channels,) of the tensor."""
+    """Channel labels of the tensor, (channels,)."""
     rank: int
     ceiling: np.ndarray
-    """(channels,) what is clipped from above; infinite where nothing is."""
+    """Upper bound of each channel, (channels,); infinite where nothing is clipped."""
     rectified: bool = False
     padded: bool = False
-    """Whether a Pad lies between."""
+    """Whether a Pad with a constant lies in between."""
     readers: list[Reader] = field(default_factory=list)
     between: list[str] = field(default_factory=list)
     """Names of the tensors from the writer's output to the readers' inputs."""
 
     def along(self, labels: Labels, shift: np.ndarray) -> np.ndarray:
-        """The shift of the writer's channels, as channels with these labels see it; 0 for others."""
+        """Map amounts of the writer's channels to other channels by their labels.
+
+        Args:
+            labels: The labels of the channels, (channels,).
+            shift: The amount for each of the writer's channels, (writer's channels,).
+
+        Returns:
+            The amount for each of the labelled channels, of the shape of `labels`; 0 for labels of other
+            tensors.
+        """
         order = np.argsort(self.labels)
         at = np.minimum(np.searchsorted(self.labels[order], labels), len(order) - 1)
         return np.where(self.labels[order][at] == labels, shift[order][at], 0.0)
 
 
 class _Blocked(Exception):
-    """Why a constant cannot go this way."""
+    """The reason why a constant cannot be moved along a path."""
 
     def __init__(self, node: str, rule: str, remedy: str = "") -> None:
         super().__init__(rule)
@@ -83,7 +92,18 @@ class _Blocked(Exception):
 
 
 def follow(model: Model, flow: Flow, tensor: gs.Tensor, approximate: bool) -> Path | Refusal | None:
-    """All ways from a tensor; why it cannot move (rules 1 to 4); or None: no layer makes it."""
+    """Follow all paths from a tensor to the layers that read it.
+
+    Args:
+        model: The model.
+        flow: Channel labels of its tensors.
+        tensor: The output of the layer whose bias is to be moved.
+        approximate: Whether layers that pad with zeros are allowed.
+
+    Returns:
+        The paths, the reason why the bias cannot be moved (rules 1 to 4), or None where no linear layer
+        writes the tensor.
+    """
     node = producer(tensor)
     labels = flow.tensors.get(tensor.name)
     linear = flow.layer_of.get(id(node))
@@ -104,7 +124,7 @@ def follow(model: Model, flow: Flow, tensor: gs.Tensor, approximate: bool) -> Pa
 
 
 def _check_writer(model: Model, path: Path) -> None:
-    """Rule 4, and a bias that is a constant."""
+    """Check rule 4, and that the bias is a constant."""
     node, linear = path.writer, path.linear
     if linear is not None:
         if layer_params.bias(model, linear) is None:
@@ -121,7 +141,7 @@ def _check_writer(model: Model, path: Path) -> None:
 
 
 def _walk(model: Model, flow: Flow, path: Path, approximate: bool) -> None:
-    """Rules 1 to 3: from the tensor through all its readers."""
+    """Check rules 1 to 3 from the tensor through all its readers."""
     pending, seen = [path.tensor], {id(path.tensor)}
     visited: set[int] = set()
     while pending:
@@ -165,7 +185,7 @@ def _reader(
 
 
 def _pass(model: Model, flow: Flow, path: Path, node: gs.Node, approximate: bool) -> None:
-    """Take the tensor through one operator, or raise _Blocked."""
+    """Lead the path through one operator, or raise _Blocked."""
     label = node_label(node)
     if is_op(node, *MOVES):
         return
@@ -184,7 +204,7 @@ def _pass(model: Model, flow: Flow, path: Path, node: gs.Node, approximate: bool
 
 
 def _clip(model: Model, flow: Flow, path: Path, node: gs.Node) -> None:
-    """Bounds: one from below must not be above 0, one from above stops channels that reach it."""
+    """Check that no lower bound is above 0, and note the upper bounds of the channels."""
     label = node_label(node)
     dynamic = [t for t in node.inputs if t.name in flow.tensors]
     operands = [t for t in (*node.inputs[1:], *node.inputs[:1]) if not t.is_empty() and t is not dynamic[0]]

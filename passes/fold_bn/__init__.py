@@ -1,4 +1,4 @@
-"""Fold BatchNorm into the linear layer before it, or after it, and record what it knew of the data."""
+"""Fold BatchNorm into the linear layer before or after it, and record the statistics that it holds."""
 
 from onnxcompress.passes.fold_bn.fold_bn import FoldBatchNorm
 

@@ -1,4 +1,4 @@
-"""BatchNorm folded, and the graph in the form that layer-wise passes work on."""
+"""The preparation that the layer-wise passes share: BatchNorm folded, the graph in canonical form."""
 
 from __future__ import annotations
 
@@ -9,10 +9,13 @@ from onnxcompress.passes.fold_bn.fold_bn import FoldBatchNorm
 
 
 def fold_and_canonicalize(model: Model) -> list[Change]:
-    """Fold BatchNorm, then rewrite the graph (`graph.canonicalize`), in place; the outputs stay.
+    """Fold BatchNorm and canonicalize the graph (`graph.canonicalize`) in place; the outputs stay the same.
+
+    Args:
+        model: The model to change.
 
     Returns:
-        What changed, for the account of a pass.
+        The changes, for the result of the pass.
     """
     folded = FoldBatchNorm().apply(model).measured["folded"]
     changes = [Change(model.name, f"{folded} BatchNorms folded")] if folded else []

@@ -1,36 +1,40 @@
-"""Fold BatchNorm into the linear layer before it, or after it, and record what it knew of the data.
+"""Fold BatchNorm into the linear layer before or after it, and record the statistics that it holds.
 
 With the BatchNorm `n(x) = s x + t` per channel (`graph.batch_norm`; s = gamma / sqrt(variance + epsilon),
-t = beta - mean s) and a linear layer with weight W and offset b (`graph.linear_layer`), all in float64:
+t = beta - mean s) and a linear layer with weight W and bias b (`graph.linear_layer`), all in float64:
 
-    behind it   n(W x + b) = (s W) x + (s b + t)                       s along the output channels
-                n((W x + b) + a) = (s W) x + (s (b + a) + t)           an Add of a constant a between
-    before it   W n(x) + b = (W s) x + (b + W t)                       s along the input channels,
+    backward    n(W x + b) = (s W) x + (s b + t)                       s along the output channels
+                n((W x + b) + a) = (s W) x + (s (b + a) + t)           an Add of a constant a in between
+    forward     W n(x) + b = (W s) x + (b + W t)                       s along the input channels,
                                                                        W t summed over the kernel's taps
-The layer's bias takes the offset (Gemm: alpha stays, `beta C` becomes C). MatMul has none: the BatchNorm
-node turns into an Add, or the Add beside it takes it. Sources: Krishnamoorthi, arXiv 1806.08342, §3.2;
-Horton et al., arXiv 2011.09058, §3.1 for the record; the ONNX operator specification for the layouts.
 
-Legality (1 to 5 in `graph.batch_norm`, 6 and 7 in `graph.linear_layer`); everything else stays, with the
-reason:
- 8. what lies between layer and BatchNorm is read by nobody else: no second consumer (the bodies of If, Loop
-    and Scan count), no graph output;
+Backward is into the layer before the BatchNorm, forward into the layer after it. The layer's bias takes the
+offset (Gemm: alpha stays, `beta C` becomes C). A MatMul has no bias: the BatchNorm node turns into an Add,
+or an Add beside the MatMul takes the offset. Sources: Krishnamoorthi, arXiv 1806.08342, §3.2; Horton et
+al., arXiv 2011.09058, §3.1 for the record; the ONNX operator specification for the layouts.
+
+Legality (1 to 5 in `graph.batch_norm`, 6 and 7 in `graph.linear_layer`); every other BatchNorm stays, with
+the reason:
+ 8. nothing else reads the tensors between layer and BatchNorm: there is no second consumer (nodes in the
+    bodies of If, Loop and Scan count), and none of them is a graph output;
  9. the layer has as many channels as the BatchNorm;
-10. no other node reads the weight (its shape it may), or `copy_shared` allows to copy it (a shared bias
-    always gives way to an own one, as where there was none);
+10. no other node reads the weight (reading its shape is allowed), or `copy_shared` permits a copy of it (a
+    shared bias is always replaced by a bias of the layer's own);
 11. the bias is a constant, where it has to change;
 12. the new values are finite in the layer's type;
-13. before a layer: nothing pads it with zeros (they would not be normalized), or t = 0; of a ConvTranspose
-    all taps must reach every output (1x1, stride 1), or t = 0; a Gemm must not transpose its input.
-    A Flatten from axis 1 may lie between;
-14. before a layer: no channel's mean is more than 64 deviations from zero. The BatchNorm subtracts it at
-    once; folded, the layer sums terms that large, and the difference comes last, with their rounding.
+13. forward: the layer does not pad with zeros (they would not be normalized), or t = 0; all taps of a
+    ConvTranspose reach every output (1x1, stride 1), or t = 0; a Gemm does not transpose its input.
+    A Flatten from axis 1 may lie in between;
+14. forward: no channel's mean is more than 64 deviations from zero. A BatchNorm subtracts the mean first;
+    folded, the layer sums terms of that size, and the rounding errors of the large terms remain in the
+    small difference.
 
-A BatchNorm is folded backward where possible, else forward, again and again until none folds. Backward,
-the layer's output takes the name of the BatchNorm's, so graph outputs and the record stay valid. Forward,
-that tensor is gone: the record then holds the layer's new input, with the stored mean and deviation.
-Does not handle: BatchNorm inside the bodies of If, Loop, Scan and inside functions, or across Transpose,
-Reshape, pooling, Concat, Relu; a lone BatchNorm stays as it is: one node is the cheapest form of it.
+A BatchNorm is folded backward where possible, else forward, repeatedly until none folds any more. Backward,
+the layer's output takes the name of the BatchNorm's output, so graph outputs and the record stay valid.
+Forward, that tensor disappears: the record then holds the layer's new input, with the stored mean and
+deviation. Does not handle: BatchNorm inside the bodies of If, Loop and Scan and inside functions, or across
+Transpose, Reshape, pooling, Concat, Relu. A BatchNorm without a linear layer beside it stays as it is: one
+node is its cheapest form.
 """
 
 from __future__ import annotations
@@ -77,9 +81,15 @@ class FoldBatchNorm(Pass):
     copy_shared: bool = option(False, "Fold a weight that several layers share by copying it.")
 
     def apply(self, model: Model, progress: Progress = silent) -> PassResult:
-        """Fold every BatchNorm of the main graph that can be; the others come back as refusals.
+        """Fold every BatchNorm of the main graph that can be folded; the others come back as refusals.
 
-        `measured`: numbers of BatchNorms `folded` and `left`, and of tensors `recorded`.
+        Args:
+            model: The model to change.
+            progress: Called with the stage, the BatchNorms folded and the BatchNorms in all.
+
+        Returns:
+            The result; `measured` has the numbers of BatchNorms `folded` and `left`, and of tensors
+            `recorded`.
         """
         result = PassResult(refusals=list(_in_bodies(model)))
         nodes = [node for node in model.graph.nodes if is_batch_norm(node)]
@@ -101,7 +111,7 @@ class FoldBatchNorm(Pass):
 
 @dataclass
 class _Folding:
-    """One application of the pass."""
+    """The state of one application of the pass."""
 
     model: Model
     copy_shared: bool
@@ -110,7 +120,14 @@ class _Folding:
     ranks: dict[str, int] | None = field(default=None)
 
     def rank(self, tensor: gs.Tensor) -> int | None:
-        """Rank of a tensor of the graph as it was: folding changes none. Inferred when first needed."""
+        """Look up the rank of a tensor; folding changes no rank, and ranks are inferred when first needed.
+
+        Args:
+            tensor: A tensor of the graph.
+
+        Returns:
+            Its number of axes, or None where it is unknown.
+        """
         if is_op(producer(tensor), "Flatten", "Gemm"):
             return 2
         if self.ranks is None:
@@ -119,7 +136,7 @@ class _Folding:
 
 
 def _fold_all(work: _Folding, nodes: list[gs.Node], progress: Progress) -> list[Refusal]:
-    """Fold until nothing folds any more; returns why the others stay."""
+    """Fold until nothing folds any more; return the reasons of those that stay."""
     total = len(nodes)
     while True:
         refusals, left = [], []
@@ -136,7 +153,7 @@ def _fold_all(work: _Folding, nodes: list[gs.Node], progress: Progress) -> list[
 
 
 def _fold(work: _Folding, node: gs.Node) -> Refusal | None:
-    """Fold one BatchNorm backward or forward, or say why not."""
+    """Fold one BatchNorm backward or forward, or return the reason against it."""
     norm = read_batch_norm(work.model, node)
     if isinstance(norm, Refusal):
         return norm
@@ -145,7 +162,7 @@ def _fold(work: _Folding, node: gs.Node) -> Refusal | None:
     behind = into_preceding.fold(work.model, norm, work.copy_shared, work.rank)
     if isinstance(behind, str):
         work.result.changes.append(Change(label, behind))
-        for name in between:  # gone, or scaled
+        for name in between:  # these tensors are gone, or scaled
             work.record.pop(name, None)
         return None
     ahead = into_following.fold(work.model, norm, work.copy_shared, work.rank)
@@ -167,7 +184,7 @@ def _lone(node: gs.Node) -> Refusal:
 
 
 def _in_bodies(model: Model) -> Iterator[Refusal]:
-    """BatchNorms of subgraphs and functions."""
+    """Refuse the BatchNorms inside subgraphs and functions."""
     for graph in model.graph.subgraphs(recursive=True):
         for node in filter(is_batch_norm, graph.nodes):
             rule = f"it is inside {graph.name!r}, the body of an If, Loop or Scan"

@@ -1,4 +1,4 @@
-"""BatchNorm before a linear layer: `W n(x) + b = (W s) x + (b + W t)`. See `fold_bn`."""
+"""Fold BatchNorm forward: `W n(x) + b = (W s) x + (b + W t)`. See `fold_bn`."""
 
 from __future__ import annotations
 
@@ -18,23 +18,33 @@ from onnxcompress.graph.query import attribute, is_op, is_output, node_label, on
 from onnxcompress.model import Model
 
 FARTHEST_MEAN = 64
-"""In deviations: folding forward loses at most its 6 binary digits of 24 (rule 14)."""
+"""Deviations from zero: folding forward then loses at most 6 of the 24 binary digits (rule 14)."""
 
 
 @dataclass(frozen=True)
 class _Match:
-    """BatchNorm, perhaps a Flatten, linear layer."""
+    """A BatchNorm, possibly a Flatten, and the linear layer after them."""
 
     layer: Linear
     reader: gs.Node
-    """Who reads the BatchNorm: the layer's node or the Flatten."""
+    """The node that reads the BatchNorm: the layer's or the Flatten."""
     scale: np.ndarray
     shift: np.ndarray
     """(input channels of the layer,), float64."""
 
 
 def fold(model: Model, norm: BatchNorm, copy_shared: bool, rank: Rank) -> str | Refusal | None:
-    """Fold into the layer behind. Returns what was done, why not, or None: no linear layer is there."""
+    """Fold a BatchNorm into the linear layer after it.
+
+    Args:
+        model: The model to change.
+        norm: The BatchNorm.
+        copy_shared: Whether a weight that several layers share may be copied.
+        rank: Returns the number of axes of a tensor, or None where it is unknown.
+
+    Returns:
+        What was done, the reason against it, or None where no linear layer follows.
+    """
     match = _match(model, norm, rank)
     if not isinstance(match, _Match):
         return match
@@ -100,13 +110,13 @@ def _match(model: Model, norm: BatchNorm, rank: Rank) -> _Match | Refusal | None
 
 
 def _reader(model: Model, tensor: gs.Tensor) -> gs.Node | None:
-    """The one reader of the tensor, if it is a node of the main graph."""
+    """Return the only reader of the tensor, if it is a node of the main graph."""
     reader = only_consumer(model, tensor)
     return None if reader is None or model.in_body(reader) else reader
 
 
 def _not_alone(model: Model, label: str, output: gs.Tensor) -> Refusal | None:
-    """Rule 8: a linear layer reads the output, but others see it, too."""
+    """Refuse by rule 8: a linear layer reads the output, but it is not the only reader."""
     if not any(is_op(node, *LINEAR_OPS) for node in output.outputs):
         return None
     if is_output(model, output):
@@ -119,7 +129,15 @@ def _not_alone(model: Model, label: str, output: gs.Tensor) -> Refusal | None:
 
 
 def is_uneven(node: gs.Node, weight: np.ndarray) -> bool:
-    """Whether a constant input may give an output that varies along the spatial axes (rule 13)."""
+    """Return whether a constant input may give an output that varies along the spatial axes (rule 13).
+
+    Args:
+        node: A linear layer.
+        weight: Its weight, (outputs, inputs, taps…) or with both swapped.
+
+    Returns:
+        Whether it does: zeros pad the input, or not all taps reach every output.
+    """
     if node.op not in ("Conv", "ConvTranspose"):
         return False
     pointwise = math.prod(weight.shape[2:]) == 1
@@ -133,7 +151,16 @@ def is_uneven(node: gs.Node, weight: np.ndarray) -> bool:
 
 
 def add_behind(model: Model, layer: Linear, response: np.ndarray) -> str:
-    """Add the response to a MatMul's output: in the Add of a constant that follows, else in a new one."""
+    """Add an offset to the output of a MatMul, in the Add of a constant that follows it or in a new Add.
+
+    Args:
+        model: The model to change.
+        layer: The MatMul.
+        response: The offset of each output channel, (output channels,), float64.
+
+    Returns:
+        What was done, to be appended to the text of a change.
+    """
     node, offset = layer.node, layer.spread(response)
     output = node.outputs[0]
     add = _reader(model, output)

@@ -1,4 +1,4 @@
-"""BatchNorm behind a linear layer: `n(W x + b + a) = (s W) x + (s (b + a) + t)`. See `fold_bn`."""
+"""Fold BatchNorm backward: `n(W x + b + a) = (s W) x + (s (b + a) + t)`. See `fold_bn`."""
 
 from __future__ import annotations
 
@@ -19,17 +19,27 @@ from onnxcompress.model import Model
 
 @dataclass(frozen=True)
 class _Match:
-    """Linear layer, perhaps an Add of a constant, BatchNorm."""
+    """A linear layer, possibly an Add of a constant, and the BatchNorm after them."""
 
     layer: Linear
     add: gs.Node | None
     constant_at: int
     constant: np.ndarray | None
-    """What the Add adds, float64, as it broadcasts."""
+    """The constant of the Add, float64, in a shape that broadcasts."""
 
 
 def fold(model: Model, norm: BatchNorm, copy_shared: bool, rank: Rank) -> str | Refusal | None:
-    """Fold into the layer before. Returns what was done, why not, or None: no linear layer is there."""
+    """Fold a BatchNorm into the linear layer before it.
+
+    Args:
+        model: The model to change.
+        norm: The BatchNorm.
+        copy_shared: Whether a weight that several layers share may be copied.
+        rank: Returns the number of axes of a tensor, or None where it is unknown.
+
+    Returns:
+        What was done, the reason against it, or None where no linear layer comes before.
+    """
     match = _match(model, norm, rank)
     if not isinstance(match, _Match):
         return match
@@ -105,7 +115,7 @@ def _match(model: Model, norm: BatchNorm, rank: Rank) -> _Match | Refusal | None
 
 
 def _take_over(model: Model, last: gs.Node, norm: gs.Node, unneeded: list[gs.Node]) -> None:
-    """Let the output of `last` be the BatchNorm's, and remove that."""
+    """Make `last` produce the BatchNorm's output, and remove the BatchNorm."""
     output = norm.outputs[0]
     norm.outputs.clear()
     last.outputs[0] = output
@@ -113,7 +123,7 @@ def _take_over(model: Model, last: gs.Node, norm: gs.Node, unneeded: list[gs.Nod
 
 
 def _become_add(model: Model, norm: gs.Node, offset: np.ndarray, base: str) -> None:
-    """Turn the BatchNorm node into an Add of a constant, at its place."""
+    """Turn the BatchNorm node into an Add of a constant, in its place."""
     data, *parameters = list(norm.inputs)
     while len(norm.outputs) > 1:
         norm.outputs.pop()

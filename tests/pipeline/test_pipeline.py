@@ -370,7 +370,7 @@ def test_a_pass_of_another_package(
     plugin: Path, models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["--help"]) == 0
-    assert "Of the package signing." in capsys.readouterr().out
+    assert "From the package signing." in capsys.readouterr().out
     assert "signing" not in sys.modules
     assert load_pass("fold-bn") is FoldBatchNorm
     for name, message in (("sing", "no Pass of that name"), ("broken", "cannot be imported")):
