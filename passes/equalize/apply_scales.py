@@ -1,4 +1,4 @@
-"""Scales become weights, biases, constants, bounds, Mul nodes and the record. See `equalize`."""
+"""Apply scales to weights, biases, constants, bounds and the record, and add Mul nodes. See `equalize`."""
 
 from __future__ import annotations
 
@@ -21,18 +21,27 @@ from onnxcompress.statistics.record import ChannelStatistics, read_record, write
 
 @dataclass(frozen=True)
 class NewValues:
-    """What one layer or one operator with a constant gets."""
+    """The new values of one layer, or of one operator with a constant operand."""
 
     layer: Layer | None
     offset: Offset | None
     weight: np.ndarray
-    """Or the constant."""
+    """The new weight, or the new constant."""
     bias: np.ndarray | None
-    """As it broadcasts onto the output; None: it stays."""
+    """The new bias in a shape that broadcasts onto the output; None: it stays."""
 
 
 def scaled_weight(linear: Linear, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
-    """The weight with its rows multiplied and its columns divided, float64, as stored."""
+    """Multiply the rows of a weight and divide its columns.
+
+    Args:
+        linear: The layer.
+        rows: Factor of each output channel, (output channels,).
+        columns: Divisor of each input channel, (input channels,).
+
+    Returns:
+        The new weight in the layout of the stored one, float64.
+    """
     weight = linear.weight.astype(np.float64)
     view = linear.view(weight)
     view *= rows.reshape(linear.groups, -1, 1, 1)
@@ -43,7 +52,17 @@ def scaled_weight(linear: Linear, rows: np.ndarray, columns: np.ndarray) -> np.n
 def new_values(
     model: Model, flow: Flow, balance: Balance, scales: np.ndarray
 ) -> tuple[list[NewValues], dict[int, Refusal]]:
-    """New values of all that changes; or the channel groups that their type cannot hold, and why."""
+    """Compute the new values of everything that the scales change.
+
+    Args:
+        model: The model; it is not changed.
+        flow: Its channel groups.
+        balance: The scales of its layers.
+        scales: Log of the scale of each channel group, (groups,); 0 where none is shared.
+
+    Returns:
+        The new values, and channel group -> refusal where a value does not fit its type.
+    """
     found: list[NewValues] = []
     barred: dict[int, Refusal] = {}
     for at, layer in enumerate(flow.layers):
@@ -73,7 +92,7 @@ def new_values(
 
 
 def _holds(old: np.ndarray, new: np.ndarray) -> bool:
-    """Whether no value overflowed, and none but the tiniest lost digits."""
+    """Return whether no value overflowed, and none but the tiniest lost digits."""
     tiny = np.finfo(new.dtype).tiny
     lost = (np.abs(new) < tiny) & (np.abs(old) > tiny / np.finfo(new.dtype).eps)
     return bool(np.isfinite(new).all() and not lost.any())
@@ -85,7 +104,7 @@ def _overflow(node: gs.Node, values: np.ndarray) -> Refusal:
 
 
 def _scaled_constant(old: np.ndarray, scales: np.ndarray) -> np.ndarray:
-    """A constant times the scales (log) of the channels that it meets; as small as it broadcasts."""
+    """Multiply a constant by the scales (log) of its channels, in the smallest shape that broadcasts."""
     with np.errstate(over="ignore"):
         new = np.asarray(old.astype(np.float64) * np.exp(scales)).astype(old.dtype)
     if new.size == old.size:
@@ -94,7 +113,12 @@ def _scaled_constant(old: np.ndarray, scales: np.ndarray) -> np.ndarray:
 
 
 def write_values(model: Model, values: list[NewValues]) -> None:
-    """Put the new weights, biases and constants into the graph."""
+    """Write the new weights, biases and constants into the graph.
+
+    Args:
+        model: The model to change.
+        values: The new values, as from `new_values`.
+    """
     for new in values:
         if new.layer is not None:
             linear = new.layer.linear
@@ -110,7 +134,16 @@ def write_values(model: Model, values: list[NewValues]) -> None:
 
 
 def write_bounds(model: Model, bounds: list[Bounds], scales: np.ndarray) -> list[Change]:
-    """Make Relu or Max, and Min, with a bound for each channel, of each Clip whose channels are scaled."""
+    """Replace each Clip whose channels are scaled by Relu or Max, and Min, with one bound per channel.
+
+    Args:
+        model: The model to change.
+        bounds: Its Clip nodes whose channels may be scaled.
+        scales: Log of the scale of each channel group, (groups,).
+
+    Returns:
+        The changes.
+    """
     changes = []
     for clip in bounds:
         if not scales[clip.labels].any():
@@ -128,7 +161,7 @@ def write_bounds(model: Model, bounds: list[Bounds], scales: np.ndarray) -> list
 
 
 def _become(model: Model, node: gs.Node, steps: list[tuple[str, np.ndarray]]) -> str:
-    """Turn a Clip into these operators, one after the other; the last one makes the Clip's output."""
+    """Turn a Clip into these operators in a chain, the last of which produces the Clip's output."""
     output, name = node.outputs[0], node.name
     parameters = [node.inputs.pop() for _ in node.inputs[1:]]
     node.attrs.clear()
@@ -153,12 +186,21 @@ def _become(model: Model, node: gs.Node, steps: list[tuple[str, np.ndarray]]) ->
 
 
 def write_products(model: Model, flow: Flow, balance: Balance) -> list[Change]:
-    """Add a Mul behind or before a layer where its scales of loose channels do not cancel."""
+    """Add a Mul after or before each layer whose own scales do not cancel with those of its neighbours.
+
+    Args:
+        model: The model to change.
+        flow: Its channel groups.
+        balance: The scales of its layers.
+
+    Returns:
+        The changes.
+    """
     changes = []
     for at, layer in enumerate(flow.layers):
         node = layer.linear.node
-        rows = np.where(balance.loose[layer.writes], -balance.writes(at), 0.0)
-        columns = np.where(balance.loose[layer.reads], balance.reads(at), 0.0)
+        rows = np.where(balance.per_layer_scale[layer.writes], -balance.writes(at), 0.0)
+        columns = np.where(balance.per_layer_scale[layer.reads], balance.reads(at), 0.0)
         if rows.any():
             output = node.outputs[0]
             inner = gs.Variable(unique_name(model, f"{output.name}_scaled"), output.dtype, output.shape)
@@ -178,7 +220,7 @@ def write_products(model: Model, flow: Flow, balance: Balance) -> list[Change]:
 def _insert(
     model: Model, linear: Linear, source: gs.Tensor, target: gs.Tensor, scales: np.ndarray, *, behind: bool
 ) -> None:
-    """A Mul by exp(scales) from source to target, beside the layer's node."""
+    """Insert a Mul by exp(scales) from source to target, next to the layer's node."""
     node = linear.node
     values = linear.spread(np.exp(scales)).astype(linear.weight.dtype)
     constant = gs.Constant(unique_name(model, f"{target.name}_scale"), values)
@@ -190,7 +232,16 @@ def _insert(
 
 
 def write_statistics(model: Model, flow: Flow, scales: np.ndarray) -> int:
-    """Let the record follow; returns how many tensors' statistics changed."""
+    """Multiply the recorded statistics by the scales of their channels.
+
+    Args:
+        model: The model to change.
+        flow: Its channel groups.
+        scales: Log of the scale of each channel group, (groups,).
+
+    Returns:
+        The number of tensors whose statistics changed or, where scales vary within a channel, were removed.
+    """
     record = read_record(model)
     changed = 0
     for name, known in list(record.items()):
@@ -211,7 +262,7 @@ def write_statistics(model: Model, flow: Flow, scales: np.ndarray) -> int:
 
 
 def _per_channel(factor: Labels, channels: int) -> np.ndarray | None:
-    """One number for each channel of axis 1; None where it varies over other axes."""
+    """Reduce factors to one number per channel of axis 1; None where they vary over other axes."""
     first = factor.reshape(*factor.shape[:2], -1)[0, :, :1]
     if (factor.reshape(*factor.shape[:2], -1)[0] != first).any() or len(first) not in (1, channels):
         return None

@@ -4,24 +4,25 @@ Between a linear layer 2 and its reader 1, `W₁ φ(W₂ x + b₂) + b₁`, with
 
     W₂ row c ·= s_c      b₂[c] ·= s_c      W₁ column c /= s_c          leaves the function what it was.
 
-`_equalize_flow` finds which channels must have the same scale: pairs, depthwise triples, the writers and
-readers of a residual stream or of a Concat. `_equalize_solve` finds the scales that give weights the best
-precision for one scale per tensor, of all layers at once, to convergence. Sources: Nagel et al.,
-Data-Free Quantization through Weight Equalization and Bias Correction (ICCV 2019), §4.1; Horton et al.,
-Layer-Wise Data-Free CNN Compression (arXiv 2011.09058), §3.2.
+`graph.channel_groups` finds the channels that must have the same scale: pairs, depthwise triples, the
+writers and readers of a residual stream or of a Concat. `scales` finds the scales with which weights lose
+the least precision under one scale per tensor, for all layers at once, to convergence. Sources: Nagel et
+al., Data-Free Quantization through Weight Equalization and Bias Correction (ICCV 2019), §4.1; Horton et
+al., Layer-Wise Data-Free CNN Compression (arXiv 2011.09058), §3.2.
 
-A channel group is left alone, with the reason, where (the code names it a bar):
- 1. it reaches an operator that no scale passes (Sigmoid, HardSwish, Softmax, BatchNormalization: fold it
-    first), one without a rule, an input or output of the model, or the body of an If, Loop or Scan;
- 2. it reaches a Clip to a bound that is not 0 (ReLU6). `clip="per-channel"` makes min(max(x, s low), s
-    high) of it, which is exact, with one bound for each channel in a Min: one more operator, which
-    onnxruntime does not fuse as it does a Clip;
+A channel group is left alone, with the reason, where (the code calls such a group barred):
+ 1. it reaches an operator that does not commute with a scale (Sigmoid, HardSwish, Softmax,
+    BatchNormalization: fold it first), one without a rule, an input or output of the model, or the body of
+    an If, Loop or Scan;
+ 2. it reaches a Clip with a bound that is not 0 (ReLU6). `clip="per-channel"` rewrites it exactly as
+    min(max(x, s low), s high), with one bound per channel: one more operator, a Min, which onnxruntime does
+    not fuse as it does a Clip;
  3. the weight of a writer or reader is computed, shared or of 16 bits, or a writer's bias is computed;
  4. a scaled value would leave the range of its type.
 
-`assumption_free`: layers that meet in such a group, 3 and 4 apart, are equalized all the same, and a Mul
-of one number for each channel behind the writer, and one before the reader, undo it.
-`assumption_free_scales` gives such scales for all layers without changing the graph.
+`assumption_free`: layers that meet in such a group, except by 3 and 4, are equalized all the same, and two
+Mul nodes with one number per channel, after the writer and before the reader, undo the scales.
+`assumption_free_scales` returns such scales for all layers without changing the graph.
 
 Arithmetic is in float64. The record follows: statistics of a tensor are multiplied by its channels' scales.
 Does not handle: several scales per tensor; activations: equal weight ranges may make those of activations
@@ -71,16 +72,22 @@ class Equalize(Pass):
     )
 
     def apply(self, model: Model, progress: Progress = silent) -> PassResult:
-        """Equalize in place; what was left alone comes back as refusals.
+        """Equalize in place; the channel groups that were left alone come back as refusals.
 
-        `measured`: `layers`; streams `equalized`; `sweeps` until the scales `converged`; `largest_scale`;
-        `lost_bits` before and after: what one scale for a layer's weights costs the mean channel, in
-        binary digits; `nodes_added`; `recorded`, tensors whose statistics followed.
+        Args:
+            model: The model to change.
+            progress: Called with the stage, the sweeps done and the sweeps at most.
+
+        Returns:
+            The result. `measured` has the numbers of `layers`, of groups of layers `equalized`, of `sweeps`
+            until the scales `converged`, of `nodes_added` and of tensors `recorded` anew; the
+            `largest_scale`; and `lost_bits` before and after: the binary digits that one scale for a
+            layer's weights costs the average channel.
         """
         flow = trace(model, scale_clips=self.clip == "per-channel")
         while True:
-            tied, loose = self._groups(flow)
-            balance = Balance(flow, tied, loose)
+            shared_scale, per_layer_scale = self._groups(flow)
+            balance = Balance(flow, shared_scale, per_layer_scale)
             before = balance.lost_bits()
             balance.solve(progress)
             balance.settle()
@@ -103,16 +110,16 @@ class Equalize(Pass):
         return result
 
     def _groups(self, flow: Flow) -> tuple[np.ndarray, np.ndarray]:
-        """Masks over channel groups: those with one scale, and those where each layer gets its own."""
+        """Mask the channel groups that get one shared scale, and those where each layer gets its own."""
         met = _meeting(flow)
         free = np.ones(flow.count, bool)
         free[list(flow.barred)] = False
-        loose = met & ~free
+        per_layer_scale = met & ~free
         for layer in flow.layers:
             if not layer.scalable:
-                loose[layer.reads] = loose[layer.writes] = False
-        loose[list(flow.overflow)] = False
-        return free, loose & self.assumption_free
+                per_layer_scale[layer.reads] = per_layer_scale[layer.writes] = False
+        per_layer_scale[list(flow.overflow)] = False
+        return free, per_layer_scale & self.assumption_free
 
 
 @dataclass(frozen=True)
@@ -126,15 +133,22 @@ class LayerScales:
 
 
 def assumption_free_scales(model: Model, *, shared: bool = True) -> dict[str, LayerScales]:
-    """Scales that make magnitudes of weights comparable within and between layers, whatever lies between.
+    """Find scales that make weight magnitudes comparable within and between layers of any topology.
 
-    By name of the layer's output tensor; the graph stays as it is. Layers whose weight is computed or
-    shared are absent. W' is `equalized_weight`, b' is b / outputs; zeros of W' are zeros of W.
+    The graph stays as it is. The scales give the equalized weight W' (`equalized_weight`) and the bias b' =
+    b / outputs of each layer; zeros of W' are zeros of W. Measured: magnitude pruning across layers loses
+    less with shared scales, rounding to one scale per tensor loses less with separate ones.
 
-    `shared`: layers that write or read the same channel (a residual stream) have one scale for it there, so
-    the writers' relative sizes stay. Else each layer has its own, as Horton et al. have it. Measured with
-    magnitude pruning across layers, shared scales lose less; with weights rounded to one scale per tensor,
-    own ones.
+    Source: Horton et al., Layer-Wise Data-Free CNN Compression (arXiv 2011.09058), §3.2.
+
+    Args:
+        model: The model.
+        shared: Whether layers that write or read the same channel (a residual stream) get one scale for it,
+            which keeps the writers' relative sizes. Otherwise each layer gets its own, as in the source.
+
+    Returns:
+        Name of the layer's output tensor -> its scales. Layers whose weight is computed or shared are
+        absent.
     """
     flow = trace(model)
     met, none = _meeting(flow), np.zeros(flow.count, bool)
@@ -148,17 +162,25 @@ def assumption_free_scales(model: Model, *, shared: bool = True) -> dict[str, La
 
 
 def equalized_weight(linear: Linear, scales: LayerScales) -> np.ndarray:
-    """W' of `assumption_free_scales`: the weight as stored, in float64, with its scales taken out."""
+    """Compute W' of `assumption_free_scales`: the weight with its scales taken out.
+
+    Args:
+        linear: The layer.
+        scales: Its scales.
+
+    Returns:
+        The new weight in the layout of the stored one, float64.
+    """
     return edits.scaled_weight(linear, 1 / scales.outputs, scales.inputs)
 
 
 def _running(model: Model) -> int:
-    """Nodes that compute something at run time."""
+    """Count the nodes that compute something at run time."""
     return sum(node.op != "Constant" for node in model.graph.nodes)
 
 
 def _meeting(flow: Flow) -> np.ndarray:
-    """Mask over channel groups: those that some layer writes and some layer reads."""
+    """Mask the channel groups that at least one layer writes and at least one layer reads."""
     met = np.zeros((2, flow.count), bool)
     for layer in flow.layers:
         met[0, layer.writes] = met[1, layer.reads] = True
@@ -166,7 +188,7 @@ def _meeting(flow: Flow) -> np.ndarray:
 
 
 def _sides(stream: list[Side]) -> tuple[list[Side], list[Side]]:
-    """Writers and readers."""
+    """Separate writers from readers."""
     return [s for s in stream if not s.reads], [s for s in stream if s.reads]
 
 
@@ -174,7 +196,7 @@ def _changes(flow: Flow, balance: Balance) -> list[Change]:
     changes = []
     for stream in balance.streams:
         writers, readers = _sides(stream)
-        if any(side.shift[balance.tied[side.labels]].any() for side in stream):
+        if any(side.shift[balance.shared_scale[side.labels]].any() for side in stream):
             label = node_label(flow.layers[writers[0].layer].linear.node)
             count = f"{len(writers)} layer{'s' * (len(writers) > 1)}"
             changes.append(Change(label, f"{count} equalized with {len(readers)} that read the output"))
@@ -182,14 +204,18 @@ def _changes(flow: Flow, balance: Balance) -> list[Change]:
 
 
 def _refusals(flow: Flow, balance: Balance) -> list[Refusal]:
-    """One for each stream with channels that neither kind of scale was found for."""
+    """Refuse each stream with channels that no scale was found for."""
     found = []
     for stream in balance.all_streams:
         writers, readers = _sides(stream)
         if not writers:
             continue
         labels = np.unique(np.concatenate([side.unique for side in writers]))
-        barred = [label for label in labels.tolist() if label in flow.barred and not balance.loose[label]]
+        barred = [
+            label
+            for label in labels.tolist()
+            if label in flow.barred and not balance.per_layer_scale[label]
+        ]
         bar = flow.barred[barred[0]] if barred else None
         if bar is None or not (readers or flow.ended.intersection(barred)):
             continue

@@ -1,15 +1,16 @@
-"""Levels of layers that meet, by least squares. See `_equalize_solve`.
+"""Solve for the levels of layers that meet, by least squares. See `scales`.
 
-Unknown are the levels y, one for each tied stream and one for each side of a loose one. The log ranges of
-both sides of a layer move by y(rows) - y(columns). What must vanish, given the ranges t of the sides:
+The unknowns are the levels y: one for each stream with a shared scale, and one for each side of a stream
+with per-layer scales. The log ranges of both sides of a layer move by y(rows) - y(columns). Given the log
+ranges t of the sides, the following must vanish:
 
-    tied     mean over readers of t  -  mean over writers of t          one row a stream
-    loose    t of each side  -  mean over all sides of t                one row a side
+    shared scale       mean over readers of t  -  mean over writers of t          one equation per stream
+    per-layer scale    t of each side  -  mean over all sides of t                one equation per side
 
-Each side is in at most one stream, so both maps and their transposes cost one pass over the sides, and
-the system is solved by LSMR (Fong & Saunders, 2011), which takes no matrix. From zero it goes to the
-solution of least norm. Levels change no layer's precision, so an end before the last digit, as on
-thousands of layers in a row, costs nothing.
+Each side is in at most one stream, so both maps and their transposes cost one pass over the sides, and the
+system is solved by LSMR (Fong & Saunders, 2011), which needs no matrix. Started at zero, it converges to
+the solution of least norm. Levels change no layer's precision, so it costs nothing to stop before the last
+digit, as happens with thousands of layers in a row.
 """
 
 from __future__ import annotations
@@ -20,80 +21,96 @@ from dataclasses import dataclass
 import numpy as np
 
 RELATIVE_TOLERANCE = 1e-11
-"""What may be left of the gradient, relative to the system and the residual."""
+"""Size of the gradient, relative to the system and the residual, at which the solver stops."""
 STEPS = 2000
+"""Iterations of the solver, at most."""
 
 
 @dataclass(frozen=True)
 class Meeting:
-    """The sides, two for each layer in turn (rows, columns), that meet in one stream."""
+    """The sides that meet in one stream; side 2i is the rows of layer i, side 2i + 1 its columns."""
 
     sides: Sequence[int]
-    tied: bool
+    shared_scale: bool
 
 
 class LevelSystem:
-    """`solve` gives what equalizes the largest ranges of layers that meet."""
+    """The linear system whose solution equalizes the largest ranges of layers that meet."""
 
     def __init__(self, unknown: np.ndarray, signs: np.ndarray, meetings: Sequence[Meeting]) -> None:
-        """unknown: (sides,) number of each side's level, -1: none. signs: (sides,) 1 rows, -1 columns."""
+        """Set up the system.
+
+        Args:
+            unknown: Number of the level of each side, (sides,); -1: it has none.
+            signs: 1 for rows, -1 for columns, (sides,).
+            meetings: The streams, each side in one of them at most.
+        """
         self.unknown, self.signs = unknown, signs
         self.moves = np.flatnonzero(unknown >= 0)
         self.count = int(unknown.max(initial=-1)) + 1
         self.group = np.full(len(unknown), -1)
         self.weight = np.zeros(len(unknown))
-        loose = np.zeros(len(unknown), np.bool_)
+        per_layer_scale = np.zeros(len(unknown), np.bool_)
         self.groups = len(meetings)
         for at, meeting in enumerate(meetings):
             members = np.array(meeting.sides)
             self.group[members] = at
-            if meeting.tied:
+            if meeting.shared_scale:
                 reads = signs[members] < 0
                 self.weight[members] = np.where(reads, 1 / max(reads.sum(), 1), -1 / max((~reads).sum(), 1))
             else:
                 self.weight[members] = 1 / len(members)
-                loose[members] = True
-        self.loose = np.flatnonzero(loose)
-        self.tied = np.flatnonzero((self.group >= 0) & ~loose)
+                per_layer_scale[members] = True
+        self.per_layer_scale = np.flatnonzero(per_layer_scale)
+        self.shared_scale = np.flatnonzero((self.group >= 0) & ~per_layer_scale)
 
     def solve(self, tops: np.ndarray) -> np.ndarray:
-        """(sides,) the level of each side, 0 where it has none; tops: (sides,) log of the largest range."""
+        """Solve for the levels by LSMR (Fong & Saunders, 2011).
+
+        Args:
+            tops: Log of the largest range of each side, (sides,).
+
+        Returns:
+            The level of each side, (sides,); 0 where it has none.
+        """
         from scipy.sparse.linalg import LinearOperator, lsmr
 
-        shape = (self.groups + len(self.loose), self.count)
+        shape = (self.groups + len(self.per_layer_scale), self.count)
         moved = LinearOperator(
             shape, lambda y: self._unequal(self._moved(y)), rmatvec=self._back, dtype=np.float64
         )
         unequal = self._unequal(tops)
         y = lsmr(moved, -unequal, atol=RELATIVE_TOLERANCE, btol=0.0, conlim=0.0, maxiter=STEPS)[0]
-        found = np.zeros(len(self.unknown))
-        found[self.moves] = y[self.unknown[self.moves]]
-        return found
+        levels = np.zeros(len(self.unknown))
+        levels[self.moves] = y[self.unknown[self.moves]]
+        return levels
 
     def _moved(self, y: np.ndarray) -> np.ndarray:
-        """(sides,) by how much the levels move the ranges."""
+        """Compute by how much the levels move the ranges, (sides,)."""
         own = np.zeros(len(self.unknown))
         own[self.moves] = self.signs[self.moves] * y[self.unknown[self.moves]]
         return np.repeat(own.reshape(-1, 2).sum(1), 2)
 
     def _unequal(self, ranges: np.ndarray) -> np.ndarray:
-        """(groups + loose sides,) what must vanish."""
-        means = np.bincount(self.group[self.tied], (self.weight * ranges)[self.tied], self.groups)
-        return np.concatenate([means, self._centred(ranges)[self.loose]])
+        """Compute what must vanish, (streams + sides with per-layer scales,)."""
+        means = np.bincount(
+            self.group[self.shared_scale], (self.weight * ranges)[self.shared_scale], self.groups
+        )
+        return np.concatenate([means, self._centred(ranges)[self.per_layer_scale]])
 
     def _back(self, residual: np.ndarray) -> np.ndarray:
-        """(levels,) the transpose of `_unequal` after `_moved`."""
+        """Apply the transpose of `_unequal` after `_moved`, (levels,)."""
         ranges = np.zeros(len(self.unknown))
-        ranges[self.loose] = residual[self.groups :]
+        ranges[self.per_layer_scale] = residual[self.groups :]
         ranges = self._centred(ranges)
-        ranges[self.tied] = self.weight[self.tied] * residual[self.group[self.tied]]
+        ranges[self.shared_scale] = self.weight[self.shared_scale] * residual[self.group[self.shared_scale]]
         ranges = self.signs * np.repeat(ranges.reshape(-1, 2).sum(1), 2)
         return np.bincount(self.unknown[self.moves], ranges[self.moves], self.count)
 
     def _centred(self, ranges: np.ndarray) -> np.ndarray:
-        """(sides,) those of loose streams less their mean, 0 elsewhere."""
-        found = np.zeros(len(ranges))
-        at = self.loose
+        """Subtract the stream's mean from sides with per-layer scales, (sides,); 0 elsewhere."""
+        centred = np.zeros(len(ranges))
+        at = self.per_layer_scale
         means = np.bincount(self.group[at], (self.weight * ranges)[at], self.groups)
-        found[at] = ranges[at] - means[self.group[at]]
-        return found
+        centred[at] = ranges[at] - means[self.group[at]]
+        return centred

@@ -1,23 +1,24 @@
-"""The scales that equalize layers: one for each channel group, or one for each layer that meets there.
+"""The scales that equalize layers: one shared by a channel group, or one for each layer that meets there.
 
-Write r for the largest magnitude in a writer's row or a reader's column, at the scales so far, and R for
-the layer's largest. Nagel et al. (ICCV 2019, §4.1) maximize the sum over channels c of (r_w,c / R_w)
+Let r be the largest magnitude in a writer's row or a reader's column, at the current scales, and R the
+largest of the whole layer. Nagel et al. (ICCV 2019, §4.1) maximize the sum over channels c of (r_w,c / R_w)
 (r_r,c / R_r) for one writer w and one reader r, and find
 
     s_c = √(r_w,c · r_r,c) / r_w,c = √(r_r,c / r_w,c)          row c ·= s_c,  column c /= s_c
 
-That is two things: a pattern over c, of r relative to R, and a level, the same for all c, which changes no
-layer's precision. With many writers and readers (a residual stream) the pattern is the same formula with
-the largest relative range among the writers and among the readers, for a scale that serves a whole tensor
-is set by the largest; the level takes geometric means over writers and over readers:
+This has two parts: a pattern over c, which follows r relative to R, and a level, the same for all c, which
+changes no layer's precision. With many writers and readers (a residual stream) the pattern is the same
+formula with the largest relative range among the writers and among the readers, because the scale of a
+whole tensor is set by its largest value; the level takes geometric means over writers and over readers:
 
     s_c = √( max_r r_r,c/R_r  /  max_w r_w,c/R_w ) · √( mean_r R_r / mean_w R_w )
 
-which for a pair is Nagel's s_c again. Levels do not act on patterns, and follow from a linear system.
+which for a pair is Nagel's s_c again. Levels do not act on patterns, and follow from a linear system
+(`level_solver`).
 
-Loose channels (Horton et al., arXiv 2011.09058, §3.2): every layer that writes or reads them has a scale
-of its own, and all get the geometric means of their patterns and of their levels; for one writer and one
-reader, both scales are s_c once more: the method's v₂ᵒ and v₁ⁱ.
+Per-layer scales (Horton et al., arXiv 2011.09058, §3.2): every layer that writes or reads the channels has
+a scale of its own, and all are brought to the geometric means of their patterns and of their levels; for
+one writer and one reader both scales are s_c again: the method's v₂ᵒ and v₁ⁱ.
 
 Patterns of streams depend on each other through the layers between them: they are updated in turn until
 none moves by more than TOLERANCE. Channels that are dead on a side (below DEAD of the layer's largest) do
@@ -38,41 +39,52 @@ from onnxcompress.progress import Progress, silent
 TOLERANCE = 3e-4
 """Largest |log s| of a sweep after which scales count as converged."""
 BALANCED = 2e-3
-"""Largest |log s| that is not worth a change."""
-LOOSE = 30.0
-"""How much larger both are for loose channels: in dense blocks all of them hang on each other."""
+"""Largest |log s| that is too small to be worth a change."""
+PER_LAYER_FACTOR = 30.0
+"""Factor by which both are larger for per-layer scales: in dense blocks all depend on each other."""
 SWEEPS = 300
+"""Sweeps over all streams, at most."""
 DEAD = 1e-3
+"""Range relative to the layer's largest below which a channel counts as dead."""
 
 
 @dataclass
 class Side:
-    """The rows (a writer) or columns (a reader) of a layer, with their scales so far."""
+    """The rows (of a writer) or columns (of a reader) of a layer, with their current scales."""
 
     layer: int
     reads: bool
     labels: Labels
     shift: np.ndarray
-    """(channels,) log of what the rows were multiplied by, the columns divided by."""
+    """Log of what the rows were multiplied by, or the columns divided by, (channels,)."""
     unique: Labels
-    """The channel groups on it, and which of them each channel belongs to."""
+    """The channel groups on this side."""
     inverse: np.ndarray
+    """Position in `unique` of each channel's group, (channels,)."""
 
     @property
     def sign(self) -> float:
+        """1 for rows, -1 for columns."""
         return -1.0 if self.reads else 1.0
 
     @property
     def index(self) -> int:
+        """Position among the sides of all layers."""
         return 2 * self.layer + int(self.reads)
 
 
 class Balance:
-    """Scales of a network's layers, all 1 at first; `solve` equalizes them."""
+    """The scales of a network's layers, all 1 at first; `solve` equalizes them."""
 
-    def __init__(self, flow: Flow, tied: np.ndarray, loose: np.ndarray) -> None:
-        """`tied`, `loose`: masks over channel groups: one scale for all, or one for each layer."""
-        self.tied, self.loose = tied, loose
+    def __init__(self, flow: Flow, shared_scale: np.ndarray, per_layer_scale: np.ndarray) -> None:
+        """Set all scales to 1.
+
+        Args:
+            flow: The channel groups.
+            shared_scale: Mask of the channel groups with one scale for all layers, (groups,).
+            per_layer_scale: Mask of the channel groups with one scale for each layer, (groups,).
+        """
+        self.shared_scale, self.per_layer_scale = shared_scale, per_layer_scale
         self.sweeps, self.converged = 0, False
         self._magnitudes = [_magnitudes(layer) for layer in flow.layers]
         self.sides: list[Side] = []
@@ -80,7 +92,7 @@ class Balance:
             for reads, labels in ((False, layer.writes), (True, layer.reads)):
                 unique, inverse = np.unique(labels, return_inverse=True)
                 self.sides.append(Side(at, reads, labels, np.zeros(len(labels)), unique, inverse))
-        moving = tied | loose
+        moving = shared_scale | per_layer_scale
         self.all_streams = _streams(self.sides, flow.count)
         self.streams = [
             s
@@ -89,23 +101,51 @@ class Balance:
         ]
 
     def writes(self, layer: int) -> np.ndarray:
-        """Log of the factor of each row of a layer."""
+        """Look up the log of the factor of each row of a layer.
+
+        Args:
+            layer: Index of the layer.
+
+        Returns:
+            The log factors, (output channels,).
+        """
         return self.sides[2 * layer].shift
 
     def reads(self, layer: int) -> np.ndarray:
-        """Log of the divisor of each column of a layer."""
+        """Look up the log of the divisor of each column of a layer.
+
+        Args:
+            layer: Index of the layer.
+
+        Returns:
+            The log divisors, (input channels,).
+        """
         return self.sides[2 * layer + 1].shift
 
     def scales(self, count: int) -> np.ndarray:
-        """(groups,) log of the scale of each tied channel group; 0 for others."""
+        """Collect the shared scales.
+
+        Args:
+            count: Number of channel groups.
+
+        Returns:
+            Log of the scale of each channel group with a shared scale, (groups,); 0 for others.
+        """
         found = np.zeros(count)
         for side in self.sides:
-            at = self.tied[side.labels]
+            at = self.shared_scale[side.labels]
             found[side.labels[at]] = side.shift[at]
         return found
 
     def solve(self, progress: Progress = silent) -> bool:
-        """Equalize; False, and nothing moves, where all is balanced already."""
+        """Equalize the layers.
+
+        Args:
+            progress: Called with the stage, the sweeps done and the sweeps at most.
+
+        Returns:
+            Whether scales moved; False where all layers are balanced already.
+        """
         steps = [self._largest(stream, self._pattern(stream)) for stream in self.streams]
         steps += [
             self._largest([s], [np.array([y])]) for s, y in zip(self.sides, self._levels(), strict=True)
@@ -123,18 +163,20 @@ class Balance:
         return True
 
     def settle(self) -> None:
-        """Give up loose scales that no layer would gain from: they would cost a Mul."""
+        """Drop the per-layer scales from which no layer would gain: they would cost a Mul."""
         for side in self.sides:
-            own = self.loose[side.labels]
-            if abs(side.shift[own]).max(initial=0.0) < BALANCED * LOOSE:
+            own = self.per_layer_scale[side.labels]
+            if abs(side.shift[own]).max(initial=0.0) < BALANCED * PER_LAYER_FACTOR:
                 side.shift[own] = 0.0
 
     def lost_bits(self) -> float:
-        """Binary digits that one scale for a layer's weights costs a channel: the mean of log2(R / r).
+        """Measure the precision that one scale for a layer's weights costs a channel.
 
-        Over the living channels of all sides that may move; a depthwise layer counts once.
+        Returns:
+            Binary digits: the mean of log2(R / r) over the living channels of all sides that may move,
+            where a depthwise layer counts once.
         """
-        moving = self.tied | self.loose
+        moving = self.shared_scale | self.per_layer_scale
         found = [np.zeros(0)]
         for side in (side for stream in self.streams for side in stream):
             if side.reads and self._magnitudes[side.layer].shape[1:] == (1, 1):
@@ -146,7 +188,14 @@ class Balance:
         return float(bits.mean()) if bits.size else 0.0
 
     def ranges(self, side: Side) -> np.ndarray:
-        """(channels,) largest magnitude in each row or column, at the scales so far."""
+        """Compute the largest magnitude in each row or column at the current scales.
+
+        Args:
+            side: The rows or columns of a layer.
+
+        Returns:
+            The magnitudes, (channels,).
+        """
         weight = self._magnitudes[side.layer]
         groups, outputs, inputs = weight.shape
         rows = np.exp(self.writes(side.layer)).reshape(groups, outputs, 1)
@@ -156,13 +205,13 @@ class Balance:
         return np.asarray((weight * columns).max(2, keepdims=True) * rows).reshape(-1)
 
     def _grouped(self, side: Side) -> np.ndarray:
-        """(groups on it,) the largest range of each channel group."""
+        """Compute the largest range of each channel group on a side, (groups on it,)."""
         ranges = np.zeros(len(side.unique))
         np.maximum.at(ranges, side.inverse, self.ranges(side))
         return ranges
 
     def _sweep(self, stream: list[Side]) -> float:
-        """Update one stream; returns its largest step."""
+        """Update one stream and return its largest step."""
         steps = self._pattern(stream)
         looped = len({side.layer for side in stream}) < len(stream)
         for side, step in zip(stream, steps, strict=True):
@@ -170,13 +219,16 @@ class Balance:
         return self._largest(stream, steps)
 
     def _largest(self, stream: list[Side], steps: list[np.ndarray]) -> float:
-        """The largest step, those of loose channels divided by LOOSE."""
+        """Return the largest step; steps of per-layer scales count 1 / PER_LAYER_FACTOR."""
         pairs = zip(stream, steps, strict=True)
-        found = [(abs(s) / np.where(self.loose[a.labels], LOOSE, 1.0)).max(initial=0.0) for a, s in pairs]
+        found = [
+            (abs(s) / np.where(self.per_layer_scale[a.labels], PER_LAYER_FACTOR, 1.0)).max(initial=0.0)
+            for a, s in pairs
+        ]
         return float(max(found))
 
     def _pattern(self, stream: list[Side]) -> list[np.ndarray]:
-        """What equalizes each side's channels relative to the layer's largest, log, others held."""
+        """Compute the log steps that equalize each side's channels relative to the layer's largest."""
         relative, alive = [], []
         for side in stream:
             ranges = self._grouped(side)
@@ -195,44 +247,44 @@ class Balance:
         both: np.ndarray = np.asarray((number > 0).all(0))
         common = np.where(both, total / np.maximum(number.sum(0), 1), 0.0)
         with np.errstate(invalid="ignore"):
-            pull = np.where(both & self.tied[groups], (largest[1] - largest[0]) / 2, 0.0)
+            pull = np.where(both & self.shared_scale[groups], (largest[1] - largest[0]) / 2, 0.0)
         steps = []
         for side, place, values, living in zip(stream, places, relative, alive, strict=True):
-            own = both[place] & self.loose[side.unique] & living
+            own = both[place] & self.per_layer_scale[side.unique] & living
             step = pull[place] + np.where(own, side.sign * (common[place] - values), 0.0)
             steps.append(step[side.inverse])
         return steps
 
     def _levels(self) -> np.ndarray:
-        """(sides,) what equalizes the largest ranges of layers that meet: a log factor for each side."""
+        """Solve for the log factor of each side, (sides,), that equalizes the layers' largest ranges."""
         unknown = self._unknowns()
         tops = np.array([np.log(self.ranges(side).max(initial=0.0) or 1.0) for side in self.sides])
         signs = np.array([side.sign for side in self.sides])
         meetings = [
-            Meeting([side.index for side in stream], bool(self.tied[stream[0].unique].all()))
+            Meeting([side.index for side in stream], bool(self.shared_scale[stream[0].unique].all()))
             for stream in self.streams
             if unknown[stream[0].index] >= 0
         ]
         return LevelSystem(unknown, signs, meetings).solve(tops)
 
     def _unknowns(self) -> np.ndarray:
-        """Number of each side's unknown level; -1: it has none, as layers of zeros have no range."""
+        """Number the unknown level of each side; -1: it has none, as layers of zeros have no range."""
         unknown, count = np.full(len(self.sides), -1), 0
         for stream in self.streams:
             if not all(self._magnitudes[side.layer].any() for side in stream):
                 continue
             labels = np.concatenate([side.unique for side in stream])
-            if self.tied[labels].all():
+            if self.shared_scale[labels].all():
                 unknown[[side.index for side in stream]] = count
                 count += 1
-            elif self.loose[labels].all():
+            elif self.per_layer_scale[labels].all():
                 unknown[[side.index for side in stream]] = range(count, count + len(stream))
                 count += len(stream)
         return unknown
 
 
 def _magnitudes(layer: Layer) -> np.ndarray:
-    """(groups, outputs, inputs): the largest magnitude over the taps of the kernel."""
+    """Compute the largest magnitude over the taps of the kernel, (groups, outputs, inputs)."""
     linear = layer.linear
     weight = linear.view(linear.weight)
     largest = np.maximum(weight.max(3), -weight.min(3)).astype(np.float64)
@@ -242,7 +294,7 @@ def _magnitudes(layer: Layer) -> np.ndarray:
 
 
 def _streams(sides: list[Side], count: int) -> list[list[Side]]:
-    """Sides that have a channel group in common, directly or through others, in order of the first."""
+    """Group the sides that share a channel group, directly or indirectly, in order of the first side."""
     owner = np.full(count, -1)
     parent = list(range(len(sides)))
 

@@ -373,7 +373,7 @@ def test_a_pass_of_another_package(
     assert "From the package signing." in capsys.readouterr().out
     assert "signing" not in sys.modules
     assert load_pass("fold-bn") is FoldBatchNorm
-    for name, message in (("sing", "no Pass of that name"), ("broken", "cannot be imported")):
+    for name, message in (("sing", "not a Pass of that name"), ("broken", "cannot be imported")):
         with pytest.raises(RuntimeUnavailable, match=message):
             load_pass(name)
     with pytest.raises(KeyError):
