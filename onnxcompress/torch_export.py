@@ -1,19 +1,19 @@
-"""Export a torch network to ONNX with its BatchNorm kept, for inference.
+"""Export a torch network to ONNX for inference with its BatchNorm nodes kept.
 
-torch.onnx.export folds BatchNorm into the convolutions unless it is told otherwise, and with it goes all
-that a data-free method knows of the training set. Both of its modes can be told:
+torch.onnx.export folds BatchNorm into the convolutions by default, and with it removes all that a data-free
+method knows of the training set. Both of its modes can keep it:
 
-    TorchScript   training=PRESERVE on a network in evaluation mode, do_constant_folding=False
-    dynamo        optimize=False: the folding is in its optimizer. What else that cleans up (a zero bias
-                  computed for each convolution, sequences where torch has `chunk`) is left to onnxscript's
-                  constant folding, which leaves BatchNorm alone
+    TorchScript   training=PRESERVE on a network in evaluation mode, do_constant_folding=False dynamo
+    optimize=False, because its optimizer folds. The optimizer's other work (removing a zero bias
+                  computed for each convolution, or sequences where torch has `chunk`) is left to
+                  onnxscript's constant folding, which does not touch BatchNorm
 
-TorchScript is tried first: it needs no onnxscript, is faster, and names nodes after modules, by which
-blocks are called. Where it fails, or is no longer there, dynamo is tried.
+TorchScript is tried first: it needs no onnxscript, is faster, and names nodes after modules, from which
+blocks take their names. Where it fails, or no longer exists, dynamo is tried.
 
-What is written was checked: by onnx.checker; each BatchNorm that ran is a node in inference mode; in
-onnxruntime it computes what torch computes, for two batch sizes where the batch is open.
-Does not handle: several inputs, keyword inputs, control flow on values, files of 2 GB and more.
+The file is checked before it is written: it passes onnx.checker; each BatchNorm that ran is a node in
+inference mode; onnxruntime computes from it what torch computes, for two batch sizes where the batch is
+open. Does not handle: several inputs, keyword inputs, control flow on values, files of 2 GB and more.
 """
 
 from __future__ import annotations
@@ -44,12 +44,13 @@ if TYPE_CHECKING:
 Arrays = dict[str, np.ndarray]
 
 INPUT, OUTPUT, BATCH = "input", "output", "batch"
-"""Names in the file; further outputs are output_1, …"""
+"""Tensor and axis names in the file; further outputs are output_1, …"""
 OPSET = 17
-"""Of the TorchScript mode; dynamo's own default is newer."""
+"""Operator set of the TorchScript mode; dynamo's own default is newer."""
 TOLERANCE = 1e-3
-"""Largest difference to torch, relative to the output's magnitude: other kernels, no other function."""
+"""Largest difference from torch that other kernels explain, relative to the output's magnitude."""
 HALF_TOLERANCE = 3e-2
+"""`TOLERANCE` for networks in half precision."""
 
 
 def export(
@@ -61,15 +62,25 @@ def export(
     preprocess: str | None = None,
     dynamic_batch: bool = True,
 ) -> None:
-    """Write `torch_model` to `path` as an ONNX file for inference that has all its BatchNorms.
+    """Write a torch network to an ONNX file for inference that keeps all of its BatchNorms.
 
-    example: an input (N, …) of the type and size that the network takes. opset: None: 17, or what the
-    dynamo mode takes. preprocess: how images are normalized, such as "imagenet"; the file's metadata keeps
-    it, so that commands need no --preprocess. dynamic_batch: leave the batch open.
+    The network is exported as it computes in evaluation mode; its parameters and training flags are not
+    changed.
 
-    The network is exported as it computes in evaluation mode; its parameters and training flags stay as
-    they are. Raises OptionError for `preprocess`, InputError where the network does not take the example,
-    and ModelError where neither mode can export it, or the file would compute something else.
+    Args:
+        torch_model: The network.
+        example: An input (N, …) of the type and size that the network takes.
+        path: The file to write.
+        opset: Operator set version; None: 17, or the default of the dynamo mode.
+        preprocess: How images are normalized, such as "imagenet". It is kept in the file's metadata, so
+            that commands need no --preprocess.
+        dynamic_batch: Whether the batch size is left open.
+
+    Raises:
+        OptionError: `preprocess` is not known.
+        InputError: The network does not take the example.
+        ModelError: Neither mode can export the network, the file would compute something else, or it cannot
+            be written.
     """
     import torch
 
@@ -90,31 +101,31 @@ def export(
 
 @dataclass(frozen=True)
 class _Observed:
-    """The network, and what it does."""
+    """The network, with what it computes from the example."""
 
     net: nn.Module
     inputs: list[Tensor]
-    """The example; where the batch is open, one of twice the batch behind it."""
+    """The example; where the batch is open, also the example at twice the batch."""
     outputs: list[Arrays]
-    """For each of the inputs, by name."""
+    """The outputs for each of the inputs, by name."""
     norms: int
     """Calls of BatchNorms in one run."""
 
     @property
     def traced(self) -> Tensor:
-        """The larger input: a batch of one would be taken for always one."""
+        """The larger input: exporters treat a batch of 1 as fixed."""
         return self.inputs[-1]
 
     @property
     def open_outputs(self) -> list[str]:
-        """Those whose first axis is the batch."""
+        """Outputs whose first axis is the batch."""
         first, last = self.outputs[0], self.outputs[-1]
         return [name for name in last if first[name].shape[:1] != last[name].shape[:1]]
 
 
 @contextlib.contextmanager
 def _evaluation(net: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside; every module's flag as it was behind."""
+    """Put the network into evaluation mode; on exit every module has its own flag again."""
     flags = [(module, module.training) for module in net.modules()]
     net.eval()
     try:
@@ -158,7 +169,7 @@ def _observe(net: nn.Module, example: Tensor, dynamic_batch: bool) -> _Observed:
 
 
 def _named(value: Any) -> Arrays:
-    """The tensors in what a network returns: output, output_1, …"""
+    """Name the tensors in the value that a network returns output, output_1 and so on."""
     names = (OUTPUT if i == 0 else f"{OUTPUT}_{i}" for i in itertools.count())
     return {
         name: tensor.detach().cpu().numpy() for name, tensor in zip(names, _tensors(value), strict=False)
@@ -179,14 +190,14 @@ def _tensors(value: Any) -> list[Tensor]:
     raise InputError(f"export: the network returns {type(value).__name__}; expected tensors")
 
 
-def _export(seen: _Observed, opset: int | None, name: str) -> onnx.ModelProto:
-    """The file's content, by the first mode that makes a right one."""
+def _export(observed: _Observed, opset: int | None, name: str) -> onnx.ModelProto:
+    """Export by the first mode whose file is right."""
     problems = []
-    for mode, how in (("TorchScript", _torchscript), ("dynamo", _dynamo)):
+    for mode, convert in (("TorchScript", _torchscript), ("dynamo", _dynamo)):
         try:
-            proto = how(seen, opset)
-            _check(seen, proto)
-        except Exception as error:  # an exporter raises whatever it meets; all of it is told below
+            proto = convert(observed, opset)
+            _check(observed, proto)
+        except Exception as error:  # exporters raise anything; it is reported below
             problems.append(f"{mode}: {_reason(error)}")
         else:
             return proto
@@ -194,47 +205,47 @@ def _export(seen: _Observed, opset: int | None, name: str) -> onnx.ModelProto:
 
 
 def _reason(error: BaseException) -> str:
-    """What went wrong at the root, in one line: the dynamo mode wraps errors in pages of advice."""
+    """Describe the root cause in one line: the dynamo mode wraps errors in pages of advice."""
     while error.__cause__ is not None and not isinstance(error, CompressError):
         error = error.__cause__
     return one_line(error) or type(error).__name__
 
 
-def _torchscript(seen: _Observed, opset: int | None) -> onnx.ModelProto:
+def _torchscript(observed: _Observed, opset: int | None) -> onnx.ModelProto:
     import torch
 
-    opened = [INPUT, *seen.open_outputs] if len(seen.inputs) > 1 else []
+    opened = [INPUT, *observed.open_outputs] if len(observed.inputs) > 1 else []
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "model.onnx")
         torch.onnx.export(
-            seen.net,
-            (seen.traced,),
+            observed.net,
+            (observed.traced,),
             str(file),
             dynamo=False,
             training=torch.onnx.TrainingMode.PRESERVE,
             do_constant_folding=False,
             opset_version=opset or OPSET,
             input_names=[INPUT],
-            output_names=list(seen.outputs[0]),
+            output_names=list(observed.outputs[0]),
             dynamic_axes={name: {0: BATCH} for name in opened},
         )
         return onnx.load(str(file))
 
 
-def _dynamo(seen: _Observed, opset: int | None) -> onnx.ModelProto:
+def _dynamo(observed: _Observed, opset: int | None) -> onnx.ModelProto:
     import torch
     from onnxscript import optimizer
 
     program = torch.onnx.export(
-        seen.net,
-        (seen.traced,),
+        observed.net,
+        (observed.traced,),
         dynamo=True,
         optimize=False,
         verbose=False,
         opset_version=opset,
         input_names=[INPUT],
-        output_names=list(seen.outputs[0]),
-        dynamic_shapes=({0: torch.export.Dim(BATCH)},) if len(seen.inputs) > 1 else None,
+        output_names=list(observed.outputs[0]),
+        dynamic_shapes=({0: torch.export.Dim(BATCH)},) if len(observed.inputs) > 1 else None,
     )
     assert program is not None
     optimizer.fold_constants(program.model)
@@ -245,20 +256,20 @@ def _dynamo(seen: _Observed, opset: int | None) -> onnx.ModelProto:
     return proto
 
 
-def _check(seen: _Observed, proto: onnx.ModelProto) -> None:
+def _check(observed: _Observed, proto: onnx.ModelProto) -> None:
     """Raise ModelError unless the file is valid, has all BatchNorms, and computes what the network does."""
     onnx.checker.check_model(proto, full_check=True)
     norms = [n for n in proto.graph.node if n.op_type == "BatchNormalization"]
     training = [n.name for n in norms if any(a.name == "training_mode" and a.i for a in n.attribute)]
     if training:
         raise ModelError(f"BatchNorm {training[0]!r} came out in training mode")
-    if len(norms) < seen.norms:
-        raise ModelError(f"{len(norms)} of {seen.norms} BatchNorms were kept")
-    limit = HALF_TOLERANCE if seen.inputs[0].element_size() == 2 else TOLERANCE
-    for x, expected in zip(seen.inputs, seen.outputs, strict=True):
-        found = difference_of(expected, run(proto, {INPUT: x.cpu().numpy()}))
-        if found.max_rel > limit:
+    if len(norms) < observed.norms:
+        raise ModelError(f"{len(norms)} of {observed.norms} BatchNorms were kept")
+    limit = HALF_TOLERANCE if observed.inputs[0].element_size() == 2 else TOLERANCE
+    for x, expected in zip(observed.inputs, observed.outputs, strict=True):
+        difference = difference_of(expected, run(proto, {INPUT: x.cpu().numpy()}))
+        if difference.max_rel > limit:
             raise ModelError(
-                f"in onnxruntime {found.output!r} is off by {found.max_rel:.1e} of its magnitude at batch "
-                f"{len(x)}; does the network draw random numbers, or branch on values or on the batch?"
+                f"in onnxruntime {difference.output!r} is off by {difference.max_rel:.1e} of its magnitude at "
+                f"batch {len(x)}; does the network draw random numbers, or branch on values or on the batch?"
             )

@@ -1,1 +1,1 @@
-"""onnxcompress inside other toolkits."""
+"""Adapters that run the passes of onnxcompress inside other toolkits."""

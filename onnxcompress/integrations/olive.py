@@ -1,12 +1,13 @@
 """Passes of onnxcompress in a workflow of Microsoft Olive (0.13).
 
-    python -m onnxcompress.olive > package.json          Olive's own passes, and OnnxCompress
+    python -m onnxcompress.integrations.olive > package.json     Olive's own passes, and OnnxCompress
     olive run --config workflow.json --package-config package.json
 
     workflow.json   "passes": {"small": {"type": "OnnxCompress", "passes": ["fold-bn", "equalize"]}}
 
-`passes` is what it is in a recipe: names, or a name and its options. Importing this needs olive, which
-nothing else does. Does not handle: `variables` and `gates` of recipes, search over options.
+`passes` is written as in a recipe: each entry a name, or a name with its options. Importing this module
+needs olive, which nothing else does. Does not handle: `variables` and `gates` of recipes, search over
+options.
 """
 
 from __future__ import annotations
@@ -31,18 +32,22 @@ from onnxcompress.pipeline.recipe import parse_recipe
 
 
 def package_config() -> dict[str, Any]:
-    """Olive's package configuration with OnnxCompress in it, for `olive.workflows.run`."""
-    found: dict[str, Any] = json.loads(Path(OlivePackageConfig.get_default_config_path()).read_text())
+    """Build Olive's package configuration with the pass OnnxCompress added, for `olive.workflows.run`.
+
+    Returns:
+        The configuration as JSON values.
+    """
+    config: dict[str, Any] = json.loads(Path(OlivePackageConfig.get_default_config_path()).read_text())
     anything = {f"supported_{what}": ["*"] for what in ("providers", "accelerators", "precisions")}
-    found["passes"]["OnnxCompress"] = {
+    config["passes"]["OnnxCompress"] = {
         "module_path": "onnxcompress.integrations.olive.OnnxCompress",
         **anything,
     }
-    return found
+    return config
 
 
 class OnnxCompress(Pass):  # type: ignore[misc]
-    """A chain of onnxcompress as one pass of Olive."""
+    """A chain of onnxcompress passes as one pass of Olive."""
 
     @classmethod
     def _default_config(cls, accelerator_spec: AcceleratorSpec) -> dict[str, PassConfigParam]:
@@ -67,7 +72,7 @@ def _chain(passes: list[Any]) -> Pipeline:
 
 
 def _checked(passes: list[Any]) -> list[Any]:
-    """Olive asks this of all its passes before the first runs; a ValueError is what it understands."""
+    """Validate the passes; Olive calls this before its first pass runs, and expects a ValueError."""
     try:
         _chain(passes).check()
     except CompressError as error:

@@ -1,4 +1,4 @@
-"""Chains of passes: in Python, from a recipe and to one, resumable."""
+"""Chains of passes, built in Python or from a recipe, with a cache from which they resume."""
 
 from onnxcompress.pipeline.pipeline import Pipeline, Run, Step
 

@@ -1,11 +1,12 @@
-"""A cache of what passes made, keyed by content: an interrupted or edited recipe redoes what changed.
+"""A cache of pass results, keyed by content: a changed recipe repeats only the passes after the change.
 
-    key = SHA-256 of (SHA-256 of the model before, pass, options, files that options name, software)
-    folder/key/  model.onnx (+ .data), result.json, shown.npz       written beside and renamed: whole or not
+    key = SHA-256 of (SHA-256 of the input model, pass, options, files that options name, software)
+    folder/key/  model.onnx (+ .data), result.json, shown.npz       written elsewhere, then renamed:
+    complete
 
-Software is the source of the pass's package and the versions of the libraries that compute. An entry whose
-files are not what was written is taken for absent. The entries used last are kept, up to `limit` bytes.
-Latency that a pass measured is part of its result: on another device, use another folder.
+Software means the source of the pass's package and the versions of the libraries that compute. An entry
+whose files are not as written counts as missing. The most recently used entries are kept, up to `limit`
+bytes. Latency that a pass measured is part of its result: use another folder on another device.
 """
 
 from __future__ import annotations
@@ -38,26 +39,33 @@ if TYPE_CHECKING:
 LIMIT = 10_000_000_000
 """Bytes that a cache may hold."""
 STALE = 24 * 3600.0
-"""Seconds after which an unfinished entry is one of a process that was killed."""
+"""Seconds after which an unfinished entry counts as left by a killed process."""
 _LIBRARIES = ("numpy", "onnx", "onnx-graphsurgeon", "onnxruntime", "onnxruntime-gpu", "torch")
 _UNFINISHED = ".unfinished-"
 SHOWN = "shown.npz"
-"""What the pass shows of what it learned from (`PassResult.shown`)."""
+"""The sample of inputs that the pass learned from (`PassResult.shown`)."""
 
 
 @dataclass(frozen=True)
 class Entry:
-    """What a pass made of a model, in a cache."""
+    """The result of a pass on a model, in a cache."""
 
     folder: Path
     result: PassResult
     digest: str
-    """Of the model that it made, as `Model.digest` had it."""
+    """`Model.digest` of the model that the pass made."""
     seconds: float
-    """What the pass took."""
+    """Time that the pass took."""
 
     def load(self, name: str) -> Model:
-        """The model; as if it had never been a file of the cache."""
+        """Load the model that the pass made.
+
+        Args:
+            name: The name that the model gets, instead of that of the cache's file.
+
+        Returns:
+            The model, with the digest that it had when it was stored.
+        """
         model = load(self.folder / "model.onnx")
         model.name = name
         model.input_digest = lambda: self.digest
@@ -65,10 +73,18 @@ class Entry:
 
 
 class Cache:
-    """A folder of entries."""
+    """A folder of results of passes."""
 
     def __init__(self, folder: str | os.PathLike[str], limit: int = LIMIT) -> None:
-        """Raises OptionError where the folder cannot be made or written."""
+        """Open the folder, or create it.
+
+        Args:
+            folder: The folder.
+            limit: Bytes that the entries may take; the least recently used are removed beyond it.
+
+        Raises:
+            OptionError: The folder cannot be created or written.
+        """
         self.folder = Path(folder)
         self.limit = limit
         try:
@@ -79,13 +95,20 @@ class Cache:
             raise OptionError(f"--cache {folder}: cannot be written")
 
     def find(self, key: str) -> Entry | None:
-        """The entry of this key, if it is there and whole."""
+        """Look up an entry.
+
+        Args:
+            key: The key, as from `step_key`.
+
+        Returns:
+            The entry, or None where it is missing or damaged.
+        """
         folder = self.folder / key
         try:
-            found = json.loads((folder / "result.json").read_text())
-            whole = all(file_digest(folder / name) == sha for name, sha in found["files"].items())
-            entry = Entry(folder, _result(found["result"]), found["digest"], found["seconds"])
-            if whole and SHOWN in found["files"]:
+            saved = json.loads((folder / "result.json").read_text())
+            whole = all(file_digest(folder / name) == sha for name, sha in saved["files"].items())
+            entry = Entry(folder, _result(saved["result"]), saved["digest"], saved["seconds"])
+            if whole and SHOWN in saved["files"]:
                 entry.result.shown = _read_images(folder / SHOWN)
             os.utime(folder)
         except (OSError, ValueError, KeyError, TypeError, RecursionError):
@@ -93,22 +116,32 @@ class Cache:
         return entry if whole else None
 
     def store(self, key: str, model: Model, result: PassResult, seconds: float) -> bool:
-        """Keep what a pass made; False where that was impossible, as on a full disk."""
+        """Store the result of a pass.
+
+        Args:
+            key: The key, as from `step_key`.
+            model: The model that the pass made.
+            result: The result of the pass.
+            seconds: Time that the pass took.
+
+        Returns:
+            Whether it was stored; False where that is impossible, for example on a full disk.
+        """
         work = Path(tempfile.mkdtemp(prefix=_UNFINISHED, dir=self.folder))
         try:
             save(model, work / "model.onnx")
             if result.shown is not None:
                 _write_images(work / SHOWN, result.shown)
-            found = {
+            entry = {
                 "digest": model.digest(),
                 "files": {file.name: file_digest(file) for file in sorted(work.iterdir())},
                 "seconds": seconds,
                 "result": dataclasses.asdict(dataclasses.replace(result, shown=None)),
             }
-            (work / "result.json").write_text(json.dumps(found))
-            shutil.rmtree(self.folder / key, ignore_errors=True)  # one that is not whole
+            (work / "result.json").write_text(json.dumps(entry))
+            shutil.rmtree(self.folder / key, ignore_errors=True)  # a damaged entry
             os.rename(work, self.folder / key)
-        except (OSError, CompressError, TypeError):  # TypeError: a pass measured what is no JSON
+        except (OSError, CompressError, TypeError):  # TypeError: a pass measured a value that is not JSON
             return False
         finally:
             shutil.rmtree(work, ignore_errors=True)
@@ -116,7 +149,7 @@ class Cache:
         return True
 
     def _prune(self, newest: str) -> None:
-        """Remove what was used longest ago, beyond the limit, and what a killed process left."""
+        """Remove the least recently used entries beyond the limit, and what killed processes left."""
         entries: list[tuple[float, int, Path]] = []
         for folder in self.folder.iterdir():
             with contextlib.suppress(OSError):  # another process removes, too
@@ -132,25 +165,47 @@ class Cache:
                 total -= size
 
 
-def step_key(digest: str, one: Pass) -> str:
-    """The key of applying a pass to the model with this digest, by the files as they are now."""
-    options = one.options()
-    for f in dataclasses.fields(one):
-        path = getattr(one, f.name)
+def step_key(digest: str, pass_: Pass) -> str:
+    """Compute the cache key of applying a pass to a model, with the option files as they are now.
+
+    Args:
+        digest: Digest of the input model.
+        pass_: The pass.
+
+    Returns:
+        A SHA-256 in hexadecimal.
+    """
+    options = pass_.options()
+    for f in dataclasses.fields(pass_):
+        path = getattr(pass_, f.name)
         if f.metadata.get("file") and path:
             options[f.name] = content_digest(Path(path))
-    parts = {"input": digest, "pass": one.name, "options": options, "software": software(type(one))}
+    parts = {"input": digest, "pass": pass_.name, "options": options, "software": software(type(pass_))}
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
-def writes_files(one: Pass) -> bool:
-    """Whether the pass may write a file that its own key depends on."""
-    kept = [f.name for f in dataclasses.fields(one) if f.metadata.get("file") == "kept"]
-    return any(getattr(one, name) for name in kept)
+def writes_files(pass_: Pass) -> bool:
+    """Return whether the pass may write a file on which its own key depends.
+
+    Args:
+        pass_: The pass.
+
+    Returns:
+        Whether one of its options names such a file.
+    """
+    kept = [f.name for f in dataclasses.fields(pass_) if f.metadata.get("file") == "kept"]
+    return any(getattr(pass_, name) for name in kept)
 
 
 def model_digest(model: Model) -> str:
-    """SHA-256 of a model as it was read, with its external data."""
+    """Compute the SHA-256 of a model as it was read, including its external data.
+
+    Args:
+        model: The model.
+
+    Returns:
+        The digest in hexadecimal.
+    """
     sha = hashlib.sha256(model.digest().encode())
     for file in sorted(model.external_files):
         sha.update(file_digest(file).encode())
@@ -158,7 +213,14 @@ def model_digest(model: Model) -> str:
 
 
 def content_digest(path: Path) -> str:
-    """SHA-256 of a file, or of a folder's files and their names; of a path that is not there, `absent`."""
+    """Compute the SHA-256 of a file, or of the names and contents of a folder's files.
+
+    Args:
+        path: The file or folder.
+
+    Returns:
+        The digest in hexadecimal; `absent` where the path does not exist.
+    """
     if path.is_file():
         return file_digest(path)
     if not path.is_dir():
@@ -171,15 +233,22 @@ def content_digest(path: Path) -> str:
 
 @cache
 def software(cls: type[Pass]) -> dict[str, str]:
-    """What computes: a digest of the package's source that the pass is of, and versions of libraries."""
-    found = {"onnxcompress": _source_digest("onnxcompress") + _source_digest("onnxcompress.passes")}
+    """Describe the code that computes a pass.
+
+    Args:
+        cls: The class of the pass.
+
+    Returns:
+        Package -> digest of its source, or library -> version.
+    """
+    versions = {"onnxcompress": _source_digest("onnxcompress") + _source_digest("onnxcompress.passes")}
     package = cls.__module__.partition(".")[0]
     if package != "onnxcompress":
-        found[package] = _source_digest(package)
+        versions[package] = _source_digest(package)
     for name in _LIBRARIES:
         with contextlib.suppress(PackageNotFoundError):
-            found[name] = version(name)
-    return found
+            versions[name] = version(name)
+    return versions
 
 
 @cache

@@ -1,8 +1,8 @@
-"""Chains of passes: in Python, from a recipe and to one, resumable.
+"""Chains of passes, built in Python or from a recipe, with a cache from which they resume.
 
-    model --pass 1--> --pass 2--> …      each between a look into the cache and a note in it (`resume`)
+    model --pass 1--> --pass 2--> …      before each pass a look-up in the cache, after it an entry
 
-A Pipeline is a pass itself: what takes a pass takes a chain, and chains in chains are one chain.
+A Pipeline is itself a pass: it can be used wherever a pass can, and a chain inside a chain is flattened.
 """
 
 from __future__ import annotations
@@ -28,17 +28,21 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Step:
-    """One pass of a chain that has run."""
+    """The record of one pass that ran in a chain."""
 
     pass_: Pass
     result: PassResult
     seconds: float
-    """What the pass took, when it ran."""
+    """Time that the pass took when it ran."""
     cached: bool = False
-    """Whether the cache had its result."""
+    """Whether the result came from the cache."""
 
     def as_dict(self) -> dict[str, Any]:
-        """JSON values: pass, options, changes, refusals, measured, seconds, cached."""
+        """Convert the step to JSON values.
+
+        Returns:
+            The keys pass, options, changes, refusals, measured, seconds and cached.
+        """
         return {
             "pass": self.pass_.name,
             "options": self.pass_.options(),
@@ -52,7 +56,7 @@ class Step:
 
 @dataclass
 class Run:
-    """What a chain made, and how."""
+    """The model that a chain made, with the steps that led to it."""
 
     model: Model
     steps: list[Step] = field(default_factory=list)
@@ -60,7 +64,7 @@ class Run:
 
 @dataclass(frozen=True, init=False)
 class Pipeline(Pass):
-    """Passes one after the other; each notes itself in the provenance."""
+    """Passes applied in order, each noted in the model's provenance."""
 
     name: ClassVar[str] = "pipeline"
     composite: ClassVar[bool] = True
@@ -68,32 +72,66 @@ class Pipeline(Pass):
     passes: tuple[Pass, ...] = ()
 
     def __init__(self, passes: Iterable[Pass] = ()) -> None:
-        flat = [part for one in passes for part in (one.passes if isinstance(one, Pipeline) else (one,))]
+        flat = [p for pass_ in passes for p in (pass_.passes if isinstance(pass_, Pipeline) else (pass_,))]
         object.__setattr__(self, "passes", tuple(flat))
 
     @classmethod
     def from_recipe(
         cls, path: str | os.PathLike[str], variables: Mapping[str, str] | None = None
     ) -> Pipeline:
-        """The passes of a recipe file. Raises OptionError with the line for what is not right in it."""
+        """Read the passes of a recipe file.
+
+        Args:
+            path: The recipe.
+            variables: Values of its variables, as given with -D.
+
+        Returns:
+            The chain.
+
+        Raises:
+            OptionError: Something in the recipe is wrong; the message names the line.
+            RuntimeUnavailable: The package of a pass cannot be imported.
+        """
         from onnxcompress.pipeline.recipe import read_recipe
 
         return cls(read_recipe(path, variables).passes)
 
     def to_recipe(self, folder: str | os.PathLike[str] = ".") -> str:
-        """The text of a recipe that will lie in `folder`, from which `from_recipe` makes an equal chain."""
+        """Write the chain as a recipe from which `from_recipe` makes an equal chain.
+
+        Args:
+            folder: The folder that the recipe will lie in; paths in the recipe are relative to it.
+
+        Returns:
+            The text of the recipe.
+        """
         from onnxcompress.pipeline.recipe import Recipe, write_recipe
 
         return write_recipe(Recipe(self.passes), folder)
 
     def check(self) -> None:
-        """Raise for anything that can be told to fail before the first pass runs: see `check_ready`."""
-        for at, one in enumerate(self.passes):
+        """Check everything that can fail before the first pass runs; see `check_ready`.
+
+        Raises:
+            CompressError: As `check_ready`; the message names the pass.
+        """
+        for at, pass_ in enumerate(self.passes):
             with self._placed(at):
-                check_ready(one)
+                check_ready(pass_)
 
     def apply(self, model: Model, progress: Progress = silent) -> PassResult:
-        """Apply all passes to `model` in place; `measured`: the names of `passes`, what each `measured`."""
+        """Apply all passes to `model` in place.
+
+        Args:
+            model: The model to change.
+            progress: Called with the stage, the steps done and the steps in all.
+
+        Returns:
+            All changes and refusals; `measured` has the names of the `passes`, and what each `measured`.
+
+        Raises:
+            CompressError: As `check` and the passes.
+        """
         self.check()
         results = run_passes(self.passes, model, progress)
         return PassResult(
@@ -109,29 +147,46 @@ class Pipeline(Pass):
         *,
         cache: Cache | None = None,
     ) -> Run:
-        """Apply all passes; `model` stays as it is. Results in `cache` are taken, new ones put there.
+        """Apply all passes to a copy of `model`.
 
-        Raises as `check` and the passes do; which of several passes it was is said.
+        Args:
+            model: The model; it is not changed.
+            progress: Called with the pass and its stage, the steps done and the steps in all.
+            cache: Where results are looked up, and new ones stored.
+
+        Returns:
+            The new model, and one step for each pass.
+
+        Raises:
+            CompressError: As `check` and the passes; the message names the pass.
         """
         self.check()
         chain = _Chain(model, cache)
         steps = []
-        for at, one in enumerate(self.passes):
+        for at, pass_ in enumerate(self.passes):
             with self._placed(at):
-                steps.append(chain.step(one, _named(progress, one, len(self.passes))))
+                steps.append(chain.step(pass_, _named(progress, pass_, len(self.passes))))
         return Run(chain.model(), steps)
 
     def cached(self, model: Model, cache: Cache) -> int:
-        """How many of the first passes the cache has the results of."""
+        """Count the first passes whose results are in the cache.
+
+        Args:
+            model: The model that the chain would be applied to.
+            cache: The cache.
+
+        Returns:
+            The number of passes, from the first on, that need not run.
+        """
         chain = _Chain(model, cache)
-        for index, one in enumerate(self.passes):
-            if chain.known(one) is None:
+        for index, pass_ in enumerate(self.passes):
+            if chain.known(pass_) is None:
                 return index
         return len(self.passes)
 
     @contextmanager
     def _placed(self, at: int) -> Iterator[None]:
-        """Errors say which pass of several they are of."""
+        """Prefix errors with the position and name of the pass, where there are several."""
         try:
             yield
         except CompressError as error:
@@ -141,34 +196,40 @@ class Pipeline(Pass):
             raise type(error)(f"{where}: {error}") from error
 
 
-def check_ready(one: Pass) -> None:
-    """Raise for what would make a pass fail later whatever the model is.
+def check_ready(pass_: Pass) -> None:
+    """Check that a pass can start, whatever the model.
 
-    OptionError: options that contradict each other; InputError: a file that is not there;
-    RuntimeUnavailable: a package is not installed; onnxruntime's provider, or torch's device, cannot start.
+    Args:
+        pass_: The pass.
+
+    Raises:
+        OptionError: Options contradict each other.
+        InputError: A file that an option names does not exist.
+        RuntimeUnavailable: A package is not installed, or onnxruntime's provider or torch's device cannot
+            start.
     """
-    one.check()
-    require(one.name, *one.needs)
-    for f in dataclasses.fields(one):
-        path = getattr(one, f.name)
+    pass_.check()
+    require(pass_.name, *pass_.needs)
+    for f in dataclasses.fields(pass_):
+        path = getattr(pass_, f.name)
         if f.metadata.get("file") == "read" and path and not Path(path).exists():
             flag = "--" + f.name.replace("_", "-")
             raise InputError(f"{flag} {path}: no such file or folder")
-    if getattr(one, "provider", "auto") not in ("auto", "cpu"):
+    if getattr(pass_, "provider", "auto") not in ("auto", "cpu"):
         from onnxcompress.runtime.providers import Provider
         from onnxcompress.runtime.session import check_provider
 
-        check_provider(Provider.of(one.provider, getattr(one, "provider_options", ())))  # type: ignore[attr-defined]
-    if getattr(one, "device", "auto") not in ("auto", "cpu"):
+        check_provider(Provider.of(pass_.provider, getattr(pass_, "provider_options", ())))  # type: ignore[attr-defined]
+    if getattr(pass_, "device", "auto") not in ("auto", "cpu"):
         try:
             from onnxcompress.optimize.device import pick_device
         except ImportError as error:
             raise RuntimeUnavailable(f"torch cannot be imported ({error})") from error
-        pick_device(one.device)  # type: ignore[attr-defined]
+        pick_device(pass_.device)  # type: ignore[attr-defined]
 
 
 class _Chain:
-    """The model between two passes. Of results in the cache only the last is ever loaded."""
+    """The model between two passes. Of the results in the cache only the last is ever loaded."""
 
     def __init__(self, model: Model, cache: Cache | None) -> None:
         self._given = model
@@ -181,59 +242,79 @@ class _Chain:
             self._digest = model_digest(model)
 
     def model(self) -> Model:
-        """The model as it is now, to be changed."""
+        """Return the current model, which may be changed.
+
+        Returns:
+            A copy of the given model, or the last result of the cache.
+        """
         if self._own is None:
             name = self._given.name
             self._own = self._given.copy() if self._last is None else self._last.load(name)
         return self._own
 
-    def known(self, one: Pass) -> Entry | None:
-        """The cache's entry for applying `one` now; if there is one, this becomes the state."""
+    def known(self, pass_: Pass) -> Entry | None:
+        """Look up the result of applying a pass now; if there is one, it becomes the current model.
+
+        Args:
+            pass_: The pass.
+
+        Returns:
+            The cache's entry, or None.
+        """
         if self._cache is None:
             return None
         from onnxcompress.pipeline.cache import step_key
 
-        entry = self._cache.find(step_key(self._digest, one))
+        entry = self._cache.find(step_key(self._digest, pass_))
         if entry is not None:
             self._last, self._own = entry, None
             if entry.result.modified:
                 self._digest = entry.digest
         return entry
 
-    def step(self, one: Pass, progress: Progress) -> Step:
-        entry = self.known(one)
+    def step(self, pass_: Pass, progress: Progress) -> Step:
+        """Apply a pass to the current model, or take its result from the cache.
+
+        Args:
+            pass_: The pass.
+            progress: Called with the stage, the steps done and the steps in all.
+
+        Returns:
+            The step.
+        """
+        entry = self.known(pass_)
         if entry is not None:
-            return Step(one, entry.result, entry.seconds, cached=True)
-        key = self._key(one)
+            return Step(pass_, entry.result, entry.seconds, cached=True)
+        key = self._key(pass_)
         model = self.model()
         start = time.monotonic()
-        (result,) = run_passes([one], model, progress)
+        (result,) = run_passes([pass_], model, progress)
         seconds = time.monotonic() - start
         if self._cache is not None:
-            self._store(key, one, model, result, seconds)
-        return Step(one, result, seconds)
+            self._store(key, pass_, model, result, seconds)
+        return Step(pass_, result, seconds)
 
-    def _key(self, one: Pass) -> str:
+    def _key(self, pass_: Pass) -> str:
         if self._cache is None:
             return ""
         from onnxcompress.pipeline.cache import step_key
 
-        return step_key(self._digest, one)
+        return step_key(self._digest, pass_)
 
-    def _store(self, key: str, one: Pass, model: Model, result: PassResult, seconds: float) -> None:
+    def _store(self, key: str, pass_: Pass, model: Model, result: PassResult, seconds: float) -> None:
         from onnxcompress.pipeline.cache import writes_files
 
         assert self._cache is not None
-        if writes_files(one):  # the next run finds the file there
-            key = self._key(one)
+        if writes_files(pass_):  # the next run has this file before it starts
+            key = self._key(pass_)
         if result.modified:
             digest = self._digest = model.digest()
             model.input_digest = lambda: digest
         self._cache.store(key, model, result, seconds)
 
 
-def _named(progress: Progress, one: Pass, count: int) -> Progress:
-    """In a chain the stages say whose they are."""
+def _named(progress: Progress, pass_: Pass, count: int) -> Progress:
+    """Prefix the stages with the name of the pass, where there are several passes."""
     if count == 1:
         return progress
-    return lambda stage, done, total: progress(f"{one.name}: {stage}", done, total)
+    return lambda stage, done, total: progress(f"{pass_.name}: {stage}", done, total)

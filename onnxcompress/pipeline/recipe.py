@@ -7,13 +7,13 @@
       - drop-blocks:
           images: ${images}
           blocks: 2
-    gates:                        # what the result must keep to (`onnxcompress.evaluation.gates`)
+    gates:                        # conditions that the result must meet (`onnxcompress.evaluation.gates`)
       min_agreement: 95
 
-An option has the name and the type of the field of the pass: pydantic checks each value against that very
-annotation, strictly, so `steps: "3"` is an error. What comes from -D is text, and read as on the command
-line. `${name}` alone has its variable's type, within a text it is text; `$${` stands for `${`.
-A path in the recipe is relative to the recipe's folder, one from -D to the folder that one is in.
+An option has the name and the type of the pass's field: pydantic checks each value strictly against the
+field's annotation, so `steps: "3"` is an error. A value from -D is text and is read as on the command line.
+`${name}` on its own has the type of its variable, within a text it is text; `$${` stands for `${`. A path
+in the recipe is relative to the recipe's folder, one from -D to the current folder.
 """
 
 from __future__ import annotations
@@ -43,42 +43,75 @@ Built = TypeVar("Built", Pass, Gates)
 
 
 class Given(str):
-    """A text with something of -D in it: its type and its folder are those of the command line."""
+    """A text with a value of -D in it, read as on the command line: paths are relative to the current folder."""
 
     __slots__ = ()
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """What a recipe says, every option of its own type."""
+    """The content of a recipe, with every option of its own type."""
 
     passes: tuple[Pass, ...]
     gates: Gates = field(default_factory=Gates)
 
 
 def read_recipe(path: str | os.PathLike[str], variables: Mapping[str, str] | None = None) -> Recipe:
-    """Read and check a recipe; `variables` are those of -D.
+    """Read and check a recipe file.
 
-    Raises OptionError with the line for whatever is not right, RuntimeUnavailable where the package of a
-    pass cannot be imported.
+    Args:
+        path: The file.
+        variables: Values of its variables, as given with -D.
+
+    Returns:
+        The recipe.
+
+    Raises:
+        OptionError: Something in the recipe is wrong; the message names the line.
+        RuntimeUnavailable: The package of a pass cannot be imported.
     """
     return _read(read_document(path), variables)
 
 
 def parse_recipe(text: str, name: str = "recipe", variables: Mapping[str, str] | None = None) -> Recipe:
-    """As `read_recipe`, of a recipe's text; paths in it are relative to the folder of `name`."""
+    """Check the text of a recipe, as `read_recipe` does for a file.
+
+    Args:
+        text: The recipe.
+        name: Its name in messages; paths in the recipe are relative to the folder of this name.
+        variables: Values of its variables, as given with -D.
+
+    Returns:
+        The recipe.
+
+    Raises:
+        OptionError: Something in the recipe is wrong; the message names the line.
+        RuntimeUnavailable: The package of a pass cannot be imported.
+    """
     return _read(Document(text, name), variables)
 
 
 def write_recipe(recipe: Recipe, folder: str | os.PathLike[str] = ".") -> str:
-    """The recipe's text, with options that are not the default; paths relative to `folder`, its place."""
+    """Write a recipe as text, with the options that differ from their defaults.
+
+    Args:
+        recipe: The recipe.
+        folder: The folder that it will lie in; paths in the text are relative to it.
+
+    Returns:
+        The text.
+    """
     passes = [{p.name: o} if (o := _set_options(p, folder)) else p.name for p in recipe.passes]
     gates = _set_options(recipe.gates, folder)
     return dump({"passes": passes} | ({"gates": gates} if gates else {}))
 
 
 def pass_names() -> list[str]:
-    """All passes that a recipe can name: the catalogue's, then those of other packages."""
+    """List all passes that a recipe can name.
+
+    Returns:
+        The names of the catalogue, then those of other packages.
+    """
     return [entry.name for entry in CATALOGUE] + list(plugins())
 
 
@@ -95,7 +128,7 @@ def _read(document: Document, variables: Mapping[str, str] | None) -> Recipe:
 
 
 class _Reader:
-    """Builds passes and gates from a document's values, with variables in their places."""
+    """Builds passes and gates from the values of a document, with variables replaced."""
 
     def __init__(self, document: Document, declared: Any, given: Mapping[str, str]) -> None:
         self.document = document
@@ -104,6 +137,19 @@ class _Reader:
         self.used: set[str] = set()
 
     def read_pass(self, index: int, item: Any) -> Pass:
+        """Build one pass.
+
+        Args:
+            index: Its position in the list of passes.
+            item: A name, or a mapping of a name to options.
+
+        Returns:
+            The pass.
+
+        Raises:
+            OptionError: The name or an option is wrong.
+            RuntimeUnavailable: The package of the pass cannot be imported.
+        """
         place: Place = ("passes", index)
         if isinstance(item, dict) and len(item) == 1:
             name, options = next(iter(item.items()))
@@ -119,7 +165,19 @@ class _Reader:
             raise RuntimeUnavailable(f"{self.document.name}: {error}") from error
 
     def build(self, cls: type[Built], options: Any, place: Place) -> Built:
-        """An instance of the class; `options` are its fields. Raises OptionError."""
+        """Build an instance of a class from its options.
+
+        Args:
+            cls: The class of a pass, or Gates.
+            options: A mapping of the class's fields to values, or None.
+            place: Where the options stand in the document.
+
+        Returns:
+            The instance.
+
+        Raises:
+            OptionError: An option is unknown, has a wrong value, or is required and missing.
+        """
         fields = {f.name: f for f in dataclasses.fields(cls)}
         what = f"option of {place[-1]}" if cls is not Gates else "gate"
         values = {}
@@ -136,14 +194,18 @@ class _Reader:
         return cls(**values)
 
     def check_used(self) -> None:
-        """Raise OptionError for a -D that nothing reads."""
+        """Check that something uses every value of -D.
+
+        Raises:
+            OptionError: Nothing does.
+        """
         for name in self.given:
             known = sorted(self.used | self.declared.keys())
             if name not in known:
                 self.document.unknown((), "variable", name, known)
 
     def _expanded(self, value: Any, place: Place) -> Any:
-        """The value with variables replaced."""
+        """Replace the variables in a value."""
         if isinstance(value, list):
             return [self._expanded(one, (*place, at)) for at, one in enumerate(value)]
         if not isinstance(value, str):
@@ -182,19 +244,19 @@ class _Reader:
             message = str(error.errors()[0]["msg"]).split(", unable")[0]
             message = message.replace("Input should be", "expected")
             self.document.fail(place, f"{place[-1]}: {message}, got {shown(value)}")
-        except TypeError:  # a value of no JSON type, such as a mapping with a list for its key
+        except TypeError:  # a value that JSON does not have, such as a mapping with a list as a key
             self.document.fail(place, f"{place[-1]}: no value of an option, got {shown(value)}")
 
 
 def _from_text(adapter: TypeAdapter[Any], text: str) -> Any:
-    """A value as the command line reads it: a list has commas."""
+    """Parse a value as the command line does: commas separate the items of a list."""
     if adapter.json_schema().get("type") == "array":
         return adapter.validate_python(tuple(t.strip() for t in text.split(",") if t.strip()))
     return adapter.validate_strings(str(text))
 
 
 def _set_options(one: Pass | Gates, folder: str | os.PathLike[str]) -> dict[str, Any]:
-    """The fields that are not the default, as YAML values that read back to the same."""
+    """Collect the fields that differ from their defaults, as YAML values that read back the same."""
     values = {}
     for f in dataclasses.fields(one):
         value = getattr(one, f.name)

@@ -1,4 +1,4 @@
-"""The JSON Schema of recipes: an editor completes and checks what `onnxcompress run` reads."""
+"""The JSON Schema of recipes, with which an editor completes and checks them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,11 @@ from onnxcompress.pipeline.recipe import pass_names
 
 
 def recipe_schema() -> dict[str, Any]:
-    """The JSON Schema of recipes with the passes that are installed; any option may be a `${variable}`."""
+    """Build the JSON Schema of recipes for the installed passes; any option may be a `${variable}`.
+
+    Returns:
+        The schema as JSON values.
+    """
     names = pass_names()
     steps = {name: {"anyOf": [_object_schema(load_pass(name)), {"type": "null"}]} for name in names}
     step = {"type": "object", "properties": steps, "additionalProperties": False}

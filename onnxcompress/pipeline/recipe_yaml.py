@@ -1,9 +1,10 @@
-"""The text of a recipe: YAML 1.2 without anything that runs code or refers elsewhere, and its line numbers.
+"""The text of a recipe: YAML 1.2 without tags and references, and the line number of each value.
 
     text --compose--> nodes with marks --construct--> plain values        line(path) from the nodes
 
-ruamel.yaml, not PyYAML: it reads YAML 1.2, where `no` is a text and `5e-3` a number, and refuses a key that
-is given twice. Tags (`!!python/object`), anchors and aliases are refused, so that a recipe is what it says.
+ruamel.yaml is used instead of PyYAML because it reads YAML 1.2, where `no` is a text and `5e-3` a number,
+and because it refuses duplicate keys. Tags (`!!python/object`), anchors and aliases are refused, so that a
+recipe runs no code and means what its text says.
 """
 
 from __future__ import annotations
@@ -29,10 +30,18 @@ _PLAIN = {_PREFIX + name for name in ("map", "seq", "str", "int", "float", "bool
 
 
 class Document:
-    """The values of a file (dict, list, str, int, float, bool, None), and where each of them stands."""
+    """The values of a file (dict, list, str, int, float, bool, None), with the place of each."""
 
     def __init__(self, text: str, name: str) -> None:
-        """Raises OptionError, with the line, for what is not plain YAML."""
+        """Parse the text.
+
+        Args:
+            text: The YAML text.
+            name: Its name in messages.
+
+        Raises:
+            OptionError: It is not plain YAML; the message names the line.
+        """
         self.name = name
         yaml = YAML(typ="safe", pure=True)
         try:
@@ -42,30 +51,61 @@ class Document:
         except MarkedYAMLError as error:
             mark = error.problem_mark or error.context_mark
             line = f":{mark.line + 1}" if mark is not None else ""
-            said = text.splitlines()[mark.line : mark.line + 1] if mark is not None else []
+            lines = text.splitlines()[mark.line : mark.line + 1] if mark is not None else []
             hint = (
                 "; within { } a variable wants quotes: '${name}'"
-                if any("${" in one for one in said)
+                if any("${" in text for text in lines)
                 else ""
             )
             raise OptionError(f"{name}{line}: not valid YAML ({_one_line(error.problem)}){hint}") from error
-        except (YAMLError, ValueError) as error:  # ValueError: a character that is none, a year 0
+        except (YAMLError, ValueError) as error:  # ValueError: an invalid character, or a year 0
             raise OptionError(f"{name}: not valid YAML ({_one_line(error)})") from error
         except RecursionError as error:
             raise OptionError(f"{name}: not a recipe (nested too deep)") from error
 
     def fail(self, place: Place, message: str) -> NoReturn:
-        """Raise OptionError for the value at `place`, or the nearest around it, with its line."""
+        """Raise an error that names the line of a value.
+
+        Args:
+            place: Where the value stands; the nearest value around it is named where it does not exist.
+            message: What is wrong.
+
+        Raises:
+            OptionError: Always.
+        """
         raise OptionError(f"{self.name}:{self._line(place)}: {message}")
 
     def unknown(self, place: Place, what: str, name: object, known: Sequence[str]) -> NoReturn:
-        """Raise OptionError for a name that is none of `known`, with the nearest that is."""
+        """Raise an error for an unknown name, with the most similar known name.
+
+        Args:
+            place: Where the name stands.
+            what: What it should be the name of.
+            name: The name.
+            known: The names that are allowed.
+
+        Raises:
+            OptionError: Always.
+        """
         near = get_close_matches(str(name), known, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(known) or 'none'}"
         self.fail(place, f"no such {what}: {name!r}; {hint}")
 
     def mapping(self, value: Any, place: Place, what: str, known: Sequence[str] | None) -> dict[str, Any]:
-        """`value`, which must be a mapping with text keys, all of them `known`; nothing is an empty one."""
+        """Check that a value is a mapping with text keys.
+
+        Args:
+            value: The value; None counts as an empty mapping.
+            place: Where it stands.
+            what: What its keys are the names of, for messages.
+            known: The keys that are allowed; None: all.
+
+        Returns:
+            The mapping.
+
+        Raises:
+            OptionError: It is something else, or has another key.
+        """
         if value is None:
             return {}
         if not isinstance(value, dict):
@@ -116,7 +156,17 @@ class Document:
 
 
 def read_document(path: str | os.PathLike[str]) -> Document:
-    """Read a recipe file. Raises OptionError where it cannot be read."""
+    """Read a YAML file.
+
+    Args:
+        path: The file.
+
+    Returns:
+        Its values, with their places.
+
+    Raises:
+        OptionError: It cannot be read, or is not plain YAML.
+    """
     file = Path(path)
     try:
         text = file.read_text(encoding="utf-8")
@@ -128,7 +178,14 @@ def read_document(path: str | os.PathLike[str]) -> Document:
 
 
 def dump(value: dict[str, Any]) -> str:
-    """YAML that `Document` reads back."""
+    """Write values as YAML that `Document` reads back.
+
+    Args:
+        value: The mapping to write.
+
+    Returns:
+        The YAML text.
+    """
     from io import StringIO
 
     yaml = YAML(typ="safe", pure=True)
@@ -140,7 +197,14 @@ def dump(value: dict[str, Any]) -> str:
 
 
 def shown(value: Any) -> str:
-    """A value in a message."""
+    """Format a value for a message.
+
+    Args:
+        value: The value.
+
+    Returns:
+        JSON of at most 60 characters.
+    """
     text = json.dumps(value, ensure_ascii=False, default=str)
     return text if len(text) <= 60 else text[:57] + "..."
 
