@@ -270,6 +270,7 @@ def _check(observed: _Observed, proto: onnx.ModelProto) -> None:
         difference = difference_of(expected, run(proto, {INPUT: x.cpu().numpy()}))
         if difference.max_rel > limit:
             raise ModelError(
-                f"in onnxruntime {difference.output!r} is off by {difference.max_rel:.1e} of its magnitude at "
-                f"batch {len(x)}; does the network draw random numbers, or branch on values or on the batch?"
+                f"in onnxruntime {difference.output!r} is off by {difference.max_rel:.1e} of its magnitude "
+                f"at batch {len(x)}; does the network draw random numbers, or branch on values or on the "
+                "batch?"
             )

@@ -43,7 +43,7 @@ Built = TypeVar("Built", Pass, Gates)
 
 
 class Given(str):
-    """A text with a value of -D in it, read as on the command line: paths are relative to the current folder."""
+    """A text with a value of -D in it: parsed as on the command line, paths not relative to the recipe."""
 
     __slots__ = ()
 

@@ -1,1 +1,1 @@
-"""What each layer costs at given bits or sparsity, and what a budget makes of it."""
+"""The output error of each layer at given bits or sparsity, and budgets allocated by it."""

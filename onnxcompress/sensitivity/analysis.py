@@ -1,12 +1,12 @@
-"""What each layer costs in output error at given bits or sparsity, one layer at a time.
+"""The output error that each layer costs at given bits or sparsity, measured one layer at a time.
 
     error(layer, change) = E (ŷ − y)² / Var y        ŷ: the outputs with that one change, y: without
 
 averaged over the network's float outputs: 0.01 is 20 dB of signal to noise. `changed` is the share of
-inputs whose top-1 class is another one. How a layer is changed: `sensitivity.layer_errors`; what budgets
-make of it: `sensitivity.bit_allocation`.
+inputs whose top-1 class changes. `sensitivity.layer_errors` changes the layers;
+`sensitivity.bit_allocation` allocates a budget by the errors.
 
-The network is measured as `quantize` rounds it: BatchNorm folded, and with `stretch` the channels between
+The network is measured as `quantize` rounds it: BatchNorm folded and, with `stretch`, the channels between
 layers brought to equal ranges first. Errors of several layers add up roughly, as long as they are small.
 
 Does not handle: networks with several inputs; layers that `quantization.qdq_plan` refuses.
@@ -26,15 +26,15 @@ from onnxcompress.progress import Progress, silent
 from onnxcompress.sensitivity.rows import Row, make_variants
 
 IMAGES = 96
-"""Inputs that are used unless a number is given; a third of them is measured on."""
+"""Number of inputs unless one is given; a third of them is measured on."""
 
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """What `sensitivity` found."""
+    """The result of a sensitivity analysis."""
 
     rows: list[Row]
-    """In the order of the network; of each layer in the order of the variants."""
+    """Rows in the order of the network, and for each layer in the order of the variants."""
     inputs: tuple[Used, ...]
     refusals: list[Refusal]
     """Layers that cannot be changed."""
@@ -53,19 +53,24 @@ def sensitivity(
     workers: int = 0,
     progress: Progress = silent,
 ) -> Sensitivity:
-    """Measure what each layer costs alone; the model stays as it is.
+    """Measure the output error that each layer costs alone; the model stays as it is.
 
     Args:
         model: The network with BatchNorm folded and canonicalized (`fold_and_canonicalize`), as `quantize`
             rounds it: rows name its weights.
         request: The inputs to measure on.
-        bits: Bits of a layer's weight to try, 2 to 8.
-        activation_bits: Bits of what a layer reads to try, 2 to 8.
+        bits: Numbers of bits to try for each weight, 2 to 8.
+        activation_bits: Numbers of bits to try for each layer's input, 2 to 8.
         sparsity: Shares of zeros to try, between 0 and 1.
         per_channel: Whether a weight has a scale for each output channel.
-        reconstruct: Whether rounding keeps the layer's output, as `quantize` does it.
+        reconstruct: Whether weights are rounded so that the layer's output is kept, as `quantize` does,
+            rather than to nearest.
         stretch: Whether channels between layers are brought to equal ranges first.
-        workers: Layers measured at once, 0: one for each core; the result does not depend on it.
+        workers: Number of layers measured at once, which does not change the result; 0: one for each core.
+        progress: Called with the stage, the layers done and the layers in all.
+
+    Returns:
+        A row for each layer and each change, the inputs used, and the layers that cannot be changed.
 
     Raises:
         OptionError: An amount is out of range.
@@ -86,21 +91,38 @@ def sensitivity(
     if not subject.plan.layers:
         why = f": {subject.plan.refusals[0]}" if subject.plan.refusals else ""
         raise ModelError(f"{model.name}: no layer with a constant float32 weight to measure{why}")
-    how = Measuring(per_channel=per_channel, reconstruct=reconstruct, seed=request.seed, workers=workers)
-    rows = layer_errors(subject, variants, how, progress)
+    settings = Measuring(
+        per_channel=per_channel, reconstruct=reconstruct, seed=request.seed, workers=workers
+    )
+    rows = layer_errors(subject, variants, settings, progress)
     return Sensitivity(rows, inputs.sources, subject.plan.refusals)
 
 
 def limited(request: InputRequest) -> InputRequest:
-    """Of real images IMAGES, unless a number is given."""
+    """Limit real images to IMAGES, unless the request gives a number.
+
+    Args:
+        request: The inputs that were asked for.
+
+    Returns:
+        The request with the limit.
+    """
     return replace(request, count=IMAGES) if request.images and request.count is None else request
 
 
-def account(found: Sensitivity, digest: str) -> dict[str, Any]:
-    """As JSON values; `read_rows` reads it back."""
+def account(result: Sensitivity, digest: str) -> dict[str, Any]:
+    """Convert the result to JSON values, which `read_rows` reads back.
+
+    Args:
+        result: The result.
+        digest: SHA-256 of the model that was measured.
+
+    Returns:
+        The keys sha256, inputs, refusals and rows.
+    """
     return {
         "sha256": digest,
-        "inputs": [asdict(used) for used in found.inputs],
-        "refusals": [asdict(refusal) for refusal in found.refusals],
-        "rows": [asdict(row) for row in found.rows],
+        "inputs": [asdict(used) for used in result.inputs],
+        "refusals": [asdict(refusal) for refusal in result.refusals],
+        "rows": [asdict(row) for row in result.rows],
     }

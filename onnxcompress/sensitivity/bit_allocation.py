@@ -1,14 +1,15 @@
-"""What each layer gets under a budget, so that the sum of the layers' errors is least.
+"""Allocate a budget of bits or zeros to layers so that the sum of the layers' errors is least.
 
-    min Σ e_l(c_l)   with   Σ c_l <= B        c_l: what layer l costs (bits), or gives up (zeros)
+    min Σ e_l(c_l)   with   Σ c_l <= B        c_l: the cost of layer l (bits), or what it gives up (zeros)
 
-Of each layer only the lower convex hull of (c, e) counts; steps along all hulls are taken by their slope,
-the best first: the solution of the Lagrangian (Shoham & Gersho, Efficient bit allocation for an arbitrary
-set of quantizers, 1988). Zeros can be divided at will, so that this is exact; of bits, what is left by a
-step that no longer fits goes to the next ones that do. The errors are those of one layer at a time
-(`sensitivity`): that they add up is an assumption.
+Only the lower convex hull of each layer's (c, e) counts; steps along all hulls are taken in the order of
+their slope, steepest first: the solution of the Lagrangian (Shoham & Gersho, Efficient bit allocation for
+an arbitrary set of quantizers, 1988). Zeros can be divided at will, so this is exact for them; with bits, a
+step that no longer fits is skipped, and later ones that fit are taken. The errors are those of one layer at
+a time (`sensitivity`): that they add up is an assumption.
 
-Between two measured numbers of bits the error's logarithm is linear: a bit less quarters its power.
+Between two measured numbers of bits the error is interpolated on a logarithmic scale: one bit less
+multiplies its power by about 4.
 """
 
 from __future__ import annotations
@@ -22,17 +23,17 @@ from onnxcompress.errors import InputError, OptionError
 from onnxcompress.sensitivity.rows import Kind, Row
 
 Curve = dict[float, float]
-"""Amount (bits, share of zeros) -> error."""
+"""Amount (bits, or share of zeros) -> error."""
 
 
 @dataclass(frozen=True)
 class Point:
-    """One choice for a layer."""
+    """One possible choice for a layer."""
 
     cost: float
     error: float
     amount: float
-    """What is chosen: bits, or the share of zeros."""
+    """The choice: bits, or the share of zeros."""
 
 
 @dataclass(frozen=True)
@@ -47,16 +48,32 @@ class _Step:
 
 
 def curves(rows: Iterable[Row], kind: Kind) -> dict[str, Curve]:
-    """By weight name."""
-    found: dict[str, Curve] = {}
+    """Group the measured errors by weight.
+
+    Args:
+        rows: The rows of a sensitivity analysis.
+        kind: The kind of change to select.
+
+    Returns:
+        Name of the weight -> its error at each measured amount.
+    """
+    by_weight: dict[str, Curve] = {}
     for row in rows:
         if row.kind == kind:
-            found.setdefault(row.weight, {})[row.value] = row.error
-    return found
+            by_weight.setdefault(row.weight, {})[row.value] = row.error
+    return by_weight
 
 
 def error_at(curve: Curve, bits: int) -> float:
-    """At a number of bits within the measured ones."""
+    """Interpolate the error at a number of bits, linearly in its logarithm.
+
+    Args:
+        curve: The measured errors.
+        bits: A number of bits within the range of the measured ones.
+
+    Returns:
+        The error.
+    """
     if bits in curve:
         return curve[bits]
     below, above = max(b for b in curve if b < bits), min(b for b in curve if b > bits)
@@ -65,7 +82,16 @@ def error_at(curve: Curve, bits: int) -> float:
 
 
 def stored_bits(bits: int, small_types: bool) -> int:
-    """What a weight costs: its bits as information, or with 4-bit types those of the type it is held in."""
+    """Compute how many bits one element of a weight costs.
+
+    Args:
+        bits: Bits to which it is rounded.
+        small_types: Whether the file has 4-bit types: then an element takes 4 or 8 bits, else `bits`
+            counts.
+
+    Returns:
+        The bits to be counted.
+    """
     return bits if not small_types else 4 if bits <= 4 else 8
 
 
@@ -78,10 +104,22 @@ def mixed_bits(
     *,
     small_types: bool = False,
 ) -> dict[str, int]:
-    """Weight name -> bits, from its floor to `most`, for `budget` bits in all.
+    """Allocate bits to weights within a budget, with the least sum of errors.
 
-    sizes: weight name -> elements. Raises OptionError where even the floors are more, InputError where a
-    weight with a choice was not measured.
+    Args:
+        rows: Errors of a sensitivity analysis over weight bits.
+        sizes: Name of the weight -> number of elements.
+        floors: Name of the weight -> least number of bits.
+        most: Largest number of bits.
+        budget: Bits of all weights together.
+        small_types: Whether the file has 4-bit types, see `stored_bits`.
+
+    Returns:
+        Name of the weight -> bits, from its floor to `most`.
+
+    Raises:
+        OptionError: Even the floors exceed the budget.
+        InputError: A weight that has a choice was not measured, or at other numbers of bits.
     """
     known = curves(rows, "weight_bits")
     hulls = {}
@@ -107,7 +145,7 @@ def mixed_bits(
 
 
 def _choices(name: str, curve: Curve, floor: int, most: int) -> list[tuple[int, float]]:
-    """(bits, error) that a layer may have."""
+    """List the (bits, error) that a layer may have."""
     if floor >= most:
         return [(floor, 0.0)]
     if len(curve) < 2:
@@ -115,21 +153,32 @@ def _choices(name: str, curve: Curve, floor: int, most: int) -> list[tuple[int, 
             f"weight {name!r}: its error must be known at two numbers of bits at least; measure it with "
             "onnxcompress sensitivity MODEL --weight-bits 2,4,8"
         )
-    found = range(max(floor, int(min(curve))), min(most, int(max(curve))) + 1)
-    if not found:
+    allowed = range(max(floor, int(min(curve))), min(most, int(max(curve))) + 1)
+    if not allowed:
         raise InputError(
             f"weight {name!r}: measured at {min(curve):g} to {max(curve):g} bits, it may have {floor} to "
             f"{most}; measure it there with onnxcompress sensitivity MODEL --weight-bits"
         )
-    return [(bits, error_at(curve, bits)) for bits in found]
+    return [(bits, error_at(curve, bits)) for bits in allowed]
 
 
 def sparsity_budget(rows: Sequence[Row], sizes: Mapping[str, int], overall: float) -> dict[str, float]:
-    """Weight name -> share of zeros, so that `overall` of all elements are zero.
+    """Allocate zeros to weights so that `overall` of all elements are zero, with the least sum of errors.
 
-    rows: of `sensitivity` with one sparsity or more; between 0 and those the error is taken to be linear,
-    and no layer gets more than was measured of it. sizes: weight name -> elements, of the weights to be
-    pruned. Raises OptionError where the budget is out of reach, InputError where a weight was not measured.
+    Between 0 and the measured sparsities the error is interpolated linearly, and no layer gets more than
+    the largest sparsity that was measured for it.
+
+    Args:
+        rows: Errors of a sensitivity analysis over at least one sparsity.
+        sizes: Name of each weight to be pruned -> number of elements.
+        overall: Share of zeros of all these elements, from 0 to below 1.
+
+    Returns:
+        Name of the weight -> share of zeros.
+
+    Raises:
+        OptionError: The share is out of range, or beyond what was measured.
+        InputError: A weight was not measured.
     """
     if not 0 <= overall < 1:
         raise OptionError(f"sparsity {overall:g}: expected a share from 0 to below 1")
@@ -144,10 +193,10 @@ def sparsity_budget(rows: Sequence[Row], sizes: Mapping[str, int], overall: floa
         measured = [Point(count * share, error, share) for share, error in known[name].items()]
         hulls[name] = hull([Point(0.0, 0.0, 0.0), *measured])
     wanted = left = overall * sum(sizes.values())
-    found = dict.fromkeys(sizes, 0.0)
+    shares = dict.fromkeys(sizes, 0.0)
     for step in _steps(hulls):
         taken = min(left, step.end.cost - step.start.cost)
-        found[step.name] += taken / max(1, sizes[step.name])
+        shares[step.name] += taken / max(1, sizes[step.name])
         left -= taken
     if left > 1e-9 * max(1.0, wanted):
         reach = sum(points[-1].cost for points in hulls.values()) / max(1, sum(sizes.values()))
@@ -155,27 +204,34 @@ def sparsity_budget(rows: Sequence[Row], sizes: Mapping[str, int], overall: floa
             f"sparsity {overall:g}: layers were measured up to {reach:.2f} in all; measure higher ones "
             "with onnxcompress sensitivity MODEL --sparsity"
         )
-    return found
+    return shares
 
 
 def hull(points: Iterable[Point]) -> list[Point]:
-    """The lower convex hull, by rising cost."""
-    found: list[Point] = []
+    """Compute the lower convex hull of points.
+
+    Args:
+        points: The choices of a layer.
+
+    Returns:
+        The hull, by rising cost.
+    """
+    points_on_hull: list[Point] = []
     for point in sorted(points, key=lambda p: (p.cost, p.error)):
-        if found and point.cost == found[-1].cost:
+        if points_on_hull and point.cost == points_on_hull[-1].cost:
             continue
-        while len(found) > 1 and _above(found[-2], found[-1], point):
-            found.pop()
-        found.append(point)
-    return found
+        while len(points_on_hull) > 1 and _above(points_on_hull[-2], points_on_hull[-1], point):
+            points_on_hull.pop()
+        points_on_hull.append(point)
+    return points_on_hull
 
 
 def _above(a: Point, b: Point, c: Point) -> bool:
-    """Whether b lies on or above the line from a to c."""
+    """Return whether b lies on or above the line from a to c."""
     return (b.error - a.error) * (c.cost - a.cost) >= (c.error - a.error) * (b.cost - a.cost)
 
 
 def _steps(hulls: Mapping[str, list[Point]]) -> list[_Step]:
-    """Of all hulls, least slope first; of one hull in its order."""
-    found = [_Step(name, a, b) for name, points in hulls.items() for a, b in pairwise(points)]
-    return sorted(found, key=lambda step: step.slope)
+    """Sort the steps of all hulls by slope, least first; steps of one hull keep their order."""
+    steps = [_Step(name, a, b) for name, points in hulls.items() for a, b in pairwise(points)]
+    return sorted(steps, key=lambda step: step.slope)

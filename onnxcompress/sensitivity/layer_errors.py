@@ -1,21 +1,22 @@
-"""One layer changed, the rest as it is: what comes out of the network.
+"""Change one layer, keep the rest of the network, and measure the error of the network's outputs.
 
     teacher   x ──> layer ──> y ─┬─ the rest ──> t
     changed   x̂ ──> layer' ──> y' ─┘  …        ──> t̂        E (t̂ − t)² / Var t
 
-The teacher is walked through once, node by node. At a layer, all tensors that later nodes need are at hand;
-only the layer itself and what lies behind it run again for each change, fed with them.
+The teacher is run once, node by node. At a layer, all tensors that later nodes need are at hand; only the
+layer itself and the nodes after it run again for each change, fed with these tensors.
 
- - weight bits: rounded as `quantize` rounds a layer that reads what the teacher gives (`rounding`);
- - activation bits: what the layer reads passes a quantizer with the least squared error (`ranges`);
+ - weight bits: the weight is rounded as `quantize` rounds a layer that reads the teacher's values (`gptq`);
+ - activation bits: the layer's input passes a quantizer with the least squared error (`activation_range`);
  - sparsity: the smallest magnitudes of the layer become zero, by the weights as they are in the file.
 
 A third of the inputs is measured on; the others give moments, ranges and bias corrections. On the inputs
-that a layer was rounded for its error is far too small where they are few: a Gemm has one row an image.
+for which a layer was rounded, its error comes out far too small where they are few: a Gemm has one row per
+image.
 
-Where the layer has a bias, the mean error of each output channel is taken back, as bias correction does.
-Layers run beside each other on threads, each with one thread of torch: results are the same whatever their
-number. With a twin (`standardize`) teacher and changed network both wear its maps.
+Where the layer has a bias, the mean error of each output channel is subtracted from it, as in bias
+correction. Layers run in parallel on threads, each with one thread of torch, so results do not depend on
+their number. With aligned statistics (`statistics_alignment`) teacher and changed network both have them.
 """
 
 from __future__ import annotations
@@ -46,31 +47,41 @@ from onnxcompress.quantization.qdq_plan import Layer
 from onnxcompress.sensitivity.rows import Row, Variant
 
 MEMORY = 3 << 30
-"""Bytes of the teacher's tensors that are held; fewer inputs are used where they would take more."""
+"""Bytes of the teacher's tensors held at once; fewer inputs are used where they would take more."""
 COPIES = 4
-"""Of the tensors at one place: several layers are measured at once."""
+"""Copies held of the tensors at one place, because several layers are measured at once."""
 SHARE = 3
-"""One in so many inputs is measured on."""
+"""One in SHARE inputs is measured on."""
 
 
 @dataclass(frozen=True)
 class Measuring:
-    """How layers are changed, and by how many at once."""
+    """How layers are changed, and how many at once."""
 
     per_channel: bool = True
     safe: bool = False
-    """As of `integers.Integers.of`."""
+    """Whether weights keep within bounds that cannot saturate (`saturation.Integers.of`)."""
     reconstruct: bool = True
     seed: int = 0
     workers: int = 0
-    """0: one for each core."""
+    """Layers measured at once; 0: one for each core."""
 
 
 @one_thread()
 def layer_errors(
     subject: Subject, variants: Sequence[Variant], how: Measuring, progress: Progress = silent
 ) -> list[Row]:
-    """A row for each layer of the plan and each variant, in their order."""
+    """Measure each variant of each layer of the plan.
+
+    Args:
+        subject: The network, its layers, and the inputs to measure on.
+        variants: The changes to try on each layer.
+        how: How layers are changed, and how many at once.
+        progress: Called with the stage, the layers done and the layers in all.
+
+    Returns:
+        A row for each layer and each variant, in their order.
+    """
     workers = how.workers or os.cpu_count() or 1
     pool = ThreadPoolExecutor(workers)
     waiting: deque[Future[list[Row]]] = deque()
@@ -95,22 +106,22 @@ def layer_errors(
 
 @dataclass(frozen=True)
 class _Site:
-    """A layer, and the teacher's tensors there."""
+    """A layer, with the teacher's tensors around it."""
 
     layer: Layer
     reads: dict[str, Tensor]
-    """What the layer needs."""
+    """Tensors that the layer reads."""
     held: dict[str, Tensor]
-    """What later nodes need, but for the layer's output."""
+    """Tensors that later nodes read, without the layer's output."""
     right: Tensor
-    """The layer's output."""
+    """The layer's output as the teacher computes it."""
     outputs: tuple[str, ...]
-    """Of the network, that are not made yet."""
+    """Outputs of the network that are not computed yet."""
 
 
 @dataclass
 class _Walk:
-    """The teacher's pass, and the runs behind each layer."""
+    """The run of the teacher, and the runs from each changed layer on."""
 
     subject: Subject
     how: Measuring
@@ -135,7 +146,11 @@ class _Walk:
         self.measured = slice(count - measured, count)
 
     def sites(self) -> Iterator[_Site]:
-        """All layers of the plan in the order of the graph."""
+        """Run the teacher up to each layer of the plan, in the order of the graph.
+
+        Yields:
+            The layers with the teacher's tensors.
+        """
         model = self.subject.model
         outputs = [t for t in model.graph.outputs if id(t) in self.topology.data]
         held = {model.graph.inputs[0].name: self.images}
@@ -161,12 +176,20 @@ class _Walk:
             held = {n: v for n, v in held.items() if self.last.get(n, -1) > place}
 
     def _plan(self, site: _Site) -> None:
-        """Have the executor lay out the runs of the site here: only the runs themselves go to threads."""
+        """Plan the executor's runs for this layer in the current thread; worker threads only run them."""
         self.executor.needed(site.reads, [site.layer.output])
         self.executor.needed([*site.held, site.layer.output], site.outputs)
 
     def measure(self, site: _Site, variants: Sequence[Variant]) -> list[Row]:
-        """A row for each variant."""
+        """Measure each variant of one layer.
+
+        Args:
+            site: The layer.
+            variants: The changes to try.
+
+        Returns:
+            A row for each variant.
+        """
         layer = site.layer
         with torch.no_grad():
             weight, shape = matrix(layer, self.executor.parameters[layer.weight])
@@ -190,7 +213,7 @@ class _Walk:
         return rows
 
     def _row(self, site: _Site, one: Variant, parameters: int, wrong: Tensor) -> Row:
-        """Run what lies behind the layer's changed output, and compare."""
+        """Run the nodes after the changed layer, and compare the network's outputs."""
         layer = site.layer
         if layer.bias is not None:
             off = (site.right - wrong)[self.learned]
@@ -216,7 +239,7 @@ class _Walk:
         )
 
     def _changed(self, found: Mapping[str, Tensor]) -> float | None:
-        """Share of other top-1 classes, by the first output that has scores."""
+        """Return the share of inputs whose top-1 class changes, by the first output that has scores."""
         count = self.measured.stop - self.measured.start
         right = score_output({n: v.numpy() for n, v in self._targets.items()}, count)
         wrong = score_output({n: found[n].numpy() for n in self._targets}, count)
@@ -227,7 +250,7 @@ class _Walk:
         return fake(x, grid)
 
     def _pruned(self, layer: Layer, weight: Tensor, one: Variant) -> Tensor:
-        """The weight with the smallest magnitudes zero; of equal ones the first."""
+        """Set the smallest magnitudes of a weight to zero; of equal ones the first."""
         own = self.executor.parameters[layer.weight]
         plain, _ = matrix(layer, self.subject.plain.get(layer.weight, own))
         order = plain.abs().flatten().argsort(stable=True)
@@ -236,7 +259,7 @@ class _Walk:
         return new.reshape(weight.shape)
 
     def _rounded(self, layer: Layer, weight: Tensor, moments: Moments | None, one: Variant) -> Tensor:
-        """The weight on its grid."""
+        """Round a weight to its grid."""
         allowed = Integers.of(layer, int(one.value), safe=self.how.safe)
         each = layer.per_channel(self.how.per_channel)
         if moments is None:
@@ -245,7 +268,7 @@ class _Walk:
         return found.weight
 
     def _moments(self, site: _Site, weight: Tensor, variants: Sequence[Variant]) -> Moments | None:
-        """Of what the layer reads; None where weights are rounded to nearest, or not at all."""
+        """Accumulate moments of the layer's input; None where the rounding needs none."""
         cut = patches_of(self.subject.model, site.layer)
         wanted = self.how.reconstruct and any(v.kind == "weight_bits" for v in variants)
         if cut is None or not wanted:
@@ -262,7 +285,17 @@ class _Walk:
     def run(
         self, outputs: Sequence[str], feeds: Mapping[str, Tensor], parameters: Mapping[str, Tensor]
     ) -> dict[str, Tensor]:
-        """In batches. parameters: new ones of the network itself, without the twin's maps."""
+        """Run the executor in batches.
+
+        Args:
+            outputs: Names of the tensors to compute.
+            feeds: Name -> value of the tensors to start from, (N, …).
+            parameters: Initializers to replace, by name, as values of the network without aligned
+                statistics.
+
+        Returns:
+            Name -> value of the outputs, (N, …).
+        """
         twin = self.subject.twin
         own = {n: twin.mapped(n, v) if n in self.maps else v for n, v in parameters.items()}
         size, parts = self.subject.batch, []

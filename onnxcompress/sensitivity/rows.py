@@ -1,4 +1,4 @@
-"""What one change of one layer costs: the rows of a sensitivity analysis, and the file that keeps them."""
+"""The rows of a sensitivity analysis, one for each change of each layer, and the file that keeps them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Kind = Literal["weight_bits", "activation_bits", "sparsity"]
 
 @dataclass(frozen=True)
 class Variant:
-    """One change of a layer: bits of its weight, bits of what it reads, or the share of zeros."""
+    """A change of a layer: bits of its weight, bits of its input, or the share of zeros."""
 
     kind: Kind
     value: float
@@ -23,61 +23,81 @@ class Variant:
 
 @dataclass(frozen=True)
 class Row:
-    """What one change of one layer costs."""
+    """The cost of one change of one layer."""
 
     layer: str
     op: str
     weight: str
     """Name of the initializer, as in the file with BatchNorm folded."""
     parameters: int
-    """Of that weight."""
+    """Number of elements of that weight."""
     kind: Kind
     value: float
     """Bits, or share of zeros."""
     error: float
-    """Of the outputs: squared error over variance."""
+    """Squared error of the network's outputs, relative to their variance."""
     changed: float | None
-    """Share of inputs with another top-1 class; None: no output has class scores."""
+    """Share of inputs whose top-1 class changes; None: no output has class scores."""
 
 
 def make_variants(
     bits: Sequence[int], activation_bits: Sequence[int], sparsity: Sequence[float]
 ) -> list[Variant]:
-    """Raises OptionError for none, or for amounts out of range."""
+    """List the changes to try on each layer, without duplicates.
+
+    Args:
+        bits: Numbers of bits of a weight, 2 to 8.
+        activation_bits: Numbers of bits of a layer's input, 2 to 8.
+        sparsity: Shares of zeros, between 0 and 1.
+
+    Returns:
+        The changes.
+
+    Raises:
+        OptionError: There are none, or an amount is out of range.
+    """
     for name, amounts in (("weight", bits), ("activation", activation_bits)):
-        for one in amounts:
-            if not 2 <= one <= 8:
-                raise OptionError(f"--{name}-bits {one}: expected 2 to 8")
+        for amount in amounts:
+            if not 2 <= amount <= 8:
+                raise OptionError(f"--{name}-bits {amount}: expected 2 to 8")
     for share in sparsity:
         if not 0 < share < 1:
             raise OptionError(f"--sparsity {share:g}: expected a share between 0 and 1")
-    found = [Variant("weight_bits", b) for b in dict.fromkeys(bits)]
-    found += [Variant("activation_bits", b) for b in dict.fromkeys(activation_bits)]
-    found += [Variant("sparsity", s) for s in dict.fromkeys(sparsity)]
-    if not found:
+    variants = [Variant("weight_bits", b) for b in dict.fromkeys(bits)]
+    variants += [Variant("activation_bits", b) for b in dict.fromkeys(activation_bits)]
+    variants += [Variant("sparsity", s) for s in dict.fromkeys(sparsity)]
+    if not variants:
         raise OptionError("nothing to measure: give --weight-bits, --activation-bits or --sparsity")
-    return found
+    return variants
 
 
 def read_rows(path: Path, digest: str) -> list[Row]:
-    """Rows from a file that `onnxcompress sensitivity --json` wrote of the model with this SHA-256.
+    """Read the rows from a file that `onnxcompress sensitivity --json` wrote.
 
-    Raises InputError for any other file.
+    Args:
+        path: The file.
+        digest: SHA-256 of the model that it must be about.
+
+    Returns:
+        The rows.
+
+    Raises:
+        InputError: The file cannot be read, is of another kind, or is about another model.
     """
     from pydantic import TypeAdapter
 
     try:
         saved: dict[str, Any] = json.loads(path.read_text())
         rows = TypeAdapter(list[Row]).validate_python(saved["rows"])
-        of = saved["sha256"]
+        measured = saved["sha256"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise InputError(
-            f"--sensitivity {path}: no file of sensitivities ({one_line(error)}); write one with "
+            f"--sensitivity {path}: not a sensitivity file ({one_line(error)}); write one with "
             "onnxcompress sensitivity MODEL --json > FILE"
         ) from error
-    if of != digest:
+    if measured != digest:
         raise InputError(
-            f"--sensitivity {path}: it was measured on another model (SHA-256 {str(of)[:12]}…, this one "
-            f"has {digest[:12]}…); measure this one"
+            f"--sensitivity {path}: it was measured on another model (SHA-256 {str(measured)[:12]}…, this "
+            f"one has {digest[:12]}…); measure this one"
         )
     return rows

@@ -1,11 +1,11 @@
-"""How sparse each layer is to be, so that all of them together reach a share of zeros.
+"""Choose the sparsity of each layer so that the whole network reaches a given sparsity.
 
     {name of the weight: share of its entries that become 0}
 
-`uniform` gives all layers the same, `by_magnitude` what one threshold for all magnitudes gives them
-(comparable where they were equalized first), `by_cost` what is cheapest by measured costs.
+`uniform` gives all layers the same sparsity, `by_magnitude` what one threshold for all magnitudes gives
+them (magnitudes are comparable after equalization), `by_cost` what costs least by measured errors.
 
-`total` counts all weights of the network: those of layers that stay dense as well.
+`total` counts all weights of the network, those of layers that stay dense included.
 """
 
 from __future__ import annotations
@@ -19,19 +19,44 @@ from onnxcompress.sensitivity.bit_allocation import sparsity_budget
 from onnxcompress.sensitivity.rows import Row
 
 LARGEST = 0.98
-"""Share of zeros of a layer, at most: some of it must stay."""
+"""Largest share of zeros of a layer: some of its weights must stay."""
 GRID = np.linspace(0.02, LARGEST, 49)
+"""Sparsities at which costs are compared."""
 POWER = 3
-"""Of the sparsity, that a cost grows with below the first that was measured."""
+"""Exponent with which a cost grows with the sparsity, below the first that was measured."""
 
 
 def uniform(sizes: Mapping[str, int], total: int, sparsity: float) -> dict[str, float]:
-    """The same for each layer. Raises OptionError where the layers have too few weights for it."""
+    """Give each layer the same sparsity.
+
+    Args:
+        sizes: Name of each prunable weight -> number of elements.
+        total: Number of elements of all weights of the network.
+        sparsity: Share of zeros of the whole network, from 0 to 1.
+
+    Returns:
+        Name of the weight -> share of zeros.
+
+    Raises:
+        OptionError: The prunable weights are too few.
+    """
     return dict.fromkeys(sizes, share_of(sum(sizes.values()), total, sparsity))
 
 
 def by_magnitude(magnitudes: Mapping[str, np.ndarray], total: int, sparsity: float) -> dict[str, float]:
-    """The share of each layer's magnitudes below the threshold that all have in common."""
+    """Give each layer the share of its magnitudes below one threshold for all layers.
+
+    Args:
+        magnitudes: Name of each prunable weight -> its magnitudes.
+        total: Number of elements of all weights of the network.
+        sparsity: Share of zeros of the whole network, from 0 to 1.
+
+    Returns:
+        Name of the weight -> share of zeros.
+
+    Raises:
+        OptionError: The prunable weights are too few.
+    """
     share = share_of(sum(m.size for m in magnitudes.values()), total, sparsity)
     threshold = np.quantile(np.concatenate([m.reshape(-1) for m in magnitudes.values()]), share)
     return {name: min(float((m < threshold).mean()), LARGEST) for name, m in magnitudes.items()}
@@ -44,9 +69,23 @@ def by_cost(
     total: int,
     sparsity: float,
 ) -> dict[str, float]:
-    """The cheapest (`budget.sparsity_budget`). costs: of each layer at the sparsities `levels`, which rise.
+    """Give each layer the sparsity with which the sum of the layers' errors is least (`sparsity_budget`).
 
-    In between, a cost's logarithm is linear; below the first level it is a power of the sparsity.
+    Between the levels the logarithm of a cost is interpolated linearly; below the first level the cost is a
+    power of the sparsity.
+
+    Args:
+        costs: Name of each prunable weight -> its error at each of the levels.
+        levels: The measured sparsities, rising.
+        sizes: Name of the weight -> number of elements.
+        total: Number of elements of all weights of the network.
+        sparsity: Share of zeros of the whole network, from 0 to 1.
+
+    Returns:
+        Name of the weight -> share of zeros.
+
+    Raises:
+        OptionError: The prunable weights are too few.
     """
     share = share_of(sum(sizes[name] for name in costs), total, sparsity)
     rows = [
@@ -58,18 +97,30 @@ def by_cost(
 
 
 def _curve(cost: Sequence[float], levels: Sequence[float]) -> np.ndarray:
-    """The cost on GRID."""
+    """Interpolate the cost on GRID."""
     known = np.log(np.maximum.accumulate(np.maximum(np.asarray(cost, np.float64), 1e-30)))
-    found = np.interp(GRID, levels, known)
+    curve = np.interp(GRID, levels, known)
     below, beyond = levels[0] > GRID, levels[-1] < GRID
-    found[below] = known[0] + POWER * np.log(GRID[below] / levels[0])
+    curve[below] = known[0] + POWER * np.log(GRID[below] / levels[0])
     slope = (known[-1] - known[-2]) / (levels[-1] - levels[-2])
-    found[beyond] = known[-1] + slope * (GRID[beyond] - levels[-1])
-    return np.asarray(np.exp(found))
+    curve[beyond] = known[-1] + slope * (GRID[beyond] - levels[-1])
+    return np.asarray(np.exp(curve))
 
 
 def share_of(weights: int, total: int, sparsity: float) -> float:
-    """Of the weights that may become 0, so that of all of them `sparsity` do."""
+    """Compute the sparsity that the prunable weights need so that the whole network reaches `sparsity`.
+
+    Args:
+        weights: Number of elements of the prunable weights.
+        total: Number of elements of all weights of the network.
+        sparsity: Share of zeros of the whole network, from 0 to 1.
+
+    Returns:
+        The share of zeros of the prunable weights, at most LARGEST.
+
+    Raises:
+        OptionError: The prunable weights are too few.
+    """
     share = sparsity * total / max(weights, 1)
     if share > LARGEST:
         raise OptionError(

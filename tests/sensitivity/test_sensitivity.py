@@ -190,7 +190,7 @@ def test_the_command_writes_json_that_is_read_back_and_plots(
     ]
     with pytest.raises(InputError, match="measured on another model"):
         read_rows(tmp_path / "rows.json", "other")
-    with pytest.raises(InputError, match="no file of sensitivities"):
+    with pytest.raises(InputError, match="not a sensitivity file"):
         read_rows(path, "other")
     for name in ("plot.png", "plot.svg"):
         assert main([*arguments, "--plot", str(tmp_path / name)]) == 0
