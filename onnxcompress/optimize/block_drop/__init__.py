@@ -1,1 +1,1 @@
-"""Which residual blocks go for a latency, and the repair of what is left."""
+"""Choose the residual blocks to drop for a latency target, and repair the remaining network."""

@@ -21,7 +21,7 @@ from onnxcompress.runtime.providers import Provider
 
 @dataclass(frozen=True)
 class DropBlocksOptions:
-    """What `drop-blocks` is asked for; its fields are the options of the command."""
+    """The options of the command `drop-blocks`."""
 
     images: str | None = images_option()
     preprocess: str | None = preprocess_option()
@@ -44,10 +44,14 @@ class DropBlocksOptions:
     threads: int = option(0, "CPU threads of onnxruntime; 0: all cores.")
     device: Literal["auto", "cpu", "cuda"] = option("auto", "Where torch optimizes.")
     capture: bool = option(False, "On a GPU, record a step of fine-tuning as a CUDA graph and replay it.")
-    seed: int = option(0, "Of all draws; the same seed and --scores give the same file.")
+    seed: int = option(0, "Random seed; the same seed and --scores give the same file.")
 
     def check(self) -> None:
-        """Raise OptionError for anything but one target, and for values out of range."""
+        """Check that exactly one target is given, and that all values are in range.
+
+        Raises:
+            OptionError: They are not.
+        """
         targets = [self.latency_reduction is not None, self.blocks is not None, bool(self.drop)]
         if sum(targets) != 1:
             raise OptionError("give one target: --latency-reduction PCT, --blocks K or --drop NAME,...")
@@ -69,11 +73,12 @@ class DropBlocksOptions:
 
     @property
     def request(self) -> InputRequest:
+        """The inputs that were asked for."""
         return InputRequest(
             self.images, self.preprocess, self.count, self.inputs, self.synthetic, self.seed
         )
 
     @property
     def runs_on(self) -> Provider:
-        """Where latency is measured, and how. Raises OptionError."""
+        """The execution provider on which latency is measured. Raises OptionError for a wrong option."""
         return Provider.of(self.provider, self.provider_options)

@@ -1,12 +1,13 @@
-"""Recoverability of each block: how far the features stay off once adapters did what they can.
+"""Recoverability of each block: the error of the features that remains after adapters were trained.
 
     R(B) = min_α ‖f(x; Θ) − f₋B(x; Θ, α)‖² / ‖f(x; Θ)‖²        (PRACTISE, arXiv 2202.07861 eq. 3)
 
-f: the features before the global pool. The publication trains the adapters α of each block for 1,000
-steps, both networks run whole in each. Here only what lies behind the first adapter runs (feeding the
-block's exit with its entry *is* the network without the block), the original's features are computed once
-for all blocks and rounds, and few steps of a faster rate rank the blocks alike. Adapters sit before all
-convolutions that read the stream behind the block, and after the last one that writes to it before.
+f: the features before the global pool. The paper trains the adapters α of each block for 1,000 steps and
+runs both whole networks in each step. Here only the part after the first adapter runs (feeding the block's
+exit with its entry *is* the network without the block), the original's features are computed once for all
+blocks and rounds, and few steps at a higher learning rate rank the blocks alike. Adapters sit before all
+convolutions that read the stream after the block, and after the last convolution that writes to it before
+the block.
 """
 
 from __future__ import annotations
@@ -29,30 +30,45 @@ from onnxcompress.optimize.executor import Executor
 BATCH = 64
 """Images that run at once when nothing is trained."""
 STEPS = 16
+"""Training steps of the adapters of a block."""
 TRAIN_BATCH = 32
+"""Images in a training step."""
 RATE = 0.1
-"""Of SGD on the relative squared error, falling to zero."""
+"""Initial learning rate of SGD on the relative squared error; it falls to zero."""
 
 
 @dataclass(frozen=True)
 class Probe:
-    """The images that blocks are scored on and the original network's features for them."""
+    """The images on which blocks are scored, with the original network's features."""
 
     source: str
     """Name of the graph's input."""
     feature: str
+    """Name of the tensor whose values are the features."""
     images: Tensor
-    """(N, …), normalized."""
+    """Normalized images, (N, …)."""
     wanted: Tensor
-    """(N, …) features of the original network."""
+    """Features of the original network, (N, …)."""
 
     @cached_property
     def energy(self) -> float:
+        """The sum of squares of the original features."""
         return float(self.wanted.float().square().sum())
 
 
 def probe(executor: Executor, images: Tensor, source: str, feature: str, *, batch: int = BATCH) -> Probe:
-    """Compute the original network's features, once. The images lie on the executor's device then."""
+    """Compute the original network's features, once for all blocks.
+
+    Args:
+        executor: The original network.
+        images: Normalized images, (N, …); they are moved to the executor's device.
+        source: Name of the graph's input.
+        feature: Name of the tensor whose values are the features.
+        batch: Images that run at once.
+
+    Returns:
+        The images with their features.
+    """
     images = images.to(executor.device)
     with torch.no_grad(), autocast(executor.device):
         parts = [executor.run({source: part}, [feature])[feature] for part in torch.split(images, batch)]
@@ -61,21 +77,16 @@ def probe(executor: Executor, images: Tensor, source: str, feature: str, *, batc
 
 @dataclass(frozen=True)
 class Recovery:
-    """What is left of a block's loss, and the weights that recover the rest."""
+    """The loss that remains when a block is dropped, and the weights that recover the rest."""
 
     loss: float
-    """R: relative squared error of the features, 0: nothing lost."""
+    """R: relative squared error of the features; 0: nothing is lost."""
     weights: dict[str, Tensor]
     """Initializer -> value with the adapter folded in."""
 
 
 class Scorer:
-    """Scores the blocks of a network that may lack others already; R counts their loss, too.
-
-    feature: the tensor that stands for the probe's, where the model has another. parameters: current
-    values of initializers, where they differ from the executor's. steps: of adapter training a block; 0
-    scores the plain damage. batch: images that run at once, at most.
-    """
+    """Scores the blocks of a network from which others may be missing already; R includes their loss."""
 
     def __init__(
         self,
@@ -90,6 +101,19 @@ class Scorer:
         batch: int = BATCH,
         device: str = "cpu",
     ) -> None:
+        """Compute the part of the network before the first adapter, once.
+
+        Args:
+            model: The network.
+            blocks: The blocks that may be scored.
+            probe: Images, with the original network's features.
+            feature: The tensor that takes the place of the probe's feature, where the model has another.
+            executor: The executor of the model; None: make one.
+            parameters: Current values of initializers that differ from the executor's.
+            steps: Training steps of the adapters of a block; 0 scores the damage without repair.
+            batch: Images that run at once, at most.
+            device: Where the executor runs, if one is made.
+        """
         self.batch = batch
         self.executor = executor or Executor.from_model(model, device=device)
         self.probe, self.steps, self.feature = probe, steps, feature or probe.feature
@@ -108,11 +132,18 @@ class Scorer:
         return {self.probe.source: part}
 
     def _places(self, low: int, high: int) -> Tensor:
-        """Indices of images, on the device, around the end."""
+        """Return the indices of images, on the device, starting over after the last image."""
         return torch.arange(low, high, device=self.executor.device) % len(self.probe.images)
 
     def recover(self, block: Block) -> Recovery:
-        """Adapters and R of dropping `block`."""
+        """Train the adapters for dropping a block, and measure R.
+
+        Args:
+            block: The block.
+
+        Returns:
+            R, and the weights with the adapters folded in.
+        """
         site = self.sites[block.exit]
         adapters = site.adapters(self.executor.device)
         weights = self._train(block, site, adapters) if adapters else {}
@@ -127,7 +158,7 @@ class Scorer:
         return Recovery(float(torch.stack(lost).sum()) / self.probe.energy, weights)
 
     def _train(self, block: Block, site: AdapterSite, adapters: dict[str, Tensor]) -> dict[str, Tensor]:
-        """A few steps of SGD on all adapters, from the identity; returns the folded weights."""
+        """Train all adapters by a few steps of SGD, starting at the identity; return the folded weights."""
         now = self.executor.parameters | self.parameters
         sgd = torch.optim.SGD(adapters.values(), lr=RATE, momentum=0.9)
         mean = self.probe.energy / self.probe.wanted.numel()
@@ -146,7 +177,7 @@ class Scorer:
     def _error(
         self, block: Block, site: AdapterSite, index: Tensor, weights: Mapping[str, Tensor]
     ) -> Tensor:
-        """Squared errors of the features when the block's exit is fed with its entry."""
+        """Compute the squared errors of the features when the block's exit is fed with its entry."""
         parameters = self.parameters | dict(weights)
         entry = self._prefix[site.cut][index]
         if site.cut != block.entry:
@@ -158,24 +189,39 @@ class Scorer:
 
 @dataclass(frozen=True)
 class AdapterSite:
-    """Where the adapters of one block sit."""
+    """The layers next to which the adapters of one block sit."""
 
     cut: str
-    """The tensor in front of the first adapter; what comes before never changes."""
+    """The tensor before the first adapter; the network up to it never changes."""
     before: tuple[ConvLayer, ...] = ()
-    """Dense convolutions that read the stream behind the block."""
+    """Dense convolutions that read the stream after the block."""
     after: tuple[ConvLayer, ...] = ()
-    """Dense convolutions that write to it in front of the block, the last one only."""
+    """The last dense convolution that writes to the stream before the block, if any."""
 
     def adapters(self, device: torch.device) -> dict[str, Tensor]:
-        """Identities, one for each layer, to be trained."""
+        """Create the adapters, one for each layer, as identities that require gradients.
+
+        Args:
+            device: Where they lie.
+
+        Returns:
+            Key of the layer -> adapter, (channels, channels).
+        """
         return {
             **{f"before {x.node}": _identity(x.inputs, device) for x in self.before},
             **{f"after {x.node}": _identity(x.outputs, device) for x in self.after},
         }
 
     def folded(self, now: Mapping[str, Tensor], adapters: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """{initializer: value with its adapters folded in}, differentiable."""
+        """Fold the adapters into the weights, differentiably.
+
+        Args:
+            now: Current values of the initializers, by name.
+            adapters: The adapters, as from `adapters`.
+
+        Returns:
+            Initializer -> value with its adapters folded in.
+        """
         values: dict[str, Tensor] = {}
         for layer in self.before:
             values[layer.weight] = fold_before(now[layer.weight], adapters[f"before {layer.node}"])
@@ -194,7 +240,16 @@ def _identity(size: int, device: torch.device) -> Tensor:
 
 
 def adapter_site(model: Model, block: Block) -> AdapterSite:
-    """The convolutions that take adapters when `block` goes, and the tensor in front of them."""
+    """Find the convolutions that take adapters when a block is dropped, and the tensor before them.
+
+    Args:
+        model: The network.
+        block: The block.
+
+    Returns:
+        The convolutions; the last one before the block is left out where no tensor of the trunk precedes
+        it.
+    """
     topology = Topology(model)
     tensors = model.graph.tensors()
     entry = tensors[block.entry]

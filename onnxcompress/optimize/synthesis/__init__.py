@@ -1,1 +1,1 @@
-"""Inputs made from recorded statistics, and tensors brought to them."""
+"""Synthesize inputs from recorded statistics, and align a network's tensors with these statistics."""

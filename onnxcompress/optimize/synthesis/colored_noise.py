@@ -4,15 +4,15 @@ A draw of samples n with channels c and places p is
 
     z = √(1 − o) · s + √o · m        x[n, c, p] = mean[c] + std[c] · z̃[n, c, p]
 
-s: white noise whose spectrum is multiplied by |f|^(−a/2), so that its power falls as 1/f^a, without its
-mean over the places; m[n, c]: one number for a whole channel of a sample, as the spatial mean of a feature
-map varies from image to image; z̃: z with mean 0 and deviation 1 of each channel over the whole draw.
-At the graph's input, z = √(1 − h) · z + √h · z' where z' is one such draw for all channels: the channels of
-an image are much alike. White noise (a = o = h = 0) is what Horton et al. draw (arXiv 2011.09058, §3.1);
-images of the world have a ≈ 2 (Field, J. Opt. Soc. Am. A 1987).
+s is white noise whose spectrum is multiplied by |f|^(−a/2), so that its power falls as 1/f^a, without its
+mean over the places; m[n, c] is one number for a whole channel of a sample, because the spatial mean of a
+feature map varies from image to image; z̃ is z brought to mean 0 and deviation 1 in each channel over the
+whole draw. At the graph's input, z = √(1 − h) · z + √h · z' where z' is one such draw shared by all
+channels, because the channels of an image are similar. White noise (a = o = h = 0) is what Horton et al.
+draw (arXiv 2011.09058, §3.1); natural images have a ≈ 2 (Field, J. Opt. Soc. Am. A 1987).
 
-Does not handle: covariance between channels elsewhere (`Noise.depth` has it made by the layers before),
-and what is not Gaussian.
+Does not handle: covariance between channels elsewhere (with `Noise.depth` the layers before create it), and
+distributions that are not Gaussian.
 """
 
 from __future__ import annotations
@@ -29,15 +29,16 @@ from onnxcompress.errors import OptionError
 from onnxcompress.statistics.record import ChannelStatistics
 
 CONSTANT = 1e-6
-"""Deviation of a channel, as a share of its magnitude, below which it is rounding and no signal."""
+"""Deviation of a channel, relative to its magnitude, below which it is only rounding."""
 
 
 @dataclass(frozen=True)
 class Noise:
-    """What is drawn where statistics are known, and how far behind the wanted tensor.
+    """The noise that is drawn, and how far before the wanted tensor.
 
-    Defaults, by the error that is left on real inputs when half the weights of a layer are pruned and the
-    others refitted by least squares on drawn inputs; geometric mean of 12 layers, real inputs: 1.
+    The defaults were chosen by the error that is left on real inputs when half the weights of a layer are
+    pruned and the others refitted by least squares on drawn inputs: geometric mean of 12 layers, relative
+    to a refit on real inputs.
 
         ResNet-56, EfficientNet-Lite0                 ResNet-56, EfficientNet-Lite0
         not refitted                  5.81  3.40      a 1, o 0.1, depth 1                1.53  1.35
@@ -48,13 +49,13 @@ class Noise:
     """
 
     exponent: float = 3.0
-    """a: the power of spatial frequency f is 1/f^a; 0 is white."""
+    """a, 0 to 8: the power of spatial frequency f is 1/f^a; 0 is white."""
     offset: float = 0.3
-    """o: share of a channel's variance that is between samples, from 0 to 1."""
+    """o, 0 to 1: share of a channel's variance that lies between samples."""
     shared: float = 0.8
-    """h: share of the variance that the channels of the graph's input have in common."""
+    """h, 0 to 1: share of the variance that the channels of the graph's input have in common."""
     depth: int | None = None
-    """How many recorded levels before the nearest to start from; None: the graph's input."""
+    """Recorded levels before the nearest one at which to draw; None: at the graph's input."""
 
     def __post_init__(self) -> None:
         for name in ("offset", "shared"):
@@ -67,13 +68,22 @@ class Noise:
 
 
 WHITE = Noise(exponent=0.0, offset=0.0, shared=0.0, depth=0)
-"""As published: independent numbers at the nearest tensors with known statistics."""
+"""As published by Horton et al.: independent numbers at the nearest tensors with known statistics."""
 COLOURED = Noise(exponent=2.0, offset=0.1, shared=0.8, depth=0)
-"""The best of the nearest: nothing before them runs."""
+"""The best noise at the nearest tensors, before which nothing runs."""
 
 
 def generator(seed: int, name: str, count: int) -> torch.Generator:
-    """The random stream of one tensor; it depends on nothing but these three."""
+    """Create the random stream of one tensor, which depends on the arguments only.
+
+    Args:
+        seed: The seed of the whole draw.
+        name: Name of the tensor.
+        count: Number of samples.
+
+    Returns:
+        A generator on the CPU.
+    """
     digest = hashlib.sha256(f"{seed}\n{count}\n{name}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
@@ -81,7 +91,17 @@ def generator(seed: int, name: str, count: int) -> torch.Generator:
 def draw(
     shape: Sequence[int], statistics: ChannelStatistics, noise: Noise, stream: torch.Generator
 ) -> Tensor:
-    """A float32 tensor of this shape, channels on axis 1, with these statistics over all of it."""
+    """Draw a tensor with given statistics over all samples and places.
+
+    Args:
+        shape: Its shape, (N, C, …).
+        statistics: Mean and deviation of each channel.
+        noise: Spectrum of the noise.
+        stream: Source of random numbers.
+
+    Returns:
+        The tensor, float32.
+    """
     z = _field(tuple(shape), noise, stream)
     return standardized(z, statistics) if z.numel() > z.shape[1] else _affine(z, statistics)
 
@@ -89,9 +109,17 @@ def draw(
 def draw_input(
     shape: Sequence[int], statistics: ChannelStatistics | None, noise: Noise, stream: torch.Generator
 ) -> Tensor:
-    """What stands for normalized images; mean 0 and deviation 1 where there are no statistics.
+    """Draw a stand-in for normalized images.
 
-    Channels are axis 1, as in the record; without one the last, too, if that alone is 1 or 3.
+    Args:
+        shape: Its shape, (N, C, …). Without statistics, channels may also be the last of four axes, if only
+            that axis has size 1 or 3.
+        statistics: Mean and deviation of each channel; None: mean 0 and deviation 1.
+        noise: Spectrum of the noise.
+        stream: Source of random numbers.
+
+    Returns:
+        The tensor, float32.
     """
     if len(shape) < 2:
         return torch.randn(tuple(shape), generator=stream)
@@ -108,9 +136,16 @@ def draw_input(
 
 
 def standardized(x: Tensor, statistics: ChannelStatistics) -> Tensor:
-    """x with each channel (axis 1) brought to the recorded mean and deviation over all its samples.
+    """Bring each channel to the recorded mean and deviation over all samples and places.
 
-    A channel that is constant becomes its recorded mean: nothing tells how it would vary.
+    A channel that is constant becomes its recorded mean, because nothing says how it would vary.
+
+    Args:
+        x: The values, (N, C, …).
+        statistics: The recorded mean and deviation of each channel.
+
+    Returns:
+        The new values, (N, C, …).
     """
     axes = [axis for axis in range(x.ndim) if axis != 1]
     variance, mean = torch.var_mean(x, axes, correction=0, keepdim=True)
@@ -126,7 +161,7 @@ def _affine(z: Tensor, statistics: ChannelStatistics) -> Tensor:
 
 
 def _field(shape: tuple[int, ...], noise: Noise, stream: torch.Generator) -> Tensor:
-    """z: mean 0 and variance 1, in expectation."""
+    """Draw z, with mean 0 and variance 1 in expectation."""
     z = torch.randn(shape, generator=stream)
     if z[0, 0].numel() == 1 or noise.exponent == noise.offset == 0:
         return z
@@ -136,7 +171,7 @@ def _field(shape: tuple[int, ...], noise: Noise, stream: torch.Generator) -> Ten
 
 
 def _coloured(white: Tensor, exponent: float) -> Tensor:
-    """The noise with power 1/f^exponent, variance 1 and no mean over the places of a channel."""
+    """Give noise the power 1/f^exponent, variance 1, and no mean over the places of a channel."""
     axes = tuple(range(2, white.ndim))
     *sides, last = white.shape[2:]
     squared = torch.fft.rfftfreq(last).square()

@@ -1,15 +1,17 @@
-"""Distilled images: pixels optimized until the network's statistics are those of its training data.
+"""Distilled images: optimize pixels until the network's statistics are those of its training data.
 
     min over x in [0, 255]:   Σ_t mean_c ( (μ_c(x) − β_c)² / γ_c² + (σ_c(x) / |γ_c| − 1)² )
 
-t: tensors with known statistics (β, |γ|: what a BatchNorm, or the record, says of its output); μ, σ: of a
-chunk of images, over images and places. From procedural images on, by Adam, each step on mirrored and
-shifted views, so that what is found does not hang on single pixels. Sources: Cai et al., ZeroQ (CVPR 2020)
-and Yin et al., DeepInversion (CVPR 2020), eq. 4; the relative form makes all layers count alike.
+t runs over tensors with known statistics (β, |γ|: of a BatchNorm's output, from the node or the record); μ
+and σ are those of a chunk of images, over images and places. Adam starts from procedural images, and each
+step sees mirrored and shifted views, so that the result does not depend on single pixels. Sources: Cai et
+al., ZeroQ (CVPR 2020) and Yin et al., DeepInversion (CVPR 2020), eq. 4; the relative form weighs all layers
+alike.
 
-What makes it fast: a chunk's moments have a backward pass of one multiply-add; neighbouring tensors say
-nearly the same, so some twenty of them do; from dead leaves on twenty steps do; bfloat16 where it pays.
-Does not handle: statistics of tensors whose channels are not axis 1; several inputs.
+What makes it fast: the backward pass of a chunk's moments is one multiply-add; neighbouring tensors carry
+nearly the same information, so about twenty of them are enough; starting from dead leaves, twenty steps are
+enough; bfloat16 is used where it pays. Does not handle: statistics of tensors whose channels are not axis
+1; several inputs.
 """
 
 from __future__ import annotations
@@ -32,20 +34,22 @@ from onnxcompress.progress import Progress, silent
 from onnxcompress.statistics.record import ChannelStatistics, known_statistics
 
 STEPS = 20
+"""Steps of Adam."""
 RATE = 0.023
-"""Of Adam at its start, as a share of the range of pixels; half a cosine to zero."""
+"""Initial learning rate of Adam, as a share of the range of pixels; it falls to zero by half a cosine."""
 TENSORS = 20
 """Tensors that are matched, at most, evenly spread over the network."""
 CHUNK = 128
-"""Images that are optimized together, at most: statistics are matched by a chunk as a whole."""
+"""Images that are optimized together, at most: the chunk as a whole matches the statistics."""
 CHUNK_BYTES = 3 << 30
 """Memory that the activations of a chunk may take; it is made smaller where they need more."""
 BLOCK = 1 << 17
-"""Numbers whose moments are taken at once."""
+"""Numbers whose moments are computed at once."""
 SHIFT = 16
-"""A view is shifted by up to this fraction of the side, one part in SHIFT, around the edges."""
+"""A view is shifted by up to 1 / SHIFT of its side, around the edges."""
 
 Targets = Mapping[str, tuple[Tensor, Tensor]]
+"""Tensor -> the mean and deviation that its channels are to have, each (channels,)."""
 
 
 def distill(
@@ -58,9 +62,25 @@ def distill(
     device: str = "cpu",
     progress: Progress = silent,
 ) -> ImageSet:
-    """Images of the number, size and normalization of `start`, without labels.
+    """Distil images of the number, size and normalization of `start`, without labels.
 
-    statistics: by tensor; default: what the file knows. Raises ModelError where none is of use.
+    Sources: ZeroQ (Cai et al., CVPR 2020); DeepInversion (Yin et al., CVPR 2020), eq. 4.
+
+    Args:
+        model: The network, with one input.
+        start: The images to start from.
+        statistics: Tensor -> statistics to match; None: what the file knows.
+        steps: Steps of Adam.
+        seed: Random seed of the views.
+        device: Where torch computes.
+        progress: Called with the stage, the steps done and the steps in all.
+
+    Returns:
+        The images.
+
+    Raises:
+        ModelError: No tensor has known statistics, or no gradient reaches the input.
+        RuntimeUnavailable: The GPU's memory does not hold even a few images.
     """
     executor = Executor.from_model(model, device=device)
     source = str(model.graph.inputs[0].name)
@@ -84,7 +104,7 @@ def _optimized(
     how: tuple[int, int, int],
     progress: Progress,
 ) -> list[np.ndarray]:
-    """Chunks of images. how: steps, images in a chunk, seed."""
+    """Optimize the images in chunks. how: steps, images in a chunk, seed."""
     steps, chunk, seed = how
     generator = torch.Generator().manual_seed(seed)
     made: list[np.ndarray] = []
@@ -114,7 +134,7 @@ def _optimized(
 
 @dataclass(frozen=True)
 class _Pixels:
-    """Between uint8 pixels N,H,W,C, shares of their range in the network's layout, and normalized ones."""
+    """Conversions between uint8 pixels, shares of their range in the network's layout, and inputs."""
 
     low: Tensor
     high: Tensor
@@ -122,6 +142,15 @@ class _Pixels:
 
     @staticmethod
     def of(images: ImageSet, device: str) -> _Pixels:
+        """Read the range of pixels from the normalization of images.
+
+        Args:
+            images: The images.
+            device: Where tensors lie.
+
+        Returns:
+            The conversions.
+        """
         black = np.zeros((1, 1, 1, images.x.shape[3]), np.uint8)
         ends = (images.preprocess.normalize(black), images.preprocess.normalize(black + np.uint8(255)))
         low, high = (torch.from_numpy(end).to(device) for end in ends)
@@ -141,21 +170,44 @@ class _Pixels:
         return torch.channels_last if self.nchw else torch.contiguous_format
 
     def shares(self, x: np.ndarray) -> Tensor:
-        """uint8 N,H,W,C as shares in [0, 1] of the range."""
+        """Convert pixels to shares of their range.
+
+        Args:
+            x: Pixels, uint8, (N, H, W, C).
+
+        Returns:
+            Shares from 0 to 1, in the network's layout.
+        """
         normalized = torch.from_numpy(self.images.preprocess.normalize(x)).to(self.low.device)
         return (normalized - self.low) / (self.high - self.low)
 
     def normalized(self, shares: Tensor) -> Tensor:
+        """Convert shares of the range to inputs of the network.
+
+        Args:
+            shares: Shares from 0 to 1, in the network's layout.
+
+        Returns:
+            Normalized values in the same layout.
+        """
         return self.low + shares * (self.high - self.low)
 
     def rounded(self, shares: Tensor) -> np.ndarray:
+        """Convert shares of the range to pixels.
+
+        Args:
+            shares: Shares from 0 to 1, in the network's layout.
+
+        Returns:
+            Pixels, uint8, (N, H, W, C).
+        """
         x = (shares * 255).round().to("cpu", torch.uint8)
         x = (x.permute(0, 2, 3, 1) if self.nchw else x).contiguous()
         return np.ascontiguousarray(x.flip(-1) if self.images.preprocess.order == "bgr" else x)
 
 
 def _view(x: Tensor, places: tuple[int, int], generator: torch.Generator) -> Tensor:
-    """The images mirrored or not, and shifted around the edges."""
+    """Mirror the images or not, and shift them around the edges."""
     if bool(torch.rand(1, generator=generator) < 0.5):
         x = x.flip(places[1])
     reach = [max(1, x.shape[axis] // SHIFT) for axis in places]
@@ -166,7 +218,7 @@ def _view(x: Tensor, places: tuple[int, int], generator: torch.Generator) -> Ten
 def _targets(
     model: Model, executor: Executor, statistics: Mapping[str, ChannelStatistics]
 ) -> dict[str, tuple[Tensor, Tensor]]:
-    """(mean, deviation) of the tensors to match, in the order of the graph."""
+    """Select the (mean, deviation) of the tensors to match, in the order of the graph."""
     made = targets_of([t.name for n in model.graph.nodes for t in n.outputs], statistics, executor.device)
     if not made:
         raise ModelError(
@@ -179,7 +231,16 @@ def _targets(
 def targets_of(
     names: Sequence[str], statistics: Mapping[str, ChannelStatistics], device: torch.device
 ) -> dict[str, tuple[Tensor, Tensor]]:
-    """(mean, deviation) of those of the tensors that are known; of many, TENSORS evenly spread."""
+    """Select the statistics to match: at most TENSORS of the known tensors, evenly spread.
+
+    Args:
+        names: Names of tensors, in the order of the graph.
+        statistics: Statistics of the known tensors, by name.
+        device: Where the result lies.
+
+    Returns:
+        Name -> mean and deviation, each (channels,).
+    """
     known = [name for name in names if name in statistics]
     places = np.linspace(0, len(known) - 1, min(TENSORS, len(known))).round().astype(int)
     return {
@@ -192,7 +253,7 @@ def targets_of(
 
 
 def _chunk(model: Model, count: int) -> int:
-    """Images that go together."""
+    """Choose how many images are optimized together."""
     each = sum(_floats(shape) for shape in tensor_shapes(model).values()) * 2
     largest = max(8, min(CHUNK, CHUNK_BYTES // max(each, 1)))
     return -(-count // -(-count // largest))  # parts of one size
@@ -205,7 +266,16 @@ def _floats(shape: tuple[int | str | None, ...]) -> int:
 
 
 def mismatch(values: Tensor, mean: Tensor, deviation: Tensor) -> Tensor:
-    """Mean over channels of the squared errors of mean and deviation, relative to the deviation."""
+    """Compute the squared errors of mean and deviation, relative to the deviation, averaged over channels.
+
+    Args:
+        values: The values of a tensor, (N, C, …).
+        mean: The wanted mean of each channel, (C,).
+        deviation: The wanted deviation of each channel, (C,).
+
+    Returns:
+        The mismatch, a scalar; channels that should not vary count as 0.
+    """
     first, second = _Moments.apply(values)  # type: ignore[no-untyped-call, unused-ignore]
     found = (second - first.square()).clamp_min(1e-12).sqrt()
     alive = deviation > 1e-3 * deviation.mean()  # a channel that never changes says nothing
@@ -216,9 +286,9 @@ def mismatch(values: Tensor, mean: Tensor, deviation: Tensor) -> Tensor:
 
 
 def _sums(rows: Tensor, axis: int) -> tuple[Tensor, Tensor]:
-    """Σ x and Σ x² along the axis of (rows, columns), float32; along rows, of each part of them.
+    """Compute Σ x and Σ x² along an axis of (rows, columns), float32; along rows, for each part of them.
 
-    Parts that fit a CPU's cache: what lies in memory is read once.
+    Parts fit a CPU's cache, so that memory is read only once.
     """
     size = max(1, BLOCK // rows.shape[1]) if rows.device.type == "cpu" else len(rows)
     first, second = [], []
@@ -231,10 +301,19 @@ def _sums(rows: Tensor, axis: int) -> tuple[Tensor, Tensor]:
 
 
 class _Moments(torch.autograd.Function):
-    """Mean and mean square of each channel (axis 1), float32."""
+    """Mean and mean square of each channel (axis 1), float32, with a fast backward pass."""
 
     @staticmethod
     def forward(ctx: Any, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Compute the moments.
+
+        Args:
+            ctx: Keeps the values for the backward pass.
+            values: The values, (N, C, …).
+
+        Returns:
+            Mean and mean square, each (C,).
+        """
         ctx.save_for_backward(values)
         count = values.numel() // values.shape[1]
         if values.dim() == 4 and values.is_contiguous(memory_format=torch.channels_last):
@@ -246,6 +325,16 @@ class _Moments(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, first: Tensor, second: Tensor) -> Tensor:
+        """Compute the gradient of the values.
+
+        Args:
+            ctx: Has the values.
+            first: Gradient of the mean, (C,).
+            second: Gradient of the mean square, (C,).
+
+        Returns:
+            The gradient, (N, C, …).
+        """
         (values,) = ctx.saved_tensors
         shape = (1, -1, *[1] * (values.dim() - 2))
         share = values.shape[1] / values.numel()

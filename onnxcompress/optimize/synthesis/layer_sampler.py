@@ -1,23 +1,24 @@
 """Inputs of any layer from statistics alone: draw at recorded tensors, run the real graph in between.
 
-The input of a layer is x = f(y₁, y₂, …): f is the part of the graph between it and the nearest tensors
-with known statistics, y_k, wherever they lie: the last layers of all earlier branches of a residual stage,
-the parts of a Concat. Horton et al. (arXiv 2011.09058, §3.1) draw each y_k from N(mean, std²) of its
+The input of a layer is x = f(y₁, y₂, …), where f is the part of the graph between it and the nearest
+tensors y_k with known statistics, wherever they lie: the last layers of all earlier branches of a residual
+stage, the parts of a Concat. Horton et al. (arXiv 2011.09058, §3.1) draw each y_k from N(mean, std²) of its
 channels and sum up; here f is run, with its activations, pools and sums.
 
-    depth 0        y_k drawn                                  -> f -> x
-    depth d > 0    y_k = standardize(g_k(…)), g_k the graph from the next recorded tensors behind y_k, which
-                   have depth d − 1, and so on, or from the graph's input. The standardizing is a BatchNorm
-                   in training mode with the recorded mean and deviation: it keeps each y_k to its record,
-                   and leaves the correlations between places and channels, and of branch and shortcut, that
-                   g_k makes. A tensor needed at two depths is computed once, at the larger.
+    depth 0        y_k drawn                                  -> f -> x depth d > 0    y_k =
+    standardize(g_k(…)), where g_k is the graph from the next recorded tensors before y_k,
+                   which have depth d − 1, and so on, or from the graph's input. Standardizing is a
+                   BatchNorm in training mode with the recorded mean and deviation: it gives each y_k its
+                   recorded statistics, and keeps the correlations between places and channels, and between
+                   branch and shortcut, that g_k makes. A tensor needed at two depths is computed once, at
+                   the larger one.
 
 Each call plans which tensors are drawn and which nodes run, each once, in pieces between recorded tensors;
-a tensor is let go after its last reader. Linear in the nodes behind the wanted tensor.
+a tensor is freed after its last reader. The cost is linear in the nodes before the wanted tensor.
 
-Does not handle: open image sizes, inputs that are not floating (they cannot be drawn), batches whose size
-the graph fixes, control flow. The samples of a call are standardized together: take more calls of other
-seeds, not more samples, where memory is short.
+Does not handle: open image sizes, inputs that are not floating-point (they cannot be drawn), batches whose
+size the graph fixes, control flow. The samples of a call are standardized together: where memory is short,
+make more calls with other seeds, not calls with more samples.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ Result = TypeVar("Result")
 class LayerSampler:
     """Draws values of any tensor of a graph as it is now; later edits do not reach it.
 
-    Values of a call depend on the seed, the count and the tensors that are asked for alone.
+    The values of a call depend only on the seed, the count and the tensors that are asked for.
     """
 
     def __init__(
@@ -60,10 +61,19 @@ class LayerSampler:
         images: Tensor | None = None,
         device: str = "cpu",
     ) -> None:
-        """statistics: by tensor, `known_statistics(model)` unless given. executor: of the same graph.
+        """Take a snapshot of the graph.
 
-        images: (N, …), normalized, taken in place of noise at the graph's only input, as they are: the best
-        there is without data are procedural ones (see `Noise`).
+        Args:
+            model: The network.
+            statistics: Statistics by tensor; None: `known_statistics(model)`.
+            executor: The executor of the same graph; None: make one.
+            noise: The noise to draw.
+            images: Normalized images, (N, …), used as they are instead of noise at the graph's only input.
+                Procedural images are the best inputs without data (see `Noise`).
+            device: Where the executor runs, if one is made.
+
+        Raises:
+            InputError: The images do not fit the input.
         """
         self.noise = noise
         self.statistics = dict(known_statistics(model) if statistics is None else statistics)
@@ -78,26 +88,81 @@ class LayerSampler:
         self._images = self._checked(images)
 
     def sources(self, tensor: str | Sequence[str]) -> tuple[str, ...]:
-        """The tensors that are drawn for `tensor` (or several, together), in the order of the graph."""
+        """List the tensors that are drawn to compute others.
+
+        Args:
+            tensor: The wanted tensor, or several that are computed together.
+
+        Returns:
+            The drawn tensors, in the order of the graph.
+
+        Raises:
+            ModelError: A wanted tensor does not exist, or no input reaches it.
+        """
         return tuple(self._cut([tensor] if isinstance(tensor, str) else tensor).drawn)
 
     def ordered(self, tensors: Iterable[str]) -> list[str]:
-        """The tensors, each once, in the order of the graph."""
+        """Sort tensors in the order of the graph.
+
+        Args:
+            tensors: Names of tensors.
+
+        Returns:
+            The names, each once.
+        """
         return sorted(set(tensors), key=self._place.__getitem__)
 
     def sample(self, tensor: str, count: int, seed: int) -> Tensor:
-        """`count` values of the tensor, shape (count, …), on the executor's device."""
+        """Draw values of one tensor.
+
+        Args:
+            tensor: Name of the tensor.
+            count: Number of samples.
+            seed: Random seed.
+
+        Returns:
+            The values, (count, …), on the executor's device.
+
+        Raises:
+            ModelError: The tensor cannot be drawn.
+            InputError: There are fewer images than samples.
+        """
         return next(self.stream([tensor], count, seed))[1]
 
     def sample_all(self, tensors: Sequence[str], count: int, seed: int) -> dict[str, Tensor]:
-        """Values of several tensors in one run, consistent with each other."""
+        """Draw values of several tensors in one run, consistent with each other.
+
+        Args:
+            tensors: Names of the tensors.
+            count: Number of samples.
+            seed: Random seed.
+
+        Returns:
+            Name -> values, (count, …), on the executor's device.
+
+        Raises:
+            ModelError: A tensor cannot be drawn.
+            InputError: There are fewer images than samples.
+        """
         found = dict(self.stream(tensors, count, seed))
         return {name: found[name] for name in tensors}
 
     def stream(self, tensors: Sequence[str], count: int, seed: int) -> Iterator[tuple[str, Tensor]]:
-        """As `sample_all`, each tensor as soon as it is computed; drawn ones that nothing reads come last.
+        """Draw values of several tensors as `sample_all` does, but yield each as soon as it is computed.
 
-        Holds no more than the run itself needs: one pass for the inputs of all layers.
+        Holds no more tensors than the run itself needs, so one pass gives the inputs of all layers.
+
+        Args:
+            tensors: Names of the tensors.
+            count: Number of samples.
+            seed: Random seed.
+
+        Yields:
+            Name and values, (count, …); drawn tensors that nothing reads come last.
+
+        Raises:
+            ModelError: A tensor cannot be drawn.
+            InputError: There are fewer images than samples.
         """
         plan = self._cut(tensors)
         wanted = set(tensors)
@@ -206,12 +271,23 @@ def map_layers(
     work: Callable[[str, Tensor], Result],
     workers: int = 1,
 ) -> Iterator[tuple[str, Result]]:
-    """`work(tensor, values)` for each tensor, up to `workers` of them at a time.
+    """Call a function on the values of each tensor, for up to `workers` tensors at a time.
 
-    Holds no more values than that at a time. Where all levels or none are gone back the values of each
-    tensor alone are also those of all together, and come from one pass; else each worker draws its own.
-    Until the last result is taken torch computes with one thread per worker, so that results and their
-    order are the same whatever their number.
+    Holds the values of no more than `workers` tensors at a time. With a noise depth of 0 or None the values
+    of each tensor alone equal those of all together, and come from one pass; otherwise each worker draws
+    its own. Until the last result is taken torch computes with one thread per worker, so that neither
+    results nor their order depend on the number of workers.
+
+    Args:
+        sampler: Draws the values.
+        tensors: Names of the tensors.
+        count: Number of samples.
+        seed: Random seed.
+        work: Called with the name and the values, (count, …).
+        workers: Number of threads.
+
+    Yields:
+        The name and the result of `work`, in the order of the graph.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # of the process: torch has no setting of a thread's own
@@ -254,5 +330,16 @@ def _jobs(
 def sample_layers(
     sampler: LayerSampler, tensors: Sequence[str], count: int, seed: int, workers: int = 1
 ) -> Iterator[tuple[str, Tensor]]:
-    """Values of each tensor on its own: `map_layers` with nothing done to them."""
+    """Draw values of each tensor on its own, as `map_layers` does.
+
+    Args:
+        sampler: Draws the values.
+        tensors: Names of the tensors.
+        count: Number of samples.
+        seed: Random seed.
+        workers: Number of threads.
+
+    Returns:
+        An iterator over names and values, (count, …), in the order of the graph.
+    """
     return map_layers(sampler, tensors, count, seed, lambda _, value: value, workers)

@@ -1,12 +1,14 @@
-"""Which tensors are drawn, and which nodes run, to get values of a tensor from known statistics.
+"""Plan which tensors are drawn, and which nodes run, to sample a tensor from known statistics.
 
-Walking back from the wanted tensors, each carries how many recorded levels it may still go back (its
-budget). A recorded tensor with budget 0 is drawn; with more, it is computed from what lies behind it, with
-one less, and standardized. Inputs of the graph are always drawn. A tensor reached twice has the larger
-budget, so that each is computed once. Of a tensor that only a Shape or Size reads, the shape is enough.
+Going back from the wanted tensors, each tensor carries the number of recorded levels that it may still go
+back (its budget). A recorded tensor with budget 0 is drawn; with a larger budget it is computed from the
+tensors before it, whose budget is one less, and standardized. Inputs of the graph are always drawn. A
+tensor reached twice has the larger budget, so that each is computed once. Where only a Shape or Size reads
+a tensor, its shape is enough.
 
-The nodes that run are cut into pieces: one begins where a drawn tensor is first read, so that it is drawn
-no earlier, and one ends where a tensor is to be standardized. All of this is linear in the nodes.
+The nodes that run are cut into pieces: a piece begins where a drawn tensor is first read, so that it is
+drawn no earlier, and ends where a tensor is to be standardized. All of this is linear in the number of
+nodes.
 """
 
 from __future__ import annotations
@@ -22,41 +24,50 @@ from onnxcompress.model import Model
 
 @dataclass(frozen=True)
 class Node:
-    """A node as it was when it was looked at, by names of tensors that depend on the graph's inputs."""
+    """A node at the time of the snapshot, by the names of tensors that depend on the graph's inputs."""
 
     reads: tuple[str, ...]
     makes: tuple[str, ...]
     sizes_only: bool
-    """It reads the shape of its input alone."""
+    """Whether it reads only the shape of its input."""
 
 
 @dataclass
 class Piece:
-    """Nodes that run together, after `fresh` is drawn."""
+    """Nodes that run together, after the tensors `fresh` are drawn."""
 
     nodes: list[Node] = field(default_factory=list)
     fresh: list[str] = field(default_factory=list)
     feeds: tuple[str, ...] = ()
-    """All that the nodes read and do not make."""
+    """Tensors that the nodes read and do not make."""
     outputs: tuple[str, ...] = ()
-    """What is wanted, to be standardized, or read later."""
+    """Tensors that are wanted, to be standardized, or read later."""
     done: tuple[str, ...] = ()
     """Tensors that nothing reads any more."""
 
 
 @dataclass(frozen=True)
 class Cut:
-    """What `cut` found."""
+    """The plan that `cut` makes."""
 
     drawn: tuple[str, ...]
-    """In the order of the graph."""
+    """Tensors to draw, in the order of the graph."""
     shapes_only: frozenset[str]
+    """Tensors of which only the shape is needed."""
     standardized: frozenset[str]
+    """Tensors that are brought to their recorded statistics."""
     pieces: tuple[Piece, ...]
 
 
 def snapshot(model: Model) -> list[Node]:
-    """The nodes that an input reaches, in topological order."""
+    """Record the nodes that an input reaches.
+
+    Args:
+        model: The network.
+
+    Returns:
+        The nodes in topological order.
+    """
     topology = Topology(model)
     found = []
     for node in topology.order:
@@ -74,9 +85,17 @@ def cut(
     wanted: Sequence[str],
     depth: int | None,
 ) -> Cut:
-    """What to draw and run for `wanted`, all of them names of `inputs` or made by `nodes`.
+    """Plan what to draw and what to run for the wanted tensors.
 
-    recorded: names with known statistics. depth: levels to go back; None: to the inputs.
+    Args:
+        nodes: The nodes, in topological order.
+        inputs: Names of the graph's inputs.
+        recorded: Names of the tensors with known statistics.
+        wanted: Names of the wanted tensors, each an input or made by a node.
+        depth: Recorded levels to go back; None: to the inputs.
+
+    Returns:
+        The plan.
     """
     budget, shapes_only = _budgets(nodes, recorded, wanted, math.inf if depth is None else depth)
     drawn = dict.fromkeys(name for name in inputs if name in budget)
@@ -97,7 +116,7 @@ def cut(
 def _budgets(
     nodes: Sequence[Node], recorded: Collection[str], wanted: Sequence[str], depth: float
 ) -> tuple[dict[str, float], set[str]]:
-    """Levels that each needed tensor may go back, and the tensors of which only the shape is needed."""
+    """Compute the budget of each needed tensor, and the tensors of which only the shape is needed."""
     budget: dict[str, float] = dict.fromkeys(wanted, depth)
     shapes_only: set[str] = set()
     for node in reversed(nodes):
@@ -131,7 +150,7 @@ def _pieces(
 
 
 def _connect(pieces: Sequence[Piece], given: Collection[str], kept: Collection[str]) -> None:
-    """Fill in what goes from piece to piece."""
+    """Fill in the tensors that are handed from piece to piece."""
     last = {name: at for at, piece in enumerate(pieces) for node in piece.nodes for name in node.reads}
     for at, piece in enumerate(pieces):
         makes = {name for node in piece.nodes for name in node.makes if name not in given}

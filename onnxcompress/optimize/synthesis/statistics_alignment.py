@@ -1,15 +1,16 @@
-"""A twin of a network that has the recorded statistics on inputs that are not the training data.
+"""Align a network with its recorded statistics on inputs that are not its training data.
 
-On noise, or on procedural images, the layers of a network do not see what they see on real ones: means and
-deviations drift from layer to layer. The twin's convolutions bring each channel back to its record (β, γ):
+On noise or procedural images the layers of a network do not see what they see on real images: means and
+deviations drift from layer to layer. A twin of the network brings each channel back to its record (β, γ) in
+the convolutions:
 
     y' = a y + b,   a = |γ| / σ(y),   b = β − a μ(y)        W' = a W,   b₀' = a b₀ + b
 
-found layer by layer, each on what the twin's earlier layers give it: a BatchNorm in training mode whose
-scale and offset are the recorded ones. So each layer gets samples with the statistics of its real inputs,
-as in Horton et al. (arXiv 2011.09058, §3.1), and with the correlations between places and channels that the
-network itself makes. Student and teacher get the same maps; what a student learned is carried back by
-dividing by a.
+The maps (a, b) are computed layer by layer, each on what the twin's earlier layers give it: a BatchNorm in
+training mode whose scale and offset are the recorded ones. So each layer gets samples with the statistics
+of its real inputs, as in Horton et al. (arXiv 2011.09058, §3.1), and with the correlations between places
+and channels that the network itself makes. Student and teacher get the same maps; what a student learned is
+mapped back by dividing by a.
 
 Does not handle: recorded tensors that are no output of a convolution with bias (fold BatchNorm first).
 """
@@ -33,29 +34,41 @@ from onnxcompress.optimize.executor import Executor
 from onnxcompress.statistics.record import ChannelStatistics, known_statistics
 
 MOST = 16.0
-"""Factor by which a channel is scaled, at most: beyond it, it is dead on these inputs."""
+"""Largest factor of a channel: one that needs more counts as dead on these inputs."""
 
 
 @dataclass
 class Twin:
-    """Maps of the convolutions' outputs, by initializer name."""
+    """The maps that align the outputs of convolutions, by initializer name."""
 
     weights: dict[str, Tensor] = field(default_factory=dict)
     """Name of the weight -> a, (outputs, 1, 1, 1)."""
     biases: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
     """Name of the bias -> a and b, (outputs,)."""
     own: dict[str, np.ndarray] = field(default_factory=dict)
-    """The model's own values while it wears the maps."""
+    """The model's own values while the maps are applied to it."""
 
     def mapped(self, name: str, value: Tensor) -> Tensor:
-        """A parameter of the network as its twin has it."""
+        """Map a parameter of the network to that of its twin.
+
+        Args:
+            name: A weight or bias that has a map.
+            value: The value in the network.
+
+        Returns:
+            The value in the twin, of the same shape.
+        """
         if name in self.weights:
             return value * self.weights[name]
         scale, shift = self.biases[name]
         return value * scale + shift
 
     def wear(self, model: Model) -> None:
-        """Turn the model into its twin, in place."""
+        """Turn the model into its twin, in place.
+
+        Args:
+            model: The network.
+        """
         tensors = model.graph.tensors()
         for name in (*self.weights, *self.biases):
             self.own[name] = read(tensors[name])
@@ -64,14 +77,25 @@ class Twin:
         model.touch()
 
     def take_off(self, model: Model) -> None:
-        """Give a model that wears the maps its own values back; layers that are gone stay so."""
+        """Restore the model's own values; layers that no longer exist are left out.
+
+        Args:
+            model: The twin.
+        """
         tensors = model.graph.tensors()
         for name in self.own.keys() & tensors.keys():
             set_values(tensors[name], self.own[name])
         model.touch()
 
     def restored(self, learned: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """What was learned by a twin, as parameters of the network itself."""
+        """Map parameters that a twin learned back to parameters of the network.
+
+        Args:
+            learned: Initializer -> value in the twin.
+
+        Returns:
+            Initializer -> value in the network; those without a map stay the same.
+        """
         found = dict(learned)
         for name in self.weights.keys() & found.keys():
             found[name] = found[name] / self.weights[name].to(found[name])
@@ -90,10 +114,18 @@ def standardize(
     batch: int = 32,
     statistics: Mapping[str, ChannelStatistics] | None = None,
 ) -> Twin:
-    """The maps that give the network the recorded statistics on `values` (N, …) at its one input.
+    """Compute the maps that give the network the recorded statistics on given inputs.
 
-    executor: of the model. last: the tensor of the trunk at which to end. statistics: default: what the
-    file knows.
+    Args:
+        model: The network, with one input.
+        executor: The executor of the model.
+        values: The inputs, (N, …).
+        last: The tensor of the trunk at which to end.
+        batch: Inputs that run at once.
+        statistics: Statistics by tensor; None: what the file knows.
+
+    Returns:
+        The maps.
     """
     known = known_statistics(model) if statistics is None else statistics
     twin = Twin()
@@ -124,7 +156,7 @@ def _run(
 
 
 def _map(twin: Twin, layer: ConvLayer, out: Tensor, wanted: ChannelStatistics) -> None:
-    """Note the map that gives `out` (N, C, …) the wanted statistics."""
+    """Add the map that gives `out` (N, C, …) the wanted statistics."""
     axes = [axis for axis in range(out.ndim) if axis != 1]
     variance, mean = torch.var_mean(out.double(), axes, correction=0)
     deviation = variance.sqrt()
