@@ -1,4 +1,4 @@
-"""A graph computed in torch as a pure, differentiable function of its initializers."""
+"""Run an ONNX graph in torch as a pure, differentiable function of its initializers."""
 
 from onnxcompress.optimize.executor.executor import Executor
 

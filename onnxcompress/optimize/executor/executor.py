@@ -2,15 +2,15 @@
 
     run(feeds, outputs, parameters) -> outputs
 
-Feeds may name any tensor of the graph, so that a prefix that never changes is computed once and fed;
-outputs may name any tensor, and only the nodes between the two run. What no input reaches (constants,
+Feeds may name any tensor of the graph, so that a prefix that never changes can be computed once and fed;
+outputs may name any tensor, and only the nodes between the two run. What depends on no input (constants,
 the shape and pad computations that exporters leave) is computed once. Shape arithmetic stays on the host.
 
-Floating types: with dtype=None each tensor has the model's own type. With a type given, all floating
-tensors on the device have it: parameters, constants, feeds, and the results of casts to any floating
-type. Under torch.autocast, feeds and parameters are taken as they are.
+Floating types: with dtype=None each tensor has the model's own type. With a dtype given, all floating
+tensors on the device have it: parameters, constants, feeds, and the results of casts to any floating type.
+Under torch.autocast, feeds and parameters are taken as they are.
 
-Does not handle: control flow, recurrent layers, sequences (but for the pieces of a split), strings,
+Does not handle: control flow, recurrent layers, sequences (except for the pieces of a split), strings,
 training mode, custom domains, and element types that torch cannot compute with (8-bit floats, 4-bit
 integers).
 """
@@ -42,9 +42,9 @@ OLDEST_OPSET = 7
 class Executor:
     """A graph as it is when the executor is made; later edits of the graph do not reach it.
 
-    parameters: every floating initializer of rank 1 or more that a node reads as a tensor, by name, on
-    `device`, in `dtype`, without gradient. Initializers read only as numbers (the scales of a Resize)
-    and those of rank 0 are constants.
+    `parameters` has every floating initializer of rank 1 or more that a node reads as a tensor, by name, on
+    `device`, in `dtype`, without gradient. Initializers read only as numbers (the scales of a Resize) and
+    those of rank 0 are constants.
     """
 
     def __init__(
@@ -55,7 +55,18 @@ class Executor:
         dtype: torch.dtype | None = torch.float32,
         opset: int | None = None,
     ) -> None:
-        """Raises UnsupportedOp for an opset below 7; for operators, only when a run needs them."""
+        """Take a snapshot of the graph.
+
+        Args:
+            graph: The graph.
+            device: Where tensors lie, except shape arithmetic.
+            dtype: Type of all floating tensors; None: the model's own types.
+            opset: Operator set of the graph, from 7; None: as the graph says.
+
+        Raises:
+            UnsupportedOp: The operator set is below 7. Operators that cannot be run raise only when a run
+                needs them.
+        """
         opset = int(graph.opset if opset is None else opset)
         if opset < OLDEST_OPSET:
             raise UnsupportedOp(
@@ -82,6 +93,19 @@ class Executor:
         device: str | torch.device = "cpu",
         dtype: torch.dtype | None = torch.float32,
     ) -> Executor:
+        """Make the executor of a model's graph.
+
+        Args:
+            model: The model.
+            device: Where tensors lie, except shape arithmetic.
+            dtype: Type of all floating tensors; None: the model's own types.
+
+        Returns:
+            The executor.
+
+        Raises:
+            UnsupportedOp: The operator set is below 7.
+        """
         return cls(model.graph, device=device, dtype=dtype, opset=model.opset)
 
     def run(
@@ -90,10 +114,19 @@ class Executor:
         outputs: Sequence[str],
         parameters: Mapping[str, Tensor] | None = None,
     ) -> dict[str, Tensor]:
-        """Compute `outputs` from `feeds`. `parameters` take the place of initializers, by name.
+        """Compute tensors of the graph from other tensors.
 
-        Results lie on the device; shape arithmetic lies on the host. Raises ExecutionError where a
-        tensor is missing or a node fails on what it is given, UnsupportedOp where one cannot be run.
+        Args:
+            feeds: Name -> value of the tensors to start from.
+            outputs: Names of the tensors to compute.
+            parameters: Name -> value of initializers to replace.
+
+        Returns:
+            Name -> value of the outputs, on the device; results of shape arithmetic lie on the host.
+
+        Raises:
+            ExecutionError: A tensor is missing, or a node fails on its inputs.
+            UnsupportedOp: A node that is needed cannot be run.
         """
         given = dict(feeds)
         replaced: Mapping[str, Tensor] = parameters or {}
@@ -116,7 +149,19 @@ class Executor:
         return {name: values[slot] for name, slot in plan.outputs}
 
     def needed(self, feeds: Iterable[str], outputs: Iterable[str]) -> list[gs.Node]:
-        """The nodes that `run` would compute, in the order in which they would run."""
+        """List the nodes that `run` would compute, and plan that run.
+
+        Args:
+            feeds: Names of the tensors to start from.
+            outputs: Names of the tensors to compute.
+
+        Returns:
+            The nodes in the order in which they would run.
+
+        Raises:
+            ExecutionError: A tensor is missing.
+            UnsupportedOp: A node that is needed cannot be run.
+        """
         return [node.source for node in self._plan(feeds, outputs).nodes]
 
     def _autocast(self) -> bool:
@@ -151,7 +196,7 @@ class Executor:
 
 
 def _execute(steps: Sequence[Step], values: list[Any]) -> None:
-    """Run the steps in place on the slots."""
+    """Run the steps on the slots, in place."""
     step: Step | None = None
     arguments: list[Any] = []
     try:
@@ -172,14 +217,24 @@ def _execute(steps: Sequence[Step], values: list[Any]) -> None:
 
 
 def supported_ops() -> frozenset[str]:
-    """Names of the operators of the default domain that can be run."""
+    """List the operators of the default domain that can be run.
+
+    Returns:
+        Their names.
+    """
     return frozenset(TABLE)
 
 
 def unsupported(graph: gs.Graph) -> list[str]:
-    """One line per node whose operator cannot be run; empty where all can.
+    """List the nodes whose operators cannot be run.
 
-    Uses of an operator that are refused (a training mode, an unusual type) are found when they run.
+    Uses of an operator that are refused (a training mode, an unusual type) are found only when they run.
+
+    Args:
+        graph: The graph.
+
+    Returns:
+        One line per node; empty where all operators can be run.
     """
     return [
         f"node {node.name!r}: {node.op} (domain {node.domain or 'ai.onnx'!r}, opset {graph.opset})"

@@ -1,4 +1,4 @@
-"""From (feeds, outputs) to a flat list of steps over numbered slots."""
+"""Compile feeds and outputs to a flat list of steps over numbered slots."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from onnxcompress.optimize.executor.program import Binding, Kind, Node
 
 @dataclass
 class Step:
-    """One call: slots of the arguments (0 holds None), of the results, and those free afterwards."""
+    """One call of a kernel: the slots of its inputs (0 holds None) and outputs, and those that it frees."""
 
     kernel: Kernel
     inputs: tuple[int, ...]
@@ -24,22 +24,21 @@ class Step:
 
 @dataclass
 class Plan:
-    """What to run. `initial` holds the constants; the other slots are filled at each run.
-
-    fed: (name, slot, whether it lives on the device); parameters: (name, slot);
-    outputs: (name, slot).
-    """
+    """A compiled run. `initial` holds the constants; the other slots are filled at each run."""
 
     steps: list[Step] = field(default_factory=list)
     initial: list[Any] = field(default_factory=lambda: [None])
     fed: list[tuple[str, int, bool]] = field(default_factory=list)
+    """Name, slot, and whether the tensor lives on the device."""
     parameters: list[tuple[str, int]] = field(default_factory=list)
+    """Name and slot."""
     outputs: list[tuple[str, int]] = field(default_factory=list)
+    """Name and slot."""
     nodes: list[Node] = field(default_factory=list)
 
 
 class Planner:
-    """Builds one plan; slots are given to (tensor, on device) pairs as the steps are laid out."""
+    """Builds one plan; slots are assigned to (tensor, on device) pairs as the steps are laid out."""
 
     def __init__(self, binding: Binding, feeds: frozenset[str], outputs: tuple[str, ...]) -> None:
         self.binding, self.feeds, self.wanted = binding, feeds, outputs
@@ -47,7 +46,15 @@ class Planner:
         self.slots: dict[tuple[str, bool], int] = {}
 
     def build(self) -> Plan:
-        """Raises ExecutionError where a tensor that is needed is neither fed nor computed."""
+        """Compile the plan.
+
+        Returns:
+            The plan.
+
+        Raises:
+            ExecutionError: A tensor that is needed is neither fed nor computed.
+            UnsupportedOp: A node that is needed cannot be run.
+        """
         binding, program = self.binding, self.binding.program
         binding.fold(self._ancestors(past_constants=True))
         needed = sorted(self._ancestors(past_constants=False))
@@ -63,7 +70,7 @@ class Planner:
         return self.plan
 
     def _ancestors(self, past_constants: bool) -> set[int]:
-        """Indices of the nodes that the outputs need, stopping at feeds (and at known constants)."""
+        """Collect the nodes that the outputs need, by index, stopping at feeds (and at known constants)."""
         program, values = self.binding.program, self.binding.values
         found: set[int] = set()
         pending = [(name, "") for name in self.wanted]
@@ -93,7 +100,7 @@ class Planner:
         return self.slots[key]
 
     def _argument(self, name: str, on_device: bool | None) -> int:
-        """The slot where a tensor is, on the device or the host (None: wherever it lives)."""
+        """Return the slot of a tensor on the device or the host (None: where it lives)."""
         if not name:
             return 0
         binding = self.binding
@@ -142,12 +149,12 @@ class Planner:
         self.plan.steps.append(Step(kernel, tuple(inputs), outputs, node))
 
     def _number(self, name: str) -> int:
-        """A slot with an initializer as it is in the model, on the host."""
+        """Return the slot of an initializer as it is in the model, on the host."""
         key = (name, False)
         return self.slots[key] if key in self.slots else self._new_slot(key, self.binding.values[name])
 
     def _free_slots(self) -> None:
-        """Let each computed or fed tensor go after the last step that reads it."""
+        """Free each computed or fed tensor after the last step that reads it."""
         keep: set[int] = {slot for _, slot in self.plan.outputs} | {0}
         keep.update(slot for _, slot in self.plan.parameters)
         keep.update(i for i, value in enumerate(self.plan.initial) if value is not None)

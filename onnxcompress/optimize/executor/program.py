@@ -1,10 +1,10 @@
 """A snapshot of a graph for the executor: nodes in order, constants, and where each tensor lives.
 
-Each tensor is one of three kinds, found once for the whole graph:
+Each tensor is one of three kinds, determined once for the whole graph:
 
-    constant   no input reaches it; computed once, on the host, in the model's own types
-    host       it depends on the shapes of tensors only; computed on the host at each run, in the
-               model's own types, so that shape arithmetic neither waits for a device nor is rounded
+    constant   depends on no input; computed once, on the host, in the model's own types
+    host       depends only on the shapes of tensors; computed on the host at each run, in the model's own
+               types, so that shape arithmetic neither waits for a device nor is rounded
     device     everything else, in the executor's floating type
 """
 
@@ -28,6 +28,8 @@ from onnxcompress.optimize.executor.ops.registry import ExecutionError, Kernel, 
 
 
 class Kind(enum.Enum):
+    """Where a tensor lives, and when it is computed."""
+
     CONSTANT = "constant"
     HOST = "host"
     DEVICE = "device"
@@ -35,7 +37,7 @@ class Kind(enum.Enum):
 
 @dataclass(frozen=True)
 class Node:
-    """One node as it was when the executor was made; names, so that later edits do not reach it."""
+    """A node at the time of the snapshot; tensors are named, so that later edits do not reach it."""
 
     source: gs.Node
     name: str
@@ -47,29 +49,49 @@ class Node:
 
     @property
     def definition(self) -> Op | None:
+        """How the operator is run; None where it cannot be run."""
         return TABLE.get(self.op) if self.domain in DOMAINS else None
 
     def is_static(self, index: int) -> bool:
+        """Return whether an input is read as numbers (a shape, axes, scales).
+
+        Args:
+            index: Position of the input.
+
+        Returns:
+            Whether the operator declares it static.
+        """
         definition = self.definition
         return definition is not None and index in definition.static
 
 
 @dataclass
 class Program:
-    """The graph's nodes in topological order, and its initializers on the host.
-
-    constants: initializers in the model's own types; weights: the names of those that are parameters.
-    """
+    """The nodes of a graph in topological order, and its initializers on the host."""
 
     nodes: list[Node]
     producer: dict[str, int]
     constants: dict[str, Tensor]
+    """Initializers in the model's own types."""
     weights: frozenset[str]
+    """Names of the initializers that are parameters."""
     names: frozenset[str]
     opset: int
 
     @staticmethod
     def of(graph: gs.Graph, opset: int) -> Program:
+        """Take a snapshot of a graph.
+
+        Args:
+            graph: The graph.
+            opset: Its operator set.
+
+        Returns:
+            The snapshot.
+
+        Raises:
+            ExecutionError: The graph has a cycle.
+        """
         nodes = _in_order([_snapshot(node) for node in graph.nodes])
         producer = {name: i for i, node in enumerate(nodes) for name in node.outputs if name}
         constants: dict[str, Tensor] = {}
@@ -97,7 +119,7 @@ def _snapshot(node: gs.Node) -> Node:
 
 
 def _in_order(nodes: list[Node]) -> list[Node]:
-    """Topological order, the file's own where it is one. Raises ExecutionError on a cycle."""
+    """Sort topologically, keeping the file's order where it is one. Raises ExecutionError on a cycle."""
     maker_of = {name: place for place, node in enumerate(nodes) for name in node.outputs if name}
     waits = [[maker_of[name] for name in node.inputs if name in maker_of] for node in nodes]
     try:
@@ -108,7 +130,7 @@ def _in_order(nodes: list[Node]) -> list[Node]:
 
 
 def _initializers(graph: gs.Graph, nodes: Iterable[Node]) -> dict[str, tuple[gs.Constant, bool]]:
-    """Used initializers by name, with whether all uses read them as numbers (shapes, scales)."""
+    """Collect the used initializers, with whether all uses read them as numbers (shapes, scales)."""
     found: dict[str, tuple[gs.Constant, bool]] = {}
     for node in nodes:
         for index, tensor in enumerate(node.source.inputs):
@@ -123,19 +145,17 @@ def _initializers(graph: gs.Graph, nodes: Iterable[Node]) -> dict[str, tuple[gs.
 
 @dataclass
 class Binding:
-    """A program with the set of its constants fixed: kinds of tensors, folded values, kernels.
-
-    fed: names of constants that are given at run time instead (none, as a rule).
-    fixed_shapes: weights whose shape is read by a constant; they can only be replaced by equal shapes.
-    """
+    """A program for a fixed set of constants: kinds of tensors, folded values, kernels."""
 
     program: Program
     device: torch.device
     dtype: torch.dtype | None
     fed: frozenset[str] = frozenset()
+    """Names of constants whose values are fed at run time instead; usually none."""
     values: dict[str, Tensor] = field(default_factory=dict)
     kinds: dict[str, Kind] = field(default_factory=dict)
     fixed_shapes: set[str] = field(default_factory=set)
+    """Weights whose shape enters a constant; only weights of equal shape can replace them."""
     _kernels: dict[int, Kernel] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -166,11 +186,27 @@ class Binding:
         return Kind.HOST if definition.host or Kind.DEVICE not in kinds else Kind.DEVICE
 
     def is_number(self, node: Node, index: int) -> bool:
-        """Whether the input is an initializer read as a number, which no parameter overrides."""
+        """Return whether an input is an initializer read as numbers, which no parameter can replace.
+
+        Args:
+            node: The node.
+            index: Position of the input.
+
+        Returns:
+            Whether it is.
+        """
         return node.is_static(index) and node.inputs[index] in self.values
 
     def fold(self, indices: Collection[int]) -> None:
-        """Compute the constants that these nodes yield, once, on the host."""
+        """Compute the constants that nodes yield, once, on the host.
+
+        Args:
+            indices: Indices of the nodes.
+
+        Raises:
+            ExecutionError: A node fails on its inputs.
+            UnsupportedOp: A node cannot be run.
+        """
         for at in sorted(indices):
             node = self.program.nodes[at]
             if not all(self.kinds[name] is Kind.CONSTANT for name in node.outputs if name):
@@ -183,7 +219,17 @@ class Binding:
             self.values.update(zip(node.outputs, results, strict=False))
 
     def kernel(self, at: int) -> Kernel:
-        """The prepared kernel of a node. Raises UnsupportedOp where there is none."""
+        """Prepare the kernel of a node, once.
+
+        Args:
+            at: Index of the node.
+
+        Returns:
+            The kernel.
+
+        Raises:
+            UnsupportedOp: The node cannot be run.
+        """
         if at not in self._kernels:
             node = self.program.nodes[at]
             site = self._site(node)
@@ -222,7 +268,20 @@ def _attributes(attributes: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def call(node: Node, kernel: Kernel, arguments: list[Any]) -> Any:
-    """Run one kernel; what goes wrong is told with the node's name and the shapes of its inputs."""
+    """Run one kernel.
+
+    Args:
+        node: Its node.
+        kernel: The kernel.
+        arguments: One value for each input of the node.
+
+    Returns:
+        The output, or a tuple where the node has several.
+
+    Raises:
+        ExecutionError: The kernel fails; the message has the node's name and the shapes of its inputs.
+        UnsupportedOp: The kernel refuses this use of the operator.
+    """
     try:
         return kernel(*arguments)
     except Exception as error:
@@ -230,7 +289,17 @@ def call(node: Node, kernel: Kernel, arguments: list[Any]) -> Any:
 
 
 def explained(error: Exception, node: Node, arguments: list[Any]) -> Exception:
-    """The error to raise for one that a kernel raised: itself where it is not about this call."""
+    """Turn an error of a kernel into the error to raise.
+
+    Args:
+        error: The error of the kernel.
+        node: Its node.
+        arguments: The values on which the kernel was called.
+
+    Returns:
+        An ExecutionError with the node's name and the shapes of its inputs, or `error` itself where it is
+        an UnsupportedOp or the device is out of memory.
+    """
     if isinstance(error, (UnsupportedOp, torch.OutOfMemoryError)):
         return error
     shapes = ", ".join(str(tuple(a.shape)) if isinstance(a, Tensor) else "-" for a in arguments)

@@ -1,4 +1,4 @@
-"""The operators the executor has, as one explicit table. Source: onnx's operator documentation."""
+"""The operators that the executor can run, as one explicit table. Source: onnx's operator documentation."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ TABLE: dict[str, Op] = {
     **resize.OPS,
     **shape.OPS,
 }
-"""By name, for the default domain (ai.onnx), opset 7 and later."""
+"""Operators of the default domain (ai.onnx), opset 7 and later, by name."""
 
 DOMAINS = ("", "ai.onnx")
 

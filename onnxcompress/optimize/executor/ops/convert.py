@@ -21,6 +21,7 @@ _PLAIN_VALUES = {
 
 
 def _constant(site: Site) -> Kernel:
+    """Build the kernel of Constant."""
     value = constant_value(site.attributes)
     if value is None:
         raise site.unsupported("torch cannot compute with the type of its value")
@@ -28,7 +29,14 @@ def _constant(site: Site) -> Kernel:
 
 
 def constant_value(attributes: Mapping[str, Any]) -> Tensor | None:
-    """What a Constant node holds, in the model's own type; None where torch has no such type."""
+    """Read the value of a Constant node in the model's own type.
+
+    Args:
+        attributes: Attributes of the node.
+
+    Returns:
+        The value; None where torch does not have the type.
+    """
     if "value" in attributes:
         return tensor_from(attributes["value"])
     for name, dtype in _PLAIN_VALUES.items():
@@ -38,23 +46,25 @@ def constant_value(attributes: Mapping[str, Any]) -> Tensor | None:
 
 
 def _to(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """Floats become integers towards zero; those out of range wrap as in numpy, through int64."""
+    """Convert as numpy does: floats are truncated, and integers out of range wrap through int64."""
     if x.is_floating_point() and dtype in (torch.int8, torch.int16, torch.uint8):
         return x.to(torch.int64).to(dtype)
     return x.to(dtype)
 
 
 def _cast(site: Site) -> Kernel:
+    """Build the kernel of Cast."""
     dtype = type_at(site, site.integer("to"))
     return lambda x: _to(x, dtype)
 
 
 def _cast_like(x: Tensor, other: Tensor) -> Tensor:
+    """Cast to the type of another tensor."""
     return _to(x, other.dtype)
 
 
 def _along(values: Tensor, x: Tensor, axis: int, block: int) -> Tensor:
-    """A scale or zero point broadcast against `x`: one number, one per slice, or one per block."""
+    """Broadcast a scale or zero point against `x`: one number, one per slice, or one per block."""
     if values.numel() == 1 and values.ndim <= 1:
         return values.reshape(())
     dim = axis_of(axis, x.ndim)
@@ -65,7 +75,10 @@ def _along(values: Tensor, x: Tensor, axis: int, block: int) -> Tensor:
 
 
 def _quantize(site: Site) -> Kernel:
-    """round_half_even(x / scale) + zero_point, saturated. The gradient is that of rounding: zero."""
+    """Build the kernel of QuantizeLinear: round_half_even(x / scale) + zero_point, saturated.
+
+    The gradient is that of rounding: zero.
+    """
     axis, block = site.integer("axis", 1), site.integer("block_size")
     wanted = site.integer("output_dtype")
     fixed = type_at(site, wanted) if wanted else torch.uint8
@@ -82,7 +95,7 @@ def _quantize(site: Site) -> Kernel:
 
 
 def _dequantize(site: Site) -> Kernel:
-    """(x − zero_point) · scale, in the type of the scale."""
+    """Build the kernel of DequantizeLinear: (x − zero_point) · scale, in the type of the scale."""
     axis, block = site.integer("axis", 1), site.integer("block_size")
     wanted = site.integer("output_dtype")
     fixed = type_at(site, wanted) if wanted else None

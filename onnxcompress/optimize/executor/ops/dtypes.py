@@ -1,4 +1,4 @@
-"""Between ONNX element types, numpy arrays and torch tensors."""
+"""Conversions between ONNX element types, numpy arrays and torch tensors."""
 
 from __future__ import annotations
 
@@ -28,11 +28,18 @@ TORCH_TYPES: dict[int, torch.dtype] = {
     _P.UINT64: torch.uint64,
     _P.BOOL: torch.bool,
 }
-"""The types torch has; the 8-bit and smaller floats and the 2- and 4-bit integers are left out."""
+"""Element types that torch computes with: floats of 8 bits and less, and 2- and 4-bit integers are not."""
 
 
 def tensor_from(array: Any) -> Tensor | None:
-    """A CPU tensor with a copy of the values; None where torch has no such type (strings, int4, …)."""
+    """Copy an array to a tensor on the CPU.
+
+    Args:
+        array: A numpy array, or anything that converts to one.
+
+    Returns:
+        The tensor; None where torch does not have the type (strings, int4, …).
+    """
     array = np.asarray(array)
     if array.dtype.name == "bfloat16":
         bits = torch.from_numpy(np.array(array.view(np.int16), order="C"))
@@ -51,9 +58,17 @@ _NUMPY_NAMES = frozenset(f"{kind}{bits}" for kind in ("int", "uint") for bits in
 
 
 def type_at(site: Site, element_type: int) -> torch.dtype:
-    """The torch type that an ONNX element type means at this node.
+    """Look up the torch type that an ONNX element type means at a node.
 
-    Raises UnsupportedOp where torch has no such type.
+    Args:
+        site: The node.
+        element_type: A `TensorProto.DataType`.
+
+    Returns:
+        The torch type; for floating types the executor's, where it has one.
+
+    Raises:
+        UnsupportedOp: Torch does not have the type.
     """
     dtype = TORCH_TYPES.get(int(element_type))
     if dtype is None:
@@ -65,7 +80,16 @@ def type_at(site: Site, element_type: int) -> torch.dtype:
 
 
 def convert(x: Any, device: torch.device | None, dtype: torch.dtype | None) -> Any:
-    """A tensor (or a list of them) on the device, and in the type if floating (None: as it is)."""
+    """Move a tensor to a device and, if it is floating, to a type.
+
+    Args:
+        x: The tensor, or a list of tensors.
+        device: The device; None: where it is.
+        dtype: The floating type; None: the type that it has.
+
+    Returns:
+        The tensor, or the list of tensors.
+    """
     if isinstance(x, list):
         return [convert(part, device, dtype) for part in x]
     if dtype is not None and x.is_floating_point():

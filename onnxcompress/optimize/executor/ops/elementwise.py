@@ -13,10 +13,12 @@ from onnxcompress.optimize.executor.ops.registry import Kernel, Op, Site, plain
 
 
 def _divide(a: Tensor, b: Tensor) -> Tensor:
+    """Divide; integers are rounded towards zero."""
     return torch.div(a, b) if a.is_floating_point() else torch.div(a, b, rounding_mode="trunc")
 
 
 def _power(site: Site) -> Kernel:
+    """Build the kernel of Pow; the result has the type of the base."""
     exponent = site.scalar(1)
     if exponent is not None and site.constants[1].ndim == 0:  # type: ignore[union-attr]
         return lambda a, _: torch.pow(a, exponent).to(a.dtype)
@@ -30,24 +32,28 @@ def _power(site: Site) -> Kernel:
 
 
 def _modulo(site: Site) -> Kernel:
+    """Build the kernel of Mod."""
     return torch.fmod if site.flag("fmod") else torch.remainder
 
 
 def _shift(site: Site) -> Kernel:
+    """Build the kernel of BitShift."""
     left = site.text("direction") == "LEFT"
     return torch.bitwise_left_shift if left else torch.bitwise_right_shift
 
 
 def _variadic(function: Callable[[Tensor, Tensor], Tensor]) -> Op:
+    """Define an operator that reduces any number of inputs by a binary function."""
     return plain(lambda *tensors: reduce(function, tensors))
 
 
 def _mean(*tensors: Tensor) -> Tensor:
+    """Average the inputs."""
     return reduce(torch.add, tensors) / len(tensors)
 
 
 def _between(x: Tensor, low: float | None, high: float | None) -> Tensor:
-    """As `torch.clamp`, whose gradient takes many passes; here it is 0 at the bounds, as a Relu's."""
+    """Clamp like `torch.clamp`, with a faster gradient, which is 0 at the bounds, as for Relu."""
     if low is None and high is None:
         return x
     if low is None or high is None or low > high or not x.is_floating_point():
@@ -56,7 +62,7 @@ def _between(x: Tensor, low: float | None, high: float | None) -> Tensor:
 
 
 def _clip(site: Site) -> Kernel:
-    """Bounds are attributes before opset 11, optional inputs since."""
+    """Build the kernel of Clip: bounds are attributes before opset 11, optional inputs from then on."""
     if site.opset < 11:
         low, high = site.attributes.get("min"), site.attributes.get("max")
         return lambda x: _between(x, low, high)
@@ -73,41 +79,49 @@ def _clip(site: Site) -> Kernel:
 
 
 def _prelu(x: Tensor, slope: Tensor) -> Tensor:
+    """Apply PRelu with a slope that broadcasts."""
     return torch.where(x >= 0, x, x * slope)
 
 
 def _leaky_relu(site: Site) -> Kernel:
+    """Build the kernel of LeakyRelu."""
     alpha = site.real("alpha", 0.01)
     return lambda x: F.leaky_relu(x, alpha)
 
 
 def _elu(site: Site) -> Kernel:
+    """Build the kernel of Elu."""
     alpha = site.real("alpha", 1.0)
     return lambda x: F.elu(x, alpha)
 
 
 def _celu(site: Site) -> Kernel:
+    """Build the kernel of Celu."""
     alpha = site.real("alpha", 1.0)
     return lambda x: F.celu(x, alpha)
 
 
 def _selu(site: Site) -> Kernel:
+    """Build the kernel of Selu."""
     alpha = site.real("alpha", 1.67326319217681884765625)
     gamma = site.real("gamma", 1.05070102214813232421875)
     return lambda x: gamma * F.elu(x, alpha)
 
 
 def _hard_sigmoid(site: Site) -> Kernel:
+    """Build the kernel of HardSigmoid: alpha · x + beta, clamped to [0, 1]."""
     alpha, beta = site.real("alpha", 0.2), site.real("beta", 0.5)
     return lambda x: _between(alpha * x + beta, 0.0, 1.0)
 
 
 def _thresholded_relu(site: Site) -> Kernel:
+    """Build the kernel of ThresholdedRelu."""
     alpha = site.real("alpha", 1.0)
     return lambda x: torch.where(x > alpha, x, torch.zeros_like(x))
 
 
 def _shrink(site: Site) -> Kernel:
+    """Build the kernel of Shrink."""
     bias, lambd = site.real("bias"), site.real("lambd", 0.5)
 
     def kernel(x: Tensor) -> Tensor:
@@ -118,16 +132,19 @@ def _shrink(site: Site) -> Kernel:
 
 
 def _gelu(site: Site) -> Kernel:
+    """Build the kernel of Gelu."""
     approximate = site.text("approximate", "none")
     return lambda x: F.gelu(x, approximate=approximate)
 
 
 def _swish(site: Site) -> Kernel:
+    """Build the kernel of Swish."""
     alpha = site.real("alpha", 1.0)
     return F.silu if alpha == 1.0 else lambda x: x * torch.sigmoid(alpha * x)
 
 
 def _is_inf(site: Site) -> Kernel:
+    """Build the kernel of IsInf."""
     negative, positive = site.flag("detect_negative", True), site.flag("detect_positive", True)
     if negative and positive:
         return torch.isinf
@@ -137,6 +154,7 @@ def _is_inf(site: Site) -> Kernel:
 
 
 def _where(condition: Tensor, x: Tensor, y: Tensor) -> Tensor:
+    """Select elements by a condition."""
     return torch.where(condition, x, y)
 
 

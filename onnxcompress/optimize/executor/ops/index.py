@@ -12,12 +12,13 @@ _REDUCTIONS = {"add": "sum", "mul": "prod", "max": "amax", "min": "amin"}
 
 
 def _wrapped(indices: Tensor, size: int) -> Tensor:
-    """Indices counted from the front, as int64."""
+    """Count negative indices from the end, as int64."""
     indices = indices.long()
     return torch.where(indices < 0, indices + size, indices)
 
 
 def _gather(site: Site) -> Kernel:
+    """Build the kernel of Gather; a constant scalar index selects a slice."""
     axis, index = site.integer("axis"), site.scalar(1)
     if index is not None and site.constants[1].ndim == 0:  # type: ignore[union-attr]
         return lambda x, _: x.select(axis, index)
@@ -31,11 +32,13 @@ def _gather(site: Site) -> Kernel:
 
 
 def _gather_elements(site: Site) -> Kernel:
+    """Build the kernel of GatherElements."""
     axis = site.integer("axis")
     return lambda x, indices: torch.gather(x, axis, _wrapped(indices, x.shape[axis]))
 
 
 def _reduction(site: Site) -> str | None:
+    """Read the reduction of a scatter; None: values are replaced."""
     name = site.text("reduction", "none")
     if name != "none" and name not in _REDUCTIONS:
         raise site.unsupported(f"reduction is {name!r}")
@@ -43,6 +46,7 @@ def _reduction(site: Site) -> str | None:
 
 
 def _scatter_elements(site: Site) -> Kernel:
+    """Build the kernel of Scatter and ScatterElements."""
     axis, reduction = site.integer("axis"), _reduction(site)
 
     def kernel(x: Tensor, indices: Tensor, updates: Tensor) -> Tensor:
@@ -55,7 +59,7 @@ def _scatter_elements(site: Site) -> Kernel:
 
 
 def _rows(shape: torch.Size, indices: Tensor) -> Tensor:
-    """Flat row numbers of index tuples (…, k) into the first k axes of `shape`."""
+    """Convert index tuples (…, k) into the first k axes of `shape` to flat row numbers."""
     rows = torch.zeros(indices.shape[:-1], dtype=torch.int64, device=indices.device)
     for i in range(indices.shape[-1]):
         rows = rows * shape[i] + _wrapped(indices[..., i], shape[i])
@@ -63,6 +67,7 @@ def _rows(shape: torch.Size, indices: Tensor) -> Tensor:
 
 
 def _gather_nd(site: Site) -> Kernel:
+    """Build the kernel of GatherND."""
     batch = site.integer("batch_dims")
 
     def kernel(x: Tensor, indices: Tensor) -> Tensor:
@@ -79,6 +84,7 @@ def _gather_nd(site: Site) -> Kernel:
 
 
 def _scatter_nd(site: Site) -> Kernel:
+    """Build the kernel of ScatterND."""
     reduction = _reduction(site)
 
     def kernel(x: Tensor, indices: Tensor, updates: Tensor) -> Tensor:
@@ -95,6 +101,7 @@ def _scatter_nd(site: Site) -> Kernel:
 
 
 def _one_hot(site: Site) -> Kernel:
+    """Build the kernel of OneHot."""
     axis, depth_of = site.integer("axis", -1), site.number(1)
 
     def kernel(*arguments: Tensor) -> Tensor:
@@ -111,6 +118,7 @@ def _one_hot(site: Site) -> Kernel:
 
 
 def _compress(site: Site) -> Kernel:
+    """Build the kernel of Compress."""
     axis = site.attributes.get("axis")
 
     def kernel(x: Tensor, condition: Tensor) -> Tensor:
@@ -122,10 +130,13 @@ def _compress(site: Site) -> Kernel:
 
 
 def _non_zero(x: Tensor) -> Tensor:
+    """List the indices of elements that are not zero, (rank, count)."""
     return torch.nonzero(x).t()
 
 
 def _range(site: Site) -> Kernel:
+    """Build the kernel of Range."""
+
     def kernel(start: Tensor, limit: Tensor, delta: Tensor) -> Tensor:
         first, last, step = start.item(), limit.item(), delta.item()
         count = max(int(-((first - last) // step)), 0)
@@ -136,6 +147,7 @@ def _range(site: Site) -> Kernel:
 
 
 def _constant_of_shape(site: Site) -> Kernel:
+    """Build the kernel of ConstantOfShape."""
     read = site.numbers(0)
     given = site.attributes.get("value")
     value = torch.zeros(1) if given is None else tensor_from(given)
@@ -149,6 +161,7 @@ def _constant_of_shape(site: Site) -> Kernel:
 
 
 def _eye_like(site: Site) -> Kernel:
+    """Build the kernel of EyeLike."""
     offset, wanted = site.integer("k"), site.attributes.get("dtype")
     dtype = None if wanted is None else type_at(site, wanted)
 
@@ -163,7 +176,7 @@ def _eye_like(site: Site) -> Kernel:
 
 
 def _split_to_sequence(site: Site) -> Kernel:
-    """A list of tensors, which only SequenceAt reads: torch's dynamo exporter splits so."""
+    """Build the kernel of SplitToSequence: a list that only SequenceAt reads, as torch's dynamo splits."""
     axis, keep, read = site.integer("axis"), site.flag("keepdims", True), site.numbers(1)
     split = site.constant(1)
 
@@ -178,6 +191,7 @@ def _split_to_sequence(site: Site) -> Kernel:
 
 
 def _sequence_at(site: Site) -> Kernel:
+    """Build the kernel of SequenceAt."""
     read = site.number(1)
     return lambda *arguments: arguments[0][int(read(arguments))]
 

@@ -19,7 +19,10 @@ def _spatial_rank(weight: Tensor) -> int:
 
 
 def _conv(site: Site) -> Kernel:
-    """Weight (M, C/groups, kernel…); asymmetric and SAME padding is done before the convolution."""
+    """Build the kernel of Conv with weight (M, C/groups, kernel…).
+
+    Asymmetric and SAME padding is done before the convolution.
+    """
     window, groups = Window.of(site), site.integer("group", 1)
     strides, dilations = window.strides or 1, window.dilations or 1
     symmetric = window.symmetric()
@@ -41,9 +44,11 @@ def _conv(site: Site) -> Kernel:
 
 
 def _conv_transpose(site: Site) -> Kernel:
-    """Weight (C, M/groups, kernel…). The full result is cropped by the pads and grown by output_padding:
+    """Build the kernel of ConvTranspose with weight (C, M/groups, kernel…).
 
-    full = (n − 1)·s + d·(k − 1) + 1,   out = full − begin − end + output_padding
+    The full result is cropped by the pads and grown by output_padding:
+
+        full = (n − 1)·s + d·(k − 1) + 1,   out = full − begin − end + output_padding
     """
     window, groups = Window.of(site), site.integer("group", 1)
     extra, shape = site.integers("output_padding"), site.integers("output_shape")
@@ -70,7 +75,7 @@ def _conv_transpose(site: Site) -> Kernel:
 
 
 def _gemm(site: Site) -> Kernel:
-    """y = alpha · A' B' + beta · C, with A' = Aᵀ where transA, B' = Bᵀ where transB."""
+    """Build the kernel of Gemm: alpha · A' B' + beta · C, where transA, transB mean A' = Aᵀ, B' = Bᵀ."""
     alpha, beta = site.real("alpha", 1.0), site.real("beta", 1.0)
     transpose_a, transpose_b = site.flag("transA"), site.flag("transB")
 
@@ -88,6 +93,7 @@ def _gemm(site: Site) -> Kernel:
 
 
 def _einsum(site: Site) -> Kernel:
+    """Build the kernel of Einsum."""
     equation = site.text("equation").replace(" ", "")
     return lambda *tensors: torch.einsum(equation, *tensors)
 

@@ -12,10 +12,10 @@ from onnxcompress.optimize.executor.ops.registry import Kernel, Op, Site, axis_o
 
 
 def _batch_norm(site: Site) -> Kernel:
-    """y = (x − mean) / √(var + ε) · scale + bias, statistics given.
+    """Build the kernel of BatchNormalization in inference mode: (x − mean) / √(var + ε) · scale + bias.
 
-    torch's own function has no gradient for the statistics, so the formula is written out where one
-    of them wants it.
+    torch's own function has no gradient for the statistics, so the formula is written out where one of them
+    requires it.
     """
     if site.flag("training_mode") or (site.opset < 14 and site.outputs > 1):
         raise site.unsupported("it is in training mode; export the model in inference mode")
@@ -34,11 +34,13 @@ def _batch_norm(site: Site) -> Kernel:
 
 
 def _standardized(x: Tensor, dims: tuple[int, ...], epsilon: float) -> Tensor:
+    """Bring x to mean 0 and variance 1 over the given axes."""
     centred = x - x.mean(dims, keepdim=True)
     return centred * torch.rsqrt((centred * centred).mean(dims, keepdim=True) + epsilon)
 
 
 def _instance_norm(site: Site) -> Kernel:
+    """Build the kernel of InstanceNormalization."""
     epsilon = site.real("epsilon", 1e-5)
 
     def kernel(x: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
@@ -50,7 +52,7 @@ def _instance_norm(site: Site) -> Kernel:
 
 
 def _group_norm(site: Site) -> Kernel:
-    """Scale and bias are per group in opset 18, per channel since 21."""
+    """Build the kernel of GroupNormalization: scale and bias are per group before opset 21."""
     epsilon, groups = site.real("epsilon", 1e-5), site.integer("num_groups", 1)
     per_group = site.opset < 21
 
@@ -64,12 +66,15 @@ def _group_norm(site: Site) -> Kernel:
 
 
 def _stash(x: Tensor) -> Tensor:
-    """The statistics are computed in float32 or wider."""
+    """Widen x to float32, in which statistics are computed at least."""
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
 def _layer_norm(site: Site) -> Kernel:
-    """Over the axes from `axis` on; optional outputs Mean and InvStdDev keep those axes as 1."""
+    """Build the kernel of LayerNormalization over the axes from `axis` on.
+
+    The optional outputs Mean and InvStdDev keep these axes with size 1.
+    """
     axis, epsilon = site.integer("axis", -1), site.real("epsilon", 1e-5)
 
     def statistics(x: Tensor, scale: Tensor, bias: Tensor | None = None) -> tuple[Tensor, ...]:
@@ -91,6 +96,7 @@ def _layer_norm(site: Site) -> Kernel:
 
 
 def _rms_norm(site: Site) -> Kernel:
+    """Build the kernel of RMSNormalization."""
     axis, epsilon = site.integer("axis", -1), site.real("epsilon", 1e-5)
 
     def kernel(x: Tensor, scale: Tensor) -> Tensor:
@@ -103,6 +109,7 @@ def _rms_norm(site: Site) -> Kernel:
 
 
 def _mean_variance_norm(site: Site) -> Kernel:
+    """Build the kernel of MeanVarianceNormalization."""
     axes = site.integers("axes") or [0, 2, 3]
 
     def kernel(x: Tensor) -> Tensor:
@@ -114,6 +121,7 @@ def _mean_variance_norm(site: Site) -> Kernel:
 
 
 def _lp_norm(site: Site) -> Kernel:
+    """Build the kernel of LpNormalization."""
     axis, p = site.integer("axis", -1), site.integer("p", 2)
 
     def kernel(x: Tensor) -> Tensor:
@@ -124,7 +132,10 @@ def _lp_norm(site: Site) -> Kernel:
 
 
 def _local_response_norm(site: Site) -> Kernel:
-    """x / (bias + alpha/size · Σ x²)^beta over `size` neighbouring channels, the longer half behind."""
+    """Build the kernel of LRN: x / (bias + alpha/size · Σ x²)^beta over `size` neighbouring channels.
+
+    Of an even `size` the longer half lies after the channel.
+    """
     size, alpha = site.integer("size"), site.real("alpha", 1e-4)
     beta, bias = site.real("beta", 0.75), site.real("bias", 1.0)
     before = (size - 1) // 2
@@ -139,7 +150,7 @@ def _local_response_norm(site: Site) -> Kernel:
 
 
 def _over_axis(function: Callable[[Tensor, int], Tensor]) -> Op:
-    """Before opset 13 the axes from `axis` (default 1) on are one; since, `axis` (default −1) is one."""
+    """Define an operator over one axis; before opset 13 it acts on all axes from `axis` on as one."""
 
     def build(site: Site) -> Kernel:
         if site.opset >= 13:
@@ -158,6 +169,7 @@ def _over_axis(function: Callable[[Tensor, int], Tensor]) -> Op:
 
 
 def _hardmax(x: Tensor, axis: int) -> Tensor:
+    """Set the largest element along the axis to 1 and the others to 0."""
     return torch.zeros_like(x).scatter(axis, x.argmax(axis, keepdim=True), 1)
 
 

@@ -1,4 +1,4 @@
-"""Pools over windows and over all of space."""
+"""Pooling over windows and over all spatial axes."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ _AVERAGE = {3: F.avg_pool1d, 4: F.avg_pool2d, 5: F.avg_pool3d}
 
 
 def _kernel_shape(site: Site) -> list[int]:
+    """Read the kernel's shape; torch has pools of 1 to 3 spatial dimensions."""
     shape = site.integers("kernel_shape")
     if not shape or len(shape) > 3:
         raise site.unsupported(f"kernel_shape is {shape}; 1 to 3 spatial dimensions are supported")
@@ -24,7 +25,7 @@ def _kernel_shape(site: Site) -> list[int]:
 
 
 def _native_padding(window: Window, kernel: Sequence[int]) -> list[int] | None:
-    """Padding that torch's pools take themselves: symmetric, and at most half the kernel."""
+    """Return the padding if torch's pools can apply it (symmetric, at most half the kernel), else None."""
     pads = window.symmetric()
     if pads is None or any(p < 0 or 2 * p > k for p, k in zip(pads, kernel, strict=False)):
         return None
@@ -32,6 +33,7 @@ def _native_padding(window: Window, kernel: Sequence[int]) -> list[int] | None:
 
 
 def _max_pool(site: Site) -> Kernel:
+    """Build the kernel of MaxPool."""
     kernel, window = _kernel_shape(site), Window.of(site)
     rank = len(kernel)
     strides, dilations = window.strides or [1] * rank, window.dilations or [1] * rank
@@ -58,7 +60,7 @@ def _max_pool(site: Site) -> Kernel:
 
 
 def _max_pool_indices(site: Site, kernel: Sequence[int], window: Window) -> Kernel:
-    """With the second output: positions in the whole (N, C, spatial…) input, flattened."""
+    """Build the kernel of MaxPool with a second output: flat positions in the (N, C, spatial…) input."""
     rank, column_major = len(kernel), site.flag("storage_order")
     strides, dilations = window.strides or [1] * rank, window.dilations or [1] * rank
     pool = _MAX[rank + 2]
@@ -86,7 +88,7 @@ def _max_pool_indices(site: Site, kernel: Sequence[int], window: Window) -> Kern
 
 
 def _max_unpool(site: Site) -> Kernel:
-    """Put each value back at its flattened position; the rest is zero."""
+    """Build the kernel of MaxUnpool: each value goes back to its flat position; the rest is zero."""
     kernel, window, shape = _kernel_shape(site), Window.of(site), site.numbers(2)
     rank = len(kernel)
     strides, pads = window.strides or [1] * rank, window.pads or [0] * (2 * rank)
@@ -111,7 +113,10 @@ def _volume(shape: Sequence[int]) -> int:
 
 
 def _average_pool(site: Site) -> Kernel:
-    """Padding counts in the divisor if count_include_pad; cells that only ceil_mode adds never do."""
+    """Build the kernel of AveragePool.
+
+    Padding counts in the divisor if count_include_pad; cells that only ceil_mode adds never do.
+    """
     kernel, window, include = _kernel_shape(site), Window.of(site), site.flag("count_include_pad")
     rank = len(kernel)
     strides, dilations = window.strides or [1] * rank, window.dilations or [1] * rank
@@ -137,11 +142,13 @@ def _average_pool(site: Site) -> Kernel:
 
 
 def _declared(window: Window, rank: int) -> list[tuple[int, int]]:
+    """Return the padding (begin, end) of each axis as the node declares it."""
     pads = window.pads or [0] * (2 * rank)
     return [(pads[i], pads[rank + i]) for i in range(rank)]
 
 
 def _lp_pool(site: Site) -> Kernel:
+    """Build the kernel of LpPool."""
     kernel, window, p = _kernel_shape(site), Window.of(site), site.integer("p", 2)
 
     def compute(x: Tensor) -> Tensor:
@@ -152,6 +159,7 @@ def _lp_pool(site: Site) -> Kernel:
 
 
 def _space(x: Tensor) -> tuple[int, ...]:
+    """Return the spatial axes."""
     return tuple(range(2, x.ndim))
 
 
@@ -164,6 +172,7 @@ def _global_max(x: Tensor) -> Tensor:
 
 
 def _global_lp(site: Site) -> Kernel:
+    """Build the kernel of GlobalLpPool."""
     p = site.integer("p", 2)
     return lambda x: (x.abs() ** p).sum(_space(x), keepdim=True) ** (1 / p)
 

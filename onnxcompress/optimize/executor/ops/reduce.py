@@ -13,7 +13,7 @@ Reduction = Callable[[Tensor, tuple[int, ...], bool], Tensor]
 
 
 def _reduction(function: Reduction) -> Op:
-    """Axes are an attribute before opset 18 (13 for ReduceSum), an optional input since."""
+    """Define a reduction: axes are an attribute before opset 18 (ReduceSum: 13), then an optional input."""
 
     def build(site: Site) -> Kernel:
         keep = site.flag("keepdims", True)
@@ -51,6 +51,8 @@ def _product(x: Tensor, dims: tuple[int, ...], keep: bool) -> Tensor:
 
 
 def _extreme(largest: bool) -> Reduction:
+    """Build the reduction to the largest or least element; of no elements, the type's least or largest."""
+
     def function(x: Tensor, dims: tuple[int, ...], keep: bool) -> Tensor:
         if x.dtype == torch.bool:
             return function(x.to(torch.uint8), dims, keep).to(torch.bool)
@@ -88,6 +90,8 @@ def _log_sum_exp(x: Tensor, dims: tuple[int, ...], keep: bool) -> Tensor:
 
 
 def _argument(largest: bool) -> Op:
+    """Define ArgMax or ArgMin."""
+
     def build(site: Site) -> Kernel:
         axis, keep = site.integer("axis"), site.flag("keepdims", True)
         last = site.flag("select_last_index")
@@ -105,7 +109,7 @@ def _argument(largest: bool) -> Op:
 
 
 def _top_k(site: Site) -> Kernel:
-    """Equal elements in the order of their indices. k is an attribute before opset 10."""
+    """Build the kernel of TopK; equal elements keep the order of their indices."""
     axis, largest = site.integer("axis", -1), site.flag("largest", True)
     fixed = site.attributes.get("k")
     read = site.number(1)
@@ -121,7 +125,7 @@ def _top_k(site: Site) -> Kernel:
 
 
 def _scan(function: Callable[[Tensor, int], Tensor], start: int) -> Op:
-    """Running sum or product along the axis given as an input; `start` is its value before all."""
+    """Define a running sum or product along the axis given as an input; it begins at `start`."""
 
     def build(site: Site) -> Kernel:
         exclusive, reverse = site.flag("exclusive"), site.flag("reverse")

@@ -7,8 +7,8 @@ Output position i along an axis of n cells with scale s reads the input at a coo
     tf_crop_and_resize  start·(n − 1) + i·(end − start)·(n − 1)/(s·n − 1)
     half_pixel_symmetric  n/2·(1 − out/(s·n)) + (i + ½)/s − ½
 
-and weighs the cells around it by the linear or the cubic kernel (widened by 1/s where antialias is on),
-cells outside being the edge's (or left out: exclude_outside). Semantics follow onnx's reference.
+and weighs the cells around it by the linear or the cubic kernel (widened by 1/s with antialias); cells
+outside take the value of the edge (or are left out: exclude_outside). Semantics follow onnx's reference.
 """
 
 from __future__ import annotations
@@ -38,11 +38,13 @@ _NEAREST: dict[str, Callable[[float], int]] = {
     "ceil": math.ceil,
 }
 _OLD_NEAREST = "simple"
-"""Before opset 11, as onnxruntime has it: the next cell where the axis shrinks, else the one before."""
+"""Before opset 11, as in onnxruntime: the next cell where the axis shrinks, else the one before."""
 
 
 @dataclass(frozen=True)
 class _Style:
+    """The attributes of a Resize node that determine the interpolation."""
+
     mode: str
     coordinates: str
     nearest: str
@@ -64,6 +66,7 @@ class _Axis:
 
 
 def _coordinate(style: _Style, axis: _Axis, i: int) -> float:
+    """Map output position i to a coordinate in the input."""
     exact = axis.scale * axis.size
     if style.coordinates == "asymmetric":
         return i / axis.scale
@@ -81,6 +84,7 @@ def _coordinate(style: _Style, axis: _Axis, i: int) -> float:
 
 
 def _kernel_value(style: _Style, distance: float) -> float:
+    """Evaluate the linear or cubic kernel at a distance."""
     x, a = abs(distance), style.cubic
     if style.mode == "linear":
         return max(1 - x, 0.0)
@@ -90,7 +94,7 @@ def _kernel_value(style: _Style, distance: float) -> float:
 
 
 def _matrix(style: _Style, axis: _Axis) -> np.ndarray:
-    """(out, size) weights in float64; a row of zeros where the result is `style.outside`."""
+    """Compute the weights (out, size) in float64; a row is zero where the result is `style.outside`."""
     stretch = min(axis.scale, 1.0) if style.antialias else 1.0
     reach = (1 if style.mode == "linear" else 2) / stretch
     weights = np.zeros((axis.out, axis.size))
@@ -113,6 +117,7 @@ def _is_outside(style: _Style, axis: _Axis, x: float) -> bool:
 
 
 def _resize_axis(x: Tensor, dim: int, style: _Style, axis: _Axis) -> Tensor:
+    """Resize one axis."""
     outside = [_is_outside(style, axis, _coordinate(style, axis, i)) for i in range(axis.out)]
     if style.mode == "nearest":
         pick = _NEAREST.get(style.nearest) or (math.ceil if axis.scale < 1 else math.floor)
@@ -138,7 +143,7 @@ def _targets(
     sizes: Sequence[int] | None,
     policy: str,
 ) -> tuple[list[int], list[float]]:
-    """Output size and scale per resized axis."""
+    """Compute the output size and the scale of each resized axis."""
     if sizes:
         scales = [sizes[i] / shape[dim] for i, dim in enumerate(dims)]
         if policy == "stretch":
@@ -152,6 +157,7 @@ def _targets(
 
 
 def _style(site: Site, mode: str, coordinates: str, nearest: str) -> _Style:
+    """Read the attributes, or raise UnsupportedOp."""
     if mode not in ("nearest", "linear", "cubic"):
         raise site.unsupported(f"mode is {mode!r}; nearest, linear and cubic are covered")
     if coordinates not in _COORDINATES or nearest not in (*_NEAREST, _OLD_NEAREST):
@@ -168,7 +174,7 @@ def _style(site: Site, mode: str, coordinates: str, nearest: str) -> _Style:
 
 
 def _resize(site: Site) -> Kernel:
-    """Inputs (X, scales) in opset 10, (X, roi, scales, sizes) since 11."""
+    """Build the kernel of Resize: inputs are (X, scales) in opset 10, later (X, roi, scales, sizes)."""
     mode = site.text("mode", "nearest")
     if site.opset < 11:
         style = _style(site, mode, "asymmetric", _OLD_NEAREST)
@@ -179,12 +185,13 @@ def _resize(site: Site) -> Kernel:
 
 
 def _upsample(site: Site) -> Kernel:
-    """Scales are an attribute in opset 7, an input in 9."""
+    """Build the kernel of Upsample: scales are an attribute in opset 7, an input in 9."""
     style = _style(site, site.text("mode", "nearest"), "asymmetric", _OLD_NEAREST)
     return _apply(site, style, scales=1, sizes=9, roi=9)
 
 
 def _apply(site: Site, style: _Style, *, scales: int, sizes: int, roi: int) -> Kernel:
+    """Build the kernel, given the positions of the inputs; position 9 stands for no input."""
     axes, policy = site.integers("axes"), site.text("keep_aspect_ratio_policy", "stretch")
     read_scales, read_sizes = site.numbers(scales, "scales"), site.numbers(sizes)
     read_roi = site.numbers(roi)

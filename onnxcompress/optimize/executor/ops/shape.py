@@ -1,4 +1,4 @@
-"""Operators that move elements without changing them: shapes, slices, paddings."""
+"""Operators that move elements without changing them: shapes, slices, padding."""
 
 from __future__ import annotations
 
@@ -21,16 +21,18 @@ from onnxcompress.optimize.executor.ops.registry import (
 
 
 def _shape(site: Site) -> Kernel:
+    """Build the kernel of Shape."""
     start, end = site.integer("start"), site.attributes.get("end")
     return lambda x: torch.tensor(tuple(x.shape[start:end]), dtype=torch.int64)
 
 
 def _size(x: Tensor) -> Tensor:
+    """Count the elements."""
     return torch.tensor(x.numel(), dtype=torch.int64)
 
 
 def _reshape(site: Site) -> Kernel:
-    """0 copies the input's dimension (unless allowzero), −1 is inferred."""
+    """Build the kernel of Reshape: 0 copies the input's dimension (unless allowzero), −1 is inferred."""
     copy_zero, read = not site.flag("allowzero"), site.numbers(1, "shape")
 
     def kernel(*arguments: Tensor) -> Tensor:
@@ -43,6 +45,7 @@ def _reshape(site: Site) -> Kernel:
 
 
 def _flatten(site: Site) -> Kernel:
+    """Build the kernel of Flatten."""
     axis = site.integer("axis", 1)
 
     def kernel(x: Tensor) -> Tensor:
@@ -54,6 +57,7 @@ def _flatten(site: Site) -> Kernel:
 
 
 def _transpose(site: Site) -> Kernel:
+    """Build the kernel of Transpose."""
     order = site.integers("perm")
     if order is None:
         return lambda x: x.permute(*range(x.ndim - 1, -1, -1))
@@ -61,6 +65,7 @@ def _transpose(site: Site) -> Kernel:
 
 
 def _squeeze(site: Site) -> Kernel:
+    """Build the kernel of Squeeze."""
     read = site.numbers(1, "axes")
 
     def kernel(*arguments: Tensor) -> Tensor:
@@ -76,6 +81,7 @@ def _squeeze(site: Site) -> Kernel:
 
 
 def _unsqueeze(site: Site) -> Kernel:
+    """Build the kernel of Unsqueeze."""
     read = site.numbers(1, "axes")
 
     def kernel(*arguments: Tensor) -> Tensor:
@@ -88,12 +94,13 @@ def _unsqueeze(site: Site) -> Kernel:
 
 
 def _concat(site: Site) -> Kernel:
+    """Build the kernel of Concat."""
     axis = site.integer("axis", 1)
     return lambda *tensors: torch.cat(tensors, axis)
 
 
 def _split(site: Site) -> Kernel:
-    """Sizes from the attribute (before 13), the input, or equal parts with a smaller last one."""
+    """Build the kernel of Split: sizes from the attribute, the input, or equal with a smaller last part."""
     axis, read = site.integer("axis"), site.numbers(1, "split")
     parts = site.integer("num_outputs", site.outputs)
 
@@ -110,7 +117,7 @@ def _split(site: Site) -> Kernel:
 
 
 def _slice(site: Site) -> Kernel:
-    """Bounds are attributes before opset 10, inputs since; beyond the ends they are clamped."""
+    """Build the kernel of Slice: bounds are attributes before opset 10, later inputs; they are clamped."""
     starts, ends = site.numbers(1, "starts"), site.numbers(2, "ends")
     axes, steps = site.numbers(3, "axes"), site.numbers(4)
 
@@ -131,6 +138,7 @@ def _slice(site: Site) -> Kernel:
 
 
 def _expand(site: Site) -> Kernel:
+    """Build the kernel of Expand."""
     read = site.numbers(1)
 
     def kernel(*arguments: Tensor) -> Tensor:
@@ -145,11 +153,13 @@ def _expand(site: Site) -> Kernel:
 
 
 def _tile(site: Site) -> Kernel:
+    """Build the kernel of Tile."""
     read = site.numbers(1)
     return lambda *arguments: torch.tile(arguments[0], tuple(read(arguments)))
 
 
 def _depth_to_space(site: Site) -> Kernel:
+    """Build the kernel of DepthToSpace."""
     block, column_first = site.integer("blocksize"), site.text("mode", "DCR") == "CRD"
 
     def kernel(x: Tensor) -> Tensor:
@@ -165,6 +175,7 @@ def _depth_to_space(site: Site) -> Kernel:
 
 
 def _space_to_depth(site: Site) -> Kernel:
+    """Build the kernel of SpaceToDepth."""
     block, column_first = site.integer("blocksize"), site.text("mode", "DCR") == "CRD"
 
     def kernel(x: Tensor) -> Tensor:
@@ -177,7 +188,7 @@ def _space_to_depth(site: Site) -> Kernel:
 
 
 def _pad(site: Site) -> Kernel:
-    """Pads are an attribute before opset 11, inputs since; negative pads crop."""
+    """Build the kernel of Pad: pads are an attribute before opset 11, later inputs; negative pads crop."""
     mode = site.text("mode", "constant")
     if mode not in ("constant", "reflect", "edge", "wrap"):
         raise site.unsupported(f"mode is {mode!r}")
@@ -199,6 +210,7 @@ def _pad(site: Site) -> Kernel:
 
 
 def _pad_amounts(rank: int, pads: Sequence[int], axes: Sequence[int] | None) -> tuple[list[int], list[int]]:
+    """Spread the pads over all axes, as lists of begin and end."""
     dims = axes_of(axes, rank)
     if len(pads) != 2 * len(dims):
         raise ExecutionError(f"{len(pads)} pads for {len(dims)} axes; expected {2 * len(dims)}")
@@ -209,7 +221,7 @@ def _pad_amounts(rank: int, pads: Sequence[int], axes: Sequence[int] | None) -> 
 
 
 def _source(mode: str, size: int, begin: int, end: int) -> list[int]:
-    """For each padded position along an axis, the position it copies."""
+    """For each padded position along an axis, compute the position that it copies."""
     positions = range(-begin, size + end)
     if mode == "edge":
         return [min(max(p, 0), size - 1) for p in positions]
@@ -220,6 +232,7 @@ def _source(mode: str, size: int, begin: int, end: int) -> list[int]:
 
 
 def _center_crop_pad(site: Site) -> Kernel:
+    """Build the kernel of CenterCropPad."""
     axes, read = site.integers("axes"), site.numbers(1)
 
     def kernel(*arguments: Tensor) -> Tensor:
@@ -238,6 +251,7 @@ def _center_crop_pad(site: Site) -> Kernel:
 
 
 def _trilu(site: Site) -> Kernel:
+    """Build the kernel of Trilu."""
     upper, read = site.flag("upper", True), site.number(1, 0)
 
     def kernel(*arguments: Any) -> Tensor:
@@ -248,11 +262,12 @@ def _trilu(site: Site) -> Kernel:
 
 
 def _identity(x: Tensor) -> Tensor:
+    """Return the input."""
     return x
 
 
 def _dropout(site: Site) -> Kernel:
-    """Nothing is dropped in inference (or with a ratio of 0); the optional mask is all true."""
+    """Build the kernel of Dropout, which drops nothing in inference mode; the optional mask is all true."""
     training, ratio = site.number(2, False), site.number(1, 0.5)
 
     def kernel(*arguments: Tensor) -> Tensor | tuple[Tensor, Tensor]:

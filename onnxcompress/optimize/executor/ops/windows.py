@@ -1,9 +1,9 @@
 """Sliding windows: padding, output sizes and sums, shared by convolutions and pools.
 
-Per spatial axis, with input size n, kernel k, stride s, dilation d and window w = d·(k − 1) + 1:
+For each spatial axis, with input size n, kernel k, stride s, dilation d and window w = d·(k − 1) + 1:
 
     NOTSET, VALID  out = ⌊(n + begin + end − w) / s⌋ + 1
-    ceil_mode      the same rounded up, less a last window that would start in the end padding
+    ceil_mode      the same rounded up, without a last window that would start in the end padding
     SAME_*         out = ⌈n / s⌉, begin + end = max((out − 1)·s + w − n, 0)
 """
 
@@ -19,12 +19,12 @@ from torch import Tensor
 from onnxcompress.optimize.executor.ops.registry import Site
 
 CONVOLUTIONS = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}
-"""By the rank of the weight."""
+"""Convolutions by the rank of their weight."""
 
 
 @dataclass(frozen=True)
 class Window:
-    """A window's geometry; a field is None (or a list empty) where the node leaves its default."""
+    """The geometry of a window; a list is empty where the node leaves its default."""
 
     strides: list[int]
     dilations: list[int]
@@ -34,6 +34,17 @@ class Window:
 
     @staticmethod
     def of(site: Site) -> Window:
+        """Read the geometry from the attributes of a node.
+
+        Args:
+            site: The node.
+
+        Returns:
+            The geometry.
+
+        Raises:
+            UnsupportedOp: `auto_pad` has an unknown value.
+        """
         auto_pad = site.text("auto_pad", "NOTSET") or "NOTSET"
         if auto_pad not in ("NOTSET", "VALID", "SAME_UPPER", "SAME_LOWER"):
             raise site.unsupported(f"auto_pad is {auto_pad!r}")
@@ -47,17 +58,30 @@ class Window:
 
     @property
     def same(self) -> bool:
+        """Whether padding keeps the size (SAME_UPPER, SAME_LOWER)."""
         return self.auto_pad.startswith("SAME")
 
     def symmetric(self) -> list[int] | None:
-        """The padding where it is the same at both ends and known, else None."""
+        """Return the padding if it is the same at both ends and does not depend on the size.
+
+        Returns:
+            The padding of each spatial axis, or None.
+        """
         half = len(self.pads) // 2
         fixed = not self.same and self.pads[:half] == self.pads[half:]
         return self.pads[:half] if fixed else None
 
     def edges(self, size: Sequence[int], kernel: Sequence[int]) -> list[tuple[int, int]]:
-        """Padding (begin, end) per spatial axis. Where ceil_mode asks for more cells than there are,
-        `end` includes them; it is negative where the last cells are not read."""
+        """Compute the padding of each spatial axis.
+
+        Args:
+            size: Size of the input along each spatial axis.
+            kernel: Size of the kernel along each spatial axis.
+
+        Returns:
+            (begin, end) of each axis. With ceil_mode, `end` includes the cells that the last window needs
+            beyond the padding; it is negative where the last cells are not read.
+        """
         rank = len(size)
         strides, dilations = self.strides or [1] * rank, self.dilations or [1] * rank
         edges = []
@@ -80,7 +104,16 @@ class Window:
 
 
 def pad_spatial(x: Tensor, edges: Sequence[tuple[int, int]], value: float = 0.0) -> Tensor:
-    """Pad the trailing axes by (begin, end) each; negative numbers crop."""
+    """Pad the last axes.
+
+    Args:
+        x: The tensor.
+        edges: (begin, end) of each of the last axes; negative numbers crop.
+        value: The value of the padding.
+
+    Returns:
+        The padded tensor.
+    """
     flat = [amount for edge in reversed(edges) for amount in edge]
     return F.pad(x, flat, value=value) if any(flat) else x
 
@@ -88,7 +121,17 @@ def pad_spatial(x: Tensor, edges: Sequence[tuple[int, int]], value: float = 0.0)
 def window_sum(
     x: Tensor, kernel: Sequence[int], strides: Sequence[int], dilations: Sequence[int]
 ) -> Tensor:
-    """Sum over each window of a padded (N, C, spatial…) tensor."""
+    """Sum over each window of a padded tensor.
+
+    Args:
+        x: The tensor, (N, C, spatial…).
+        kernel: Size of the window along each spatial axis.
+        strides: Stride along each spatial axis; empty: 1.
+        dilations: Dilation along each spatial axis; empty: 1.
+
+    Returns:
+        The sums, (N, C, windows…).
+    """
     ones = torch.ones((1, 1, *kernel), dtype=x.dtype, device=x.device)
     flat = x.reshape(-1, 1, *x.shape[2:])
     convolve = CONVOLUTIONS[x.ndim]
