@@ -65,11 +65,11 @@ def load_plugin(name: str) -> type[Pass]:
 @cache
 def _entries() -> dict[str, EntryPoint]:
     known = {e.name for e in CATALOGUE}
-    found: dict[str, EntryPoint] = {}
+    entries: dict[str, EntryPoint] = {}
     for entry in entry_points(group=GROUP):
         if entry.name not in known:
-            found.setdefault(entry.name, entry)
-    return found
+            entries.setdefault(entry.name, entry)
+    return entries
 
 
 def _package(entry: EntryPoint) -> str:

@@ -245,7 +245,7 @@ class _Reader:
             message = message.replace("Input should be", "expected")
             self.document.fail(place, f"{place[-1]}: {message}, got {shown(value)}")
         except TypeError:  # a value that JSON does not have, such as a mapping with a list as a key
-            self.document.fail(place, f"{place[-1]}: no value of an option, got {shown(value)}")
+            self.document.fail(place, f"{place[-1]}: not a valid option value, got {shown(value)}")
 
 
 def _from_text(adapter: TypeAdapter[Any], text: str) -> Any:

@@ -91,7 +91,7 @@ def layer_errors(
         walk = _Walk(subject, how)
         for site in walk.sites():
             waiting.append(pool.submit(walk.measure, site, variants))
-            while len(waiting) > workers:  # each holds tensors
+            while len(waiting) > workers:  # each result still holds tensors
                 rows += waiting.popleft().result()
                 done += 1
                 progress("measuring layers", done, total)

@@ -114,7 +114,7 @@ def follow(model: Model, flow: Flow, tensor: gs.Tensor, approximate: bool) -> Pa
     path = Path(tensor, node, linear.linear if linear else None, 0, channels, labels.ndim, free)
     try:
         if labels.ndim < 2 or labels.shape[1] != labels.size or len(np.unique(channels)) < len(channels):
-            raise _Blocked(node_label(node), "has channels that are not apart from each other")
+            raise _Blocked(node_label(node), "does not have separate channels along axis 1")
         _check_writer(model, path)
         _walk(model, flow, path, approximate)
     except _Blocked as blocked:
@@ -173,7 +173,7 @@ def _reader(
     layer = layers.get(id(node))
     name = node_label(node)
     if layer is None or node.inputs[layer.linear.data_at] is not tensor:
-        raise _Blocked(name, f"({node.op}) is no linear layer with a constant weight")
+        raise _Blocked(name, f"({node.op}) is not a linear layer with a constant weight")
     if layer.linear.takes_bias and layer_params.bias(model, layer.linear) is None:
         raise _Blocked(name, f"({node.op}) has a bias that is not a constant")
     pads = into_following.is_uneven(node, layer.linear.weight)
@@ -200,7 +200,7 @@ def _pass(model: Model, flow: Flow, path: Path, node: gs.Node, approximate: bool
     elif is_op(node, "Pad"):
         _pad(path, node, approximate)
     else:
-        raise _Blocked(label, f"({node.op}) does not move with its input")
+        raise _Blocked(label, f"({node.op}) does not pass a constant on unchanged")
 
 
 def _clip(model: Model, flow: Flow, path: Path, node: gs.Node) -> None:

@@ -63,7 +63,7 @@ def new_values(
     Returns:
         The new values, and channel group -> refusal where a value does not fit its type.
     """
-    found: list[NewValues] = []
+    values: list[NewValues] = []
     barred: dict[int, Refusal] = {}
     for at, layer in enumerate(flow.layers):
         rows, columns = balance.writes(at), balance.reads(at)
@@ -74,7 +74,7 @@ def new_values(
         bias = layer_params.bias(model, linear) if rows.any() else None
         if bias is not None:
             bias = layer_params.stored(bias * linear.spread(np.exp(rows)), linear)
-        found.append(NewValues(layer, None, weight, bias))
+        values.append(NewValues(layer, None, weight, bias))
         if not _holds(linear.weight, weight) or (bias is not None and not np.isfinite(bias).all()):
             refusal = _overflow(linear.node, weight)
             moved = [layer.writes[rows != 0], layer.reads[columns != 0]]
@@ -84,11 +84,11 @@ def new_values(
             old = constant_value(model, offset.node.inputs[offset.operand])
             assert old is not None
             new = _scaled_constant(old, scales[offset.labels])
-            found.append(NewValues(None, offset, new, None))
+            values.append(NewValues(None, offset, new, None))
             if not np.isfinite(new).all():
                 refusal = _overflow(offset.node, new)
                 barred |= dict.fromkeys(np.unique(offset.labels).tolist(), refusal)
-    return found, barred
+    return values, barred
 
 
 def _holds(old: np.ndarray, new: np.ndarray) -> bool:

@@ -124,7 +124,7 @@ class Equalize(Pass):
 
 @dataclass(frozen=True)
 class LayerScales:
-    """What a layer's inputs and outputs are multiplied by: `v_out * (W' (v_in * x) + b')`, float64."""
+    """The factors of a layer's inputs and outputs, float64: `v_out * (W' (v_in * x) + b')`."""
 
     inputs: np.ndarray
     """(input channels,)"""

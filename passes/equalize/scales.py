@@ -268,7 +268,7 @@ class Balance:
         return LevelSystem(unknown, signs, meetings).solve(tops)
 
     def _unknowns(self) -> np.ndarray:
-        """Number the unknown level of each side; -1: it has none, as layers of zeros have no range."""
+        """Assign a number to the unknown level of each side; -1: it has none (a layer of zeros)."""
         unknown, count = np.full(len(self.sides), -1), 0
         for stream in self.streams:
             if not all(self._magnitudes[side.layer].any() for side in stream):

@@ -131,7 +131,7 @@ class Executor:
         given = dict(feeds)
         replaced: Mapping[str, Tensor] = parameters or {}
         for name in replaced:
-            if name not in self.parameters:  # a constant, of rank 0 perhaps
+            if name not in self.parameters:  # a constant, for example of rank 0
                 given[name] = replaced[name]
         plan = self._plan(given, outputs)
         if self._binding.fixed_shapes:

@@ -256,7 +256,7 @@ def _chunk(model: Model, count: int) -> int:
     """Choose how many images are optimized together."""
     each = sum(_floats(shape) for shape in tensor_shapes(model).values()) * 2
     largest = max(8, min(CHUNK, CHUNK_BYTES // max(each, 1)))
-    return -(-count // -(-count // largest))  # parts of one size
+    return -(-count // -(-count // largest))  # chunks of equal size
 
 
 def _floats(shape: tuple[int | str | None, ...]) -> int:

@@ -185,7 +185,7 @@ class LayerSampler:
             return {}
         feeds = {name: live[name] for name in piece.feeds}
         with torch.no_grad():
-            with self._lock:  # plans are made by one thread
+            with self._lock:  # only one thread at a time may plan
                 self.executor.needed(feeds, piece.outputs)
             return self.executor.run(feeds, piece.outputs)
 
@@ -290,13 +290,13 @@ def map_layers(
         The name and the result of `work`, in the order of the graph.
     """
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # of the process: torch has no setting of a thread's own
+    torch.set_num_threads(1)  # for the whole process: torch has no setting per thread
     pool = ThreadPoolExecutor(workers)
     waiting: deque[tuple[str, Future[Result]]] = deque()
     try:
         for name, job in _jobs(sampler, tensors, count, seed, work):
             waiting.append((name, pool.submit(job)))
-            del job  # it holds the values
+            del job  # it keeps the values in memory
             if len(waiting) == workers:
                 first, future = waiting.popleft()
                 yield first, future.result()
