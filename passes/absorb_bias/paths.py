@@ -200,7 +200,7 @@ def _pass(model: Model, flow: Flow, path: Path, node: gs.Node, approximate: bool
     elif is_op(node, "Pad"):
         _pad(path, node, approximate)
     else:
-        raise _Blocked(label, f"({node.op}) does not pass a constant on unchanged")
+        raise _Blocked(label, f"({node.op}) does not move with its input")
 
 
 def _clip(model: Model, flow: Flow, path: Path, node: gs.Node) -> None:
