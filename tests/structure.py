@@ -131,7 +131,7 @@ def _is_documented(node: ast.FunctionDef) -> bool:
     return (not takes or "Args:" in text) and (not gives or "Returns:" in text or "Yields:" in text)
 
 
-_EXEMPT = ("property", "setter", "option", "argument", "command", "overload")
+_EXEMPT = ("property", "cached_property", "setter", "option", "argument", "command", "overload")
 """Decorators of functions whose parameters are documented elsewhere: click's options, properties."""
 
 
