@@ -19,6 +19,10 @@ if TYPE_CHECKING:
     from onnxcompress.model import Model
 
 
+CONVERTED = "converted from opset"
+"""How the change begins that says so of a model with an old operator set."""
+
+
 @dataclass
 class PassResult:
     """What a pass changed, refused and measured."""
@@ -80,6 +84,14 @@ class Pass(ABC):
             CompressError: The model cannot be handled.
         """
 
+    def preview(self, model: Model) -> list[Refusal]:
+        """What `apply` would leave alone, by the checks that need none of its work; `model` stays as it is.
+
+        Raises:
+            CompressError: `apply` would fail on this model with these options.
+        """
+        return []
+
     def options(self) -> dict[str, Any]:
         """Collect the options as JSON values, for the provenance.
 
@@ -112,6 +124,9 @@ def run(passes: Sequence[Pass], model: Model, progress: Progress = silent) -> li
     for pass_ in passes:
         digest = model.digest()
         result = pass_.apply(model, progress)
+        unchanged = not (result.modified or result.refusals)
+        if unchanged and not (pass_.preserves_function or pass_.composite):
+            result.refusals.append(Refusal(model.name, f"it has nothing that {pass_.name} would change"))
         if result.modified and not pass_.composite:
             model.add_provenance(pass_.name, pass_.options(), digest, result.measured.get("inputs"))
             if valid and (problem := fault(model)) is not None:

@@ -24,8 +24,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 
-from onnxcompress.account import Change
+from onnxcompress.account import Change, Refusal
 from onnxcompress.errors import OptionError
+from onnxcompress.graph.batch_norm import OLDEST_OPSET
 from onnxcompress.model import Model
 from onnxcompress.optimize.calibration import (
     InputRequest,
@@ -38,6 +39,8 @@ from onnxcompress.optimize.calibration import (
 )
 from onnxcompress.option_fields import option
 from onnxcompress.passes.base import Pass, PassResult
+from onnxcompress.passes.opsets import at_opset
+from onnxcompress.passes.preview import check_inputs, raised
 from onnxcompress.progress import Progress, silent
 from onnxcompress.statistics.record import (
     ESTIMATED,
@@ -93,6 +96,18 @@ class Calibrate(Pass):
         size is open and no images are given.
         """
         self.check()
+        return at_opset(model, OLDEST_OPSET, lambda own: self._estimate(own, progress))
+
+    def preview(self, model: Model) -> list[Refusal]:
+        """The layers whose outputs cannot be measured, and whether inputs can be had."""
+        self.check()
+        from onnxcompress.optimize.statistics_estimation import measurable
+
+        own = raised(model, OLDEST_OPSET)
+        check_inputs(own, self._request())
+        return measurable(own)[1]
+
+    def _estimate(self, model: Model, progress: Progress) -> PassResult:
         from onnxcompress.optimize.device import pick_device
         from onnxcompress.optimize.statistics_estimation import estimate_statistics, measurable
 

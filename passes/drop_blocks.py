@@ -22,14 +22,17 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import ClassVar
 
-from onnxcompress.account import Change
+from onnxcompress.account import Change, Refusal
 from onnxcompress.errors import ModelError, OptionError
+from onnxcompress.graph.batch_norm import OLDEST_OPSET
 from onnxcompress.graph.blocks import LINEAR, Discovery, find_blocks
 from onnxcompress.graph.edit import lift_weights
 from onnxcompress.model import Model
 from onnxcompress.optimize.block_drop.options import DropBlocksOptions
 from onnxcompress.passes.base import Pass, PassResult
 from onnxcompress.passes.fold_bn import FoldBatchNorm
+from onnxcompress.passes.opsets import at_opset
+from onnxcompress.passes.preview import check_inputs, raised
 from onnxcompress.progress import Progress, silent
 from onnxcompress.statistics.record import drop_missing
 
@@ -63,6 +66,20 @@ class DropBlocks(DropBlocksOptions, Pass):
         network has no block or no feature tensor.
         """
         self.check()
+        return at_opset(model, OLDEST_OPSET, lambda own: self._drop(own, progress))
+
+    def preview(self, model: Model) -> list[Refusal]:
+        """The blocks that cannot be dropped, and whether inputs can be had."""
+        self.check()
+        own = raised(model, OLDEST_OPSET)
+        FoldBatchNorm().apply(own)
+        lift_weights(own, *LINEAR)
+        found = find_blocks(own)
+        self._check_blocks(own, found)
+        check_inputs(own, self.request)
+        return list(found.near_misses)
+
+    def _drop(self, model: Model, progress: Progress) -> PassResult:
         original = model.copy()
         folded = FoldBatchNorm().apply(model)
         lift_weights(model, *LINEAR)

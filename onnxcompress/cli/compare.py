@@ -8,7 +8,8 @@
     difference  {max_abs, max_rel, output, per_output} of the outputs
     agreement   share of `inputs` with the same top-1 class
     inputs      what difference, agreement and top1 were taken on
-    preprocess, preprocess_from    of images: the text, and option, model (its metadata) or default
+    preprocess, preprocess_from    of images: the text, and option, model (its metadata), default,
+                                   option-and-model or option-and-default
     gates       [{gate, limit, measured, passed, text, preprocess}], one for each limit that was given
 """
 

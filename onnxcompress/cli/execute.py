@@ -9,6 +9,8 @@ import dataclasses
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING
 
+import click
+
 from onnxcompress.cli.files import Files, check_external, check_target, opened
 from onnxcompress.cli.job import Job, Outcome
 from onnxcompress.cli.options import print_json
@@ -16,6 +18,7 @@ from onnxcompress.cli.report_option import write_job_report
 from onnxcompress.errors import CompressError, ModelError, OptionError, TargetMissed, require
 from onnxcompress.evaluation.gate_results import judge, summary
 from onnxcompress.evaluation.gates import Baseline
+from onnxcompress.pipeline import Run
 from onnxcompress.progress import Progress, silent
 
 if TYPE_CHECKING:
@@ -23,6 +26,14 @@ if TYPE_CHECKING:
 
     from onnxcompress.model import Model
     from onnxcompress.passes.base import Pass
+
+
+FEW = 32
+"""Images from which on what is learned from them holds for others, nearly."""
+
+
+MEASURING = ("fp16",)
+"""Passes that measure on images and learn nothing from them."""
 
 
 def execute(job: Job) -> None:
@@ -41,6 +52,7 @@ def execute(job: Job) -> None:
             _preview(job, files, model)
             return
         _tell(job, outcome)
+        _warn_few(outcome.run)
         files.send()
         write_job_report(job, outcome)
     steps = outcome.run.steps
@@ -93,7 +105,7 @@ def _difference(files: Files) -> dict[str, float | str]:
     try:
         found = difference(files.source, files.target, random_feeds(files.source))
     except CompressError as error:
-        return {"skipped": str(error)}
+        return {"skipped": files.shown(str(error))}
     return {"max_abs": found.max_abs, "max_rel": found.max_rel, "output": found.output}
 
 
@@ -126,18 +138,27 @@ def _tell(job: Job, found: Outcome) -> None:
 def _preview(job: Job, files: Files, model: Model) -> None:
     """Say what would be done, and of what the results are at hand."""
     known = job.chain.cached(model, job.cache) if job.cache is not None else 0
+    refusals = job.chain.previews(model)
     steps = [
-        {"pass": one.name, "options": one.options(), "cached": at < known}
+        {
+            "pass": one.name,
+            "options": one.options(),
+            "cached": at < known,
+            "refusals": [dataclasses.asdict(refusal) for refusal in refusals[at]],
+        }
         for at, one in enumerate(job.chain.passes)
     ]
     if job.as_json:
         print_json({"dry_run": True, "steps": steps, "gates": job.gates.limits})
         return
+    from onnxcompress.cli.console import show_refusals
+
     console = _console(files)
     console.print(f"{files.source_name} → {files.target_name}, nothing is run or written", markup=False)
     for number, (one, step) in enumerate(zip(job.chain.passes, steps, strict=True), 1):
         note = "  (kept from an earlier run)" if step["cached"] else ""
         console.print(f"{number}. {one.name}{_chosen(one)}{note}", markup=False)
+        show_refusals(console, refusals[number - 1], "would be left alone", all=job.verbose)
     for name, limit in job.gates.limits.items():
         console.print(f"gate --{name.replace('_', '-')} {limit:g}", markup=False)
 
@@ -158,3 +179,17 @@ def _console(files: Files) -> Console:
     from onnxcompress.cli.console import stderr, stdout
 
     return stderr() if files.to_stream else stdout()
+
+
+def _warn_few(run: Run) -> None:
+    """Say on stderr which passes changed the network by few images: they fit those, and others worse."""
+    for step in run.steps:
+        inputs = step.result.measured.get("inputs", [])
+        count = sum(used["count"] for used in inputs if isinstance(used, dict))
+        learned = not step.pass_.preserves_function and step.pass_.name not in MEASURING
+        if learned and step.result.modified and 0 < count < FEW:
+            click.echo(
+                f"warning: {step.pass_.name} learned from {count} images and fits them better than others: "
+                f"give it {FEW} or more (--synthetic, or more --images)",
+                err=True,
+            )

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from onnxcompress.errors import ModelError, OptionError
+from onnxcompress.errors import CompressError, ModelError, OptionError
 from onnxcompress.model import Model
 
 STREAM = "-"
@@ -33,6 +33,13 @@ class Files:
     """For a person."""
     target_name: str
     to_stream: bool = False
+
+    def shown(self, text: str) -> str:
+        """A message with the names that the user gave in place of temporary ones."""
+        for file, name in ((self.source, self.source_name), (self.target, self.target_name)):
+            if str(file) != name:
+                text = text.replace(str(file), name).replace(file.name, name)
+        return text
 
     def send(self) -> None:
         """Write the output to standard output, if it goes there."""
@@ -71,7 +78,10 @@ def opened(source: str, target: str, *, as_json: bool = False) -> Iterator[Files
         if target == STREAM:
             file = Path(folder) / "stdout.onnx"
             files = replace(files, target=file, target_name="standard output", to_stream=True)
-        yield files
+        try:
+            yield files
+        except CompressError as error:
+            raise type(error)(files.shown(str(error))) from error
 
 
 def _spool(folder: Path) -> Path:

@@ -102,7 +102,8 @@ def _show_facts(console: Console, facts: dict[str, Any]) -> None:
         "format": f"opset {facts['opset']}, IR {facts['ir_version']}, by {facts['producer'] or 'unknown'}",
         "operators": operators,
         "BatchNorm": _norms(facts),
-        "features": facts["feature"] or "no spatial tensor that all goes through: name one with --feature",
+        "features": facts["feature"]
+        or "no spatial tensor that all goes through: name one with drop-blocks --feature",
         "made by": " → ".join(e["pass"] for e in facts["provenance"]) or "no pass of onnxcompress",
     }  # fmt: skip
     grid = Table(

@@ -9,7 +9,7 @@
     gates       [{gate, limit, measured, passed, text, preprocess}], one for each limit that was given
     provenance  all passes so far, oldest first
 
-and with --dry-run {dry_run, steps: [{pass, options, cached}], gates: {name: limit}}.
+and with --dry-run {dry_run, steps: [{pass, options, cached, refusals}], gates: {name: limit}}.
 """
 
 from __future__ import annotations

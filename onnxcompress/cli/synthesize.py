@@ -61,7 +61,7 @@ def synthesize(
     as_json: bool,
     report: str | None,
 ) -> None:
-    """Make images for the network and write them to OUT.npz, which --images of every command reads.
+    """Make images for the network and write them to OUT.npz, which quantize and the like take as --images.
 
     OUT.npz holds x (uint8, N,H,W,C), and kind, seed and preprocess. The same seed gives the same images; a
     smaller procedural set is the start of a larger one.
@@ -178,4 +178,6 @@ def _show(account: dict[str, Any]) -> None:
         f"{account['count']} {account['kind']} images ({account['why']}), {size}, in "
         f"{account['seconds']:.1f} s: {account['output']}{sheet}"
     )
-    click.echo(f"use: --images {account['output']} --preprocess '{account['preprocess']}'")
+    click.echo(
+        f"use with quantize and others: --images {account['output']} --preprocess '{account['preprocess']}'"
+    )

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -48,12 +48,19 @@ class Preprocess:
     """Or "bicubic", of the resizing."""
 
     @staticmethod
-    def parse(text: str) -> Preprocess:
+    def parse(text: str, base: Preprocess | None = None) -> Preprocess:
         """Read a preset, `key=value` pairs, or a preset and pairs that change it.
 
-        Raises OptionError for what is unknown, and names the nearest that is known.
+        Args:
+            text: What the user wrote.
+            base: What pairs without a preset change; None: `unit`.
+
+        Raises:
+            OptionError: Something in it is unknown; the message names the nearest that is known.
         """
-        values = PRESETS["unit"]
+        values = base or PRESETS["unit"]
+        if "size=" in text and "resize=" not in text:  # a short side goes with its crop
+            values = replace(values, resize=None)
         for index, word in enumerate(text.split()):
             key, equals, value = word.partition("=")
             if equals:
@@ -110,7 +117,8 @@ class Choice:
     said: Preprocess | None
     """None: nobody did."""
     source: str
-    """option, model (its metadata), or default."""
+    """option, model (its metadata), default, or what completes an option that names no preset:
+    option-and-model, option-and-default."""
 
     @property
     def preprocess(self) -> Preprocess:
@@ -128,6 +136,9 @@ class Choice:
 
 _SOURCES = {
     "option": "as asked for",
+    "option-and-model": "as asked for, the rest from the model's metadata",
+    "option-and-default": "as asked for, mean and std the default: neither --preprocess nor the model's "
+    "metadata says them",
     "model": "from the model's metadata",
     "default": "the default: neither --preprocess nor the model's metadata says more",
 }
@@ -136,19 +147,31 @@ _SOURCES = {
 def choose(given: str | None, metadata: Mapping[str, str], model: str = "the model") -> Choice:
     """The rule of all commands: what the user says, else what the model's metadata has, else `unit`.
 
+    Pairs without a preset, as `size=24`, change what the metadata has and leave the rest of it.
     Raises OptionError for a text that cannot be read.
     """
-    if given is not None:
+    words = [] if given is None else given.split()
+    if given is not None and words and "=" not in words[0]:
         return Choice(Preprocess.parse(given), "option")
     text = metadata.get(PREPROCESSING)
+    if given is not None and (text is None or _says_all(words)):
+        return Choice(Preprocess.parse(given), "option" if _says_all(words) else "option-and-default")
     if text is None:
         return Choice(None, "default")
     try:
-        return Choice(Preprocess.parse(text), "model")
+        own = Preprocess.parse(text)
+        if given is None:
+            return Choice(own, "model")
+        return Choice(Preprocess.parse(given, own), "option-and-model")
     except OptionError as error:
         raise OptionError(
             f"{model}: its metadata {PREPROCESSING!r} cannot be used ({error}); give --preprocess"
         ) from error
+
+
+def _says_all(words: Sequence[str]) -> bool:
+    """Whether pairs say how pixels are normalized."""
+    return {"mean", "std"} <= {word.partition("=")[0] for word in words}
 
 
 def told(text: str, source: str) -> str:

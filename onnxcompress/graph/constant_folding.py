@@ -11,6 +11,7 @@ import onnx_graphsurgeon as gs
 
 from onnxcompress.graph.query import DEFAULT_DOMAINS, is_op, producer, read
 from onnxcompress.model import Model
+from onnxcompress.model.sparse_tensors import VALUE
 
 MAX_FOLDED = 1 << 16
 """Limit for the elements of a constant chain's operands and result: chains for shapes are small."""
@@ -122,7 +123,7 @@ def constant_attribute(node: gs.Node) -> np.ndarray | None:
         The value; None where it is sparse or a string.
     """
     for key, value in node.attrs.items():
-        if key == "value":
+        if key in ("value", VALUE):
             return read(value)
         if key in ("value_float", "value_floats"):
             return np.asarray(value, np.float32)

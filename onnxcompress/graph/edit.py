@@ -10,7 +10,7 @@ import onnx_graphsurgeon as gs
 from onnx_graphsurgeon.ir.tensor import LazyValues, SparseValues
 
 from onnxcompress.graph.constant_folding import constant_attribute
-from onnxcompress.graph.query import consumers, input_at, is_op, is_output, producer, value_readers
+from onnxcompress.graph.query import consumers, input_at, is_op, is_output, producer, read, value_readers
 from onnxcompress.model import Model
 
 
@@ -82,11 +82,13 @@ def _is_own(model: Model, constant: gs.Constant) -> bool:
 
 
 def _alike(constant: gs.Constant, values: np.ndarray) -> bool:
-    """Whether a dense initializer has the shape and the type of `values`."""
+    """Whether an initializer has the shape and the type of `values`."""
     stored = constant._values
-    if isinstance(stored, SparseValues) or tuple(constant.shape) != values.shape:
+    if tuple(constant.shape) != values.shape:
         return False
     kind = onnx.helper.np_dtype_to_tensor_dtype(values.dtype)
+    if isinstance(stored, SparseValues):
+        return bool(stored.tensor.values.data_type == kind)
     if isinstance(stored, LazyValues):
         return bool(stored.tensor.data_type == kind)
     return bool(stored.dtype == values.dtype)
@@ -164,3 +166,10 @@ def remove_nodes(model: Model, nodes: Iterable[gs.Node]) -> None:
             if source is not None and not any(t.outputs or id(t) in outputs for t in source.outputs):
                 pending.append(source)
     model.remove(gone.values())
+
+
+def make_dense(model: Model) -> None:
+    """Write out the sparse initializers that nodes of the main graph read."""
+    for tensor in model.graph.tensors().values():
+        if isinstance(tensor, gs.Constant) and isinstance(tensor._values, SparseValues):
+            set_values(tensor, read(tensor))

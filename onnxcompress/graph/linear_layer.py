@@ -14,7 +14,7 @@ taps), without copying. Where the channels are (ONNX operator specification; axi
 | MatMul W @ x, x of rank 3       | (outputs, inputs)            | axis 0             | axis 1          |
 
 Legality, numbered on from `graph.batch_norm`:
- 6. the weight is a dense float tensor of at least two axes, an initializer or Constant, directly or through
+ 6. the weight is a float tensor of at least two axes, an initializer or Constant, directly or through
     Identity, Cast or Transpose (a DequantizeLinear is not: folding would undo the quantization);
  7. one operand of a MatMul is such a weight with two axes, and the channels of the other are axis 1: x has
     rank 2 on the left of W, rank 3 on its right (in `x @ W` with x of rank 3, axis 1 is not multiplied).
@@ -192,7 +192,7 @@ def as_linear(model: Model, node: gs.Node, rank: Rank) -> Linear | Refusal:
     tensor = input_at(node, weight_at)
     weight = None if tensor is None else stored_value(tensor)
     if weight is None:  # rule 6
-        remedy = "make it a dense initializer of a float type"
+        remedy = "make it an initializer of a float type"
         return Refusal(node_label(node), f"the weight of {name} is not a constant", remedy)
     if node.op == "MatMul":
         refusal = _check_matmul(node, weight, weight_at, rank, name)
@@ -266,9 +266,9 @@ def _root_value(root: gs.Tensor) -> np.ndarray | None:
     node = producer(root)
     if not isinstance(root, gs.Constant):
         return constant_attribute(node) if is_op(node, "Constant") else None
-    if isinstance(root._values, SparseValues):
-        return None
     value = read(root)
+    if isinstance(root._values, SparseValues):
+        return value
     if isinstance(root._values, LazyValues):  # old onnx reads bfloat16 as float32
         stored = root._values.tensor.data_type
         return value if onnx.helper.np_dtype_to_tensor_dtype(value.dtype) == stored else None

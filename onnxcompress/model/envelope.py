@@ -112,14 +112,14 @@ def sync_values(proto: onnx.ModelProto, graph: gs.Graph, initializers: set[str])
     kept = [i for i in proto.graph.input if i.name in inputs or i.name in initializers]
     listed = {i.name for i in kept}
     kept += [_value_info(t) for n, t in inputs.items() if n not in listed]
-    _replace(proto.graph.input, kept)
+    replace(proto.graph.input, kept)
     infos = {o.name: o for o in proto.graph.output}
-    _replace(proto.graph.output, [infos.get(t.name) or _value_info(t) for t in graph.outputs])
+    replace(proto.graph.output, [infos.get(t.name) or _value_info(t) for t in graph.outputs])
     alive = initializers | set(_names(graph)) | set(inputs)
     alive |= {sparse.values.name for sparse in proto.graph.sparse_initializer}
     for field in (proto.graph.value_info, proto.graph.quantization_annotation):
         key = "name" if field is proto.graph.value_info else "tensor_name"
-        _replace(field, [v for v in field if getattr(v, key) in alive])
+        replace(field, [v for v in field if getattr(v, key) in alive])
 
 
 def _value_info(tensor: gs.Tensor) -> onnx.ValueInfoProto:
@@ -127,7 +127,8 @@ def _value_info(tensor: gs.Tensor) -> onnx.ValueInfoProto:
     return info
 
 
-def _replace(field: Any, messages: list[Any]) -> None:
+def replace(field: Any, messages: list[Any]) -> None:
+    """Set a repeated field of a message to these, which may be some of its own."""
     if len(messages) == len(field) and all(a is b for a, b in zip(field, messages, strict=True)):
         return
     copies = [type(m).FromString(m.SerializeToString()) for m in messages]

@@ -16,6 +16,7 @@ from onnx_graphsurgeon.importers.onnx_importer import OnnxImporter
 
 from onnxcompress.errors import CompressError, ModelError
 from onnxcompress.model.envelope import attributes
+from onnxcompress.model.sparse_tensors import adopt
 
 
 def import_graph(proto: onnx.ModelProto, name: str) -> gs.Graph:
@@ -35,7 +36,7 @@ def import_graph(proto: onnx.ModelProto, name: str) -> gs.Graph:
     log.severity = log.CRITICAL  # its warnings concern what the model keeps
     try:
         with _hidden_bytes(proto.graph):
-            return OnnxImporter.import_graph(
+            graph = OnnxImporter.import_graph(
                 proto.graph,
                 opset=OnnxImporter.get_opset(proto),
                 import_domains=proto.opset_import,
@@ -43,6 +44,8 @@ def import_graph(proto: onnx.ModelProto, name: str) -> gs.Graph:
                 producer_version=proto.producer_version,
                 ir_version=proto.ir_version,
             )
+        adopt(graph, proto.graph)
+        return graph
     except CompressError:
         raise
     except Exception as error:  # it raises bare exceptions of many types on a bad graph

@@ -19,13 +19,19 @@ from typing import Any, TypeVar
 import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
-from onnx_graphsurgeon.ir.tensor import LazyValues
+from onnx_graphsurgeon.ir.tensor import LazyValues, SparseValues
 
 from onnxcompress.errors import ModelError
 from onnxcompress.model import tensor_storage
-from onnxcompress.model.envelope import sync_values, without_contents
+from onnxcompress.model.envelope import replace, sync_values, without_contents
 from onnxcompress.model.gs_import import import_graph
-from onnxcompress.model.origins import export_node, export_tensors, node_origins, tensor_origins
+from onnxcompress.model.origins import (
+    export_node,
+    export_tensors,
+    node_origins,
+    sparse_origins,
+    tensor_origins,
+)
 from onnxcompress.model.stored_values import StoredValues, check_tensors
 from onnxcompress.model.validation import check_graph
 from onnxcompress.version import __version__
@@ -58,6 +64,7 @@ class Model:
         self._inner = {id(n): n for g in self._graph.subgraphs(recursive=True) for n in g.nodes}
         self._nodes = node_origins(self.graph, proto)
         self._tensors = tensor_origins(self.graph, proto, stored)
+        self._sparse = sparse_origins(self.graph)
         self._envelope = onnx.ModelProto()
         self._envelope.CopyFrom(without_contents(proto))
 
@@ -206,8 +213,12 @@ class Model:
         result: Analysis = self._analyses[compute]
         return result
 
-    def copy(self) -> Model:
+    def copy(self, edit: Callable[[onnx.ModelProto], None] | None = None) -> Model:
         """Copy the model; unchanged weights are shared.
+
+        Args:
+            edit: Changes the proto of the copy first, which lacks raw data of weights; it may add
+                initializers.
 
         Returns:
             An independent model.
@@ -218,6 +229,8 @@ class Model:
             skeleton.graph.initializer.append(proto)
             if values is not None:
                 stored[index] = values
+        if edit is not None:
+            edit(skeleton)
         twin = Model(skeleton, stored, self.name)
         twin.external_data = self.external_data
         twin.input_digest = self.input_digest
@@ -311,6 +324,8 @@ class Model:
         proto = onnx.ModelProto()
         proto.CopyFrom(self._envelope)
         proto.graph.node.extend(self.node_proto(node) for node in self.graph.nodes)
+        sparse = [s for s in proto.graph.sparse_initializer if self._is_sparse(s.values.name)]
+        replace(proto.graph.sparse_initializer, sparse)
         tensors = export_tensors(self.graph, self._tensors)
         sync_values(proto, self.graph, {tensor.name for tensor, _ in tensors})
         if proto.ir_version < 4:  # IR 3: an initializer must be listed as an input, too
@@ -321,6 +336,14 @@ class Model:
                 if t.name not in listed
             )
         return proto, tensors
+
+    def _is_sparse(self, name: str) -> bool:
+        """Whether a sparse initializer stays: nothing replaced its values, and what read it still does."""
+        constant = self._sparse.get(name)
+        if constant is None:
+            return True
+        seen = bool(constant.outputs) or any(constant is output for output in self._graph.outputs)
+        return seen and isinstance(constant._values, SparseValues)
 
     def node_proto(self, node: gs.Node) -> onnx.NodeProto:
         """Export a node of the main graph.

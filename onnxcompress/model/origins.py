@@ -83,6 +83,16 @@ def tensor_origins(
     return origins
 
 
+def sparse_origins(graph: gs.Graph) -> dict[str, gs.Constant]:
+    """The sparse initializers that the main graph's nodes read, by name."""
+    return {
+        tensor.name: tensor
+        for node in graph.nodes
+        for tensor in node.inputs
+        if isinstance(tensor, gs.Constant) and isinstance(tensor._values, SparseValues)
+    }
+
+
 def export_node(node: gs.Node, origin: NodeOrigin | None) -> onnx.NodeProto:
     """Write a node as a proto, with everything of the original that no pass changed.
 

@@ -23,6 +23,7 @@ from collections.abc import Iterable, Iterator
 from functools import cache
 from typing import Any
 
+import numpy as np
 import onnx
 from onnx import AttributeProto, TensorProto
 
@@ -103,8 +104,17 @@ def check_sparse(sparse: onnx.SparseTensorProto, where: str) -> None:
     name = shown(sparse.values.name)
     if any(d < 0 for d in sparse.dims) or sparse.indices.data_type != TensorProto.INT64:
         raise ModelError(f"{where}: sparse tensor {name} has no valid shape or indices")
+    count, rank = math.prod(sparse.values.dims), len(sparse.dims)
+    if list(sparse.indices.dims) not in ([count], [count, rank]):
+        raise ModelError(f"{where}: sparse tensor {name} has {count} values and no index for each of them")
     if math.prod(sparse.dims) * bits(sparse.values.data_type) // 8 > DENSE:
         raise ModelError(f"{where}: sparse tensor {name} would have over {DENSE} bytes; store it dense")
+    check_tensor(sparse.values, where)
+    check_tensor(sparse.indices, where)
+    at = onnx.numpy_helper.to_array(sparse.indices)
+    ends = np.asarray(sparse.dims if at.ndim == 2 else math.prod(sparse.dims))
+    if (at < 0).any() or (at >= ends).any():
+        raise ModelError(f"{where}: sparse tensor {name} has an index outside its shape")
 
 
 def check_graph(proto: onnx.ModelProto, where: str) -> None:

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from onnxcompress.account import Refusal
 from onnxcompress.errors import CompressError, InputError, RuntimeUnavailable, require
 from onnxcompress.passes.base import Pass, PassResult
 from onnxcompress.passes.base import run as run_passes
@@ -183,6 +184,22 @@ class Pipeline(Pass):
             if chain.known(pass_) is None:
                 return index
         return len(self.passes)
+
+    def previews(self, model: Model) -> list[list[Refusal]]:
+        """What each pass would leave alone; `model` stays as it is.
+
+        Quick passes are applied to a copy, for those behind them to look at. What a slower one makes is not
+        known before it runs, and so not what those behind it would leave alone.
+        Raises, as a run would, where a pass cannot be applied at all.
+        """
+        state, found = model.copy(), []
+        for at, one in enumerate(self.passes):
+            with self._placed(at):
+                found.append(one.preview(state))
+                if not one.preserves_function or one.needs:
+                    break
+                one.apply(state)
+        return found + [[] for _ in self.passes[len(found) :]]
 
     @contextmanager
     def _placed(self, at: int) -> Iterator[None]:

@@ -300,3 +300,19 @@ def behind_activation(model: Model, tensor: gs.Tensor) -> gs.Tensor:
 
 
 QDQ = ("QuantizeLinear", "DequantizeLinear")
+
+
+def refuse_quantized(model: Model, remedy: str) -> Refusal | None:
+    """Refuse a model that is quantized already.
+
+    Args:
+        model: The model that a pass was given.
+        remedy: What to do instead.
+
+    Returns:
+        The refusal; None where no node quantizes.
+    """
+    if not any(node.op in QDQ for node in model.graph.nodes):
+        return None
+    rule = "it is quantized already: it has QuantizeLinear or DequantizeLinear nodes"
+    return Refusal(model.name, rule, remedy)

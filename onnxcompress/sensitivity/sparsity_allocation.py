@@ -125,6 +125,6 @@ def share_of(weights: int, total: int, sparsity: float) -> float:
     if share > LARGEST:
         raise OptionError(
             f"--sparsity {sparsity}: only {weights} of {total} weights may become 0; at most "
-            f"{LARGEST * weights / total:.2f} can be reached (--depthwise, --no-skip-first-last allow more)"
+            f"{LARGEST * weights / total:.2f} can be reached"
         )
     return share

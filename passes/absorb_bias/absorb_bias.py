@@ -76,6 +76,10 @@ class AbsorbBias(Pass):
         False, "Also move biases into layers that pad with zeros; inexact at the border."
     )
 
+    def preview(self, model: Model) -> list[Refusal]:
+        """All that would be left alone: the pass is quick enough to be run on a copy."""
+        return self.apply(model.copy()).refusals
+
     def apply(self, model: Model, progress: Progress = silent) -> PassResult:
         """Absorb high biases in place; layers whose high bias has to stay come back as refusals.
 

@@ -9,12 +9,16 @@ record in closed form (`_correct_moments`: Nagel et al., Data-Free Quantization 
 and Bias Correction, ICCV 2019, §4.2 and appendix), or is measured on inputs of any source. b̂ is set from
 the reference's b, so a second run changes nothing.
 
+The reference is first brought to the form that the model was in before its weights changed
+(`correct_bias.reference`), and outputs must not get further from the reference's on inputs that nothing was
+learned from (`correct_bias.output_check`): else the pass fails and nothing is written.
+
 Layers go together by the name of their output tensor, else of the node; one is left alone, with the reason,
 where
  1. the twin has no layer of that name, operator and shape of weight, or its weight is no constant, directly
     or through DequantizeLinear of one scale per tensor or channel;
- 2. its weights differ by more than their size: the twin is not the reference with other weights (quantize
-    equalizes: the reference is what it wrote with everything but the rounding);
+ 2. its weights differ by more than their size, or by factors of channels, or the record's statistics of its
+    output differ: the twin is not the reference with other weights (quantize scales channels);
  3. a bias is computed or shared, or missing where the weight is quantized: an integer kernel wants an int32
     one with the product of the scales (`onnxcompress quantize` gives each layer one);
  4. the mean of the layer's input is not known;
@@ -27,14 +31,15 @@ Does not handle: rounding of activations; its mean error is near zero where rang
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import ClassVar, Literal
 
 import numpy as np
 
 from onnxcompress.account import Change, Refusal
-from onnxcompress.errors import OptionError, require
+from onnxcompress.data.image_set import ImageSet
+from onnxcompress.errors import CompressError, OptionError, require
 from onnxcompress.graph.linear_layer import Linear
 from onnxcompress.graph.query import attribute, node_label
 from onnxcompress.model import Model, load
@@ -42,6 +47,7 @@ from onnxcompress.optimize.calibration import (
     InputRequest,
     Inputs,
     count_option,
+    gather_inputs,
     images_option,
     preprocess_option,
     synthetic_option,
@@ -49,16 +55,25 @@ from onnxcompress.optimize.calibration import (
 from onnxcompress.option_fields import option
 from onnxcompress.passes.base import Pass, PassResult
 from onnxcompress.passes.correct_bias.input_means import measured_means, recorded_means
-from onnxcompress.passes.correct_bias.layer_matching import pairs_of, write_bias
+from onnxcompress.passes.correct_bias.layer_matching import Pair, pairs_of, write_bias
+from onnxcompress.passes.correct_bias.output_check import check_nearer
+from onnxcompress.passes.correct_bias.reference import bring_along
+from onnxcompress.passes.preview import check_inputs
 from onnxcompress.progress import Progress, silent
+
+ASIDE, ENOUGH = 4, 8
+"""Each ASIDE-th real image judges the result where there are ENOUGH; the others are learned from."""
 
 
 @dataclass(frozen=True)
 class CorrectBias(Pass):
     """Correct the biases of a quantized or pruned model, given the model that it was made from.
 
+    Outputs must not get further from that model's on inputs that nothing was learned from: else nothing is
+    written. Prune and quantize correct biases themselves; this is for what other tools rounded.
+
     \b
-    Example: onnxcompress correct-bias pruned.onnx corrected.onnx --reference net.onnx
+    Example: onnxcompress correct-bias rounded.onnx corrected.onnx --reference net.onnx
     """
 
     name: ClassVar[str] = "correct-bias"
@@ -74,37 +89,54 @@ class CorrectBias(Pass):
     seed: int = option(0, "Of all draws.")
 
     def apply(self, model: Model, progress: Progress = silent) -> PassResult:
-        """Correct in place. `measured`: `layers` corrected and `left`, and the `largest` correction.
+        """Correct in place. `measured`: `layers` corrected and `left`, the `largest` correction, and
+        `output_snr_db` of the worst output against the reference, `before` and `after`.
 
-        Raises OptionError without a reference or for contradictory inputs, ModelError and InputError
-        where the reference or the inputs cannot be used.
+        Raises:
+            OptionError: Without a reference, or for contradictory inputs.
+            ModelError: The reference cannot be used, or the outputs would get further from its own; the
+                model is then as it was.
+            InputError: The inputs cannot be used.
         """
         self.check()
-        reference = load(Path(self.reference))
+        given, before = load(Path(self.reference)), model.copy()
+        reference = given.copy()
+        if refusal := bring_along(reference, model):
+            return PassResult(refusals=[refusal])
         pairs, refusals = pairs_of(reference, model)
-        means, inputs = self._means(reference, [pair.layer for pair in pairs], progress)
+        means, inputs, kept = self._means(reference, [pair.layer for pair in pairs], progress)
         result = PassResult(refusals=refusals, shown=None if inputs is None else inputs.shown)
         largest = 0.0
         for pair in pairs:
-            label = node_label(pair.twin)
-            found = means[pair.layer.node.outputs[0].name]
-            if isinstance(found, Refusal):
-                result.refusals.append(Refusal(label, found.rule, found.remedy))
-                continue
-            shift = bias_shift(pair.layer, pair.weight, found)
-            written = write_bias(reference, model, pair, shift)
+            written = _correct(reference, model, pair, means[pair.layer.node.outputs[0].name])
             if isinstance(written, Refusal):
                 result.refusals.append(written)
-            elif written:
-                largest = max(largest, float(np.abs(shift).max()))
-                result.changes.append(Change(label, "bias corrected"))
+            elif written > 0:
+                largest = max(largest, written)
+                result.changes.append(Change(node_label(pair.twin), "bias corrected"))
         result.measured = {
             "layers": len(result.changes),
             "left": len(result.refusals),
             "largest": largest,
             "inputs": [] if inputs is None else [asdict(used) for used in inputs.sources],
         }
+        if result.changes:
+            try:
+                result.measured["output_snr_db"] = check_nearer(given, before, model, kept)
+            except CompressError:
+                model.become(before)
+                raise
         return result
+
+    def preview(self, model: Model) -> list[Refusal]:
+        """The layers without a twin in the reference, and whether inputs can be had."""
+        self.check()
+        reference, own = load(Path(self.reference)), model.copy()
+        if refusal := bring_along(reference, own):
+            return [refusal]
+        if self.inputs != "record":
+            check_inputs(reference, self._request)
+        return pairs_of(reference, own)[1]
 
     def check(self) -> None:
         """Raise OptionError without a reference, or for inputs that contradict each other."""
@@ -124,11 +156,38 @@ class CorrectBias(Pass):
 
     def _means(
         self, reference: Model, layers: list[Linear], progress: Progress
-    ) -> tuple[Mapping[str, np.ndarray | Refusal], Inputs | None]:
-        """What the taps of each layer see on average, by name of its output tensor, and who showed it."""
+    ) -> tuple[Mapping[str, np.ndarray | Refusal], Inputs | None, ImageSet | None]:
+        """What the taps of each layer see on average, by name of its output tensor; the inputs that showed
+        it; and real images that were kept aside from them."""
         if self.inputs == "record":
-            return recorded_means(reference, layers), None
-        return measured_means(reference, layers, self._request, progress)
+            return recorded_means(reference, layers), None, None
+        inputs, kept = _kept_aside(gather_inputs(reference, self._request, progress=progress))
+        return measured_means(reference, layers, inputs, self.seed, progress), inputs, kept
+
+
+def _kept_aside(inputs: Inputs) -> tuple[Inputs, ImageSet | None]:
+    """Every ASIDE-th real image is not learned from, where there are ENOUGH."""
+    if inputs.real_count < ENOUGH:
+        return inputs, None
+    places = np.arange(len(inputs.images))
+    aside = (places < inputs.real_count) & (places % ASIDE == ASIDE - 1)
+    kept = inputs.images.take(places[aside])
+    sources = tuple(
+        replace(used, count=used.count - len(kept)) if used.source == "images" else used
+        for used in inputs.sources
+    )
+    return replace(inputs, images=inputs.images.take(places[~aside]), sources=sources), kept
+
+
+def _correct(reference: Model, model: Model, pair: Pair, means: np.ndarray | Refusal) -> float | Refusal:
+    """Correct one layer's bias in place; the largest correction, 0 where the bias is right already."""
+    if isinstance(means, Refusal):
+        return Refusal(node_label(pair.twin), means.rule, means.remedy)
+    shift = bias_shift(pair.layer, pair.weight, means)
+    written = write_bias(reference, model, pair, shift)
+    if isinstance(written, Refusal):
+        return written
+    return max(float(np.abs(shift).max()), np.finfo(np.float64).tiny) if written else 0.0
 
 
 def bias_shift(layer: Linear, weight: np.ndarray, means: np.ndarray) -> np.ndarray:

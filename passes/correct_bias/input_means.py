@@ -20,7 +20,7 @@ from onnxcompress.graph.linear_layer import Linear
 from onnxcompress.graph.query import attribute, input_at, is_op, node_label, producer
 from onnxcompress.graph.shape_inference import tensor_shapes
 from onnxcompress.model import Model
-from onnxcompress.optimize.calibration import InputRequest, Inputs, gather_inputs
+from onnxcompress.optimize.calibration import Inputs
 from onnxcompress.passes.correct_bias.kernel_taps import Window, window
 from onnxcompress.progress import Progress
 from onnxcompress.statistics.propagation import Moments, NoMoments
@@ -84,11 +84,9 @@ def _zeros(model: Model, node: gs.Node) -> tuple[int, ...] | None:
 
 
 def measured_means(
-    model: Model, layers: list[Linear], request: InputRequest, progress: Progress
-) -> tuple[Mapping[str, np.ndarray | Refusal], Inputs]:
-    """(inputs, taps) means for each layer, by name of its output tensor, or why there are none; and what
-    they were measured on."""
-    inputs = gather_inputs(model, request, progress=progress)
+    model: Model, layers: list[Linear], inputs: Inputs, seed: int, progress: Progress
+) -> Mapping[str, np.ndarray | Refusal]:
+    """(inputs, taps) means for each layer, by name of its output tensor, or why there are none."""
     windows: dict[str, tuple[str, Window]] = {}
     found: dict[str, np.ndarray | Refusal] = {}
     for layer in layers:
@@ -101,11 +99,11 @@ def measured_means(
             found[name] = Refusal(node_label(layer.node), rule, problem.remedy)
     tensors = sorted({source for source, _ in windows.values()})
     if not tensors:
-        return found, inputs
+        return found
     sums = dict.fromkeys(windows, np.zeros(()))
     total = len(inputs.images)
     if inputs.layerwise:
-        batches = _drawn(model, tensors, total, request.seed)
+        batches = _drawn(model, tensors, total, seed)
     else:
         batches = _seen(model, tensors, inputs.images)
     done = 0
@@ -115,7 +113,7 @@ def measured_means(
         done += count
         progress("measuring means", done, total)
     progress("measuring means", total, total)
-    return found | {name: value / done for name, value in sums.items()}, inputs
+    return found | {name: value / done for name, value in sums.items()}
 
 
 def _seen(

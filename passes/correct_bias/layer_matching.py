@@ -24,9 +24,12 @@ from onnxcompress.graph.query import (
 )
 from onnxcompress.graph.shape_inference import tensor_shapes
 from onnxcompress.model import Model
+from onnxcompress.passes.correct_bias.reference import scaled_apart, statistics_differ
+from onnxcompress.statistics.record import known_statistics
 
 LARGEST_CHANGE = 1.0
 """Of a layer's weights, relative to their norm (rule 2)."""
+APART = "give as --reference the model after it was equalized; quantize with --no-stretch scales nothing"
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,7 @@ class Pair:
 def pairs_of(reference: Model, model: Model) -> tuple[list[Pair], list[Refusal]]:
     """The layers whose weights changed, and those that have no twin (rules 1 and 2)."""
     shapes = tensor_shapes(reference)
+    known, own = known_statistics(reference), known_statistics(model)
     twins = {t.name: node for node in model.graph.nodes for t in node.outputs}
     names = {node.name: node for node in model.graph.nodes if node.name}
     pairs, refusals = [], []
@@ -57,6 +61,13 @@ def pairs_of(reference: Model, model: Model) -> tuple[list[Pair], list[Refusal]]
         if twin is None or twin.op != node.op:  # onnxruntime removes a Relu, and its output's name moves
             twin = names.get(node.name)
         pair = _pair(layer, twin, model)
+        name = layer.node.outputs[0].name
+        if isinstance(pair, Pair) and (
+            statistics_differ(known.get(name), own.get(name)) or scaled_apart(layer, pair.weight)
+        ):
+            pair = Refusal(
+                node_label(node), "its channels are scaled or shifted against the reference's", APART
+            )
         if isinstance(pair, Refusal):
             refusals.append(pair)
         elif pair is not None:

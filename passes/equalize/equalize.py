@@ -71,6 +71,10 @@ class Equalize(Pass):
         False, "Equalize the other layers, too, with Mul nodes that undo it (slower to run)."
     )
 
+    def preview(self, model: Model) -> list[Refusal]:
+        """All that would be left alone: the pass is quick enough to be run on a copy."""
+        return self.apply(model.copy()).refusals
+
     def apply(self, model: Model, progress: Progress = silent) -> PassResult:
         """Equalize in place; the channel groups that were left alone come back as refusals.
 

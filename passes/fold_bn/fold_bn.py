@@ -80,6 +80,10 @@ class FoldBatchNorm(Pass):
 
     copy_shared: bool = option(False, "Fold a weight that several layers share by copying it.")
 
+    def preview(self, model: Model) -> list[Refusal]:
+        """All that would be left alone: the pass is quick enough to be run on a copy."""
+        return self.apply(model.copy()).refusals
+
     def apply(self, model: Model, progress: Progress = silent) -> PassResult:
         """Fold every BatchNorm of the main graph that can be folded; the others come back as refusals.
 

@@ -1,9 +1,9 @@
 """Which nodes of a graph can be computed in float16, and which of their tensors would be.
 
-A node can where its operator's schema takes float16 for its float32 outputs, and the converter
-(`onnxruntime.transformers.float16`) does not leave it alone as having no kernel. Inputs that the schema
-fixes to float32 (the scales of Resize) stay; where the converter does not know of such an input, the node
-does.
+A node can where its operator's schema takes float16 for its float32 outputs, all types of its inputs are
+known, and onnxruntime's converter (`onnxruntime.transformers.float16`) does not leave it alone as having no
+kernel. Inputs that the schema fixes to float32 (the scales of Resize) stay. A Constant is no candidate: its
+value is stored in the type that its readers want.
 """
 
 from __future__ import annotations
@@ -19,6 +19,11 @@ import onnx
 from onnxcompress.graph.query import DEFAULT_DOMAINS
 
 FLOAT, HALF = onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16
+
+TYPED = frozenset(
+    {"Bernoulli", "EyeLike", "Multinomial", "RandomNormal", "RandomNormalLike", "RandomUniform",
+     "RandomUniformLike"}
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -54,19 +59,17 @@ def candidates(proto: onnx.ModelProto) -> tuple[list[Candidate], list[tuple[str,
     can: list[Candidate] = []
     cannot: list[tuple[str, str]] = []
     for index, node in enumerate(proto.graph.node):
-        if not any(types.get(name) == FLOAT for name in node.output):
+        if node.op_type == "Constant" or not any(types.get(name) == FLOAT for name in node.output):
             continue
         name = node.name or node.output[0]
-        why = _refusal(node, opset)
+        why = _refusal(node, opset) or _unknown(node, types)
         if why:
             cannot.append((name, why))
             continue
         schema = onnx.defs.get_schema(node.op_type, opset, "")
         inputs = _halvable(schema.inputs, node.input, types)
-        fixed = [i for i, n in enumerate(node.input) if types.get(n) == FLOAT and i not in inputs]
         outputs = _halvable(schema.outputs, node.output, types)
-        known = converter().ALWAYS_FLOAT_INPUTS.get(node.op_type, [])
-        if not outputs or not set(fixed) <= set(known):
+        if not outputs:
             cannot.append((name, f"{node.op_type} has no float16 form in opset {opset}"))
         else:
             can.append(Candidate(index, name, node.op_type, inputs, outputs))
@@ -78,6 +81,7 @@ def element_types(proto: onnx.ModelProto) -> dict[str, int]:
     graph = onnx.shape_inference.infer_shapes(proto).graph
     values = [*graph.input, *graph.value_info, *graph.output]
     types = {v.name: v.type.tensor_type.elem_type for v in values}
+    types = {name: kind for name, kind in types.items() if kind}
     return types | {t.name: t.data_type for t in graph.initializer}
 
 
@@ -92,9 +96,16 @@ def _refusal(node: onnx.NodeProto, opset: int) -> str:
         return f"{node.op_type} is of the domain {node.domain}"
     if node.op_type in converter().DEFAULT_OP_BLOCK_LIST:
         return f"onnxruntime's converter leaves {node.op_type} in float32: not every device has a kernel"
+    if node.op_type in TYPED:
+        return f"the type of what {node.op_type} gives is one of its attributes"
     if not onnx.defs.has(node.op_type, opset, ""):
         return f"{node.op_type} is not known in opset {opset}"
     return ""
+
+
+def _unknown(node: onnx.NodeProto, types: dict[str, int]) -> str:
+    unknown = [name for name in node.input if name and name not in types]
+    return f"the type of its input {unknown[0]!r} is not known" if unknown else ""
 
 
 def _halvable(

@@ -1,117 +1,210 @@
-"""From float32 to float16 by onnxruntime's converter, and what it leaves behind put right.
+"""From float32 to float16: nodes that are to compute in float16 get it, the others stay as they are.
 
-The converter (`onnxruntime.transformers.float16`, MIT) rounds the weights, and puts a Cast on every edge
-between float16 and float32. What is put right here, on the ModelProto:
+Each float32 tensor t has a version in the type that its maker gives (native), and one in the other type
+where a reader wants that:
 
- 1. a tensor with several float32 readers gets several Casts of one output name: one stays
- 2. between two float32 nodes it rounds to float16 and back: they are joined again
- 3. a float32 node's output keeps its name where nothing reads it as float16
- 4. Casts stand at the end of the list: nodes are put into topological order
- 5. value infos that shape inference added go; those that were there get their new type
+    native    half: outputs of converted nodes; initializers and Constants that only half readers want;
+              inputs where the ends become float16. float: everything else
+    wanted    half: inputs of converted nodes that their schema allows; float: all other inputs; graph
+              outputs: float, or half where the ends become float16. Shape and Size take what there is
+
+The native version keeps the name t; the other one is a Cast behind it, placed before its first reader. A
+graph output keeps its name in the type that is wanted, whatever its maker's is then called. Tensors whose
+type is not known (other domains) are left alone: whoever reads one stays float32 (`_fp16_nodes`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections import defaultdict
+from collections.abc import Collection, Iterator
 
+import numpy as np
 import onnx
+from onnx import AttributeProto, helper, numpy_helper
 
-from onnxcompress.passes.fp16.candidates import FLOAT, HALF, converter, element_types
+from onnxcompress.graph.query import DEFAULT_DOMAINS
+from onnxcompress.model.sparse_tensors import dense
+from onnxcompress.passes.fp16.candidates import FLOAT, HALF, candidates, element_types
 
-_NODE = "onnxcompress.node"
+SMALLEST, LARGEST = 5.96e-8, 65504.0
+"""Magnitudes of float16; what is not zero stays so, what is finite stays so."""
+SUFFIX: dict[int, str] = {HALF: "float16", FLOAT: "float32"}
 
 
 def convert(proto: onnx.ModelProto, half: Collection[int], *, keep_io: bool) -> onnx.ModelProto:
-    """A new model in which the nodes at these places of the list compute in float16."""
-    named = onnx.ModelProto()
-    named.CopyFrom(proto)
-    for at, node in enumerate(named.graph.node):  # names may be missing or shared
-        node.name = f"{_NODE}{at}"
-    made: onnx.ModelProto = converter().convert_float_to_float16(
-        named,
-        keep_io_types=keep_io,
-        op_block_list=[],
-        node_block_list=[n.name for at, n in enumerate(named.graph.node) if at not in half],
-    )
-    nodes = _ordered(_joined(made.graph))
-    for node in nodes:
-        if node.name.startswith(_NODE):
-            original = proto.graph.node[int(node.name.removeprefix(_NODE))]
-            node.name = original.name
-            if not original.HasField("name"):
-                node.ClearField("name")
-    del made.graph.node[:]
-    made.graph.node.extend(nodes)
-    _restore_value_infos(made, proto.graph)
+    """Let some nodes compute in float16.
+
+    Args:
+        proto: The float32 model, its weights in memory; it stays as it is.
+        half: Places of the nodes in its list, each one of `candidates`.
+        keep_io: Whether graph inputs and outputs stay float32.
+
+    Returns:
+        A new model.
+    """
+    return _Conversion(proto, half, FLOAT if keep_io else HALF).made
+
+
+class _Conversion:
+    """One conversion; `ends` is the type that graph inputs and outputs are to have."""
+
+    def __init__(self, proto: onnx.ModelProto, half: Collection[int], ends: int) -> None:
+        self.made = onnx.ModelProto()
+        self.made.CopyFrom(proto)
+        self.graph, self.ends = self.made.graph, ends
+        self.types = element_types(proto)
+        self.half = {c.index: c for c in candidates(proto)[0] if c.index in half}
+        self.outputs = {o.name for o in self.graph.output}
+        self.names = {n for node in proto.graph.node for n in (*node.input, *node.output)} | {*self.types}
+        self.labels = {node.name for node in proto.graph.node}
+        self.wanted = self._wanted()
+        self.native = self._native()
+        self.called: dict[tuple[str, int], str] = {}
+        self._values()
+        self._ends()
+        nodes = list(self._nodes())
+        del self.graph.node[:]
+        self.graph.node.extend(nodes)
+
+    def _wants(self, at: int, place: int, node: onnx.NodeProto) -> int | None:
+        """The type in which a node reads an input; None: whichever there is."""
+        if node.op_type in ("Shape", "Size") and node.domain in DEFAULT_DOMAINS:
+            return None
+        return HALF if at in self.half and place in self.half[at].inputs else FLOAT
+
+    def _wanted(self) -> dict[str, set[int]]:
+        """The types in which each tensor is read."""
+        found: dict[str, set[int]] = defaultdict(set)
+        for at, node in enumerate(self.graph.node):
+            for place, name in enumerate(node.input):
+                kind = self._wants(at, place, node)
+                if kind is not None and self.types.get(name) == FLOAT:
+                    found[name].add(kind)
+        for name in self.outputs:
+            if self.types.get(name) == FLOAT:
+                found[name].add(self.ends)
+        return found
+
+    def _native(self) -> dict[str, int]:
+        """The type in which each float32 tensor is made."""
+        native: dict[str, int] = {name: FLOAT for name, kind in self.types.items() if kind == FLOAT}
+        native |= {i.name: self.ends for i in self.graph.input if i.name in native}
+        free = [t.name for t in self.graph.initializer]
+        for at, node in enumerate(self.graph.node):
+            if is_constant(node):
+                free.append(node.output[0])
+            elif at in self.half:
+                native |= {node.output[i]: HALF for i in self.half[at].outputs}
+        for name in free:
+            if name in native:
+                native[name] = HALF if self.wanted[name] == {HALF} else FLOAT
+        return native
+
+    def _name(self, tensor: str, kind: int) -> str:
+        """What the version of this type is called."""
+        plain = self.ends if tensor in self.outputs else self.native[tensor]
+        if kind == plain:
+            return tensor
+        if (tensor, kind) not in self.called:
+            self.called[tensor, kind] = _unique(f"{tensor}_{SUFFIX[kind]}", self.names)
+        return self.called[tensor, kind]
+
+    def _values(self) -> None:
+        """Initializers."""
+        for tensor in self.graph.initializer:
+            if self.native.get(tensor.name) == HALF:
+                tensor.CopyFrom(half_tensor(numpy_helper.to_array(tensor), tensor))
+            if tensor.name in self.native:
+                tensor.name = self._name(tensor.name, self.native[tensor.name])
+
+    def _ends(self) -> None:
+        """Types of inputs, outputs and value infos."""
+        for value in (*self.graph.input, *self.graph.output, *self.graph.value_info):
+            if self.types.get(value.name) == FLOAT:
+                kind = self.ends if value.name in self.outputs else self.native[value.name]
+                value.type.tensor_type.elem_type = kind
+
+    def _nodes(self) -> Iterator[onnx.NodeProto]:
+        cast: set[str] = set()
+        loose = {t: k for t, k in self.native.items() if t in self.outputs and k != self.ends}
+        computed = {name for node in self.graph.node for name in node.output}
+        for name in loose.keys() - computed:
+            yield from self._cast(name, loose[name], cast)
+        for at, node in enumerate(self.graph.node):
+            new = onnx.NodeProto()
+            new.CopyFrom(node)
+            for place, name in enumerate(node.input):
+                if name in self.native:
+                    kind = self._wants(at, place, node) or self.native[name]
+                    if kind != self.native[name]:
+                        yield from self._cast(name, self.native[name], cast)
+                    new.input[place] = self._name(name, kind)
+            for place, name in enumerate(node.output):
+                if name in self.native:
+                    new.output[place] = self._name(name, self.native[name])
+            if at in self.half or (is_constant(node) and self.native.get(node.output[0]) == HALF):
+                _halve_attributes(new)
+            yield new
+            for name in node.output:
+                if name in loose:
+                    yield from self._cast(name, loose[name], cast)
+
+    def _cast(self, tensor: str, native: int, cast: set[str]) -> Iterator[onnx.NodeProto]:
+        """The Cast that makes the other version, the first time that it is asked for."""
+        if tensor not in cast:
+            cast.add(tensor)
+            kind = FLOAT if native == HALF else HALF
+            source, target = self._name(tensor, native), self._name(tensor, kind)
+            label = _unique(f"{tensor}_to_{SUFFIX[kind]}", self.labels)
+            yield helper.make_node("Cast", [source], [target], name=label, to=kind)
+
+
+def is_constant(node: onnx.NodeProto) -> bool:
+    return node.op_type == "Constant" and node.domain in DEFAULT_DOMAINS
+
+
+def half_tensor(values: np.ndarray, like: onnx.TensorProto) -> onnx.TensorProto:
+    """float32 values as a float16 tensor with the name and the notes of another."""
+    with np.errstate(invalid="ignore"):
+        small = np.where((values != 0) & (np.abs(values) < SMALLEST), np.copysign(SMALLEST, values), values)
+        near = np.where(np.isfinite(small), np.clip(small, -LARGEST, LARGEST), small)
+    made: onnx.TensorProto = numpy_helper.from_array(near.astype(np.float16), like.name)
+    if like.doc_string:
+        made.doc_string = like.doc_string
+    made.metadata_props.extend(like.metadata_props)
     return made
 
 
-def _joined(graph: onnx.GraphProto) -> list[onnx.NodeProto]:
-    """The nodes without Casts that double or undo each other."""
-    outputs = {o.name for o in graph.output}
-    nodes: list[onnx.NodeProto] = []
-    for node in graph.node:
-        if not (_is_cast(node) and any(_is_cast(n) and n.output[0] == node.output[0] for n in nodes)):
-            nodes.append(node)
-    to_half = {n.output[0]: n for n in nodes if _is_cast(n, HALF)}
-    instead: dict[str, str] = {}
-    for node in list(nodes):
-        origin = to_half.get(node.input[0]) if _is_cast(node, FLOAT) else None
-        if origin is None:
-            continue
-        exact = instead.get(origin.input[0], origin.input[0])
-        if node.output[0] not in outputs:
-            instead[node.output[0]] = exact
-            nodes.remove(node)
-        elif exact not in outputs and any(exact in n.output for n in nodes):
-            instead |= {old: node.output[0] for old, new in instead.items() if new == exact}
-            instead[exact] = node.output[0]
-            nodes.remove(node)
-    _rename(nodes, instead)
-    read = {name for n in nodes for name in n.input} | outputs
-    for node in [n for n in nodes if _is_cast(n, HALF) and n.output[0] not in read]:
-        nodes.remove(node)
-        if any(node.input[0] in n.output for n in nodes) and node.input[0] not in outputs:
-            _rename(nodes, {node.input[0]: node.output[0]})
-    return nodes
+def _halve_attributes(node: onnx.NodeProto) -> None:
+    """What a node's attributes say of float32 becomes float16: a Cast's type, constants' values."""
+    if node.op_type == "Cast":
+        for attribute in node.attribute:
+            if attribute.name == "to" and attribute.i == FLOAT:
+                attribute.i = HALF
+    elif node.op_type == "ConstantOfShape":
+        given = [numpy_helper.to_array(a.t) for a in node.attribute if a.name == "value"]
+        del node.attribute[:]
+        values = given[0] if given else np.zeros(1, np.float32)
+        node.attribute.append(helper.make_attribute("value", half_tensor(values, onnx.TensorProto())))
+    elif is_constant(node):
+        (attribute,) = node.attribute
+        values, like = _constant_values(attribute)
+        node.attribute[0].CopyFrom(helper.make_attribute("value", half_tensor(values, like)))
 
 
-def _is_cast(node: onnx.NodeProto, to: int | None = None) -> bool:
-    """Whether the converter put the node there, a Cast to that type."""
-    if node.op_type != "Cast" or node.name.startswith(_NODE):
-        return False
-    return to is None or node.attribute[0].i == to
+def _constant_values(attribute: AttributeProto) -> tuple[np.ndarray, onnx.TensorProto]:
+    """The float32 values of a Constant's attribute, and the tensor whose notes they keep."""
+    if attribute.type == AttributeProto.SPARSE_TENSOR:
+        return dense(attribute.sparse_tensor), attribute.sparse_tensor.values
+    if attribute.type == AttributeProto.TENSOR:
+        return numpy_helper.to_array(attribute.t), attribute.t
+    return np.array(helper.get_attribute_value(attribute), np.float32), onnx.TensorProto()
 
 
-def _rename(nodes: Iterable[onnx.NodeProto], names: dict[str, str]) -> None:
-    for node in nodes:
-        for field in (node.input, node.output):
-            for i, name in enumerate(field):
-                field[i] = names.get(name, name)
-
-
-def _ordered(nodes: list[onnx.NodeProto]) -> list[onnx.NodeProto]:
-    """Each as early as its inputs allow, otherwise in the order given; Casts right before their readers."""
-    maker = {name: i for i, node in enumerate(nodes) for name in node.output if name}
-    placed: dict[int, None] = {}
-    for root in [i for i, n in enumerate(nodes) if not _is_cast(n)] + list(range(len(nodes))):
-        stack = [root]
-        while stack:
-            at = stack[-1]
-            waiting = [maker[n] for n in nodes[at].input if n in maker and maker[n] not in placed]
-            if waiting:
-                stack.append(waiting[0])
-            else:
-                placed[stack.pop()] = None
-    return [nodes[i] for i in placed]
-
-
-def _restore_value_infos(model: onnx.ModelProto, before: onnx.GraphProto) -> None:
-    """Those that were there, with the types that tensors have now; new ones of inference go."""
-    del model.graph.value_info[:]
-    types = element_types(model)
-    for value in before.value_info:
-        new = model.graph.value_info.add()
-        new.CopyFrom(value)
-        if value.type.tensor_type.elem_type == FLOAT:
-            new.type.tensor_type.elem_type = types.get(value.name, FLOAT)
+def _unique(base: str, taken: set[str]) -> str:
+    name, number = base, 0
+    while name in taken:
+        number += 1
+        name = f"{base}_{number}"
+    taken.add(name)
+    return name

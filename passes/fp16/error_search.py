@@ -27,7 +27,7 @@ import onnx
 from onnx import helper
 
 from onnxcompress.errors import ModelError, one_line
-from onnxcompress.passes.fp16.candidates import FLOAT, HALF, Candidate
+from onnxcompress.passes.fp16.candidates import FLOAT, HALF, Candidate, element_types
 from onnxcompress.progress import Progress
 from onnxcompress.runtime.session import session
 
@@ -49,36 +49,56 @@ class Simulation:
     ) -> None:
         self.nodes, self.batches = nodes, batches
         self.input = proto.graph.input[0].name
-        self.session = session(gated(proto, nodes), provider="cpu", threads=threads, optimize=False)
+        made = gated(proto, nodes)
+        if not any(o.type.tensor_type.elem_type == FLOAT for o in proto.graph.output):
+            made.graph.output.extend(map(helper.make_empty_tensor_value_info, _last_floats(proto)))
+        self.session = session(made, provider="cpu", threads=threads, optimize=False)
         self.outputs = [o.name for o in self.session.get_outputs() if o.type == "tensor(float)"]
         self.exact = self._run((), batches)
 
     def error(self, half: Collection[int]) -> float:
         """With these candidates (places in `nodes`) in float16."""
-        return relative_error(self.exact, self._run(half, self.batches))
+        return worst_error(self.exact, self._run(half, self.batches))
 
     def glance(self, half: Collection[int]) -> float:
         """The same on the first batch only."""
-        first = self.batches[:1]
-        return relative_error([y[: len(first[0])] for y in self.exact], self._run(half, first))
+        return worst_error(self.exact[:1], self._run(half, self.batches[:1]))
 
-    def _run(self, half: Collection[int], batches: Sequence[np.ndarray]) -> list[np.ndarray]:
+    def _run(self, half: Collection[int], batches: Sequence[np.ndarray]) -> list[list[np.ndarray]]:
+        """The outputs of each batch."""
         gates = {f"{_GATE}{i}": np.array(i in half) for i in range(len(self.nodes))}
         try:
             with np.errstate(over="ignore"):
-                runs = [self.session.run(self.outputs, {self.input: x, **gates}) for x in batches]
+                return [self.session.run(self.outputs, {self.input: x, **gates}) for x in batches]
         except Exception as error:  # onnxruntime's exceptions have no common base
             raise ModelError(f"measuring float16: the run failed ({one_line(error)})") from error
-        return [np.concatenate(parts) for parts in zip(*runs, strict=True)]
+
+
+def worst_error(exact: Sequence[Sequence[np.ndarray]], found: Sequence[Sequence[np.ndarray]]) -> float:
+    """`relative_error` of outputs that came batch by batch, whatever their axes mean.
+
+    Infinite where an output changes its shape: it depends on values that float16 moved.
+    """
+    pairs = [pair for a, b in zip(exact, found, strict=True) for pair in zip(a, b, strict=True)]
+    if any(a.shape != b.shape for a, b in pairs):
+        return math.inf
+    whole = [
+        [np.concatenate([value.reshape(-1) for value in values]) for values in zip(*runs, strict=True)]
+        for runs in (exact, found)
+    ]
+    return relative_error(*whole)
 
 
 def relative_error(exact: Sequence[np.ndarray], found: Sequence[np.ndarray]) -> float:
     """Root mean square of the difference over the deviation of `exact`, of the worst output."""
     worst = 0.0
     for a, b in zip(exact, found, strict=True):
-        a, b = a.astype(np.float64), b.astype(np.float64)
+        there = np.isfinite(a)
+        a, b = a[there].astype(np.float64), b[there].astype(np.float64)
         if not np.isfinite(b).all():
             return math.inf
+        if not a.size:
+            continue
         off = float(np.square(a - b).mean())
         scale = float(a.var()) or float(np.square(a).mean())
         worst = max(worst, math.sqrt(off / scale) if scale > 0 else math.inf if off else 0.0)
@@ -118,6 +138,19 @@ def choose(simulation: Simulation, bound: float, progress: Progress) -> Choice:
         else:
             low = middle + 1
     return Choice(sorted(ranked[:high]), whole, error if high < count else 0.0, alone)
+
+
+def _last_floats(proto: onnx.ModelProto) -> list[str]:
+    """The float32 tensors that nodes turn into other types: what to measure where no output is float32."""
+    types = element_types(proto)
+    read = [
+        name
+        for node in proto.graph.node
+        if all(types.get(output) != FLOAT for output in node.output)
+        for name in node.input
+        if types.get(name) == FLOAT and not any(name == t.name for t in proto.graph.initializer)
+    ]
+    return list(dict.fromkeys(read))
 
 
 def gated(proto: onnx.ModelProto, nodes: Sequence[Candidate]) -> onnx.ModelProto:

@@ -5,7 +5,7 @@
  3. inputs: images, or made ones                                              `optimize.calibration`
  4. float16 is simulated node by node, and what makes the outputs' error
     exceed `max_error` stays float32                                          `_fp16_measure`
- 5. onnxruntime's converter writes the model, its Casts are tidied            `_fp16_convert`
+ 5. the model is written, with Casts between the types                        `_fp16_convert`
  6. the result runs in onnxruntime, on the provider that is named: its error there
 
 Inputs and outputs stay float32 unless `float16_io` is set, so that callers notice nothing. A GPU with
@@ -27,6 +27,7 @@ import numpy as np
 
 from onnxcompress.account import Change, Refusal
 from onnxcompress.errors import InputError, ModelError, OptionError
+from onnxcompress.graph.edit import make_dense
 from onnxcompress.model import Model
 from onnxcompress.optimize.calibration import (
     InputRequest,
@@ -40,7 +41,9 @@ from onnxcompress.passes.base import Pass, PassResult
 from onnxcompress.passes.fold_bn import FoldBatchNorm
 from onnxcompress.passes.fp16.candidates import HALF, Candidate, candidates, element_types, has_bodies
 from onnxcompress.passes.fp16.convert import convert
-from onnxcompress.passes.fp16.error_search import Choice, Simulation, choose, relative_error
+from onnxcompress.passes.fp16.error_search import Choice, Simulation, choose, worst_error
+from onnxcompress.passes.opsets import at_opset
+from onnxcompress.passes.preview import check_inputs, raised
 from onnxcompress.progress import Progress, silent
 from onnxcompress.quantization.qdq_plan import QDQ
 from onnxcompress.runtime.providers import Provider
@@ -50,6 +53,8 @@ if TYPE_CHECKING:
 
     from onnxcompress.optimize.calibration import Inputs
 
+OPSET = 9
+"""From which on there is Where, by which float16 is switched on and off when it is measured."""
 IMAGES, BATCH = 16, 4
 """Images that are measured on, at most, and how many at once where the file leaves it open."""
 
@@ -94,8 +99,24 @@ class HalfPrecision(Pass):
         self.check()
         if refusal := _whole(model):
             return PassResult(refusals=[refusal])
+        return at_opset(model, OPSET, lambda own: self._convert(own, progress))
+
+    def preview(self, model: Model) -> list[Refusal]:
+        """The nodes that cannot be computed in float16, and whether inputs can be had."""
+        self.check()
+        if refusal := _whole(model):
+            return [refusal]
+        own = raised(model, OPSET)
+        make_dense(own)
+        nodes, cannot = candidates(own.to_proto())
+        if nodes:
+            check_inputs(own, self.request)
+        return [Refusal(name, why) for name, why in cannot]
+
+    def _convert(self, model: Model, progress: Progress) -> PassResult:
         start = time.perf_counter()
         folded = model.copy()
+        make_dense(folded)
         count = FoldBatchNorm().apply(folded).measured["folded"]
         nodes, cannot = candidates(proto := folded.to_proto())
         result = PassResult(refusals=[Refusal(name, why) for name, why in cannot])
@@ -157,7 +178,7 @@ class HalfPrecision(Pass):
         return used | ({"why": "no --images; a few that are made at once do"} if auto else {})
 
     def _runtime(
-        self, made: onnx.ModelProto, exact: Sequence[np.ndarray], batches: Sequence[np.ndarray]
+        self, made: onnx.ModelProto, exact: Sequence[Sequence[np.ndarray]], batches: Sequence[np.ndarray]
     ) -> dict[str, Any]:
         """The provider that ran the result, and the outputs' error there."""
         from onnxcompress.errors import one_line
@@ -169,13 +190,12 @@ class HalfPrecision(Pass):
         names = [o.name for o in opened.get_outputs() if o.type in ("tensor(float)", "tensor(float16)")]
         kind = np.float16 if self.float16_io else np.float32
         try:
-            runs = [opened.run(names, {fed.name: x.astype(kind)}) for x in batches]
+            found = [opened.run(names, {fed.name: x.astype(kind)}) for x in batches]
         except Exception as error:  # onnxruntime's exceptions have no common base
             raise ModelError(
                 f"the float16 model does not run on {chosen.text} ({one_line(error)})"
             ) from error
-        found = [np.concatenate(parts) for parts in zip(*runs, strict=True)]
-        return {"provider": chosen.text, "error": relative_error(exact, found)}
+        return {"provider": chosen.text, "error": worst_error(exact, found)}
 
 
 def _whole(model: Model) -> Refusal | None:

@@ -34,7 +34,15 @@ from onnxcompress.passes.base import PassResult
 from onnxcompress.passes.fold_bn.fold_and_canonicalize import fold_and_canonicalize
 from onnxcompress.passes.prune import sparse_storage as packing
 from onnxcompress.passes.prune.options import PruneOptions
-from onnxcompress.passes.prune.targets import Target, choose_target, is_pruned, magnitudes, smallest_gone
+from onnxcompress.passes.prune.targets import (
+    Target,
+    check_reachable,
+    choose_target,
+    is_pruned,
+    magnitudes,
+    smallest_gone,
+    what_allows_more,
+)
 from onnxcompress.passes.quantize.engine import output_snr
 from onnxcompress.progress import Progress
 from onnxcompress.sensitivity.bit_allocation import sparsity_budget
@@ -49,9 +57,10 @@ def prune(one: PruneOptions, model: Model, progress: Progress) -> PassResult:
     original, looked_at = model.copy(), model.copy()
     changes = fold_and_canonicalize(looked_at)
     target = choose_target(one, looked_at)
-    result = PassResult(refusals=target.refusals)
     pruned = bool(target.layers) and is_pruned(target, one.sparsity)
-    if not target.layers or (pruned and one.storage == "dense"):
+    refusals, work = layers_of(one, looked_at, target)
+    result = PassResult(refusals=refusals)
+    if not work:
         return result
     fold_and_canonicalize(model)
     target = choose_target(one, model)
@@ -66,6 +75,25 @@ def prune(one: PruneOptions, model: Model, progress: Progress) -> PassResult:
         target = choose_target(one, model)
     _account(one, model, target, result)
     return result
+
+
+def layers_of(one: PruneOptions, model: Model, target: Target | None = None) -> tuple[list[Refusal], bool]:
+    """What would stay dense in a prepared model, and whether anything would be pruned or stored.
+
+    Raises:
+        OptionError: Too few weights may become 0 for the sparsity.
+    """
+    target = target or choose_target(one, model)
+    pruned = bool(target.layers) and is_pruned(target, one.sparsity)
+    if pruned and one.storage == "dense":
+        rule = "as many of its weights are zero already as are asked for"
+        return [*target.refusals, Refusal(model.name, rule, "ask for more --sparsity")], False
+    if not target.layers and not target.refusals:
+        rule = "none of its layers may be pruned"
+        return [Refusal(model.name, rule, "; ".join(what_allows_more(one, target)))], False
+    if target.layers and not pruned:
+        check_reachable(one, target)
+    return target.refusals, bool(target.layers)
 
 
 def layer_sparsities(
@@ -206,7 +234,7 @@ def _account(one: PruneOptions, model: Model, target: Target, result: PassResult
         "deflated": sum(len(zlib.compress(w.tobytes())) for w in weights.values()),
     }
     if one.storage == "sparse":
-        saved = _pack(model, target, result)
+        saved = _pack(model, target)
         size["sparse"] = size["dense"] - saved
     result.measured |= {
         "sparsity": zeros / max(target.total, 1),
@@ -220,12 +248,8 @@ def _account(one: PruneOptions, model: Model, target: Target, result: PassResult
     result.changes.append(Change(model.name, f"{share}: {text}; {NO_SPEED}"))
 
 
-def _pack(model: Model, target: Target, result: PassResult) -> int:
+def _pack(model: Model, target: Target) -> int:
     """Bytes saved."""
-    if model.opset < packing.OPSET:
-        rule = f"opset {model.opset}: sparse storage needs {packing.OPSET} or later"
-        result.refusals.append(Refusal(model.name, rule, "convert it with onnx.version_converter"))
-        return 0
     saved = 0
     for layer in target.weights.values():
         weight = read(layer.node.inputs[layer.linear.weight_at])

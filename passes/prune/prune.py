@@ -39,11 +39,22 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from onnxcompress.account import Refusal
+from onnxcompress.graph.batch_norm import OLDEST_OPSET
 from onnxcompress.model import Model
 from onnxcompress.passes.base import Pass, PassResult
+from onnxcompress.passes.fold_bn.fold_and_canonicalize import fold_and_canonicalize
+from onnxcompress.passes.opsets import at_opset
+from onnxcompress.passes.preview import check_inputs, raised
 from onnxcompress.passes.prune.options import PruneOptions
 from onnxcompress.progress import Progress, silent
-from onnxcompress.quantization.qdq_plan import QDQ
+from onnxcompress.quantization.qdq_plan import refuse_quantized
+
+SPARSE_OPSET = 11
+"""Operator set from which on there is CumSum, which puts the zeros back."""
+
+
+QUANTIZED = "prune the float model, then quantize"
+"""What to do with a model that is quantized already."""
 
 
 @dataclass(frozen=True)
@@ -64,9 +75,30 @@ class Prune(PruneOptions, Pass):
     def apply(self, model: Model, progress: Progress = silent) -> PassResult:
         """Prune in place; what cannot be comes back as refusals."""
         self.check()
-        if any(node.op in QDQ for node in model.graph.nodes):
-            rule = "it is quantized already: it has QuantizeLinear or DequantizeLinear nodes"
-            return PassResult(refusals=[Refusal(model.name, rule, "prune the float model, then quantize")])
+        if refusal := refuse_quantized(model, QUANTIZED):
+            return PassResult(refusals=[refusal])
+        return at_opset(model, self.lowest_opset, lambda own: self._prune(own, progress))
+
+    def _prune(self, model: Model, progress: Progress) -> PassResult:
         from onnxcompress.passes.prune.engine import prune
 
         return prune(self, model, progress)
+
+    def preview(self, model: Model) -> list[Refusal]:
+        """The layers that would stay dense, whether the sparsity is in reach, and inputs can be had."""
+        self.check()
+        if refusal := refuse_quantized(model, QUANTIZED):
+            return [refusal]
+        from onnxcompress.passes.prune.engine import layers_of
+
+        own = raised(model, self.lowest_opset)
+        fold_and_canonicalize(own)
+        refusals, work = layers_of(self, own)
+        if work and self.reconstruct:
+            check_inputs(own, self.request)
+        return refusals
+
+    @property
+    def lowest_opset(self) -> int:
+        """The lowest operator set that has what these options write, and that can be learned from."""
+        return SPARSE_OPSET if self.storage == "sparse" else OLDEST_OPSET

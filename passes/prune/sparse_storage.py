@@ -9,7 +9,7 @@ once, when the file is loaded, and runs the same dense layer as before.
 Why not ONNX's SparseTensor: its positions are 64-bit integers (smaller from two thirds of zeros on);
 onnxruntime 1.31 loads it, onnx 1.23's full check refuses it as the weight of a Conv.
 
-Does not handle: opsets below 11 (CumSum).
+Does not handle: opsets below 11 (CumSum): the model is converted before.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ from onnxcompress.graph.edit import remove_unread, unique_name
 from onnxcompress.graph.linear_layer import Linear
 from onnxcompress.model import Model
 
-OPSET = 11
 LONGEST = 255
 
 

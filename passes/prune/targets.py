@@ -9,13 +9,17 @@ import numpy as np
 import torch
 
 from onnxcompress.account import Refusal
+from onnxcompress.errors import OptionError
+from onnxcompress.graph.query import NAMED
 from onnxcompress.model import Model
 from onnxcompress.optimize.reconstruction.admm_mask import Choice
+from onnxcompress.optimize.reconstruction.patches import patches_of
 from onnxcompress.optimize.reconstruction.prune import kept
 from onnxcompress.optimize.reconstruction.sparsity_pattern import UNSTRUCTURED, Pattern
 from onnxcompress.passes.equalize.equalize import assumption_free_scales, equalized_weight
 from onnxcompress.passes.prune.options import PruneOptions
 from onnxcompress.quantization.qdq_plan import Bits, Layer, Plan, make_plan
+from onnxcompress.sensitivity.sparsity_allocation import LARGEST
 
 FLOATS = Bits(8, None, None)
 """Of a plan that puts nothing on a grid."""
@@ -67,6 +71,38 @@ def choose_target(one: PruneOptions, model: Model) -> Target:
             continue
         layers[layer.weight] = layer
     return Target(model, plan, pattern, layers, refusals)
+
+
+def check_reachable(one: PruneOptions, target: Target) -> None:
+    """Raise OptionError where too few weights may become 0, with the options that would allow more."""
+    if target.pattern.group:
+        return
+    measured = one.reconstruct and one.scope == "global" and one.sensitivity is None
+    untried = {
+        n for n, layer in target.layers.items() if measured and patches_of(target.model, layer) is None
+    }
+    most = LARGEST * sum(size for name, size in target.sizes.items() if name not in untried) / target.total
+    if one.sparsity <= most:
+        return
+    hints = []
+    if untried:
+        names = ", ".join(sorted(target.layers[name].label for name in untried)[:NAMED])
+        hints.append(f"--scope layer prunes {names}, too, whose cost cannot be measured")
+    hints += what_allows_more(one, target)
+    raise OptionError(
+        f"--sparsity {one.sparsity:g}: at most {most:.2f} of {target.total} weights may become 0"
+        + (f" ({'; '.join(hints)})" if hints else "")
+    )
+
+
+def what_allows_more(one: PruneOptions, target: Target) -> list[str]:
+    """The options by which layers stay dense that could be pruned."""
+    hints = []
+    if not one.depthwise and any(layer.depthwise for layer in target.weights.values()):
+        hints.append("--depthwise prunes depthwise convolutions")
+    if one.skip_first_last:
+        hints.append("without --skip-first-last the ends are pruned")
+    return hints
 
 
 def is_pruned(target: Target, sparsity: float) -> bool:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from onnxcompress.account import Change
+from onnxcompress.account import Change, Refusal
 from onnxcompress.errors import ModelError
 from onnxcompress.model import Model
 from onnxcompress.optimize.calibration import gather_inputs, quick
@@ -41,8 +41,8 @@ def quantize(
     one: QuantizeOptions, original: Model, model: Model, changes: list[Change], progress: Progress
 ) -> PassResult:
     """Quantize the prepared model in place."""
-    bits = Bits(one.weight_bits, one.activation_bits or None, one.first_last or None, one.depthwise)
-    plan = make_plan(model, bits)
+    bits = bits_of(one)
+    plan = layers_of(one, model)
     result = PassResult(changes, plan.refusals)
     if not plan.layers:
         return result
@@ -105,6 +105,20 @@ def quantize(
         "output_snr_db": output_snr(original, model, x),
     }
     return result
+
+
+def bits_of(one: QuantizeOptions) -> Bits:
+    """The bits that the options ask for."""
+    return Bits(one.weight_bits, one.activation_bits or None, one.first_last or None, one.depthwise)
+
+
+def layers_of(one: QuantizeOptions, model: Model) -> Plan:
+    """What would be quantized in a prepared model; where that is nothing, a refusal says so."""
+    plan = make_plan(model, bits_of(one))
+    if not plan.layers and not plan.refusals:
+        rule = "no Conv, ConvTranspose, Gemm or MatMul of it reads data with a constant weight"
+        plan.refusals.append(Refusal(model.name, rule))
+    return plan
 
 
 def _integers(layer: Layer, learned: Learned, one: QuantizeOptions) -> tuple[np.ndarray, Grid]:

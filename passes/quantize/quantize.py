@@ -34,18 +34,25 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from onnxcompress.account import Refusal
-from onnxcompress.errors import ModelError
 from onnxcompress.model import Model
 from onnxcompress.passes.base import Pass, PassResult
 from onnxcompress.passes.fold_bn.fold_and_canonicalize import fold_and_canonicalize
+from onnxcompress.passes.opsets import at_opset
+from onnxcompress.passes.preview import check_inputs, raised
 from onnxcompress.passes.quantize.options import QuantizeOptions
 from onnxcompress.progress import Progress, silent
-from onnxcompress.quantization.qdq_plan import QDQ
+from onnxcompress.quantization.qdq_plan import STREAM_BITS, refuse_quantized
 
 OPSET = 13
 """From which on scales may be per channel."""
+QDQ_OPSET, CLIP_OPSET = 10, 11
+"""From which on there are QuantizeLinear, and Clip with bounds as inputs, which narrow ranges need."""
 SMALL_OPSET = 21
 """From which on there are int4 and uint4."""
+
+
+QUANTIZED = "start from the float model"
+"""What to do with a model that is quantized already."""
 
 
 @dataclass(frozen=True)
@@ -65,21 +72,36 @@ class Quantize(QuantizeOptions, Pass):
     def apply(self, model: Model, progress: Progress = silent) -> PassResult:
         """Quantize in place; what cannot be comes back as refusals."""
         self.check()
-        if model.opset < OPSET:
-            raise ModelError(
-                f"{model.name}: opset {model.opset}; {OPSET} or later is needed for scales per channel; "
-                "convert it with onnx.version_converter"
-            )
-        if self.small_types and model.opset < SMALL_OPSET:
-            raise ModelError(
-                f"{model.name}: opset {model.opset}; --small-types needs {SMALL_OPSET} or later; "
-                "convert it with onnx.version_converter"
-            )
-        if any(node.op in QDQ for node in model.graph.nodes):
-            rule = "it is quantized already: it has QuantizeLinear or DequantizeLinear nodes"
-            return PassResult(refusals=[Refusal(model.name, rule, "start from the float model")])
+        if refusal := refuse_quantized(model, QUANTIZED):
+            return PassResult(refusals=[refusal])
+        return at_opset(model, self.lowest_opset, lambda own: self._quantize(own, progress))
+
+    def _quantize(self, model: Model, progress: Progress) -> PassResult:
         from onnxcompress.passes.quantize.engine import quantize
 
         original = model.copy()
         changes = fold_and_canonicalize(model)
         return quantize(self, original, model, changes, progress)
+
+    def preview(self, model: Model) -> list[Refusal]:
+        """The layers that would stay floats, and whether inputs can be had."""
+        self.check()
+        if refusal := refuse_quantized(model, QUANTIZED):
+            return [refusal]
+        from onnxcompress.passes.quantize.engine import layers_of
+
+        own = raised(model, self.lowest_opset)
+        fold_and_canonicalize(own)
+        plan = layers_of(self, own)
+        if plan.layers:
+            check_inputs(own, self.request)
+        return plan.refusals
+
+    @property
+    def lowest_opset(self) -> int:
+        """The lowest operator set that has what these options write."""
+        if self.small_types:
+            return SMALL_OPSET
+        if self.per_channel:
+            return OPSET
+        return CLIP_OPSET if 0 < self.activation_bits < STREAM_BITS else QDQ_OPSET

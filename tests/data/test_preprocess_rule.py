@@ -50,6 +50,22 @@ def test_the_rule() -> None:
         choose("imagnet", said)
 
 
+def test_pairs_keep_what_they_do_not_say() -> None:
+    said = {PREPROCESSING: "imagenet"}
+    small = choose("size=24", said)
+    assert (small.source, str(small.said)) == (
+        "option-and-model",
+        "mean=0.485,0.456,0.406 std=0.229,0.224,0.225 size=24x24",
+    )
+    assert "the rest from the model's metadata" in str(small)
+    alone = choose("size=24", {})
+    assert (alone.source, str(alone.said)) == ("option-and-default", "mean=0 std=1 size=24x24")
+    assert "mean and std the default" in str(alone)
+    for whole in ("mean=0.5 std=0.5", "cifar10 size=24", "unit"):
+        assert choose(whole, said).source == "option"
+    assert choose("mean=0.5 std=0.5", said).preprocess.size is None
+
+
 COMMANDS = {
     "evaluate": ["evaluate", "{net}", "--images", "{few}"],
     "compare": ["compare", "{net}", "{net}", "--images", "{few}"],

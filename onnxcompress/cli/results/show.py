@@ -10,7 +10,7 @@ from rich.console import Console
 from onnxcompress.cli.console import learned_from, show_refusals
 from onnxcompress.formatting import number as number
 from onnxcompress.formatting import size as size
-from onnxcompress.passes.base import Pass, PassResult
+from onnxcompress.passes.base import CONVERTED, Pass, PassResult
 
 RENDERERS = {
     "calibrate": ("calibrate", "show_calibrate"),
@@ -29,6 +29,10 @@ def show_result(console: Console, one: Pass, result: PassResult, *, verbose: boo
     else:
         module, function = renderer
         getattr(import_module(f"onnxcompress.cli.results.{module}"), function)(console, result)
+    if renderer is not None:
+        for change in result.changes:
+            if change.what.startswith(CONVERTED):
+                console.print(change.what, markup=False)
     if verbose:
         for change in result.changes:
             console.print(f"  {change.node}: {change.what}", markup=False)

@@ -37,8 +37,9 @@ def constant_value(attributes: Mapping[str, Any]) -> Tensor | None:
     Returns:
         The value; None where torch does not have the type.
     """
-    if "value" in attributes:
-        return tensor_from(attributes["value"])
+    for name in ("value", "sparse_value"):
+        if name in attributes:
+            return tensor_from(attributes[name])
     for name, dtype in _PLAIN_VALUES.items():
         if name in attributes:
             return tensor_from(np.array(attributes[name], dtype=dtype))

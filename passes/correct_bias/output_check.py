@@ -1,0 +1,134 @@
+"""Whether corrected biases bring the outputs nearer to the reference's, on inputs nothing was learned from.
+
+The record's means are those of the training set under Gaussians, sums taken as independent: where that is
+far off, or the biases were corrected before (prune and quantize do it), the correction does harm. Outputs
+of reference and model before and after are compared in onnxruntime on each kind of input by itself: images
+that were kept aside where there are any, else noise with the input's statistics and procedural images.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import numpy as np
+
+from onnxcompress.data.image_set import ImageSet
+from onnxcompress.errors import CompressError, ModelError
+from onnxcompress.model import Model
+from onnxcompress.model.model_like import InputSpec, input_specs
+from onnxcompress.optimize.calibration import synthetic_images
+from onnxcompress.runtime.inference import random_feeds
+from onnxcompress.runtime.inference import run as run_model
+from onnxcompress.statistics.record import known_statistics
+
+SAMPLES = 16
+"""Inputs of each kind."""
+SEED = 7_331
+"""Far from the seeds that inputs are learned from with."""
+SLACK = 0.05
+"""Decibels that an output may lose: the spread between draws of this many samples."""
+EXACT = 120.0
+"""Decibels from which on two outputs are the same."""
+
+Feeds = list[dict[str, np.ndarray]]
+
+
+def check_nearer(reference: Model, before: Model, after: Model, kept: ImageSet | None) -> dict[str, float]:
+    """Compare the outputs before and after the correction with the reference's.
+
+    Args:
+        reference: The model before its weights were changed.
+        before: The model as it came.
+        after: The model with corrected biases.
+        kept: Real images that the means were not taken from, where there are any.
+
+    Returns:
+        Signal to noise of the worst output, in decibels, `before` and `after`.
+
+    Raises:
+        ModelError: An output is further from the reference than it was, or none can be compared.
+    """
+    worst = {"before": EXACT, "after": EXACT}
+    for kind, feeds in _kinds(reference, kept):
+        wanted, old, new = (_outputs(one, feeds) for one in (reference, before, after))
+        for name, exact in wanted.items():
+            found = [_decibels(exact, _like(name, exact, values)) for values in (old, new)]
+            if found[1] < found[0] - SLACK:
+                raise ModelError(
+                    f"{after.name}: corrected biases would bring output {name!r} further from the "
+                    f"reference's, from {found[0]:.1f} to {found[1]:.1f} dB of signal to noise on {kind}; "
+                    "nothing is changed. The means that the correction rests on do not hold here, or the "
+                    "biases are corrected already (prune and quantize do it); try --inputs images"
+                )
+            worst = {key: min(worst[key], value) for key, value in zip(worst, found, strict=True)}
+    return worst
+
+
+def _kinds(reference: Model, kept: ImageSet | None) -> Iterator[tuple[str, Feeds]]:
+    """Inputs, kind by kind, in batches that the file takes."""
+    specs = input_specs(reference)
+    fixed = specs[0].shape[0] if len(specs) == 1 and specs[0].shape else None
+    size = fixed if isinstance(fixed, int) else SAMPLES
+    if kept is not None and len(kept) >= (fixed if isinstance(fixed, int) else 1):
+        yield f"{len(kept)} images kept aside", _fed(specs[0], kept, size)
+        return
+    yield "random noise", _noise(reference)
+    try:
+        made = synthetic_images(reference, "procedural", max(SAMPLES, size), None, SEED)
+    except CompressError:  # the network takes no pictures
+        return
+    yield "procedural images", _fed(specs[0], made, size)
+
+
+def _fed(spec: InputSpec, images: ImageSet, size: int) -> Feeds:
+    """Images in batches; a fixed batch leaves the rest of them out."""
+    batches = [x for x in images.batches(size) if spec.takes(x.shape)]
+    return [{spec.name: x.astype(spec.dtype)} for x in batches]
+
+
+def _noise(reference: Model) -> Feeds:
+    """Random inputs; those whose statistics the file knows have them."""
+    known = known_statistics(reference)
+    feeds: Feeds = []
+    samples = 0
+    while samples < SAMPLES:
+        drawn = random_feeds(reference, batch=SAMPLES, seed=SEED + len(feeds))
+        for name in drawn.keys() & known.keys():
+            spread = (-1, *[1] * (drawn[name].ndim - 2))
+            mean, std = (part.reshape(spread) for part in (known[name].mean, known[name].std))
+            drawn[name] = (mean + std * drawn[name]).astype(drawn[name].dtype)
+        feeds.append(drawn)
+        samples += max((len(x) if x.ndim else 1 for x in drawn.values()), default=SAMPLES)
+    return feeds
+
+
+def _outputs(model: Model, feeds: Feeds) -> dict[str, list[np.ndarray]]:
+    """The values of each float output, one after the other."""
+    found: dict[str, list[np.ndarray]] = {}
+    for one in feeds:
+        for name, value in run_model(model, one).items():
+            if value.dtype.kind == "f":
+                found.setdefault(name, []).append(value.astype(np.float64).reshape(-1))
+    return found
+
+
+def _like(
+    name: str, exact: Sequence[np.ndarray], found: Mapping[str, list[np.ndarray]]
+) -> list[np.ndarray]:
+    values = found.get(name, [])
+    if [v.shape for v in values] != [v.shape for v in exact]:
+        raise ModelError(f"output {name!r} of the reference has no like in the model: another --reference?")
+    return values
+
+
+def _decibels(exact: Sequence[np.ndarray], found: Sequence[np.ndarray]) -> float:
+    """10 log₁₀ of the exact output's variance over the mean square of the difference, at most EXACT."""
+    a, b = np.concatenate(list(exact)), np.concatenate(list(found))
+    there = np.isfinite(a)
+    if not np.isfinite(b[there]).all():
+        return -EXACT
+    a, b = a[there], b[there]
+    signal, noise = float(a.var()) if a.size else 0.0, float(np.square(a - b).mean()) if a.size else 0.0
+    if noise <= signal * 10 ** (-EXACT / 10):
+        return EXACT
+    return float(10 * np.log10(max(signal, 1e-300) / noise))
