@@ -29,7 +29,11 @@ NO_OPTIONS = {"--ink", "--help"}
 def sources() -> dict[str, ast.Module]:
     """All modules of the package by dotted name."""
     files = {path: path.relative_to(ROOT.parent).with_suffix("") for path in ROOT.rglob("*.py")}
-    files |= {p: Path("onnxcompress") / "passes" / p.stem for p in (ROOT / "passes").glob("*.py")}
+    passes = (ROOT / "passes").resolve()
+    files |= {
+        path: "onnxcompress" / path.relative_to(passes.parent).with_suffix("")
+        for path in passes.rglob("*.py")
+    }
     return {
         ".".join(name.parts).removesuffix(".__init__"): ast.parse(p.read_text())
         for p, name in files.items()
@@ -75,7 +79,7 @@ def commands() -> dict[str, tuple[frozenset[str], frozenset[str]]]:
         command = cli.get_command(context, name)
         assert command is not None
         options = {o for p in command.params for o in (*p.opts, *p.secondary_opts)}
-        shared = set() if name in COMMANDS else reached("onnxcompress.cli.execute")
+        shared = set() if name in COMMANDS else reached("onnxcompress.cli.pass_commands")
         found[name] = (reached(module) | shared, frozenset(options))
     return found
 
