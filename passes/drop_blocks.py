@@ -86,9 +86,11 @@ class DropBlocks(DropBlocksOptions, Pass):
         found = find_blocks(model)
         self._check_blocks(model, found)
         from onnxcompress.optimize.block_drop.pipeline import Dropper
+        from onnxcompress.optimize.deterministic_threads import one_thread_each
 
-        work = Dropper(self, original, model, found, progress)
-        work.run()
+        with one_thread_each():
+            work = Dropper(self, original, model, found, progress)
+            work.run()
         drop_missing(model)
         changes = [Change(b.name, f"{b.kind} block dropped") for b in work.dropped]
         if folded.measured["folded"]:

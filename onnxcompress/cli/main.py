@@ -16,6 +16,7 @@ from onnxcompress.cli import interrupts
 from onnxcompress.errors import CompressError, CompressWarning, printable
 from onnxcompress.passes import CATALOGUE
 from onnxcompress.passes.plugins import plugins
+from onnxcompress.runtime.cores import prepare_threads
 from onnxcompress.version import __version__
 
 COMMANDS: dict[str, tuple[str, str, str]] = {
@@ -97,6 +98,7 @@ def cli() -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; the exit code: 0, 1 error, 2 usage, 3 target missed, 130 or 143 interrupted."""
+    prepare_threads()
     with interrupts.watching() as signals:
         return _run(argv, signals)
 

@@ -25,7 +25,6 @@ Does not handle: perspective, shadows, anything that a network was trained to na
 
 from __future__ import annotations
 
-import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -85,11 +84,24 @@ def procedural_images(
     channels: int,
     seed: int,
     progress: Progress = silent,
-    workers: int | None = None,
+    workers: int = 1,
 ) -> np.ndarray:
-    """uint8 (count, height, width, channels), channels 1 or 3. workers: threads; None: one a core.
+    """Draw dead-leaves images; the same for a seed, whatever the number of workers.
 
-    Raises OptionError for a number or size below 1 or other channels.
+    Args:
+        count: Images.
+        height: Pixels.
+        width: Pixels.
+        channels: 1 or 3.
+        seed: Random seed.
+        progress: Called with the stage, the images drawn and the images in all.
+        workers: Threads that draw.
+
+    Returns:
+        Pixels, (count, height, width, channels) uint8.
+
+    Raises:
+        OptionError: A number or a size is below 1, or there are other channels.
     """
     if min(count, height, width) < 1 or channels not in (1, 3):
         raise OptionError(
@@ -101,7 +113,7 @@ def procedural_images(
     def fill(index: int) -> None:
         made[index] = _image(np.random.default_rng([seed, index]), height, width, channels)
 
-    pool = ThreadPoolExecutor(workers or min(8, os.cpu_count() or 1))
+    pool = ThreadPoolExecutor(workers)
     try:
         for done, _ in enumerate(pool.map(fill, range(count)), 1):
             progress("making procedural images", done, count)

@@ -27,6 +27,7 @@ from onnxcompress.errors import ModelError, OptionError
 from onnxcompress.model import Model
 from onnxcompress.option_fields import option
 from onnxcompress.progress import Progress, silent
+from onnxcompress.runtime.cores import thread_count
 from onnxcompress.statistics.record import known_statistics
 
 if TYPE_CHECKING:
@@ -35,6 +36,8 @@ if TYPE_CHECKING:
 SOURCES = ("auto", "images", "distilled", "procedural", "layerwise")
 SYNTHETIC = 500
 """Images that are made unless a number is given."""
+MOST_WORKERS = 8
+"""Threads that draw procedural images."""
 FEW_MADE, MANY_MADE = 128, 512
 """Images that a pass makes whose work grows with their size: of large ones, and of small ones."""
 SMALL_PIXELS = 64 * 64
@@ -242,7 +245,8 @@ def synthetic_images(
     name, shape = image_input(model)
     height, width, channels, layout = _geometry(model, name, shape, preprocess)
     chosen = replace(preprocess or STANDARDIZED, layout=layout)
-    x = procedural_images(count, height, width, channels, seed, progress)
+    workers = min(MOST_WORKERS, thread_count())
+    x = procedural_images(count, height, width, channels, seed, progress, workers)
     made = ImageSet(x, None, tuple(f"{kind}[{i}]" for i in range(count)), chosen)
     check_fits(made, shape, name)
     if kind != "distilled":

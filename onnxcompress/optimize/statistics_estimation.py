@@ -20,7 +20,7 @@ Does not handle: networks with several inputs; MatMul whose channels are not axi
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -71,18 +71,25 @@ def estimate_statistics(
     """
     import torch
 
+    from onnxcompress.optimize.deterministic_threads import in_turn, one_thread_each
     from onnxcompress.optimize.executor import Executor
 
     names = list(measurable(model)[0] if tensors is None else tensors)
     input = model.graph.inputs[0]
     executor = Executor.from_model(model, device=device)
     found = {name: Moments() for name in names}
-    with torch.no_grad():
-        for part, done in _batches(images, _fixed_batch(input), batch, executor, input.name, names):
-            values = executor.run({input.name: part}, names)
+
+    def measured(index: int) -> dict[str, Moments]:
+        with torch.no_grad():  # of each thread
+            values = executor.run({input.name: _part(images, *batches[index])}, names)
+            return {name: Moments.of(values.pop(name), name) for name in names}
+
+    with one_thread_each():
+        batches = _batches(images, _fixed_batch(input), batch, executor, input.name, names)
+        for own, (_, stop) in zip(in_turn(measured, len(batches), device), batches, strict=True):
             for name in names:
-                found[name].add(values.pop(name), name)
-            progress("estimating statistics", done, len(images))
+                found[name].merge(own[name])
+            progress("estimating statistics", len(images) if stop == batches[-1][1] else stop, len(images))
     return {name: one.statistics(source) for name, one in found.items()}
 
 
@@ -143,6 +150,17 @@ class Moments:
     mean: np.ndarray | float = 0.0
     squares: np.ndarray | float = 0.0
 
+    @staticmethod
+    def of(values: torch.Tensor, name: str) -> Moments:
+        """Moments of (N, channels, …)."""
+        moments = Moments()
+        moments.add(values, name)
+        return moments
+
+    def merge(self, other: Moments) -> None:
+        """Take in what others were taken of."""
+        self._merge(other.count, np.asarray(other.mean), np.asarray(other.squares))
+
     def add(self, values: torch.Tensor, name: str) -> None:
         """Take in (N, channels, …)."""
         if values.ndim < 2:
@@ -183,20 +201,21 @@ def _batches(
     executor: Executor,
     input: str,
     names: list[str],
-) -> Iterator[tuple[torch.Tensor, int]]:
-    """Batches as the network takes them, and how many images have been given out with each."""
+) -> list[tuple[int, int]]:
+    """Batches as the network takes them: the first image of each, and the first behind it."""
+    import torch
+
     total, size = len(images), fixed
     if size is None:
-        values = executor.run({input: _part(images, 0, 1)}, names)
+        with torch.no_grad():
+            values = executor.run({input: _part(images, 0, 1)}, names)
         each = sum(t.numel() * t.element_size() for t in values.values())
         size = max(1, min(batch, BYTES // max(each, 1)))
         del values
     if total < (fixed or 1):
         raise InputError(f"input {input!r}: the file fixes a batch of {fixed}, there are {total} images")
     last = total - total % fixed if fixed else total
-    for start in range(0, last, size):
-        stop = min(start + size, last)
-        yield _part(images, start, stop), total if stop == last else stop
+    return [(start, min(start + size, last)) for start in range(0, last, size)]
 
 
 def _part(images: torch.Tensor | ImageSet, start: int, stop: int) -> torch.Tensor:

@@ -19,6 +19,7 @@ import onnx
 
 from onnxcompress.errors import CompressError, ModelError, OptionError, RuntimeUnavailable, one_line
 from onnxcompress.model.model_like import ModelLike, label, runnable
+from onnxcompress.runtime.cores import thread_count
 from onnxcompress.runtime.providers import NAMED, Provider, ProviderLike, as_provider, full_name, remedy
 
 if TYPE_CHECKING:
@@ -33,11 +34,15 @@ def session(
     optimize: bool = True,
     profile: str | None = None,
     interleaved: bool = False,
+    timed: bool = False,
 ) -> onnxruntime.InferenceSession:
     """Open a session whose first provider is the one asked for.
 
-    `threads`: of one operator, 0 for all cores. `optimize` False turns all graph optimizations off.
+    `threads`: of one operator; 0: all cores, without `timed` those to be had. `optimize` False turns all
+    graph optimizations off.
     `profile`: a path prefix; onnxruntime records each node until `end_profiling`.
+    `timed`: threads spin while they wait, as they do by default where the model is deployed; else they
+    sleep, so that they take no cores from other processes.
     `interleaved`: threads stop spinning when a run ends, so that they do not slow the next model's run.
     Raises ModelError where onnxruntime refuses the model, RuntimeUnavailable where the provider
     cannot start, OptionError for an unknown provider or negative threads.
@@ -47,11 +52,14 @@ def session(
     if threads < 0:
         raise OptionError(f"threads: {threads}; expected 0 (all cores) or more")
     options = ort.SessionOptions()
-    options.intra_op_num_threads = threads
+    options.intra_op_num_threads = threads or (0 if timed else thread_count())
     options.inter_op_num_threads = 1
     options.log_severity_level = 3
     if not optimize:
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    if not timed:
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        options.add_session_config_entry("session.inter_op.allow_spinning", "0")
     if interleaved:
         options.add_session_config_entry("session.force_spinning_stop", "1")
     if profile is not None:

@@ -72,7 +72,9 @@ def _by_profiler(
     model: ModelLike, provider: Provider, feeds: dict[str, np.ndarray], threads: int, runs: int
 ) -> Pairs:
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-        opened = session(model, provider=provider, threads=threads, profile=str(Path(folder) / "run"))
+        opened = session(
+            model, provider=provider, threads=threads, profile=str(Path(folder) / "run"), timed=True
+        )
         binding = bound(opened, feeds, provider)
         ours = [_clocked(lambda: opened.run_with_iobinding(binding)) for _ in range(runs)]
         events = json.loads(Path(opened.end_profiling()).read_text(encoding="utf-8"))
@@ -86,7 +88,7 @@ def _by_events(
     torch = _torch()
     stream = torch.cuda.Stream(device=provider.options.device)
     on_stream = replace(provider, extra=(*provider.extra, ("user_compute_stream", str(stream.cuda_stream))))
-    opened = session(model, provider=on_stream, threads=threads)
+    opened = session(model, provider=on_stream, threads=threads, timed=True)
     binding = bound(opened, feeds, provider)
     pairs = []
     for _ in range(runs):

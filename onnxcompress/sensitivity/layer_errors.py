@@ -22,7 +22,6 @@ their number. With aligned statistics (`statistics_alignment`) teacher and chang
 from __future__ import annotations
 
 import math
-import os
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -33,7 +32,7 @@ from torch import Tensor
 
 from onnxcompress.evaluation.accuracy import agreement, score_output
 from onnxcompress.graph.topology import Topology
-from onnxcompress.optimize.deterministic_threads import one_thread
+from onnxcompress.optimize.deterministic_threads import one_thread_each, worker_count
 from onnxcompress.optimize.executor import Executor
 from onnxcompress.optimize.reconstruction.activation_range import fake, least_squares, samples
 from onnxcompress.optimize.reconstruction.context import Subject, fixed_batch, live_floats, needs
@@ -64,10 +63,10 @@ class Measuring:
     reconstruct: bool = True
     seed: int = 0
     workers: int = 0
-    """Layers measured at once; 0: one for each core."""
+    """Layers measured at once; 0: as many as there are threads."""
 
 
-@one_thread()
+@one_thread_each()
 def layer_errors(
     subject: Subject, variants: Sequence[Variant], how: Measuring, progress: Progress = silent
 ) -> list[Row]:
@@ -82,7 +81,7 @@ def layer_errors(
     Returns:
         A row for each layer and each variant, in their order.
     """
-    workers = how.workers or os.cpu_count() or 1
+    workers = how.workers or worker_count()
     pool = ThreadPoolExecutor(workers)
     waiting: deque[Future[list[Row]]] = deque()
     rows: list[Row] = []
@@ -278,7 +277,7 @@ class _Walk:
         moments = Moments.empty(weight)
         for start in range(0, self.learned.stop, self.subject.batch):
             part = slice(start, min(start + self.subject.batch, self.learned.stop))
-            a, y = cut.take(x[part], site.right[part], generator)
+            a, y = cut.take(x[part], site.right[part], cut.places(site.right, generator))
             moments.add(a, torch.zeros_like(y))
         return moments
 

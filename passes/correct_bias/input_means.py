@@ -6,7 +6,7 @@ Measured: images go through the reference, or each layer's input is drawn from s
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import onnx_graphsurgeon as gs
@@ -87,6 +87,8 @@ def measured_means(
     model: Model, layers: list[Linear], inputs: Inputs, seed: int, progress: Progress
 ) -> Mapping[str, np.ndarray | Refusal]:
     """(inputs, taps) means for each layer, by name of its output tensor, or why there are none."""
+    from onnxcompress.optimize.deterministic_threads import in_turn
+
     windows: dict[str, tuple[str, Window]] = {}
     found: dict[str, np.ndarray | Refusal] = {}
     for layer in layers:
@@ -103,23 +105,31 @@ def measured_means(
     sums = dict.fromkeys(windows, np.zeros(()))
     total = len(inputs.images)
     if inputs.layerwise:
-        batches = _drawn(model, tensors, total, seed)
+        batches, values_of = _drawn(model, tensors, total, seed)
     else:
-        batches = _seen(model, tensors, inputs.images)
+        batches, values_of = _seen(model, tensors, inputs.images)
+
+    def own_sums(index: int) -> dict[str, np.ndarray]:
+        values = values_of(batches[index])
+        size = len(batches[index])
+        return {name: size * geometry.means(values[source]) for name, (source, geometry) in windows.items()}
+
     done = 0
-    for count, values in batches:
-        for name, (source, geometry) in windows.items():
-            sums[name] = sums[name] + count * geometry.means(values[source])
-        done += count
+    for batch, own in zip(batches, in_turn(own_sums, len(batches)), strict=True):
+        for name, value in own.items():
+            sums[name] = sums[name] + value
+        done += len(batch)
         progress("measuring means", done, total)
     progress("measuring means", total, total)
     return found | {name: value / done for name, value in sums.items()}
 
 
-def _seen(
-    model: Model, tensors: list[str], images: ImageSet
-) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
-    """Number of samples, and values of the tensors, batch by batch."""
+Values = Callable[[range], dict[str, np.ndarray]]
+"""Of the tensors, for the samples of these numbers."""
+
+
+def _seen(model: Model, tensors: list[str], images: ImageSet) -> tuple[list[range], Values]:
+    """The batches, and what gives the values of the tensors in each."""
     import torch
 
     from onnxcompress.optimize.executor import Executor
@@ -132,24 +142,30 @@ def _seen(
         raise InputError(
             f"input {source.name!r}: the file fixes a batch of {fixed}, there are {len(images)}"
         )
-    for x in images.batches(fixed or BATCH):
-        if fixed and len(x) < fixed:
-            return
-        with torch.no_grad():
+
+    def values_of(batch: range) -> dict[str, np.ndarray]:
+        x = images.preprocess.normalize(images.x[batch.start : batch.stop])
+        with torch.no_grad():  # of each thread
             values = executor.run({source.name: torch.from_numpy(x)}, tensors)
-        yield len(x), {name: value.numpy() for name, value in values.items()}
+        return {name: value.numpy() for name, value in values.items()}
+
+    return _batches(len(images) - len(images) % fixed if fixed else len(images), fixed or BATCH), values_of
 
 
-def _drawn(
-    model: Model, tensors: list[str], count: int, seed: int
-) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
+def _batches(count: int, size: int) -> list[range]:
+    return [range(start, min(start + size, count)) for start in range(0, count, size)]
+
+
+def _drawn(model: Model, tensors: list[str], count: int, seed: int) -> tuple[list[range], Values]:
     import torch
 
     from onnxcompress.optimize.synthesis.layer_sampler import LayerSampler
 
     sampler = LayerSampler(model)
-    for at, start in enumerate(range(0, count, BATCH)):
-        size = min(BATCH, count - start)
-        with torch.no_grad():
-            values = sampler.sample_all(tensors, size, seed + at)
-        yield size, {name: value.numpy() for name, value in values.items()}
+
+    def values_of(batch: range) -> dict[str, np.ndarray]:
+        with torch.no_grad():  # of each thread
+            values = sampler.sample_all(tensors, len(batch), seed + batch.start // BATCH)
+        return {name: value.numpy() for name, value in values.items()}
+
+    return _batches(count, BATCH), values_of

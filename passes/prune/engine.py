@@ -18,6 +18,7 @@ from onnxcompress.graph.edit import set_values
 from onnxcompress.graph.query import read
 from onnxcompress.model import Model
 from onnxcompress.optimize.calibration import FEW_MADE, MANY_MADE, SMALL_PIXELS, gather_inputs, quick
+from onnxcompress.optimize.deterministic_threads import one_thread_each
 from onnxcompress.optimize.device import pick_device
 from onnxcompress.optimize.reconstruction.context import Subject, whole_batches
 from onnxcompress.optimize.reconstruction.feature_inputs import BYTES, STARTS, Part, parts_of
@@ -52,6 +53,7 @@ from onnxcompress.sensitivity.sparsity_allocation import by_cost, by_magnitude, 
 NO_SPEED = "onnxruntime computes zeros as any other weight: no speed is to be expected"
 
 
+@one_thread_each()
 def prune(one: PruneOptions, model: Model, progress: Progress) -> PassResult:
     """Prune in place."""
     original, looked_at = model.copy(), model.copy()

@@ -12,6 +12,7 @@ from onnxcompress.account import Change, Refusal
 from onnxcompress.errors import ModelError
 from onnxcompress.model import Model
 from onnxcompress.optimize.calibration import gather_inputs, quick
+from onnxcompress.optimize.deterministic_threads import one_thread_each
 from onnxcompress.optimize.device import pick_device
 from onnxcompress.optimize.reconstruction.context import Subject, fixed_batch, twin_of, whole_batches
 from onnxcompress.optimize.reconstruction.feature_inputs import Part, parts_of
@@ -37,6 +38,7 @@ SHOWN = 32
 """Images on which the outputs of both networks are compared."""
 
 
+@one_thread_each()
 def quantize(
     one: QuantizeOptions, original: Model, model: Model, changes: list[Change], progress: Progress
 ) -> PassResult:

@@ -19,6 +19,7 @@ from onnxcompress.graph.query import read
 from onnxcompress.model import Model, load
 from onnxcompress.optimize.reconstruction.activation_range import fake, least_squares
 from onnxcompress.optimize.reconstruction.gptq import Moments, nearest, reconstruct
+from onnxcompress.optimize.reconstruction.gptq import least_squares as target_and_hessian
 from onnxcompress.optimize.reconstruction.range_equalization import streams, stretch
 from onnxcompress.optimize.reconstruction.saturation import Integers, partners
 from onnxcompress.optimize.synthesis.statistics_alignment import Twin
@@ -401,3 +402,23 @@ def test_biases_have_the_scales_that_integer_kernels_expect() -> None:
     product = read(data.inputs[1]) * read(weights.inputs[1])
     np.testing.assert_array_equal(read(bias.inputs[1]), product.astype(np.float32))
     assert read(tensors[bias.inputs[0].name]).dtype == np.int32
+
+
+def test_moments_of_parts_add_up_to_those_of_all() -> None:
+    """Each part about a reference of its own: batches are summed beside each other."""
+    w = torch.randn(2, 3, 12, generator=torch.Generator().manual_seed(1))
+    x = correlated(2, 12, 900, 0)
+    residual = torch.randn(2, 3, 900, generator=torch.Generator().manual_seed(2))
+    whole, merged = Moments.empty(w), Moments.empty(w)
+    whole.add(x, residual)
+    for places in torch.split(torch.arange(900), [250, 550, 100]):
+        part = Moments.empty(w)
+        part.add(x[..., places], residual[..., places])
+        merged.merge(part)
+    assert merged.rows == whole.rows
+    torch.testing.assert_close(merged.mean, whole.mean, rtol=1e-5, atol=1e-5)
+    (goal, h), (same_goal, same_h) = (
+        target_and_hessian(w, m, ridge=0.01, target=1.0) for m in (whole, merged)
+    )
+    torch.testing.assert_close(same_h, h, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(same_goal, goal, rtol=1e-4, atol=1e-4)

@@ -1,7 +1,6 @@
 """The same seed gives the same bytes in another process with another number of threads.
 
-`python tests/benchmarks/sameness.py` shows every pass that learns, on more seeds. Fine-tuning is left
-out: its gradients are added in an order that goes by the number of threads.
+`python tests/benchmarks/sameness.py` shows every pass that learns, on more seeds.
 """
 
 from __future__ import annotations
@@ -14,7 +13,14 @@ from tests.benchmarks.sameness import made
 
 
 @pytest.mark.parametrize(
-    ("name", "seed", "threads"), [("synthesize", 0, (1, 2)), ("prune", 1, (1, 2)), ("quantize", 2, (1, 2))]
+    ("name", "seed", "threads"),
+    [
+        ("synthesize", 0, (1, 2)),
+        ("prune", 1, (1, 2)),
+        ("quantize", 2, (1, 2)),
+        ("drop-blocks", 3, (1, 2)),
+        ("correct-bias", 4, (1, 2)),
+    ],
 )
 def test_another_process_makes_the_same_file(
     name: str, seed: int, threads: tuple[int, int], tmp_path: Path

@@ -9,6 +9,8 @@ from rich.console import Console
 from onnxcompress.cli.console import learned_from, table
 from onnxcompress.passes.base import PassResult
 
+BUSY = "the machine was too busy for a wall clock: latency was taken as processor time on one thread"
+
 
 def show_drop_blocks(console: Console, result: PassResult) -> None:
     """The table of blocks, then the measured latency with its interval, then the error."""
@@ -22,6 +24,8 @@ def show_drop_blocks(console: Console, result: PassResult) -> None:
         console.print(
             "the machine was too busy to tell blocks apart: their τ was taken by multiply-accumulates"
         )
+    if measured.get("clock") == "processor":
+        console.print(BUSY)
     dropped = sum(bool(row["dropped"]) for row in measured.get("blocks", []))
     console.print(
         f"dropped {dropped} blocks; features matched at {measured['feature']!r}\n"

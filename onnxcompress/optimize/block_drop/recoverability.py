@@ -12,7 +12,7 @@ the block.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -24,6 +24,7 @@ from onnxcompress.graph.conv_layers import ConvLayer, readers, writers
 from onnxcompress.graph.topology import Topology
 from onnxcompress.model import Model
 from onnxcompress.optimize.block_drop.adapters import fold_after, fold_before
+from onnxcompress.optimize.deterministic_threads import in_turn
 from onnxcompress.optimize.device import autocast
 from onnxcompress.optimize.executor import Executor
 
@@ -121,11 +122,13 @@ class Scorer:
         self.parameters = {n: v for n, v in (parameters or {}).items() if n in known}
         self.sites = {b.exit: adapter_site(model, b) if steps else AdapterSite(b.entry) for b in blocks}
         cuts = list(dict.fromkeys(site.cut for site in self.sites.values()))
-        with torch.no_grad(), autocast(self.executor.device):
-            parts = [
-                self.executor.run(self._feed(part), cuts, self.parameters)
-                for part in torch.split(probe.images, batch)
-            ]
+        batches = torch.split(probe.images, batch)
+
+        def run(index: int) -> dict[str, Tensor]:
+            with torch.no_grad(), autocast(self.executor.device):
+                return self.executor.run(self._feed(batches[index]), cuts, self.parameters)
+
+        parts = list(in_turn(run, len(batches), self.executor.device))
         self._prefix = {cut: torch.cat([part[cut] for part in parts]) for cut in cuts}
 
     def _feed(self, part: Tensor) -> dict[str, Tensor]:
@@ -134,6 +137,10 @@ class Scorer:
     def _places(self, low: int, high: int) -> Tensor:
         """Return the indices of images, on the device, starting over after the last image."""
         return torch.arange(low, high, device=self.executor.device) % len(self.probe.images)
+
+    def recover_each(self, blocks: Sequence[Block]) -> Generator[Recovery, None, None]:
+        """`recover` of one block after the other, some ahead on other threads."""
+        return in_turn(lambda index: self.recover(blocks[index]), len(blocks), self.executor.device)
 
     def recover(self, block: Block) -> Recovery:
         """Train the adapters for dropping a block, and measure R.

@@ -12,7 +12,7 @@ Accelerated greedy algorithms).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -23,6 +23,8 @@ from onnxcompress.model import Model
 from onnxcompress.optimize.block_drop.recoverability import BATCH, STEPS, Probe, Recovery, Scorer
 from onnxcompress.progress import Progress, silent
 
+TOLERANCE = 0.02
+"""By how much a block's share may be off, as part of the whole latency, for a trial without the block."""
 LOOKS = 6
 """Blocks that are scored again after a drop, at most."""
 
@@ -39,6 +41,14 @@ class Choice:
     """Adapters of the dropped blocks, folded."""
     loss: float = 0.0
     """R of all that was dropped."""
+
+    def drop(self, block: Block, recovery: Recovery) -> None:
+        """Drop one block more, with what its adapters learned."""
+        instead = drop_block(self.model, block)
+        self.feature = instead.get(self.feature, self.feature)
+        self.dropped.append(block)
+        self.weights.update(recovery.weights)
+        self.loss = recovery.loss
 
 
 def choose(
@@ -66,14 +76,89 @@ def choose(
         if not left:
             break
         block, recovery = _best(choice, left, known, shares, probe, (steps, batch), device)
-        instead = drop_block(model, block)
-        choice.feature = instead.get(choice.feature, choice.feature)
-        choice.dropped.append(block)
-        choice.weights.update(recovery.weights)
-        choice.loss = recovery.loss
+        choice.drop(block, recovery)
         del known[block.exit]
         progress("choosing blocks", len(choice.dropped), max(expected, len(choice.dropped)))
     return choice
+
+
+def choose_these(
+    model: Model, blocks: Sequence[Block], probe: Probe, *, batch: int = BATCH, device: str = "cpu"
+) -> Choice:
+    """Drop these blocks from `model`, in place and in this order, each with adapters of its own."""
+    choice = Choice(model, probe.feature)
+    for block in blocks:
+        now = find_blocks(model)[block.exit]
+        scorer = Scorer(
+            model,
+            [now],
+            probe,
+            feature=choice.feature,
+            parameters=choice.weights,
+            batch=batch,
+            device=device,
+        )
+        choice.drop(now, scorer.recover(now))
+    return choice
+
+
+def spared(
+    order: Sequence[Block],
+    shares: Mapping[str, float],
+    saved: float,
+    target: float,
+    measure: Callable[[Sequence[Block]], float],
+) -> list[Block]:
+    """The blocks of `order` that the target needs: others are taken back, those dropped last first.
+
+    Shares are estimates. That they are too small shows only when the whole is measured, and then more
+    blocks are gone than need be. A block is taken back where the rest, measured, still saves the target.
+
+    Args:
+        order: Blocks in the order in which they were dropped.
+        shares: τ by exit; only their relative sizes matter here.
+        saved: Part of the latency that all of `order` saves, as measured.
+        target: Part of the latency to be saved.
+        measure: Part of the latency that dropping just these blocks saves.
+    """
+    needed = list(order)
+    for block in reversed(order):
+        each = saved / sum(shares[b.exit] for b in needed)
+        rest = [b for b in needed if b is not block]
+        if not rest or saved - each * shares[block.exit] < target - TOLERANCE:
+            continue
+        without = measure(rest)
+        if without >= target:
+            needed, saved = rest, without
+    return needed
+
+
+def target_missed(
+    latency: Mapping[str, float], target: float, dropped: Sequence[Block], shares: Mapping[str, float]
+) -> str:
+    """What is wrong with a latency, by more than its interval explains; empty: nothing is.
+
+    Too little was saved, or the others would save enough without one of the blocks.
+
+    Args:
+        latency: `ratio` to the original with its interval, `low` and `high`.
+        target: Percent of the latency to be saved.
+        dropped: Blocks that are gone.
+        shares: τ by exit.
+    """
+    saved = 100 * (1 - latency["ratio"])
+    missed = f"latency is {saved:.1f} % lower, {target:g} % was asked for"
+    if 100 * (1 - latency["low"]) < target:
+        return missed
+    total = sum(shares[b.exit] for b in dropped)
+    smallest = min(dropped, key=lambda b: shares[b.exit])
+    rest = 1 - shares[smallest.exit] / total
+    if len(dropped) < 2 or 100 * (1 - latency["high"]) * rest <= target + 100 * TOLERANCE:
+        return ""
+    return (
+        f"{missed}, and without dropping {smallest.name} it would be about {saved * rest:.1f} %: try again "
+        "when the machine is less busy, or with --threads 1"
+    )
 
 
 def _best(
@@ -100,12 +185,14 @@ def _best(
     )
     found: dict[str, Recovery] = {}
     best: Block | None = None
+    recoveries = scorer.recover_each(order)
     for block in order:
         if best is not None and known[best.exit] <= known[block.exit]:
             break
-        found[block.exit] = scorer.recover(block)
+        found[block.exit] = next(recoveries)
         known[block.exit] = (found[block.exit].loss - choice.loss) / shares[block.exit]
         if best is None or known[block.exit] < known[best.exit]:
             best = block
+    recoveries.close()
     assert best is not None
     return best, found[best.exit]

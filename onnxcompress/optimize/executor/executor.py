@@ -17,6 +17,7 @@ integers).
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -75,6 +76,7 @@ class Executor:
             )
         self.device, self.dtype = torch.device(device), dtype
         self._plans: dict[tuple[frozenset[str], tuple[str, ...]], Plan] = {}
+        self._planning = threading.Lock()
         # Tensors made under inference_mode could not take part in a later backward pass.
         with torch.inference_mode(False), torch.no_grad():
             self._program = Program.of(graph, opset)
@@ -179,17 +181,20 @@ class Executor:
 
     def _plan(self, feeds: Iterable[str], outputs: Iterable[str]) -> Plan:
         key = (frozenset(feeds), tuple(outputs))
-        if key not in self._plans:
-            unknown = sorted(key[0] - self._program.names)
-            if unknown:
-                raise ExecutionError(f"no tensor of the graph is named {unknown[0]!r}")
-            fed = frozenset(n for n in key[0] if self._is_constant(n))
-            binding = self._binding
-            if fed:
-                binding = Binding(self._program, self.device, self.dtype, fed)
-            with torch.inference_mode(False), torch.no_grad():
-                self._plans[key] = Planner(binding, *key).build()
-        return self._plans[key]
+        with self._planning:
+            return self._plans.get(key) or self._planned(key)
+
+    def _planned(self, key: tuple[frozenset[str], tuple[str, ...]]) -> Plan:
+        unknown = sorted(key[0] - self._program.names)
+        if unknown:
+            raise ExecutionError(f"no tensor of the graph is named {unknown[0]!r}")
+        fed = frozenset(n for n in key[0] if self._is_constant(n))
+        binding = self._binding
+        if fed:
+            binding = Binding(self._program, self.device, self.dtype, fed)
+        with torch.inference_mode(False), torch.no_grad():
+            plan = self._plans[key] = Planner(binding, *key).build()
+        return plan
 
     def _is_constant(self, name: str) -> bool:
         return self._binding.kinds.get(name) is Kind.CONSTANT

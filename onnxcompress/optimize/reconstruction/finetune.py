@@ -5,6 +5,9 @@
 from refitted layers on, with rates relative to each weight's size. Each step sees newly augmented images
 (flips, shifts, and patches pasted from another image: no label to keep right); the teacher's answer to
 them is the target. All before the feature is trained, the classifier behind it has no gradient.
+
+On a CPU a step takes its batch in pieces, each on one thread, and adds their gradients in order: the same
+whatever the number of threads.
 """
 
 from __future__ import annotations
@@ -20,11 +23,14 @@ from torch import Tensor
 
 from onnxcompress.errors import CompressError, CompressWarning, one_line
 from onnxcompress.graph.query import is_op
+from onnxcompress.optimize.deterministic_threads import in_turn
 from onnxcompress.optimize.device import autocast, laid_out, resident
 from onnxcompress.optimize.executor import Executor
 from onnxcompress.optimize.reconstruction.augment import augment
 from onnxcompress.progress import Progress, silent
 
+PIECE = 16
+"""Images of a batch that go through at once on a CPU."""
 Loss = Callable[..., Tensor]
 """(batch, *values) -> scalar."""
 
@@ -84,9 +90,11 @@ def finetune(
             x = x.permute(0, 2, 3, 1)
         if step == 0 and schedule.captured and device.type == "cuda":
             loss_of = _captured(student, teacher, values, source, feature, x)
-        loss = loss_of(x, *values.values())
         adam.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
+        if device.type == "cpu":
+            _add_slopes(student, teacher, values, source, feature, x)
+        else:
+            loss_of(x, *values.values()).backward()  # type: ignore[no-untyped-call]
         adam.step()
         scheduler.step()
         progress("fine-tuning", step + 1, schedule.steps)
@@ -113,6 +121,34 @@ def _loss(
         return _relative(got, wanted)
 
     return loss
+
+
+def _add_slopes(
+    student: Executor,
+    teacher: Executor,
+    values: Mapping[str, Tensor],
+    source: str,
+    feature: tuple[str, str],
+    x: Tensor,
+) -> None:
+    """Give the values the gradients of the loss on a batch, taken piece by piece."""
+    pieces = torch.split(x, PIECE)
+    ours, theirs = feature
+
+    def slopes(index: int) -> tuple[Tensor, ...]:
+        """Of the squared error; then the sum of squares that it is relative to."""
+        feeds = {source: pieces[index]}
+        with autocast(student.device):
+            with torch.no_grad():
+                wanted = teacher.run(feeds, [theirs])[theirs].float()
+            got = student.run(feeds, [ours], values)[ours]
+        error = (got.float() - wanted).square().sum()
+        found = torch.autograd.grad(error, list(values.values()), allow_unused=True, materialize_grads=True)
+        return *found, wanted.square().sum().clamp_min(1e-12 * wanted.numel())
+
+    *columns, energy = zip(*in_turn(slopes, len(pieces)), strict=True)
+    for value, parts in zip(values.values(), columns, strict=True):
+        value.grad = torch.stack(parts).sum(0) / torch.stack(energy).sum()
 
 
 def _captured(

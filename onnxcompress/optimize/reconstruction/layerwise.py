@@ -17,7 +17,6 @@ network has it: the map of a channel is undone on both sides.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 import onnx_graphsurgeon as gs
@@ -28,7 +27,7 @@ from onnxcompress.errors import InputError, ModelError
 from onnxcompress.graph.query import is_op, is_output, node_label, value_readers
 from onnxcompress.graph.topology import Topology
 from onnxcompress.model import Model
-from onnxcompress.optimize.deterministic_threads import in_turn, one_thread
+from onnxcompress.optimize.deterministic_threads import in_turn, one_thread_each
 from onnxcompress.optimize.executor import Executor
 from onnxcompress.optimize.reconstruction.context import live_floats, needs, nodes_between
 from onnxcompress.optimize.reconstruction.gptq import Moments
@@ -47,8 +46,6 @@ COPIES = 3
 """Of each tensor: the teacher's, the student's, one in work."""
 ROWS, ROWS_EACH = 40_000, 100
 """Patches that are taken: in all, or of each column of the matrix where that is more."""
-NARROW = 16
-"""Outputs below which products of matrices depend on the number of threads, as of 5 to 11."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,6 +94,7 @@ class Course(ABC):
         """The tensor that is fed."""
         return str(self.model.graph.inputs[0].name) if self.start is None else self.start
 
+    @one_thread_each()
     def pass_through(
         self, images: Tensor, stage: str, progress: Progress = silent, seen: Tensor | None = None
     ) -> None:
@@ -145,8 +143,7 @@ class Course(ABC):
             if tensor.name in read:
                 read[tensor.name] = self._seen(node, index, tensor.name)
         if layer is not None:
-            with one_thread() if layer.linear.outputs < NARROW else nullcontext():
-                self._learn(layer, read[node.inputs[layer.linear.data_at].name], theirs[outputs[0]])
+            self._learn(layer, read[node.inputs[layer.linear.data_at].name], theirs[outputs[0]])
         ours = theirs if self._alike(node, read) else self._run(outputs, read, self._own)
         self._teacher.update(theirs)
         self._student.update(ours)
@@ -224,15 +221,23 @@ class Course(ABC):
 
     def _moments(self, layer: Layer, cut: Patches, weight: Tensor, x: Tensor, wanted: Tensor) -> Moments:
         """Of the layer's patches and of what it lacks as it is."""
-        moments = Moments.empty(weight)
         if layer.bias is not None:
             wanted = wanted - along(self.executor.parameters[layer.bias], wanted)
-        for start in range(0, len(x), self.settings.batch):
-            part = slice(start, start + self.settings.batch)
-            a, y = cut.take(x[part], wanted[part], self._generator)
-            moments.add(a, y - weight @ a)
-            if moments.rows >= max(ROWS, ROWS_EACH * weight.shape[2]):
-                break
+        reads, gives = (torch.split(t, self.settings.batch) for t in (x, wanted))
+        places = [cut.places(wanted, self._generator) for _ in reads]
+        rows = max(ROWS, ROWS_EACH * weight.shape[2])
+        enough = -(-rows // (self.settings.batch * len(places[0])))
+
+        def moments_of(index: int) -> Moments:
+            own = Moments.empty(weight)
+            with torch.no_grad():  # of each thread
+                a, y = cut.take(reads[index], gives[index], places[index])
+                own.add(a, y - weight @ a)
+            return own
+
+        moments = Moments.empty(weight)
+        for own in in_turn(moments_of, min(len(reads), enough)):
+            moments.merge(own)
         return moments
 
     def lost(self, name: str) -> Tensor:

@@ -35,14 +35,19 @@ class Patches:
     dilations: tuple[int, int] = (1, 1)
     pads: tuple[int, int, int, int] = (0, 0, 0, 0)
 
-    def take(self, x: Tensor, y: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """(G, F, R) and (G, O, R) at random places."""
+    def places(self, y: Tensor, generator: torch.Generator) -> Tensor:
+        """Some random places of a layer's output (N, outputs, …); none of a Gemm, which has no places."""
+        if self.kernel is None:
+            return torch.zeros(1, dtype=torch.long)
+        return torch.randperm(y.shape[2] * y.shape[3], generator=generator)[:PLACES]
+
+    def take(self, x: Tensor, y: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
+        """(G, F, R) and (G, O, R) at these places."""
         if self.kernel is None:
             return x.T[None], y.T[None]
         top, left, bottom, right = self.pads
         padded = F.pad(x, (left, right, top, bottom)) if any(self.pads) else x
-        height, width = y.shape[2:]
-        places = torch.randperm(height * width, generator=generator)[:PLACES]
+        width = y.shape[3]
         rows, columns = places // width * self.strides[0], places % width * self.strides[1]
         taps = torch.arange(self.kernel[0] * self.kernel[1])
         rows = rows[:, None] + taps // self.kernel[1] * self.dilations[0]

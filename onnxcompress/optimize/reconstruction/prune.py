@@ -90,10 +90,14 @@ class Trials(Course):
         moments = self._moments(layer, cut, weight, x, self._unmapped(layer, wanted))
         goal, h = _quadratic(weight, moments, math.inf)
         problem = Problem.of(goal, h, torch.ones(weight.shape[:2]))
+
+        def solved(index: int) -> Tensor:
+            choice = Choice(kept(weight.numel(), LEVELS[index]), math.prod(shape[3:]))
+            with torch.no_grad():  # of each thread
+                return problem.solve(choice, steps=TRIAL_STEPS, refits=TRIAL_REFITS)
+
         changes, biases, errors = [], [], []
-        for level in LEVELS:
-            choice = Choice(kept(weight.numel(), level), math.prod(shape[3:]))
-            new = problem.solve(choice, steps=TRIAL_STEPS, refits=TRIAL_REFITS)
+        for new in in_turn(solved, len(LEVELS)):
             off = new - goal
             changes.append(off.float())
             biases.append(moments.shift(weight, new).float())

@@ -15,8 +15,10 @@ import math
 from dataclasses import dataclass, field
 
 import onnx_graphsurgeon as gs
+import torch
 from torch import Tensor
 
+from onnxcompress.optimize.deterministic_threads import in_turn
 from onnxcompress.optimize.reconstruction.activation_range import fake, least_squares, samples
 from onnxcompress.optimize.reconstruction.gptq import Rounded, nearest, reconstruct
 from onnxcompress.optimize.reconstruction.layerwise import TARGET_ROWS, Course, CourseSettings
@@ -76,7 +78,16 @@ class Quantizer(Course):
 
     def _seen(self, node: gs.Node, index: int, name: str) -> Tensor:
         key = self.plan.edges.get((id(node), index))
-        return self._student[name] if key is None else fake(self._student[name], self._grid(key))
+        if key is None:
+            return self._student[name]
+        grid = self._grid(key)
+        parts = torch.split(self._student[name], self.settings.batch)
+
+        def rounded(index: int) -> Tensor:
+            with torch.no_grad():  # of each thread
+                return fake(parts[index], grid)
+
+        return torch.cat(list(in_turn(rounded, len(parts))))
 
     def _learned(self, layer: Layer, wanted: Tensor, made: Tensor) -> None:
         error = (made - wanted).square().mean()

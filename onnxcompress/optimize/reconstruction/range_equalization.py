@@ -30,6 +30,7 @@ from onnxcompress.graph.edit import set_values
 from onnxcompress.graph.query import is_op, is_output, producer, read, value_readers
 from onnxcompress.graph.shape_inference import tensor_shapes
 from onnxcompress.model import Model
+from onnxcompress.optimize.deterministic_threads import in_turn
 from onnxcompress.optimize.executor import Executor
 from onnxcompress.optimize.synthesis.statistics_alignment import Twin
 from onnxcompress.quantization.qdq_plan import Layer, Plan
@@ -129,12 +130,16 @@ def stretch(model: Model, plan: Plan, images: Tensor, twin: Twin, batch: int = 1
     mapped = (*twin.weights, *twin.biases)
     worn = {name: twin.mapped(name, executor.parameters[name]) for name in mapped}
     largest: dict[str, Tensor] = {}
-    with torch.no_grad():
-        for part in torch.split(images, batch):
-            values = executor.run({model.graph.inputs[0].name: part}, names, worn)
-            for name, value in values.items():
-                found = value.abs().movedim(1, 0).flatten(1).amax(1)
-                largest[name] = torch.maximum(largest[name], found) if name in largest else found
+    parts = torch.split(images, batch)
+
+    def reach(index: int) -> dict[str, Tensor]:
+        with torch.no_grad():  # of each thread
+            values = executor.run({model.graph.inputs[0].name: parts[index]}, names, worn)
+            return {name: value.abs().movedim(1, 0).flatten(1).amax(1) for name, value in values.items()}
+
+    for own in in_turn(reach, len(parts)):
+        for name, found in own.items():
+            largest[name] = torch.maximum(largest[name], found) if name in largest else found
     record = read_record(model)
     for one in places:
         found = torch.stack([largest[name] for name in sorted(one.read)]).amax(0)

@@ -27,7 +27,7 @@ from torch import Tensor
 from onnxcompress.graph.conv_layers import ConvLayer, conv_layers, only_add_after
 from onnxcompress.graph.topology import Topology
 from onnxcompress.model import Model
-from onnxcompress.optimize.deterministic_threads import one_thread
+from onnxcompress.optimize.deterministic_threads import in_turn, one_thread
 from onnxcompress.optimize.executor import Executor
 from onnxcompress.progress import Progress, silent
 
@@ -93,11 +93,13 @@ class Reconstruction:
 
     def _forward(self, executor: Executor, segment: Segment, values: Tensor) -> Tensor:
         new = self.new if executor is self.student else {}
-        parts = [
-            executor.run({segment.start: part}, [segment.end], new)[segment.end]
-            for part in torch.split(values, self.batch)
-        ]
-        return torch.cat(parts)
+        parts = torch.split(values, self.batch)
+
+        def run(index: int) -> Tensor:
+            with torch.no_grad():  # of each thread
+                return executor.run({segment.start: parts[index]}, [segment.end], new)[segment.end]
+
+        return torch.cat(list(in_turn(run, len(parts), executor.device)))
 
     def _refit(
         self,
@@ -110,15 +112,24 @@ class Reconstruction:
     ) -> None:
         gram = cross = None
         total = 0
-        for x, t in zip(torch.split(ours, self.batch), torch.split(theirs, self.batch), strict=True):
+        parts = list(zip(torch.split(ours, self.batch), torch.split(theirs, self.batch), strict=True))
+        seeds = [int(torch.randint(1 << 62, (), generator=generator)) for _ in parts]
+
+        def sums(index: int) -> tuple[Tensor, Tensor, int]:
+            with torch.no_grad():  # of each thread
+                x, t = parts[index]
+                mine = self.student.run({segment.start: x}, [layer.input, check], self.new)
+                wanted = self.teacher.run({segment.start: t}, [check])[check]
+                places = torch.Generator().manual_seed(seeds[index])
+                a, r = _regression(layer, mine[layer.input], wanted - mine[check], places)
+                return a @ a.transpose(1, 2), r @ a.transpose(1, 2), a.shape[2]
+
+        batches = in_turn(sums, len(parts), self.student.device)
+        for a, r, rows in batches:
+            gram, cross, total = _add(gram, a), _add(cross, r), total + rows
             if total >= ROWS:
                 break
-            mine = self.student.run({segment.start: x}, [layer.input, check], self.new)
-            wanted = self.teacher.run({segment.start: t}, [check])[check]
-            a, r = _regression(layer, mine[layer.input], wanted - mine[check], generator)
-            total += a.shape[2]
-            gram = _add(gram, a @ a.transpose(1, 2))
-            cross = _add(cross, r @ a.transpose(1, 2))
+        batches.close()
         assert gram is not None
         assert cross is not None
         delta = _solve(gram, cross, self.ridge, layer.bias is not None)

@@ -8,6 +8,9 @@ step sees mirrored and shifted views, so that the result does not depend on sing
 al., ZeroQ (CVPR 2020) and Yin et al., DeepInversion (CVPR 2020), eq. 4; the relative form weighs all layers
 alike.
 
+A step takes its chunk in pieces, each on one thread: the moments of all together give the gradient at the
+pieces' own moments, and each goes back from there. So images are the same whatever the number of threads.
+
 What makes it fast: the backward pass of a chunk's moments is one multiply-add; neighbouring tensors carry
 nearly the same information, so about twenty of them are enough; starting from dead leaves, twenty steps are
 enough; bfloat16 is used where it pays. Does not handle: statistics of tensors whose channels are not axis
@@ -16,7 +19,7 @@ enough; bfloat16 is used where it pays. Does not handle: statistics of tensors w
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -28,6 +31,7 @@ from onnxcompress.data.image_set import ImageSet
 from onnxcompress.errors import ModelError
 from onnxcompress.graph.shape_inference import tensor_shapes
 from onnxcompress.model import Model
+from onnxcompress.optimize.deterministic_threads import in_turn, one_thread_each
 from onnxcompress.optimize.device import autocast, fitting
 from onnxcompress.optimize.executor import Executor
 from onnxcompress.progress import Progress, silent
@@ -41,6 +45,8 @@ TENSORS = 20
 """Tensors that are matched, at most, evenly spread over the network."""
 CHUNK = 128
 """Images that are optimized together, at most: the chunk as a whole matches the statistics."""
+PIECE = 32
+"""Images of a chunk that go through the network at once on a CPU, on one thread."""
 CHUNK_BYTES = 3 << 30
 """Memory that the activations of a chunk may take; it is made smaller where they need more."""
 BLOCK = 1 << 17
@@ -52,6 +58,7 @@ Targets = Mapping[str, tuple[Tensor, Tensor]]
 """Tensor -> the mean and deviation that its channels are to have, each (channels,)."""
 
 
+@one_thread_each()
 def distill(
     model: Model,
     start: ImageSet,
@@ -114,16 +121,8 @@ def _optimized(
         adam = torch.optim.Adam([share], lr=RATE, betas=(0.5, 0.9), eps=1e-12)  # gradients are tiny
         for step in range(steps):
             adam.param_groups[0]["lr"] = RATE * 0.5 * float(1 + np.cos(np.pi * step / steps))
-            with autocast(executor.device):
-                x = pixels.normalized(_view(share, pixels.places, generator))
-                found = executor.run({source: x}, list(targets))
-            loss = torch.stack([mismatch(found[name], *targets[name]) for name in targets]).sum()
-            if not loss.requires_grad:
-                raise ModelError(
-                    f"no gradient reaches the input {source!r}, so no image can be distilled (is it "
-                    "quantized?); take procedural ones"
-                )
-            (share.grad,) = torch.autograd.grad(loss, share)
+            view = _drawn_view(share, pixels.places, generator)
+            share.grad = _slope(executor, source, targets, pixels, share, view)
             adam.step()
             with torch.no_grad():
                 share.clamp_(0, 1)
@@ -206,13 +205,61 @@ class _Pixels:
         return np.ascontiguousarray(x.flip(-1) if self.images.preprocess.order == "bgr" else x)
 
 
-def _view(x: Tensor, places: tuple[int, int], generator: torch.Generator) -> Tensor:
-    """Mirror the images or not, and shift them around the edges."""
-    if bool(torch.rand(1, generator=generator) < 0.5):
-        x = x.flip(places[1])
+def _drawn_view(
+    x: Tensor, places: tuple[int, int], generator: torch.Generator
+) -> Callable[[Tensor], Tensor]:
+    """Mirror images or not, and shift them around the edges; alike for all images of a step."""
+    mirrored = bool(torch.rand(1, generator=generator) < 0.5)
     reach = [max(1, x.shape[axis] // SHIFT) for axis in places]
     moved = [int(torch.randint(-r, r + 1, (1,), generator=generator)) for r in reach]
-    return x.roll((moved[0], moved[1]), places)
+
+    def view(part: Tensor) -> Tensor:
+        return (part.flip(places[1]) if mirrored else part).roll((moved[0], moved[1]), places)
+
+    return view
+
+
+def _slope(
+    executor: Executor,
+    source: str,
+    targets: Targets,
+    pixels: _Pixels,
+    share: Tensor,
+    view: Callable[[Tensor], Tensor],
+) -> Tensor:
+    """Gradient of a chunk's mismatch at its pixels, piece by piece. Raises ModelError without one."""
+    size = PIECE if executor.device.type == "cpu" else len(share)
+    pieces = [part.detach().requires_grad_() for part in torch.split(share.detach(), size)]
+
+    def forward(index: int) -> list[Tensor]:
+        with autocast(executor.device):
+            values = executor.run({source: pixels.normalized(view(pieces[index]))}, list(targets))
+        return [moment for name in targets for moment in moments_of(values[name])]
+
+    moments = list(in_turn(forward, len(pieces), executor.device))
+    weights = [len(piece) / len(share) for piece in pieces]
+    whole = [
+        torch.stack([w * m.detach() for w, m in zip(weights, column, strict=True)]).sum(0).requires_grad_()
+        for column in zip(*moments, strict=True)
+    ]
+    rows = zip(whole[::2], whole[1::2], targets.values(), strict=True)
+    loss = torch.stack([moments_mismatch(first, second, *target) for first, second, target in rows]).sum()
+    slopes = torch.autograd.grad(loss, whole)
+
+    def backward(index: int) -> Tensor:
+        reached = [
+            (m, weights[index] * s) for m, s in zip(moments[index], slopes, strict=True) if m.requires_grad
+        ]
+        if not reached:
+            raise ModelError(
+                f"no gradient reaches the input {source!r}, so no image can be distilled (is it "
+                "quantized?); take procedural ones"
+            )
+        outputs, at = zip(*reached, strict=True)
+        (found,) = torch.autograd.grad(outputs, pieces[index], at)
+        return found
+
+    return torch.cat(list(in_turn(backward, len(pieces), executor.device)))
 
 
 def _targets(
@@ -276,7 +323,24 @@ def mismatch(values: Tensor, mean: Tensor, deviation: Tensor) -> Tensor:
     Returns:
         The mismatch, a scalar; channels that should not vary count as 0.
     """
+    return moments_mismatch(*moments_of(values), mean, deviation)
+
+
+def moments_of(values: Tensor) -> tuple[Tensor, Tensor]:
+    """Take the moments of each channel.
+
+    Args:
+        values: The values of a tensor, (N, C, …).
+
+    Returns:
+        Mean and mean square of each channel, both (C,) float32.
+    """
     first, second = _Moments.apply(values)  # type: ignore[no-untyped-call, unused-ignore]
+    return first, second
+
+
+def moments_mismatch(first: Tensor, second: Tensor, mean: Tensor, deviation: Tensor) -> Tensor:
+    """As `mismatch`, of values whose means and mean squares these are."""
     found = (second - first.square()).clamp_min(1e-12).sqrt()
     alive = deviation > 1e-3 * deviation.mean()  # a channel that never changes says nothing
     scale = torch.where(alive, deviation, 1.0)

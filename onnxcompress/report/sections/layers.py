@@ -49,6 +49,10 @@ def _blocks(rows: Sequence[Mapping[str, Any]], measured: Mapping[str, Any]) -> l
         parts.append(
             Prose("The machine was too busy to tell blocks apart: their share was taken by multiply-adds.")
         )
+    if measured.get("clock") == "processor":
+        parts.append(
+            Prose("The machine was too busy for a wall clock: latency is processor time on one thread.")
+        )
     if "additivity" in measured:
         text = additivity_text(measured["additivity"])
         parts.append(Prose(f"{text[0].upper()}{text[1:]} (95 %)."))

@@ -21,6 +21,7 @@ _ELSEWHERE = (
     "target_missed",
     "order",
     "additivity",
+    "clock",
     "kept_float32",
 )
 """Keys of `measured` that other parts of the report show."""

@@ -1,0 +1,238 @@
+"""Latency on a busy machine: the processor's clock where the wall clock is noise, no block too many."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from onnxcompress.cli.main import main
+from onnxcompress.graph.blocks import Block, find_blocks
+from onnxcompress.model import Model, load
+from onnxcompress.runtime import block_latency
+from onnxcompress.runtime.block_latency import Share, Stopwatch, usable
+from onnxcompress.runtime.latency import Timing, benchmark
+
+pytest.importorskip("torch")
+
+from onnxcompress.optimize.block_drop.selection import spared, target_missed
+
+ROUNDS = 40
+
+
+def cost(model: Model) -> float:
+    """Milliseconds: one for each convolution."""
+    return float(sum(node.op == "Conv" for node in model.graph.nodes))
+
+
+def timing(name: str, samples: np.ndarray) -> Timing:
+    ms = float(np.median(samples))
+    row = tuple(float(s) for s in samples)
+    return Timing(name, ms, ms, ms, ms, ms, len(row), 1, 1000 / ms, "cpu", row)
+
+
+def stub(noise: Mapping[str, float], clocks: list[str], of: Callable[[Model], float] = cost) -> Any:
+    """A `benchmark` of known costs; noise by clock, as a share of the cost; clocks: those asked for."""
+
+    def timed(models: Mapping[str, Model], *, clock: str = "wall", **_: Any) -> dict[str, Timing]:
+        clocks.append(clock)
+        rng = np.random.default_rng(len(clocks))
+        return {
+            name: timing(name, of(model) * np.exp(noise[clock] * rng.normal(size=ROUNDS)))
+            for name, model in models.items()
+        }
+
+    return timed
+
+
+@pytest.fixture
+def resnet(models: Path) -> Model:
+    return load(models / "resnet20-fashion.onnx")
+
+
+def watch(monkeypatch: pytest.MonkeyPatch, **noise: float) -> list[str]:
+    clocks: list[str] = []
+    monkeypatch.setattr(block_latency, "benchmark", stub(noise, clocks))
+    return clocks
+
+
+def test_a_quiet_machine_keeps_the_wall_clock(resnet: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    clocks = watch(monkeypatch, wall=0.001, processor=0.0)
+    stopwatch = Stopwatch("cpu")
+    stopwatch.shares(resnet, find_blocks(resnet).blocks)
+    stopwatch.compare(resnet, resnet, 1.0)
+    assert clocks == ["wall", "wall"]
+
+
+def test_a_busy_machine_is_timed_by_the_processors_clock(
+    resnet: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clocks = watch(monkeypatch, wall=1.0, processor=0.001)
+    stopwatch = Stopwatch("cpu")
+    blocks = find_blocks(resnet).blocks
+    tau = stopwatch.shares(resnet, blocks)
+    assert clocks == ["wall", "processor"]
+    for block in blocks:
+        assert tau[block.exit].value == pytest.approx(2 / cost(resnet), abs=0.005)
+    stopwatch.compare(resnet, resnet, 1.0)
+    assert clocks == ["wall", "processor", "processor"]  # all that follows, too: figures can be compared
+
+
+def test_a_noisy_comparison_is_made_again_by_the_processors_clock(
+    resnet: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clocks = watch(monkeypatch, wall=0.5, processor=0.001)
+    latency = Stopwatch("cpu").compare(resnet, resnet, 1.0)
+    assert clocks == ["wall", "processor"]
+    assert latency["ratio"] == pytest.approx(1, abs=0.01)
+
+
+@pytest.mark.parametrize(("provider", "resolution"), [("cuda", 1e-9), ("cpu", 0.0156)])
+def test_without_a_processor_clock_the_wall_clock_stays(
+    provider: str, resolution: float, resnet: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A GPU's work takes no time of the processor; on Windows its clock ticks every 16 ms."""
+    clocks = watch(monkeypatch, wall=1.0)
+    monkeypatch.setattr("time.get_clock_info", lambda name: SimpleNamespace(resolution=resolution))
+    Stopwatch(provider).compare(resnet, resnet, 1.0)
+    assert clocks == ["wall"]
+
+
+def test_the_processors_clock_counts_one_thread(resnet: Model) -> None:
+    """Of a real run: about what it computes, and no more than passed by the wall clock."""
+    timed = benchmark({"net": resnet}, provider="cpu", threads=2, runs=5, warm_up=0.1, clock="processor")
+    assert timed["net"].min_ms > 0
+    assert timed["net"].samples_ms != ()
+
+
+def test_shares_by_multiply_accumulates_are_of_the_whole_network(resnet: Model) -> None:
+    blocks = find_blocks(resnet).blocks
+    noise = {b.exit: Share(0.01, -0.5, 0.5) for b in blocks}
+    macs = sum(b.macs for b in blocks)
+    tau, noisy = usable(noise, blocks, 2 * macs)
+    assert noisy
+    assert sum(tau.values()) == pytest.approx(0.5)
+    assert usable(noise, blocks, macs)[0][blocks[0].exit] == pytest.approx(blocks[0].macs / macs)
+
+
+@pytest.fixture
+def blocks(resnet: Model) -> tuple[Block, ...]:
+    return find_blocks(resnet).blocks[:4]
+
+
+def by_names(blocks: Sequence[Block], values: Sequence[float]) -> dict[str, float]:
+    return {b.exit: value for b, value in zip(blocks, values, strict=True)}
+
+
+def test_blocks_that_the_target_does_not_need_are_taken_back(blocks: tuple[Block, ...]) -> None:
+    """All save 40 %, a quarter each, 20 % is the target: the last two were superfluous."""
+    needed = spared(blocks, by_names(blocks, [0.05] * 4), 0.4, 0.2, lambda rest: 0.1 * len(rest))
+    assert needed == list(blocks[:2])
+
+
+def test_a_small_block_may_have_become_superfluous_by_a_large_one(blocks: tuple[Block, ...]) -> None:
+    tau = by_names(blocks, [0.02, 0.06, 0.09, 0.15])
+
+    def measure(rest: Sequence[Block]) -> float:
+        return sum(tau[b.exit] for b in rest)
+
+    assert spared(blocks, tau, 0.32, 0.3, measure) == list(blocks[1:])
+
+
+def test_none_is_taken_back_where_the_target_needs_all(blocks: tuple[Block, ...]) -> None:
+    measured: list[int] = []
+
+    def measure(rest: Sequence[Block]) -> float:
+        measured.append(len(rest))
+        return 0.1 * len(rest)
+
+    assert spared(blocks, by_names(blocks, [0.1] * 4), 0.4, 0.35, measure) == list(blocks)
+    assert measured == []  # shares alone say so
+    assert spared(blocks, by_names(blocks, [0.1] * 4), 0.4, 0.31, measure) == list(blocks)
+    assert measured == [3] * 4
+
+
+@pytest.mark.parametrize(
+    ("ratio", "words"),
+    [
+        (0.85, "15.0 % lower, 20 % was asked for"),
+        (0.805, ""),  # within the interval
+        (0.79, ""),
+        (0.74, ""),  # without a block: 19.5 %
+        (0.601, "without dropping"),
+    ],
+)
+def test_a_target_is_missed_on_both_sides(ratio: float, words: str, blocks: tuple[Block, ...]) -> None:
+    latency = {"ratio": ratio, "low": ratio - 0.01, "high": ratio + 0.01}
+    text = target_missed(latency, 20, blocks, by_names(blocks, [0.1] * 4))
+    assert words in text
+    assert bool(words) == bool(text)
+
+
+def drop(
+    models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], asked: float
+) -> tuple[int, dict[str, Any], str]:
+    net, out = str(models / "resnet20-fashion.onnx"), str(tmp_path / "o.onnx")
+    images = [
+        "--images",
+        str(models / "fashion-tiny.npz"),
+        "--preprocess",
+        "fashion-mnist",
+        "--count",
+        "16",
+    ]
+    code = main(["drop-blocks", net, out, *images, "--steps", "0", "--json",
+                 "--latency-reduction", str(asked)])  # fmt: skip
+    said = capsys.readouterr()
+    return code, json.loads(said.out)["measured"], said.err
+
+
+def test_shares_that_are_too_small_make_no_block_go_in_vain(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Shares say a third of what blocks take: too many go before the whole is measured, and come back."""
+    watch(monkeypatch, wall=0.001)
+    true = block_latency.latency_shares
+
+    def small(*given: Any, **options: Any) -> dict[str, Share]:
+        return {e: Share(s.value / 3, s.low / 3, s.high / 3) for e, s in true(*given, **options).items()}
+
+    monkeypatch.setattr(block_latency, "latency_shares", small)
+    code, measured, _ = drop(models, tmp_path, capsys, 12)
+    whole, left = (cost(load(p)) for p in (models / "resnet20-fashion.onnx", tmp_path / "o.onnx"))
+    assert code == 0
+    assert 1 - left / whole >= 0.12
+    assert 1 - (left + 2) / whole < 0.12  # with one block more the target would be missed
+    assert len(measured["order"]) == sum(row["dropped"] for row in measured["blocks"])
+
+
+def test_too_many_blocks_at_the_end_are_said(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The clock that chose said less than the one at the end: exit code 3, and which block is to blame."""
+    clocks: list[str] = []
+    final = False
+
+    def shifting(model: Model) -> float:
+        gone = (21 - cost(model)) / 21
+        return 21 * (1 - (2 if final else 1) * gone)
+
+    monkeypatch.setattr(block_latency, "benchmark", stub({"wall": 0.001}, clocks, shifting))
+    from onnxcompress.optimize.block_drop.pipeline import Dropper
+
+    measure = Dropper._measure
+
+    def last(self: Dropper) -> None:
+        nonlocal final
+        final = True
+        measure(self)
+
+    monkeypatch.setattr(Dropper, "_measure", last)
+    code, measured, _ = drop(models, tmp_path, capsys, 28)
+    assert code == 3
+    assert "28 % was asked for, and without dropping" in measured["target_missed"]
