@@ -142,3 +142,17 @@ def _range(
     low = f"{ge:g} or more" if ge is not None else f"more than {gt:g}" if gt is not None else ""
     high = f"{le:g} or less" if le is not None else f"less than {lt:g}" if lt is not None else ""
     return " and ".join(filter(None, (low, high)))
+
+
+INPUT_SHAPE_HELP = (
+    "Sizes of an input that the file leaves open, as images=1x3x320x320 or 1x3x320x320; of several inputs "
+    "with commas between. The file keeps its open sizes."
+)
+
+
+INPUT_SHAPE_METAVAR = "[NAME=]DIMS,…"
+
+
+def input_shape_option() -> Any:
+    """The field `input_shape` of a pass that runs the network; `input_shapes` reads it."""
+    return option(None, INPUT_SHAPE_HELP, metavar=INPUT_SHAPE_METAVAR)

@@ -124,6 +124,9 @@ def run(passes: Sequence[Pass], model: Model, progress: Progress = silent) -> li
     for pass_ in passes:
         digest = model.digest()
         result = pass_.apply(model, progress)
+        if model.assumed:
+            result.measured["input_shape"] = {name: list(s) for name, s in model.assumed.items()}
+            model.assume({})
         unchanged = not (result.modified or result.refusals)
         if unchanged and not (pass_.preserves_function or pass_.composite):
             result.refusals.append(Refusal(model.name, f"it has nothing that {pass_.name} would change"))

@@ -30,6 +30,7 @@ from onnxcompress.graph.batch_norm import OLDEST_OPSET
 from onnxcompress.model import Model
 from onnxcompress.optimize.calibration import (
     InputRequest,
+    assume_sizes,
     count_option,
     gather_inputs,
     images_option,
@@ -37,7 +38,7 @@ from onnxcompress.optimize.calibration import (
     preprocess_option,
     synthetic_option,
 )
-from onnxcompress.option_fields import option
+from onnxcompress.option_fields import input_shape_option, option
 from onnxcompress.passes.base import Pass, PassResult
 from onnxcompress.passes.opsets import at_opset
 from onnxcompress.passes.preview import check_inputs, raised
@@ -82,6 +83,7 @@ class Calibrate(Pass):
     count: int | None = count_option()
     inputs: Literal["auto", "images", "distilled", "procedural"] = inputs_option()
     synthetic: int = synthetic_option()
+    input_shape: str | None = input_shape_option()
     overwrite: bool = option(False, "Estimate what BatchNorm knows, too: it was for another network, say.")
     batch: int = option(64, "Images that go through at once, at most.")
     device: Literal["auto", "cpu", "cuda"] = option("auto", "Where torch computes.")
@@ -111,6 +113,7 @@ class Calibrate(Pass):
         from onnxcompress.optimize.device import pick_device
         from onnxcompress.optimize.statistics_estimation import estimate_statistics, measurable
 
+        assume_sizes(model, self._request())
         wanted, refusals = measurable(model)
         wanted += [name for name in live_record(model) if name not in wanted]
         exact = {n: s for n, s in known_statistics(model).items() if not s.estimated}
@@ -162,6 +165,7 @@ class Calibrate(Pass):
             inputs="procedural" if circular else self.inputs,
             synthetic=self.synthetic,
             seed=self.seed,
+            input_shape=self.input_shape,
         )
 
 

@@ -29,6 +29,9 @@ from onnxcompress.graph.blocks import LINEAR, Discovery, find_blocks
 from onnxcompress.graph.edit import lift_weights
 from onnxcompress.model import Model
 from onnxcompress.optimize.block_drop.options import DropBlocksOptions
+from onnxcompress.optimize.calibration import (
+    assume_sizes,
+)
 from onnxcompress.passes.base import Pass, PassResult
 from onnxcompress.passes.fold_bn import FoldBatchNorm
 from onnxcompress.passes.opsets import at_opset
@@ -72,6 +75,7 @@ class DropBlocks(DropBlocksOptions, Pass):
         """The blocks that cannot be dropped, and whether inputs can be had."""
         self.check()
         own = raised(model, OLDEST_OPSET)
+        assume_sizes(own, self.request)
         FoldBatchNorm().apply(own)
         lift_weights(own, *LINEAR)
         found = find_blocks(own)
@@ -80,6 +84,7 @@ class DropBlocks(DropBlocksOptions, Pass):
         return list(found.near_misses)
 
     def _drop(self, model: Model, progress: Progress) -> PassResult:
+        assume_sizes(model, self.request)
         original = model.copy()
         folded = FoldBatchNorm().apply(model)
         lift_weights(model, *LINEAR)

@@ -12,7 +12,6 @@ from __future__ import annotations
 import ast
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from functools import cache
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 from statistics import median
@@ -81,11 +80,11 @@ def _levels(imports: dict[str, list[str]]) -> int:
     for module, imported in imports.items():
         rooms.setdefault(_room(module), set()).update(map(_room, imported))
 
-    @cache
-    def level(room: str) -> int:
-        return 1 + max((level(below) for below in rooms[room] - {room}), default=0)
-
-    return max(map(level, rooms))
+    level: dict[str, int] = {}
+    below = {room: others - {room} for room, others in rooms.items()}
+    for room in TopologicalSorter(below).static_order():
+        level[room] = 1 + max((level[other] for other in below[room]), default=0)
+    return max(level.values())
 
 
 def _room(module: str) -> str:

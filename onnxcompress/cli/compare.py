@@ -66,6 +66,7 @@ def compare(
     from onnxcompress.data.image_set import load_images
     from onnxcompress.data.preprocess import choose
     from onnxcompress.evaluation import compare as measure
+    from onnxcompress.evaluation.accuracy import preprocessing
     from onnxcompress.evaluation.gate_results import Facts, judge, summary
     from onnxcompress.evaluation.gates import Gates
     from onnxcompress.model.model_like import metadata_of
@@ -75,7 +76,7 @@ def compare(
     gates = Gates(images=images, **take_gates(chosen))
     chosen = options.take_provider(chosen)
     gates.check(images="--images")
-    choice = choose(preprocess, metadata_of(a), a)
+    choice = choose(preprocess, metadata_of(a), a) if images is None else preprocessing(a, preprocess)
     draw: dict[str, Any] = {
         "preprocess": choice.preprocess,
         "count": count,

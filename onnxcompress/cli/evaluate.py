@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 @click.argument("model", metavar="MODEL", type=options.FILE)
 @options.images(required=True)
 @click.option("--output", metavar="NAME", help="The output with the scores.  [default: the first such]")
+@options.input_shape()
 @options.runtime(batch=64)
 @options.seed()
 @options.as_json()
@@ -27,6 +28,7 @@ def evaluate(
     images: str,
     preprocess: str | None,
     count: int | None,
+    input_shape: str | None,
     seed: int,
     as_json: bool,
     report: str | None,
@@ -42,12 +44,10 @@ def evaluate(
     """
     from onnxcompress.cli.console import progress
     from onnxcompress.data.image_set import load_images
-    from onnxcompress.data.preprocess import choose
     from onnxcompress.evaluation import accuracy as measure
-    from onnxcompress.model.model_like import metadata_of
 
     chosen = options.take_provider(chosen)
-    choice = choose(preprocess, metadata_of(model), model)
+    choice = measure.preprocessing(model, preprocess, input_shape)
     draw: dict[str, Any] = {"preprocess": choice.preprocess, "count": count, "seed": seed}
     with progress(lines=not as_json) as show:
         loaded = load_images(images, labels=True, progress=show, **draw)

@@ -69,7 +69,7 @@ def _work(job: Job, files: Files, model: Model, baseline: Baseline, show: Progre
 
     save(run.model, files.target)
     if job.verify:
-        run.steps[-1].result.measured["difference"] = _difference(files)
+        run.steps[-1].result.measured["difference"] = _difference(files, job.input_shape)
     verdicts = judge(job.gates.limits, job.gates.measure(baseline, files.target, show))
     return Outcome(run, files, verdicts, (model_bytes(files.source), model_bytes(files.target)))
 
@@ -98,12 +98,14 @@ def _progress(job: Job) -> AbstractContextManager[Progress]:
     return progress(lines=not job.as_json)
 
 
-def _difference(files: Files) -> dict[str, float | str]:
+def _difference(files: Files, input_shape: str | None) -> dict[str, float | str]:
+    from onnxcompress.data.input_shapes import parse_input_shapes
     from onnxcompress.evaluation.equivalence import difference
     from onnxcompress.runtime.inference import random_feeds
 
     try:
-        found = difference(files.source, files.target, random_feeds(files.source))
+        feeds = random_feeds(files.source, shapes=parse_input_shapes(input_shape))
+        found = difference(files.source, files.target, feeds)
     except CompressError as error:
         return {"skipped": files.shown(str(error))}
     return {"max_abs": found.max_abs, "max_rel": found.max_rel, "output": found.output}

@@ -9,10 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from onnxcompress.cli import report_option
+from onnxcompress.cli import options, report_option
 from onnxcompress.cli.options import FILE, as_json, print_json
 from onnxcompress.errors import ModelError
-from onnxcompress.graph.shape_inference import tensor_shapes
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -24,9 +23,12 @@ if TYPE_CHECKING:
 @click.command()
 @click.argument("model", type=FILE)
 @click.option("--statistics", is_flag=True, help="List what is known of each channel, too.")
+@options.input_shape()
 @as_json()
 @report_option.report()
-def inspect(model: str, statistics: bool, as_json: bool, report: str | None) -> None:
+def inspect(
+    model: str, input_shape: str | None, statistics: bool, as_json: bool, report: str | None
+) -> None:
     """Show a model: inputs, size, operators, and each block that can be dropped.
 
     \b
@@ -35,8 +37,11 @@ def inspect(model: str, statistics: bool, as_json: bool, report: str | None) -> 
     """
     from onnxcompress.graph.blocks import find_blocks
     from onnxcompress.model import load
+    from onnxcompress.optimize.calibration import InputRequest, assume_sizes
 
     loaded = load(model)
+    if input_shape is not None or _is_handled(loaded):
+        assume_sizes(loaded, InputRequest(input_shape=input_shape))
     found = find_blocks(loaded)
     facts = _facts(loaded, Path(model))
     report_option.write_report(report, facts | dataclasses.asdict(found), [("input", model)])
@@ -52,13 +57,24 @@ def inspect(model: str, statistics: bool, as_json: bool, report: str | None) -> 
         _show_statistics(console, loaded, facts)
 
 
+def _is_handled(model: Model) -> bool:
+    """Whether all inputs are of types that can be fed; of other models less is shown."""
+    from onnxcompress.model.model_like import input_specs
+
+    try:
+        return bool(input_specs(model))
+    except ModelError:
+        return False
+
+
 def _facts(model: Model, path: Path) -> dict[str, Any]:
     from onnxcompress.graph.macs import count_macs, count_parameters
+    from onnxcompress.graph.shape_inference import infer
     from onnxcompress.graph.topology import Topology
     from onnxcompress.model.model_like import model_bytes
     from onnxcompress.statistics.record import live_record, read_record
 
-    shapes = tensor_shapes(model)
+    shapes = infer(model, {}).shapes
     feature = Topology(model).feature()
     try:
         macs: int | None = count_macs(model)
@@ -72,6 +88,7 @@ def _facts(model: Model, path: Path) -> dict[str, Any]:
         "opset": model.opset,
         "inputs": {t.name: list(shapes.get(t.name, ())) for t in model.graph.inputs},
         "outputs": {t.name: list(shapes.get(t.name, ())) for t in model.graph.outputs},
+        "input_shape": {name: list(shape) for name, shape in model.assumed.items()},
         "parameters": count_parameters(model),
         "macs": macs,
         "operators": dict(Counter(n.op for n in model.graph.nodes).most_common()),

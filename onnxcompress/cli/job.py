@@ -28,6 +28,8 @@ class Job:
     """What --json prints."""
     cache: Cache | None = None
     verify: bool = False
+    input_shape: str | None = None
+    """Of the random inputs that are compared on."""
     as_json: bool = False
     quiet: bool = False
     verbose: bool = False

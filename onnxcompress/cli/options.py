@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from onnxcompress.errors import OptionError
+from onnxcompress.option_fields import INPUT_SHAPE_HELP as SHAPE_HELP
+from onnxcompress.option_fields import INPUT_SHAPE_METAVAR as METAVAR
 from onnxcompress.option_fields import PROVIDER_HELP, PROVIDER_OPTIONS_HELP
 
 if TYPE_CHECKING:
@@ -100,14 +102,20 @@ def timing() -> Decorator[Any]:
             help="End once the ratios' intervals are within ± this.",
         ),
         click.option(
+            "--input-shape",
             "--shape",
             "shapes",
             multiple=True,
-            metavar="NAME=DIMS",
+            metavar=METAVAR,
             callback=_shapes,
-            help="Shape of an input that the model leaves open, as input=1x3x224x224.",
+            help=SHAPE_HELP,
         ),
     )
+
+
+def input_shape() -> Decorator[Any]:
+    """--input-shape, as text."""
+    return click.option("--input-shape", metavar=METAVAR, help=SHAPE_HELP)
 
 
 def seed() -> Decorator[Any]:
@@ -117,18 +125,6 @@ def seed() -> Decorator[Any]:
 
 def as_json() -> Decorator[Any]:
     return click.option("--json", "as_json", is_flag=True, help="Print one JSON object, nothing else.")
-
-
-def parse_shape(text: str) -> tuple[str, tuple[int, ...]]:
-    """Read `name=1x3x224x224`. Raises OptionError."""
-    name, equals, sizes = text.rpartition("=")
-    try:
-        shape = tuple(int(size) for size in sizes.split("x"))
-    except ValueError:
-        shape = ()
-    if not equals or not name or not shape or min(shape) < 1:
-        raise OptionError(f"--shape {text!r}: expected NAME=DIMS, such as input=1x3x224x224")
-    return name, shape
 
 
 def print_json(value: dict[str, Any]) -> None:
@@ -192,7 +188,9 @@ def _batches(context: click.Context, parameter: click.Parameter, value: str) -> 
 def _shapes(
     context: click.Context, parameter: click.Parameter, values: tuple[str, ...]
 ) -> dict[str, tuple[int, ...]]:
-    return dict(parse_shape(value) for value in values)
+    from onnxcompress.data.input_shapes import parse_input_shapes
+
+    return {name: shape for value in values for name, shape in parse_input_shapes(value).items()}
 
 
 def _chain(*options: Decorator[Any]) -> Decorator[Any]:

@@ -30,7 +30,8 @@ from onnxcompress.cli.options import (
     split,
 )
 from onnxcompress.cli.report_option import report_option
-from onnxcompress.option_fields import flag, is_required
+from onnxcompress.evaluation.gates import Gates
+from onnxcompress.option_fields import INPUT_SHAPE_HELP, INPUT_SHAPE_METAVAR, flag, is_required
 from onnxcompress.passes import load_pass
 
 if typing.TYPE_CHECKING:
@@ -61,17 +62,22 @@ def command(name: str) -> click.Command:
                 help="Compare the outputs in onnxruntime on random input.",
             )
         )
+    own = {f.name for f in dataclasses.fields(cls)}
+    if cls.preserves_function and "input_shape" not in own:
+        option = click.Option(["--input-shape"], metavar=INPUT_SHAPE_METAVAR, help=INPUT_SHAPE_HELP)
+        params.append(option)
 
     def callback(source: str, target: str, **options: Any) -> None:
         from onnxcompress.cli.execute import execute
         from onnxcompress.cli.job import Job, pass_account
         from onnxcompress.pipeline import Pipeline
 
-        gates = gates_of(options)
+        shape = options.get("input_shape") if "input_shape" in own else options.pop("input_shape", None)
+        gates = gates_of(options, Gates(input_shape=shape))
         how = {key: options.pop(key) for key in ("as_json", "quiet", "verbose", "dry_run", "report")}
         verify = bool(options.pop("verify", False))
         chain = Pipeline([cls(**options)])
-        execute(Job(source, target, chain, gates, account=pass_account, verify=verify, **how))
+        execute(Job(source, target, chain, gates, pass_account, verify=verify, input_shape=shape, **how))
 
     text = f"{inspect.cleandoc(cls.__doc__ or '')}\n\n{STREAMS_HELP}"
     return SectionedCommand(name, callback=callback, params=params, help=text)

@@ -156,7 +156,7 @@ def _compared(job: Job, found: Outcome, learned: Sequence[tuple[str, ImageSet]])
     """Both models on the gates' images, else on those that passes learned from, else on random inputs."""
     images, on = None, ""
     if job.gates.images is not None:
-        images = _load(job.gates.images, job.gates.preprocess, found.files.source)
+        images = _load(job.gates.images, job.gates.preprocess, found.files.source, job.gates.input_shape)
         on = f"{len(images)} images that the gates judge by" if images else ""
     elif learned:
         first = learned[0][1].spread(IMAGES)
@@ -181,7 +181,13 @@ def _compare(job: Job, found: Outcome, images: ImageSet | None) -> Comparison:
         where = Provider.of(options["provider"], options["provider_options"])
         how = {"provider": where, "threads": options["threads"], "batch": options["latency_batch"]}
     return compare(
-        found.files.source, found.files.target, images=images, seconds=SECONDS, tolerance=None, **how
+        found.files.source,
+        found.files.target,
+        images=images,
+        seconds=SECONDS,
+        tolerance=None,
+        shapes=gates.shapes,
+        **how,
     )
 
 
@@ -191,11 +197,12 @@ def _learned(steps: Sequence[Step], source: Path) -> list[tuple[str, ImageSet]]:
     files: set[tuple[Any, ...]] = set()
     for step in steps:
         options, shown = step.pass_.options(), step.result.shown
-        path, text, count, seed = (options.get(k) for k in ("images", "preprocess", "count", "seed"))
+        keys = ("images", "preprocess", "count", "seed", "input_shape")
+        path, text, count, seed, shape = (options.get(k) for k in keys)
         if path is not None:
             new = (path, text, count, seed) not in files
             files.add((path, text, count, seed))
-            if new and (loaded := _load(path, text, source, count, seed or 0)) is not None:
+            if new and (loaded := _load(path, text, source, shape, count, seed or 0)) is not None:
                 found.append((f"Images of {path}", loaded))
         elif shown is not None:
             kind = ", ".join(u["source"] for u in step.result.measured.get("inputs", []))
@@ -204,14 +211,18 @@ def _learned(steps: Sequence[Step], source: Path) -> list[tuple[str, ImageSet]]:
 
 
 def _load(
-    path: str, preprocess: str | None, source: Path, count: int | None = None, seed: int = 0
+    path: str,
+    preprocess: str | None,
+    source: Path,
+    input_shape: str | None = None,
+    count: int | None = None,
+    seed: int = 0,
 ) -> ImageSet | None:
     from onnxcompress.data.image_set import load_images
-    from onnxcompress.data.preprocess import choose
-    from onnxcompress.model.model_like import metadata_of
+    from onnxcompress.evaluation.accuracy import preprocessing
 
     try:
-        how = choose(preprocess, metadata_of(source)).preprocess
+        how = preprocessing(source, preprocess, input_shape).preprocess
         return load_images(path, preprocess=how, count=count, seed=seed)
     except CompressError:  # gone since the pass ran, which kept its result
         return None

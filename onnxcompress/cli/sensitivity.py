@@ -71,6 +71,7 @@ def _numbers(kind: type[int] | type[float]) -> Any:
 @click.option(
     "--synthetic", type=click.IntRange(1), default=IMAGES, show_default=True, help="Images to make."
 )
+@options.input_shape()
 @click.option(
     "--per-channel/--no-per-channel",
     default=True,
@@ -132,7 +133,9 @@ def sensitivity(
     from onnxcompress.passes.fold_bn.fold_and_canonicalize import fold_and_canonicalize
     from onnxcompress.sensitivity import analysis as core
 
-    request = InputRequest(images, preprocess, count, inputs, synthetic, seed)
+    request = InputRequest(
+        images, preprocess, count, inputs, synthetic, seed, input_shape=chosen["input_shape"]
+    )
     start = time.perf_counter()
     canonical = model.copy()
     fold_and_canonicalize(canonical)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 import click
 
 from onnxcompress.cli import options, report_option
-from onnxcompress.errors import OptionError
+from onnxcompress.errors import ModelError, OptionError
 
 if TYPE_CHECKING:
     from onnxcompress.data.image_set import ImageSet
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     help="How the network's inputs are normalized; as of drop-blocks.  [default: the model's metadata, "
     "`preprocessing`, else mean=0.45 std=0.25]",
 )
+@options.input_shape()
 @click.option(
     "--device",
     type=click.Choice(["auto", "cpu", "cuda"]),
@@ -55,6 +56,7 @@ def synthesize(
     count: int,
     seed: int,
     preprocess: str | None,
+    input_shape: str | None,
     device: str,
     sheet: str | None,
     no_sheet: bool,
@@ -71,11 +73,12 @@ def synthesize(
     """
     from onnxcompress.cli.console import progress
     from onnxcompress.data.preprocess import choose
-    from onnxcompress.optimize.calibration import best_kind
+    from onnxcompress.optimize.calibration import InputRequest, assume_sizes, best_kind, image_input
 
     files = _files(Path(target), sheet, no_sheet)
     model = _load(Path(source), files)
-    choice = choose(preprocess, model.metadata, source)
+    assume_sizes(model, InputRequest(preprocess=preprocess, input_shape=input_shape))
+    choice = choose(preprocess, model.metadata, source, image_input(model).dtype)
     kind, why = (kind, "asked for") if kind else best_kind(model)
     device = _device(model, kind, device)
     start = time.perf_counter()
@@ -139,13 +142,20 @@ def _files(target: Path, sheet: str | None, no_sheet: bool) -> list[Path]:
 def _make(
     model: Model, kind: str, count: int, choice: Choice, seed: int, device: str, progress: Progress
 ) -> ImageSet:
-    from onnxcompress.optimize.calibration import STANDARDIZED, synthetic_images
+    from onnxcompress.data.image_set import ImageSet
+    from onnxcompress.optimize.calibration import STANDARDIZED, image_input, synthetic_images
 
-    if choice.said is None:
+    if choice.said is None and image_input(model).dtype.kind == "f":
         click.echo(
             f"note: no --preprocess, and none in the model's metadata; taken to be {STANDARDIZED}", err=True
         )
-    return synthetic_images(model, kind, count, choice.said, seed, device=device, progress=progress)
+    made = synthetic_images(model, kind, count, choice.said, seed, device=device, progress=progress)
+    if not isinstance(made, ImageSet):
+        raise ModelError(
+            f"{model.name}: its input takes no pictures of 1 or 3 channels, and others are not kept; "
+            "passes draw such inputs themselves, without --images"
+        )
+    return made
 
 
 def _write(files: list[Path], images: ImageSet, kind: str, seed: int) -> None:

@@ -17,6 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tokenize import TokenError
+from typing import Any
 from zipfile import BadZipFile, ZipFile, is_zipfile
 
 import numpy as np
@@ -24,10 +25,11 @@ from PIL import Image
 
 from onnxcompress.data.decode import decode, fit
 from onnxcompress.data.preprocess import Preprocess
-from onnxcompress.errors import InputError, OptionError, one_line
+from onnxcompress.errors import CompressError, InputError, OptionError, one_line
 from onnxcompress.progress import Progress, silent
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".pgm")
+FLOAT: np.dtype[Any] = np.dtype(np.float32)
 DECODERS = 2
 """Threads that decode."""
 _UNREADABLE = (
@@ -49,6 +51,8 @@ class ImageSet:
     """int64 class indices, or None where there are no labels."""
     names: tuple[str, ...]
     preprocess: Preprocess
+    dtype: np.dtype[Any] = FLOAT
+    """Of the network's input."""
 
     def __len__(self) -> int:
         return len(self.x)
@@ -60,13 +64,17 @@ class ImageSet:
         return self.preprocess.shape(height, width, channels)
 
     def array(self) -> np.ndarray:
-        """All images, float32 N,C,H,W or N,H,W,C."""
-        return self.preprocess.normalize(self.x)
+        """All images as the network takes them, N,C,H,W or N,H,W,C."""
+        return self.normalized(slice(None))
+
+    def normalized(self, part: slice) -> np.ndarray:
+        """Some of the images as the network takes them."""
+        return as_type(self.preprocess.normalize(self.x[part]), self.dtype)
 
     def batches(self, batch: int) -> Iterator[np.ndarray]:
         """Normalized batches in order; the last may be smaller."""
         for start in range(0, len(self), batch):
-            yield self.preprocess.normalize(self.x[start : start + batch])
+            yield self.normalized(slice(start, start + batch))
 
     def take(self, indices: Sequence[int] | np.ndarray) -> ImageSet:
         """The images at these indices."""
@@ -78,6 +86,33 @@ class ImageSet:
         if count >= len(self):
             return self
         return self.take(np.linspace(0, len(self) - 1, count).astype(int))
+
+
+def as_type(values: np.ndarray, dtype: np.dtype[Any]) -> np.ndarray:
+    """Floats in the type of an input; integers are rounded, and cut off at the ends of their range."""
+    if dtype.kind in "iu":
+        ends = np.iinfo(dtype)
+        values = np.clip(np.rint(values), ends.min, ends.max)
+    return values.astype(dtype, copy=False)
+
+
+def image_size(path: str | os.PathLike[str]) -> tuple[int, int] | None:
+    """Height and width of the first image of a folder or .npz; None where it cannot be told cheaply.
+
+    Nothing is refused here: `load_images` says what is wrong with a file.
+    """
+    source = Path(path)
+    try:
+        if source.is_dir():
+            first = next(iter(_image_files(source)), None)
+            if first is None:
+                return None
+            with Image.open(first) as image:
+                return image.height, image.width
+        x, _ = _read_npz(source)
+    except (OSError, ValueError, CompressError):
+        return None
+    return int(x.shape[1]), int(x.shape[2])
 
 
 def load_images(

@@ -107,6 +107,8 @@ PRESETS = {
     "cifar10": Preprocess(mean=(0.4914, 0.4822, 0.4465), std=(0.2470, 0.2435, 0.2616), size=(32, 32)),
     "fashion-mnist": Preprocess(mean=(0.2860,), std=(0.3530,), size=(28, 28)),
 }
+SIGNED = Preprocess(mean=(128.0,), scale=1.0)
+"""Of inputs of type int8: pixels from −128 to 127."""
 """`unit`: pixels / 255; `raw`: pixels from 0 to 255; the others by the name of their data set."""
 
 
@@ -119,11 +121,13 @@ class Choice:
     source: str
     """option, model (its metadata), default, or what completes an option that names no preset:
     option-and-model, option-and-default."""
+    base: Preprocess = PRESETS["unit"]
+    """What is done where nobody says anything."""
 
     @property
     def preprocess(self) -> Preprocess:
-        """For real images: `unit` where nobody said more."""
-        return self.said or PRESETS["unit"]
+        """For real images."""
+        return self.said or self.base
 
     def as_dict(self) -> dict[str, str]:
         """JSON values: preprocess, preprocess_from."""
@@ -144,25 +148,49 @@ _SOURCES = {
 }
 
 
-def choose(given: str | None, metadata: Mapping[str, str], model: str = "the model") -> Choice:
-    """The rule of all commands: what the user says, else what the model's metadata has, else `unit`.
+def base_for(dtype: np.dtype[Any] | None) -> Preprocess:
+    """What an input of that type takes where nobody says anything: `unit`, or pixels as integers."""
+    if dtype is None or dtype.kind not in "iu":
+        return PRESETS["unit"]
+    return SIGNED if dtype == np.int8 else PRESETS["raw"]
+
+
+def choose(
+    given: str | None,
+    metadata: Mapping[str, str],
+    model: str = "the model",
+    dtype: np.dtype[Any] | None = None,
+) -> Choice:
+    """Apply the rule of all commands: what the user says, else the model's metadata, else the default.
 
     Pairs without a preset, as `size=24`, change what the metadata has and leave the rest of it.
-    Raises OptionError for a text that cannot be read.
+
+    Args:
+        given: The text of --preprocess, if there is one.
+        metadata: Metadata of the model.
+        model: What messages call the model.
+        dtype: Element type of its input; it decides the default, see `base_for`.
+
+    Returns:
+        How images are preprocessed, and who said so.
+
+    Raises:
+        OptionError: A text cannot be read, or makes fractions for an input of integers.
     """
+    base = base_for(dtype)
     words = [] if given is None else given.split()
     if given is not None and words and "=" not in words[0]:
-        return Choice(Preprocess.parse(given), "option")
+        return _whole(Choice(Preprocess.parse(given, base), "option", base), dtype, model)
     text = metadata.get(PREPROCESSING)
     if given is not None and (text is None or _says_all(words)):
         return Choice(Preprocess.parse(given), "option" if _says_all(words) else "option-and-default")
     if text is None:
-        return Choice(None, "default")
+        return Choice(None, "default", base)
     try:
-        own = Preprocess.parse(text)
+        own = Preprocess.parse(text, base)
         if given is None:
-            return Choice(own, "model")
-        return Choice(Preprocess.parse(given, own), "option-and-model")
+            return _whole(Choice(own, "model", base), dtype, model)
+        return _whole(Choice(Preprocess.parse(given, own), "option-and-model", base), dtype, model)
     except OptionError as error:
         raise OptionError(
             f"{model}: its metadata {PREPROCESSING!r} cannot be used ({error}); give --preprocess"
@@ -177,6 +205,20 @@ def _says_all(words: Sequence[str]) -> bool:
 def told(text: str, source: str) -> str:
     """For a person: what is done to pixels, and who said so."""
     return f"preprocessed by {text} ({_SOURCES[source]})"
+
+
+def _whole(choice: Choice, dtype: np.dtype[Any] | None, model: str) -> Choice:
+    """Raise OptionError where an input of integers would get fractions."""
+    if dtype is not None and dtype.kind in "iu":
+        p = choice.preprocess
+        channels = max(len(p.mean), len(p.std))
+        levels = np.repeat(np.arange(256, dtype=np.uint8).reshape(1, -1, 1, 1), channels, 3)
+        x = p.normalize(levels)
+        if not np.array_equal(x, np.round(x)):
+            raise OptionError(
+                f"{model}: its input takes {dtype} pixels; use --preprocess raw, not mean and std"
+            )
+    return choice
 
 
 _CHOICES = {"layout": ("nchw", "nhwc"), "order": ("rgb", "bgr"), "filter": ("bilinear", "bicubic")}

@@ -4,15 +4,25 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
 from onnxcompress.data.image_set import ImageSet, check_fits
+from onnxcompress.data.input_shapes import named, parse_input_shapes, sized
+from onnxcompress.data.preprocess import Choice, choose
 from onnxcompress.errors import InputError, ModelError, OptionError, one_line
-from onnxcompress.model.model_like import InputSpec, ModelLike, display_names, input_specs, label
+from onnxcompress.model.model_like import (
+    InputSpec,
+    ModelLike,
+    display_names,
+    input_specs,
+    label,
+    metadata_of,
+)
 from onnxcompress.progress import Progress, silent
+from onnxcompress.runtime.inference import unread_feeds
 from onnxcompress.runtime.providers import ProviderLike
 from onnxcompress.runtime.session import pick_provider, session
 
@@ -108,10 +118,10 @@ def logits(
         if output not in names:
             raise OptionError(f"output: {output!r}; {label(model)} has {', '.join(names)}")
         names = [output]
-    parts = []
+    parts, others = [], unread_feeds(model)
     for x, real in _feeds(images, spec, size, pad=isinstance(fixed, int)):
         try:
-            values = opened.run(names, {spec.name: x})
+            values = opened.run(names, {spec.name: x, **others})
         except Exception as error:  # onnxruntime's exceptions have no common base
             raise ModelError(f"{label(model)}: the run failed ({one_line(error)})") from error
         index, scores = _scores(values, names, len(x), label(model))
@@ -138,12 +148,37 @@ def agreement(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def image_input(model: ModelLike) -> InputSpec:
-    """The model's one input. Raises ModelError where there are none or several."""
-    specs = input_specs(model)
+    """The one input that the model reads. Raises ModelError where there are none or several."""
+    specs = [spec for spec in input_specs(model) if spec.read]
     if len(specs) != 1:
         names = ", ".join(s.name for s in specs) or "none"
-        raise ModelError(f"{label(model)}: expected one input for images, it has {names}")
+        raise ModelError(
+            f"{label(model)}: networks with one input are handled, this reads {len(specs)} ({names}); make "
+            "all but one of them initializers with the values that they have in use"
+        )
     return specs[0]
+
+
+def preprocessing(model: ModelLike, given: str | None, input_shape: str | None = None) -> Choice:
+    """How images become the model's input, and who said so.
+
+    Args:
+        model: with one input.
+        given: the text of --preprocess, if there is one.
+        input_shape: the text of --input-shape; images are brought to its size where no other is said.
+
+    Raises:
+        OptionError: a text that cannot be read, or contradicts the model.
+    """
+    spec = image_input(model)
+    choice = choose(given, metadata_of(model), label(model), spec.dtype)
+    shape = named(parse_input_shapes(input_shape), [spec], label(model)).get(spec.name)
+    how = choice.preprocess
+    if shape is None or len(shape) != 4 or how.size is not None:
+        return choice
+    sized(spec, shape, label(model))  # it contradicts nothing
+    sides = shape[2:] if how.layout == "nchw" else shape[1:3]
+    return replace(choice, said=replace(how, size=(sides[0], sides[1])), source="option")
 
 
 def score_output(values: dict[str, np.ndarray], count: int) -> np.ndarray | None:

@@ -23,7 +23,7 @@ from onnxcompress.model.model_like import (
     model_bytes,
 )
 from onnxcompress.progress import Progress, silent
-from onnxcompress.runtime.inference import random_feeds, run
+from onnxcompress.runtime.inference import random_feeds, run, unread_feeds
 from onnxcompress.runtime.latency import Ratio, Timing, benchmark, ratio
 from onnxcompress.runtime.providers import ProviderLike
 
@@ -143,7 +143,7 @@ def _on_random(
     a: ModelLike, b: ModelLike, seed: int, shapes: Mapping[str, Sequence[int]] | None
 ) -> _Outputs:
     inputs = {s.name for s in input_specs(a)}
-    given = {k: v for k, v in (shapes or {}).items() if k in inputs}
+    given = {k: v for k, v in (shapes or {}).items() if not k or k in inputs}
     feeds = random_feeds(a, batch=_batch(a, b, DIFFERENCE_BATCH), seed=seed, shapes=given)
     left, right = run(a, feeds), run(b, _for(b, feeds))
     count = len(next(iter(feeds.values()), np.zeros(1)))
@@ -162,7 +162,7 @@ def _on_images(
     check_fits(images, spec.shape, spec.name)
     size = _batch(a, b, min(DIFFERENCE_BATCH, len(images)))
     x = images.take(np.arange(size) % len(images)).array().astype(spec.dtype)
-    feeds = {spec.name: x}
+    feeds = {spec.name: x, **unread_feeds(a)}
     difference = difference_of(run(a, feeds), run(b, _for(b, feeds)))
     top1: tuple[float | None, float | None] = (None, None)
     if images.y is not None:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from onnxcompress.errors import OptionError
 from onnxcompress.evaluation.gate_results import Facts
-from onnxcompress.option_fields import PROVIDER_HELP, option, provider_options_option
+from onnxcompress.option_fields import INPUT_SHAPE_METAVAR, PROVIDER_HELP, option, provider_options_option
 from onnxcompress.progress import Progress, silent
 from onnxcompress.runtime.providers import Provider
 
@@ -55,11 +55,19 @@ class Gates:
     provider_options: tuple[str, ...] = provider_options_option()
     threads: int = option(0, "CPU threads of onnxruntime; 0: all cores.")
     batch: int = option(1, "Images in a run when latency is measured.")
+    input_shape: str | None = option(None, "As --input-shape.", metavar=INPUT_SHAPE_METAVAR)
 
     @property
     def limits(self) -> dict[str, float]:
         """The limits that are set, by name."""
         return {n: v for n in LIMITS if (v := getattr(self, n)) is not None}
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of inputs that the file leaves open, as `input_shapes` reads them. Raises OptionError."""
+        from onnxcompress.data.input_shapes import parse_input_shapes
+
+        return parse_input_shapes(self.input_shape)
 
     @property
     def runs_on(self) -> Provider:
@@ -80,7 +88,7 @@ class Gates:
         if needing and self.images is None and images is not None:
             what = "labelled images" if "max_drop" in needing else "images"
             raise OptionError(f"{_flag(needing[0])} needs {what}: name them with {images} DIR|NPZ")
-        self.runs_on  # noqa: B018  it checks itself
+        self.runs_on, self.shapes  # noqa: B018  they check themselves
         for name, least in (("threads", 0), ("batch", 1)):
             if getattr(self, name) < least:
                 raise OptionError(f"--gate-{name} {getattr(self, name)}: expected {least} or more")
@@ -96,15 +104,13 @@ class Gates:
             from onnxcompress.runtime.session import check_provider
 
             check_provider(self.runs_on)
-            random_feeds(before, batch=self.batch, fixed_batch_ok=False)
+            random_feeds(before, batch=self.batch, fixed_batch_ok=False, shapes=self.shapes)
         if self.images is None or not {"max_drop", "min_agreement"} & self.limits.keys():
             return Baseline(before)
         from onnxcompress.data.image_set import load_images
-        from onnxcompress.data.preprocess import choose
-        from onnxcompress.evaluation.accuracy import logits
-        from onnxcompress.model.model_like import label, metadata_of
+        from onnxcompress.evaluation.accuracy import logits, preprocessing
 
-        choice = choose(self.preprocess, metadata_of(before), label(before))
+        choice = preprocessing(before, self.preprocess, self.input_shape)
         labels = self.max_drop is not None
         images = load_images(self.images, preprocess=choice.preprocess, labels=labels, progress=progress)
         scores = logits(before, images, provider=self.runs_on, threads=self.threads, progress=progress)
@@ -147,7 +153,12 @@ class Gates:
 
         models = {"before": before, "after": after} if self.min_speedup is not None else {"after": after}
         timings = benchmark(
-            models, provider=self.runs_on, batch=self.batch, threads=self.threads, progress=progress
+            models,
+            provider=self.runs_on,
+            batch=self.batch,
+            threads=self.threads,
+            shapes=self.shapes,
+            progress=progress,
         )
         last = timings["after"]
         device = f"{last.device}, batch {last.batch}"

@@ -11,7 +11,8 @@ The *trunk* is the sequence of tensors through which every path from input to ou
 are offered on the trunk only: elsewhere a region of equal shapes is part of something larger (a dense
 layer, a gate), and replacing it changes what is merged later. Legality, an allow-list:
 
-  R1  the shapes of entry and exit are known and equal
+  R1  the shapes of entry and exit are known and equal; where sizes of the input are only assumed, at
+      others, too: a block must be one at any size
   R2  the region depends on nothing but its entry and constants
   R3  no inner tensor is read outside or is a graph output; the exit is not a graph output, and no body of
       an If, Loop or Scan reads it
@@ -23,7 +24,7 @@ Does not handle: regions inside If, Loop or Scan bodies; blocks that change the 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -33,7 +34,7 @@ from onnxcompress.account import Refusal
 from onnxcompress.errors import ModelError
 from onnxcompress.graph.macs import node_macs, parameters_of
 from onnxcompress.graph.query import consumers, input_at, is_op, is_output, producer
-from onnxcompress.graph.shape_inference import tensor_shapes
+from onnxcompress.graph.shape_inference import infer, tensor_shapes
 from onnxcompress.graph.topology import Topology
 from onnxcompress.model import Model, Shape
 
@@ -42,6 +43,8 @@ ACTIVATIONS = (
     "Relu", "Clip", "LeakyRelu", "PRelu", "Sigmoid", "HardSigmoid", "HardSwish", "Swish", "Elu", "Selu",
     "Celu", "Gelu", "Mish", "Softplus", "Tanh", "ThresholdedRelu",
 )  # fmt: skip
+STEP = 32
+"""By which sizes differ where blocks are looked for at a second one, times the axis."""
 Kind = Literal["residual", "unit", "run"]
 
 
@@ -111,12 +114,13 @@ def find_blocks(model: Model) -> Discovery:
         ModelError: The graph has a cycle, or its shapes contradict each other.
     """
     topology = Topology(model)
+    elsewhere = _at_another_size(model)
     regions: list[_Region] = []
     misses: list[Refusal] = []
     for node in topology.order:
         if is_op(node, "Add", "Sum") and len(node.inputs) == 2:
             try:
-                regions.append(_residual(model, topology, node))
+                regions.append(_residual(model, topology, node, elsewhere))
             except _Illegal as miss:
                 if miss.refusal[0]:
                     misses.append(Refusal(node.name or node.outputs[0].name, *miss.refusal))
@@ -125,7 +129,7 @@ def find_blocks(model: Model) -> Discovery:
         if any(id(n) in covered for n in candidate.nodes):
             continue
         try:
-            _check(model, topology, candidate)
+            _check(model, topology, candidate, elsewhere)
         except _Illegal as miss:
             misses.append(Refusal(_label(candidate), *miss.refusal))
         else:
@@ -134,7 +138,7 @@ def find_blocks(model: Model) -> Discovery:
     return Discovery(_describe(model, topology, regions), tuple(misses))
 
 
-def _residual(model: Model, topology: Topology, add: gs.Node) -> _Region:
+def _residual(model: Model, topology: Topology, add: gs.Node, elsewhere: Mapping[str, Shape]) -> _Region:
     first, second = add.inputs
     if id(first) not in topology.data or id(second) not in topology.data or first is second:
         raise _Illegal("")  # a bias or a doubling: no residual at all
@@ -146,7 +150,7 @@ def _residual(model: Model, topology: Topology, add: gs.Node) -> _Region:
         try:
             nodes = _branch(topology, branch, entry)
             region = _Region("residual", entry, add.outputs[0], (*nodes, add))
-            _check(model, topology, region)
+            _check(model, topology, region, elsewhere)
             return region
         except _Illegal as miss:
             problem = miss
@@ -206,14 +210,16 @@ def _trunk_candidates(topology: Topology) -> Iterator[_Region]:
                 yield _Region("run", entry, trunk[at], tuple(run))
 
 
-def _check(model: Model, topology: Topology, region: _Region) -> None:
+def _check(model: Model, topology: Topology, region: _Region, elsewhere: Mapping[str, Shape]) -> None:
     inside = {id(node) for node in region.nodes}
     before, after = topology.shape(region.entry), topology.shape(region.exit)
-    remedy = "export with static spatial dimensions, or run shape inference"
+    remedy = "give the sizes of the network's input with --input-shape, or run shape inference"
     if before is None or after is None or not all(isinstance(d, int) for d in before[1:]):
         raise _Illegal("the shape is unknown", remedy)
     if len(before) != len(after) or before[1:] != after[1:]:
         raise _Illegal(f"input {_dims(before)} and output {_dims(after)} differ in shape")
+    if _differ(region, elsewhere):
+        raise _Illegal("its input and output have the same shape at some sizes of the network's input only")
     if not any(_has_weight(topology, node) for node in region.nodes):
         raise _Illegal("it has no layer with weights")
     if region.kind == "run" and any(n.attrs.get("group", 1) != 1 for n in region.nodes if n.op == "Conv"):
@@ -237,6 +243,33 @@ def _check(model: Model, topology: Topology, region: _Region) -> None:
                     raise _Illegal(
                         f"tensor {tensor.name!r} inside is also read by {reader.op} {reader.name!r}"
                     )
+
+
+def _differ(region: _Region, shapes: Mapping[str, Shape]) -> bool:
+    """Whether entry and exit are not known to have one shape."""
+    before, after = shapes.get(region.entry.name), shapes.get(region.exit.name)
+    return before is None or after is None or before[1:] != after[1:]
+
+
+def _at_another_size(model: Model) -> Mapping[str, Shape]:
+    """Shapes of all tensors with other sizes in place of the assumed ones; empty where that cannot be.
+
+    The steps are multiples of what networks are built for, and differ, so that no two axes stay alike.
+    """
+    if not model.assumed:
+        return tensor_shapes(model)
+    files = {t.name: t.shape for t in model.graph.inputs}
+    other = {
+        name: tuple(
+            size + STEP * axis if isinstance(size, int) and not isinstance(open_size, int) else size
+            for axis, (size, open_size) in enumerate(zip(shape, files[name], strict=True))
+        )
+        for name, shape in model.assumed.items()
+    }
+    try:
+        return infer(model, other).shapes
+    except ModelError:
+        return {}
 
 
 def _has_weight(topology: Topology, node: gs.Node) -> bool:

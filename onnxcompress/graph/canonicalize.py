@@ -22,7 +22,7 @@ from onnxcompress.graph.constant_folding import constant_value
 from onnxcompress.graph.edit import lift_weights, remove_unread, set_input, unique_name
 from onnxcompress.graph.linear_layer import BIAS_AT, LINEAR_OPS, Linear, as_linear
 from onnxcompress.graph.query import attribute, input_at, is_op, is_output, value_readers
-from onnxcompress.graph.shape_inference import tensor_shapes
+from onnxcompress.graph.shape_inference import infer
 from onnxcompress.model import Model
 
 
@@ -40,7 +40,7 @@ def canonicalize(model: Model) -> list[Change]:
     padded = sum(_fold_pad(model, node) for node in list(model.graph.nodes) if is_op(node, "Pad"))
     if padded:
         changes.append(Change(model.name, f"{padded} Pads folded into convolutions"))
-    shapes = dict(tensor_shapes(model))
+    shapes = infer(model, {}).shapes  # what is written must not depend on sizes that are only assumed
     for node in list(model.graph.nodes):
         if is_op(node, "Reshape"):
             _fix_reshape(model, node, shapes)

@@ -12,6 +12,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 from onnx_graphsurgeon.ir.tensor import LazyValues
 
+from onnxcompress.errors import ModelError
 from onnxcompress.model import Model
 
 NAMED = 8
@@ -67,6 +68,31 @@ def consumers(tensor: gs.Tensor) -> list[gs.Node]:
     """
     seen: dict[int, gs.Node] = {id(node): node for node in tensor.outputs}
     return list(seen.values())
+
+
+def read_inputs(model: Model) -> list[gs.Tensor]:
+    """The graph's inputs whose values matter: something reads them, or they are outputs, too."""
+    return [
+        t
+        for t in model.graph.inputs
+        if not isinstance(t, gs.Constant) and (t.outputs or is_output(model, t))
+    ]
+
+
+def data_input(model: Model) -> gs.Tensor:
+    """The one input that the network reads.
+
+    Raises:
+        ModelError: it reads none, or several.
+    """
+    inputs = read_inputs(model)
+    if len(inputs) != 1:
+        names = ", ".join(t.name for t in inputs) or "none"
+        raise ModelError(
+            f"{model.name}: networks with one input are handled, this reads {len(inputs)} ({names}); make "
+            "all but one of them initializers with the values that they have in use"
+        )
+    return inputs[0]
 
 
 def is_output(model: Model, tensor: gs.Tensor) -> bool:

@@ -7,6 +7,9 @@ therefore replaced by their value first.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
+
 import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
@@ -33,28 +36,63 @@ def tensor_shapes(model: Model) -> dict[str, Shape]:
     Raises:
         ModelError: The graph's shapes contradict each other.
     """
-    return model.analysis(infer_shapes)
+    return model.analysis(_inferred).shapes
 
 
-def infer_shapes(model: Model) -> dict[str, Shape]:
-    """Infer the shapes of all tensors.
+@dataclass(frozen=True)
+class Inferred:
+    """What is known of a graph's tensors, by name."""
+
+    shapes: dict[str, Shape]
+    """A dimension is a number, a symbol's name, or None."""
+    types: dict[str, int]
+    """Element types, of onnx.TensorProto."""
+
+
+def tensor_types(model: Model) -> dict[str, int]:
+    """Look up the element types of all tensors, inferred once for a graph.
 
     Args:
         model: The model.
 
     Returns:
-        Shapes by tensor name; a dimension is a number, a symbol's name, or None where it is unknown. A
-        tensor whose rank is unknown is absent.
+        Element types of onnx.TensorProto by tensor name, as far as they can be inferred.
 
     Raises:
         ModelError: The graph's shapes contradict each other.
     """
-    shapes: dict[str, Shape] = {}
+    return model.analysis(_inferred).types
+
+
+def _inferred(model: Model) -> Inferred:
+    return infer(model, model.assumed)
+
+
+def infer(model: Model, assumed: Mapping[str, Shape]) -> Inferred:
+    """Infer the shapes and the element types of all tensors.
+
+    Values that follow from assumed sizes are used here and forgotten: the graph computes them anew for
+    each size.
+
+    Args:
+        model: The model.
+        assumed: Shapes of inputs with sizes in place of dimensions that the file leaves open, by name; see
+            `Model.assume`.
+
+    Returns:
+        Shapes and types. A tensor whose rank is unknown is absent.
+
+    Raises:
+        ModelError: The graph's shapes contradict each other.
+    """
+    found = Inferred({}, {})
     for _ in range(ROUNDS):
-        shapes = _infer_once(model)
-        if not _learn_sizes(model, shapes):
+        found = _infer_once(model, assumed)
+        if not _learn_sizes(model, found.shapes):
             break
-    return shapes
+    if assumed:
+        model.constants.clear()
+    return found
 
 
 def _learn_sizes(model: Model, shapes: dict[str, Shape]) -> bool:
@@ -99,8 +137,9 @@ def _picked(model: Model, node: gs.Node, shape: Shape) -> np.ndarray | None:
     return None if picked is None or (picked == unknown).any() else picked
 
 
-def _infer_once(model: Model) -> dict[str, Shape]:
+def _infer_once(model: Model, assumed: Mapping[str, Shape]) -> Inferred:
     proto = model.skeleton()
+    _fill_in(proto.graph, assumed)
     folded = {}
     for node in model.graph.nodes:
         for tensor in node.outputs:
@@ -118,11 +157,21 @@ def _infer_once(model: Model) -> dict[str, Shape]:
     except (onnx.shape_inference.InferenceError, onnx.checker.ValidationError) as error:
         raise ModelError(f"{model.name}: the graph's shapes contradict ({one_line(error)})") from error
     shapes: dict[str, Shape] = {t.name: tuple(t.dims) for t in inferred.graph.initializer}
+    types = {t.name: int(t.data_type) for t in inferred.graph.initializer}
     for field in (inferred.graph.value_info, inferred.graph.input, inferred.graph.output):
         for info in field:
+            if info.type.tensor_type.elem_type:
+                types[info.name] = int(info.type.tensor_type.elem_type)
             if info.type.tensor_type.HasField("shape"):
                 shapes[info.name] = _dims(info.type.tensor_type.shape)
-    return shapes
+    return Inferred(shapes, types)
+
+
+def _fill_in(graph: onnx.GraphProto, assumed: Mapping[str, Shape]) -> None:
+    """Write assumed sizes into the inputs, with a batch of 1 where it is open: more can be inferred so."""
+    for info in graph.input:
+        for dim, size in zip(info.type.tensor_type.shape.dim, assumed.get(info.name, ()), strict=False):
+            dim.dim_value = size if isinstance(size, int) else 1
 
 
 def _dims(shape: onnx.TensorShapeProto) -> Shape:

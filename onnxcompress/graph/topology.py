@@ -5,7 +5,7 @@ from __future__ import annotations
 import onnx_graphsurgeon as gs
 
 from onnxcompress.graph.order import node_reads, sorted_nodes
-from onnxcompress.graph.query import is_op, producer
+from onnxcompress.graph.query import is_op, producer, read_inputs
 from onnxcompress.graph.shape_inference import tensor_shapes
 from onnxcompress.model import Model, Shape
 
@@ -72,7 +72,7 @@ class Topology:
             ends = {id(t): len(self.order) for t in self.model.graph.outputs}
             trunk: list[gs.Tensor] = []
             farthest = -1  # last node that needs something computed so far, except the newest tensor
-            inputs = list(self.model.graph.inputs)
+            inputs = read_inputs(self.model)
             if len(inputs) == 1:
                 trunk.append(inputs[0])
             pending = max((max(last.get(id(t), -1), ends.get(id(t), -1)) for t in inputs), default=-1)

@@ -84,6 +84,21 @@ def without_contents(proto: onnx.ModelProto) -> onnx.ModelProto:
     return envelope
 
 
+def open_unset_sizes(graph: onnx.GraphProto) -> None:
+    """Make dimensions open that exporters write as −1, or in an input or output as 0, for want of a symbol.
+
+    Shape inference and onnxruntime would take the numbers at their word.
+    """
+    weights = {tensor.name for tensor in graph.initializer}
+    for field, least in ((graph.input, 1), (graph.output, 1), (graph.value_info, 0)):
+        for info in field:
+            if info.name in weights or not info.type.HasField("tensor_type"):
+                continue
+            for dim in info.type.tensor_type.shape.dim:
+                if dim.HasField("dim_value") and dim.dim_value < least:
+                    dim.ClearField("dim_value")
+
+
 def _assign(message: Any, name: str, value: Any) -> None:
     target = getattr(message, name)
     if hasattr(target, "extend"):

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
@@ -23,7 +23,7 @@ from onnx_graphsurgeon.ir.tensor import LazyValues, SparseValues
 
 from onnxcompress.errors import ModelError
 from onnxcompress.model import tensor_storage
-from onnxcompress.model.envelope import replace, sync_values, without_contents
+from onnxcompress.model.envelope import open_unset_sizes, replace, sync_values, without_contents
 from onnxcompress.model.gs_import import import_graph
 from onnxcompress.model.origins import (
     export_node,
@@ -51,12 +51,15 @@ class Model:
         self, proto: onnx.ModelProto, stored: dict[int, LazyValues | np.ndarray], name: str
     ) -> None:
         """Import a ModelProto; it may lack the raw data of the initializers whose index is in `stored`."""
+        open_unset_sizes(proto.graph)
         self.name = name
         external = [v for v in stored.values() if isinstance(v, StoredValues) and v.external]
         self.external_data = bool(external)
         self.external_files = {v.file.path for v in external}
         self.input_digest: Callable[[], str] | None = None
         self._analyses: dict[Callable[[Model], Any], Any] = {}
+        self.assumed: dict[str, Shape] = {}
+        """Shapes of inputs with sizes in place of dimensions that the file leaves open; see `assume`."""
         self.constants: dict[str, np.ndarray | None] = {}
         self._names: set[str] | None = None
         self._removed: set[int] = set()
@@ -199,6 +202,19 @@ class Model:
         self.constants.clear()
         self.input_digest = None
 
+    def assume(self, shapes: Mapping[str, Shape]) -> None:
+        """Have all that is inferred take these sizes where an input's are open.
+
+        The graph and the file stay as they are: an open dimension is written open. In what follows from
+        them an open batch is 1.
+
+        Args:
+            shapes: Shape by name of the input; it replaces what was assumed before.
+        """
+        if self.assumed != dict(shapes):
+            self.assumed = dict(shapes)
+            self._analyses.clear()
+
     def analysis(self, compute: Callable[[Model], Analysis]) -> Analysis:
         """Compute a property of the graph, once until the graph changes.
 
@@ -233,6 +249,7 @@ class Model:
             edit(skeleton)
         twin = Model(skeleton, stored, self.name)
         twin.external_data = self.external_data
+        twin.assumed = dict(self.assumed)
         twin.input_digest = self.input_digest
         return twin
 
@@ -244,7 +261,7 @@ class Model:
         Args:
             other: The model to take over; it must not be used afterwards.
         """
-        kept = {key: getattr(self, key) for key in ("name", "external_data", "external_files")}
+        kept = {key: getattr(self, key) for key in ("name", "external_data", "external_files", "assumed")}
         self.__dict__.update(other.__dict__ | kept)
         self.touch()
 

@@ -9,7 +9,7 @@ import contextlib
 import os
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from google.protobuf.message import DecodeError, EncodeError
 
 from onnxcompress.errors import ModelError
 from onnxcompress.model import Model, Shape, load, protobuf_stream, save
+from onnxcompress.model.envelope import attributes
 
 ModelLike = Model | onnx.ModelProto | bytes | str | os.PathLike[str]
 
@@ -40,6 +41,8 @@ class InputSpec:
     dtype: np.dtype[Any]
     shape: Shape | None
     """A symbolic dimension is a name, an unknown one None; None: the rank is unknown, too."""
+    read: bool = True
+    """Whether anything depends on it; a runtime wants it fed all the same."""
 
     def takes(self, shape: Sequence[int]) -> bool:
         """Whether the input accepts arrays of a shape.
@@ -171,7 +174,7 @@ def input_specs(model: ModelLike) -> list[InputSpec]:
     """Describe the inputs that must be fed, in order: graph inputs that are not initializers.
 
     Args:
-        model: A model in any form.
+        model: A model in any form; a Model with the sizes that are assumed for it (`Model.assume`).
 
     Returns:
         A specification of each input.
@@ -181,7 +184,8 @@ def input_specs(model: ModelLike) -> list[InputSpec]:
     """
     if isinstance(model, Model):
         real = {t.name for t in model.graph.inputs if not isinstance(t, gs.Constant)}
-        return _proto_specs(model.skeleton(), only=real)
+        specs = _proto_specs(model.skeleton(), only=real)
+        return [replace(s, shape=model.assumed.get(s.name, s.shape)) for s in specs]
     return _proto_specs(_proto(model), only=None)
 
 
@@ -247,6 +251,7 @@ def _proto(model: onnx.ModelProto | bytes | str | os.PathLike[str]) -> onnx.Mode
 
 def _proto_specs(proto: onnx.ModelProto, only: set[str] | None) -> list[InputSpec]:
     weights = {t.name for t in proto.graph.initializer}
+    read = _names_read(proto.graph) | {o.name for o in proto.graph.output}
     specs = []
     for value in proto.graph.input:
         if value.name in weights or (only is not None and value.name not in only):
@@ -258,8 +263,17 @@ def _proto_specs(proto: onnx.ModelProto, only: set[str] | None) -> list[InputSpe
                 d.dim_value if d.dim_value > 0 else (d.dim_param or None) for d in tensor.shape.dim
             )
         kind = type_name(tensor.elem_type).lower()
-        specs.append(InputSpec(value.name, _dtype(kind, value.name), shape))
+        specs.append(InputSpec(value.name, _dtype(kind, value.name), shape, value.name in read))
     return specs
+
+
+def _names_read(graph: onnx.GraphProto) -> set[str]:
+    """Names that nodes of the graph read, or nodes in bodies inside it."""
+    found = {name for node in graph.node for name in node.input}
+    for attribute in attributes(graph):
+        for body in (attribute.g, *attribute.graphs):
+            found |= {name for node in body.node for name in node.input} | {o.name for o in body.output}
+    return found
 
 
 def type_name(element_type: int) -> str:

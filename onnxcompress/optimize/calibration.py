@@ -12,22 +12,31 @@
 
 Images of any source are uint8 pixels and a Preprocess, so whatever takes one takes all; real ones may stand
 beside synthetic ones. `auto` takes real images if there are any, else distilled, else procedural ones.
+They come in the type of the network's input. Where that takes no pictures (sequences, volumes, other
+channels than 1 or 3), inputs are drawn instead of procedural images (`inputs.drawn`).
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from onnxcompress.data.image_set import ImageSet, check_fits, load_images
-from onnxcompress.data.preprocess import Preprocess, choose
+from onnxcompress.data.image_set import ImageSet, check_fits, image_size, load_images
+from onnxcompress.data.input_shapes import USUAL, named, parse_input_shapes, sized
+from onnxcompress.data.preprocess import Preprocess, base_for, choose
 from onnxcompress.errors import ModelError, OptionError
+from onnxcompress.graph.query import data_input
 from onnxcompress.model import Model
+from onnxcompress.model.model_like import InputSpec, dims, input_specs
+from onnxcompress.optimize.synthesis.drawn_inputs import DrawnSet, Samples, drawn_inputs
 from onnxcompress.option_fields import option
 from onnxcompress.progress import Progress, silent
 from onnxcompress.runtime.cores import thread_count
+from onnxcompress.runtime.inference import usual_size
 from onnxcompress.statistics.record import known_statistics
 
 if TYPE_CHECKING:
@@ -42,6 +51,8 @@ FEW_MADE, MANY_MADE = 128, 512
 """Images that a pass makes whose work grows with their size: of large ones, and of small ones."""
 SMALL_PIXELS = 64 * 64
 """Height times width up to which an image is a small one."""
+MADE_UP = ("procedural", "drawn")
+"""Sources that know nothing of the training data."""
 MOST_PIXELS = 1 << 26
 """Of an image that is made."""
 SHOWN = 128
@@ -64,6 +75,7 @@ class InputRequest:
     seed: int = 0
     why: str = "asked for"
     """Why `inputs` is what it is: the account says it. No option."""
+    input_shape: str | None = None
 
     def check(self) -> None:
         """Raises OptionError for what contradicts itself."""
@@ -79,6 +91,7 @@ class InputRequest:
             )
         if self.preprocess is not None:
             Preprocess.parse(self.preprocess)
+        parse_input_shapes(self.input_shape)
         for name in ("count", "synthetic"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -103,7 +116,7 @@ class Used:
 class Inputs:
     """What a pass learns from."""
 
-    images: ImageSet
+    images: Samples
     """Of all sources, in their order."""
     sources: tuple[Used, ...]
     layerwise: bool = False
@@ -122,7 +135,7 @@ class Inputs:
     @property
     def may_use_record(self) -> bool:
         """Whether recorded statistics may shape more inputs: not where procedural images were asked for."""
-        return all(used.source != "procedural" for used in self.sources)
+        return all(used.source not in MADE_UP for used in self.sources)
 
     def shares(self) -> Tensor | None:
         """(N,), how often to draw each image so that all sources come alike; None: there is but one."""
@@ -132,9 +145,9 @@ class Inputs:
         return None if len(counts) == 1 else torch.cat([torch.full((n,), 1 / n) for n in counts])
 
     @property
-    def shown(self) -> ImageSet:
-        """Some of all sources, for a report."""
-        return self.images.spread(SHOWN)
+    def shown(self) -> ImageSet | None:
+        """Some of all sources, for a report; None where they are no pictures."""
+        return self.images.spread(SHOWN) if isinstance(self.images, ImageSet) else None
 
 
 def images_option() -> Any:
@@ -175,21 +188,23 @@ def gather_inputs(
     network takes no images, or the source needs statistics that the file has not.
     """
     request.check()
-    name, shape = image_input(model)
-    choice = choose(request.preprocess, model.metadata, model.name)
+    if not model.assumed:
+        assume_sizes(model, request)
+    spec = image_input(model)
+    choice = choose(request.preprocess, model.metadata, model.name, spec.dtype)
     kind, why = request.inputs, request.why
     sources: list[Used] = []
-    found: list[ImageSet] = []
+    found: list[Samples] = []
     if request.images is not None:
         real = load_images(
             request.images,
-            preprocess=choice.preprocess,
+            preprocess=_brought_to(choice.preprocess, request, spec),
             count=request.count,
             seed=request.seed,
             progress=progress,
         )
-        check_fits(real, shape, name)
-        found.append(real)
+        check_fits(real, spec.shape, spec.name)
+        found.append(replace(real, dtype=spec.dtype))
         sources.append(Used("images", len(real), request.seed, request.images))
         kind = "images" if kind == "auto" else kind
     if kind == "auto":
@@ -197,16 +212,21 @@ def gather_inputs(
         why = f"no --images; {why}"
     if kind == "layerwise":
         _need_statistics(model, kind)
+    if kind == "distilled" and request.inputs == "auto" and _geometry(model, spec, choice.said) is None:
+        kind, why = "procedural", "no --images, and the input takes no pictures to be distilled"
     if kind != "images":
-        how = found[0].preprocess if found else choice.said
+        how = found[0].preprocess if found and isinstance(found[0], ImageSet) else choice.said
         found.append(
             synthetic_images(
                 model, kind, request.synthetic, how, request.seed, device=device, progress=progress
             )
         )
-        sources.append(Used(kind, request.synthetic, request.seed, why))
+        drawn = kind == "procedural" and isinstance(found[-1], DrawnSet)
+        sources.append(Used("drawn" if drawn else kind, request.synthetic, request.seed, why))
     told = [
         replace(used, preprocess=str(images.preprocess), preprocess_from=choice.source)
+        if isinstance(images, ImageSet)
+        else replace(used, preprocess_from="")
         for used, images in zip(sources, found, strict=True)
     ]
     return Inputs(joined(found), tuple(told), kind == "layerwise")
@@ -215,7 +235,7 @@ def gather_inputs(
 def best_kind(model: Model) -> tuple[str, str]:
     """The best source of images that this file allows, and why."""
     known = known_statistics(model)
-    real = [s for s in known.values() if "procedural" not in s.source]
+    real = [s for s in known.values() if not any(kind in s.source for kind in MADE_UP)]
     if real:
         return "distilled", f"the file knows the statistics of {len(real)} tensors"
     if known:
@@ -232,23 +252,29 @@ def synthetic_images(
     *,
     device: str = "cpu",
     progress: Progress = silent,
-) -> ImageSet:
+) -> Samples:
     """Make `count` images of a kind, `distilled` or `procedural`, in the size that the network takes.
 
-    preprocess: None: images come out with mean 0 and deviation 1, roughly. Raises ModelError where the
-    network takes no images of a fixed size, or has no statistics to distil from.
+    preprocess: None: images come out with mean 0 and deviation 1, roughly; of an input of integers as
+    pixels. Where the network takes no pictures its inputs are drawn. Raises ModelError where they cannot be
+    distilled, or there are no statistics to distil from.
     """
     from onnxcompress.data.dead_leaves import procedural_images
 
     if kind == "distilled":
         _need_statistics(model, kind)
-    name, shape = image_input(model)
-    height, width, channels, layout = _geometry(model, name, shape, preprocess)
-    chosen = replace(preprocess or STANDARDIZED, layout=layout)
+    spec = image_input(model)
+    geometry = _geometry(model, spec, preprocess)
+    if geometry is None:
+        return _drawn(model, spec, kind, count, preprocess, seed)
+    height, width, channels, layout = geometry
+    default = base_for(spec.dtype) if spec.dtype.kind in "iu" else STANDARDIZED
+    chosen = replace(preprocess or default, layout=layout)
     workers = min(MOST_WORKERS, thread_count())
     x = procedural_images(count, height, width, channels, seed, progress, workers)
-    made = ImageSet(x, None, tuple(f"{kind}[{i}]" for i in range(count)), chosen)
-    check_fits(made, shape, name)
+    names = tuple(f"{kind}[{i}]" for i in range(count))
+    made = ImageSet(x, None, names, chosen, spec.dtype)
+    check_fits(made, spec.shape, spec.name)
     if kind != "distilled":
         return made
     from onnxcompress.optimize.synthesis.distillation import distill
@@ -256,29 +282,86 @@ def synthetic_images(
     return distill(model, made, seed=seed, device=device, progress=progress)
 
 
-def image_input(model: Model) -> tuple[str, tuple[int | str | None, ...]]:
-    """Name and shape of the network's one input. Raises ModelError where it takes no images."""
-    inputs = list(model.graph.inputs)
-    if len(inputs) != 1:
-        names = ", ".join(t.name for t in inputs)
-        raise ModelError(f"{model.name}: one image input expected, it has {len(inputs)} ({names})")
-    return str(inputs[0].name), tuple(inputs[0].shape or ())
+def image_input(model: Model) -> InputSpec:
+    """The one input that the network reads, with the sizes that are assumed for it.
+
+    Raises:
+        ModelError: it reads none, or several.
+    """
+    name = str(data_input(model).name)
+    return next(spec for spec in input_specs(model) if spec.name == name)
 
 
-def joined(sets: list[ImageSet]) -> ImageSet:
+def assume_sizes(model: Model, request: InputRequest) -> None:
+    """Give the sizes that the file leaves open their value for all that looks at the model from now on.
+
+    The rule is that of `input_shapes`. The graph, and what is written of it, keep open sizes.
+
+    Raises:
+        OptionError: the request contradicts the file.
+    """
+    model.assume({})
+    specs = input_specs(model)
+    given = named(parse_input_shapes(request.input_shape), specs, model.name)
+    said = choose(request.preprocess, model.metadata, model.name).said
+    size = said.size if said is not None else None
+    if size is None and request.images is not None:
+        size = image_size(request.images)
+    sizes = {}
+    for spec in specs:
+        if spec.read and (spec.shape is not None or spec.name in given):
+            own = given.get(spec.name)
+            guess = USUAL[0] if own or size else usual_size(model, spec)
+            sizes[spec.name] = sized(spec, own, model.name, size=size, metadata=model.metadata, guess=guess)
+    files = {spec.name: spec.shape for spec in specs}
+    model.assume({name: shape for name, shape in sizes.items() if shape != files[name]})
+
+
+def joined(sets: Sequence[Samples]) -> Samples:
     """All images in one set, without labels. Raises ModelError where sizes differ."""
-    first = sets[0]
-    if len(sets) == 1:
+    first, pictures = sets[0], [s for s in sets if isinstance(s, ImageSet)]
+    if len(sets) == 1 or not isinstance(first, ImageSet):
         return first
-    x = np.concatenate([s.x for s in sets])
-    return ImageSet(x, None, tuple(n for s in sets for n in s.names), first.preprocess)
+    x = np.concatenate([s.x for s in pictures])
+    return replace(first, x=x, y=None, names=tuple(n for s in pictures for n in s.names))
+
+
+def _brought_to(how: Preprocess, request: InputRequest, spec: InputSpec) -> Preprocess:
+    """With the size that --input-shape says, where nothing else says one for real images."""
+    shape = spec.shape or ()
+    sides = [d for d in (shape[2:] if how.layout == "nchw" else shape[1:3]) if isinstance(d, int)]
+    if request.input_shape is None or how.size is not None or len(shape) != 4 or len(sides) != 2:
+        return how
+    return replace(how, size=(sides[0], sides[1]))
+
+
+def _drawn(
+    model: Model, spec: InputSpec, kind: str, count: int, preprocess: Preprocess | None, seed: int
+) -> DrawnSet:
+    """Inputs that are no pictures."""
+    text = dims((spec.shape or ())[1:])
+    if kind == "distilled":
+        raise ModelError(
+            f"{model.name}: distilled inputs are pictures, input {spec.name!r} takes {text}; take --inputs "
+            "procedural, which are drawn for such an input"
+        )
+    sizes = [d for d in (spec.shape or ())[1:] if isinstance(d, int)]
+    if spec.shape is None or len(sizes) < len(spec.shape) - 1 or math.prod(sizes) > MOST_PIXELS:
+        raise ModelError(
+            f"{model.name}: input {spec.name!r} takes {text}, which is unknown or absurdly large; correct "
+            "it in the file, or give --input-shape"
+        )
+    if preprocess is None and spec.dtype.kind in "iu":
+        preprocess = base_for(spec.dtype)
+    statistics = known_statistics(model).get(spec.name)
+    return drawn_inputs((count, *sizes), spec.dtype, seed, statistics=statistics, preprocess=preprocess)
 
 
 def _geometry(
-    model: Model, name: str, shape: tuple[int | str | None, ...], preprocess: Preprocess | None
-) -> tuple[int, int, int, str]:
-    """Height, width, channels and layout of the images that the input takes."""
-    dims = [d if isinstance(d, int) else None for d in shape[1:]]
+    model: Model, spec: InputSpec, preprocess: Preprocess | None
+) -> tuple[int, int, int, str] | None:
+    """Height, width, channels and layout of the images that the input takes; None: it takes no pictures."""
+    dims = [d if isinstance(d, int) else None for d in (spec.shape or ())[1:]]
     if len(dims) == 3:
         layout = preprocess.layout if preprocess else "nchw" if dims[0] in (1, 3) else "nhwc"
         channels, height, width = dims if layout == "nchw" else (dims[2], *dims[:2])
@@ -286,11 +369,7 @@ def _geometry(
             height, width = height or preprocess.size[0], width or preprocess.size[1]
         if height and width and height * width <= MOST_PIXELS and channels in (1, 3):
             return height, width, channels, layout
-    text = "x".join("?" if d is None else str(d) for d in dims)
-    raise ModelError(
-        f"{model.name}: no images can be made for input {name!r} ({text}): it needs 1 or 3 channels and a "
-        "fixed size, not absurdly large; fix the size in the file, or give size= in --preprocess"
-    )
+    return None
 
 
 def _need_statistics(model: Model, kind: str) -> None:

@@ -32,7 +32,7 @@ from onnxcompress.errors import InputError, OptionError
 from onnxcompress.graph.batch_norm import is_batch_norm
 from onnxcompress.graph.constant_folding import constant_value
 from onnxcompress.graph.linear_layer import LINEAR_OPS, as_linear
-from onnxcompress.graph.query import attribute, is_op, only_consumer, value_readers
+from onnxcompress.graph.query import attribute, data_input, is_op, only_consumer, read_inputs, value_readers
 from onnxcompress.graph.shape_inference import tensor_shapes
 from onnxcompress.graph.topology import Topology
 from onnxcompress.model import Model
@@ -42,8 +42,8 @@ from onnxcompress.statistics.record import ChannelStatistics
 if TYPE_CHECKING:
     import torch
 
-    from onnxcompress.data.image_set import ImageSet
     from onnxcompress.optimize.executor import Executor
+    from onnxcompress.optimize.synthesis.drawn_inputs import Samples
 
 BYTES = 1 << 28
 """Memory that the measured tensors of a batch may take; fewer images go at once where it is more."""
@@ -54,7 +54,7 @@ CHANNELS_FIRST = [0, 3, 1, 2]
 
 def estimate_statistics(
     model: Model,
-    images: torch.Tensor | ImageSet,
+    images: torch.Tensor | Samples,
     tensors: Sequence[str] | None = None,
     *,
     source: str,
@@ -75,8 +75,17 @@ def estimate_statistics(
     from onnxcompress.optimize.executor import Executor
 
     names = list(measurable(model)[0] if tensors is None else tensors)
-    input = model.graph.inputs[0]
+    from onnxcompress.optimize.executor.open_batch import TRIED, file_batch, images_at_once
+
+    input = data_input(model)
     executor = Executor.from_model(model, device=device)
+    fixed: int | None = file_batch(model) or 1
+    if fixed == 1:
+        fixed = images_at_once(model, _part(images, 0, TRIED))
+    if len(images) < (fixed or 1):
+        raise InputError(
+            f"input {input.name!r}: the file fixes a batch of {fixed}, there are {len(images)} images"
+        )
     found = {name: Moments() for name in names}
 
     def measured(index: int) -> dict[str, Moments]:
@@ -85,7 +94,7 @@ def estimate_statistics(
             return {name: Moments.of(values.pop(name), name) for name in names}
 
     with one_thread_each():
-        batches = _batches(images, _fixed_batch(input), batch, executor, input.name, names)
+        batches = _batches(images, fixed, batch, executor, input.name, names)
         for own, (_, stop) in zip(in_turn(measured, len(batches), device), batches, strict=True):
             for name in names:
                 found[name].merge(own[name])
@@ -99,7 +108,7 @@ def measurable(model: Model) -> tuple[list[str], list[Refusal]]:
     ranks = {name: len(shape) for name, shape in tensor_shapes(model).items()}
     found: dict[str, None] = {}
     refusals: list[Refusal] = []
-    for tensor in model.graph.inputs:
+    for tensor in read_inputs(model):
         image = channels_first(tensor)
         if image is None:
             rule = "its channels are not on axis 1, and no Transpose puts them there"
@@ -188,14 +197,8 @@ class Moments:
         return ChannelStatistics(mean.astype(np.float32), std.astype(np.float32), source)
 
 
-def _fixed_batch(input: gs.Tensor) -> int | None:
-    """The batch that the file fixes, if any."""
-    first = input.shape[0] if input.shape else None
-    return first if isinstance(first, int) else None
-
-
 def _batches(
-    images: torch.Tensor | ImageSet,
+    images: torch.Tensor | Samples,
     fixed: int | None,
     batch: int,
     executor: Executor,
@@ -212,15 +215,13 @@ def _batches(
         each = sum(t.numel() * t.element_size() for t in values.values())
         size = max(1, min(batch, BYTES // max(each, 1)))
         del values
-    if total < (fixed or 1):
-        raise InputError(f"input {input!r}: the file fixes a batch of {fixed}, there are {total} images")
     last = total - total % fixed if fixed else total
     return [(start, min(start + size, last)) for start in range(0, last, size)]
 
 
-def _part(images: torch.Tensor | ImageSet, start: int, stop: int) -> torch.Tensor:
+def _part(images: torch.Tensor | Samples, start: int, stop: int) -> torch.Tensor:
     import torch
 
     if isinstance(images, torch.Tensor):
         return images[start:stop]
-    return torch.from_numpy(images.preprocess.normalize(images.x[start:stop]))
+    return torch.from_numpy(images.normalized(slice(start, stop)))

@@ -26,6 +26,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 import numpy as np
+import onnx
 import onnx_graphsurgeon as gs
 
 from onnxcompress.account import Refusal
@@ -40,7 +41,7 @@ from onnxcompress.graph.query import (
     only_consumer,
     value_readers,
 )
-from onnxcompress.graph.shape_inference import tensor_shapes
+from onnxcompress.graph.shape_inference import tensor_shapes, tensor_types
 from onnxcompress.graph.topology import Topology
 from onnxcompress.model import Model
 
@@ -246,7 +247,9 @@ def _ends(linears: list[tuple[gs.Node, Linear]], topology: Topology) -> tuple[se
 def _streams(model: Model, topology: Topology, plan: Plan) -> None:
     """Let sums, products and pools of data read STREAM_BITS bits."""
     for node in topology.order:
-        if is_op(node, *ARITHMETIC) and all(id(t) in topology.data for t in node.inputs):
+        if is_op(node, *ARITHMETIC) and all(
+            id(t) in topology.data and _is_float(model, t) for t in node.inputs
+        ):
             for index, tensor in enumerate(node.inputs):
                 plan.edges[id(node), index] = (tensor.name, STREAM_BITS)
 
@@ -259,7 +262,8 @@ def _outputs(model: Model, plan: Plan, topology: Topology) -> None:
         for tensor in (behind_activation(model, t) for t in node.outputs):
             for reader in value_readers(tensor) if id(tensor) in topology.data else ():
                 for index, read in enumerate(reader.inputs):
-                    if read is tensor and not is_op(reader, *MOVING):
+                    quantizable = read is tensor and _is_float(model, tensor)  # no mask, no index
+                    if quantizable and not is_op(reader, *MOVING):
                         plan.edges.setdefault((id(reader), index), (tensor.name, STREAM_BITS))
 
 
@@ -280,6 +284,11 @@ def _moves(topology: Topology, plan: Plan) -> None:
             source = (node.inputs[0].name, STREAM_BITS)
             plan.edges[id(node), 0] = source
             plan.like.update(dict.fromkeys(wide, source))
+
+
+def _is_float(model: Model, tensor: gs.Tensor) -> bool:
+    """Whether the tensor is known to hold what QuantizeLinear reads: float32."""
+    return tensor_types(model).get(tensor.name) == onnx.TensorProto.FLOAT
 
 
 def behind_activation(model: Model, tensor: gs.Tensor) -> gs.Tensor:

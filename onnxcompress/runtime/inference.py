@@ -7,13 +7,16 @@ comes from the graphs themselves.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
 
-from onnxcompress.errors import InputError, ModelError, OptionError, one_line
-from onnxcompress.model.model_like import InputSpec, ModelLike, dims, input_specs, label
+from onnxcompress.data.input_shapes import USUAL, is_guessed, named, sized, with_batch
+from onnxcompress.errors import CompressWarning, InputError, ModelError, OptionError, one_line
+from onnxcompress.model.model_like import InputSpec, ModelLike, dims, input_specs, label, metadata_of
 from onnxcompress.runtime.session import session
 
 Arrays = Mapping[str, np.ndarray]
@@ -35,21 +38,66 @@ def random_feeds(
     """Random inputs: floats from N(0, 1), 8-bit integers over their range, others in [0, 8), bools.
 
     A symbolic first dimension becomes `batch`; a fixed one stays, unless `fixed_batch_ok` is False and
-    it differs: then it is an error. `shapes` gives whole shapes by input name.
-    Raises OptionError for dimensions that are not known and names that are no inputs.
+    it differs: then it is an error. `shapes` gives whole shapes by input name, "" for the one input; other
+    open sizes are chosen as `input_shapes` says.
+    Raises OptionError for names that are no inputs, and shapes that contradict the file.
     """
     specs = input_specs(model)
-    given = dict(shapes or {})
-    for name in given:
-        if name not in {s.name for s in specs}:
-            known = ", ".join(s.name for s in specs) or "none"
-            raise OptionError(f"{label(model)}: shape for {name!r}; the model's inputs are {known}")
+    given = named(shapes or {}, specs, label(model))
+    metadata = metadata_of(model)
     rng = np.random.default_rng(seed)
     feeds = {}
     for spec in specs:
-        shape = _resolve(spec, batch, given.get(spec.name), fixed_batch_ok, label(model))
-        feeds[spec.name] = _random(rng, spec.dtype, shape)
+        shape = given.get(spec.name)
+        if shape is None:
+            _check_batch(spec, batch, fixed_batch_ok, label(model))
+            guess = usual_size(model, spec)
+            shape = with_batch(sized(spec, None, label(model), metadata=metadata, guess=guess), batch)
+        else:
+            sized(spec, shape, label(model))  # it contradicts nothing
+        if math.prod(shape) > MOST:
+            raise InputError(
+                f"{label(model)}: input {spec.name!r}: the shape {dims(shape)} is too large to be fed; "
+                "correct it in the file, or give --input-shape"
+            )
+        feeds[spec.name] = random_values(rng, spec.dtype, shape)
     return feeds
+
+
+def usual_size(model: ModelLike, spec: InputSpec) -> tuple[int, int]:
+    """The first usual height and width at which the network runs, for an input that leaves both open."""
+    first, *others = USUAL
+    if not spec.read or not is_guessed(spec, metadata_of(model)) or find_spec("onnxruntime") is None:
+        return first
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", CompressWarning)
+        for sides in (first, *others):
+            shape = with_batch(sized(spec, None, label(model), guess=sides), 1)
+            if _runs(model, random_feeds(model, batch=1, shapes={spec.name: shape})):
+                return sides
+    return first
+
+
+def _runs(model: ModelLike, feeds: Arrays) -> bool:
+    """Whether onnxruntime runs the model on these inputs; it says nothing itself."""
+    import onnxruntime as ort
+
+    how = ort.RunOptions()
+    how.log_severity_level = 4
+    try:
+        session(model, provider="cpu", optimize=False).run(None, dict(feeds), how)
+    except Exception:  # onnxruntime's exceptions have no common base
+        return False
+    return True
+
+
+def unread_feeds(model: ModelLike) -> dict[str, np.ndarray]:
+    """Zeros for the inputs that nothing reads: onnxruntime wants them all the same."""
+    return {
+        spec.name: np.zeros(with_batch(spec.shape or (), 1), spec.dtype)
+        for spec in input_specs(model)
+        if not spec.read
+    }
 
 
 def run(
@@ -68,39 +116,17 @@ def run(
     return dict(zip(names, values, strict=True))
 
 
-def _resolve(
-    spec: InputSpec, batch: int, given: Sequence[int] | None, fixed_batch_ok: bool, model: str
-) -> tuple[int, ...]:
-    """The shape to feed. `given` wins, but must agree with what the model fixes."""
-    where = f"{model}: input {spec.name!r}"
-    ask = f"give its shape, as in --shape {spec.name}=1x3x224x224"
-    if given is not None:
-        fixed = spec.shape if spec.shape is not None else (None,) * len(given)
-        clash = any(isinstance(f, int) and f != g for f, g in zip(fixed, given, strict=False))
-        if len(fixed) != len(given) or clash:
-            raise OptionError(f"{where}: expected the shape {dims(fixed)}, got {dims(given)}")
-        return tuple(given)
-    if spec.shape is None:
-        raise OptionError(f"{where}: its rank is not known; {ask}")
+def _check_batch(spec: InputSpec, batch: int, fixed_batch_ok: bool, model: str) -> None:
+    """Raise OptionError for a batch that the file does not take."""
     first = spec.shape[0] if spec.shape else None
     if isinstance(first, int) and first != batch and not fixed_batch_ok:
-        raise OptionError(f"{where}: its batch is fixed to {first}, got {batch}; use batch {first}")
-    resolved = []
-    for axis, size in enumerate(spec.shape):
-        if isinstance(size, int):
-            resolved.append(size)
-        elif axis == 0 or (size is not None and size == first):
-            resolved.append(batch)
-        else:
-            raise OptionError(f"{where}: dimension {axis} of {dims(spec.shape)} is open; {ask}")
-    if math.prod(resolved) > MOST:
-        raise InputError(
-            f"{where}: the shape {dims(resolved)} is too large to be fed; correct it in the file"
+        raise OptionError(
+            f"{model}: input {spec.name!r}: its batch is fixed to {first}, got {batch}; use batch {first}"
         )
-    return tuple(resolved)
 
 
-def _random(rng: np.random.Generator, dtype: np.dtype[Any], shape: tuple[int, ...]) -> np.ndarray:
+def random_values(rng: np.random.Generator, dtype: np.dtype[Any], shape: tuple[int, ...]) -> np.ndarray:
+    """Random numbers of a type, as `random_feeds` has them."""
     if dtype.kind == "f":
         return np.asarray(rng.standard_normal(shape)).astype(dtype)
     if dtype.kind == "b":

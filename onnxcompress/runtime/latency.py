@@ -225,7 +225,7 @@ def _feeds(
     """Random inputs by model; a shape counts for each model that has an input of its name."""
     inputs = {name: {s.name for s in input_specs(model)} for name, model in models.items()}
     for name in shapes:
-        if not any(name in known for known in inputs.values()):
+        if name and not any(name in known for known in inputs.values()):
             known = ", ".join(sorted(set().union(*inputs.values()))) or "none"
             raise OptionError(f"shape for {name!r}: no model has this input; inputs are {known}")
     return {
@@ -233,7 +233,7 @@ def _feeds(
             model,
             batch=batch,
             seed=seed,
-            shapes={k: v for k, v in shapes.items() if k in inputs[name]},
+            shapes={k: v for k, v in shapes.items() if not k or k in inputs[name]},
             fixed_batch_ok=False,
         )
         for name, model in models.items()

@@ -21,7 +21,7 @@ from typing import Any
 from onnxcompress.account import Refusal
 from onnxcompress.errors import ModelError, OptionError
 from onnxcompress.model import Model
-from onnxcompress.optimize.calibration import InputRequest, Used, gather_inputs, quick
+from onnxcompress.optimize.calibration import InputRequest, Used, assume_sizes, gather_inputs, quick
 from onnxcompress.progress import Progress, silent
 from onnxcompress.sensitivity.rows import Row, make_variants
 
@@ -86,6 +86,7 @@ def sensitivity(
     from onnxcompress.sensitivity.layer_errors import Measuring, layer_errors
 
     own = model.copy()
+    assume_sizes(own, request)
     inputs = gather_inputs(own, quick(request, own), progress=progress)
     subject = Subject.of(own, inputs, stretched=stretch)
     if not subject.plan.layers:

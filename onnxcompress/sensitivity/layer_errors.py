@@ -31,9 +31,11 @@ import torch
 from torch import Tensor
 
 from onnxcompress.evaluation.accuracy import agreement, score_output
+from onnxcompress.graph.query import data_input
 from onnxcompress.graph.topology import Topology
 from onnxcompress.optimize.deterministic_threads import one_thread_each, worker_count
 from onnxcompress.optimize.executor import Executor
+from onnxcompress.optimize.executor.open_batch import split_images
 from onnxcompress.optimize.reconstruction.activation_range import fake, least_squares, samples
 from onnxcompress.optimize.reconstruction.context import Subject, fixed_batch, live_floats, needs
 from onnxcompress.optimize.reconstruction.gptq import Moments, nearest, reconstruct
@@ -137,7 +139,7 @@ class _Walk:
         self.needs = [needs(node, self.topology) for node in self.nodes]
         self.last = {name: place for place, needed in enumerate(self.needs) for name in needed}
         fixed = fixed_batch(model)
-        live = live_floats(model, self.nodes, self.last, model.graph.inputs[0].name)
+        live = live_floats(model, self.nodes, self.last, data_input(model).name)
         count = max(min(len(self.subject.images), MEMORY // (4 * COPIES * live)) // fixed, 1) * fixed
         self.images = self.subject.images[:count]
         measured = max(count // SHARE // fixed, 1) * fixed
@@ -152,10 +154,10 @@ class _Walk:
         """
         model = self.subject.model
         outputs = [t for t in model.graph.outputs if id(t) in self.topology.data]
-        held = {model.graph.inputs[0].name: self.images}
+        held = {data_input(model).name: self.images}
         with torch.no_grad():
             found = self.run([t.name for t in outputs], held, {})
-        self._targets = {n: v[self.measured] for n, v in found.items() if v.is_floating_point()}
+        self._targets = {n: self._part(v) for n, v in found.items() if v.is_floating_point()}
         places = {t.name: self.topology.position(t) for t in outputs if t.name in self._targets}
         for place, node in enumerate(self.nodes):
             reads = {n: held[n] for n in self.needs[place]}
@@ -218,8 +220,8 @@ class _Walk:
             off = (site.right - wrong)[self.learned]
             error = off.mean([axis for axis in range(wrong.ndim) if axis != 1])
             wrong = wrong + along(error, wrong)
-        feeds = {n: v[self.measured] for n, v in (site.held | {layer.output: wrong}).items()}
-        found = self.run(site.outputs, feeds, {})
+        feeds = {n: self._part(v) for n, v in (site.held | {layer.output: wrong}).items()}
+        found = self.run(site.outputs, feeds, {}, self.measured.stop - self.measured.start)
         total = 0.0
         for name, value in found.items():
             target = self._targets[name].double()
@@ -281,8 +283,17 @@ class _Walk:
             moments.add(a, torch.zeros_like(y))
         return moments
 
+    def _part(self, values: Tensor) -> Tensor:
+        """Of a tensor of all images, that of those which are measured on."""
+        rows = len(values) // len(self.images)
+        return values[rows * self.measured.start : rows * self.measured.stop]
+
     def run(
-        self, outputs: Sequence[str], feeds: Mapping[str, Tensor], parameters: Mapping[str, Tensor]
+        self,
+        outputs: Sequence[str],
+        feeds: Mapping[str, Tensor],
+        parameters: Mapping[str, Tensor],
+        count: int | None = None,
     ) -> dict[str, Tensor]:
         """Run the executor in batches.
 
@@ -291,14 +302,17 @@ class _Walk:
             feeds: Name -> value of the tensors to start from, (N, …).
             parameters: Initializers to replace, by name, as values of the network without aligned
                 statistics.
+            count: Images that the feeds hold; None: all.
 
         Returns:
             Name -> value of the outputs, (N, …).
         """
         twin = self.subject.twin
         own = {n: twin.mapped(n, v) if n in self.maps else v for n, v in parameters.items()}
-        size, parts = self.subject.batch, []
-        for start in range(0, len(next(iter(feeds.values()))), size):
-            part = {n: v[start : start + size] for n, v in feeds.items()}
+        total, size = count or len(self.images), self.subject.batch
+        split = {n: split_images(v, total, size) for n, v in feeds.items()}
+        parts = []
+        for batch in zip(*split.values(), strict=True):
+            part = dict(zip(split, batch, strict=True))
             parts.append(self.executor.run(part, list(outputs), self.maps | own))
         return {n: torch.cat([part[n] for part in parts]) for n in outputs}

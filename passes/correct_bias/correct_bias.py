@@ -38,7 +38,6 @@ from typing import ClassVar, Literal
 import numpy as np
 
 from onnxcompress.account import Change, Refusal
-from onnxcompress.data.image_set import ImageSet
 from onnxcompress.errors import CompressError, OptionError, require
 from onnxcompress.graph.linear_layer import Linear
 from onnxcompress.graph.query import attribute, node_label
@@ -46,13 +45,15 @@ from onnxcompress.model import Model, load
 from onnxcompress.optimize.calibration import (
     InputRequest,
     Inputs,
+    assume_sizes,
     count_option,
     gather_inputs,
     images_option,
     preprocess_option,
     synthetic_option,
 )
-from onnxcompress.option_fields import option
+from onnxcompress.optimize.synthesis.drawn_inputs import Samples
+from onnxcompress.option_fields import input_shape_option, option
 from onnxcompress.passes.base import Pass, PassResult
 from onnxcompress.passes.correct_bias.input_means import measured_means, recorded_means
 from onnxcompress.passes.correct_bias.layer_matching import Pair, pairs_of, write_bias
@@ -86,6 +87,7 @@ class CorrectBias(Pass):
     preprocess: str | None = preprocess_option()
     count: int | None = count_option()
     synthetic: int = synthetic_option()
+    input_shape: str | None = input_shape_option()
     seed: int = option(0, "Of all draws.")
 
     def apply(self, model: Model, progress: Progress = silent) -> PassResult:
@@ -101,6 +103,8 @@ class CorrectBias(Pass):
         self.check()
         given, before = load(Path(self.reference)), model.copy()
         reference = given.copy()
+        if self.inputs != "record":
+            assume_sizes(reference, self._request)
         if refusal := bring_along(reference, model):
             return PassResult(refusals=[refusal])
         pairs, refusals = pairs_of(reference, model)
@@ -151,12 +155,18 @@ class CorrectBias(Pass):
     @property
     def _request(self) -> InputRequest:
         return InputRequest(
-            self.images, self.preprocess, self.count, self.inputs, self.synthetic, self.seed
+            self.images,
+            self.preprocess,
+            self.count,
+            self.inputs,
+            self.synthetic,
+            self.seed,
+            input_shape=self.input_shape,
         )
 
     def _means(
         self, reference: Model, layers: list[Linear], progress: Progress
-    ) -> tuple[Mapping[str, np.ndarray | Refusal], Inputs | None, ImageSet | None]:
+    ) -> tuple[Mapping[str, np.ndarray | Refusal], Inputs | None, Samples | None]:
         """What the taps of each layer see on average, by name of its output tensor; the inputs that showed
         it; and real images that were kept aside from them."""
         if self.inputs == "record":
@@ -165,7 +175,7 @@ class CorrectBias(Pass):
         return measured_means(reference, layers, inputs, self.seed, progress), inputs, kept
 
 
-def _kept_aside(inputs: Inputs) -> tuple[Inputs, ImageSet | None]:
+def _kept_aside(inputs: Inputs) -> tuple[Inputs, Samples | None]:
     """Every ASIDE-th real image is not learned from, where there are ENOUGH."""
     if inputs.real_count < ENOUGH:
         return inputs, None

@@ -12,15 +12,15 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from onnxcompress.account import Refusal
-from onnxcompress.data.image_set import ImageSet
 from onnxcompress.errors import InputError
 from onnxcompress.graph.channel_groups.tracer import trace
 from onnxcompress.graph.constant_folding import constant_value
 from onnxcompress.graph.linear_layer import Linear
-from onnxcompress.graph.query import attribute, input_at, is_op, node_label, producer
+from onnxcompress.graph.query import attribute, data_input, input_at, is_op, node_label, producer
 from onnxcompress.graph.shape_inference import tensor_shapes
 from onnxcompress.model import Model
 from onnxcompress.optimize.calibration import Inputs
+from onnxcompress.optimize.synthesis.drawn_inputs import Samples
 from onnxcompress.passes.correct_bias.kernel_taps import Window, window
 from onnxcompress.progress import Progress
 from onnxcompress.statistics.propagation import Moments, NoMoments
@@ -128,23 +128,24 @@ Values = Callable[[range], dict[str, np.ndarray]]
 """Of the tensors, for the samples of these numbers."""
 
 
-def _seen(model: Model, tensors: list[str], images: ImageSet) -> tuple[list[range], Values]:
+def _seen(model: Model, tensors: list[str], images: Samples) -> tuple[list[range], Values]:
     """The batches, and what gives the values of the tensors in each."""
     import torch
 
     from onnxcompress.optimize.executor import Executor
+    from onnxcompress.optimize.executor.open_batch import TRIED, file_batch, images_at_once
 
     executor = Executor.from_model(model)
-    source = model.graph.inputs[0]
-    first = source.shape[0] if source.shape else None
-    fixed = first if isinstance(first, int) else None
+    source = data_input(model)
+    trial = images.normalized(slice(TRIED * (file_batch(model) or 1)))
+    fixed = images_at_once(model, torch.from_numpy(trial))
     if len(images) < (fixed or 1):
         raise InputError(
             f"input {source.name!r}: the file fixes a batch of {fixed}, there are {len(images)}"
         )
 
     def values_of(batch: range) -> dict[str, np.ndarray]:
-        x = images.preprocess.normalize(images.x[batch.start : batch.stop])
+        x = images.normalized(slice(batch.start, batch.stop))
         with torch.no_grad():  # of each thread
             values = executor.run({source.name: torch.from_numpy(x)}, tensors)
         return {name: value.numpy() for name, value in values.items()}

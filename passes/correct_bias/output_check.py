@@ -12,11 +12,11 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
-from onnxcompress.data.image_set import ImageSet
 from onnxcompress.errors import CompressError, ModelError
 from onnxcompress.model import Model
 from onnxcompress.model.model_like import InputSpec, input_specs
 from onnxcompress.optimize.calibration import synthetic_images
+from onnxcompress.optimize.synthesis.drawn_inputs import Samples
 from onnxcompress.runtime.inference import random_feeds
 from onnxcompress.runtime.inference import run as run_model
 from onnxcompress.statistics.record import known_statistics
@@ -33,7 +33,7 @@ EXACT = 120.0
 Feeds = list[dict[str, np.ndarray]]
 
 
-def check_nearer(reference: Model, before: Model, after: Model, kept: ImageSet | None) -> dict[str, float]:
+def check_nearer(reference: Model, before: Model, after: Model, kept: Samples | None) -> dict[str, float]:
     """Compare the outputs before and after the correction with the reference's.
 
     Args:
@@ -64,7 +64,7 @@ def check_nearer(reference: Model, before: Model, after: Model, kept: ImageSet |
     return worst
 
 
-def _kinds(reference: Model, kept: ImageSet | None) -> Iterator[tuple[str, Feeds]]:
+def _kinds(reference: Model, kept: Samples | None) -> Iterator[tuple[str, Feeds]]:
     """Inputs, kind by kind, in batches that the file takes."""
     specs = input_specs(reference)
     fixed = specs[0].shape[0] if len(specs) == 1 and specs[0].shape else None
@@ -80,7 +80,7 @@ def _kinds(reference: Model, kept: ImageSet | None) -> Iterator[tuple[str, Feeds
     yield "procedural images", _fed(specs[0], made, size)
 
 
-def _fed(spec: InputSpec, images: ImageSet, size: int) -> Feeds:
+def _fed(spec: InputSpec, images: Samples, size: int) -> Feeds:
     """Images in batches; a fixed batch leaves the rest of them out."""
     batches = [x for x in images.batches(size) if spec.takes(x.shape)]
     return [{spec.name: x.astype(spec.dtype)} for x in batches]

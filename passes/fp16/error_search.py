@@ -27,8 +27,10 @@ import onnx
 from onnx import helper
 
 from onnxcompress.errors import ModelError, one_line
+from onnxcompress.evaluation.accuracy import image_input
 from onnxcompress.passes.fp16.candidates import FLOAT, HALF, Candidate, element_types
 from onnxcompress.progress import Progress
+from onnxcompress.runtime.inference import unread_feeds
 from onnxcompress.runtime.session import session
 
 _GATE = "onnxcompress.gate"
@@ -48,7 +50,7 @@ class Simulation:
         threads: int = 0,
     ) -> None:
         self.nodes, self.batches = nodes, batches
-        self.input = proto.graph.input[0].name
+        self.input, self.others = image_input(proto).name, unread_feeds(proto)
         made = gated(proto, nodes)
         if not any(o.type.tensor_type.elem_type == FLOAT for o in proto.graph.output):
             made.graph.output.extend(map(helper.make_empty_tensor_value_info, _last_floats(proto)))
@@ -67,9 +69,10 @@ class Simulation:
     def _run(self, half: Collection[int], batches: Sequence[np.ndarray]) -> list[list[np.ndarray]]:
         """The outputs of each batch."""
         gates = {f"{_GATE}{i}": np.array(i in half) for i in range(len(self.nodes))}
+        fixed = self.others | gates
         try:
             with np.errstate(over="ignore"):
-                return [self.session.run(self.outputs, {self.input: x, **gates}) for x in batches]
+                return [self.session.run(self.outputs, {self.input: x, **fixed}) for x in batches]
         except Exception as error:  # onnxruntime's exceptions have no common base
             raise ModelError(f"measuring float16: the run failed ({one_line(error)})") from error
 

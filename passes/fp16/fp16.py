@@ -27,16 +27,20 @@ import numpy as np
 
 from onnxcompress.account import Change, Refusal
 from onnxcompress.errors import InputError, ModelError, OptionError
+from onnxcompress.evaluation.accuracy import image_input
 from onnxcompress.graph.edit import make_dense
+from onnxcompress.graph.query import data_input
+from onnxcompress.graph.reshape_targets import batch_free_targets
 from onnxcompress.model import Model
 from onnxcompress.optimize.calibration import (
     InputRequest,
+    assume_sizes,
     count_option,
     gather_inputs,
     images_option,
     preprocess_option,
 )
-from onnxcompress.option_fields import PROVIDER_HELP, option, provider_options_option
+from onnxcompress.option_fields import PROVIDER_HELP, input_shape_option, option, provider_options_option
 from onnxcompress.passes.base import Pass, PassResult
 from onnxcompress.passes.fold_bn import FoldBatchNorm
 from onnxcompress.passes.fp16.candidates import HALF, Candidate, candidates, element_types, has_bodies
@@ -46,6 +50,7 @@ from onnxcompress.passes.opsets import at_opset
 from onnxcompress.passes.preview import check_inputs, raised
 from onnxcompress.progress import Progress, silent
 from onnxcompress.quantization.qdq_plan import QDQ
+from onnxcompress.runtime.inference import unread_feeds
 from onnxcompress.runtime.providers import Provider
 
 if TYPE_CHECKING:
@@ -79,6 +84,7 @@ class HalfPrecision(Pass):
     inputs: Literal["auto", "images", "distilled", "procedural"] = option(
         "auto", "What to measure on; auto: --images if given, else procedural ones, made at once."
     )
+    input_shape: str | None = input_shape_option()
     max_error: float = option(
         0.01, "Of an output at most: root mean square of the difference over its deviation."
     )
@@ -107,6 +113,7 @@ class HalfPrecision(Pass):
         if refusal := _whole(model):
             return [refusal]
         own = raised(model, OPSET)
+        assume_sizes(own, self.request)
         make_dense(own)
         nodes, cannot = candidates(own.to_proto())
         if nodes:
@@ -114,6 +121,7 @@ class HalfPrecision(Pass):
         return [Refusal(name, why) for name, why in cannot]
 
     def _convert(self, model: Model, progress: Progress) -> PassResult:
+        assume_sizes(model, self.request)
         start = time.perf_counter()
         folded = model.copy()
         make_dense(folded)
@@ -158,7 +166,9 @@ class HalfPrecision(Pass):
     def request(self) -> InputRequest:
         """What to measure on: `auto` makes procedural images."""
         kind = "procedural" if self.inputs == "auto" and self.images is None else self.inputs
-        return InputRequest(self.images, self.preprocess, self.count, kind, IMAGES, self.seed)
+        return InputRequest(
+            self.images, self.preprocess, self.count, kind, IMAGES, self.seed, input_shape=self.input_shape
+        )
 
     def _measured(self, nodes: Sequence[Candidate], choice: Choice, inputs: Inputs) -> dict[str, Any]:
         kept = [
@@ -186,11 +196,11 @@ class HalfPrecision(Pass):
 
         chosen = pick_provider(self.runs_on)
         opened = session(made, provider=chosen, threads=self.threads)
-        (fed,) = opened.get_inputs()
+        fed, others = image_input(made).name, unread_feeds(made)
         names = [o.name for o in opened.get_outputs() if o.type in ("tensor(float)", "tensor(float16)")]
         kind = np.float16 if self.float16_io else np.float32
         try:
-            found = [opened.run(names, {fed.name: x.astype(kind)}) for x in batches]
+            found = [opened.run(names, {fed: _in_type(x, kind), **others}) for x in batches]
         except Exception as error:  # onnxruntime's exceptions have no common base
             raise ModelError(
                 f"the float16 model does not run on {chosen.text} ({one_line(error)})"
@@ -212,6 +222,11 @@ def _whole(model: Model) -> Refusal | None:
     return None
 
 
+def _in_type(x: np.ndarray, kind: type[np.floating[Any]]) -> np.ndarray:
+    """What the converted model is fed: inputs of other types than float32 stay as they are."""
+    return x.astype(kind) if x.dtype == np.float32 else x
+
+
 def _kept(nodes: Sequence[Candidate], choice: Choice) -> list[Refusal]:
     return [
         Refusal(
@@ -225,9 +240,9 @@ def _kept(nodes: Sequence[Candidate], choice: Choice) -> list[Refusal]:
 
 def _batches(model: Model, inputs: Inputs) -> list[np.ndarray]:
     """Some of the images, in whole batches. Raises InputError where there is none."""
-    shape = model.graph.inputs[0].shape
+    shape = data_input(model).shape
     fixed = int(shape[0]) if shape and isinstance(shape[0], int) else None
-    size = fixed or BATCH
+    size = fixed or (1 if batch_free_targets(model) else BATCH)
     images = inputs.images.spread(max(IMAGES, size))
     found = [x for x in images.batches(size) if fixed is None or len(x) == fixed]
     if not found:

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from onnxcompress.account import Change, Refusal
 from onnxcompress.graph.edit import set_values
-from onnxcompress.graph.query import read
+from onnxcompress.graph.query import data_input, read
+from onnxcompress.graph.shape_inference import tensor_shapes
 from onnxcompress.model import Model
 from onnxcompress.optimize.calibration import FEW_MADE, MANY_MADE, SMALL_PIXELS, gather_inputs, quick
 from onnxcompress.optimize.deterministic_threads import one_thread_each
@@ -165,8 +166,8 @@ def _write(model: Model, values: Mapping[str, np.ndarray]) -> None:
 
 
 def _pixels(model: Model) -> int:
-    """Of an input; 0 where the file leaves its size open."""
-    shape = model.graph.inputs[0].shape or ()
+    """Of an image; 0 where the network takes none."""
+    shape = tensor_shapes(model).get(data_input(model).name, ())
     return math.prod(d for d in shape[1:] if isinstance(d, int) and d > 4) if len(shape) == 4 else 0
 
 

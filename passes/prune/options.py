@@ -14,7 +14,7 @@ from onnxcompress.optimize.calibration import (
     inputs_option,
     preprocess_option,
 )
-from onnxcompress.option_fields import option
+from onnxcompress.option_fields import input_shape_option, option
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,7 @@ class PruneOptions:
     synthetic: int | None = option(
         None, "Images to make; default: 512, of more than 64x64 pixels 128.", metavar="N"
     )
+    input_shape: str | None = input_shape_option()
     sparsity: float = option(0.5, "Share of zeros among all weights; an N:M pattern has its own.")
     pattern: str = option(
         "unstructured", "unstructured, or N:M: N of M neighbouring inputs stay (2:4).", metavar="TEXT"
@@ -71,5 +72,11 @@ class PruneOptions:
     @property
     def request(self) -> InputRequest:
         return InputRequest(
-            self.images, self.preprocess, self.count, self.inputs, self.synthetic or FEW_MADE, self.seed
+            self.images,
+            self.preprocess,
+            self.count,
+            self.inputs,
+            self.synthetic or FEW_MADE,
+            self.seed,
+            input_shape=self.input_shape,
         )

@@ -41,6 +41,9 @@ from typing import ClassVar
 from onnxcompress.account import Refusal
 from onnxcompress.graph.batch_norm import OLDEST_OPSET
 from onnxcompress.model import Model
+from onnxcompress.optimize.calibration import (
+    assume_sizes,
+)
 from onnxcompress.passes.base import Pass, PassResult
 from onnxcompress.passes.fold_bn.fold_and_canonicalize import fold_and_canonicalize
 from onnxcompress.passes.opsets import at_opset
@@ -82,6 +85,7 @@ class Prune(PruneOptions, Pass):
     def _prune(self, model: Model, progress: Progress) -> PassResult:
         from onnxcompress.passes.prune.engine import prune
 
+        assume_sizes(model, self.request)
         return prune(self, model, progress)
 
     def preview(self, model: Model) -> list[Refusal]:

@@ -10,11 +10,13 @@ import numpy as np
 
 from onnxcompress.account import Change, Refusal
 from onnxcompress.errors import ModelError
+from onnxcompress.graph.query import data_input
 from onnxcompress.model import Model
 from onnxcompress.optimize.calibration import gather_inputs, quick
 from onnxcompress.optimize.deterministic_threads import one_thread_each
 from onnxcompress.optimize.device import pick_device
-from onnxcompress.optimize.reconstruction.context import Subject, fixed_batch, twin_of, whole_batches
+from onnxcompress.optimize.executor.open_batch import images_at_once
+from onnxcompress.optimize.reconstruction.context import BATCH, Subject, fixed_batch, twin_of, whole_batches
 from onnxcompress.optimize.reconstruction.feature_inputs import Part, parts_of
 from onnxcompress.optimize.reconstruction.quantize import Learned, Quantizer, Settings
 from onnxcompress.optimize.reconstruction.range_equalization import stretch
@@ -27,13 +29,12 @@ from onnxcompress.quantization.affine_grid import Grid, weight_limits
 from onnxcompress.quantization.ort_fusion import fused_counts
 from onnxcompress.quantization.qdq_plan import Bits, Layer, Plan, make_plan
 from onnxcompress.quantization.qdq_writer import emit
+from onnxcompress.runtime.inference import unread_feeds
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
-BATCH = 32
-"""Images that go through at once where the file leaves it open."""
 SHOWN = 32
 """Images on which the outputs of both networks are compared."""
 
@@ -53,8 +54,7 @@ def quantize(
     request, device = one.request if few else quick(one.request, model), pick_device(one.device)
     inputs = gather_inputs(model, request, device=device, progress=progress)
     made = time.perf_counter() - start
-    batch = fixed_batch(model)
-    x = whole_batches(model, inputs, batch)
+    x = whole_batches(model, inputs, fixed_batch(model))
     settings = Settings(
         per_channel=one.per_channel,
         storage=one.activation_type,
@@ -63,7 +63,7 @@ def quantize(
         small_types=one.small_types,
         safe=one.safe,
         minmax=one.ranges == "minmax",
-        batch=batch if batch > 1 else BATCH,
+        batch=images_at_once(model, x) or BATCH,
         seed=one.seed,
     )
     twin = twin_of(model, x) if inputs.layerwise else Twin()
@@ -161,12 +161,13 @@ def output_snr(original: Model, model: Model, images: Tensor) -> dict[str, float
     """
     from onnxcompress.runtime.session import session
 
-    name, batch = model.graph.inputs[0].name, fixed_batch(original)
+    name, batch, others = data_input(model).name, fixed_batch(original), unread_feeds(original)
     x = images[: max(batch, SHOWN // batch * batch)].numpy()
     outputs: list[list[list[np.ndarray]]] = []
     for one in (original, model):
         opened = session(one, provider="cpu")
-        outputs.append([opened.run(None, {name: x[i : i + batch]}) for i in range(0, len(x), batch)])
+        parts = [x[i : i + batch] for i in range(0, len(x), batch)]
+        outputs.append([opened.run(None, {name: part, **others}) for part in parts])
     found = {}
     for index, tensor in enumerate(model.graph.outputs):
         a, b = (np.concatenate([run[index] for run in runs]).astype(np.float64) for runs in outputs)

@@ -13,7 +13,7 @@ from onnxcompress.optimize.calibration import (
     inputs_option,
     preprocess_option,
 )
-from onnxcompress.option_fields import option
+from onnxcompress.option_fields import input_shape_option, option
 
 
 @dataclass(frozen=True)
@@ -24,6 +24,7 @@ class QuantizeOptions:
     preprocess: str | None = preprocess_option()
     count: int | None = count_option()
     inputs: Literal["auto", "images", "distilled", "procedural", "layerwise"] = inputs_option()
+    input_shape: str | None = input_shape_option()
     synthetic: int = option(128, "Images to make.")
     weight_bits: int = option(8, "Of weights, 2 to 8; with a budget the most.")
     activation_bits: int = option(8, "Of what layers read, 2 to 8; 0: weights only.")
@@ -104,5 +105,11 @@ class QuantizeOptions:
     @property
     def request(self) -> InputRequest:
         return InputRequest(
-            self.images, self.preprocess, self.count, self.inputs, self.synthetic, self.seed
+            self.images,
+            self.preprocess,
+            self.count,
+            self.inputs,
+            self.synthetic,
+            self.seed,
+            input_shape=self.input_shape,
         )

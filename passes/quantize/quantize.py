@@ -35,6 +35,9 @@ from typing import ClassVar
 
 from onnxcompress.account import Refusal
 from onnxcompress.model import Model
+from onnxcompress.optimize.calibration import (
+    assume_sizes,
+)
 from onnxcompress.passes.base import Pass, PassResult
 from onnxcompress.passes.fold_bn.fold_and_canonicalize import fold_and_canonicalize
 from onnxcompress.passes.opsets import at_opset
@@ -79,6 +82,7 @@ class Quantize(QuantizeOptions, Pass):
     def _quantize(self, model: Model, progress: Progress) -> PassResult:
         from onnxcompress.passes.quantize.engine import quantize
 
+        assume_sizes(model, self.request)
         original = model.copy()
         changes = fold_and_canonicalize(model)
         return quantize(self, original, model, changes, progress)

@@ -74,13 +74,16 @@ def test_the_model_is_not_overwritten(
     assert named.read_bytes() == before
 
 
-@pytest.mark.parametrize("shape", ["4,20,20", "3,H,W"])
-def test_a_network_that_takes_no_images(
-    shape: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert main(["synthesize", bare(tmp_path, shape), str(tmp_path / "out.npz")]) == 1
-    assert "1 or 3 channels and a fixed size" in capsys.readouterr().err
+def test_a_network_that_takes_no_images(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["synthesize", bare(tmp_path, "4,20,20"), str(tmp_path / "out.npz")]) == 1
+    assert "its input takes no pictures of 1 or 3 channels" in capsys.readouterr().err
     assert not (tmp_path / "out.npz").exists()
+
+
+def test_images_for_open_sizes_have_the_shape_that_is_given(tmp_path: Path) -> None:
+    out, model = tmp_path / "out.npz", bare(tmp_path, "3,H,W")
+    assert main(["synthesize", model, str(out), "--count", "2", "--input-shape", "1x3x12x16"]) == 0
+    assert np.load(out)["x"].shape == (2, 12, 16, 3)
 
 
 # what is written

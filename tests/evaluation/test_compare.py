@@ -12,8 +12,8 @@ from click.testing import CliRunner
 
 from onnxcompress.cli.benchmark import benchmark as benchmark_command
 from onnxcompress.cli.compare import compare as compare_command
-from onnxcompress.cli.options import parse_shape
 from onnxcompress.data.image_set import ImageSet
+from onnxcompress.data.input_shapes import parse_input_shapes
 from onnxcompress.data.preprocess import Preprocess
 from onnxcompress.errors import ModelError, OptionError
 from onnxcompress.evaluation.compare import compare
@@ -185,14 +185,14 @@ def test_bytes_count_external_data(tmp_path: Path) -> None:
 # the commands
 
 
-@pytest.mark.parametrize("text", ["x", "x=", "=1x2", "x=1xa", "x=0x2"])
+@pytest.mark.parametrize("text", ["x", "x=", "=1x2", "x=1xa", "x=0x2", "1x2,x=1x2"])
 def test_bad_shapes(text: str) -> None:
-    with pytest.raises(OptionError, match="expected NAME=DIMS"):
-        parse_shape(text)
+    with pytest.raises(OptionError, match=r"expected NAME=DIMS|needs the input's name"):
+        parse_input_shapes(text)
 
 
 def test_shape_with_an_equals_sign_in_the_name() -> None:
-    assert parse_shape("a=b=1x3") == ("a=b", (1, 3))
+    assert parse_input_shapes("a=b=1x3") == {"a=b": (1, 3)}
 
 
 def test_compare_command(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 import onnx
 import pytest
 
-from onnxcompress.errors import ModelError, OptionError, RuntimeUnavailable
+from onnxcompress.errors import CompressWarning, ModelError, OptionError, RuntimeUnavailable
 from onnxcompress.model import Model
 from onnxcompress.model.model_like import ModelLike, display_names
 from onnxcompress.runtime.io_binding import Placement, _check_provider, placement_of
@@ -59,10 +59,8 @@ def test_no_models() -> None:
         benchmark({})
 
 
-def test_open_dimension_asks_for_the_shape() -> None:
-    with pytest.raises(
-        OptionError, match="dimension 2 of Nx3xHxW is open; give its shape, as in --shape x="
-    ):
+def test_open_dimensions_get_a_usual_size_and_a_warning() -> None:
+    with pytest.warns(CompressWarning, match="run at 1x3x224x224, a usual size: --input-shape x="):
         benchmark({"a": network("N,3,H,W")}, runs=1)
 
 

@@ -15,7 +15,7 @@ from onnxcompress.optimize.calibration import (
     preprocess_option,
     synthetic_option,
 )
-from onnxcompress.option_fields import PROVIDER_HELP, option, provider_options_option
+from onnxcompress.option_fields import PROVIDER_HELP, input_shape_option, option, provider_options_option
 from onnxcompress.runtime.providers import Provider
 
 
@@ -28,6 +28,7 @@ class DropBlocksOptions:
     count: int | None = count_option()
     inputs: Literal["auto", "images", "distilled", "procedural", "layerwise"] = inputs_option()
     synthetic: int = synthetic_option()
+    input_shape: str | None = input_shape_option()
     latency_reduction: float | None = option(None, "Target, in percent of the latency.", metavar="PCT")
     blocks: int | None = option(None, "Target, in blocks.", metavar="K")
     drop: tuple[str, ...] = option((), "Names of the blocks to drop, with commas.", metavar="NAME,…")
@@ -75,7 +76,13 @@ class DropBlocksOptions:
     def request(self) -> InputRequest:
         """The inputs that were asked for."""
         return InputRequest(
-            self.images, self.preprocess, self.count, self.inputs, self.synthetic, self.seed
+            self.images,
+            self.preprocess,
+            self.count,
+            self.inputs,
+            self.synthetic,
+            self.seed,
+            input_shape=self.input_shape,
         )
 
     @property

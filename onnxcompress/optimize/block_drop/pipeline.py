@@ -13,12 +13,13 @@ import torch
 from torch import Tensor
 
 from onnxcompress.account import Refusal
+from onnxcompress.data.image_set import ImageSet
 from onnxcompress.errors import ModelError, OptionError
 from onnxcompress.graph.block_removal import drop_blocks
 from onnxcompress.graph.blocks import Block, Discovery
 from onnxcompress.graph.edit import set_values
 from onnxcompress.graph.macs import node_macs
-from onnxcompress.graph.query import read
+from onnxcompress.graph.query import data_input, read
 from onnxcompress.graph.shape_inference import tensor_shapes
 from onnxcompress.graph.topology import Topology
 from onnxcompress.model import Model
@@ -26,9 +27,10 @@ from onnxcompress.optimize.block_drop.options import DropBlocksOptions
 from onnxcompress.optimize.block_drop.recoverability import BATCH, Probe, Scorer, probe
 from onnxcompress.optimize.block_drop.score_file import read_scores, write_scores
 from onnxcompress.optimize.block_drop.selection import Choice, choose, choose_these, spared, target_missed
-from onnxcompress.optimize.calibration import gather_inputs, image_input
+from onnxcompress.optimize.calibration import gather_inputs
 from onnxcompress.optimize.device import fitting, pick_device, resident
 from onnxcompress.optimize.executor import Executor
+from onnxcompress.optimize.executor.open_batch import file_batch, images_at_once
 from onnxcompress.optimize.reconstruction.finetune import Schedule, finetune
 from onnxcompress.optimize.reconstruction.residual_refit import (
     RIDGE,
@@ -67,7 +69,8 @@ class Dropper:
         progress: Progress,
     ) -> None:
         self.options, self.original, self.model, self.progress = options, original, model, progress
-        self.source, _ = image_input(model)
+        self.latency_batch = file_batch(original) or options.latency_batch
+        self.source = str(data_input(model).name)
         self.feature = self.student_feature = _feature(model, options.feature)
         self.device = pick_device(options.device)
         self.teacher = Executor.from_model(model, device=self.device)
@@ -86,10 +89,11 @@ class Dropper:
         self.measured["seconds"] = {"inputs": time.perf_counter() - start}
         self.measured["inputs"] = [asdict(used) for used in self.inputs.sources]
         images = self.inputs.images
-        self.measured["preprocess"] = str(images.preprocess)
-        self.nhwc = images.preprocess.layout == "nhwc"
+        self.measured["preprocess"] = self.inputs.sources[0].preprocess
+        self.nhwc = isinstance(images, ImageSet) and images.preprocess.layout == "nhwc"
         self.images = torch.from_numpy(images.array())
-        if not self.nhwc:  # depthwise convolutions on the CPU are three times as fast
+        self._check_batch()
+        if not self.nhwc and self.images.ndim == 4:  # depthwise ones are three times as fast on the CPU
             self.images = self.images.contiguous(memory_format=torch.channels_last)
         self.images = resident(self.images, self.device)
         self.scoring_batch = BATCH
@@ -136,11 +140,20 @@ class Dropper:
         benchmark(
             {"before": self.original},
             provider=options.runs_on,
-            batch=options.latency_batch,
+            batch=self.latency_batch,
             threads=options.threads,
             runs=1,
             warm_up=0,
         )
+
+    def _check_batch(self) -> None:
+        """Raise ModelError for a graph through which images cannot go several at once."""
+        fixed = images_at_once(self.model, self.images)
+        if fixed is not None:
+            raise ModelError(
+                f"{self.model.name}: {fixed} images go through its graph at once and no other number, too "
+                "few to learn from; export it with an open batch"
+            )
 
     def _probe(self) -> Probe:
         shapes = tensor_shapes(self.model)
@@ -204,7 +217,7 @@ class Dropper:
             "preprocess": self.measured.get("preprocess"),
             "latency": [
                 options.provider,
-                options.latency_batch,
+                self.latency_batch,
                 options.threads,
                 *options.provider_options,
             ],

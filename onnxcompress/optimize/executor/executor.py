@@ -21,16 +21,19 @@ import threading
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import onnx_graphsurgeon as gs
 import torch
 from torch import Tensor
 
+from onnxcompress.graph.reshape_targets import batch_free_targets
 from onnxcompress.optimize.device import laid_out
 from onnxcompress.optimize.executor.ops import DOMAINS, TABLE
 from onnxcompress.optimize.executor.ops.dtypes import convert
 from onnxcompress.optimize.executor.ops.registry import ExecutionError, UnsupportedOp
 from onnxcompress.optimize.executor.plan import Plan, Planner, Step
 from onnxcompress.optimize.executor.program import Binding, Kind, Program, explained
+from onnxcompress.optimize.executor.shape_feeds import ShapeFeeds
 
 if TYPE_CHECKING:
     from onnxcompress.model import Model
@@ -55,6 +58,7 @@ class Executor:
         device: str | torch.device = "cpu",
         dtype: torch.dtype | None = torch.float32,
         opset: int | None = None,
+        targets: Mapping[int, np.ndarray] | None = None,
     ) -> None:
         """Take a snapshot of the graph.
 
@@ -63,6 +67,7 @@ class Executor:
             device: Where tensors lie, except shape arithmetic.
             dtype: Type of all floating tensors; None: the model's own types.
             opset: Operator set of the graph, from 7; None: as the graph says.
+            targets: Targets of Reshape nodes, by id of the node, in place of the constants that they read.
 
         Raises:
             UnsupportedOp: The operator set is below 7. Operators that cannot be run raise only when a run
@@ -77,9 +82,11 @@ class Executor:
         self.device, self.dtype = torch.device(device), dtype
         self._plans: dict[tuple[frozenset[str], tuple[str, ...]], Plan] = {}
         self._planning = threading.Lock()
+        self._shape_feeds: ShapeFeeds | None = None
         # Tensors made under inference_mode could not take part in a later backward pass.
         with torch.inference_mode(False), torch.no_grad():
             self._program = Program.of(graph, opset)
+            self._program.reshape_to(targets or {})
             self._binding = Binding(self._program, self.device, dtype)
             self.parameters: dict[str, Tensor] = {
                 name: laid_out(convert(value, self.device, dtype))
@@ -97,6 +104,8 @@ class Executor:
     ) -> Executor:
         """Make the executor of a model's graph.
 
+        Targets of Reshape nodes hold for any number of images (`reshape_targets`).
+
         Args:
             model: The model.
             device: Where tensors lie, except shape arithmetic.
@@ -108,7 +117,10 @@ class Executor:
         Raises:
             UnsupportedOp: The operator set is below 7.
         """
-        return cls(model.graph, device=device, dtype=dtype, opset=model.opset)
+        targets = batch_free_targets(model)
+        executor = cls(model.graph, device=device, dtype=dtype, opset=model.opset, targets=targets)
+        executor._shape_feeds = ShapeFeeds(executor._program, model, executor.run)
+        return executor
 
     def run(
         self,
@@ -135,6 +147,8 @@ class Executor:
         for name in replaced:
             if name not in self.parameters:  # a constant, for example of rank 0
                 given[name] = replaced[name]
+        if self._shape_feeds and (missing := self._shape_feeds.missing(given, outputs)):
+            given |= self._shape_feeds.stand_ins(given, missing)
         plan = self._plan(given, outputs)
         if self._binding.fixed_shapes:
             self._check_shapes({**given, **replaced})
@@ -164,7 +178,10 @@ class Executor:
             ExecutionError: A tensor is missing.
             UnsupportedOp: A node that is needed cannot be run.
         """
-        return [node.source for node in self._plan(feeds, outputs).nodes]
+        given, wanted = frozenset(feeds), tuple(outputs)
+        if self._shape_feeds:
+            given |= frozenset(self._shape_feeds.missing(given, wanted))
+        return [node.source for node in self._plan(given, wanted).nodes]
 
     def _autocast(self) -> bool:
         kind = self.device.type

@@ -12,10 +12,11 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from graphlib import CycleError
 from typing import Any
 
+import numpy as np
 import onnx_graphsurgeon as gs
 import torch
 from torch import Tensor
@@ -105,6 +106,14 @@ class Program:
                 weights.add(name)
         names = {*producer, *constants, *(tensor.name for tensor in graph.inputs)}
         return Program(nodes, producer, constants, frozenset(weights), frozenset(names), opset)
+
+    def reshape_to(self, targets: Mapping[int, np.ndarray]) -> None:
+        """Give Reshape nodes, by id of the graph's node, constant targets of their own."""
+        for at, node in enumerate(self.nodes):
+            if id(node.source) in targets:
+                name = f"onnxcompress.target.{node.outputs[0]}"
+                self.constants[name] = torch.from_numpy(targets[id(node.source)])
+                self.nodes[at] = replace(node, inputs=(node.inputs[0], name))
 
 
 def _snapshot(node: gs.Node) -> Node:

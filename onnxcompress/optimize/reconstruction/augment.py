@@ -21,6 +21,8 @@ def augment(
 ) -> Tensor:
     """A batch of random views: mirrored, shifted by up to an eighth, half with a pasted patch.
 
+    Inputs that are no images of two sides are taken as they are.
+
     images: (N, C, H, W). shares: (N,), how often each is taken. device: of the result; None: the images'.
     """
     if shares is None:
@@ -29,6 +31,8 @@ def augment(
         index = torch.multinomial(shares, batch, replacement=True, generator=generator)
     x = images[sent(index, images.device)]
     x = sent(x, x.device if device is None else device)
+    if x.ndim != 4:
+        return x
     flip = sent(torch.rand(batch, generator=generator) < 0.5, x.device)
     x = torch.where(flip.view(-1, 1, 1, 1), x.flip(-1), x)
     height, width = x.shape[-2:]

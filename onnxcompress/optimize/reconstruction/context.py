@@ -16,6 +16,7 @@ from onnxcompress.graph.topology import Topology
 from onnxcompress.model import Model, Shape
 from onnxcompress.optimize.calibration import Inputs
 from onnxcompress.optimize.executor import Executor
+from onnxcompress.optimize.executor.open_batch import file_batch, images_at_once
 from onnxcompress.optimize.reconstruction.range_equalization import stretch
 from onnxcompress.optimize.synthesis.statistics_alignment import Twin, standardize
 from onnxcompress.quantization.qdq_plan import Bits, Plan, make_plan
@@ -42,12 +43,11 @@ class Subject:
     @staticmethod
     def of(model: Model, inputs: Inputs, *, stretched: bool) -> Subject:
         """Scales the model's channels in place with `stretched`. Raises InputError for too few images."""
-        fixed = fixed_batch(model)
-        x = whole_batches(model, inputs, fixed)
+        x = whole_batches(model, inputs, fixed_batch(model))
         twin = twin_of(model, x) if inputs.layerwise else Twin()
         bits = Bits(8, None, None)
         plan = make_plan(model, bits)
-        batch = fixed if fixed > 1 else BATCH
+        batch = images_at_once(model, x) or BATCH
         plain = {one.weight: torch.from_numpy(one.linear.weight) for one in plan.layers.values()}
         if stretched and stretch(model, plan, x, twin, batch):
             plan = make_plan(model, bits)
@@ -56,8 +56,7 @@ class Subject:
 
 def fixed_batch(model: Model) -> int:
     """The batch that the file fixes; 1 where it is open."""
-    shape = model.graph.inputs[0].shape
-    return int(shape[0]) if shape and isinstance(shape[0], int) else 1
+    return file_batch(model) or 1
 
 
 def whole_batches(model: Model, inputs: Inputs, batch: int) -> Tensor:
@@ -75,7 +74,8 @@ def twin_of(model: Model, x: Tensor) -> Twin:
     """The maps that give the network its recorded statistics on these inputs."""
     topology = Topology(model)
     last = topology.feature() or topology.trunk()[-1]
-    return standardize(model, Executor.from_model(model), x, last.name)
+    batch = images_at_once(model, x) or BATCH
+    return standardize(model, Executor.from_model(model), x, last.name, batch=batch)
 
 
 def nodes_between(topology: Topology, start: str | None, stop: str | None) -> list[gs.Node]:

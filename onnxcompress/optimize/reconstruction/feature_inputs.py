@@ -30,7 +30,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from onnxcompress.graph.query import is_op, producer
+from onnxcompress.graph.query import data_input, is_op, producer
 from onnxcompress.graph.shape_inference import tensor_shapes
 from onnxcompress.graph.topology import Topology
 from onnxcompress.model import Model
@@ -188,7 +188,7 @@ def deep_inputs(
 
 def through_twin(executor: Executor, subject: Subject, start: str) -> Tensor:
     """What the subject's images are at `start`, (N, …), with its recorded statistics."""
-    twin, name = subject.twin, str(subject.model.graph.inputs[0].name)
+    twin, name = subject.twin, str(data_input(subject.model).name)
     maps = {n: twin.mapped(n, executor.parameters[n]) for n in (*twin.weights, *twin.biases)}
     batches = torch.split(subject.images, subject.batch)
 

@@ -24,12 +24,13 @@ import torch
 from torch import Tensor
 
 from onnxcompress.errors import InputError, ModelError
-from onnxcompress.graph.query import is_op, is_output, node_label, value_readers
+from onnxcompress.graph.query import data_input, is_op, is_output, node_label, value_readers
 from onnxcompress.graph.topology import Topology
 from onnxcompress.model import Model
 from onnxcompress.optimize.deterministic_threads import in_turn, one_thread_each
 from onnxcompress.optimize.executor import Executor
-from onnxcompress.optimize.reconstruction.context import live_floats, needs, nodes_between
+from onnxcompress.optimize.executor.open_batch import split_images
+from onnxcompress.optimize.reconstruction.context import fixed_batch, live_floats, needs, nodes_between
 from onnxcompress.optimize.reconstruction.gptq import Moments
 from onnxcompress.optimize.reconstruction.patches import Patches
 from onnxcompress.optimize.synthesis.statistics_alignment import Twin
@@ -78,6 +79,7 @@ class Course(ABC):
         self._teacher: dict[str, Tensor] = {}
         self._student: dict[str, Tensor] = {}
         self._own: dict[str, Tensor] = {}
+        self._count = 0
         self._nodes = nodes_between(self.topology, self.start, self.stop)
         self._needs_of = [needs(node, self.topology) for node in self._nodes]
         for node, needed in zip(self._nodes, self._needs_of, strict=True):
@@ -92,14 +94,14 @@ class Course(ABC):
     @property
     def source(self) -> str:
         """The tensor that is fed."""
-        return str(self.model.graph.inputs[0].name) if self.start is None else self.start
+        return str(data_input(self.model).name) if self.start is None else self.start
 
     @one_thread_each()
     def pass_through(
         self, images: Tensor, stage: str, progress: Progress = silent, seen: Tensor | None = None
     ) -> None:
         """images: (N, …) at `source`. seen: what the student reads there; None: the same."""
-        count = self.affordable(len(images))
+        self._count = count = self.affordable(len(images))
         self._teacher[self.source] = self._student[self.source] = images[:count]
         if seen is not None:
             self._student[self.source] = seen[:count]
@@ -161,11 +163,11 @@ class Course(ABC):
         self, outputs: list[str], feeds: dict[str, Tensor], parameters: dict[str, Tensor]
     ) -> dict[str, Tensor]:
         """Batch by batch, each on one thread: sums of a convolution depend on how many work on it."""
-        batches = {n: torch.split(v, self.settings.batch) for n, v in feeds.items()}
+        batches = {n: split_images(v, self._count, self.settings.batch) for n, v in feeds.items()}
 
         def run(index: int) -> dict[str, Tensor]:
             part = {n: of[index] for n, of in batches.items()}
-            size = len(next(iter(part.values())))
+            size = min(self.settings.batch, self._count - index * self.settings.batch)
             with torch.no_grad():  # of each thread
                 made = self.executor.run(part, outputs, parameters)
             for name, value in made.items():
@@ -247,7 +249,8 @@ class Course(ABC):
     def affordable(self, count: int) -> int:
         """Images of which all tensors that are held at a time fit into MEMORY."""
         live = live_floats(self.model, self._nodes, self._last, self.source)
-        return max(1, min(count, MEMORY // (4 * COPIES * live)))
+        whole = fixed_batch(self.model)
+        return max(1, min(count, MEMORY // (4 * COPIES * live)) // whole) * whole
 
 
 def _finite(x: Tensor) -> bool:

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from onnxcompress.graph.constant_folding import constant_value
 from onnxcompress.graph.edit import set_values
-from onnxcompress.graph.query import is_op, is_output, producer, read, value_readers
+from onnxcompress.graph.query import data_input, is_op, is_output, producer, read, value_readers
 from onnxcompress.graph.shape_inference import tensor_shapes
 from onnxcompress.model import Model
 from onnxcompress.optimize.deterministic_threads import in_turn
@@ -134,7 +134,7 @@ def stretch(model: Model, plan: Plan, images: Tensor, twin: Twin, batch: int = 1
 
     def reach(index: int) -> dict[str, Tensor]:
         with torch.no_grad():  # of each thread
-            values = executor.run({model.graph.inputs[0].name: parts[index]}, names, worn)
+            values = executor.run({data_input(model).name: parts[index]}, names, worn)
             return {name: value.abs().movedim(1, 0).flatten(1).amax(1) for name, value in values.items()}
 
     for own in in_turn(reach, len(parts)):

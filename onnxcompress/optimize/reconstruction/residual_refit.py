@@ -29,6 +29,7 @@ from onnxcompress.graph.topology import Topology
 from onnxcompress.model import Model
 from onnxcompress.optimize.deterministic_threads import in_turn, one_thread
 from onnxcompress.optimize.executor import Executor
+from onnxcompress.optimize.executor.open_batch import split_images
 from onnxcompress.progress import Progress, silent
 
 MAX_FAN_IN = 2304
@@ -65,10 +66,13 @@ class Reconstruction:
     ridge: float = RIDGE
     new: dict[str, Tensor] = field(default_factory=dict)
     """Initializer -> refitted value."""
+    _count: int = 0
+    """Images that are run."""
 
     def run(self, images: Tensor, progress: Progress = silent) -> dict[str, Tensor]:
         """images: (N, …), what the first segment starts from. Returns `new`."""
         ours, theirs = images, images
+        self._count = len(images)
         first = self.first_changed()
         generator = torch.Generator().manual_seed(self.seed)
         with torch.no_grad():
@@ -93,7 +97,7 @@ class Reconstruction:
 
     def _forward(self, executor: Executor, segment: Segment, values: Tensor) -> Tensor:
         new = self.new if executor is self.student else {}
-        parts = torch.split(values, self.batch)
+        parts = split_images(values, self._count, self.batch)
 
         def run(index: int) -> Tensor:
             with torch.no_grad():  # of each thread
@@ -112,7 +116,7 @@ class Reconstruction:
     ) -> None:
         gram = cross = None
         total = 0
-        parts = list(zip(torch.split(ours, self.batch), torch.split(theirs, self.batch), strict=True))
+        parts = list(zip(*(split_images(v, self._count, self.batch) for v in (ours, theirs)), strict=True))
         seeds = [int(torch.randint(1 << 62, (), generator=generator)) for _ in parts]
 
         def sums(index: int) -> tuple[Tensor, Tensor, int]:

@@ -29,6 +29,7 @@ from torch import Tensor
 
 from onnxcompress.data.image_set import ImageSet
 from onnxcompress.errors import ModelError
+from onnxcompress.graph.query import data_input
 from onnxcompress.graph.shape_inference import tensor_shapes
 from onnxcompress.model import Model
 from onnxcompress.optimize.deterministic_threads import in_turn, one_thread_each
@@ -90,7 +91,7 @@ def distill(
         RuntimeUnavailable: The GPU's memory does not hold even a few images.
     """
     executor = Executor.from_model(model, device=device)
-    source = str(model.graph.inputs[0].name)
+    source = str(data_input(model).name)
     targets = _targets(model, executor, known_statistics(model) if statistics is None else statistics)
     pixels = _Pixels.of(start, device)
 

@@ -17,7 +17,7 @@ Does not handle: recorded tensors that are no output of a convolution with bias 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 
@@ -31,6 +31,7 @@ from onnxcompress.graph.query import read
 from onnxcompress.graph.topology import Topology
 from onnxcompress.model import Model
 from onnxcompress.optimize.executor import Executor
+from onnxcompress.optimize.executor.open_batch import split_images
 from onnxcompress.statistics.record import ChannelStatistics, known_statistics
 
 MOST = 16.0
@@ -132,27 +133,27 @@ def standardize(
     now: dict[str, Tensor] = {}
     topology = Topology(model)
     layers = conv_layers(model)
+    count = len(values)
     with torch.no_grad():
         for start, end in pairwise(topology.trunk()):
             for node in topology.between(start, end):
                 layer = layers.get(node.outputs[0].name)
                 if layer is None or layer.bias is None or layer.node not in known:
                     continue
-                out = _run(executor, start.name, layer.node, values, now, batch)
+                out = _run(executor, start.name, layer.node, split_images(values, count, batch), now)
                 _map(twin, layer, out, known[layer.node])
                 for name in (layer.weight, layer.bias):
                     now[name] = twin.mapped(name, executor.parameters[name])
             if end.name == last:
                 break
-            values = _run(executor, start.name, end.name, values, now, batch)
+            values = _run(executor, start.name, end.name, split_images(values, count, batch), now)
     return twin
 
 
 def _run(
-    executor: Executor, start: str, end: str, values: Tensor, now: Mapping[str, Tensor], batch: int
+    executor: Executor, start: str, end: str, batches: Sequence[Tensor], now: Mapping[str, Tensor]
 ) -> Tensor:
-    parts = [executor.run({start: part}, [end], now)[end] for part in torch.split(values, batch)]
-    return torch.cat(parts)
+    return torch.cat([executor.run({start: part}, [end], now)[end] for part in batches])
 
 
 def _map(twin: Twin, layer: ConvLayer, out: Tensor, wanted: ChannelStatistics) -> None:

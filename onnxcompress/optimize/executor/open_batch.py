@@ -1,0 +1,77 @@
+"""How many images run at once through a graph that may fix their number.
+
+The executor reads targets of Reshape nodes so that they hold for any batch (`reshape_targets`). Whether the
+graph then treats each image alone is tried, never assumed: what several images give at once must be what
+each gives by itself.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from onnxcompress.graph.query import data_input
+from onnxcompress.graph.topology import Topology
+from onnxcompress.model import Model
+from onnxcompress.optimize.executor import Executor
+from onnxcompress.optimize.executor.executor import ExecutionError
+
+TRIED = 3
+"""Batches that are tried at once. Not two: sizes of two are common in graphs."""
+RELATIVE, SHARE = 1e-3, 0.01
+"""At most this share of an output may differ by more than this part of its largest value: rounding moves
+what lies at a threshold."""
+
+
+def file_batch(model: Model) -> int | None:
+    """The number of images that the network's input fixes; None: it is open."""
+    shape = data_input(model).shape
+    return int(shape[0]) if shape and isinstance(shape[0], int) else None
+
+
+def images_at_once(model: Model, images: Tensor) -> int | None:
+    """How many images the executor can run at once.
+
+    Args:
+        model: with one input.
+        images: (N, …) as the input takes them.
+
+    Returns:
+        None for any number; else the one that the graph fixes.
+    """
+    base = file_batch(model) or 1
+    count = min(TRIED, len(images) // base)
+    if count < 2:
+        return base
+    topology, executor = Topology(model), Executor.from_model(model)
+    names = [t.name for n in topology.order for t in n.outputs if id(t) in topology.data and t.name]
+    outputs = {t.name for t in model.graph.outputs}
+    source = str(data_input(model).name)
+    try:
+        with torch.no_grad():
+            whole = executor.run({source: images[: base * count]}, names)
+            for at in range(count):
+                alone = executor.run({source: images[base * at : base * (at + 1)]}, names)
+                if not all(_agrees(whole[n], alone[n], at, count, n in outputs) for n in names):
+                    return base
+    except ExecutionError:
+        return base
+    return None
+
+
+def _agrees(whole: object, alone: object, at: int, count: int, compared: bool) -> bool:
+    """Whether batch `at` of `count` gives by itself what it gives among the others."""
+    if not isinstance(whole, Tensor) or not isinstance(alone, Tensor):
+        return True  # pieces of a Split; what is made of them is looked at
+    if not alone.ndim or len(whole) != count * len(alone) or whole.shape[1:] != alone.shape[1:]:
+        return False
+    if not compared or not alone.numel():
+        return True
+    a, b = whole[at * len(alone) : (at + 1) * len(alone)].double(), alone.double()
+    apart = (a - b).abs() > RELATIVE * b.abs().max().clamp_min(1e-30)
+    return float(apart.double().mean()) <= SHARE
+
+
+def split_images(values: Tensor, count: int, batch: int) -> tuple[Tensor, ...]:
+    """A tensor of `count` images in parts of `batch` images; an image may have several rows of it."""
+    return torch.split(values, len(values) // count * batch)

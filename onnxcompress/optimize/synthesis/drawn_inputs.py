@@ -1,0 +1,106 @@
+"""Inputs for networks that take no pictures: sequences, volumes, images of many channels, codes.
+
+Floats are drawn as layer-wise inputs are (`optimize.noise`): with the recorded mean and deviation of the
+input where the file has them, else with mean 0 and deviation 1. Half of them are white noise, half have the
+falling spectrum of natural signals. Where pixels are wanted (a stated normalization, or an image of
+integers), the noise becomes pixels from 0 to 255 first. Other integers are small codes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from onnxcompress.data.image_set import ImageSet, as_type
+from onnxcompress.data.preprocess import Preprocess
+from onnxcompress.errors import require
+from onnxcompress.runtime.inference import random_values
+from onnxcompress.statistics.record import ChannelStatistics
+
+LIGHT, CONTRAST = 0.45, 0.25
+"""Mean and deviation of pixels that are made of noise, as shares of their range."""
+
+
+@dataclass(frozen=True)
+class DrawnSet:
+    """Inputs that are no pictures, in the type and shape that the network takes."""
+
+    values: np.ndarray
+    """(N, …)"""
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    def array(self) -> np.ndarray:
+        """All inputs."""
+        return self.values
+
+    def normalized(self, part: slice) -> np.ndarray:
+        """Some of the inputs."""
+        return self.values[part]
+
+    def batches(self, batch: int) -> Iterator[np.ndarray]:
+        """Batches in order; the last may be smaller."""
+        for start in range(0, len(self), batch):
+            yield self.values[start : start + batch]
+
+    def take(self, indices: Sequence[int] | np.ndarray) -> DrawnSet:
+        """Pick the inputs at these places."""
+        return replace(self, values=self.values[np.asarray(indices)])
+
+    def spread(self, count: int) -> DrawnSet:
+        """`count` inputs evenly from all, or all where there are fewer."""
+        if count >= len(self):
+            return self
+        return replace(self, values=self.values[np.linspace(0, len(self) - 1, count).astype(int)])
+
+
+Samples = ImageSet | DrawnSet
+"""What a network is run on."""
+
+
+def drawn_inputs(
+    shape: Sequence[int],
+    dtype: np.dtype[np.generic],
+    seed: int,
+    *,
+    statistics: ChannelStatistics | None = None,
+    preprocess: Preprocess | None = None,
+) -> DrawnSet:
+    """Draw inputs from a seed.
+
+    Args:
+        shape: (N, …), channels on axis 1.
+        dtype: of the network's input.
+        seed: the same seed gives the same inputs.
+        statistics: of the input's channels, where they are known.
+        preprocess: how the network's inputs are normalized, where somebody says so.
+
+    Raises:
+        RuntimeUnavailable: torch is missing, which the noise of float inputs needs.
+    """
+    if dtype.kind in "iub" and len(shape) != 4:
+        return DrawnSet(random_values(np.random.default_rng(seed), dtype, tuple(shape)))
+    noise = _noise(shape, seed, statistics)
+    if preprocess is None:
+        return DrawnSet(as_type(noise, dtype))
+    pixels = np.clip(LIGHT + CONTRAST * noise, 0, 1) * 255
+    mean, std = float(np.mean(preprocess.mean)), float(np.mean(preprocess.std))
+    return DrawnSet(as_type((pixels / preprocess.scale - mean) / std, dtype))
+
+
+def _noise(shape: Sequence[int], seed: int, statistics: ChannelStatistics | None) -> np.ndarray:
+    """White and coloured noise by turns."""
+    require("drawing inputs that are no pictures", "torch")
+    from onnxcompress.optimize.synthesis.colored_noise import WHITE, Noise, draw_input, generator
+
+    count, *sizes = shape
+    values = np.empty(tuple(shape), np.float32)
+    for first, noise in enumerate((WHITE, Noise())):
+        part = values[first::2]
+        if len(part):
+            stream = generator(seed, f"input {first}", count)
+            part[...] = draw_input((len(part), *sizes), statistics, noise, stream).numpy()
+    return values
