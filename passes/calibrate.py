@@ -106,6 +106,7 @@ class Calibrate(Pass):
         from onnxcompress.optimize.statistics_estimation import measurable
 
         own = raised(model, OLDEST_OPSET)
+        assume_sizes(own, self._request())
         check_inputs(own, self._request())
         return measurable(own)[1]
 

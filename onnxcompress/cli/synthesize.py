@@ -153,7 +153,7 @@ def _make(
     if not isinstance(made, ImageSet):
         raise ModelError(
             f"{model.name}: its input takes no pictures of 1 or 3 channels, and others are not kept; "
-            "passes draw such inputs themselves, without --images"
+            "passes draw such inputs themselves where they are given none"
         )
     return made
 

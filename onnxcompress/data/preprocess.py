@@ -183,7 +183,8 @@ def choose(
         return _whole(Choice(Preprocess.parse(given, base), "option", base), dtype, model)
     text = metadata.get(PREPROCESSING)
     if given is not None and (text is None or _says_all(words)):
-        return Choice(Preprocess.parse(given), "option" if _says_all(words) else "option-and-default")
+        source = "option" if _says_all(words) else "option-and-default"
+        return _whole(Choice(Preprocess.parse(given, base), source, base), dtype, model)
     if text is None:
         return Choice(None, "default", base)
     try:

@@ -96,6 +96,7 @@ class Prune(PruneOptions, Pass):
         from onnxcompress.passes.prune.engine import layers_of
 
         own = raised(model, self.lowest_opset)
+        assume_sizes(own, self.request)
         fold_and_canonicalize(own)
         refusals, work = layers_of(self, own)
         if work and self.reconstruct:

@@ -81,6 +81,8 @@ def check_reachable(one: PruneOptions, target: Target) -> None:
     untried = {
         n for n, layer in target.layers.items() if measured and patches_of(target.model, layer) is None
     }
+    if untried == target.layers.keys():  # then magnitudes choose
+        untried = set()
     most = LARGEST * sum(size for name, size in target.sizes.items() if name not in untried) / target.total
     if one.sparsity <= most:
         return

@@ -95,6 +95,7 @@ class Quantize(QuantizeOptions, Pass):
         from onnxcompress.passes.quantize.engine import layers_of
 
         own = raised(model, self.lowest_opset)
+        assume_sizes(own, self.request)
         fold_and_canonicalize(own)
         plan = layers_of(self, own)
         if plan.layers:

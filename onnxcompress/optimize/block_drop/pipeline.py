@@ -80,7 +80,7 @@ class Dropper:
         self.shares: dict[str, Share] = {}
         self.scores: dict[str, dict[str, float]] = {}
         self.measured: dict[str, Any] = {"feature": self.feature}
-        self.stopwatch = Stopwatch(options.runs_on, options.latency_batch, options.threads, options.seed)
+        self.stopwatch = Stopwatch(options.runs_on, self.latency_batch, options.threads, options.seed)
         self.saved = 0.0
         """Part of the latency that the blocks dropped so far save, as last measured."""
         self._check_runtime()
