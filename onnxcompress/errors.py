@@ -48,6 +48,10 @@ class CompressWarning(UserWarning):
     """Something that a user should know but need not act on; the command line prints it as a note."""
 
 
+class ResultRefused(CompressError):
+    """A pass made a model whose outputs are too far from what they were; nothing was written."""
+
+
 class TargetMissed(CompressError):
     """The result was written, but it misses the target that the user set (exit code 3)."""
 

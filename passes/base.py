@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from onnxcompress.account import Change, Refusal
-from onnxcompress.errors import ModelError
+from onnxcompress.errors import ModelError, ResultRefused
+from onnxcompress.evaluation.guard import NAMED, Floors, Guard, Measured, Verdict, verdict
 from onnxcompress.progress import Progress, silent
 
 if TYPE_CHECKING:
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
 
     from onnxcompress.data.image_set import ImageSet
     from onnxcompress.model import Model
+    from onnxcompress.optimize.calibration import InputRequest
+    from onnxcompress.passes.judging import Watch
 
 
 CONVERTED = "converted from opset"
@@ -33,20 +36,44 @@ class PassResult:
     """Figures that the pass measured, by name; JSON values only."""
     shown: ImageSet | None = field(default=None, repr=False, compare=False)
     """A sample of the inputs that the pass learned from, to look at; not part of the JSON account."""
+    layer_snr_db: dict[str, float] = field(default_factory=dict)
+    """Layer -> signal to noise ratio of its own output, decibels, where the pass knows it."""
+    guard: Measured | None = None
+    """How far the outputs are from what they were; None: nothing was changed, or nobody asked."""
 
     @property
     def modified(self) -> bool:
         """Whether the pass changed the model."""
         return bool(self.changes)
 
+    def verdict(self, one: Pass, guard: Guard) -> Verdict | None:
+        """Whether the result may be written.
+
+        Args:
+            one: The pass whose result this is.
+            guard: The floors, where they are the user's.
+
+        Returns:
+            The verdict; None where nothing was measured.
+        """
+        if self.guard is None:
+            return None
+        worst = sorted(self.layer_snr_db.items(), key=lambda item: item[1])[:NAMED]
+        named = ", ".join(f"{name} ({db:.1f} dB)" for name, db in worst)
+        advice: tuple[str, ...] = (f"the layers that lose most: {named}",) if named else ()
+        hints = one.hints()
+        advice += (f"try {' or '.join(hints)}",) if hints else ()
+        return verdict(self.guard, guard.floors(one.floors), advice=advice, force=guard.force)
+
 
 @dataclass(frozen=True)
 class Pass(ABC):
     """A transformation of a model that changes nothing when it is applied a second time.
 
-    Its fields are the options, each made by `option`. Three field names have a fixed meaning: `provider`
-    and `provider_options` configure onnxruntime, `device` is where torch computes. A pipeline checks that
-    they are available before its first pass runs.
+    Its fields are the options, each made by `option`. Some field names have a fixed meaning: `provider`
+    and `provider_options` configure onnxruntime, `device` is where torch computes; a pipeline checks that
+    they are available before its first pass runs. `images`, `preprocess`, `count` and `seed` are what it
+    learns from: it is judged by others. `reference` is the model that it repairs its model towards.
     """
 
     name: ClassVar[str]
@@ -54,6 +81,9 @@ class Pass(ABC):
 
     preserves_function: ClassVar[bool] = False
     """Whether the outputs stay the same except for rounding."""
+
+    floors: ClassVar[Floors] = Floors()
+    """What outputs keep at least, where the user does not say."""
 
     composite: ClassVar[bool] = False
     """Whether it only applies other passes, each of which is noted in the provenance itself."""
@@ -92,6 +122,10 @@ class Pass(ABC):
         """
         return []
 
+    def hints(self) -> list[str]:
+        """What to try where the outputs are too far from what they were: options, with their values."""
+        return []
+
     def options(self) -> dict[str, Any]:
         """Collect the options as JSON values, for the provenance.
 
@@ -101,48 +135,114 @@ class Pass(ABC):
         return {f.name: _plain(getattr(self, f.name)) for f in dataclasses.fields(self)}
 
 
-def run(passes: Sequence[Pass], model: Model, progress: Progress = silent) -> list[PassResult]:
+def run(
+    passes: Sequence[Pass], model: Model, progress: Progress = silent, *, guard: Guard | None = None
+) -> list[PassResult]:
     """Apply passes in order and note each that changed the model in its provenance.
 
     Args:
         passes: The passes, first to last.
         model: The model, changed in place.
         progress: Called with the stage, the steps done and the steps in all.
+        guard: How each result is judged; None: it is not.
 
     Returns:
-        The result of each pass.
+        What each pass did; with a guard `PassResult.guard` has what was measured.
 
     Raises:
-        ModelError: A pass made an invalid model of a valid one. A model that was invalid from the start, as
-            are some that runtimes accept and ONNX's checker does not, is not held against a pass.
-        CompressError: A pass cannot handle the model.
+        ModelError: A pass left an invalid model of a valid one. One that was invalid before, as files are
+            that runtimes take and ONNX's checker does not, is not held against a pass.
+        ResultRefused: The outputs are too far from what they were, and `guard` does not force it.
     """
-    from onnxcompress.graph.validity import fault
-
+    judge = Guard(verify=False) if guard is None else guard
+    watch = watch_over(passes, model) if judge.verify else None
     results = []
-    valid = fault(model) is None
     for pass_ in passes:
-        digest = model.digest()
-        result = pass_.apply(model, progress)
-        if model.assumed:
-            result.measured["input_shape"] = {name: list(s) for name, s in model.assumed.items()}
-            model.assume({})
-        unchanged = not (result.modified or result.refusals)
-        if unchanged and not (pass_.preserves_function or pass_.composite):
-            result.refusals.append(Refusal(model.name, f"it has nothing that {pass_.name} would change"))
-        if result.modified and not pass_.composite:
-            model.add_provenance(pass_.name, pass_.options(), digest, result.measured.get("inputs"))
-            if valid and (problem := fault(model)) is not None:
-                raise ModelError(
-                    f"{model.name}: {pass_.name} made an invalid model of a valid one ({problem}); this is "
-                    "a defect of the pass: leave it out, and report it"
-                )
+        result = run_pass(pass_, model, progress, watch)
+        refuse(result.verdict(pass_, judge))
         results.append(result)
     return results
 
 
+def run_pass(
+    pass_: Pass, model: Model, progress: Progress = silent, watch: Watch | None = None
+) -> PassResult:
+    """Apply one pass, note it in the provenance if it changed something, and measure what the guard judges.
+
+    Args:
+        pass_: The pass.
+        model: The model to change in place.
+        progress: What to tell how far it is.
+        watch: What runs the model before and after; None: nothing is measured.
+
+    Returns:
+        What the pass did. Nothing is judged yet: see `PassResult.verdict`.
+
+    Raises:
+        ModelError: The pass left an invalid model of a valid one.
+    """
+    from onnxcompress.graph.validity import fault
+
+    valid = fault(model) is None
+    digest = model.digest()
+    before = None if watch is None else watch.before(model)
+    result = pass_.apply(model, progress)
+    if model.assumed:
+        result.measured["input_shape"] = {name: list(s) for name, s in model.assumed.items()}
+        model.assume({})
+    unchanged = not (result.modified or result.refusals)
+    if unchanged and not (pass_.preserves_function or pass_.composite):
+        result.refusals.append(Refusal(model.name, f"it has nothing that {pass_.name} would change"))
+    if result.modified and not pass_.composite:
+        model.add_provenance(pass_.name, pass_.options(), digest, result.measured.get("inputs"))
+        if valid and (problem := fault(model)) is not None:
+            raise ModelError(
+                f"{model.name}: {pass_.name} made an invalid model of a valid one ({problem}); this is "
+                "a defect of the pass: leave it out, and report it"
+            )
+    if watch is not None and before is not None and result.modified:
+        progress("comparing the outputs", 0, 1)
+        reference = getattr(pass_, "reference", None)
+        result.guard = watch.measure(before, model, exact=pass_.preserves_function, reference=reference)
+        progress("comparing the outputs", 1, 1)
+    return result
+
+
+def watch_over(passes: Sequence[Pass], model: Model, judged_by: InputRequest | None = None) -> Watch:
+    """Prepare to run the model before and after passes, on inputs that none of them learned from.
+
+    Args:
+        passes: All passes that will be applied.
+        model: The model before the first of them.
+        judged_by: Images that are kept to judge by, and sizes of open inputs.
+
+    Returns:
+        The watch, for `run_pass`.
+    """
+    from onnxcompress.passes.judging import Watch
+
+    learned = [request for pass_ in passes if (request := _learns_from(pass_)) is not None]
+    exact = all(pass_.preserves_function for pass_ in passes)
+    return Watch(model, learned, exact=exact, judged_by=judged_by)
+
+
+def refuse(judged: Verdict | None, whose: str = "") -> None:
+    """Raise ResultRefused where a result is not to be written; `whose` result that is stands before why."""
+    if judged is not None and judged.status == "refused":
+        raise ResultRefused(f"nothing is written: {whose}{judged.sentence}; --force writes it all the same")
+
+
+def _learns_from(pass_: Pass) -> InputRequest | None:
+    """What a pass learns from, by the names of its options."""
+    from onnxcompress.optimize.calibration import InputRequest
+
+    known = {"images", "preprocess", "count", "seed", "input_shape"}
+    names = {f.name for f in dataclasses.fields(pass_)} & known
+    return InputRequest(**{name: getattr(pass_, name) for name in names}) if names else None
+
+
 def apply_to_proto(
-    pass_: Pass, proto: onnx.ModelProto, progress: Progress = silent
+    pass_: Pass, proto: onnx.ModelProto, progress: Progress = silent, *, guard: Guard | None = None
 ) -> tuple[onnx.ModelProto, PassResult]:
     """Apply one pass to a ModelProto whose weights are in memory.
 
@@ -150,6 +250,7 @@ def apply_to_proto(
         pass_: The pass.
         proto: The model; it is not changed.
         progress: Called with the stage, the steps done and the steps in all.
+        guard: How the result is judged; None: it is not.
 
     Returns:
         The new model and the result of the pass.
@@ -161,7 +262,7 @@ def apply_to_proto(
     from onnxcompress.model import Model
 
     model = Model.from_proto(proto, proto.graph.name or "model")
-    (result,) = run([pass_], model, progress)
+    (result,) = run([pass_], model, progress, guard=guard)
     return model.to_proto(), result
 
 

@@ -24,6 +24,7 @@ from typing import ClassVar
 
 from onnxcompress.account import Change, Refusal
 from onnxcompress.errors import ModelError, OptionError
+from onnxcompress.evaluation.guard import LOSSY, Floors
 from onnxcompress.graph.batch_norm import OLDEST_OPSET
 from onnxcompress.graph.blocks import LINEAR, Discovery, find_blocks
 from onnxcompress.graph.edit import lift_weights
@@ -61,6 +62,7 @@ class DropBlocks(DropBlocksOptions, Pass):
 
     name: ClassVar[str] = "drop-blocks"
     needs: ClassVar[tuple[str, ...]] = ("torch", "onnxruntime")
+    floors: ClassVar[Floors] = LOSSY
 
     def apply(self, model: Model, progress: Progress = silent) -> PassResult:
         """Drop blocks from `model` in place; `measured` holds scores, latency and errors.

@@ -1,6 +1,6 @@
-"""What a pass's command and `run` have in common: read, apply, write, compare, gate, tell.
+"""What a pass's command and `run` have in common: read, apply, compare, write, gate, tell.
 
-IN --load--> model --Pipeline.run--> model --save--> OUT --gates--> verdicts --> account, exit code
+IN --load--> model --Pipeline.run--> model, judged by the guard --save--> OUT --gates--> account, exit code
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from onnxcompress.cli.files import Files, check_external, check_target, opened
 from onnxcompress.cli.job import Job, Outcome
 from onnxcompress.cli.options import print_json
 from onnxcompress.cli.report_option import write_job_report
-from onnxcompress.errors import CompressError, ModelError, OptionError, TargetMissed, require
+from onnxcompress.errors import ModelError, OptionError, TargetMissed, require
 from onnxcompress.evaluation.gate_results import judge, summary
 from onnxcompress.evaluation.gates import Baseline
 from onnxcompress.pipeline import Run
@@ -41,7 +41,7 @@ def execute(job: Job) -> None:
     if job.quiet and job.verbose:
         raise OptionError("--quiet and --verbose: give one of them")
     job.chain.check()
-    if job.verify:
+    if job.guard.verify:
         require("comparing the outputs (or say --no-verify)", "onnxruntime")
     with opened(job.source, job.target, as_json=job.as_json) as files:
         model = _load(files)
@@ -62,14 +62,16 @@ def execute(job: Job) -> None:
 
 
 def _work(job: Job, files: Files, model: Model, baseline: Baseline, show: Progress) -> Outcome:
-    """Apply, write, compare, judge."""
-    run = job.chain.run(model, show, cache=job.cache)
+    """Apply, compare, write, hold against the gates."""
     from onnxcompress.model import save
     from onnxcompress.model.model_like import model_bytes
+    from onnxcompress.optimize.calibration import InputRequest
+
+    gates = job.gates
+    judged_by = InputRequest(gates.images, gates.preprocess, input_shape=job.input_shape)
+    run = job.chain.run(model, show, cache=job.cache, guard=job.guard, judged_by=judged_by)
 
     save(run.model, files.target)
-    if job.verify:
-        run.steps[-1].result.measured["difference"] = _difference(files, job.input_shape)
     verdicts = judge(job.gates.limits, job.gates.measure(baseline, files.target, show))
     return Outcome(run, files, verdicts, (model_bytes(files.source), model_bytes(files.target)))
 
@@ -98,19 +100,6 @@ def _progress(job: Job) -> AbstractContextManager[Progress]:
     return progress(lines=not job.as_json)
 
 
-def _difference(files: Files, input_shape: str | None) -> dict[str, float | str]:
-    from onnxcompress.data.input_shapes import parse_input_shapes
-    from onnxcompress.evaluation.equivalence import difference
-    from onnxcompress.runtime.inference import random_feeds
-
-    try:
-        feeds = random_feeds(files.source, shapes=parse_input_shapes(input_shape))
-        found = difference(files.source, files.target, feeds)
-    except CompressError as error:
-        return {"skipped": files.shown(str(error))}
-    return {"max_abs": found.max_abs, "max_rel": found.max_rel, "output": found.output}
-
-
 def _tell(job: Job, found: Outcome) -> None:
     if job.as_json:
         print_json(job.account(found))
@@ -118,6 +107,7 @@ def _tell(job: Job, found: Outcome) -> None:
     if job.quiet:
         return
     from onnxcompress.cli.console import show_verdicts, size
+    from onnxcompress.cli.results.guard import show_guard, show_whole
     from onnxcompress.cli.results.show import show_result
 
     console = _console(found.files)
@@ -127,6 +117,8 @@ def _tell(job: Job, found: Outcome) -> None:
             took = f"{step.seconds:.1f} s" + (", kept from an earlier run" if step.cached else "")
             console.print(f"\n[bold]{number}. {step.pass_.name}[/] ({took})")
         show_result(console, step.pass_, step.result, verbose=job.verbose)
+        show_guard(console, step.pass_, step.result.guard, step.verdict)
+    show_whole(console, found.run.guard, found.run.verdict)
     show_verdicts(console, found.verdicts)
     for how in dict.fromkeys(one.preprocess for one in found.verdicts if one.preprocess):
         console.print(f"images of the gates are {how}", markup=False)
@@ -139,8 +131,9 @@ def _tell(job: Job, found: Outcome) -> None:
 
 def _preview(job: Job, files: Files, model: Model) -> None:
     """Say what would be done, and of what the results are at hand."""
-    known = job.chain.cached(model, job.cache) if job.cache is not None else 0
-    refusals = job.chain.previews(model)
+    chain = job.chain.keeping_aside(job.guard)
+    known = chain.cached(model, job.cache) if job.cache is not None else 0
+    refusals = chain.previews(model)
     steps = [
         {
             "pass": one.name,
@@ -148,7 +141,7 @@ def _preview(job: Job, files: Files, model: Model) -> None:
             "cached": at < known,
             "refusals": [dataclasses.asdict(refusal) for refusal in refusals[at]],
         }
-        for at, one in enumerate(job.chain.passes)
+        for at, one in enumerate(chain.passes)
     ]
     if job.as_json:
         print_json({"dry_run": True, "steps": steps, "gates": job.gates.limits})
@@ -157,7 +150,7 @@ def _preview(job: Job, files: Files, model: Model) -> None:
 
     console = _console(files)
     console.print(f"{files.source_name} → {files.target_name}, nothing is run or written", markup=False)
-    for number, (one, step) in enumerate(zip(job.chain.passes, steps, strict=True), 1):
+    for number, (one, step) in enumerate(zip(chain.passes, steps, strict=True), 1):
         note = "  (kept from an earlier run)" if step["cached"] else ""
         console.print(f"{number}. {one.name}{_chosen(one)}{note}", markup=False)
         show_refusals(console, refusals[number - 1], "would be left alone", all=job.verbose)

@@ -1,4 +1,4 @@
-"""The options of gates, made from their declaration, and help in sections."""
+"""The options of gates and of the guard, made from their declarations, and help in sections."""
 
 from __future__ import annotations
 
@@ -11,10 +11,12 @@ import click
 
 from onnxcompress.cli.options import ADVANCED, SectionedOption, option_type, split
 from onnxcompress.evaluation.gates import LIMITS, Gates
+from onnxcompress.evaluation.guard import Guard
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 GATES_HELP = "Gates (exit code 3 where the result is not worth it)"
+GUARD_HELP = "Guard (exit code 1, nothing written, where outputs are too far from what they were)"
 
 
 def gate_options(*, measuring: bool = True) -> list[click.Option]:
@@ -43,6 +45,45 @@ def gates_of(options: dict[str, Any], base: Gates | None = None) -> Gates:
     gates = dataclasses.replace(base or Gates(), **take_gates(options))
     gates.check()
     return gates
+
+
+def guard_options() -> list[click.Option]:
+    """--verify, --warn-snr, --min-snr and --force."""
+    hints = typing.get_type_hints(Guard)
+    return [_guard_option(f, hints[f.name]) for f in dataclasses.fields(Guard)]
+
+
+def guard_of(options: dict[str, Any], base: Guard | None = None) -> Guard:
+    """The guard of a command, whose options are taken out.
+
+    Args:
+        options: A command's arguments; what `guard_options` made is removed.
+        base: What holds where the command line does not say: a recipe's.
+
+    Returns:
+        The guard.
+
+    Raises:
+        OptionError: Options contradict each other.
+    """
+    given = {f.name: options.pop(f.name) for f in dataclasses.fields(Guard)}
+    found = {name: value for name, value in given.items() if value is not None}
+    guard = dataclasses.replace(base or Guard(), **found)
+    guard.check()
+    return guard
+
+
+def _guard_option(field: dataclasses.Field[Any], hint: Any) -> click.Option:
+    from onnxcompress.cli.options import option_type
+
+    flag = "--" + field.name.replace("_", "-")
+    names = [f"{flag}/--no-{field.name}", field.name] if field.default is True else [flag, field.name]
+    how: dict[str, Any] = {"is_flag": True} if hint is bool else {"type": option_type(hint)}
+    made = SectionedOption(
+        names, default=None, metavar=field.metadata["metavar"], help=field.metadata["help"], **how
+    )
+    made.section = GUARD_HELP
+    return made
 
 
 def _name(field: str) -> str:

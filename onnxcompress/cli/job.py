@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from onnxcompress.cli.files import Files
 from onnxcompress.evaluation.gate_results import Verdict
 from onnxcompress.evaluation.gates import Gates
+from onnxcompress.evaluation.guard import Guard
 from onnxcompress.pipeline import Pipeline, Run
 
 if TYPE_CHECKING:
@@ -26,10 +27,10 @@ class Job:
     gates: Gates
     account: Callable[[Outcome], dict[str, Any]]
     """What --json prints."""
+    guard: Guard = field(default_factory=Guard)
     cache: Cache | None = None
-    verify: bool = False
     input_shape: str | None = None
-    """Of the random inputs that are compared on."""
+    """Of the inputs that are compared on."""
     as_json: bool = False
     quiet: bool = False
     verbose: bool = False
@@ -53,6 +54,6 @@ class Outcome:
 def pass_account(found: Outcome) -> dict[str, Any]:
     """The JSON of a pass's command (`cli.pass_commands` has its keys)."""
     step = found.run.steps[0].as_dict()
-    kept = {key: step[key] for key in ("pass", "options", "changes", "refusals", "measured")}
+    kept = {key: step[key] for key in ("pass", "options", "changes", "refusals", "measured", "guard")}
     gates = [dataclasses.asdict(v) for v in found.verdicts]
     return kept | {"gates": gates, "provenance": found.run.model.provenance()}

@@ -5,7 +5,8 @@
     pass, options       as they stand in the provenance
     changes             [{node, what}]
     refusals            [{node, rule, remedy}]
-    measured            figures of the pass, by name; `difference` of the outputs where they were compared
+    measured            figures of the pass, by name; `difference` of the outputs, if the pass keeps them
+    guard               how far the outputs are from what they were (`onnxcompress guide json`), or null
     gates               [{gate, limit, measured, passed, text, preprocess}], one for each limit given
     provenance          all passes so far, oldest first
 """
@@ -19,7 +20,7 @@ from typing import Any
 
 import click
 
-from onnxcompress.cli.gate_options import gate_options, gates_of
+from onnxcompress.cli.gate_options import gate_options, gates_of, guard_of, guard_options
 from onnxcompress.cli.options import (
     ADVANCED,
     FILE,
@@ -51,17 +52,9 @@ def command(name: str) -> click.Command:
         click.Argument(["target"], metavar="OUT", type=FILE),
         *(_option(f, hints[f.name]) for f in dataclasses.fields(cls)),
         *running_options(),
+        *guard_options(),
         *gate_options(),
     ]
-    if cls.preserves_function:
-        params.append(
-            click.Option(
-                ["--verify/--no-verify"],
-                default=True,
-                show_default=True,
-                help="Compare the outputs in onnxruntime on random input.",
-            )
-        )
     own = {f.name for f in dataclasses.fields(cls)}
     if cls.preserves_function and "input_shape" not in own:
         option = click.Option(["--input-shape"], metavar=INPUT_SHAPE_METAVAR, help=INPUT_SHAPE_HELP)
@@ -73,11 +66,10 @@ def command(name: str) -> click.Command:
         from onnxcompress.pipeline import Pipeline
 
         shape = options.get("input_shape") if "input_shape" in own else options.pop("input_shape", None)
-        gates = gates_of(options, Gates(input_shape=shape))
+        gates, guard = gates_of(options, Gates(input_shape=shape)), guard_of(options)
         how = {key: options.pop(key) for key in ("as_json", "quiet", "verbose", "dry_run", "report")}
-        verify = bool(options.pop("verify", False))
         chain = Pipeline([cls(**options)])
-        execute(Job(source, target, chain, gates, pass_account, verify=verify, input_shape=shape, **how))
+        execute(Job(source, target, chain, gates, pass_account, guard=guard, input_shape=shape, **how))
 
     text = f"{inspect.cleandoc(cls.__doc__ or '')}\n\n{STREAMS_HELP}"
     return SectionedCommand(name, callback=callback, params=params, help=text)

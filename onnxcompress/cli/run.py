@@ -3,9 +3,10 @@
 --json prints one object:
 
     recipe, input, output
-    steps       [{pass, options, changes, refusals, measured, seconds, cached}]; as of a pass's own command,
-                `seconds` of the run that made it, `cached` where that was an earlier one
+    steps       [{pass, options, changes, refusals, measured, seconds, cached, guard}]; as of a pass's own
+                command, `seconds` of the run that made it, `cached` where that was an earlier one
     bytes       {before, after}
+    guard       of OUT against IN, as of a step; null: not compared, or one step alone says the same
     gates       [{gate, limit, measured, passed, text, preprocess}], one for each limit that was given
     provenance  all passes so far, oldest first
 
@@ -19,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from onnxcompress.cli.gate_options import gate_options, gates_of
+from onnxcompress.cli.gate_options import gate_options, gates_of, guard_of, guard_options
 from onnxcompress.cli.options import FILE, SectionedCommand, print_json
 from onnxcompress.cli.pass_commands import running_options
 from onnxcompress.errors import OptionError
@@ -71,7 +72,8 @@ def _run(
         - drop-blocks:              # options as of `onnxcompress drop-blocks`, with _ for -
             images: ${images}
             latency_reduction: 20
-      gates: {max_size: 5}          # or --max-size 5; the command line wins
+      guard: {min_snr: 6}           # or --min-snr 6; the command line wins
+      gates: {max_size: 5}          # or --max-size 5
 
     All of it is checked before the first pass runs. What each pass made is kept, so that an interrupted or
     edited recipe redoes only what changed. IN and OUT may be -, the standard streams. A result that misses
@@ -89,14 +91,14 @@ def _run(
     if cache is not None and no_cache:
         raise OptionError("--cache and --no-cache: give one of them")
     read = read_recipe(recipe, variables)
-    gates = gates_of(options, read.gates)
+    gates, guard = gates_of(options, read.gates), guard_of(options, read.guard)
     kept = None if no_cache else _cache(cache)
 
     def account(found: Outcome) -> dict[str, Any]:
         return _account(recipe, found)
 
     chain = Pipeline(read.passes)
-    execute(Job(source, target, chain, gates, account, cache=kept, recipe=recipe, **options))
+    execute(Job(source, target, chain, gates, account, guard=guard, cache=kept, recipe=recipe, **options))
 
 
 def _cache(folder: str | None) -> Cache | None:
@@ -115,6 +117,8 @@ def _cache(folder: str | None) -> Cache | None:
 
 
 def _account(recipe: str, found: Outcome) -> dict[str, Any]:
+    from onnxcompress.pipeline.pipeline import guard_account
+
     before, after = found.bytes
     return {
         "recipe": recipe,
@@ -122,6 +126,7 @@ def _account(recipe: str, found: Outcome) -> dict[str, Any]:
         "output": found.files.target_name,
         "steps": [step.as_dict() for step in found.run.steps],
         "bytes": {"before": before, "after": after},
+        "guard": guard_account(found.run.guard, found.run.verdict),
         "gates": [dataclasses.asdict(v) for v in found.verdicts],
         "provenance": found.run.model.provenance(),
     }
@@ -158,6 +163,7 @@ run = SectionedCommand(
             help="Print the JSON Schema of recipes, for an editor, and end.",
         ),
         *running_options(),
+        *guard_options(),
         *gate_options(),
     ],
 )

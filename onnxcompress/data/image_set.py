@@ -122,20 +122,22 @@ def load_images(
     count: int | None = None,
     seed: int = 0,
     labels: bool = False,
+    left_out: int | None = None,
     progress: Progress = silent,
 ) -> ImageSet:
     """Load all images, or `count` of them drawn with `seed` (as many of each class as can be).
 
-    `labels`: they are needed; without them it is an error.
+    `labels`: they are needed; without them it is an error. `left_out`: load so many of those that `count`
+    leaves out, and none that it takes; fewer where there are no more.
     Raises InputError with the file's name for whatever cannot be used.
     """
     if count is not None and count < 1:
         raise OptionError(f"count: {count}; expected 1 or more")
     source = Path(path)
     if source.is_dir():
-        images = _load_folder(source, preprocess, count, seed, labels, progress)
+        images = _load_folder(source, preprocess, _Draw(count, seed, left_out), labels, progress)
     elif source.suffix.lower() == ".npz" and source.is_file():
-        images = _load_npz(source, preprocess, count, seed, labels)
+        images = _load_npz(source, preprocess, _Draw(count, seed, left_out), labels)
     else:
         what = "no .npz file or folder" if source.exists() else "no such file or folder"
         raise InputError(f"{source}: {what}; images come from a folder or an .npz")
@@ -183,14 +185,36 @@ def _advice(shape: Sequence[int | str | None], images: ImageSet) -> str:
     return f"set size={'x'.join('?' if d is None else str(d) for d in sides)} in --preprocess"
 
 
+def image_count(path: str | os.PathLike[str]) -> int:
+    """How many images a folder or an .npz has, without reading their pixels.
+
+    Args:
+        path: The folder or .npz.
+
+    Returns:
+        Their number; 0 where it cannot be told, as `load_images` will then say.
+    """
+    source = Path(path)
+    if source.is_dir():
+        return len(_image_files(source))
+    try:
+        with ZipFile(source) as archive:
+            name = next(n for n in ("x.npy", "images.npy") if n in archive.namelist())
+            with archive.open(name) as member:
+                np.lib.format.read_magic(member)
+                return int(np.lib.format.read_array_header_1_0(member)[0][0])
+    except (*_UNREADABLE, StopIteration, IndexError):
+        return 0
+
+
 def _load_folder(
-    folder: Path, preprocess: Preprocess, count: int | None, seed: int, labels: bool, progress: Progress
+    folder: Path, preprocess: Preprocess, draw: _Draw, labels: bool, progress: Progress
 ) -> ImageSet:
     files = _image_files(folder)
     if not files:
         raise InputError(f"{folder}: no images; expected files of {', '.join(SUFFIXES)}")
     y = _folder_labels(folder, files, labels)
-    chosen = _choose(len(files), y, count, seed, folder)
+    chosen = draw.indices(len(files), y, folder)
     files = [files[i] for i in chosen]
     with warnings.catch_warnings(), ThreadPoolExecutor(DECODERS) as pool:
         warnings.simplefilter("error", Image.DecompressionBombWarning)
@@ -248,28 +272,39 @@ def _folder_labels(folder: Path, files: Sequence[Path], needed: bool) -> np.ndar
     return np.array([index[p[0]] for p in parts], np.int64)
 
 
-def _choose(total: int, y: np.ndarray | None, count: int | None, seed: int, source: Path) -> np.ndarray:
-    """Indices in order: all, or `count` drawn at random, balanced over the classes of `y`."""
-    if count is None:
-        return np.arange(total)
-    if count > total:
-        raise InputError(f"{source}: {count} images were asked for, it has {total}")
-    order = np.random.default_rng(seed).permutation(total)
-    if y is not None:
-        shuffled = y[order]
-        turn = np.empty(total, np.int64)  # how many of its class come before it
-        for label in np.unique(shuffled):
-            of_class = np.flatnonzero(shuffled == label)
-            turn[of_class] = np.arange(len(of_class))
-        order = order[np.argsort(turn, kind="stable")]
-    return np.sort(order[:count])
+@dataclass(frozen=True)
+class _Draw:
+    """Which of the images are taken."""
+
+    count: int | None
+    """None: all."""
+    seed: int
+    left_out: int | None
+    """Instead so many of those that `count` leaves out."""
+
+    def indices(self, total: int, y: np.ndarray | None, source: Path) -> np.ndarray:
+        """Indices in order: all, or some drawn at random, balanced over the classes of `y`."""
+        if self.count is None:
+            return np.arange(total if self.left_out is None else 0)
+        if self.count > total:
+            raise InputError(f"{source}: {self.count} images were asked for, it has {total}")
+        order = np.random.default_rng(self.seed).permutation(total)
+        if y is not None:
+            shuffled = y[order]
+            turn = np.empty(total, np.int64)  # how many of its class come before it
+            for label in np.unique(shuffled):
+                of_class = np.flatnonzero(shuffled == label)
+                turn[of_class] = np.arange(len(of_class))
+            order = order[np.argsort(turn, kind="stable")]
+        start, stop = (0, self.count) if self.left_out is None else (self.count, self.count + self.left_out)
+        return np.sort(order[start:stop])
 
 
-def _load_npz(file: Path, preprocess: Preprocess, count: int | None, seed: int, labels: bool) -> ImageSet:
+def _load_npz(file: Path, preprocess: Preprocess, draw: _Draw, labels: bool) -> ImageSet:
     x, y = _read_npz(file)
     if labels and y is None:
         raise InputError(f"{file}: no labels; expected an array y or labels beside the images")
-    chosen = _choose(len(x), y, count, seed, file)
+    chosen = draw.indices(len(x), y, file)
     x, y = x[chosen], None if y is None else y[chosen]
     names = tuple(f"{file.name}[{i}]" for i in chosen)
     x = _as_pixels(x, file)

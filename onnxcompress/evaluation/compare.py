@@ -145,7 +145,7 @@ def _on_random(
     inputs = {s.name for s in input_specs(a)}
     given = {k: v for k, v in (shapes or {}).items() if not k or k in inputs}
     feeds = random_feeds(a, batch=_batch(a, b, DIFFERENCE_BATCH), seed=seed, shapes=given)
-    left, right = run(a, feeds), run(b, _for(b, feeds))
+    left, right = run(a, feeds), run(b, feeds_for(b, feeds))
     count = len(next(iter(feeds.values()), np.zeros(1)))
     scores = score_output(left, count), score_output(right, count)
     same = None
@@ -163,7 +163,7 @@ def _on_images(
     size = _batch(a, b, min(DIFFERENCE_BATCH, len(images)))
     x = images.take(np.arange(size) % len(images)).array().astype(spec.dtype)
     feeds = {spec.name: x, **unread_feeds(a)}
-    difference = difference_of(run(a, feeds), run(b, _for(b, feeds)))
+    difference = difference_of(run(a, feeds), run(b, feeds_for(b, feeds)))
     top1: tuple[float | None, float | None] = (None, None)
     if images.y is not None:
         top1 = topk(scores[0], images.y, label(a))[0], topk(scores[1], images.y, label(b))[0]
@@ -180,8 +180,19 @@ def _batch(a: ModelLike, b: ModelLike, default: int) -> int:
     return fixed[0] if fixed else default
 
 
-def _for(model: ModelLike, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The reference's feeds under the model's own input names, by order where the names differ."""
+def feeds_for(model: ModelLike, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Inputs of a reference under another model's own input names, by order where the names differ.
+
+    Args:
+        model: The other model.
+        feeds: Input name of the reference -> value.
+
+    Returns:
+        Input name of `model` -> value, floats in the precision that it takes.
+
+    Raises:
+        ModelError: The models differ in the number or the shapes of inputs.
+    """
     specs = input_specs(model)
     if len(specs) != len(feeds):
         raise ModelError(f"the models have {len(feeds)} and {len(specs)} inputs; expected as many")

@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING, Any
 
 from onnxcompress.account import Change, Refusal
 from onnxcompress.errors import CompressError, OptionError
+from onnxcompress.evaluation.guard import measured_from
 from onnxcompress.model import Model, load, save
 from onnxcompress.model.tensor_storage import file_digest
 from onnxcompress.passes.base import Pass, PassResult
@@ -291,4 +292,7 @@ def _result(values: dict[str, Any]) -> PassResult:
         [Change(**c) for c in values["changes"]],
         [Refusal(**r) for r in values["refusals"]],
         values["measured"],
+        None,
+        values["layer_snr_db"],
+        None if values["guard"] is None else measured_from(values["guard"]),
     )

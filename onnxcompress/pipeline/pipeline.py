@@ -18,12 +18,15 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from onnxcompress.account import Refusal
 from onnxcompress.errors import CompressError, InputError, RuntimeUnavailable, require
-from onnxcompress.passes.base import Pass, PassResult
+from onnxcompress.evaluation.guard import Floors, Guard, Measured, Verdict, as_dict, difference, verdict
+from onnxcompress.passes.base import Pass, PassResult, refuse, run_pass, watch_over
 from onnxcompress.passes.base import run as run_passes
 from onnxcompress.progress import Progress, silent
 
 if TYPE_CHECKING:
     from onnxcompress.model import Model
+    from onnxcompress.optimize.calibration import InputRequest
+    from onnxcompress.passes.judging import Watch
     from onnxcompress.pipeline.cache import Cache, Entry
 
 
@@ -37,22 +40,41 @@ class Step:
     """Time that the pass took when it ran."""
     cached: bool = False
     """Whether the result came from the cache."""
+    verdict: Verdict | None = None
+    """The guard's verdict on this pass; None: nothing was changed, or nothing compared."""
 
     def as_dict(self) -> dict[str, Any]:
         """Convert the step to JSON values.
 
         Returns:
-            The keys pass, options, changes, refusals, measured, seconds and cached.
+            The keys pass, options, changes, refusals, measured, seconds, cached and guard.
         """
+        guard, compared = self.result.guard, {}
+        if guard is not None and self.pass_.preserves_function:
+            compared = {"difference": difference(guard)}
         return {
             "pass": self.pass_.name,
             "options": self.pass_.options(),
             "changes": [dataclasses.asdict(c) for c in self.result.changes],
             "refusals": [dataclasses.asdict(r) for r in self.result.refusals],
-            "measured": self.result.measured,
+            "measured": self.result.measured | compared,
             "seconds": self.seconds,
             "cached": self.cached,
+            "guard": guard_account(guard, self.verdict),
         }
+
+
+def guard_account(found: Measured | None, judged: Verdict | None) -> dict[str, Any] | None:
+    """The JSON of what the guard measured and of its verdict.
+
+    Args:
+        found: What it measured; None: nothing.
+        judged: Its verdict.
+
+    Returns:
+        The keys of `evaluation.guard.as_dict`; None where nothing was measured.
+    """
+    return None if found is None or judged is None else as_dict(found, judged)
 
 
 @dataclass
@@ -61,6 +83,10 @@ class Run:
 
     model: Model
     steps: list[Step] = field(default_factory=list)
+    guard: Measured | None = None
+    """The result against the model that the chain was given, where no single pass says the same."""
+    verdict: Verdict | None = None
+    """Of that."""
 
 
 @dataclass(frozen=True, init=False)
@@ -147,6 +173,8 @@ class Pipeline(Pass):
         progress: Progress = silent,
         *,
         cache: Cache | None = None,
+        guard: Guard | None = None,
+        judged_by: InputRequest | None = None,
     ) -> Run:
         """Apply all passes to a copy of `model`.
 
@@ -154,20 +182,43 @@ class Pipeline(Pass):
             model: The model; it is not changed.
             progress: Called with the pass and its stage, the steps done and the steps in all.
             cache: Where results are looked up, and new ones stored.
+            guard: How the result of each pass, and of the whole chain, is judged; None: it is not.
+            judged_by: Images that are kept to judge by.
 
         Returns:
             The new model, and one step for each pass.
 
         Raises:
             CompressError: As `check` and the passes; the message names the pass.
+            ResultRefused: Outputs are too far from what they were.
         """
         self.check()
-        chain = _Chain(model, cache)
+        judge = Guard(verify=False) if guard is None else guard
+        passes = self.keeping_aside(judge).passes
+        watch = watch_over(passes, model, judged_by) if judge.verify else None
+        chain = _Chain(model, cache, watch)
         steps = []
-        for at, pass_ in enumerate(self.passes):
+        for at, pass_ in enumerate(passes):
             with self._placed(at):
-                steps.append(chain.step(pass_, _named(progress, pass_, len(self.passes))))
-        return Run(chain.model(), steps)
+                step = chain.step(pass_, _named(progress, pass_, len(passes)))
+                judged = step.result.verdict(pass_, judge) if judge.verify else None
+                refuse(judged)
+                steps.append(dataclasses.replace(step, verdict=judged))
+        run = Run(chain.model(), steps)
+        if watch is not None:
+            _judge_whole(run, watch, judge)
+        return run
+
+    def keeping_aside(self, guard: Guard) -> Pipeline:
+        """Leave some of the images of each pass out, for the guard to judge by.
+
+        Args:
+            guard: The guard; where it compares nothing, no image is left out.
+
+        Returns:
+            The chain, with `count` set where a pass has many images and no `count`.
+        """
+        return Pipeline(_keeping_aside(pass_) if guard.verify else pass_ for pass_ in self.passes)
 
     def cached(self, model: Model, cache: Cache) -> int:
         """Count the first passes whose results are in the cache.
@@ -213,6 +264,27 @@ class Pipeline(Pass):
             raise type(error)(f"{where}: {error}") from error
 
 
+def _keeping_aside(pass_: Pass) -> Pass:
+    images, count = getattr(pass_, "images", None), getattr(pass_, "count", 0)
+    if images is None or count is not None or pass_.preserves_function:
+        return pass_
+    from onnxcompress.optimize.unseen_inputs import kept_aside
+
+    return dataclasses.replace(pass_, count=kept_aside(images))  # type: ignore[call-arg]
+
+
+def _judge_whole(run: Run, watch: Watch, guard: Guard) -> None:
+    """Judge what a chain made by what it was given, unless one pass changed it alone and was judged."""
+    changed = [step for step in run.steps if step.result.modified]
+    if not changed or (len(changed) == 1 and changed[0].result.guard is not None):
+        return
+    least = min(step.pass_.floors.refuse_db for step in changed)
+    own = Floors(min(step.pass_.floors.warn_db for step in changed), least)
+    run.guard = watch.whole(run.model)
+    run.verdict = verdict(run.guard, guard.floors(own), force=guard.force)
+    refuse(run.verdict, "all passes together: ")
+
+
 def check_ready(pass_: Pass) -> None:
     """Check that a pass can start, whatever the model.
 
@@ -248,8 +320,9 @@ def check_ready(pass_: Pass) -> None:
 class _Chain:
     """The model between two passes. Of the results in the cache only the last is ever loaded."""
 
-    def __init__(self, model: Model, cache: Cache | None) -> None:
+    def __init__(self, model: Model, cache: Cache | None, watch: Watch | None = None) -> None:
         self._given = model
+        self._watch = watch
         self._own: Model | None = None
         self._last: Entry | None = None
         self._cache = cache
@@ -305,7 +378,7 @@ class _Chain:
         key = self._key(pass_)
         model = self.model()
         start = time.monotonic()
-        (result,) = run_passes([pass_], model, progress)
+        result = run_pass(pass_, model, progress, self._watch)
         seconds = time.monotonic() - start
         if self._cache is not None:
             self._store(key, pass_, model, result, seconds)

@@ -7,6 +7,8 @@
       - drop-blocks:
           images: ${images}
           blocks: 2
+    guard:                        # how far outputs may be from what they were (`evaluation.guard`)
+      min_snr: 6
     gates:                        # conditions that the result must meet (`onnxcompress.evaluation.gates`)
       min_agreement: 95
 
@@ -31,15 +33,16 @@ from pydantic import TypeAdapter, ValidationError
 
 from onnxcompress.errors import RuntimeUnavailable
 from onnxcompress.evaluation.gates import Gates
+from onnxcompress.evaluation.guard import Guard
 from onnxcompress.option_fields import is_required, option_adapter
 from onnxcompress.passes import CATALOGUE, load_pass
 from onnxcompress.passes.base import Pass
 from onnxcompress.passes.plugins import plugins
 from onnxcompress.pipeline.recipe_yaml import Document, Place, dump, read_document, shown
 
-SECTIONS = ("variables", "passes", "gates")
+SECTIONS = ("variables", "passes", "guard", "gates")
 _VARIABLE = re.compile(r"\$\$\{|\$\{([^}]*)\}")
-Built = TypeVar("Built", Pass, Gates)
+Built = TypeVar("Built", Pass, Gates, Guard)
 
 
 class Given(str):
@@ -54,6 +57,7 @@ class Recipe:
 
     passes: tuple[Pass, ...]
     gates: Gates = field(default_factory=Gates)
+    guard: Guard = field(default_factory=Guard)
 
 
 def read_recipe(path: str | os.PathLike[str], variables: Mapping[str, str] | None = None) -> Recipe:
@@ -102,8 +106,8 @@ def write_recipe(recipe: Recipe, folder: str | os.PathLike[str] = ".") -> str:
         The text.
     """
     passes = [{p.name: o} if (o := _set_options(p, folder)) else p.name for p in recipe.passes]
-    gates = _set_options(recipe.gates, folder)
-    return dump({"passes": passes} | ({"gates": gates} if gates else {}))
+    sections = {"guard": _set_options(recipe.guard, folder), "gates": _set_options(recipe.gates, folder)}
+    return dump({"passes": passes} | {name: values for name, values in sections.items() if values})
 
 
 def pass_names() -> list[str]:
@@ -122,9 +126,10 @@ def _read(document: Document, variables: Mapping[str, str] | None) -> Recipe:
         document.fail(("passes",), "passes: expected a list of passes, such as `- fold-bn`")
     reader = _Reader(document, top.get("variables"), variables or {})
     passes = tuple(reader.read_pass(index, item) for index, item in enumerate(listed))
+    guard = reader.build(Guard, top.get("guard"), ("guard",))
     gates = reader.build(Gates, top.get("gates"), ("gates",))
     reader.check_used()
-    return Recipe(passes, gates)
+    return Recipe(passes, gates, guard)
 
 
 class _Reader:
@@ -179,7 +184,7 @@ class _Reader:
             OptionError: An option is unknown, has a wrong value, or is required and missing.
         """
         fields = {f.name: f for f in dataclasses.fields(cls)}
-        what = f"option of {place[-1]}" if cls is not Gates else "gate"
+        what = "gate" if cls is Gates else f"option of {place[-1]}"
         values = {}
         for name, value in self.document.mapping(options, place, what, list(fields)).items():
             where = (*place, name)
@@ -255,7 +260,7 @@ def _from_text(adapter: TypeAdapter[Any], text: str) -> Any:
     return adapter.validate_strings(str(text))
 
 
-def _set_options(one: Pass | Gates, folder: str | os.PathLike[str]) -> dict[str, Any]:
+def _set_options(one: Pass | Gates | Guard, folder: str | os.PathLike[str]) -> dict[str, Any]:
     """Collect the fields that differ from their defaults, as YAML values that read back the same."""
     values = {}
     for f in dataclasses.fields(one):

@@ -6,6 +6,7 @@ import dataclasses
 from typing import Any
 
 from onnxcompress.evaluation.gates import Gates
+from onnxcompress.evaluation.guard import Guard
 from onnxcompress.option_fields import is_required, option_adapter
 from onnxcompress.passes import load_pass
 from onnxcompress.passes.base import Pass
@@ -36,6 +37,7 @@ def recipe_schema() -> dict[str, Any]:
                 "minItems": 1,
                 "items": {"anyOf": [{"enum": names}, step | {"minProperties": 1, "maxProperties": 1}]},
             },
+            "guard": {"anyOf": [_object_schema(Guard), {"type": "null"}]},
             "gates": {"anyOf": [_object_schema(Gates), {"type": "null"}]},
         },
         "required": ["passes"],
@@ -43,7 +45,7 @@ def recipe_schema() -> dict[str, Any]:
     }
 
 
-def _object_schema(cls: type[Pass] | type[Gates]) -> dict[str, Any]:
+def _object_schema(cls: type[Pass] | type[Gates] | type[Guard]) -> dict[str, Any]:
     properties = {}
     for one in dataclasses.fields(cls):
         schema = option_adapter(cls, one.name).json_schema()

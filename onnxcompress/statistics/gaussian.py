@@ -7,7 +7,6 @@ from collections.abc import Callable
 
 import numpy as np
 import onnx_graphsurgeon as gs
-from scipy.special import ndtr
 
 from onnxcompress.graph.query import attribute
 
@@ -34,6 +33,8 @@ def clipped(mean: np.ndarray, variance: np.ndarray, low: object, high: object) -
     Returns:
         Mean and variance of the clipped variables, shape (channels,) each.
     """
+    from scipy.special import ndtr  # slow to import
+
     sigma = np.sqrt(variance)
     safe = np.where(sigma > 0, sigma, 1.0)
     first, second = np.zeros_like(mean), np.zeros_like(mean)

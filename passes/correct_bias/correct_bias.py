@@ -152,6 +152,10 @@ class CorrectBias(Pass):
         elif self.images is not None:
             raise OptionError("--images: say --inputs images, too; --inputs record uses no images")
 
+    def hints(self) -> list[str]:
+        """Options whose means are closer to what layers see."""
+        return [f"--inputs {kind}" for kind in ("layerwise", "images") if kind != self.inputs]
+
     @property
     def _request(self) -> InputRequest:
         return InputRequest(

@@ -157,6 +157,10 @@ class HalfPrecision(Pass):
         if self.threads < 0:
             raise OptionError(f"--threads {self.threads}: expected 0 or more")
 
+    def hints(self) -> list[str]:
+        """Options that leave more of the network what it is."""
+        return [f"--max-error {self.max_error / 10:g}"]
+
     @property
     def runs_on(self) -> Provider:
         """Where the result is run. Raises OptionError."""

@@ -150,8 +150,10 @@ def _reconstruct(
     )
     learned, noise = _learned(one, subject, parts, settings, device, progress)
     _write(model, {name: value.numpy() for name, value in learned.items()})
+    rows = _rows(target, shares, noise)
+    result.layer_snr_db = {row["name"]: row["snr_db"] for row in rows if "snr_db" in row}
     result.measured |= {
-        "layers": _rows(target, shares, noise),
+        "layers": rows,
         "inputs": [asdict(used) for used in (*inputs.sources, *(part.used for part in parts if part.used))],
         "seconds": {"inputs": made, "layers": time.perf_counter() - start - made},
         "output_snr_db": output_snr(original, model, subject.images),

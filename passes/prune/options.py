@@ -69,6 +69,11 @@ class PruneOptions:
         if self.sensitivity is not None and (self.scope != "global" or pattern.group):
             raise OptionError("--sensitivity goes with --scope global and --pattern unstructured")
 
+    def hints(self) -> list[str]:
+        """Options that leave more of the network what it is."""
+        found = [f"--sparsity {self.sparsity / 2:g}", "--skip-first-last"]
+        return found + ([] if self.images else ["--images with a hundred real ones"])
+
     @property
     def request(self) -> InputRequest:
         return InputRequest(

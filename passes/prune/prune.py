@@ -39,6 +39,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from onnxcompress.account import Refusal
+from onnxcompress.evaluation.guard import LOSSY, Floors
 from onnxcompress.graph.batch_norm import OLDEST_OPSET
 from onnxcompress.model import Model
 from onnxcompress.optimize.calibration import (
@@ -74,6 +75,7 @@ class Prune(PruneOptions, Pass):
 
     name: ClassVar[str] = "prune"
     needs: ClassVar[tuple[str, ...]] = ("torch",)
+    floors: ClassVar[Floors] = LOSSY
 
     def apply(self, model: Model, progress: Progress = silent) -> PassResult:
         """Prune in place; what cannot be comes back as refusals."""

@@ -97,6 +97,7 @@ def quantize(
         Change(row["name"], f"weight {row['weight_bits']} bits, input {row['input_bits']}") for row in rows
     ]
     result.shown = inputs.shown
+    result.layer_snr_db = {row["name"]: row["snr_db"] for row in rows}
     result.measured = {
         "layers": rows,
         "channel_ranges": stretched,

@@ -92,6 +92,16 @@ class QuantizeOptions:
         if self.sensitivity is not None and not self.mixed:
             raise OptionError("--sensitivity: give a budget with it, --bits-budget or --size-budget")
 
+    def hints(self) -> list[str]:
+        """Options that leave more of the network what it is."""
+        found = ["--weight-bits 8"] if self.weight_bits < 8 else []
+        if self.activation_bits:
+            found.append("--activation-bits 8" if self.activation_bits < 8 else "--activation-bits 0")
+        if not self.images:
+            found.append("--images with a hundred real ones")
+            found += [f"--inputs {kind}" for kind in ("distilled", "procedural") if kind != self.inputs]
+        return found
+
     @property
     def mixed(self) -> bool:
         """Whether layers get bits of their own, under a budget."""

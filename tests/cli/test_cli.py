@@ -90,7 +90,7 @@ def test_the_inputs_external_data_is_not_overwritten(
     assert (tmp_path / "fast.onnx.data").read_bytes() == before
 
 
-def test_an_open_image_size_is_shown_and_not_compared(
+def test_an_open_image_size_is_shown_and_compared_at_a_usual_one(
     models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     proto = onnx.load(models / "mobilenetv2-fashion.onnx")
@@ -98,9 +98,11 @@ def test_an_open_image_size_is_shown_and_not_compared(
     del proto.graph.value_info[:]
     onnx.save(proto, tmp_path / "net.onnx")
     assert main(["inspect", str(tmp_path / "net.onnx")]) == 0
-    assert "is the image size open?" in capsys.readouterr().out
+    assert "N×1×H×28" in capsys.readouterr().out
     assert main(["fold-bn", str(tmp_path / "net.onnx"), str(tmp_path / "o.onnx")]) == 0
-    assert "outputs not compared" in capsys.readouterr().out
+    assert "largest output difference on 8 random inputs" in capsys.readouterr().out
+    written = onnx.load(tmp_path / "o.onnx").graph.input[0].type.tensor_type.shape
+    assert written.dim[2].dim_param == "H"
 
 
 def test_fold_bn_reports_and_compares(

@@ -131,8 +131,8 @@ def test_messages_name_the_stream_and_no_temporary_file(
             return False
 
     monkeypatch.setattr(sys, "stdin", Stream())
-    assert main(["fold-bn", "-", str(tmp_path / "out.onnx")]) == 0
+    assert main(["drop-blocks", "-", str(tmp_path / "out.onnx"), "--blocks", "1"]) == 1
     printed = capsys.readouterr()
     text = " ".join((printed.out + printed.err).split())
-    assert "outputs not compared: standard input: input 'x'" in text
+    assert "error: standard input: no block can be dropped" in text
     assert "stdin.onnx" not in text

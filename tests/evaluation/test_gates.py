@@ -195,7 +195,9 @@ def test_a_recipe_is_gated_and_the_command_line_wins(
     assert main([*command, "--max-size", "2"]) == 0
     account = json.loads(capsys.readouterr().out)
     assert {g["gate"]: g["limit"] for g in account["gates"]} == {"max_size": 2.0, "max_drop": 1}
-    assert set(account) == {"recipe", "input", "output", "steps", "bytes", "gates", "provenance"}
+    assert set(account) == {
+        "recipe", "input", "output", "steps", "bytes", "guard", "gates", "provenance",
+    }  # fmt: skip
 
 
 def test_compare_is_gated(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from importlib import import_module
-from typing import Any
 
 from rich.console import Console
 
@@ -37,20 +36,6 @@ def show_result(console: Console, one: Pass, result: PassResult, *, verbose: boo
         for change in result.changes:
             console.print(f"  {change.node}: {change.what}", markup=False)
     show_refusals(console, result.refusals, all=verbose)
-    _show_difference(console, result.measured.get("difference"))
-
-
-def _show_difference(console: Console, found: dict[str, Any] | None) -> None:
-    if found is None:
-        return
-    if "skipped" in found:
-        console.print(f"outputs not compared: {found['skipped']}", markup=False)
-        return
-    console.print(
-        f"largest output difference on random input: {found['max_abs']:.2e} absolute, "
-        f"{found['max_rel']:.2e} relative (output {found['output']!r})",
-        markup=False,
-    )
 
 
 def show_changes(console: Console, result: PassResult) -> None:

@@ -72,6 +72,11 @@ class DropBlocksOptions:
         if self.scores is not None and not Path(self.scores).parent.is_dir():
             raise OptionError(f"--scores {self.scores}: name a file in an existing folder")
 
+    def hints(self) -> list[str]:
+        """Options that leave more of the network what it is."""
+        found = ["fewer blocks", f"--steps {2 * max(self.steps, 500)}"]
+        return found + ([] if self.images else ["--images with a few hundred real ones"])
+
     @property
     def request(self) -> InputRequest:
         """The inputs that were asked for."""

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from onnxcompress.formatting import percent
 from onnxcompress.report.elements import Code, Fold, Heading, Part, Prose, Section, Table, Terms
 from onnxcompress.report.run_data import Material
 
@@ -42,6 +43,8 @@ def passes(material: Material) -> Section | None:
     parts: list[Part] = []
     for number, step in enumerate(steps, 1):
         parts += _account(number if len(steps) > 1 else 0, step)
+    if "steps" in material.account:
+        parts += _guard(material.account.get("guard"), "All passes together: ")
     return Section("passes", "What each pass did" if len(steps) > 1 else "What the pass did", parts)
 
 
@@ -56,9 +59,7 @@ def _account(number: int, step: Mapping[str, Any]) -> list[Part]:
         parts += left_alone(refusals)
     else:
         parts.append(Prose("Nothing was refused.", "quiet"))
-    difference = measured.get("difference")
-    if difference is not None:
-        parts.append(_difference(difference))
+    parts += _guard(step.get("guard"), "")
     terms = plain_terms({k: v for k, v in measured.items() if k not in _ELSEWHERE})
     more: list[Part] = [Terms(terms)] if terms else []
     options = json.dumps(step["options"], indent=2)
@@ -99,13 +100,25 @@ def left_alone(refusals: Sequence[Mapping[str, str]], title: str = "Left alone")
     return parts
 
 
-def _difference(found: Mapping[str, Any]) -> Prose:
-    if "skipped" in found:
-        return Prose(f"Its outputs were not compared: {found['skipped']}")
-    return Prose(
-        f"Largest difference of its outputs on random input: {found['max_abs']:.3g} absolute, "
-        f"{found['max_rel']:.3g} relative (output {found['output']})."
-    )
+def _guard(found: Mapping[str, Any] | None, whose: str) -> list[Part]:
+    """How far the outputs are from what they were, and what to try where that is too far."""
+    if found is None:
+        return []
+    on = f", on {found['inputs']}" if found["inputs"] else ""
+    word = {"warned": "Warning: ", "forced": "Warning, written by --force: "}.get(found["status"], "")
+    outputs = found["outputs"]
+    if found["max_rel"] is not None and outputs:
+        worst = max(outputs, key=lambda one: float(one["max_rel"]))
+        text = (
+            f"largest difference of its outputs: {worst['max_abs']:.3g} absolute, {worst['max_rel']:.3g} "
+            f"relative (output {worst['name']!r})"
+        )
+    else:
+        shares = [one["agreement"] for one in outputs if one["agreement"] is not None]
+        text = found["text"] + (f", the same class for {percent(min(shares))}" if shares else "")
+    tone = "missed" if word else ""
+    text = text if whose or word else text[:1].upper() + text[1:]
+    return [Prose(f"{word}{whose}{text}{on}.", tone), *(Prose(f"{one}.") for one in found["advice"])]
 
 
 def plain_terms(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:

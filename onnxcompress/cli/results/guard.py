@@ -1,0 +1,53 @@
+"""What the guard shows: how far the outputs are from what they were, and on which inputs."""
+
+from __future__ import annotations
+
+from rich.console import Console
+
+from onnxcompress.evaluation.guard import Measured, Verdict
+from onnxcompress.passes.base import Pass
+
+
+def show_guard(console: Console, one: Pass, found: Measured | None, judged: Verdict | None) -> None:
+    """A line for the outputs after one pass, and for a warning what to try.
+
+    Args:
+        console: Where to print.
+        one: The pass.
+        found: What the guard measured of its result; None: nothing.
+        judged: The verdict.
+    """
+    if found is None or judged is None:
+        return
+    if one.preserves_function and found.fidelity is not None and found.fidelity.outputs:
+        furthest = found.fidelity.furthest
+        console.print(
+            f"largest output difference on {found.inputs}: {furthest.max_abs:.2e} absolute, "
+            f"{furthest.max_rel:.2e} relative (output {furthest.name!r})",
+            markup=False,
+        )
+        if judged.status == "kept":
+            return
+    _show(console, found, judged, "")
+
+
+def show_whole(console: Console, found: Measured | None, judged: Verdict | None) -> None:
+    """A line for the result of a chain against the model that it was given.
+
+    Args:
+        console: Where to print.
+        found: What the guard measured; None: nothing, or one pass says the same.
+        judged: The verdict.
+    """
+    if found is not None and judged is not None:
+        _show(console, found, judged, "all passes together: ")
+
+
+def _show(console: Console, found: Measured, judged: Verdict, whose: str) -> None:
+    on = f", on {found.inputs}" if found.inputs else ""
+    same = None if found.fidelity is None else found.fidelity.agreement
+    classes = "" if same is None else f", the same class for {100 * same:.0f} %"
+    word = {"warned": "WARNING: ", "forced": "WARNING, written by --force: "}.get(judged.status, "")
+    console.print(f"{word}{whose}{judged.text}{classes}{on}", markup=False)
+    for text in judged.advice:
+        console.print(f"  {text}", markup=False)

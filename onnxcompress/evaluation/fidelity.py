@@ -1,0 +1,287 @@
+"""How much of what a model computed is left after a pass: signal to noise of each output and of its parts.
+
+With y an output before the pass and ŷ the same output after it, over all inputs and elements,
+
+    SNR = 10 log₁₀( Σ y² / Σ (y − ŷ)² )   in decibels.
+
+What is the same for all inputs counts as signal there, though it says nothing of the input, and hides
+noise: of a network with 10 classes that is right for one image in ten the SNR can be 6 dB. So what is
+judged has the variation between inputs for its signal, Σ (y − ȳ)² with ȳ the mean over inputs; an
+output that does not vary is judged by its SNR, and so is one with 30 dB and more: of probabilities that are
+the same for all these inputs next to nothing varies, and no noise is small beside that.
+
+Both hide a part of small values beside large ones: the scores of a detection head beside the boxes. So the
+channels (or columns) of an output are sorted by their root mean square, and split wherever the next one is
+ten times as large; each part has a signal to noise ratio of its own. The rows of a Softmax are not split:
+they are one distribution, whose small values matter as little as they are.
+
+Besides, an output is a fault whatever its ratio where it is not finite any more, or the same for all
+inputs. Integers and booleans (the index of a class) have no noise: of these the share that is equal counts.
+Does not handle: outputs whose shape depends on the values of the inputs, as after NonMaxSuppression.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from onnxcompress.errors import ModelError
+
+Runs = Mapping[str, Sequence[np.ndarray]]
+"""Output name -> its value in each run, all runs of the same inputs in the same order."""
+
+EQUAL_DB = 200.0
+"""Signal to noise that stands for no noise at all: float64 has some 300 dB."""
+UNLIKE = 10.0
+"""Root mean squares of channels further apart than this factor belong to different parts."""
+KIND = 0.05
+"""Share of all channels that a part has at least."""
+SHORTER = 4
+"""How many times as many places as columns an output has."""
+FAITHFUL_DB = 30.0
+"""Signal to noise from which on it does not matter how little an output varies."""
+NO_VARIATION = 1e-3
+"""Share of an output's energy below which it does not vary between inputs: -30 dB."""
+CONSTANT = 1e-4
+"""Share of the variation between inputs below which an output does not depend on the input any more."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """Channels (or columns) of an output whose values are of a like size."""
+
+    axis: int
+    """Dimension of the output that the channels are counted along."""
+    first: int
+    """Index of the first of the channels."""
+    channels: int
+    rms: float
+    """Root mean square of the values before the pass."""
+    snr_db: float
+    """Signal to noise ratio, decibels."""
+    variation_db: float
+    """Variation between inputs to noise, decibels."""
+
+    @property
+    def judged_db(self) -> float:
+        """What is held against the floors, decibels."""
+        return _judged(self.snr_db, self.variation_db)
+
+    @property
+    def text(self) -> str:
+        """The part for a person."""
+        several = f"{self.channels} channels from {self.first} on" if self.channels > 1 else ""
+        return f"{several or f'channel {self.first}'} of dimension {self.axis} (values near {self.rms:.2g})"
+
+
+@dataclass(frozen=True)
+class OutputFidelity:
+    """What is left of one output."""
+
+    name: str
+    snr_db: float | None
+    """Signal to noise ratio, decibels; None for integers and booleans."""
+    variation_db: float | None
+    """Variation between inputs to noise, decibels; None for integers and booleans."""
+    max_abs: float
+    """Largest difference of an element."""
+    max_rel: float
+    """The same, divided by the largest magnitude of the output before the pass."""
+    agreement: float | None = None
+    """Share (0 to 1) of inputs with the same top-1 class, or of equal integers; None: no classes."""
+    worst_part: Part | None = None
+    """The part that keeps least; None where all values are of a like size."""
+    not_finite: int = 0
+    """Elements that were finite before the pass and are not after it."""
+    constant: bool = False
+    """Whether the output depended on the input before the pass, and does not after it."""
+
+    @property
+    def judged_db(self) -> float:
+        """What is held against the floors, decibels: the least of the output and of its worst part."""
+        return self.whole_db if self.worst_part is None else min(self.whole_db, self.worst_part.judged_db)
+
+    @property
+    def whole_db(self) -> float:
+        """The same of the whole output; integers have no noise."""
+        if self.snr_db is None or self.variation_db is None:
+            return EQUAL_DB
+        return _judged(self.snr_db, self.variation_db)
+
+
+@dataclass(frozen=True)
+class Fidelity:
+    """What is left of all outputs of a model."""
+
+    outputs: tuple[OutputFidelity, ...]
+    not_compared: tuple[str, ...] = ()
+    """Outputs whose shape depends on the values of the inputs."""
+
+    @property
+    def worst(self) -> OutputFidelity:
+        """The output that keeps least."""
+        return min(self.outputs, key=lambda one: one.judged_db)
+
+    @property
+    def furthest(self) -> OutputFidelity:
+        """The output with the largest relative difference of an element."""
+        return max(self.outputs, key=lambda one: one.max_rel)
+
+    @property
+    def agreement(self) -> float | None:
+        """The least share of inputs with the same class, over outputs that have classes."""
+        shares = [one.agreement for one in self.outputs if one.agreement is not None]
+        return min(shares, default=None)
+
+
+def fidelity(before: Runs, after: Runs) -> Fidelity:
+    """Compare what two models gave for the same inputs.
+
+    Args:
+        before: Outputs of the reference, by name.
+        after: Outputs of the other model; by order where its names differ.
+
+    Returns:
+        The figures of each output.
+
+    Raises:
+        ModelError: The number of outputs or the shape of one differs.
+    """
+    if len(before) != len(after):
+        raise ModelError(f"the model had {len(before)} outputs and would have {len(after)}")
+    found: list[OutputFidelity] = []
+    loose: list[str] = []
+    for name, other in zip(before, before if set(before) == set(after) else after, strict=True):
+        a, b = _stacked(before[name]), _stacked(after[other])
+        if a is None:
+            loose.append(name)
+        elif b is None or a.shape != b.shape:
+            got = "shapes that differ between inputs" if b is None else f"{list(b.shape[1:])}"
+            raise ModelError(f"output {name!r} had the shape {list(a.shape[1:])} and would have {got}")
+        elif a.size:
+            found.append(_compared(name, a, b))
+    return Fidelity(tuple(found), tuple(loose))
+
+
+def _stacked(runs: Sequence[np.ndarray]) -> np.ndarray | None:
+    """(runs, *shape); None where shapes differ between runs."""
+    return np.stack(runs) if len({run.shape for run in runs}) == 1 else None
+
+
+def _compared(name: str, a: np.ndarray, b: np.ndarray) -> OutputFidelity:
+    """Figures of one output, (runs, *shape) before and after."""
+    if a.dtype.kind in "iub":
+        gap = np.abs(a.astype(np.float64) - b.astype(np.float64)).max()
+        top = np.abs(a.astype(np.float64)).max()
+        return OutputFidelity(name, None, None, float(gap), _ratio(gap, top), float((a == b).mean()))
+    y, z = a.astype(np.float64), b.astype(np.float64)
+    lost = int((np.isfinite(y) & ~np.isfinite(z)).sum())
+    usable = np.isfinite(y) & np.isfinite(z)
+    y, z = np.where(usable, y, 0.0), np.where(usable, z, 0.0)
+    noise = z - y
+    gap, top = np.abs(noise).max(), np.abs(y).max()
+    signal, wrong = float(np.square(y).sum()), float(np.square(noise).sum())
+    return OutputFidelity(
+        name,
+        decibels(signal, wrong),
+        _variation_db(signal, float(np.square(_varying(y)).sum()), wrong),
+        float(gap),
+        _ratio(gap, top),
+        _agreement(y, z),
+        _worst_part(y, noise),
+        lost,
+        _is_constant(y, z),
+    )
+
+
+def decibels(signal: float, noise: float) -> float:
+    """Signal to noise ratio in decibels, of two sums of squares; -EQUAL_DB where all signal is lost."""
+    if noise == 0:
+        return EQUAL_DB
+    return float(np.clip(10 * np.log10(max(signal, 1e-300) / noise), -EQUAL_DB, EQUAL_DB))
+
+
+def _varying(y: np.ndarray) -> np.ndarray:
+    """What differs from the mean over inputs, (runs, batch, …) as it was."""
+    axes = tuple(range(min(2, y.ndim)))
+    return np.asarray(y - y.mean(axis=axes, keepdims=True))
+
+
+def _variation_db(signal: float, variation: float, noise: float) -> float:
+    """Variation to noise in decibels; of what does not vary, signal to noise."""
+    return decibels(variation if variation > 1e-12 * signal else signal, noise)
+
+
+def _judged(snr_db: float, variation_db: float) -> float:
+    return snr_db if snr_db >= FAITHFUL_DB else variation_db
+
+
+def _ratio(gap: float, top: float) -> float:
+    if gap == 0:
+        return 0.0
+    return float(gap / top) if top > 0 else float("inf")
+
+
+def _agreement(y: np.ndarray, z: np.ndarray) -> float | None:
+    """Share of inputs with the same largest class, where the output is (inputs, classes)."""
+    if y.ndim < 3 or y.shape[2] < 2 or any(size != 1 for size in y.shape[3:]):
+        return None
+    return float((y.argmax(axis=2) == z.argmax(axis=2)).mean())
+
+
+def _is_constant(y: np.ndarray, z: np.ndarray) -> bool:
+    """Whether the output told inputs apart, and does not any more."""
+    was, now = (float(np.square(_varying(values)).sum()) for values in (y, z))
+    return was > NO_VARIATION * float(np.square(y).sum()) and now < CONSTANT * was
+
+
+def _worst_part(y: np.ndarray, noise: np.ndarray) -> Part | None:
+    """The part that keeps least; None where all channels are of a like size."""
+    axis = _channel_axis(y.shape)
+    if axis is None or _is_distribution(y, axis):
+        return None
+    others = tuple(a for a in range(y.ndim) if a != axis)
+    signal, varying, wrong = (np.square(v).sum(axis=others) for v in (y, _varying(y), noise))
+    parts = [
+        Part(
+            axis - 1,
+            int(group.min()),
+            len(group),
+            float(np.sqrt(signal[group].mean() * y.shape[axis] / y.size)),
+            decibels(float(signal[group].sum()), float(wrong[group].sum())),
+            _variation_db(*(float(values[group].sum()) for values in (signal, varying, wrong))),
+        )
+        for group in _like_sizes(np.sqrt(signal))
+    ]
+    return min(parts, key=lambda part: part.judged_db, default=None)
+
+
+def _channel_axis(shape: tuple[int, ...]) -> int | None:
+    """Along which axis of (runs, batch, …) channels of different kinds lie; None: it cannot be told.
+
+    Columns of a matrix; of (batch, places, columns) in either order the axis that is much shorter; of maps
+    dimension 1, as everywhere in ONNX. What is left are places, which may differ as they like.
+    """
+    if len(shape) == 4:
+        short, long = sorted((2, 3), key=lambda axis: shape[axis])
+        return short if SHORTER * shape[short] <= shape[long] else None
+    return 2 if len(shape) > 2 else None
+
+
+def _like_sizes(sizes: np.ndarray) -> list[np.ndarray]:
+    """Indices of channels of a like size, one array for each part; none where there is one part alone.
+
+    A few channels that happen to be next to dead are no part: a kind has a share of all channels.
+    """
+    order = np.argsort(sizes, kind="stable")
+    order = order[sizes[order] > 0]
+    ends = np.flatnonzero(sizes[order[1:]] >= UNLIKE * sizes[order[:-1]]) + 1
+    groups = np.split(order, ends)
+    return [] if len(groups) == 1 else [group for group in groups if len(group) >= KIND * len(sizes)]
+
+
+def _is_distribution(y: np.ndarray, axis: int) -> bool:
+    """Whether the values along an axis are probabilities that sum to 1."""
+    return bool(y.min() >= 0 and np.allclose(y.sum(axis=axis), 1, atol=1e-3))

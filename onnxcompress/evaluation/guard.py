@@ -1,0 +1,258 @@
+"""The guard: what a pass makes is judged before it is written, on inputs that no pass learned from.
+
+    outputs before, outputs after --fidelity--> Measured --verdict(., Floors)--> Verdict
+
+Two floors for each output and each of its parts (`fidelity`: variation between inputs to noise). Below the
+first the result is written with a warning; below the second it is refused, unless the user forces it. A
+pass that keeps the function what it is has a limit on the relative difference besides. Outputs that are not
+finite any more, or do not depend on the input any more, are refused whatever the ratio.
+
+A pass that repairs a model towards a reference (`correct-bias`) is judged by both against that reference:
+the model after must not be further from it than the model before.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from onnxcompress.errors import OptionError
+from onnxcompress.option_fields import option
+
+if TYPE_CHECKING:
+    from onnxcompress.evaluation.fidelity import Fidelity, OutputFidelity
+
+Status = Literal["kept", "warned", "refused", "forced", "not compared"]
+
+WORSE_WARN_DB, WORSE_REFUSE_DB = 0.5, 3.0
+"""Decibels that a model may lose against its reference without a warning, and without a refusal."""
+EXACT_REL, EXACT_HALF_REL = 1e-4, 5e-2
+"""Largest relative difference of a pass that keeps the function, in float32 and in float16."""
+NAMED = 3
+"""Layers that a warning names."""
+
+
+@dataclass(frozen=True)
+class Floors:
+    """What outputs keep at least: variation between inputs to noise, decibels."""
+
+    warn_db: float = 7.0
+    refuse_db: float = 3.0
+
+
+LOSSY = Floors(5.0, 0.0)
+"""Of passes that take parts of the network away: below 0 dB there is more noise than variation."""
+
+
+@dataclass(frozen=True)
+class Guard:
+    """Whether and how results are judged. Fields are options of passes and keys of a recipe's `guard`."""
+
+    verify: bool = option(
+        True,
+        "Compare the outputs before and after in onnxruntime, on inputs that no pass learned from. Of "
+        "--images without --count, 160 and more, 16 are kept aside for it.",
+    )
+    warn_snr: float | None = option(
+        None,
+        "Warn where variation between inputs to noise of an output is below. [default: the pass's own]",
+        metavar="DB",
+    )
+    min_snr: float | None = option(
+        None, "Write nothing where it is below. [default: the pass's own]", metavar="DB"
+    )
+    force: bool = option(False, "Write the result all the same.")
+
+    def check(self) -> None:
+        """Raise OptionError where options contradict each other."""
+        set_options = [n for n in ("warn_snr", "min_snr") if getattr(self, n) is not None]
+        set_options += ["force"] * self.force
+        if set_options and not self.verify:
+            raise OptionError(
+                f"--{set_options[0].replace('_', '-')} and --no-verify: nothing is compared; leave one out"
+            )
+
+    def floors(self, own: Floors) -> Floors:
+        """The floors that hold: the user's, else the pass's own."""
+        warn = own.warn_db if self.warn_snr is None else self.warn_snr
+        return Floors(warn, own.refuse_db if self.min_snr is None else self.min_snr)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What the guard measured of one result, or why it could not."""
+
+    inputs: str
+    """What both models were run on, for a person."""
+    count: int
+    """Inputs: images, or rows of a random batch."""
+    seconds: float
+    """Of making inputs and running the models."""
+    fidelity: Fidelity | None = None
+    """Of the result against the model before; of a pass with a reference, against that."""
+    before: Fidelity | None = None
+    """Of the model before against the reference, where the pass has one."""
+    max_rel: float | None = None
+    """Largest relative difference that the pass may make; None: it may change the function."""
+    problem: str = ""
+    """Why the result is refused without a comparison: onnxruntime does not run it, say."""
+    skipped: str = ""
+    """Why nothing was compared: onnxruntime does not run the model before, say."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether a result may be written."""
+
+    status: Status
+    text: str
+    """What was measured and what was asked for, in one sentence."""
+    advice: tuple[str, ...] = ()
+    """Layers that cost most, and what to try; empty where the result was kept."""
+    floors: Floors = Floors()
+
+    @property
+    def sentence(self) -> str:
+        """Text and advice in one line."""
+        return "; ".join([self.text, *self.advice])
+
+
+def verdict(
+    found: Measured, floors: Floors, *, advice: tuple[str, ...] = (), force: bool = False
+) -> Verdict:
+    """Hold what was measured against the floors.
+
+    Args:
+        found: What the guard measured.
+        floors: The floors that hold.
+        advice: What to say where the result is not kept.
+        force: Whether the user wants the result written all the same.
+
+    Returns:
+        The verdict, with the reason.
+    """
+    if found.skipped:
+        return Verdict("not compared", f"outputs not compared: {found.skipped}", floors=floors)
+    faults, warnings = _complaints(found, floors)
+    if faults:
+        return Verdict("forced" if force else "refused", "; ".join(faults), advice, floors)
+    if warnings:
+        return Verdict("warned", "; ".join(warnings), advice, floors)
+    return Verdict("kept", _kept(found), (), floors)
+
+
+def _complaints(found: Measured, floors: Floors) -> tuple[list[str], list[str]]:
+    """Reasons to refuse, and reasons to warn."""
+    if found.problem:
+        return [found.problem], []
+    assert found.fidelity is not None
+    faults = [text for one in found.fidelity.outputs for text in _broken(one)]
+    warnings: list[str] = []
+    if found.fidelity.not_compared:
+        names = ", ".join(map(repr, found.fidelity.not_compared))
+        warnings.append(f"output {names} was not compared: its shape depends on the input's values")
+    if not found.fidelity.outputs:
+        return faults, warnings
+    if found.before is not None:
+        before, after = found.before.worst.judged_db, found.fidelity.worst.judged_db
+        lost = before - after
+        text = f"outputs kept {before:.1f} dB of the reference's before, and would keep {after:.1f} dB"
+        if lost > WORSE_REFUSE_DB:
+            faults.append(text)
+        elif lost > WORSE_WARN_DB:
+            warnings.append(text)
+        return faults, warnings
+    worst, furthest = found.fidelity.worst, found.fidelity.furthest
+    if found.max_rel is not None and furthest.max_rel > found.max_rel:
+        faults.append(
+            f"output {furthest.name!r} changes by {furthest.max_rel:.2g} of its largest magnitude, and the "
+            f"pass may change it by {found.max_rel:g} at most"
+        )
+    if worst.judged_db < floors.refuse_db:
+        faults.append(f"{_snr_text(worst)}, below {floors.refuse_db:g} dB")
+    elif worst.judged_db < floors.warn_db:
+        warnings.append(f"{_snr_text(worst)}, below {floors.warn_db:g} dB")
+    return faults, warnings
+
+
+def _broken(one: OutputFidelity) -> list[str]:
+    found = []
+    if one.not_finite:
+        found.append(f"output {one.name!r} would have {one.not_finite} values that are not finite")
+    if one.constant:
+        found.append(f"output {one.name!r} would not depend on the input any more")
+    return found
+
+
+def _snr_text(one: OutputFidelity) -> str:
+    """The figure that is judged, and the plain ratio beside it."""
+    if one.variation_db is None:
+        return f"output {one.name!r}: {100 * (one.agreement or 0):.1f} % of the values are the same"
+    part = one.worst_part
+    low = part if part is not None and part.judged_db < one.whole_db else one
+    where = f" in {part.text}" if part is low and part is not None else ""
+    return (
+        f"output {one.name!r}: variation to noise {low.variation_db:.1f} dB (signal to noise "
+        f"{low.snr_db:.1f} dB){where}"
+    )
+
+
+def _kept(found: Measured) -> str:
+    if found.fidelity is None or not found.fidelity.outputs:
+        return "no output could be compared"
+    return _snr_text(found.fidelity.worst)
+
+
+def measured_from(values: dict[str, Any]) -> Measured:
+    """What `dataclasses.asdict` made of what was measured, as a value again.
+
+    Args:
+        values: The fields, JSON values.
+
+    Returns:
+        What was measured.
+    """
+    found = {name: _fidelity_from(values[name]) for name in ("fidelity", "before")}
+    return Measured(**(values | found))
+
+
+def _fidelity_from(values: dict[str, Any] | None) -> Fidelity | None:
+    from onnxcompress.evaluation.fidelity import Fidelity, OutputFidelity, Part
+
+    if values is None:
+        return None
+    outputs = [
+        OutputFidelity(**(one | {"worst_part": one["worst_part"] and Part(**one["worst_part"])}))
+        for one in values["outputs"]
+    ]
+    return Fidelity(tuple(outputs), tuple(values["not_compared"]))
+
+
+def as_dict(found: Measured, judged: Verdict) -> dict[str, Any]:
+    """The JSON of both (`onnxcompress guide json` has the keys)."""
+    return {
+        "status": judged.status,
+        "text": judged.text,
+        "advice": list(judged.advice),
+        "warn_snr_db": judged.floors.warn_db,
+        "min_snr_db": judged.floors.refuse_db,
+        "max_rel": found.max_rel,
+        "inputs": found.inputs,
+        "count": found.count,
+        "seconds": found.seconds,
+        "outputs": _outputs(found.fidelity),
+        "outputs_before": _outputs(found.before),
+    }
+
+
+def _outputs(found: Fidelity | None) -> list[dict[str, Any]]:
+    return [] if found is None else [dataclasses.asdict(one) for one in found.outputs]
+
+
+def difference(found: Measured) -> dict[str, Any]:
+    """`measured.difference` of a pass that keeps the function, as published."""
+    if found.fidelity is None or not found.fidelity.outputs:
+        return {"skipped": found.skipped or found.problem or "no output could be compared"}
+    furthest = found.fidelity.furthest
+    return {"max_abs": furthest.max_abs, "max_rel": furthest.max_rel, "output": furthest.name}

@@ -1,0 +1,132 @@
+"""Signal to noise of outputs and of their parts."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from onnxcompress.errors import ModelError
+from onnxcompress.evaluation.fidelity import EQUAL_DB, OutputFidelity, decibels, fidelity
+
+
+def compared(a: np.ndarray, b: np.ndarray) -> OutputFidelity:
+    """Figures of one output of two runs, each half of the rows."""
+    (found,) = fidelity({"y": np.split(a, 2)}, {"y": np.split(b, 2)}).outputs
+    return found
+
+
+def head(seed: int = 0) -> np.ndarray:
+    """A detection head, (4 inputs, 50 places, 4 box columns and 2 scores)."""
+    rng = np.random.default_rng(seed)
+    return np.concatenate([rng.uniform(10, 300, (4, 50, 4)), rng.uniform(0, 0.9, (4, 50, 2))], axis=2)
+
+
+def test_signal_to_noise_is_ten_times_the_logarithm_of_the_ratio_of_energies() -> None:
+    y = np.random.default_rng(0).normal(size=(8, 5))
+    assert compared(y, 1.1 * y).snr_db == pytest.approx(20)
+    assert compared(y, -y).snr_db == pytest.approx(10 * np.log10(1 / 4))
+    assert compared(y, y).snr_db == EQUAL_DB == decibels(0, 0)
+
+
+def test_what_is_the_same_for_all_inputs_hides_no_noise() -> None:
+    y = np.random.default_rng(0).normal(size=(8, 5))
+    found = compared(y + 100, y + 100 + 0.1 * y)
+    assert found.snr_db is not None
+    assert found.snr_db > 50
+    assert found.variation_db == pytest.approx(20, abs=1)
+    same = compared(np.full((8, 5), 2.0), np.full((8, 5), 2.2))
+    assert same.variation_db == same.snr_db == pytest.approx(20)
+
+
+def test_next_to_no_variation_is_no_fault_where_next_to_nothing_changes() -> None:
+    rest = np.random.default_rng(0).uniform(0, 1e-3, size=(8, 1))
+    sure = np.concatenate([1 - rest, rest], axis=1)
+    found = compared(sure, np.round(sure, 1))
+    assert not found.constant
+    assert found.variation_db is not None
+    assert found.variation_db < 3
+    assert found.judged_db == found.snr_db > 50  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_scores_crushed_beside_boxes_are_seen(turned: bool) -> None:
+    a = head()
+    b = a.copy()
+    b[..., 4:] = 0
+    if turned:
+        a, b = (values.transpose(0, 2, 1) for values in (a, b))
+    found = compared(a, b)
+    assert found.snr_db is not None
+    assert found.snr_db > 40
+    assert found.worst_part is not None
+    assert (found.worst_part.axis, found.worst_part.first, found.worst_part.channels) == (2 - turned, 4, 2)
+    assert found.worst_part.snr_db == pytest.approx(0)
+    assert found.judged_db == found.worst_part.judged_db < 0
+
+
+def test_columns_of_a_like_size_and_probabilities_are_no_parts() -> None:
+    rng = np.random.default_rng(0)
+    logits = rng.normal(size=(8, 10)) + 2
+    scores = np.exp(8 * logits) / np.exp(8 * logits).sum(1, keepdims=True)
+    assert compared(logits, logits + 0.1).worst_part is None
+    assert compared(scores, scores + 0.01).worst_part is None
+
+
+def test_places_of_a_map_and_channels_that_are_next_to_dead_are_no_parts() -> None:
+    rng = np.random.default_rng(0)
+    places = np.logspace(-8, 0, 9)
+    mask = np.broadcast_to(places, (4, 1, 9, 9)) * rng.uniform(0.5, 1, (4, 1, 9, 9))
+    assert compared(mask, np.round(mask, 2)).worst_part is None
+    assert compared(mask[:, 0], np.round(mask[:, 0], 2)).worst_part is None
+    features = rng.normal(size=(8, 64))
+    features[:, 5] *= 1e-6
+    assert compared(features, np.round(features, 2)).judged_db > 50
+
+
+def test_channels_of_a_map_are_parts() -> None:
+    heat = np.random.default_rng(0).uniform(0, 1, (4, 4, 8, 8)) * np.array([1, 1, 100, 100])[:, None, None]
+    crushed = heat.copy()
+    crushed[:, :2] = 0
+    part = compared(heat, crushed).worst_part
+    assert part is not None
+    assert (part.axis, part.first, part.channels) == (1, 0, 2)
+
+
+def test_the_share_of_inputs_with_the_same_class_is_of_class_scores_alone() -> None:
+    y = np.eye(4)
+    wrong = y.copy()
+    wrong[0] = y[1]
+    assert compared(y, wrong).agreement == 0.75
+    assert compared(y[..., None, None], wrong[..., None, None]).agreement == 0.75
+    assert compared(head(), head()).agreement is None
+    assert compared(y.argmax(1), wrong.argmax(1)).agreement == 0.75
+    assert compared(y.argmax(1), wrong.argmax(1)).snr_db is None
+
+
+def test_outputs_that_are_not_finite_or_constant_are_told() -> None:
+    y = np.random.default_rng(0).normal(size=(8, 5)) + 5
+    broken = y.copy()
+    broken[2, 3] = np.nan
+    broken[7, 0] = np.inf
+    assert compared(y, broken).not_finite == 2
+    assert compared(broken, broken).not_finite == 0
+    mean = compared(y, np.broadcast_to(y.mean(axis=0), y.shape))
+    assert mean.constant
+    assert mean.snr_db is not None
+    assert mean.snr_db > 10
+    assert mean.variation_db == pytest.approx(0)
+    assert not compared(y, 0.5 * y).constant
+    assert not compared(np.ones((8, 5)), np.ones((8, 5))).constant
+
+
+def test_shapes_must_agree_unless_they_depend_on_the_inputs() -> None:
+    found = fidelity(
+        {"y": [np.ones(2), np.ones(3)], "z": [np.ones(2)] * 2},
+        {"y": [np.ones(1)] * 2, "z": [np.ones(2)] * 2},
+    )
+    assert found.not_compared == ("y",)
+    assert [one.name for one in found.outputs] == ["z"]
+    with pytest.raises(ModelError, match=r"output 'y' had the shape \[2\] and would have \[3\]"):
+        fidelity({"y": [np.ones(2)] * 2}, {"y": [np.ones(3)] * 2})
+    with pytest.raises(ModelError, match="had 1 outputs and would have 2"):
+        fidelity({"y": []}, {"y": [], "z": []})
