@@ -46,6 +46,7 @@ def option(
     metavar: str | None = None,
     file: Literal["read", "kept"] | None = None,
     advanced: bool = False,
+    or_zero: bool = False,
     **limits: float,
 ) -> Any:
     """Declare a field of a dataclass that is an option.
@@ -57,13 +58,14 @@ def option(
         file: It names a file or folder. "read": it must be there; "kept": it is read where it exists, else
             written.
         advanced: Whether few have a reason to set it: the help lists it apart.
+        or_zero: Whether 0 is allowed beside what the limits say.
         limits: Limits of a number, named as pydantic names them: `ge`, `gt`, `le`, `lt`.
 
     Returns:
         A dataclass field.
     """
-    about = {"help": help, "metavar": metavar, "file": file, "advanced": advanced, "limits": limits}
-    return field(default=default, metadata=about)
+    about = {"help": help, "metavar": metavar, "file": file, "advanced": advanced}
+    return field(default=default, metadata=about | {"limits": limits, "or_zero": or_zero})
 
 
 def is_required(option_field: dataclasses.Field[Any]) -> bool:
@@ -91,9 +93,12 @@ def option_adapter(cls: type[Any], name: str) -> TypeAdapter[Any]:
     """
     from pydantic import Field, TypeAdapter
 
-    limits = cls.__dataclass_fields__[name].metadata.get("limits") or {}
+    about = cls.__dataclass_fields__[name].metadata
     hint = typing.get_type_hints(cls)[name]
-    return TypeAdapter(typing.Annotated[hint, Field(**limits)] if limits else hint)
+    if not about.get("limits"):
+        return TypeAdapter(hint)
+    limited: Any = typing.Annotated[hint, Field(**about["limits"])]
+    return TypeAdapter(Literal[0] | limited if about["or_zero"] else limited)
 
 
 def flag(name: str) -> str:
@@ -125,7 +130,7 @@ def check_limits(options: Any, flag: Callable[[str], str] = flag) -> None:
         try:
             option_adapter(type(options), option_field.name).validate_python(value)
         except ValidationError as error:
-            wanted = _range(**limits)
+            wanted = _range(**limits) + (", or 0" if option_field.metadata["or_zero"] else "")
             raise OptionError(f"{flag(option_field.name)} {_shown(value)}: expected {wanted}") from error
 
 

@@ -19,7 +19,7 @@ Does not handle: several inputs; samples of single layers, which are drawn from 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
@@ -31,14 +31,10 @@ from onnxcompress.model import Model
 from onnxcompress.optimize.calibration import (
     InputRequest,
     assume_sizes,
-    count_option,
     gather_inputs,
-    images_option,
-    inputs_option,
-    preprocess_option,
-    synthetic_option,
 )
-from onnxcompress.option_fields import input_shape_option, option
+from onnxcompress.optimize.input_options import INPUTS_HELP, InputOptions
+from onnxcompress.option_fields import option
 from onnxcompress.passes.base import Pass, PassResult
 from onnxcompress.passes.opsets import at_opset
 from onnxcompress.passes.preview import check_inputs, raised
@@ -63,7 +59,7 @@ ROUNDING = 1e-4
 
 
 @dataclass(frozen=True)
-class Calibrate(Pass):
+class Calibrate(InputOptions, Pass):
     """Estimate the statistics that passes without data need, and write them into the file.
 
     What BatchNorm knows of the training set is kept. The network itself stays as it is.
@@ -78,16 +74,14 @@ class Calibrate(Pass):
     needs: ClassVar[tuple[str, ...]] = ("torch",)
     preserves_function: ClassVar[bool] = True
 
-    images: str | None = images_option()
-    preprocess: str | None = preprocess_option()
-    count: int | None = count_option()
-    inputs: Literal["auto", "images", "distilled", "procedural"] = inputs_option()
-    synthetic: int = synthetic_option()
-    input_shape: str | None = input_shape_option()
-    overwrite: bool = option(False, "Estimate what BatchNorm knows, too: it was for another network, say.")
-    batch: int = option(64, "Images that go through at once, at most.")
-    device: Literal["auto", "cpu", "cuda"] = option("auto", "Where torch computes.")
-    seed: int = option(0, "Of all draws.")
+    inputs: Literal["auto", "images", "distilled", "procedural"] = option("auto", INPUTS_HELP)
+    overwrite: bool = option(
+        False, "Estimate what BatchNorm knows, too: where it was computed for another network, say."
+    )
+    batch: int = option(64, "Images that go through at once, at most.", advanced=True, ge=1)
+    device: Literal["auto", "cpu", "cuda"] = option(
+        "auto", "Device on which torch computes.", advanced=True
+    )
 
     def apply(self, model: Model, progress: Progress = silent) -> PassResult:
         """Write the record of `model`.
@@ -106,15 +100,15 @@ class Calibrate(Pass):
         from onnxcompress.optimize.statistics_estimation import measurable
 
         own = raised(model, OLDEST_OPSET)
-        assume_sizes(own, self._request())
-        check_inputs(own, self._request())
+        assume_sizes(own, self.request)
+        check_inputs(own, self.request)
         return measurable(own)[1]
 
     def _estimate(self, model: Model, progress: Progress) -> PassResult:
         from onnxcompress.optimize.device import pick_device
         from onnxcompress.optimize.statistics_estimation import estimate_statistics, measurable
 
-        assume_sizes(model, self._request())
+        assume_sizes(model, self.request)
         wanted, refusals = measurable(model)
         wanted += [name for name in live_record(model) if name not in wanted]
         exact = {n: s for n, s in known_statistics(model).items() if not s.estimated}
@@ -124,7 +118,7 @@ class Calibrate(Pass):
         shown: ImageSet | None = None
         if any(name not in kept for name in wanted):
             device = pick_device(self.device)
-            inputs = gather_inputs(_only(model, kept), self._request(), device=device, progress=progress)
+            inputs = gather_inputs(_only(model, kept), self.request, device=device, progress=progress)
             used, shown = inputs.sources, inputs.shown
             assert inputs.images is not None  # layerwise is no choice here
             found = estimate_statistics(
@@ -143,11 +137,12 @@ class Calibrate(Pass):
         return PassResult(_write(model, record), refusals, measured, shown)
 
     def check(self) -> None:
-        """Raise OptionError for values out of range, and for inputs that cannot serve."""
-        if self.batch < 1:
-            raise OptionError(f"--batch {self.batch}: expected 1 or more")
-        if self.seed < 0:
-            raise OptionError(f"--seed {self.seed}: expected 0 or more")
+        """Check all options, and that the inputs asked for can serve.
+
+        Raises:
+            OptionError: A value is out of range, or the inputs cannot serve.
+        """
+        super().check()
         if self.inputs not in ("auto", "images", "distilled", "procedural"):
             raise OptionError(f"--inputs {self.inputs}: calibrate takes images, distilled or procedural")
         if self.overwrite and self.inputs == "distilled":
@@ -155,19 +150,13 @@ class Calibrate(Pass):
                 "--overwrite --inputs distilled: images distilled from what is overwritten would bring it "
                 "back; take --images or --inputs procedural"
             )
-        self._request().check()
 
-    def _request(self) -> InputRequest:
+    @property
+    def request(self) -> InputRequest:
+        """What is asked for; what is overwritten gives no inputs."""
+        request = super().request
         circular = self.overwrite and self.inputs == "auto" and self.images is None
-        return InputRequest(
-            images=self.images,
-            preprocess=self.preprocess,
-            count=self.count,
-            inputs="procedural" if circular else self.inputs,
-            synthetic=self.synthetic,
-            seed=self.seed,
-            input_shape=self.input_shape,
-        )
+        return replace(request, inputs="procedural") if circular else request
 
 
 def source_of(used: Sequence[Used]) -> str:

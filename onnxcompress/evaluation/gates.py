@@ -49,13 +49,16 @@ class Gates:
         None, "Images to judge by, best none that a pass learned from.", metavar="DIR|NPZ", file="read"
     )
     preprocess: str | None = option(
-        None, "As --preprocess. [default: the model's metadata, else unit]", metavar="TEXT"
+        None,
+        "As --preprocess. [default: the model's metadata, else unit]",
+        metavar="TEXT",
+        advanced=True,
     )
-    provider: str = option("auto", PROVIDER_HELP, metavar="NAME")
+    provider: str = option("auto", PROVIDER_HELP, metavar="NAME", advanced=True)
     provider_options: tuple[str, ...] = provider_options_option()
-    threads: int = option(0, "CPU threads of onnxruntime; 0: all cores.")
-    batch: int = option(1, "Images in a run when latency is measured.")
-    input_shape: str | None = option(None, "As --input-shape.", metavar=INPUT_SHAPE_METAVAR)
+    threads: int = option(0, "CPU threads of onnxruntime; 0: all cores.", advanced=True)
+    batch: int = option(1, "Images in a run when latency is measured.", advanced=True)
+    input_shape: str | None = option(None, "As --input-shape.", metavar=INPUT_SHAPE_METAVAR, advanced=True)
 
     @property
     def limits(self) -> dict[str, float]:

@@ -21,7 +21,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -33,7 +33,6 @@ from onnxcompress.graph.query import data_input
 from onnxcompress.model import Model
 from onnxcompress.model.model_like import InputSpec, dims, input_specs
 from onnxcompress.optimize.synthesis.drawn_inputs import DrawnSet, Samples, drawn_inputs
-from onnxcompress.option_fields import option
 from onnxcompress.progress import Progress, silent
 from onnxcompress.runtime.cores import thread_count
 from onnxcompress.runtime.inference import usual_size
@@ -92,7 +91,7 @@ class InputRequest:
         if self.preprocess is not None:
             Preprocess.parse(self.preprocess)
         parse_input_shapes(self.input_shape)
-        for name in ("count", "synthetic"):
+        for name in ("count", "synthetic"):  # a request may come from elsewhere than checked options
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise OptionError(f"--{name} {value}: expected 1 or more")
@@ -148,35 +147,6 @@ class Inputs:
     def shown(self) -> ImageSet | None:
         """Some of all sources, for a report; None where they are no pictures."""
         return self.images.spread(SHOWN) if isinstance(self.images, ImageSet) else None
-
-
-def images_option() -> Any:
-    return option(None, "Folder of images or an .npz; labels are not used.", metavar="DIR|NPZ", file="read")
-
-
-def preprocess_option() -> Any:
-    return option(
-        None,
-        "imagenet, cifar10, …, or 'mean=… std=… size=… layout=…', on pixels/255; default: what the model's "
-        "metadata has under `preprocessing`, else unit for --images, standardized for made ones.",
-        metavar="TEXT",
-    )
-
-
-def count_option() -> Any:
-    return option(None, "Use this many of --images, drawn with the seed.")
-
-
-def inputs_option() -> Any:
-    return option(
-        "auto",
-        "What to learn from; auto: --images if given, else distilled if the file has BatchNorm or a record "
-        "of it, else procedural. With --images and distilled or procedural: both.",
-    )
-
-
-def synthetic_option() -> Any:
-    return option(SYNTHETIC, "Images (or samples of a layer) to make.")
 
 
 def gather_inputs(

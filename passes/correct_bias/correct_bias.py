@@ -43,17 +43,13 @@ from onnxcompress.graph.linear_layer import Linear
 from onnxcompress.graph.query import attribute, node_label
 from onnxcompress.model import Model, load
 from onnxcompress.optimize.calibration import (
-    InputRequest,
     Inputs,
     assume_sizes,
-    count_option,
     gather_inputs,
-    images_option,
-    preprocess_option,
-    synthetic_option,
 )
+from onnxcompress.optimize.input_options import InputOptions
 from onnxcompress.optimize.synthesis.drawn_inputs import Samples
-from onnxcompress.option_fields import input_shape_option, option
+from onnxcompress.option_fields import option
 from onnxcompress.passes.base import Pass, PassResult
 from onnxcompress.passes.correct_bias.input_means import measured_means, recorded_means
 from onnxcompress.passes.correct_bias.layer_matching import Pair, pairs_of, write_bias
@@ -67,7 +63,7 @@ ASIDE, ENOUGH = 4, 8
 
 
 @dataclass(frozen=True)
-class CorrectBias(Pass):
+class CorrectBias(InputOptions, Pass):
     """Correct the biases of a quantized or pruned model, given the model that it was made from.
 
     Outputs must not get further from that model's on inputs that nothing was learned from: else nothing is
@@ -80,15 +76,9 @@ class CorrectBias(Pass):
     name: ClassVar[str] = "correct-bias"
 
     reference: str = option("", "The model before its weights were changed.", metavar="ONNX", file="read")
-    inputs: Literal["record", "layerwise", "images", "distilled", "procedural"] = option(
+    inputs: Literal["record", "layerwise", "images", "distilled", "procedural"] = option(  # type: ignore[assignment]
         "record", "Where the means of layers' inputs come from; record: its statistics, in closed form."
     )
-    images: str | None = images_option()
-    preprocess: str | None = preprocess_option()
-    count: int | None = count_option()
-    synthetic: int = synthetic_option()
-    input_shape: str | None = input_shape_option()
-    seed: int = option(0, "Of all draws.")
 
     def apply(self, model: Model, progress: Progress = silent) -> PassResult:
         """Correct in place. `measured`: `layers` corrected and `left`, the `largest` correction, and
@@ -104,7 +94,7 @@ class CorrectBias(Pass):
         given, before = load(Path(self.reference)), model.copy()
         reference = given.copy()
         if self.inputs != "record":
-            assume_sizes(reference, self._request)
+            assume_sizes(reference, self.request)
         if refusal := bring_along(reference, model):
             return PassResult(refusals=[refusal])
         pairs, refusals = pairs_of(reference, model)
@@ -139,7 +129,7 @@ class CorrectBias(Pass):
         if refusal := bring_along(reference, own):
             return [refusal]
         if self.inputs != "record":
-            check_inputs(reference, self._request)
+            check_inputs(reference, self.request)
         return pairs_of(reference, own)[1]
 
     def check(self) -> None:
@@ -148,25 +138,13 @@ class CorrectBias(Pass):
             raise OptionError("--reference is needed: the model before its weights were changed")
         if self.inputs != "record":
             require(f"correct-bias --inputs {self.inputs}", "torch")
-            self._request.check()
+            super().check()
         elif self.images is not None:
             raise OptionError("--images: say --inputs images, too; --inputs record uses no images")
 
     def hints(self) -> list[str]:
         """Options whose means are closer to what layers see."""
         return [f"--inputs {kind}" for kind in ("layerwise", "images") if kind != self.inputs]
-
-    @property
-    def _request(self) -> InputRequest:
-        return InputRequest(
-            self.images,
-            self.preprocess,
-            self.count,
-            self.inputs,
-            self.synthetic,
-            self.seed,
-            input_shape=self.input_shape,
-        )
 
     def _means(
         self, reference: Model, layers: list[Linear], progress: Progress
@@ -175,7 +153,7 @@ class CorrectBias(Pass):
         it; and real images that were kept aside from them."""
         if self.inputs == "record":
             return recorded_means(reference, layers), None, None
-        inputs, kept = _kept_aside(gather_inputs(reference, self._request, progress=progress))
+        inputs, kept = _kept_aside(gather_inputs(reference, self.request, progress=progress))
         return measured_means(reference, layers, inputs, self.seed, progress), inputs, kept
 
 

@@ -20,13 +20,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 
 from onnxcompress.account import Change, Refusal
-from onnxcompress.errors import InputError, ModelError, OptionError
+from onnxcompress.errors import InputError, ModelError
 from onnxcompress.evaluation.accuracy import image_input
 from onnxcompress.graph.edit import make_dense
 from onnxcompress.graph.query import data_input
@@ -35,12 +35,10 @@ from onnxcompress.model import Model
 from onnxcompress.optimize.calibration import (
     InputRequest,
     assume_sizes,
-    count_option,
     gather_inputs,
-    images_option,
-    preprocess_option,
 )
-from onnxcompress.option_fields import PROVIDER_HELP, input_shape_option, option, provider_options_option
+from onnxcompress.optimize.input_options import ImageOptions
+from onnxcompress.option_fields import PROVIDER_HELP, option, provider_options_option
 from onnxcompress.passes.base import Pass, PassResult
 from onnxcompress.passes.fold_bn import FoldBatchNorm
 from onnxcompress.passes.fp16.candidates import HALF, Candidate, candidates, element_types, has_bodies
@@ -65,7 +63,7 @@ IMAGES, BATCH = 16, 4
 
 
 @dataclass(frozen=True)
-class HalfPrecision(Pass):
+class HalfPrecision(ImageOptions, Pass):
     """Compute in half precision (float16), but for the nodes that measurably suffer from it.
 
     Inputs and outputs stay float32. It is for GPUs: a CPU computes the result in float32 and is slower.
@@ -78,21 +76,19 @@ class HalfPrecision(Pass):
 
     name: ClassVar[str] = "fp16"
 
-    images: str | None = images_option()
-    preprocess: str | None = preprocess_option()
-    count: int | None = count_option()
     inputs: Literal["auto", "images", "distilled", "procedural"] = option(
         "auto", "What to measure on; auto: --images if given, else procedural ones, made at once."
     )
-    input_shape: str | None = input_shape_option()
     max_error: float = option(
-        0.01, "Of an output at most: root mean square of the difference over its deviation."
+        0.01,
+        "Error of an output, at most: root mean square of the difference over the output's deviation.",
+        gt=0,
+        lt=1,
     )
-    float16_io: bool = option(False, "Inputs and outputs become float16, too.")
+    float16_io: bool = option(False, "Make the inputs and outputs float16, too.")
     provider: str = option("auto", PROVIDER_HELP, metavar="NAME")
     provider_options: tuple[str, ...] = provider_options_option()
-    threads: int = option(0, "CPU threads of onnxruntime; 0: all cores.")
-    seed: int = option(0, "Of all draws.")
+    threads: int = option(0, "CPU threads of onnxruntime; 0: all cores.", advanced=True, ge=0)
 
     def apply(self, model: Model, progress: Progress = silent) -> PassResult:
         """Convert in place; nodes that stay float32 come back as refusals.
@@ -149,13 +145,13 @@ class HalfPrecision(Pass):
         return result
 
     def check(self) -> None:
-        """Raise OptionError for values out of range."""
-        self.request.check()
+        """Check all options.
+
+        Raises:
+            OptionError: A value is out of range.
+        """
+        super().check()
         self.runs_on  # noqa: B018  it checks itself
-        if not 0 < self.max_error < 1:
-            raise OptionError(f"--max-error {self.max_error:g}: expected a share, more than 0 and below 1")
-        if self.threads < 0:
-            raise OptionError(f"--threads {self.threads}: expected 0 or more")
 
     def hints(self) -> list[str]:
         """Options that leave more of the network what it is."""
@@ -170,9 +166,7 @@ class HalfPrecision(Pass):
     def request(self) -> InputRequest:
         """What to measure on: `auto` makes procedural images."""
         kind = "procedural" if self.inputs == "auto" and self.images is None else self.inputs
-        return InputRequest(
-            self.images, self.preprocess, self.count, kind, IMAGES, self.seed, input_shape=self.input_shape
-        )
+        return replace(super().request, inputs=kind, synthetic=IMAGES)
 
     def _measured(self, nodes: Sequence[Candidate], choice: Choice, inputs: Inputs) -> dict[str, Any]:
         kept = [

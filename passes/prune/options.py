@@ -2,67 +2,66 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from onnxcompress.errors import OptionError
-from onnxcompress.optimize.calibration import (
-    FEW_MADE,
-    InputRequest,
-    count_option,
-    images_option,
-    inputs_option,
-    preprocess_option,
-)
-from onnxcompress.option_fields import input_shape_option, option
+from onnxcompress.optimize.calibration import FEW_MADE, InputRequest
+from onnxcompress.optimize.input_options import InputOptions
+from onnxcompress.option_fields import option
 
 
 @dataclass(frozen=True)
-class PruneOptions:
+class PruneOptions(InputOptions):
     """What `prune` is asked for; its fields are the options of the command."""
 
-    images: str | None = images_option()
-    preprocess: str | None = preprocess_option()
-    count: int | None = count_option()
-    inputs: Literal["auto", "images", "distilled", "procedural", "layerwise"] = inputs_option()
-    synthetic: int | None = option(
-        None, "Images to make; default: 512, of more than 64x64 pixels 128.", metavar="N"
+    synthetic: int | None = option(  # type: ignore[assignment]  # None: by the size of the images
+        None, "Images to make; default: 512, of more than 64x64 pixels 128.", metavar="N", ge=1
     )
-    input_shape: str | None = input_shape_option()
-    sparsity: float = option(0.5, "Share of zeros among all weights; an N:M pattern has its own.")
+    sparsity: float = option(
+        0.5, "Share of zeros among all weights; an N:M pattern has its own.", gt=0, lt=1
+    )
     pattern: str = option(
-        "unstructured", "unstructured, or N:M: N of M neighbouring inputs stay (2:4).", metavar="TEXT"
+        "unstructured",
+        "unstructured, or N:M: N of M neighbouring inputs stay (2:4).",
+        metavar="TEXT",
     )
+    storage: Literal["dense", "sparse"] = option(
+        "dense", "Zeros as they are, or left out of the file; they are put back when a runtime loads it."
+    )
+    skip_first_last: bool = option(False, "Leave the first and the last layer dense.")
+    depthwise: bool = option(False, "Prune depthwise convolutions, too.")
     scope: Literal["global", "layer"] = option(
-        "global", "Zeros where they cost least in the whole network, or as many in each layer."
+        "global",
+        "Zeros where they cost least in the whole network, or the same share in each layer.",
+        advanced=True,
     )
     sensitivity: str | None = option(
         None,
-        "With --scope global, what `onnxcompress sensitivity MODEL --sparsity … --json` printed: instead "
-        "of measuring.",
+        "With --scope global: the file that `onnxcompress sensitivity MODEL --sparsity … --json` wrote, "
+        "instead of measuring.",
         metavar="JSON",
         file="read",
+        advanced=True,
     )
     reconstruct: bool = option(
-        True, "New values for the weights that stay; else the smallest go and no inputs are needed."
+        True,
+        "Fit the weights that stay to the layer's output; else the smallest go and no inputs are needed.",
+        advanced=True,
     )
-    depthwise: bool = option(False, "Prune depthwise convolutions, too.")
-    skip_first_last: bool = option(False, "Leave the first and last layer dense.")
-    storage: Literal["dense", "sparse"] = option(
-        "dense", "Zeros as they are, or left out of the file; put back when a runtime loads it."
+    device: Literal["auto", "cpu", "cuda"] = option(
+        "auto", "Device on which torch makes inputs and tunes layers.", advanced=True
     )
-    device: Literal["auto", "cpu", "cuda"] = option("auto", "Where torch makes inputs and tunes layers.")
-    seed: int = option(0, "Of all draws.")
 
     def check(self) -> None:
-        """Raises OptionError for wrong options."""
+        """Check all options.
+
+        Raises:
+            OptionError: A value is out of range, or options contradict each other.
+        """
         from onnxcompress.optimize.reconstruction.sparsity_pattern import Pattern
 
-        self.request.check()
-        if not 0 < self.sparsity < 1:
-            raise OptionError(f"--sparsity {self.sparsity:g}: expected a share between 0 and 1")
-        if self.synthetic is not None and self.synthetic < 1:
-            raise OptionError(f"--synthetic {self.synthetic}: expected 1 or more")
+        super().check()
         pattern = Pattern.parse(self.pattern)
         if pattern is None:
             raise OptionError(f"--pattern {self.pattern!r}: expected unstructured, or N:M with 0 < N < M")
@@ -76,12 +75,6 @@ class PruneOptions:
 
     @property
     def request(self) -> InputRequest:
-        return InputRequest(
-            self.images,
-            self.preprocess,
-            self.count,
-            self.inputs,
-            self.synthetic or FEW_MADE,
-            self.seed,
-            input_shape=self.input_shape,
-        )
+        """What is asked for, as the options say it."""
+        request = super().request
+        return request if self.synthetic is not None else replace(request, synthetic=FEW_MADE)

@@ -6,89 +6,100 @@ from dataclasses import dataclass
 from typing import Literal
 
 from onnxcompress.errors import OptionError
-from onnxcompress.optimize.calibration import (
-    InputRequest,
-    count_option,
-    images_option,
-    inputs_option,
-    preprocess_option,
-)
-from onnxcompress.option_fields import input_shape_option, option
+from onnxcompress.optimize.input_options import InputOptions
+from onnxcompress.option_fields import option
 
 
 @dataclass(frozen=True)
-class QuantizeOptions:
+class QuantizeOptions(InputOptions):
     """What `quantize` is asked for; its fields are the options of the command."""
 
-    images: str | None = images_option()
-    preprocess: str | None = preprocess_option()
-    count: int | None = count_option()
-    inputs: Literal["auto", "images", "distilled", "procedural", "layerwise"] = inputs_option()
-    input_shape: str | None = input_shape_option()
-    synthetic: int = option(128, "Images to make.")
-    weight_bits: int = option(8, "Of weights, 2 to 8; with a budget the most.")
-    activation_bits: int = option(8, "Of what layers read, 2 to 8; 0: weights only.")
-    first_last: int = option(8, "Bits of the first and last layer, at least; 0: as the others.")
-    depthwise: int = option(
-        8,
-        "Bits of depthwise convolutions where weights alone are quantized, at least: few weights whose "
-        "errors nothing averages; 0: as the others.",
+    synthetic: int = option(128, "Images to make.", ge=1)
+    weight_bits: int = option(
+        8, "Bits of the weights; with a budget the most that a layer gets.", ge=2, le=8
+    )
+    activation_bits: int = option(
+        8, "Bits of what layers read; 0: only weights are quantized.", ge=2, le=8, or_zero=True
     )
     bits_budget: float | None = option(
         None,
         "Average bits of all weights, at most; each layer gets its own, those with the least error. Fewer "
         "bits make the file smaller only with --small-types; the budget then counts 4 or 8.",
         metavar="BITS",
+        ge=2,
+        le=8,
     )
     size_budget: float | None = option(
-        None, "The same as a size: MB (10⁶ bytes) of all weights, scales not counted.", metavar="MB"
+        None, "The same as a size: MB (10⁶ bytes) of all weights, scales not counted.", metavar="MB", ge=0
     )
-    sensitivity: str | None = option(
-        None,
-        "With a budget: what `onnxcompress sensitivity MODEL --json` printed, instead of measuring.",
-        metavar="JSON",
-        file="read",
-    )
-    per_channel: bool = option(True, "A scale for each output channel of a weight, or one per tensor.")
-    activation_type: Literal["uint8", "int8"] = option("uint8", "How activations are stored.")
-    weight_type: Literal["int8", "uint8"] = option("int8", "How weights are stored.")
     small_types: bool = option(
         False, "Store 4 bits and fewer as int4 and uint4 (opset 21 and later): half the size."
     )
-    overflow_safe: bool = option(
-        True, "8-bit weights of which no two overflow onnxruntime's kernels for CPUs without VNNI."
+    per_channel: bool = option(True, "A scale for each output channel of a weight, or one per tensor.")
+    symmetric: bool = option(
+        False, "Activations with the zero point in the middle, as TensorRT wants them (with int8)."
     )
-    symmetric: bool = option(False, "Activations with zero point in the middle (TensorRT, with int8).")
-    ranges: Literal["mse", "minmax"] = option("mse", "Activation ranges: least squares, or the ends seen.")
-    reconstruct: bool = option(True, "Round weights so that layers' outputs stay, not each to its nearest.")
+    activation_type: Literal["uint8", "int8"] = option("uint8", "Type in which activations are stored.")
+    first_last: int = option(
+        8,
+        "Bits of the first and the last layer, at least; 0: the same as the others.",
+        advanced=True,
+        ge=2,
+        le=8,
+        or_zero=True,
+    )
+    depthwise: int = option(
+        8,
+        "Bits of depthwise convolutions, at least, where only weights are quantized: they have few "
+        "weights, whose errors nothing averages; 0: the same as the others.",
+        advanced=True,
+        ge=2,
+        le=8,
+        or_zero=True,
+    )
+    sensitivity: str | None = option(
+        None,
+        "With a budget: the file that `onnxcompress sensitivity MODEL --json` wrote, instead of measuring.",
+        metavar="JSON",
+        file="read",
+        advanced=True,
+    )
+    weight_type: Literal["int8", "uint8"] = option(
+        "int8", "Type in which weights are stored.", advanced=True
+    )
+    overflow_safe: bool = option(
+        True,
+        "Keep pairs of 8-bit weights so small that onnxruntime's kernels for CPUs without VNNI cannot "
+        "overflow.",
+        advanced=True,
+    )
+    ranges: Literal["mse", "minmax"] = option(
+        "mse",
+        "Ranges of activations: of the least squared error, or the smallest and the largest value seen.",
+        advanced=True,
+    )
+    reconstruct: bool = option(
+        True,
+        "Choose roundings of weights that keep the layer's output, instead of the nearest.",
+        advanced=True,
+    )
     stretch: bool = option(
         True,
-        "Give channels between layers equal ranges first, by factors folded into the layers; not where "
-        "activations stay floats.",
+        "Bring the channels between layers to equal ranges first, by factors folded into the layers; not "
+        "where activations stay floats.",
+        advanced=True,
     )
-    device: Literal["auto", "cpu", "cuda"] = option("auto", "Where torch computes.")
-    seed: int = option(0, "Of all draws.")
+    device: Literal["auto", "cpu", "cuda"] = option(
+        "auto", "Device on which torch computes.", advanced=True
+    )
 
     def check(self) -> None:
-        """Raises OptionError for wrong options."""
-        self.request.check()
-        for name, least in (
-            ("weight_bits", 2),
-            ("activation_bits", 0),
-            ("first_last", 0),
-            ("depthwise", 0),
-        ):
-            value = getattr(self, name)
-            if not (value == 0 and least == 0) and not 2 <= value <= 8:
-                raise OptionError(
-                    f"--{name.replace('_', '-')} {value}: expected 2 to 8" + (", or 0" if not least else "")
-                )
+        """Check all options.
 
-        for name, low, high in (("bits_budget", 2.0, 8.0), ("size_budget", 0.0, float("inf"))):
-            value = getattr(self, name)
-            if value is not None and not low <= value <= high:
-                said = "2 to 8 bits" if name == "bits_budget" else "0 or more megabytes"
-                raise OptionError(f"--{name.replace('_', '-')} {value:g}: expected {said}")
+        Raises:
+            OptionError: A value is out of range, or options contradict each other.
+        """
+        super().check()
         if self.sensitivity is not None and not self.mixed:
             raise OptionError("--sensitivity: give a budget with it, --bits-budget or --size-budget")
 
@@ -111,15 +122,3 @@ class QuantizeOptions:
     def safe(self) -> bool:
         """Whether pairs of 8-bit weights stay small (`optimize.reconstruction.saturation`)."""
         return self.overflow_safe and (self.weight_type, self.activation_type) == ("int8", "uint8")
-
-    @property
-    def request(self) -> InputRequest:
-        return InputRequest(
-            self.images,
-            self.preprocess,
-            self.count,
-            self.inputs,
-            self.synthetic,
-            self.seed,
-            input_shape=self.input_shape,
-        )

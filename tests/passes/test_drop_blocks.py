@@ -69,7 +69,7 @@ def scores(resnet: str, arguments: list[str], tmp_path_factory: pytest.TempPathF
         (["--blocks", "1", "--latency-reduction", "5"], "give one target"),
         (["--blocks", "99"], "the network has 7"),
         (["--drop", "blocks.11"], "did you mean 'blocks.1'"),
-        (["--latency-reduction", "120"], "expected 0 to 100"),
+        (["--latency-reduction", "120"], "expected more than 0 and less than 100"),
         (["--blocks", "1", "--feature", "nowhere"], "no such tensor"),
         (["--drop", "blocks.5", "--feature", "/blocks/blocks.1/Relu_output_0"], "do not depend on it"),
         (["--blocks", "3", "--feature", "/blocks/blocks.1/Relu_output_0"], "depend on 2 blocks"),
