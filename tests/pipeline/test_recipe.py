@@ -78,7 +78,7 @@ def test_what_is_wrong_is_said_with_its_line(text: str, message: str, tmp_path: 
     ("options", "message", "code"),
     [
         ("{}", "give one target", 2),
-        ("{blocks: 0, images: .}", ":3: blocks: expected greater than or equal to 1, got 0", 2),
+        ("{blocks: 1, drop: [a], images: .}", "give one target", 2),
         (
             "{blocks: 1, images: nowhere.npz}",
             "pass 2 of 2, drop-blocks: --images .*nowhere.npz: no such",
