@@ -14,11 +14,14 @@ from __future__ import annotations
 
 import mmap
 from collections.abc import Callable, Iterable, Iterator
+from functools import lru_cache
 from pathlib import Path
 from typing import BinaryIO
 
 from onnxcompress.errors import ModelError
 
+KEPT = 16 << 20
+"""Bytes of a file without its large weights up to which it is kept: commands look at files often."""
 GRAPH, INITIALIZER, RAW_DATA = 7, 5, 9
 LARGE = 1024
 """Initializers with at least this many bytes of raw data stay in the file."""
@@ -96,7 +99,7 @@ def _split_tensor(data: Buffer, at: int, end: int) -> tuple[bytes, tuple[int, in
 
 
 def split(path: Path) -> tuple[bytes, dict[int, tuple[int, int]]]:
-    """Read an ONNX file without the raw data of its large initializers.
+    """Read an ONNX file without the raw data of its large initializers; once, until the file changes.
 
     Args:
         path: The file.
@@ -109,8 +112,18 @@ def split(path: Path) -> tuple[bytes, dict[int, tuple[int, int]]]:
         ModelError: The file is empty, cut short or not a protobuf message.
         OSError: The file cannot be read.
     """
+    status = path.stat()
+    skeleton, places = _split_file(path, (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns))
+    if len(skeleton) > KEPT:
+        _split_file.cache_clear()
+    return skeleton, dict(places)
+
+
+@lru_cache(maxsize=4)
+def _split_file(path: Path, version: tuple[int, ...]) -> tuple[bytes, dict[int, tuple[int, int]]]:
+    """Read a file in the version that its device, inode, size and time of change tell from others."""
     with path.open("rb") as file:
-        if path.stat().st_size == 0:
+        if version[2] == 0:
             raise ModelError(f"{path}: the file is empty")
         with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             return _split_model(data)

@@ -1,0 +1,41 @@
+"""How often a command reads its files."""
+
+from __future__ import annotations
+
+import mmap
+from pathlib import Path
+
+import pytest
+
+from onnxcompress.cli.main import main
+from onnxcompress.model import load, protobuf_stream, save
+
+
+def test_each_file_is_parsed_once(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of all that folds, compares, judges and reports: IN and OUT once each."""
+    parsed: list[int] = []
+    split_model = protobuf_stream._split_model
+
+    def counted(data: mmap.mmap) -> tuple[bytes, dict[int, tuple[int, int]]]:
+        parsed.append(len(data))
+        return split_model(data)
+
+    monkeypatch.setattr(protobuf_stream, "_split_model", counted)
+    protobuf_stream._split_file.cache_clear()
+    net, out = models / "resnet20-fashion.onnx", tmp_path / "out.onnx"
+    argv = ["fold-bn", str(net), str(out), "--report", str(tmp_path / "page.html"), "--max-size", "5", "-q"]
+    assert main(argv) == 0
+    assert sorted(parsed) == sorted(file.stat().st_size for file in (net, out))
+
+
+def test_a_file_that_changed_is_read_anew(models: Path, tmp_path: Path) -> None:
+    path = tmp_path / "net.onnx"
+    model = load(models / "resnet20-fashion.onnx")
+    save(model, path)
+    assert load(path).producer == model.producer
+    other = load(models / "mobilenetv2-fashion.onnx")
+    save(other, path)
+    assert len(load(path).graph.nodes) == len(other.graph.nodes) != len(model.graph.nodes)
+    path.write_bytes(path.read_bytes()[:-7])
+    with pytest.raises(Exception, match="not a readable ONNX model"):
+        load(path)
