@@ -1,0 +1,119 @@
+"""Files from the field through every command: done, refused with a reason, or failed.
+
+    python tests/benchmarks/field.py FILE… [--commands quantize,fp16] [--seconds 300] [--workers 1]
+
+FILE: .onnx files, or wheels of packages that ship some. A row for each file, a column for each command.
+`done`: a valid file was written. `refused`: one line with the reason, exit code 1 or 2, and no file. `failed`:
+anything else, as a traceback, an invalid file, or no end in --seconds. Reasons are listed below the table.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tempfile
+import time
+import zipfile
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import click
+import onnx
+
+FEW = ["--synthetic", "8"]
+COMMANDS: dict[str, list[str]] = {
+    "inspect": ["inspect", "IN"],
+    "fold-bn": ["fold-bn", "IN", "OUT"],
+    "equalize": ["equalize", "IN", "OUT"],
+    "calibrate": ["calibrate", "IN", "OUT", "--inputs", "procedural", *FEW],
+    "quantize": ["quantize", "IN", "OUT", *FEW],
+    "prune": ["prune", "IN", "OUT", "--sparsity", "0.3", *FEW],
+    "fp16": ["fp16", "IN", "OUT"],
+    "drop-blocks": ["drop-blocks", "IN", "OUT", "--blocks", "1", "--steps", "0", *FEW],
+}
+DEFECT = "a defect of onnxcompress"
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One command on one file."""
+
+    file: str
+    command: str
+    outcome: str
+    """done, refused or failed."""
+    said: str
+    """Last line on standard error."""
+    seconds: float
+
+
+def attempt(file: Path, command: str, seconds: float) -> Attempt:
+    """Run one command on one file in a process of its own."""
+    start = time.monotonic()
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "out.onnx"
+        words = [{"IN": str(file), "OUT": str(out)}.get(word, word) for word in COMMANDS[command]]
+        argv = [sys.executable, "-m", "onnxcompress.cli.main", *words]
+        try:
+            ended = subprocess.run(argv, capture_output=True, text=True, timeout=seconds)
+        except subprocess.TimeoutExpired:
+            return Attempt(file.name, command, "failed", "no end in time", seconds)
+        lines = [line for line in ended.stderr.strip().splitlines() if line]
+        said = lines[-1] if lines else ""
+        outcome = _outcome(ended.returncode, said, out, "OUT" in COMMANDS[command])
+    return Attempt(file.name, command, outcome, said, time.monotonic() - start)
+
+
+def _outcome(code: int, said: str, out: Path, writes: bool) -> str:
+    if code in (1, 2) and said.startswith("error: ") and DEFECT not in said and not out.exists():
+        return "refused"
+    if code not in (0, 3) or (writes and not out.exists()):
+        return "failed"
+    if writes:
+        try:
+            onnx.checker.check_model(str(out), full_check=True)
+        except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError):
+            return "failed"
+    return "done"
+
+
+def files_of(paths: Sequence[str], folder: Path) -> Iterator[Path]:
+    """The .onnx files named, and those inside wheels."""
+    for path in map(Path, paths):
+        if path.suffix == ".whl":
+            with zipfile.ZipFile(path) as wheel:
+                for name in wheel.namelist():
+                    if name.endswith(".onnx"):
+                        yield Path(wheel.extract(name, folder))
+        else:
+            yield path
+
+
+@click.command()
+@click.argument("paths", nargs=-1, required=True)
+@click.option("--commands", default=",".join(COMMANDS))
+@click.option("--seconds", default=300.0)
+@click.option("--workers", default=1)
+def main(paths: tuple[str, ...], commands: str, seconds: float, workers: int) -> None:
+    """Print the table, then what was refused and what failed."""
+    names = commands.split(",")
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(workers) as pool:
+        files = list(files_of(paths, Path(folder)))
+        jobs = [(file, name) for file in files for name in names]
+        attempts = list(pool.map(lambda job: attempt(*job, seconds), jobs))
+    found = {(a.file, a.command): a for a in attempts}
+    width = max(len(file.name) for file in files)
+    print(" " * width, *(f"{name:>12}" for name in names))
+    for file in files:
+        print(f"{file.name:{width}}", *(f"{found[file.name, name].outcome:>12}" for name in names))
+    counts = {o: sum(a.outcome == o for a in attempts) for o in ("done", "refused", "failed")}
+    print(*(f"{count} {outcome}" for outcome, count in counts.items()), sep=", ")
+    for a in attempts:
+        if a.outcome != "done":
+            print(f"{a.outcome} {a.file} {a.command} ({a.seconds:.0f} s): {a.said}")
+
+
+if __name__ == "__main__":
+    main()
