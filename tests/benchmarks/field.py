@@ -3,7 +3,7 @@
     python tests/benchmarks/field.py FILE… [--commands quantize,fp16] [--seconds 300] [--workers 1]
 
 FILE: .onnx files, or wheels of packages that ship some. A row for each file, a column for each command.
-`done`: a valid file was written. `refused`: one line with the reason, exit code 1 or 2, and no file. `failed`:
+`done`: a valid file was written. `refused`: one line with the reason, exit code 1 or 2, no file. `failed`:
 anything else, as a traceback, an invalid file, or no end in --seconds. Reasons are listed below the table.
 """
 
@@ -102,7 +102,7 @@ def main(paths: tuple[str, ...], commands: str, seconds: float, workers: int) ->
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(workers) as pool:
         files = list(files_of(paths, Path(folder)))
         jobs = [(file, name) for file in files for name in names]
-        attempts = list(pool.map(lambda job: attempt(*job, seconds), jobs))
+        attempts = list(pool.map(lambda job: attempt(job[0], job[1], seconds), jobs))
     found = {(a.file, a.command): a for a in attempts}
     width = max(len(file.name) for file in files)
     print(" " * width, *(f"{name:>12}" for name in names))
