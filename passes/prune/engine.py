@@ -211,7 +211,7 @@ def _learned(
         )
         seen = part.seen(lost)
         worker.pass_through(part.inputs, "pruning layers", progress, seen)
-        learned, noise = learned | worker.learned, noise | worker.noise
+        learned, noise = learned | worker.results, noise | worker.noise
         if part.stop is not None:
             lost = worker.lost(part.stop)
         if part.start is not None:

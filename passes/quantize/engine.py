@@ -18,7 +18,7 @@ from onnxcompress.optimize.device import pick_device
 from onnxcompress.optimize.executor.open_batch import images_at_once
 from onnxcompress.optimize.reconstruction.context import BATCH, Subject, fixed_batch, twin_of, whole_batches
 from onnxcompress.optimize.reconstruction.feature_inputs import Part, parts_of
-from onnxcompress.optimize.reconstruction.quantize import Learned, Quantizer, Settings
+from onnxcompress.optimize.reconstruction.quantize import QuantizationResults, Quantizer, Settings
 from onnxcompress.optimize.reconstruction.range_equalization import stretch
 from onnxcompress.optimize.synthesis.statistics_alignment import Twin
 from onnxcompress.passes.base import PassResult
@@ -81,10 +81,10 @@ def quantize(
         began = time.perf_counter()
         parts = parts_of(subject, seed=one.seed, device=device, progress=progress)
         made += time.perf_counter() - began
-    learned, lost = Learned(), None
+    learned, lost = QuantizationResults(), None
     for part in parts:
         worker = Quantizer(
-            model, plan, settings, part.twin, start=part.start, stop=part.stop, learned=learned
+            model, plan, settings, part.twin, start=part.start, stop=part.stop, results=learned
         )
         worker.run(part.inputs, progress, part.seen(lost))
         lost = None if part.stop is None else worker.lost(part.stop)
@@ -124,7 +124,7 @@ def layers_of(one: QuantizeOptions, model: Model) -> Plan:
     return plan
 
 
-def _integers(layer: Layer, learned: Learned, one: QuantizeOptions) -> tuple[np.ndarray, Grid]:
+def _integers(layer: Layer, learned: QuantizationResults, one: QuantizeOptions) -> tuple[np.ndarray, Grid]:
     """The weight's integers in the initializer's layout, and their grid."""
     found = learned.weights[id(layer.node)]
     low, high = weight_limits(layer.weight_bits)
@@ -140,7 +140,7 @@ def _integers(layer: Layer, learned: Learned, one: QuantizeOptions) -> tuple[np.
     return integers, Grid(scale, shift, low + shift, high + shift, one.weight_type)
 
 
-def _row(layer: Layer, learned: Learned, grid: Grid, plan: Plan) -> dict[str, Any]:
+def _row(layer: Layer, learned: QuantizationResults, grid: Grid, plan: Plan) -> dict[str, Any]:
     data = None if layer.input is None else learned.grids[plan.root(layer.input)]
     noise = learned.noise[id(layer.node)]
     return {

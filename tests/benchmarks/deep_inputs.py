@@ -91,10 +91,10 @@ def main(
         settings = Settings(batch=subject.batch, seed=seed, sparsity=shares, rows=costs.rows)
         worker = Sparsifier(network, subject.plan, settings, Twin(), start=start)
         worker.pass_through(x, "")
-        found = {name: worker.learned}
+        found = {name: worker.results}
         if tuned:
             where = tail_from(network, start)
-            found[f"{name}, tuned"] = tune(network, subject.plan, where, x, x, worker.learned, seed=seed)
+            found[f"{name}, tuned"] = tune(network, subject.plan, where, x, x, worker.results, seed=seed)
         for title, learned in found.items():
             got = ran(held, start, output, learned)
             ratio = float(exact.var() / F.mse_loss(got, exact))

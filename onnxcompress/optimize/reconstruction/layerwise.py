@@ -50,7 +50,7 @@ ROWS, ROWS_EACH = 40_000, 100
 
 
 @dataclass(frozen=True, kw_only=True)
-class CourseSettings:
+class LayerwiseSettings:
     """What every course needs to know."""
 
     reconstruct: bool = True
@@ -60,12 +60,12 @@ class CourseSettings:
 
 
 @dataclass
-class Course(ABC):
+class LayerwiseReconstruction(ABC):
     """One run over the network."""
 
     model: Model
     plan: Plan
-    settings: CourseSettings
+    settings: LayerwiseSettings
     twin: Twin = field(default_factory=Twin)
     device: str = "cpu"
     start: str | None = None
@@ -118,14 +118,14 @@ class Course(ABC):
                 progress(stage, place + 1, len(self._nodes))
 
     @abstractmethod
-    def _learn(self, layer: Layer, x: Tensor, wanted: Tensor) -> None:
+    def _fit_layer(self, layer: Layer, x: Tensor, wanted: Tensor) -> None:
         """Learn the layer and `_set` its parameters. x: what it reads; wanted: the teacher's output."""
 
     def _seen(self, node: gs.Node, index: int, name: str) -> Tensor:
         """The student's tensor as the node reads it at that input."""
         return self._student[name]
 
-    def _learned(self, layer: Layer, wanted: Tensor, made: Tensor) -> None:
+    def _on_layer_fitted(self, layer: Layer, wanted: Tensor, made: Tensor) -> None:
         """Called with both networks' outputs once the layer is learned."""
         return
 
@@ -145,12 +145,12 @@ class Course(ABC):
             if tensor.name in read:
                 read[tensor.name] = self._seen(node, index, tensor.name)
         if layer is not None:
-            self._learn(layer, read[node.inputs[layer.linear.data_at].name], theirs[outputs[0]])
+            self._fit_layer(layer, read[node.inputs[layer.linear.data_at].name], theirs[outputs[0]])
         ours = theirs if self._alike(node, read) else self._run(outputs, read, self._own)
         self._teacher.update(theirs)
         self._student.update(ours)
         if layer is not None:
-            self._learned(layer, theirs[outputs[0]], ours[outputs[0]])
+            self._on_layer_fitted(layer, theirs[outputs[0]], ours[outputs[0]])
 
     def _alike(self, node: gs.Node, read: dict[str, Tensor]) -> bool:
         """Whether the student computes what the teacher did: nothing before it, nor itself, was learned."""

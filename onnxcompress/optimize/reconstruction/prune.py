@@ -27,7 +27,12 @@ from onnxcompress.graph.query import producer
 from onnxcompress.optimize.deterministic_threads import in_turn
 from onnxcompress.optimize.reconstruction.admm_mask import Choice, Problem
 from onnxcompress.optimize.reconstruction.gptq import Moments, least_squares
-from onnxcompress.optimize.reconstruction.layerwise import RIDGE, TARGET_ROWS, Course, CourseSettings
+from onnxcompress.optimize.reconstruction.layerwise import (
+    RIDGE,
+    TARGET_ROWS,
+    LayerwiseReconstruction,
+    LayerwiseSettings,
+)
 from onnxcompress.optimize.reconstruction.patches import matrix, patches_of, stored
 from onnxcompress.optimize.reconstruction.sparsity_pattern import UNSTRUCTURED, Pattern
 from onnxcompress.quantization.qdq_plan import Layer
@@ -58,7 +63,7 @@ class Trial:
 
 
 @dataclass
-class Trials(Course):
+class Trials(LayerwiseReconstruction):
     """Tries LEVELS on the layers named."""
 
     names: frozenset[str] = frozenset()
@@ -82,7 +87,7 @@ class Trials(Course):
                 found[tensor.name] = None
         return list(found)
 
-    def _learn(self, layer: Layer, x: Tensor, wanted: Tensor) -> None:
+    def _fit_layer(self, layer: Layer, x: Tensor, wanted: Tensor) -> None:
         cut = patches_of(self.model, layer)
         if cut is None or layer.weight not in self.names:
             return
@@ -185,7 +190,7 @@ def _worth(rows: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings(CourseSettings):
+class Settings(LayerwiseSettings):
     """How to prune."""
 
     pattern: Pattern = UNSTRUCTURED
@@ -195,16 +200,16 @@ class Settings(CourseSettings):
 
 
 @dataclass
-class Sparsifier(Course):
+class Sparsifier(LayerwiseReconstruction):
     """One run over the network."""
 
     settings: Settings
-    learned: dict[str, Tensor] = field(default_factory=dict)
+    results: dict[str, Tensor] = field(default_factory=dict)
     """Parameters of the layers, by name."""
     noise: dict[str, float] = field(default_factory=dict)
     """Of each layer's output, by name of its weight: squared error over variance."""
 
-    def _learn(self, layer: Layer, x: Tensor, wanted: Tensor) -> None:
+    def _fit_layer(self, layer: Layer, x: Tensor, wanted: Tensor) -> None:
         weight, shape = matrix(layer, self.executor.parameters[layer.weight])
         cut = patches_of(self.model, layer)
         share = self.settings.sparsity.get(layer.weight)
@@ -232,10 +237,10 @@ class Sparsifier(Course):
         return Problem.of(goal, h, torch.ones(weight.shape[:2]) if rows is None else rows).solve(choice)
 
     def _note(self, name: str, value: Tensor) -> None:
-        self.learned[name] = value
+        self.results[name] = value
         self._set(name, value)
 
-    def _learned(self, layer: Layer, wanted: Tensor, made: Tensor) -> None:
+    def _on_layer_fitted(self, layer: Layer, wanted: Tensor, made: Tensor) -> None:
         error = (made - wanted).square().mean()
         self.noise[layer.weight] = float(error / wanted.var().clamp_min(1e-12))
 

@@ -21,7 +21,11 @@ from torch import Tensor
 from onnxcompress.optimize.deterministic_threads import in_turn
 from onnxcompress.optimize.reconstruction.activation_range import fake, least_squares, samples
 from onnxcompress.optimize.reconstruction.gptq import Rounded, nearest, reconstruct
-from onnxcompress.optimize.reconstruction.layerwise import TARGET_ROWS, Course, CourseSettings
+from onnxcompress.optimize.reconstruction.layerwise import (
+    TARGET_ROWS,
+    LayerwiseReconstruction,
+    LayerwiseSettings,
+)
 from onnxcompress.optimize.reconstruction.patches import matrix, patches_of, stored
 from onnxcompress.optimize.reconstruction.saturation import Integers
 from onnxcompress.progress import Progress, silent
@@ -36,7 +40,7 @@ made inputs mislead."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings(CourseSettings):
+class Settings(LayerwiseSettings):
     """How to round, and on what."""
 
     per_channel: bool = True
@@ -52,7 +56,7 @@ class Settings(CourseSettings):
 
 
 @dataclass
-class Learned:
+class QuantizationResults:
     """What the pass found, by names of tensors."""
 
     grids: dict[Key, Grid] = field(default_factory=dict)
@@ -65,16 +69,18 @@ class Learned:
 
 
 @dataclass
-class Quantizer(Course):
+class Quantizer(LayerwiseReconstruction):
     """One run over the network."""
 
     settings: Settings
-    learned: Learned = field(default_factory=Learned)
+    results: QuantizationResults = field(default_factory=QuantizationResults)
 
-    def run(self, images: Tensor, progress: Progress = silent, seen: Tensor | None = None) -> Learned:
+    def run(
+        self, images: Tensor, progress: Progress = silent, seen: Tensor | None = None
+    ) -> QuantizationResults:
         """images: (N, …) at `source`. seen: what the student reads there; None: the same."""
         self.pass_through(images, "quantizing layers", progress, seen)
-        return self.learned
+        return self.results
 
     def _seen(self, node: gs.Node, index: int, name: str) -> Tensor:
         key = self.plan.edges.get((id(node), index))
@@ -89,13 +95,13 @@ class Quantizer(Course):
 
         return torch.cat(list(in_turn(rounded, len(parts))))
 
-    def _learned(self, layer: Layer, wanted: Tensor, made: Tensor) -> None:
+    def _on_layer_fitted(self, layer: Layer, wanted: Tensor, made: Tensor) -> None:
         error = (made - wanted).square().mean()
-        self.learned.noise[id(layer.node)] = float(error / wanted.var().clamp_min(1e-12))
+        self.results.noise[id(layer.node)] = float(error / wanted.var().clamp_min(1e-12))
 
     def _grid(self, key: Key) -> Grid:
         key = self.plan.root(key)
-        if key not in self.learned.grids:
+        if key not in self.results.grids:
             self._check_finite(key[0])
             x = samples(self._student[key[0]], self.settings.seed)
             s = self.settings
@@ -105,10 +111,10 @@ class Quantizer(Course):
                 found = activation_grid(*ends, key[1], storage=storage, symmetric=s.symmetric)
             else:
                 found = least_squares(x, key[1], storage, s.symmetric)
-            self.learned.grids[key] = found
-        return self.learned.grids[key]
+            self.results.grids[key] = found
+        return self.results.grids[key]
 
-    def _learn(self, layer: Layer, x: Tensor, wanted: Tensor) -> None:
+    def _fit_layer(self, layer: Layer, x: Tensor, wanted: Tensor) -> None:
         """Round the layer's weight and correct its bias. x: what it reads; wanted: the teacher's output."""
         weight, shape = matrix(layer, self.executor.parameters[layer.weight])
         s = self.settings
@@ -123,12 +129,12 @@ class Quantizer(Course):
             few = moments.rows < TARGET_ROWS * weight.shape[2]
             target = math.inf if few else TARGET * 2 ** (fewest - 4)
             found = reconstruct(weight, moments, allowed, each, ridge=RIDGE, target=target)
-        self.learned.weights[id(layer.node)] = found
+        self.results.weights[id(layer.node)] = found
         self._set(layer.weight, stored(layer, found.weight, shape))
         if layer.bias is None:
             return
         bias = self.executor.parameters[layer.bias] + found.shift.reshape(-1)
         if cut is None and s.reconstruct:
             bias = bias + self._mean_error(layer, x, wanted)
-        self.learned.biases[id(layer.node)] = bias
+        self.results.biases[id(layer.node)] = bias
         self._set(layer.bias, bias)
