@@ -82,21 +82,21 @@ def sensitivity(
         raise OptionError(f"--workers {workers}: expected 0 or more")
     request = limited(request)
     request.check()
-    from onnxcompress.optimize.reconstruction.context import Subject
+    from onnxcompress.optimize.reconstruction.context import CalibrationContext
     from onnxcompress.sensitivity.layer_errors import Measuring, layer_errors
 
     own = model.copy()
     assume_sizes(own, request)
     inputs = gather_inputs(own, quick(request, own), progress=progress)
-    subject = Subject.of(own, inputs, stretched=stretch)
-    if not subject.plan.layers:
-        why = f": {subject.plan.refusals[0]}" if subject.plan.refusals else ""
+    context = CalibrationContext.of(own, inputs, stretched=stretch)
+    if not context.plan.layers:
+        why = f": {context.plan.refusals[0]}" if context.plan.refusals else ""
         raise ModelError(f"{model.name}: no layer with a constant float32 weight to measure{why}")
     settings = Measuring(
         per_channel=per_channel, reconstruct=reconstruct, seed=request.seed, workers=workers
     )
-    rows = layer_errors(subject, variants, settings, progress)
-    return Sensitivity(rows, inputs.sources, subject.plan.refusals)
+    rows = layer_errors(context, variants, settings, progress)
+    return Sensitivity(rows, inputs.sources, context.plan.refusals)
 
 
 def limited(request: InputRequest) -> InputRequest:

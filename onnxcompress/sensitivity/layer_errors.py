@@ -37,7 +37,7 @@ from onnxcompress.optimize.deterministic_threads import one_thread_each, worker_
 from onnxcompress.optimize.executor import Executor
 from onnxcompress.optimize.executor.open_batch import split_images
 from onnxcompress.optimize.reconstruction.activation_range import fake, least_squares, samples
-from onnxcompress.optimize.reconstruction.context import Subject, fixed_batch, live_floats, needs
+from onnxcompress.optimize.reconstruction.context import CalibrationContext, fixed_batch, live_floats, needs
 from onnxcompress.optimize.reconstruction.gptq import Moments, nearest, reconstruct
 from onnxcompress.optimize.reconstruction.layerwise import along
 from onnxcompress.optimize.reconstruction.patches import matrix, patches_of, stored
@@ -70,12 +70,12 @@ class Measuring:
 
 @one_thread_each()
 def layer_errors(
-    subject: Subject, variants: Sequence[Variant], how: Measuring, progress: Progress = silent
+    context: CalibrationContext, variants: Sequence[Variant], how: Measuring, progress: Progress = silent
 ) -> list[Row]:
     """Measure each variant of each layer of the plan.
 
     Args:
-        subject: The network, its layers, and the inputs to measure on.
+        context: The network, its layers, and the inputs to measure on.
         variants: The changes to try on each layer.
         how: How layers are changed, and how many at once.
         progress: Called with the stage, the layers done and the layers in all.
@@ -87,9 +87,9 @@ def layer_errors(
     pool = ThreadPoolExecutor(workers)
     waiting: deque[Future[list[Row]]] = deque()
     rows: list[Row] = []
-    total, done = len(subject.plan.layers), 0
+    total, done = len(context.plan.layers), 0
     try:
-        walk = _Walk(subject, how)
+        walk = _Walk(context, how)
         for site in walk.sites():
             waiting.append(pool.submit(walk.measure, site, variants))
             while len(waiting) > workers:  # each result still holds tensors
@@ -124,12 +124,12 @@ class _Site:
 class _Walk:
     """The run of the teacher, and the runs from each changed layer on."""
 
-    subject: Subject
+    context: CalibrationContext
     how: Measuring
     _targets: dict[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        model, twin = self.subject.model, self.subject.twin
+        model, twin = self.context.model, self.context.twin
         self.executor = Executor.from_model(model)
         mapped = (*twin.weights, *twin.biases)
         self.maps = {n: twin.mapped(n, self.executor.parameters[n]) for n in mapped}
@@ -140,8 +140,8 @@ class _Walk:
         self.last = {name: place for place, needed in enumerate(self.needs) for name in needed}
         fixed = fixed_batch(model)
         live = live_floats(model, self.nodes, self.last, data_input(model).name)
-        count = max(min(len(self.subject.images), MEMORY // (4 * COPIES * live)) // fixed, 1) * fixed
-        self.images = self.subject.images[:count]
+        count = max(min(len(self.context.images), MEMORY // (4 * COPIES * live)) // fixed, 1) * fixed
+        self.images = self.context.images[:count]
         measured = max(count // SHARE // fixed, 1) * fixed
         self.learned = slice(0, count - measured or count)
         self.measured = slice(count - measured, count)
@@ -152,7 +152,7 @@ class _Walk:
         Yields:
             The layers with the teacher's tensors.
         """
-        model = self.subject.model
+        model = self.context.model
         outputs = [t for t in model.graph.outputs if id(t) in self.topology.data]
         held = {data_input(model).name: self.images}
         with torch.no_grad():
@@ -165,7 +165,7 @@ class _Walk:
             with torch.no_grad():
                 held |= self.run(made, reads, {})
             held = {n: v for n, v in held.items() if self.last.get(n, -1) > place or n in made}
-            layer = self.subject.plan.layers.get(id(node))
+            layer = self.context.plan.layers.get(id(node))
             if layer is not None:
                 right = held[layer.output]
                 later = {n: v for n, v in held.items() if n != layer.output}
@@ -253,7 +253,7 @@ class _Walk:
     def _pruned(self, layer: Layer, weight: Tensor, one: Variant) -> Tensor:
         """Set the smallest magnitudes of a weight to zero; of equal ones the first."""
         own = self.executor.parameters[layer.weight]
-        plain, _ = matrix(layer, self.subject.plain.get(layer.weight, own))
+        plain, _ = matrix(layer, self.context.plain.get(layer.weight, own))
         order = plain.abs().flatten().argsort(stable=True)
         new = weight.flatten().clone()
         new[order[: round(one.value * weight.numel())]] = 0
@@ -270,15 +270,15 @@ class _Walk:
 
     def _moments(self, site: _Site, weight: Tensor, variants: Sequence[Variant]) -> Moments | None:
         """Accumulate moments of the layer's input; None where the rounding needs none."""
-        cut = patches_of(self.subject.model, site.layer)
+        cut = patches_of(self.context.model, site.layer)
         wanted = self.how.reconstruct and any(v.kind == "weight_bits" for v in variants)
         if cut is None or not wanted:
             return None
         x = site.reads[site.layer.node.inputs[site.layer.linear.data_at].name]
         generator = torch.Generator().manual_seed(self.how.seed)
         moments = Moments.empty(weight)
-        for start in range(0, self.learned.stop, self.subject.batch):
-            part = slice(start, min(start + self.subject.batch, self.learned.stop))
+        for start in range(0, self.learned.stop, self.context.batch):
+            part = slice(start, min(start + self.context.batch, self.learned.stop))
             a, y = cut.take(x[part], site.right[part], cut.places(site.right, generator))
             moments.add(a, torch.zeros_like(y))
         return moments
@@ -307,9 +307,9 @@ class _Walk:
         Returns:
             Name -> value of the outputs, (N, …).
         """
-        twin = self.subject.twin
+        twin = self.context.twin
         own = {n: twin.mapped(n, v) if n in self.maps else v for n, v in parameters.items()}
-        total, size = count or len(self.images), self.subject.batch
+        total, size = count or len(self.images), self.context.batch
         split = {n: split_images(v, total, size) for n, v in feeds.items()}
         parts = []
         for batch in zip(*split.values(), strict=True):

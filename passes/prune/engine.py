@@ -21,7 +21,7 @@ from onnxcompress.model import Model
 from onnxcompress.optimize.calibration import FEW_MADE, MANY_MADE, SMALL_PIXELS, gather_inputs, quick
 from onnxcompress.optimize.deterministic_threads import one_thread_each
 from onnxcompress.optimize.device import pick_device
-from onnxcompress.optimize.reconstruction.context import Subject, whole_batches
+from onnxcompress.optimize.reconstruction.context import CalibrationContext, whole_batches
 from onnxcompress.optimize.reconstruction.feature_inputs import BYTES, STARTS, Part, parts_of
 from onnxcompress.optimize.reconstruction.global_tuning import tail_from, tune
 from onnxcompress.optimize.reconstruction.prune import (
@@ -127,28 +127,28 @@ def _reconstruct(
         request = replace(request, synthetic=MANY_MADE)
     inputs = gather_inputs(model, request, device=device, progress=progress)
     result.shown = inputs.shown
-    subject = Subject.of(model, inputs, stretched=False)
-    parts = [Part(subject.images, subject.twin)]
+    context = CalibrationContext.of(model, inputs, stretched=False)
+    parts = [Part(context.images, context.twin)]
     if inputs.may_use_record:
         many = min(STARTS, BYTES // max(12 * pixels, 1))
         more = one.synthetic is None and inputs.layerwise and pixels > SMALL_PIXELS and many > FEW_MADE
 
         def starts() -> Tensor:
             made = gather_inputs(model, replace(request, synthetic=many), device=device, progress=progress)
-            return whole_batches(model, made, subject.batch)
+            return whole_batches(model, made, context.batch)
 
-        parts = parts_of(subject, starts if more else None, seed=one.seed, device=device, progress=progress)
+        parts = parts_of(context, starts if more else None, seed=one.seed, device=device, progress=progress)
     made = time.perf_counter() - start
-    costs = _costs(one, subject, parts, target, progress)
+    costs = _costs(one, context, parts, target, progress)
     shares = layer_sparsities(one, original, target, costs.levels if costs else None)
     settings = Settings(
-        batch=subject.batch,
+        batch=context.batch,
         seed=one.seed,
         pattern=target.pattern,
         sparsity=shares,
         rows=costs.rows if costs else {},
     )
-    learned, noise = _learned(one, subject, parts, settings, device, progress)
+    learned, noise = _learned(one, context, parts, settings, device, progress)
     _write(model, {name: value.numpy() for name, value in learned.items()})
     rows = _rows(target, shares, noise)
     result.layer_snr_db = {row["name"]: row["snr_db"] for row in rows if "snr_db" in row}
@@ -156,7 +156,7 @@ def _reconstruct(
         "layers": rows,
         "inputs": [asdict(used) for used in (*inputs.sources, *(part.used for part in parts if part.used))],
         "seconds": {"inputs": made, "layers": time.perf_counter() - start - made},
-        "output_snr_db": output_snr(original, model, subject.images),
+        "output_snr_db": output_snr(original, model, context.images),
     }
 
 
@@ -174,17 +174,17 @@ def _pixels(model: Model) -> int:
 
 
 def _costs(
-    one: PruneOptions, subject: Subject, parts: list[Part], target: Target, progress: Progress
+    one: PruneOptions, context: CalibrationContext, parts: list[Part], target: Target, progress: Progress
 ) -> Costs | None:
     """None where neither sparsities nor rows are chosen by them, or no layer can be tried."""
     if target.pattern.group or one.sensitivity is not None:
         return None
-    settings = Settings(batch=subject.batch, seed=one.seed)
+    settings = Settings(batch=context.batch, seed=one.seed)
     found = Costs({}, {})
     for part in parts:
         names = frozenset(target.layers)
         trials = Trials(
-            subject.model, subject.plan, settings, part.twin, start=part.start, stop=part.stop, names=names
+            context.model, context.plan, settings, part.twin, start=part.start, stop=part.stop, names=names
         )
         trials.pass_through(part.inputs, "trying sparsities", progress)
         if trials.found:
@@ -195,7 +195,7 @@ def _costs(
 
 def _learned(
     one: PruneOptions,
-    subject: Subject,
+    context: CalibrationContext,
     parts: list[Part],
     settings: Settings,
     device: str,
@@ -207,7 +207,7 @@ def _learned(
     lost: Tensor | None = None
     for part in parts:
         worker = Sparsifier(
-            subject.model, subject.plan, settings, part.twin, start=part.start, stop=part.stop
+            context.model, context.plan, settings, part.twin, start=part.start, stop=part.stop
         )
         seen = part.seen(lost)
         worker.pass_through(part.inputs, "pruning layers", progress, seen)
@@ -215,10 +215,10 @@ def _learned(
         if part.stop is not None:
             lost = worker.lost(part.stop)
         if part.start is not None:
-            where = tail_from(subject.model, part.start)
+            where = tail_from(context.model, part.start)
             learned |= tune(
-                subject.model,
-                subject.plan,
+                context.model,
+                context.plan,
                 where,
                 part.inputs,
                 seen,

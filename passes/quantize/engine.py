@@ -16,7 +16,13 @@ from onnxcompress.optimize.calibration import gather_inputs, quick
 from onnxcompress.optimize.deterministic_threads import one_thread_each
 from onnxcompress.optimize.device import pick_device
 from onnxcompress.optimize.executor.open_batch import images_at_once
-from onnxcompress.optimize.reconstruction.context import BATCH, Subject, fixed_batch, twin_of, whole_batches
+from onnxcompress.optimize.reconstruction.context import (
+    BATCH,
+    CalibrationContext,
+    fixed_batch,
+    twin_of,
+    whole_batches,
+)
 from onnxcompress.optimize.reconstruction.feature_inputs import Part, parts_of
 from onnxcompress.optimize.reconstruction.quantize import QuantizationResults, Quantizer, Settings
 from onnxcompress.optimize.reconstruction.range_equalization import stretch
@@ -72,7 +78,7 @@ def quantize(
         stretched = stretch(model, plan, x, twin, settings.batch)
         plan = make_plan(model, bits)
     chosen = None
-    subject = Subject(model, plan, x, twin, settings.batch, min(inputs.real_count, len(x)))
+    subject = CalibrationContext(model, plan, x, twin, settings.batch, min(inputs.real_count, len(x)))
     if one.mixed:
         chosen = choose_bits(one, subject, bits, original, progress)
         plan = make_plan(model, bits, chosen.bits)

@@ -15,7 +15,7 @@ from typing import Any
 
 from onnxcompress.errors import InputError
 from onnxcompress.model import Model
-from onnxcompress.optimize.reconstruction.context import Subject
+from onnxcompress.optimize.reconstruction.context import CalibrationContext
 from onnxcompress.passes.quantize.options import QuantizeOptions
 from onnxcompress.progress import Progress
 from onnxcompress.quantization.qdq_plan import Bits, make_plan
@@ -40,7 +40,7 @@ class Chosen:
 
 
 def choose_bits(
-    one: QuantizeOptions, subject: Subject, bits: Bits, original: Model, progress: Progress
+    one: QuantizeOptions, subject: CalibrationContext, bits: Bits, original: Model, progress: Progress
 ) -> Chosen:
     """Bits within the budget. Raises OptionError where there is no such, InputError for a wrong file."""
     start = time.perf_counter()
@@ -76,7 +76,7 @@ def choose_bits(
     )
 
 
-def _measure(one: QuantizeOptions, subject: Subject, progress: Progress) -> list[Row]:
+def _measure(one: QuantizeOptions, subject: CalibrationContext, progress: Progress) -> list[Row]:
     count = max(SENSED // subject.batch, 1) * subject.batch
     few = replace(subject, images=subject.images[:count])
     how = Measuring(one.per_channel, one.safe, one.reconstruct, one.seed)

@@ -38,7 +38,7 @@ def main(
     from onnxcompress.model import load
     from onnxcompress.optimize.calibration import InputRequest, gather_inputs
     from onnxcompress.optimize.executor import Executor
-    from onnxcompress.optimize.reconstruction.context import Subject
+    from onnxcompress.optimize.reconstruction.context import CalibrationContext
     from onnxcompress.optimize.reconstruction.feature_inputs import deep_inputs, through_twin, waist
     from onnxcompress.optimize.reconstruction.global_tuning import tail_from, tune
     from onnxcompress.optimize.reconstruction.prune import (
@@ -58,8 +58,8 @@ def main(
     network = load(model)
     fold_and_canonicalize(network)
     request = InputRequest(preprocess=preprocess, inputs="layerwise", synthetic=synthetic, seed=seed)
-    subject = Subject.of(network, gather_inputs(network, request), stretched=False)
-    start = waist(network, subject.plan)
+    context = CalibrationContext.of(network, gather_inputs(network, request), stretched=False)
+    start = waist(network, context.plan)
     if start is None:
         raise click.ClickException(f"{model} has no waist")
     target = choose_target(Prune(), network)
@@ -80,21 +80,21 @@ def main(
     exact = ran(held, start, output)
 
     def row(name: str, x: Tensor, began: float, tuned: bool = True) -> None:
-        settings = Settings(batch=subject.batch, seed=seed)
+        settings = Settings(batch=context.batch, seed=seed)
         trials = Trials(
-            network, subject.plan, settings, Twin(), start=start, names=frozenset(target.layers)
+            network, context.plan, settings, Twin(), start=start, names=frozenset(target.layers)
         )
         trials.pass_through(x, "")
         costs = output_costs(trials, x)
         sizes = {n: target.sizes[n] for n in costs.levels}
         shares = by_cost(costs.levels, LEVELS, sizes, sum(sizes.values()), sparsity)
-        settings = Settings(batch=subject.batch, seed=seed, sparsity=shares, rows=costs.rows)
-        worker = Sparsifier(network, subject.plan, settings, Twin(), start=start)
+        settings = Settings(batch=context.batch, seed=seed, sparsity=shares, rows=costs.rows)
+        worker = Sparsifier(network, context.plan, settings, Twin(), start=start)
         worker.pass_through(x, "")
         found = {name: worker.results}
         if tuned:
             where = tail_from(network, start)
-            found[f"{name}, tuned"] = tune(network, subject.plan, where, x, x, worker.results, seed=seed)
+            found[f"{name}, tuned"] = tune(network, context.plan, where, x, x, worker.results, seed=seed)
         for title, learned in found.items():
             got = ran(held, start, output, learned)
             ratio = float(exact.var() / F.mse_loss(got, exact))
@@ -104,9 +104,9 @@ def main(
 
     print(f"behind {start!r}; on {len(held)} images", flush=True)
     began = time.perf_counter()
-    row("procedural, through the twin", through_twin(executor, subject, start), began, tuned=False)
+    row("procedural, through the twin", through_twin(executor, context, start), began, tuned=False)
     began = time.perf_counter()
-    row("made at the waist", deep_inputs(subject, start, seed=seed), began)
+    row("made at the waist", deep_inputs(context, start, seed=seed), began)
     began = time.perf_counter()
     row("real images", real("test"), began)
 

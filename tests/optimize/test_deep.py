@@ -22,7 +22,7 @@ from onnxcompress.graph.topology import Topology
 from onnxcompress.model import Model, load
 from onnxcompress.optimize.calibration import InputRequest, gather_inputs
 from onnxcompress.optimize.executor import Executor
-from onnxcompress.optimize.reconstruction.context import Subject, nodes_between
+from onnxcompress.optimize.reconstruction.context import CalibrationContext, nodes_between
 from onnxcompress.optimize.reconstruction.feature_inputs import (
     EACH,
     WEIGHTS,
@@ -46,14 +46,14 @@ NETWORKS = ("resnet20-fashion.onnx", "mobilenetv2-fashion.onnx")
 
 
 @pytest.fixture(scope="module")
-def subjects(models: Path) -> dict[str, Subject]:
+def contexts(models: Path) -> dict[str, CalibrationContext]:
     found = {}
     for name in NETWORKS:
         model = _prepared(models / name)
         inputs = gather_inputs(
             model, InputRequest(preprocess="fashion-mnist", inputs="layerwise", synthetic=32)
         )
-        found[name] = Subject.of(model, inputs, stretched=False)
+        found[name] = CalibrationContext.of(model, inputs, stretched=False)
     return found
 
 
@@ -63,28 +63,30 @@ def _prepared(file: Path) -> Model:
     return model
 
 
-def _start(subject: Subject) -> str:
-    start = waist(subject.model, subject.plan)
+def _start(context: CalibrationContext) -> str:
+    start = waist(context.model, context.plan)
     assert start is not None
     return start
 
 
-def _unlike(subject: Subject, start: str, x: Tensor) -> float:
+def _unlike(context: CalibrationContext, start: str, x: Tensor) -> float:
     """How far the recorded tensors from `start` on are from their statistics."""
-    executor = Executor.from_model(subject.model)
-    behind = [t.name for n in nodes_between(Topology(subject.model), start, None) for t in n.outputs]
-    targets = targets_of(behind, known_statistics(subject.model), torch.device("cpu"))
+    executor = Executor.from_model(context.model)
+    behind = [t.name for n in nodes_between(Topology(context.model), start, None) for t in n.outputs]
+    targets = targets_of(behind, known_statistics(context.model), torch.device("cpu"))
     with torch.no_grad():
         found = executor.run({start: x}, list(targets))
         return float(torch.stack([mismatch(found[n], *targets[n]) for n in targets]).mean())
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-def test_behind_the_waist_are_most_weights_and_little_work(subjects: dict[str, Subject], name: str) -> None:
-    subject = subjects[name]
-    model = subject.model
-    behind = nodes_between(Topology(model), _start(subject), None)
-    sizes = {key: layer.linear.weight.size for key, layer in subject.plan.layers.items()}
+def test_behind_the_waist_are_most_weights_and_little_work(
+    contexts: dict[str, CalibrationContext], name: str
+) -> None:
+    context = contexts[name]
+    model = context.model
+    behind = nodes_between(Topology(model), _start(context), None)
+    sizes = {key: layer.linear.weight.size for key, layer in context.plan.layers.items()}
     assert sum(sizes.get(id(n), 0) for n in behind) >= WEIGHTS * sum(sizes.values())
     shapes = tensor_shapes(model)
 
@@ -107,34 +109,34 @@ def test_a_network_without_statistics_or_with_a_fixed_batch_has_no_waist(models:
 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_deep_inputs_bring_the_recorded_statistics_and_classes(
-    subjects: dict[str, Subject], name: str
+    contexts: dict[str, CalibrationContext], name: str
 ) -> None:
-    subject = subjects[name]
-    start = _start(subject)
-    executor = Executor.from_model(subject.model)
-    source, output = subject.model.graph.inputs[0].name, subject.model.graph.outputs[0].name
+    context = contexts[name]
+    start = _start(context)
+    executor = Executor.from_model(context.model)
+    source, output = context.model.graph.inputs[0].name, context.model.graph.outputs[0].name
     with torch.no_grad():
-        plain = executor.run({source: subject.images}, [start])[start]
-    x = deep_inputs(subject, start)
+        plain = executor.run({source: context.images}, [start])[start]
+    x = deep_inputs(context, start)
     assert x.shape == (EACH * len(plain), *plain.shape[1:])
-    assert _unlike(subject, start, x) < 0.25 * _unlike(subject, start, plain)
+    assert _unlike(context, start, x) < 0.25 * _unlike(context, start, plain)
     with torch.no_grad():
         found = executor.run({start: x}, [output])[output].argmax(1)
     assert (found.bincount(minlength=10) > 0.03 * len(x)).all()  # all classes come
 
 
 def test_real_images_come_first_and_what_they_lack_in_number_is_made(
-    subjects: dict[str, Subject],
+    contexts: dict[str, CalibrationContext],
 ) -> None:
-    subject = subjects[NETWORKS[1]]
-    start = _start(subject)
-    executor = Executor.from_model(subject.model)
-    real = replace(subject, images=subject.images[:8], twin=Twin(), real=8)
+    context = contexts[NETWORKS[1]]
+    start = _start(context)
+    executor = Executor.from_model(context.model)
+    real = replace(context, images=context.images[:8], twin=Twin(), real=8)
     plain = through_twin(executor, real, start)
     x = deep_inputs(real, start)
     assert len(x) == EACH * 8
     assert torch.equal(x[:8], plain)
-    assert _unlike(subject, start, x[8:]) < 0.25 * _unlike(subject, start, plain)
+    assert _unlike(context, start, x[8:]) < 0.25 * _unlike(context, start, plain)
 
 
 def test_few_real_images_prune_better_with_deep_inputs(models: Path) -> None:
@@ -156,30 +158,30 @@ def test_few_real_images_prune_better_with_deep_inputs(models: Path) -> None:
 
 
 def test_deep_inputs_follow_their_seed_and_not_the_threads(
-    subjects: dict[str, Subject], more_threads: Threads
+    contexts: dict[str, CalibrationContext], more_threads: Threads
 ) -> None:
-    subject = subjects[NETWORKS[1]]
-    start = _start(subject)
-    first, other = (deep_inputs(subject, start, seed=seed) for seed in (0, 1))
+    context = contexts[NETWORKS[1]]
+    start = _start(context)
+    first, other = (deep_inputs(context, start, seed=seed) for seed in (0, 1))
     with more_threads():
-        again = deep_inputs(subject, start)
+        again = deep_inputs(context, start)
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
 
 
 def test_layers_tuned_together_err_less_and_keep_their_zeros(
-    subjects: dict[str, Subject], more_threads: Threads
+    contexts: dict[str, CalibrationContext], more_threads: Threads
 ) -> None:
-    subject = subjects[NETWORKS[0]]
-    start = _start(subject)
-    where = tail_from(subject.model, start)
+    context = contexts[NETWORKS[0]]
+    start = _start(context)
+    where = tail_from(context.model, start)
     assert where.levels
-    made = deep_inputs(subject, start)
+    made = deep_inputs(context, start)
     x, held = made[:192], made[192:]
-    executor = Executor.from_model(subject.model)
-    behind = {id(n) for n in nodes_between(Topology(subject.model), start, None)}
+    executor = Executor.from_model(context.model)
+    behind = {id(n) for n in nodes_between(Topology(context.model), start, None)}
     pruned = {}
-    for layer in subject.plan.layers.values():
+    for layer in context.plan.layers.values():
         if id(layer.node) in behind:
             weight = executor.parameters[layer.weight]
             pruned[layer.weight] = torch.where(weight.abs() < weight.abs().median(), 0.0, weight)
@@ -191,12 +193,12 @@ def test_layers_tuned_together_err_less_and_keep_their_zeros(
             a, b = (executor.run({start: held}, where.outputs, v) for v in ({}, values))
         return float((a[where.outputs[0]] - b[where.outputs[0]]).square().mean())
 
-    tuned = tune(subject.model, subject.plan, where, x, x, pruned, steps=20)
+    tuned = tune(context.model, context.plan, where, x, x, pruned, steps=20)
     with more_threads():
-        again = tune(subject.model, subject.plan, where, x, x, pruned, steps=20)
+        again = tune(context.model, context.plan, where, x, x, pruned, steps=20)
     assert tuned.keys() == pruned.keys()
     assert all(torch.equal(tuned[name], again[name]) for name in tuned)
-    for layer in subject.plan.layers.values():
+    for layer in context.plan.layers.values():
         if layer.weight in pruned:
             assert torch.equal(tuned[layer.weight] == 0, pruned[layer.weight] == 0)
     assert error(tuned) < 0.7 * error(pruned)

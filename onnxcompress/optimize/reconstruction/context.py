@@ -26,7 +26,7 @@ BATCH = 32
 
 
 @dataclass
-class Subject:
+class CalibrationContext:
     """A prepared network and what it is measured on."""
 
     model: Model
@@ -41,7 +41,7 @@ class Subject:
     """Weights whose magnitudes decide what is pruned, where they are not the model's."""
 
     @staticmethod
-    def of(model: Model, inputs: Inputs, *, stretched: bool) -> Subject:
+    def of(model: Model, inputs: Inputs, *, stretched: bool) -> CalibrationContext:
         """Scales the model's channels in place with `stretched`. Raises InputError for too few images."""
         x = whole_batches(model, inputs, fixed_batch(model))
         twin = twin_of(model, x) if inputs.layerwise else Twin()
@@ -51,7 +51,7 @@ class Subject:
         plain = {one.weight: torch.from_numpy(one.linear.weight) for one in plan.layers.values()}
         if stretched and stretch(model, plan, x, twin, batch):
             plan = make_plan(model, bits)
-        return Subject(model, plan, x, twin, batch, min(inputs.real_count, len(x)), plain)
+        return CalibrationContext(model, plan, x, twin, batch, min(inputs.real_count, len(x)), plain)
 
 
 def fixed_batch(model: Model) -> int:

@@ -38,7 +38,13 @@ from onnxcompress.optimize.calibration import Used
 from onnxcompress.optimize.deterministic_threads import in_turn
 from onnxcompress.optimize.device import autocast, laid_out
 from onnxcompress.optimize.executor import Executor
-from onnxcompress.optimize.reconstruction.context import Subject, fixed_batch, floats, needs, nodes_between
+from onnxcompress.optimize.reconstruction.context import (
+    CalibrationContext,
+    fixed_batch,
+    floats,
+    needs,
+    nodes_between,
+)
 from onnxcompress.optimize.synthesis.distillation import Targets, mismatch, targets_of
 from onnxcompress.optimize.synthesis.statistics_alignment import Twin
 from onnxcompress.progress import Progress, silent
@@ -89,7 +95,7 @@ class Part:
 
 
 def parts_of(
-    subject: Subject,
+    context: CalibrationContext,
     starts: Callable[[], Tensor] | None = None,
     *,
     seed: int = 0,
@@ -98,18 +104,18 @@ def parts_of(
 ) -> list[Part]:
     """The network, in two where its deep layers can have inputs of their own.
 
-    starts: images to begin from, where there are better ones for it than the subject's.
+    starts: images to begin from, where there are better ones for it than the context's.
     """
-    start = waist(subject.model, subject.plan)
+    start = waist(context.model, context.plan)
     if start is None:
-        return [Part(subject.images, subject.twin)]
-    begun = subject if starts is None else replace(subject, images=starts())
+        return [Part(context.images, context.twin)]
+    begun = context if starts is None else replace(context, images=starts())
     values = deep_inputs(begun, start, seed=seed, device=device, progress=progress)
-    made = len(values) - subject.real
+    made = len(values) - context.real
     where = f"at {start!r}, where the deep layers begin; from {len(begun.images)} images"
     used = Used("deep inputs", made, seed, where, "", "") if made else None
     return [
-        Part(subject.images, subject.twin, stop=start),
+        Part(context.images, context.twin, stop=start),
         Part(values, Twin(), start=start, used=used),
     ]
 
@@ -146,25 +152,25 @@ def waist(model: Model, plan: Plan) -> str | None:
 
 
 def deep_inputs(
-    subject: Subject,
+    context: CalibrationContext,
     start: str,
     *,
     seed: int = 0,
     device: str = "cpu",
     progress: Progress = silent,
 ) -> Tensor:
-    """Inputs at the tensor `start`, (COUNT or fewer, …), from what the subject's images are there.
+    """Inputs at the tensor `start`, (COUNT or fewer, …), from what the context's images are there.
 
-    Real images of the subject come first, all of them; the others are made.
+    Real images of the context come first, all of them; the others are made.
     """
-    executor = Executor.from_model(subject.model, device=device)
-    topology = Topology(subject.model)
-    shapes = tensor_shapes(subject.model)
+    executor = Executor.from_model(context.model, device=device)
+    topology = Topology(context.model)
+    shapes = tensor_shapes(context.model)
     behind = [t.name for n in nodes_between(topology, start, None) for t in n.outputs]
-    targets = targets_of([start, *behind], known_statistics(subject.model), executor.device)
-    begin = through_twin(executor, subject, start)
-    real = begin[: subject.real].cpu()
-    logits = _logits(subject.model)
+    targets = targets_of([start, *behind], known_statistics(context.model), executor.device)
+    begin = through_twin(executor, context, start)
+    real = begin[: context.real].cpu()
+    logits = _logits(context.model)
     size = min(CHUNK, max(1, BYTES // (4 * sum(floats(shapes.get(name)) for name in behind))))
     count = min(COUNT, EACH * len(begin), max(size, BYTES // (4 * floats(shapes[start])))) - len(real)
     if count <= 0:
@@ -186,11 +192,11 @@ def deep_inputs(
     return torch.cat([real, *made])
 
 
-def through_twin(executor: Executor, subject: Subject, start: str) -> Tensor:
-    """What the subject's images are at `start`, (N, …), with its recorded statistics."""
-    twin, name = subject.twin, str(data_input(subject.model).name)
+def through_twin(executor: Executor, context: CalibrationContext, start: str) -> Tensor:
+    """What the context's images are at `start`, (N, …), with its recorded statistics."""
+    twin, name = context.twin, str(data_input(context.model).name)
     maps = {n: twin.mapped(n, executor.parameters[n]) for n in (*twin.weights, *twin.biases)}
-    batches = torch.split(subject.images, subject.batch)
+    batches = torch.split(context.images, context.batch)
 
     def run(batch: int) -> Tensor:
         with torch.no_grad():  # of each thread
