@@ -132,7 +132,7 @@ class _Walk:
         model, twin = self.context.model, self.context.twin
         self.executor = Executor.from_model(model)
         mapped = (*twin.weights, *twin.biases)
-        self.maps = {n: twin.mapped(n, self.executor.parameters[n]) for n in mapped}
+        self.maps = {n: twin.align(n, self.executor.parameters[n]) for n in mapped}
         self.topology = Topology(model)
         data = self.topology.data
         self.nodes = [n for n in self.topology.order if any(id(t) in data for t in n.outputs)]
@@ -308,7 +308,7 @@ class _Walk:
             Name -> value of the outputs, (N, …).
         """
         twin = self.context.twin
-        own = {n: twin.mapped(n, v) if n in self.maps else v for n, v in parameters.items()}
+        own = {n: twin.align(n, v) if n in self.maps else v for n, v in parameters.items()}
         total, size = count or len(self.images), self.context.batch
         split = {n: split_images(v, total, size) for n, v in feeds.items()}
         parts = []

@@ -26,7 +26,7 @@ from onnxcompress.optimize.reconstruction.context import (
 from onnxcompress.optimize.reconstruction.feature_inputs import Part, parts_of
 from onnxcompress.optimize.reconstruction.quantize import QuantizationResults, Quantizer, Settings
 from onnxcompress.optimize.reconstruction.range_equalization import stretch
-from onnxcompress.optimize.synthesis.statistics_alignment import Twin
+from onnxcompress.optimize.synthesis.statistics_alignment import StatisticsAlignment
 from onnxcompress.passes.base import PassResult
 from onnxcompress.passes.quantize.mixed_precision import choose_bits
 from onnxcompress.passes.quantize.options import QuantizeOptions
@@ -72,7 +72,7 @@ def quantize(
         batch=images_at_once(model, x) or BATCH,
         seed=one.seed,
     )
-    twin = twin_of(model, x) if inputs.layerwise else Twin()
+    twin = twin_of(model, x) if inputs.layerwise else StatisticsAlignment()
     stretched = 0
     if one.stretch and one.activation_bits:  # ranges of what stays a float need no room
         stretched = stretch(model, plan, x, twin, settings.batch)

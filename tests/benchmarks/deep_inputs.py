@@ -48,7 +48,7 @@ def main(
         Trials,
         output_costs,
     )
-    from onnxcompress.optimize.synthesis.statistics_alignment import Twin
+    from onnxcompress.optimize.synthesis.statistics_alignment import StatisticsAlignment
     from onnxcompress.passes.fold_bn.fold_and_canonicalize import fold_and_canonicalize
     from onnxcompress.passes.prune import Prune
     from onnxcompress.passes.prune.targets import choose_target
@@ -82,14 +82,19 @@ def main(
     def row(name: str, x: Tensor, began: float, tuned: bool = True) -> None:
         settings = Settings(batch=context.batch, seed=seed)
         trials = Trials(
-            network, context.plan, settings, Twin(), start=start, names=frozenset(target.layers)
+            network,
+            context.plan,
+            settings,
+            StatisticsAlignment(),
+            start=start,
+            names=frozenset(target.layers),
         )
         trials.pass_through(x, "")
         costs = output_costs(trials, x)
         sizes = {n: target.sizes[n] for n in costs.levels}
         shares = by_cost(costs.levels, LEVELS, sizes, sum(sizes.values()), sparsity)
         settings = Settings(batch=context.batch, seed=seed, sparsity=shares, rows=costs.rows)
-        worker = Sparsifier(network, context.plan, settings, Twin(), start=start)
+        worker = Sparsifier(network, context.plan, settings, StatisticsAlignment(), start=start)
         worker.pass_through(x, "")
         found = {name: worker.results}
         if tuned:

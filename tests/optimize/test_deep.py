@@ -33,7 +33,7 @@ from onnxcompress.optimize.reconstruction.feature_inputs import (
 )
 from onnxcompress.optimize.reconstruction.global_tuning import tail_from, tune
 from onnxcompress.optimize.synthesis.distillation import mismatch, targets_of
-from onnxcompress.optimize.synthesis.statistics_alignment import Twin
+from onnxcompress.optimize.synthesis.statistics_alignment import StatisticsAlignment
 from onnxcompress.passes.fold_bn.fold_and_canonicalize import fold_and_canonicalize
 from onnxcompress.passes.prune import Prune
 from onnxcompress.passes.prune.targets import FLOATS
@@ -131,7 +131,7 @@ def test_real_images_come_first_and_what_they_lack_in_number_is_made(
     context = contexts[NETWORKS[1]]
     start = _start(context)
     executor = Executor.from_model(context.model)
-    real = replace(context, images=context.images[:8], twin=Twin(), real=8)
+    real = replace(context, images=context.images[:8], twin=StatisticsAlignment(), real=8)
     plain = through_twin(executor, real, start)
     x = deep_inputs(real, start)
     assert len(x) == EACH * 8

@@ -94,7 +94,7 @@ def test_a_twin_has_the_recorded_statistics_on_noise() -> None:
     assert feature is not None
     twin = standardize(model, Executor.from_model(model), noise, feature.name)
     worn = model.copy()
-    twin.wear(worn)
+    twin.apply(worn)
     record = known_statistics(model)
     found = Executor.from_model(worn).run({"input": noise}, list(record))
     for name, wanted in record.items():
@@ -113,11 +113,11 @@ def test_a_twin_is_taken_off_without_a_trace() -> None:
     feature = Topology(model).feature()
     assert feature is not None
     twin = standardize(model, executor, images, feature.name)
-    twin.wear(model)
+    twin.apply(model)
     worn = Executor.from_model(model).parameters
     assert any(not torch.equal(worn[n], executor.parameters[n]) for n in twin.weights)
     restored = twin.restored(worn)
     for name, value in executor.parameters.items():
         assert torch.allclose(restored[name], value, rtol=1e-4, atol=1e-5), name
-    twin.take_off(model)
+    twin.revert(model)
     assert model.to_proto() == _folded().to_proto()

@@ -22,7 +22,7 @@ from onnxcompress.optimize.reconstruction.gptq import Moments, nearest, reconstr
 from onnxcompress.optimize.reconstruction.gptq import least_squares as target_and_hessian
 from onnxcompress.optimize.reconstruction.range_equalization import streams, stretch
 from onnxcompress.optimize.reconstruction.saturation import Integers, partners
-from onnxcompress.optimize.synthesis.statistics_alignment import Twin
+from onnxcompress.optimize.synthesis.statistics_alignment import StatisticsAlignment
 from onnxcompress.passes.base import run
 from onnxcompress.passes.fold_bn.fold_and_canonicalize import fold_and_canonicalize
 from onnxcompress.passes.quantize import Quantize
@@ -282,7 +282,7 @@ def test_channel_ranges_are_equal_and_cost_nothing(models: Path) -> None:
     before = run_model(model.to_proto(), {"input": x.numpy()})["logits"]
     places = streams(model, plan)
     assert len(places) >= 9
-    assert stretch(model, plan, x, Twin()) == len(places)
+    assert stretch(model, plan, x, StatisticsAlignment()) == len(places)
     np.testing.assert_allclose(
         run_model(model.to_proto(), {"input": x.numpy()})["logits"], before, rtol=1e-3, atol=1e-3
     )

@@ -39,7 +39,7 @@ from onnxcompress.optimize.reconstruction.residual_refit import (
     Segment,
     segments,
 )
-from onnxcompress.optimize.synthesis.statistics_alignment import Twin, standardize
+from onnxcompress.optimize.synthesis.statistics_alignment import StatisticsAlignment, standardize
 from onnxcompress.progress import Progress
 from onnxcompress.runtime.block_latency import Share, Stopwatch, added, usable
 from onnxcompress.runtime.latency import benchmark
@@ -97,11 +97,11 @@ class Dropper:
             self.images = self.images.contiguous(memory_format=torch.channels_last)
         self.images = resident(self.images, self.device)
         self.scoring_batch = BATCH
-        self.twin: Twin | None = None
+        self.twin: StatisticsAlignment | None = None
         if self.inputs.layerwise:
             given = self.images[:SCORING_IMAGES].to(self.device)
             self.twin = standardize(model, self.teacher, given, self.feature, batch=_batch(model))
-            self.twin.wear(model)
+            self.twin.apply(model)
         self.teacher = Executor.from_model(model, device=self.device)
 
     def run(self) -> None:
@@ -313,7 +313,7 @@ class Dropper:
         self._store(weights)
         self.measured["feature_error"] = self._feature_error()
         if self.twin is not None:
-            self.twin.take_off(self.model)
+            self.twin.revert(self.model)
             self._store(self.twin.restored(weights))
 
     def _refit(self, student: Executor, pieces: list[Segment], batch: int) -> dict[str, Tensor]:

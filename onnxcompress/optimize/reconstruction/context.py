@@ -18,7 +18,7 @@ from onnxcompress.optimize.calibration import Inputs
 from onnxcompress.optimize.executor import Executor
 from onnxcompress.optimize.executor.open_batch import file_batch, images_at_once
 from onnxcompress.optimize.reconstruction.range_equalization import stretch
-from onnxcompress.optimize.synthesis.statistics_alignment import Twin, standardize
+from onnxcompress.optimize.synthesis.statistics_alignment import StatisticsAlignment, standardize
 from onnxcompress.quantization.qdq_plan import Bits, Plan, make_plan
 
 BATCH = 32
@@ -33,7 +33,7 @@ class CalibrationContext:
     plan: Plan
     images: Tensor
     """(N, …) at the network's one input, N a multiple of the batch."""
-    twin: Twin
+    twin: StatisticsAlignment
     batch: int
     real: int = 0
     """The first of the images, so many, are real ones."""
@@ -44,7 +44,7 @@ class CalibrationContext:
     def of(model: Model, inputs: Inputs, *, stretched: bool) -> CalibrationContext:
         """Scales the model's channels in place with `stretched`. Raises InputError for too few images."""
         x = whole_batches(model, inputs, fixed_batch(model))
-        twin = twin_of(model, x) if inputs.layerwise else Twin()
+        twin = twin_of(model, x) if inputs.layerwise else StatisticsAlignment()
         bits = Bits(8, None, None)
         plan = make_plan(model, bits)
         batch = images_at_once(model, x) or BATCH
@@ -70,7 +70,7 @@ def whole_batches(model: Model, inputs: Inputs, batch: int) -> Tensor:
     return x
 
 
-def twin_of(model: Model, x: Tensor) -> Twin:
+def twin_of(model: Model, x: Tensor) -> StatisticsAlignment:
     """The maps that give the network its recorded statistics on these inputs."""
     topology = Topology(model)
     last = topology.feature() or topology.trunk()[-1]

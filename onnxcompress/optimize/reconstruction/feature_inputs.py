@@ -46,7 +46,7 @@ from onnxcompress.optimize.reconstruction.context import (
     nodes_between,
 )
 from onnxcompress.optimize.synthesis.distillation import Targets, mismatch, targets_of
-from onnxcompress.optimize.synthesis.statistics_alignment import Twin
+from onnxcompress.optimize.synthesis.statistics_alignment import StatisticsAlignment
 from onnxcompress.progress import Progress, silent
 from onnxcompress.quantization.qdq_plan import Plan
 from onnxcompress.statistics.record import known_statistics
@@ -81,7 +81,7 @@ class Part:
     """A stretch of the trunk whose layers are learned in one course, and what it reads."""
 
     inputs: Tensor
-    twin: Twin
+    twin: StatisticsAlignment
     start: str | None = None
     stop: str | None = None
     used: Used | None = None
@@ -116,7 +116,7 @@ def parts_of(
     used = Used("deep inputs", made, seed, where, "", "") if made else None
     return [
         Part(context.images, context.twin, stop=start),
-        Part(values, Twin(), start=start, used=used),
+        Part(values, StatisticsAlignment(), start=start, used=used),
     ]
 
 
@@ -195,7 +195,7 @@ def deep_inputs(
 def through_twin(executor: Executor, context: CalibrationContext, start: str) -> Tensor:
     """What the context's images are at `start`, (N, …), with its recorded statistics."""
     twin, name = context.twin, str(data_input(context.model).name)
-    maps = {n: twin.mapped(n, executor.parameters[n]) for n in (*twin.weights, *twin.biases)}
+    maps = {n: twin.align(n, executor.parameters[n]) for n in (*twin.weights, *twin.biases)}
     batches = torch.split(context.images, context.batch)
 
     def run(batch: int) -> Tensor:

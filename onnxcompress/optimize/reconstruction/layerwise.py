@@ -33,7 +33,7 @@ from onnxcompress.optimize.executor.open_batch import split_images
 from onnxcompress.optimize.reconstruction.context import fixed_batch, live_floats, needs, nodes_between
 from onnxcompress.optimize.reconstruction.gptq import Moments
 from onnxcompress.optimize.reconstruction.patches import Patches
-from onnxcompress.optimize.synthesis.statistics_alignment import Twin
+from onnxcompress.optimize.synthesis.statistics_alignment import StatisticsAlignment
 from onnxcompress.progress import Progress, silent
 from onnxcompress.quantization.qdq_plan import Layer, Plan
 
@@ -66,7 +66,7 @@ class LayerwiseReconstruction(ABC):
     model: Model
     plan: Plan
     settings: LayerwiseSettings
-    twin: Twin = field(default_factory=Twin)
+    twin: StatisticsAlignment = field(default_factory=StatisticsAlignment)
     device: str = "cpu"
     start: str | None = None
     """Name of the tensor of the trunk that is fed; None: the network's one input."""
@@ -106,7 +106,7 @@ class LayerwiseReconstruction(ABC):
         if seen is not None:
             self._student[self.source] = seen[:count]
         mapped = (*self.twin.weights, *self.twin.biases)
-        self._maps = {n: self.twin.mapped(n, self.executor.parameters[n]) for n in mapped}
+        self._maps = {n: self.twin.align(n, self.executor.parameters[n]) for n in mapped}
         self._own.update(self._maps)
         with torch.no_grad():
             for place, node in enumerate(self._nodes):
@@ -194,7 +194,7 @@ class LayerwiseReconstruction(ABC):
         return error.mean([axis for axis in range(error.ndim) if axis != 1])
 
     def _set(self, name: str, value: Tensor) -> None:
-        self._own[name] = self.twin.mapped(name, value) if name in self._maps else value
+        self._own[name] = self.twin.align(name, value) if name in self._maps else value
 
     def _unmapped(self, layer: Layer, y: Tensor, offset: bool = True) -> Tensor:
         """The layer's output without the maps of the twin."""

@@ -131,7 +131,7 @@ def output_costs(trials: Trials, images: Tensor, behind: Tensor | None = None) -
     sums = {n: torch.zeros(len(LEVELS), dtype=torch.float64) for n in trials.found}
     rows = {n: torch.zeros_like(t.error[0]) for n, t in trials.found.items()}
     names = [n for layer in layers for n in (layer.weight, layer.bias) if n is not None]
-    maps = {n: twin.mapped(n, executor.parameters[n]) for n in (*twin.weights, *twin.biases)}
+    maps = {n: twin.align(n, executor.parameters[n]) for n in (*twin.weights, *twin.biases)}
     size = min(PROBED, len(images)) if trials.settings.batch >= PROBED else trials.settings.batch
 
     def probed(probe: int) -> dict[str, Tensor]:

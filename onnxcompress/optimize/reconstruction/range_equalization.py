@@ -32,7 +32,7 @@ from onnxcompress.graph.shape_inference import tensor_shapes
 from onnxcompress.model import Model
 from onnxcompress.optimize.deterministic_threads import in_turn
 from onnxcompress.optimize.executor import Executor
-from onnxcompress.optimize.synthesis.statistics_alignment import Twin
+from onnxcompress.optimize.synthesis.statistics_alignment import StatisticsAlignment
 from onnxcompress.quantization.qdq_plan import Layer, Plan
 from onnxcompress.statistics.record import ChannelStatistics, read_record, write_record
 
@@ -117,7 +117,7 @@ def _scalable(model: Model, node: gs.Node, stream: Stream) -> bool:
     return True
 
 
-def stretch(model: Model, plan: Plan, images: Tensor, twin: Twin, batch: int = 16) -> int:
+def stretch(model: Model, plan: Plan, images: Tensor, twin: StatisticsAlignment, batch: int = 16) -> int:
     """Scale all streams in place, by their ranges on the images; how many there are.
 
     The twin's maps and the record follow. Layers of the plan must be made anew afterwards.
@@ -128,7 +128,7 @@ def stretch(model: Model, plan: Plan, images: Tensor, twin: Twin, batch: int = 1
     executor = Executor.from_model(model)
     names = [name for one in places for name in sorted(one.read)]
     mapped = (*twin.weights, *twin.biases)
-    worn = {name: twin.mapped(name, executor.parameters[name]) for name in mapped}
+    worn = {name: twin.align(name, executor.parameters[name]) for name in mapped}
     largest: dict[str, Tensor] = {}
     parts = torch.split(images, batch)
 
@@ -158,7 +158,11 @@ def _scales(largest: np.ndarray, top: float | None) -> np.ndarray:
 
 
 def _apply(
-    model: Model, one: Stream, scale: np.ndarray, twin: Twin, record: dict[str, ChannelStatistics]
+    model: Model,
+    one: Stream,
+    scale: np.ndarray,
+    twin: StatisticsAlignment,
+    record: dict[str, ChannelStatistics],
 ) -> None:
     tensors = model.graph.tensors()
     for writer in one.writers:

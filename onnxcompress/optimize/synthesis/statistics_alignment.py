@@ -39,7 +39,7 @@ MOST = 16.0
 
 
 @dataclass
-class Twin:
+class StatisticsAlignment:
     """The maps that align the outputs of convolutions, by initializer name."""
 
     weights: dict[str, Tensor] = field(default_factory=dict)
@@ -49,7 +49,7 @@ class Twin:
     own: dict[str, np.ndarray] = field(default_factory=dict)
     """The model's own values while the maps are applied to it."""
 
-    def mapped(self, name: str, value: Tensor) -> Tensor:
+    def align(self, name: str, value: Tensor) -> Tensor:
         """Map a parameter of the network to that of its twin.
 
         Args:
@@ -64,7 +64,7 @@ class Twin:
         scale, shift = self.biases[name]
         return value * scale + shift
 
-    def wear(self, model: Model) -> None:
+    def apply(self, model: Model) -> None:
         """Turn the model into its twin, in place.
 
         Args:
@@ -73,11 +73,11 @@ class Twin:
         tensors = model.graph.tensors()
         for name in (*self.weights, *self.biases):
             self.own[name] = read(tensors[name])
-            value = self.mapped(name, torch.from_numpy(self.own[name].astype(np.float32)))
+            value = self.align(name, torch.from_numpy(self.own[name].astype(np.float32)))
             set_values(tensors[name], value.cpu().numpy().astype(self.own[name].dtype))
         model.touch()
 
-    def take_off(self, model: Model) -> None:
+    def revert(self, model: Model) -> None:
         """Restore the model's own values; layers that no longer exist are left out.
 
         Args:
@@ -114,7 +114,7 @@ def standardize(
     *,
     batch: int = 32,
     statistics: Mapping[str, ChannelStatistics] | None = None,
-) -> Twin:
+) -> StatisticsAlignment:
     """Compute the maps that give the network the recorded statistics on given inputs.
 
     Args:
@@ -129,7 +129,7 @@ def standardize(
         The maps.
     """
     known = known_statistics(model) if statistics is None else statistics
-    twin = Twin()
+    twin = StatisticsAlignment()
     now: dict[str, Tensor] = {}
     topology = Topology(model)
     layers = conv_layers(model)
@@ -143,7 +143,7 @@ def standardize(
                 out = _run(executor, start.name, layer.node, split_images(values, count, batch), now)
                 _map(twin, layer, out, known[layer.node])
                 for name in (layer.weight, layer.bias):
-                    now[name] = twin.mapped(name, executor.parameters[name])
+                    now[name] = twin.align(name, executor.parameters[name])
             if end.name == last:
                 break
             values = _run(executor, start.name, end.name, split_images(values, count, batch), now)
@@ -156,7 +156,7 @@ def _run(
     return torch.cat([executor.run({start: part}, [end], now)[end] for part in batches])
 
 
-def _map(twin: Twin, layer: ConvLayer, out: Tensor, wanted: ChannelStatistics) -> None:
+def _map(twin: StatisticsAlignment, layer: ConvLayer, out: Tensor, wanted: ChannelStatistics) -> None:
     """Add the map that gives `out` (N, C, …) the wanted statistics."""
     axes = [axis for axis in range(out.ndim) if axis != 1]
     variance, mean = torch.var_mean(out.double(), axes, correction=0)
