@@ -22,7 +22,7 @@ from onnxcompress.optimize.calibration import FEW_MADE, MANY_MADE, SMALL_PIXELS,
 from onnxcompress.optimize.deterministic_threads import one_thread_each
 from onnxcompress.optimize.device import pick_device
 from onnxcompress.optimize.reconstruction.context import CalibrationContext, whole_batches
-from onnxcompress.optimize.reconstruction.feature_inputs import BYTES, STARTS, Part, parts_of
+from onnxcompress.optimize.reconstruction.feature_inputs import BYTES, STARTS, Stage, stages_of
 from onnxcompress.optimize.reconstruction.global_tuning import tail_from, tune
 from onnxcompress.optimize.reconstruction.prune import (
     LEVELS,
@@ -128,7 +128,7 @@ def _reconstruct(
     inputs = gather_inputs(model, request, device=device, progress=progress)
     result.shown = inputs.shown
     context = CalibrationContext.of(model, inputs, stretched=False)
-    parts = [Part(context.images, context.twin)]
+    stages = [Stage(context.images, context.twin)]
     if inputs.may_use_record:
         many = min(STARTS, BYTES // max(12 * pixels, 1))
         more = one.synthetic is None and inputs.layerwise and pixels > SMALL_PIXELS and many > FEW_MADE
@@ -137,9 +137,11 @@ def _reconstruct(
             made = gather_inputs(model, replace(request, synthetic=many), device=device, progress=progress)
             return whole_batches(model, made, context.batch)
 
-        parts = parts_of(context, starts if more else None, seed=one.seed, device=device, progress=progress)
+        stages = stages_of(
+            context, starts if more else None, seed=one.seed, device=device, progress=progress
+        )
     made = time.perf_counter() - start
-    costs = _costs(one, context, parts, target, progress)
+    costs = _costs(one, context, stages, target, progress)
     shares = layer_sparsities(one, original, target, costs.levels if costs else None)
     settings = Settings(
         batch=context.batch,
@@ -148,13 +150,15 @@ def _reconstruct(
         sparsity=shares,
         rows=costs.rows if costs else {},
     )
-    learned, noise = _learned(one, context, parts, settings, device, progress)
+    learned, noise = _learned(one, context, stages, settings, device, progress)
     _write(model, {name: value.numpy() for name, value in learned.items()})
     rows = _rows(target, shares, noise)
     result.layer_snr_db = {row["name"]: row["snr_db"] for row in rows if "snr_db" in row}
     result.measured |= {
         "layers": rows,
-        "inputs": [asdict(used) for used in (*inputs.sources, *(part.used for part in parts if part.used))],
+        "inputs": [
+            asdict(used) for used in (*inputs.sources, *(stage.used for stage in stages if stage.used))
+        ],
         "seconds": {"inputs": made, "layers": time.perf_counter() - start - made},
         "output_snr_db": output_snr(original, model, context.images),
     }
@@ -174,21 +178,27 @@ def _pixels(model: Model) -> int:
 
 
 def _costs(
-    one: PruneOptions, context: CalibrationContext, parts: list[Part], target: Target, progress: Progress
+    one: PruneOptions, context: CalibrationContext, stages: list[Stage], target: Target, progress: Progress
 ) -> Costs | None:
     """None where neither sparsities nor rows are chosen by them, or no layer can be tried."""
     if target.pattern.group or one.sensitivity is not None:
         return None
     settings = Settings(batch=context.batch, seed=one.seed)
     found = Costs({}, {})
-    for part in parts:
+    for stage in stages:
         names = frozenset(target.layers)
         trials = Trials(
-            context.model, context.plan, settings, part.twin, start=part.start, stop=part.stop, names=names
+            context.model,
+            context.plan,
+            settings,
+            stage.twin,
+            start=stage.start,
+            stop=stage.stop,
+            names=names,
         )
-        trials.pass_through(part.inputs, "trying sparsities", progress)
+        trials.pass_through(stage.inputs, "trying sparsities", progress)
         if trials.found:
-            own = output_costs(trials, part.inputs, parts[-1].inputs if part.stop else None)
+            own = output_costs(trials, stage.inputs, stages[-1].inputs if stage.stop else None)
             found = Costs(found.levels | own.levels, found.rows | own.rows)
     return found if found.levels else None
 
@@ -196,7 +206,7 @@ def _costs(
 def _learned(
     one: PruneOptions,
     context: CalibrationContext,
-    parts: list[Part],
+    stages: list[Stage],
     settings: Settings,
     device: str,
     progress: Progress,
@@ -205,22 +215,22 @@ def _learned(
     learned: dict[str, Tensor] = {}
     noise: dict[str, float] = {}
     lost: Tensor | None = None
-    for part in parts:
+    for stage in stages:
         worker = Sparsifier(
-            context.model, context.plan, settings, part.twin, start=part.start, stop=part.stop
+            context.model, context.plan, settings, stage.twin, start=stage.start, stop=stage.stop
         )
-        seen = part.seen(lost)
-        worker.pass_through(part.inputs, "pruning layers", progress, seen)
+        seen = stage.seen(lost)
+        worker.pass_through(stage.inputs, "pruning layers", progress, seen)
         learned, noise = learned | worker.results, noise | worker.noise
-        if part.stop is not None:
-            lost = worker.lost(part.stop)
-        if part.start is not None:
-            where = tail_from(context.model, part.start)
+        if stage.stop is not None:
+            lost = worker.lost(stage.stop)
+        if stage.start is not None:
+            where = tail_from(context.model, stage.start)
             learned |= tune(
                 context.model,
                 context.plan,
                 where,
-                part.inputs,
+                stage.inputs,
                 seen,
                 learned,
                 seed=one.seed,

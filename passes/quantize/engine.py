@@ -23,7 +23,7 @@ from onnxcompress.optimize.reconstruction.context import (
     twin_of,
     whole_batches,
 )
-from onnxcompress.optimize.reconstruction.feature_inputs import Part, parts_of
+from onnxcompress.optimize.reconstruction.feature_inputs import Stage, stages_of
 from onnxcompress.optimize.reconstruction.quantize import QuantizationResults, Quantizer, Settings
 from onnxcompress.optimize.reconstruction.range_equalization import stretch
 from onnxcompress.optimize.synthesis.statistics_alignment import StatisticsAlignment
@@ -82,10 +82,10 @@ def quantize(
     if one.mixed:
         chosen = choose_bits(one, subject, bits, original, progress)
         plan = make_plan(model, bits, chosen.bits)
-    parts = [Part(x, twin)]
+    parts = [Stage(x, twin)]
     if inputs.may_use_record and one.weight_bits < 8 and not one.activation_bits and one.reconstruct:
         began = time.perf_counter()
-        parts = parts_of(subject, seed=one.seed, device=device, progress=progress)
+        parts = stages_of(subject, seed=one.seed, device=device, progress=progress)
         made += time.perf_counter() - began
     learned, lost = QuantizationResults(), None
     for part in parts:

@@ -39,7 +39,11 @@ def main(
     from onnxcompress.optimize.calibration import InputRequest, gather_inputs
     from onnxcompress.optimize.executor import Executor
     from onnxcompress.optimize.reconstruction.context import CalibrationContext
-    from onnxcompress.optimize.reconstruction.feature_inputs import deep_inputs, through_twin, waist
+    from onnxcompress.optimize.reconstruction.feature_inputs import (
+        aligned_features,
+        make_feature_inputs,
+        split_tensor,
+    )
     from onnxcompress.optimize.reconstruction.global_tuning import tail_from, tune
     from onnxcompress.optimize.reconstruction.prune import (
         LEVELS,
@@ -59,7 +63,7 @@ def main(
     fold_and_canonicalize(network)
     request = InputRequest(preprocess=preprocess, inputs="layerwise", synthetic=synthetic, seed=seed)
     context = CalibrationContext.of(network, gather_inputs(network, request), stretched=False)
-    start = waist(network, context.plan)
+    start = split_tensor(network, context.plan)
     if start is None:
         raise click.ClickException(f"{model} has no waist")
     target = choose_target(Prune(), network)
@@ -109,9 +113,9 @@ def main(
 
     print(f"behind {start!r}; on {len(held)} images", flush=True)
     began = time.perf_counter()
-    row("procedural, through the twin", through_twin(executor, context, start), began, tuned=False)
+    row("procedural, through the twin", aligned_features(executor, context, start), began, tuned=False)
     began = time.perf_counter()
-    row("made at the waist", deep_inputs(context, start, seed=seed), began)
+    row("made at the waist", make_feature_inputs(context, start, seed=seed), began)
     began = time.perf_counter()
     row("real images", real("test"), began)
 

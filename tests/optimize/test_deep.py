@@ -27,9 +27,9 @@ from onnxcompress.optimize.reconstruction.feature_inputs import (
     EACH,
     WEIGHTS,
     WORK,
-    deep_inputs,
-    through_twin,
-    waist,
+    aligned_features,
+    make_feature_inputs,
+    split_tensor,
 )
 from onnxcompress.optimize.reconstruction.global_tuning import tail_from, tune
 from onnxcompress.optimize.synthesis.distillation import mismatch, targets_of
@@ -64,7 +64,7 @@ def _prepared(file: Path) -> Model:
 
 
 def _start(context: CalibrationContext) -> str:
-    start = waist(context.model, context.plan)
+    start = split_tensor(context.model, context.plan)
     assert start is not None
     return start
 
@@ -100,11 +100,11 @@ def test_behind_the_waist_are_most_weights_and_little_work(
 def test_a_network_without_statistics_or_with_a_fixed_batch_has_no_waist(models: Path) -> None:
     model = _prepared(models / NETWORKS[0])
     write_record(model, {})
-    assert waist(model, make_plan(model, FLOATS)) is None
+    assert split_tensor(model, make_plan(model, FLOATS)) is None
     model = _prepared(models / NETWORKS[0])
     model.graph.inputs[0].shape = [4, *model.graph.inputs[0].shape[1:]]
     model.touch()
-    assert waist(model, make_plan(model, FLOATS)) is None
+    assert split_tensor(model, make_plan(model, FLOATS)) is None
 
 
 @pytest.mark.parametrize("name", NETWORKS)
@@ -117,7 +117,7 @@ def test_deep_inputs_bring_the_recorded_statistics_and_classes(
     source, output = context.model.graph.inputs[0].name, context.model.graph.outputs[0].name
     with torch.no_grad():
         plain = executor.run({source: context.images}, [start])[start]
-    x = deep_inputs(context, start)
+    x = make_feature_inputs(context, start)
     assert x.shape == (EACH * len(plain), *plain.shape[1:])
     assert _unlike(context, start, x) < 0.25 * _unlike(context, start, plain)
     with torch.no_grad():
@@ -132,8 +132,8 @@ def test_real_images_come_first_and_what_they_lack_in_number_is_made(
     start = _start(context)
     executor = Executor.from_model(context.model)
     real = replace(context, images=context.images[:8], twin=StatisticsAlignment(), real=8)
-    plain = through_twin(executor, real, start)
-    x = deep_inputs(real, start)
+    plain = aligned_features(executor, real, start)
+    x = make_feature_inputs(real, start)
     assert len(x) == EACH * 8
     assert torch.equal(x[:8], plain)
     assert _unlike(context, start, x[8:]) < 0.25 * _unlike(context, start, plain)
@@ -162,9 +162,9 @@ def test_deep_inputs_follow_their_seed_and_not_the_threads(
 ) -> None:
     context = contexts[NETWORKS[1]]
     start = _start(context)
-    first, other = (deep_inputs(context, start, seed=seed) for seed in (0, 1))
+    first, other = (make_feature_inputs(context, start, seed=seed) for seed in (0, 1))
     with more_threads():
-        again = deep_inputs(context, start)
+        again = make_feature_inputs(context, start)
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
 
@@ -176,7 +176,7 @@ def test_layers_tuned_together_err_less_and_keep_their_zeros(
     start = _start(context)
     where = tail_from(context.model, start)
     assert where.levels
-    made = deep_inputs(context, start)
+    made = make_feature_inputs(context, start)
     x, held = made[:192], made[192:]
     executor = Executor.from_model(context.model)
     behind = {id(n) for n in nodes_between(Topology(context.model), start, None)}

@@ -77,7 +77,7 @@ FEWEST_RECORDED = 3
 
 
 @dataclass(frozen=True)
-class Part:
+class Stage:
     """A stretch of the trunk whose layers are learned in one course, and what it reads."""
 
     inputs: Tensor
@@ -94,33 +94,33 @@ class Part:
         return self.inputs + lost[torch.arange(len(self.inputs)) % len(lost)]
 
 
-def parts_of(
+def stages_of(
     context: CalibrationContext,
     starts: Callable[[], Tensor] | None = None,
     *,
     seed: int = 0,
     device: str = "cpu",
     progress: Progress = silent,
-) -> list[Part]:
+) -> list[Stage]:
     """The network, in two where its deep layers can have inputs of their own.
 
     starts: images to begin from, where there are better ones for it than the context's.
     """
-    start = waist(context.model, context.plan)
+    start = split_tensor(context.model, context.plan)
     if start is None:
-        return [Part(context.images, context.twin)]
+        return [Stage(context.images, context.twin)]
     begun = context if starts is None else replace(context, images=starts())
-    values = deep_inputs(begun, start, seed=seed, device=device, progress=progress)
+    values = make_feature_inputs(begun, start, seed=seed, device=device, progress=progress)
     made = len(values) - context.real
     where = f"at {start!r}, where the deep layers begin; from {len(begun.images)} images"
     used = Used("deep inputs", made, seed, where, "", "") if made else None
     return [
-        Part(context.images, context.twin, stop=start),
-        Part(values, StatisticsAlignment(), start=start, used=used),
+        Stage(context.images, context.twin, stop=start),
+        Stage(values, StatisticsAlignment(), start=start, used=used),
     ]
 
 
-def waist(model: Model, plan: Plan) -> str | None:
+def split_tensor(model: Model, plan: Plan) -> str | None:
     """The tensor of the trunk where the deep layers begin; None where they cannot be told or fed alone.
 
     It is no output of an activation: any value may stand there.
@@ -151,7 +151,7 @@ def waist(model: Model, plan: Plan) -> str | None:
     return found
 
 
-def deep_inputs(
+def make_feature_inputs(
     context: CalibrationContext,
     start: str,
     *,
@@ -168,7 +168,7 @@ def deep_inputs(
     shapes = tensor_shapes(context.model)
     behind = [t.name for n in nodes_between(topology, start, None) for t in n.outputs]
     targets = targets_of([start, *behind], known_statistics(context.model), executor.device)
-    begin = through_twin(executor, context, start)
+    begin = aligned_features(executor, context, start)
     real = begin[: context.real].cpu()
     logits = _logits(context.model)
     size = min(CHUNK, max(1, BYTES // (4 * sum(floats(shapes.get(name)) for name in behind))))
@@ -192,7 +192,7 @@ def deep_inputs(
     return torch.cat([real, *made])
 
 
-def through_twin(executor: Executor, context: CalibrationContext, start: str) -> Tensor:
+def aligned_features(executor: Executor, context: CalibrationContext, start: str) -> Tensor:
     """What the context's images are at `start`, (N, …), with its recorded statistics."""
     twin, name = context.twin, str(data_input(context.model).name)
     maps = {n: twin.align(n, executor.parameters[n]) for n in (*twin.weights, *twin.biases)}
