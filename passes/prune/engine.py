@@ -23,7 +23,7 @@ from onnxcompress.optimize.deterministic_threads import one_thread_each
 from onnxcompress.optimize.device import pick_device
 from onnxcompress.optimize.reconstruction.context import CalibrationContext, whole_batches
 from onnxcompress.optimize.reconstruction.feature_inputs import BYTES, STARTS, Stage, stages_of
-from onnxcompress.optimize.reconstruction.global_tuning import tail_from, tune
+from onnxcompress.optimize.reconstruction.global_tuning import finetune_sparse, subnetwork_from
 from onnxcompress.optimize.reconstruction.prune import (
     LEVELS,
     Costs,
@@ -225,8 +225,8 @@ def _learned(
         if stage.stop is not None:
             lost = worker.lost(stage.stop)
         if stage.start is not None:
-            where = tail_from(context.model, stage.start)
-            learned |= tune(
+            where = subnetwork_from(context.model, stage.start)
+            learned |= finetune_sparse(
                 context.model,
                 context.plan,
                 where,

@@ -44,7 +44,7 @@ def main(
         make_feature_inputs,
         split_tensor,
     )
-    from onnxcompress.optimize.reconstruction.global_tuning import tail_from, tune
+    from onnxcompress.optimize.reconstruction.global_tuning import finetune_sparse, subnetwork_from
     from onnxcompress.optimize.reconstruction.prune import (
         LEVELS,
         Settings,
@@ -102,8 +102,10 @@ def main(
         worker.pass_through(x, "")
         found = {name: worker.results}
         if tuned:
-            where = tail_from(network, start)
-            found[f"{name}, tuned"] = tune(network, context.plan, where, x, x, worker.results, seed=seed)
+            where = subnetwork_from(network, start)
+            found[f"{name}, tuned"] = finetune_sparse(
+                network, context.plan, where, x, x, worker.results, seed=seed
+            )
         for title, learned in found.items():
             got = ran(held, start, output, learned)
             ratio = float(exact.var() / F.mse_loss(got, exact))

@@ -31,7 +31,7 @@ from onnxcompress.optimize.reconstruction.feature_inputs import (
     make_feature_inputs,
     split_tensor,
 )
-from onnxcompress.optimize.reconstruction.global_tuning import tail_from, tune
+from onnxcompress.optimize.reconstruction.global_tuning import finetune_sparse, subnetwork_from
 from onnxcompress.optimize.synthesis.distillation import mismatch, targets_of
 from onnxcompress.optimize.synthesis.statistics_alignment import StatisticsAlignment
 from onnxcompress.passes.fold_bn.fold_and_canonicalize import fold_and_canonicalize
@@ -174,7 +174,7 @@ def test_layers_tuned_together_err_less_and_keep_their_zeros(
 ) -> None:
     context = contexts[NETWORKS[0]]
     start = _start(context)
-    where = tail_from(context.model, start)
+    where = subnetwork_from(context.model, start)
     assert where.levels
     made = make_feature_inputs(context, start)
     x, held = made[:192], made[192:]
@@ -193,9 +193,9 @@ def test_layers_tuned_together_err_less_and_keep_their_zeros(
             a, b = (executor.run({start: held}, where.outputs, v) for v in ({}, values))
         return float((a[where.outputs[0]] - b[where.outputs[0]]).square().mean())
 
-    tuned = tune(context.model, context.plan, where, x, x, pruned, steps=20)
+    tuned = finetune_sparse(context.model, context.plan, where, x, x, pruned, steps=20)
     with more_threads():
-        again = tune(context.model, context.plan, where, x, x, pruned, steps=20)
+        again = finetune_sparse(context.model, context.plan, where, x, x, pruned, steps=20)
     assert tuned.keys() == pruned.keys()
     assert all(torch.equal(tuned[name], again[name]) for name in tuned)
     for layer in context.plan.layers.values():

@@ -37,7 +37,7 @@ NARROW = 2
 
 
 @dataclass(frozen=True)
-class Tail:
+class Subnetwork:
     """From one tensor of the trunk to the outputs."""
 
     start: str
@@ -45,7 +45,7 @@ class Tail:
     outputs: tuple[str, ...]
 
 
-def tail_from(model: Model, start: str) -> Tail:
+def subnetwork_from(model: Model, start: str) -> Subnetwork:
     """Behind the tensor `start` of the trunk: its narrow tensors, and the network's outputs."""
     topology, shapes = Topology(model), tensor_shapes(model)
     tensors = model.graph.tensors()
@@ -60,13 +60,13 @@ def tail_from(model: Model, start: str) -> Tail:
         and floats(shapes.get(t.name)) <= NARROW * floats(shapes[start])
         and t.name not in outputs
     )
-    return Tail(start, levels, outputs)
+    return Subnetwork(start, levels, outputs)
 
 
-def tune(
+def finetune_sparse(
     model: Model,
     plan: Plan,
-    where: Tail,
+    where: Subnetwork,
     values: Tensor,
     seen: Tensor,
     learned: Mapping[str, Tensor],
