@@ -42,7 +42,7 @@ from onnxcompress.optimize.reconstruction.gptq import Moments, nearest, reconstr
 from onnxcompress.optimize.reconstruction.layerwise import along
 from onnxcompress.optimize.reconstruction.patches import matrix, patches_of, stored
 from onnxcompress.optimize.reconstruction.quantize import RIDGE
-from onnxcompress.optimize.reconstruction.saturation import Integers
+from onnxcompress.optimize.reconstruction.saturation import SaturationBounds
 from onnxcompress.progress import Progress, silent
 from onnxcompress.quantization.qdq_plan import Layer
 from onnxcompress.sensitivity.rows import Row, Variant
@@ -60,8 +60,8 @@ class Measuring:
     """How layers are changed, and how many at once."""
 
     per_channel: bool = True
-    safe: bool = False
-    """Whether weights keep within bounds that cannot saturate (`saturation.Integers.of`)."""
+    saturation_safe: bool = False
+    """Whether weights keep within bounds that cannot saturate (`saturation.SaturationBounds.of`)."""
     reconstruct: bool = True
     seed: int = 0
     workers: int = 0
@@ -261,7 +261,7 @@ class _Walk:
 
     def _rounded(self, layer: Layer, weight: Tensor, moments: Moments | None, one: Variant) -> Tensor:
         """Round a weight to its grid."""
-        allowed = Integers.of(layer, int(one.value), safe=self.how.safe)
+        allowed = SaturationBounds.of(layer, int(one.value), saturation_safe=self.how.saturation_safe)
         each = layer.per_channel(self.how.per_channel)
         if moments is None:
             return nearest(weight, allowed, each).weight

@@ -67,7 +67,7 @@ def quantize(
         symmetric=one.symmetric,
         reconstruct=one.reconstruct,
         small_types=one.small_types,
-        safe=one.safe,
+        saturation_safe=one.safe,
         minmax=one.ranges == "minmax",
         batch=images_at_once(model, x) or BATCH,
         seed=one.seed,

@@ -21,7 +21,7 @@ from onnxcompress.optimize.reconstruction.activation_range import fake, least_sq
 from onnxcompress.optimize.reconstruction.gptq import Moments, nearest, reconstruct
 from onnxcompress.optimize.reconstruction.gptq import least_squares as target_and_hessian
 from onnxcompress.optimize.reconstruction.range_equalization import streams, stretch
-from onnxcompress.optimize.reconstruction.saturation import Integers, partners
+from onnxcompress.optimize.reconstruction.saturation import SaturationBounds, partners
 from onnxcompress.optimize.synthesis.statistics_alignment import StatisticsAlignment
 from onnxcompress.passes.base import run
 from onnxcompress.passes.fold_bn.fold_and_canonicalize import fold_and_canonicalize
@@ -185,7 +185,7 @@ def test_pairs_are_neighbours_with_the_channels_last(inputs: int, taps: int) -> 
     wanted = {frozenset(pair) for pair in zip(at[::2].tolist(), at[1::2].tolist(), strict=False)}
     odd = {frozenset([int(at[-1])])} if len(at) % 2 else set()
     assert {frozenset((a, b)) for a, b in enumerate(partner.tolist())} == wanted | odd
-    allowed = Integers(-127, 127, partner)
+    allowed = SaturationBounds(-127, 127, partner)
     values = 90 * torch.randn(2, 4, len(at), generator=torch.Generator().manual_seed(0))
     found = values.round().clamp(*allowed.bounds(values))
     alone = partner == torch.arange(len(at))
@@ -199,11 +199,11 @@ def test_rounding_keeps_pairs_small_and_makes_up_for_it() -> None:
     w = torch.randn(1, 16, 72, generator=torch.Generator().manual_seed(1))
     w[:, :4] = w[:, :4].abs()  # all of one sign: all pairs are full
     x = correlated(1, 72, 2000, 0)
-    allowed = Integers(-127, 127, partners(8, 9))
+    allowed = SaturationBounds(-127, 127, partners(8, 9))
     moments = moments_of(w, x, torch.zeros(1, 16, 2000))
     found, half = (
         reconstruct(w, moments, one, True, ridge=1e-4, target=float("inf"))
-        for one in (allowed, Integers(-64, 64))
+        for one in (allowed, SaturationBounds(-64, 64))
     )
     assert (found.integers + found.integers[..., allowed.partner]).abs().max() <= 128
     errors = [(one.weight @ x - w @ x).var(2)[0] for one in (found, half)]
@@ -316,9 +316,9 @@ def test_rounding_beats_nearest_on_the_outputs(groups: int, outputs: int, fan: i
     x = correlated(groups, fan, 2000, 0)
     wanted = w @ x
     found = reconstruct(
-        w, moments_of(w, x, 0 * wanted), Integers(-8, 7), True, ridge=1e-4, target=float("inf")
+        w, moments_of(w, x, 0 * wanted), SaturationBounds(-8, 7), True, ridge=1e-4, target=float("inf")
     )
-    plain = nearest(w, Integers(-8, 7), True)
+    plain = nearest(w, SaturationBounds(-8, 7), True)
     off = found.weight @ x + found.shift[..., None] - wanted
     assert off.mean(2).abs().max() < 1e-3 * wanted.std()  # the bias is corrected
     rough = plain.weight @ x - wanted
@@ -336,7 +336,7 @@ def test_groups_that_read_nothing_or_a_constant_are_rounded() -> None:
     x[2] += torch.randn(9, 3000, generator=torch.Generator().manual_seed(2))
     x[0, :, ::7] += 1e-5
     found = reconstruct(
-        w, moments_of(w, x, torch.zeros(3, 1, 3000)), Integers(-8, 7), True, ridge=1e-2, target=1e-2
+        w, moments_of(w, x, torch.zeros(3, 1, 3000)), SaturationBounds(-8, 7), True, ridge=1e-2, target=1e-2
     )
     off = found.weight @ x + found.shift[..., None] - w @ x
     assert torch.isfinite(off).all()
@@ -347,7 +347,12 @@ def test_rounding_is_near_the_best_of_all_integers() -> None:
     w = torch.randn(1, 6, 4, generator=torch.Generator().manual_seed(3))
     x = correlated(1, 4, 500, 4)
     found = reconstruct(
-        w, moments_of(w, x, torch.zeros(1, 6, 500)), Integers(-2, 1), True, ridge=1e-9, target=float("inf")
+        w,
+        moments_of(w, x, torch.zeros(1, 6, 500)),
+        SaturationBounds(-2, 1),
+        True,
+        ridge=1e-9,
+        target=float("inf"),
     )
     centred = x - x.mean(2, keepdim=True)
     grid = torch.tensor(list(itertools.product(range(-2, 2), repeat=4)), dtype=torch.float32)
@@ -366,7 +371,7 @@ def test_the_target_makes_up_for_what_the_layer_reads() -> None:
     moments = moments_of(w, read, w @ x - w @ read)
     errors = []
     for target in (1e-6, float("inf")):
-        found = reconstruct(w, moments, Integers(-127, 127), True, ridge=1e-6, target=target)
+        found = reconstruct(w, moments, SaturationBounds(-127, 127), True, ridge=1e-6, target=target)
         errors.append(float((found.weight @ read + found.shift[..., None] - w @ x).square().mean()))
     assert errors[0] < 1e-3 * errors[1]
 

@@ -18,7 +18,7 @@ from onnxcompress.graph.query import read
 from onnxcompress.model import Model, load
 from onnxcompress.optimize.calibration import InputRequest, gather_inputs
 from onnxcompress.optimize.reconstruction.gptq import nearest
-from onnxcompress.optimize.reconstruction.saturation import Integers
+from onnxcompress.optimize.reconstruction.saturation import SaturationBounds
 from onnxcompress.passes.fold_bn.fold_and_canonicalize import fold_and_canonicalize
 from onnxcompress.quantization.qdq_plan import Bits, make_plan
 from onnxcompress.runtime.inference import run as run_model
@@ -80,7 +80,9 @@ def test_a_layer_without_bias_costs_what_onnxruntime_says(kind: str) -> None:
         own = read(model.graph.tensors()[layer.weight])
         if kind == "bits":
             rounded = (
-                nearest(torch.from_numpy(own.T[None].copy()), Integers(-4, 3), True).weight[0].T.numpy()
+                nearest(torch.from_numpy(own.T[None].copy()), SaturationBounds(-4, 3), True)
+                .weight[0]
+                .T.numpy()
             )
         else:
             rounded = np.where(
@@ -113,7 +115,7 @@ def test_the_last_layer_moves_one_output_only() -> None:
     fold_and_canonicalize(model)
     rows = by_weight(measured(model, PROCEDURAL, bits=(3,), reconstruct=False, stretch=False).rows)
     own = read(model.graph.tensors()["wg"])
-    rounded = nearest(torch.from_numpy(own[None].copy()), Integers(-4, 3), True).weight[0].numpy()
+    rounded = nearest(torch.from_numpy(own[None].copy()), SaturationBounds(-4, 3), True).weight[0].numpy()
     x = gather_inputs(model, PROCEDURAL).images.array()
     before = run_model(model.to_proto(), {"x": x})["y"]
     set_values(model.graph.tensors()["wg"], rounded)

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from onnxcompress.optimize.deterministic_threads import one_thread
-from onnxcompress.optimize.reconstruction.saturation import Integers
+from onnxcompress.optimize.reconstruction.saturation import SaturationBounds
 
 BLOCK = 64
 RATIOS = 30
@@ -117,7 +117,9 @@ class Rounded:
         return self.integers * self.scale
 
 
-def nearest(weight: Tensor, allowed: Integers, per_channel: bool, hessian: Tensor | None = None) -> Rounded:
+def nearest(
+    weight: Tensor, allowed: SaturationBounds, per_channel: bool, hessian: Tensor | None = None
+) -> Rounded:
     """Each weight to its nearest integer, scales by the least (weighted) error."""
     diagonal = (
         torch.ones_like(weight[:, :1]) if hessian is None else hessian.diagonal(dim1=1, dim2=2)[:, None]
@@ -128,7 +130,13 @@ def nearest(weight: Tensor, allowed: Integers, per_channel: bool, hessian: Tenso
 
 
 def reconstruct(
-    weight: Tensor, moments: Moments, allowed: Integers, per_channel: bool, *, ridge: float, target: float
+    weight: Tensor,
+    moments: Moments,
+    allowed: SaturationBounds,
+    per_channel: bool,
+    *,
+    ridge: float,
+    target: float,
 ) -> Rounded:
     """Integers and scales with the least error on the outputs.
 
@@ -169,7 +177,7 @@ def least_squares(
     return w, h
 
 
-def best_scale(weight: Tensor, diagonal: Tensor, allowed: Integers, per_channel: bool) -> Tensor:
+def best_scale(weight: Tensor, diagonal: Tensor, allowed: SaturationBounds, per_channel: bool) -> Tensor:
     """(G, O, 1): scales with the least weighted squared error of rounding and clipping."""
     whole = allowed.least_scale(weight)
     if not per_channel:

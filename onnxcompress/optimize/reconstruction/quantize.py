@@ -27,7 +27,7 @@ from onnxcompress.optimize.reconstruction.layerwise import (
     LayerwiseSettings,
 )
 from onnxcompress.optimize.reconstruction.patches import matrix, patches_of, stored
-from onnxcompress.optimize.reconstruction.saturation import Integers
+from onnxcompress.optimize.reconstruction.saturation import SaturationBounds
 from onnxcompress.progress import Progress, silent
 from onnxcompress.quantization.affine_grid import Grid, activation_grid
 from onnxcompress.quantization.qdq_plan import Key, Layer
@@ -49,7 +49,7 @@ class Settings(LayerwiseSettings):
     small_types: bool = False
     """Activations of 4 bits and fewer in the 4-bit type."""
     symmetric: bool = False
-    safe: bool = False
+    saturation_safe: bool = False
     """Weights of 8 bits that cannot overflow 16-bit sums (`integers`)."""
     minmax: bool = False
     """Ranges of activations: the samples' ends."""
@@ -118,7 +118,7 @@ class Quantizer(LayerwiseReconstruction):
         """Round the layer's weight and correct its bias. x: what it reads; wanted: the teacher's output."""
         weight, shape = matrix(layer, self.executor.parameters[layer.weight])
         s = self.settings
-        allowed = Integers.of(layer, layer.weight_bits, safe=s.safe)
+        allowed = SaturationBounds.of(layer, layer.weight_bits, saturation_safe=s.saturation_safe)
         each = layer.per_channel(s.per_channel)
         cut = patches_of(self.model, layer) if s.reconstruct else None
         if cut is None:

@@ -29,7 +29,7 @@ PAIR = 128
 
 
 @dataclass(frozen=True)
-class Integers:
+class SaturationBounds:
     """Least and largest integer, and the pairs."""
 
     low: int
@@ -38,13 +38,13 @@ class Integers:
     """(F,): the column that a column is paired with, itself where it is alone; None: no pairs."""
 
     @staticmethod
-    def of(layer: Layer, bits: int, *, safe: bool) -> Integers:
-        """Of a layer's matrix with columns (inputs x taps); `safe`: pairs must not overflow."""
+    def of(layer: Layer, bits: int, *, saturation_safe: bool) -> SaturationBounds:
+        """Of a layer's matrix with columns (inputs x taps); `saturation_safe`: pairs must not overflow."""
         low, high = weight_limits(bits)
-        if bits < 8 or not safe or layer.depthwise:
-            return Integers(low, high)
+        if bits < 8 or not saturation_safe or layer.depthwise:
+            return SaturationBounds(low, high)
         inputs, *kernel = layer.linear.view(layer.linear.weight).shape[2:]
-        return Integers(low, high, partners(inputs, math.prod(kernel)))
+        return SaturationBounds(low, high, partners(inputs, math.prod(kernel)))
 
     def least_scale(self, weight: Tensor) -> Tensor:
         """At which nothing of the weight is cut off: (G, O, F) -> (G, O, 1)."""
