@@ -41,8 +41,8 @@ from onnxcompress.passes.prune.targets import (
     check_reachable,
     choose_target,
     is_pruned,
+    magnitude_prune,
     magnitudes,
-    smallest_gone,
     what_allows_more,
 )
 from onnxcompress.passes.quantize.engine import output_snr
@@ -73,7 +73,7 @@ def prune(one: PruneOptions, model: Model, progress: Progress) -> PassResult:
             _reconstruct(one, original, model, target, result, progress)
         else:
             shares = layer_sparsities(one, original, target, None)
-            _write(model, smallest_gone(target, shares))
+            _write(model, magnitude_prune(target, shares))
             result.measured["layers"] = _rows(target, shares, {})
         target = choose_target(one, model)
     _account(one, model, target, result)

@@ -135,7 +135,7 @@ def magnitudes(target: Target) -> dict[str, np.ndarray]:
     return found
 
 
-def smallest_gone(target: Target, shares: Mapping[str, float]) -> dict[str, np.ndarray]:
+def magnitude_prune(target: Target, shares: Mapping[str, float]) -> dict[str, np.ndarray]:
     """The weights without their smallest equalized magnitudes, as stored."""
     found = {}
     for name, size in magnitudes(target).items():
