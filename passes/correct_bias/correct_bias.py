@@ -58,8 +58,8 @@ from onnxcompress.passes.correct_bias.reference import bring_along
 from onnxcompress.passes.preview import check_inputs
 from onnxcompress.progress import Progress, silent
 
-ASIDE, ENOUGH = 4, 8
-"""Each ASIDE-th real image judges the result where there are ENOUGH; the others are learned from."""
+HOLD_OUT_EVERY, MIN_IMAGES_TO_HOLD_OUT = 4, 8
+"""Each HOLD_OUT_EVERY-th real image judges the result where there are MIN_IMAGES_TO_HOLD_OUT; the others are learned from."""
 
 
 @dataclass(frozen=True)
@@ -158,11 +158,11 @@ class CorrectBias(InputOptions, Pass):
 
 
 def _kept_aside(inputs: Inputs) -> tuple[Inputs, Samples | None]:
-    """Every ASIDE-th real image is not learned from, where there are ENOUGH."""
-    if inputs.real_count < ENOUGH:
+    """Every HOLD_OUT_EVERY-th real image is not learned from, where there are MIN_IMAGES_TO_HOLD_OUT."""
+    if inputs.real_count < MIN_IMAGES_TO_HOLD_OUT:
         return inputs, None
     places = np.arange(len(inputs.images))
-    aside = (places < inputs.real_count) & (places % ASIDE == ASIDE - 1)
+    aside = (places < inputs.real_count) & (places % HOLD_OUT_EVERY == HOLD_OUT_EVERY - 1)
     kept = inputs.images.take(places[aside])
     sources = tuple(
         replace(used, count=used.count - len(kept)) if used.source == "images" else used

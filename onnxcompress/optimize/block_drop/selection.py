@@ -25,7 +25,7 @@ from onnxcompress.progress import Progress, silent
 
 TOLERANCE = 0.02
 """By how much a block's share may be off, as part of the whole latency, for a trial without the block."""
-LOOKS = 6
+MAX_RESCORED = 6
 """Blocks that are scored again after a drop, at most."""
 
 
@@ -172,7 +172,7 @@ def _best(
 ) -> tuple[Block, Recovery]:
     """The block with the lowest score now; `known` learns what is measured. how: steps, batch."""
     steps, batch = how
-    order = sorted(left, key=lambda b: known[b.exit])[:LOOKS]
+    order = sorted(left, key=lambda b: known[b.exit])[:MAX_RESCORED]
     scorer = Scorer(
         choice.model,
         order,

@@ -31,7 +31,7 @@ GROWTH = ((0.1, 1.3), (0.005, 1.2), (0.0, 1.1))
 """Where more than this share of the mask changed in a step: what ρ grows by, each third step."""
 SETTLED = 6
 """Steps without a change after which the mask is taken."""
-FAINT = 1e-4
+MIN_ROW_WEIGHT = 1e-4
 """Of the mean row: what a row is worth at least."""
 
 
@@ -76,7 +76,7 @@ class Problem:
     def of(goal: Tensor, h: Tensor, rows: Tensor) -> Problem:
         """goal: W* (G, O, F) and h: H (G, F, F), float64; rows: g (G, O)."""
         unit = h.diagonal(dim1=1, dim2=2).sqrt()
-        worth = rows.clamp_min(FAINT * float(rows.mean())).sqrt()[..., None].to(h)
+        worth = rows.clamp_min(MIN_ROW_WEIGHT * float(rows.mean())).sqrt()[..., None].to(h)
         scale = unit[:, None] * worth / worth.mean()
         normed = h / unit[:, :, None] / unit[:, None]
         with one_thread():
