@@ -44,8 +44,7 @@ def scoring(model: str, train: str, preprocess: str, count: int, steps: int) -> 
     from onnxcompress.graph.blocks import find_blocks
     from onnxcompress.graph.topology import Topology
     from onnxcompress.model import load
-    from onnxcompress.optimize.block_drop.pipeline import SCORING_IMAGES
-    from onnxcompress.optimize.block_drop.recoverability import Scorer, probe
+    from onnxcompress.optimize.block_drop.recoverability import SCORING_IMAGES, Scorer, probe
     from onnxcompress.optimize.executor import Executor
     from onnxcompress.passes.fold_bn import FoldBatchNorm
     from onnxcompress.runtime.block_latency import latency_shares, usable

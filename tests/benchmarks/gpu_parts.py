@@ -179,8 +179,7 @@ def scoring(bench: Bench) -> None:
     import torch
 
     from onnxcompress.graph.topology import Topology
-    from onnxcompress.optimize.block_drop.pipeline import SCORING_IMAGES
-    from onnxcompress.optimize.block_drop.recoverability import Scorer, probe
+    from onnxcompress.optimize.block_drop.recoverability import SCORING_IMAGES, Scorer, probe
     from onnxcompress.optimize.device import pick_device
     from onnxcompress.optimize.executor import Executor
     from tests.benchmarks.practise import published_recoverability

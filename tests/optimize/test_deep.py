@@ -32,8 +32,8 @@ from onnxcompress.optimize.reconstruction.feature_inputs import (
     split_tensor,
 )
 from onnxcompress.optimize.reconstruction.global_tuning import finetune_sparse, subnetwork_from
-from onnxcompress.optimize.synthesis.distillation import mismatch, targets_of
 from onnxcompress.optimize.synthesis.statistics_alignment import StatisticsAlignment
+from onnxcompress.optimize.synthesis.statistics_mismatch import mismatch, targets_of
 from onnxcompress.passes.fold_bn.fold_and_canonicalize import fold_and_canonicalize
 from onnxcompress.passes.prune import Prune
 from onnxcompress.passes.prune.targets import FLOATS

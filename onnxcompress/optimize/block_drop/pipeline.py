@@ -8,7 +8,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,42 +16,25 @@ from onnxcompress.data.image_set import ImageSet
 from onnxcompress.errors import ModelError, OptionError
 from onnxcompress.graph.block_removal import drop_blocks
 from onnxcompress.graph.blocks import Block, Discovery
-from onnxcompress.graph.edit import set_values
 from onnxcompress.graph.macs import node_macs
-from onnxcompress.graph.query import data_input, read
+from onnxcompress.graph.query import data_input
 from onnxcompress.graph.shape_inference import tensor_shapes
 from onnxcompress.graph.topology import Topology
 from onnxcompress.model import Model
 from onnxcompress.optimize.block_drop.options import DropBlocksOptions
-from onnxcompress.optimize.block_drop.recoverability import BATCH, Probe, Scorer, probe
+from onnxcompress.optimize.block_drop.recoverability import BATCH, SCORING_IMAGES, Probe, Scorer, probe
+from onnxcompress.optimize.block_drop.repair import Repair, elements, inference_batch
 from onnxcompress.optimize.block_drop.score_file import read_scores, write_scores
 from onnxcompress.optimize.block_drop.selection import Choice, choose, choose_these, spared, target_missed
 from onnxcompress.optimize.calibration import gather_inputs
 from onnxcompress.optimize.device import fitting, pick_device, resident
 from onnxcompress.optimize.executor import Executor
 from onnxcompress.optimize.executor.open_batch import file_batch, images_at_once
-from onnxcompress.optimize.reconstruction.finetune import Schedule, finetune
-from onnxcompress.optimize.reconstruction.residual_refit import (
-    RIDGE,
-    RIDGE_SYNTHETIC,
-    Reconstruction,
-    Segment,
-    segments,
-)
 from onnxcompress.optimize.synthesis.statistics_alignment import StatisticsAlignment, standardize
 from onnxcompress.progress import Progress
 from onnxcompress.runtime.block_latency import Share, Stopwatch, added, usable
 from onnxcompress.runtime.latency import benchmark
 
-SCORING_IMAGES = 128
-"""Images that blocks are scored on, at most."""
-REFIT_IMAGES = 500
-"""Images that layers are refitted on, at most."""
-REFIT_BYTES = 1 << 30
-"""Memory that one tensor of all those images may take; refitting holds about four."""
-BATCH_BYTES = 16 << 20
-"""Memory that one tensor of a batch may take: beyond, each is new memory that the system has to clear."""
-MAX_BATCH = 125
 TAPS_BYTES = 2 << 30
 """Memory that the tensors kept for scoring may take; fewer images are used where they would need more."""
 
@@ -100,7 +82,7 @@ class Dropper:
         self.twin: StatisticsAlignment | None = None
         if self.inputs.layerwise:
             given = self.images[:SCORING_IMAGES].to(self.device)
-            self.twin = standardize(model, self.teacher, given, self.feature, batch=_batch(model))
+            self.twin = standardize(model, self.teacher, given, self.feature, batch=inference_batch(model))
             self.twin.apply(model)
         self.teacher = Executor.from_model(model, device=self.device)
 
@@ -114,7 +96,7 @@ class Dropper:
         else:
             self._score()
             self._choose()
-        self._tune()
+        self._repair()
         self._measure()
 
     def _in_front(self, found: Discovery) -> Discovery:
@@ -157,7 +139,7 @@ class Dropper:
 
     def _probe(self) -> Probe:
         shapes = tensor_shapes(self.model)
-        each = sum(_elements(shapes[b.entry]) * 2 for b in self.found.blocks) * 4
+        each = sum(elements(shapes[b.entry]) * 2 for b in self.found.blocks) * 4
         count = max(8, min(SCORING_IMAGES, len(self.images), TAPS_BYTES // max(each, 1)))
         made = fitting("scoring", self.scoring_batch, lambda batch: self._probed(count, batch))
         if not 0 < made.energy < float("inf"):
@@ -296,65 +278,15 @@ class Dropper:
         self.progress("taking blocks back", 1, 1)
         return again
 
-    def _tune(self) -> None:
+    def _repair(self) -> None:
+        """Refit and fine-tune what is left, where a block was dropped."""
         if not self.dropped:
             return
-        student = Executor.from_model(self.model, device=self.device)
-        pieces = segments(self.model, self.student_feature)
-        weights = {n: w for n, w in self.weights.items() if n in student.parameters}
-        if pieces and pieces[0].start == self.source:
-            weights = fitting(
-                "refitting layers", _batch(self.model), lambda batch: self._refit(student, pieces, batch)
-            )
-        if self.options.steps and self.twin is None:
-            weights = fitting(
-                "fine-tuning", self.options.batch, lambda batch: self._finetune(student, weights, batch)
-            )
-        self._store(weights)
-        self.measured["feature_error"] = self._feature_error()
-        if self.twin is not None:
-            self.twin.revert(self.model)
-            self._store(self.twin.restored(weights))
-
-    def _refit(self, student: Executor, pieces: list[Segment], batch: int) -> dict[str, Tensor]:
-        largest = max(_elements(tensor_shapes(self.model)[piece.end]) for piece in pieces)
-        count = max(8, min(REFIT_IMAGES, len(self.images), REFIT_BYTES // (4 * largest)))
-        refit = Reconstruction(
-            student,
-            self.teacher,
-            pieces,
-            batch=batch,
-            seed=self.options.seed,
-            ridge=RIDGE if self.inputs.real else RIDGE_SYNTHETIC,
-        )
-        return refit.run(self.images[:count].to(self.device), self.progress)
-
-    def _finetune(self, student: Executor, start: dict[str, Tensor], batch: int) -> dict[str, Tensor]:
-        schedule = Schedule(
-            steps=self.options.steps,
-            batch=batch,
-            learning_rate=self.options.learning_rate,
-            seed=self.options.seed,
-            captured=self.options.capture,
-        )
-        return finetune(
-            student, self.teacher, start, self.images, self.source,
-            (self.student_feature, self.feature), schedule,
-            shares=self.inputs.shares(), nhwc=self.nhwc, progress=self.progress,
+        repair = Repair(
+            self.options, self.model, self.teacher, self.source, self.student_feature, self.feature,
+            self.inputs, self.images, self.nhwc, self.twin, self.device, self.scoring_batch, self.progress,
         )  # fmt: skip
-
-    def _store(self, weights: dict[str, Tensor]) -> None:
-        """Put the new values into the model, in its own types."""
-        tensors = self.model.graph.tensors()
-        for name, value in weights.items():
-            dtype = read(tensors[name]).dtype
-            new = value.detach().to("cpu", torch.float32).numpy().astype(dtype)
-            if not np.isfinite(new).all():
-                raise ModelError(
-                    f"{self.model.name}: weight {name!r} became infinite; try a smaller --learning-rate"
-                )
-            set_values(tensors[name], np.ascontiguousarray(new))
-        self.model.touch()
+        self.measured["feature_error"] = repair.run(self.weights)
 
     def _measure(self) -> None:
         self.progress("measuring the result", 0, 1)
@@ -372,34 +304,6 @@ class Dropper:
         if missed:
             self.measured["target_missed"] = f"{missed}; the file was written as it is"
         self.progress("measuring the result", 1, 1)
-
-    def _feature_error(self) -> float:
-        """Relative squared error of the features on the images at hand, nothing augmented."""
-        student = Executor.from_model(self.model, device=self.device)
-        lost = energy = torch.zeros((), dtype=torch.float64, device=self.device)
-        with torch.no_grad():
-            for part in torch.split(self.images[:SCORING_IMAGES], self.scoring_batch):
-                feeds = {self.source: part.to(self.device)}
-                wanted = self.teacher.run(feeds, [self.feature])[self.feature].double()
-                got = student.run(feeds, [self.student_feature])[self.student_feature].double()
-                lost = lost + (got - wanted).square().sum()
-                energy = energy + wanted.square().sum()
-        return float(lost) / max(float(energy), 1e-30)
-
-
-def _elements(shape: tuple[int | str | None, ...]) -> int:
-    count = 1
-    for dim in shape[1:]:
-        count *= dim if isinstance(dim, int) else 1
-    return count
-
-
-def _batch(model: Model) -> int:
-    """Images that run at once when nothing is trained: larger tensors cost more than they gain."""
-    largest = max(
-        (_elements(shape) for shape in tensor_shapes(model).values() if len(shape) > 2), default=1
-    )
-    return max(1, min(MAX_BATCH, BATCH_BYTES // (4 * largest)))
 
 
 def _feature(model: Model, name: str | None) -> str:

@@ -30,6 +30,8 @@ from onnxcompress.optimize.executor import Executor
 
 BATCH = 64
 """Images that run at once when nothing is trained."""
+SCORING_IMAGES = 128
+"""Images that blocks are scored on, at most."""
 STEPS = 16
 """Training steps of the adapters of a block."""
 TRAIN_BATCH = 32

@@ -45,8 +45,8 @@ from onnxcompress.optimize.reconstruction.context import (
     needs,
     nodes_between,
 )
-from onnxcompress.optimize.synthesis.distillation import Targets, mismatch, targets_of
 from onnxcompress.optimize.synthesis.statistics_alignment import StatisticsAlignment
+from onnxcompress.optimize.synthesis.statistics_mismatch import Targets, mismatch, targets_of
 from onnxcompress.progress import Progress, silent
 from onnxcompress.quantization.qdq_plan import Plan
 from onnxcompress.statistics.record import known_statistics
