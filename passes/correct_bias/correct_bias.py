@@ -59,7 +59,8 @@ from onnxcompress.passes.preview import check_inputs
 from onnxcompress.progress import Progress, silent
 
 HOLD_OUT_EVERY, MIN_IMAGES_TO_HOLD_OUT = 4, 8
-"""Each HOLD_OUT_EVERY-th real image judges the result where there are MIN_IMAGES_TO_HOLD_OUT; the others are learned from."""
+"""Where there are MIN_IMAGES_TO_HOLD_OUT real images, each HOLD_OUT_EVERY-th of them judges the result; the
+means are estimated on the others."""
 
 
 @dataclass(frozen=True)
@@ -158,7 +159,7 @@ class CorrectBias(InputOptions, Pass):
 
 
 def _kept_aside(inputs: Inputs) -> tuple[Inputs, Samples | None]:
-    """Every HOLD_OUT_EVERY-th real image is not learned from, where there are MIN_IMAGES_TO_HOLD_OUT."""
+    """Split the inputs into those to estimate means on and those to judge by."""
     if inputs.real_count < MIN_IMAGES_TO_HOLD_OUT:
         return inputs, None
     places = np.arange(len(inputs.images))
