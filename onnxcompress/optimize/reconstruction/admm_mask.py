@@ -1,9 +1,9 @@
-"""Which weights of a layer stay, and their values, given what the layer reads: closed form.
+"""Choose the mask of a layer's weights and the values of those that stay, in closed form.
 
-With the second moments H of what a layer reads and its least squares target W* (`rounding` has both), the
-error of a sparse Ŵ is, but for a constant,
+With the second moments H of a layer's input and its least squares target W* (both from `gptq`), the error
+of a sparse Ŵ is, up to a constant,
 
-    e(Ŵ) = Σ over rows o of  g_o (ŵ_o − w*_o) H (ŵ_o − w*_o)ᵀ          g: what a row's error is worth
+    e(Ŵ) = Σ over rows o of  g_o (ŵ_o − w*_o) H (ŵ_o − w*_o)ᵀ          g: the weight of a row's error
 
  1. inputs are scaled to H with diagonal 1, rows by √g: magnitudes then are comparable within the layer;
  2. the mask: ADMM between the quadratic and the projection onto the masks allowed, with a penalty ρ that
@@ -26,26 +26,34 @@ from onnxcompress.optimize.reconstruction.sparsity_pattern import UNSTRUCTURED, 
 STEPS = 120
 REFITS = 60
 RHO = 0.1
-"""Of H's diagonal, at first."""
+"""Initial penalty ρ, relative to H's diagonal."""
 GROWTH = ((0.1, 1.3), (0.005, 1.2), (0.0, 1.1))
-"""Where more than this share of the mask changed in a step: what ρ grows by, each third step."""
+"""(share of the mask that changed in a step, factor by which ρ grows where it is at least that), each third
+step."""
 SETTLED = 6
 """Steps without a change after which the mask is taken."""
 MIN_ROW_WEIGHT = 1e-4
-"""Of the mean row: what a row is worth at least."""
+"""Least weight of a row's error, relative to the mean."""
 
 
 @dataclass(frozen=True)
 class Choice:
-    """How many weights of a layer stay, and of what pattern."""
+    """How many weights of a layer stay, and in which pattern."""
 
     count: int
     taps: int
-    """Of the kernel: columns are (inputs, taps)."""
+    """Taps of the kernel: columns are (inputs, taps)."""
     pattern: Pattern = UNSTRUCTURED
 
     def mask(self, score: Tensor) -> Tensor:
-        """The best by score, (G, O, F)."""
+        """Select the weights with the largest scores that the pattern allows.
+
+        Args:
+            score: The score of each weight, (G, O, F).
+
+        Returns:
+            True where a weight stays, (G, O, F).
+        """
         if not self.pattern.group:
             flat = score.reshape(-1)
             least = flat.kthvalue(flat.numel() - self.count + 1).values
@@ -60,7 +68,7 @@ class Choice:
 
 @dataclass(frozen=True)
 class Problem:
-    """A layer scaled as in step 1; float32."""
+    """A layer's pruning problem, scaled as in step 1; float32."""
 
     w: Tensor
     """(G, O, F)"""
@@ -74,7 +82,16 @@ class Problem:
 
     @staticmethod
     def of(goal: Tensor, h: Tensor, rows: Tensor) -> Problem:
-        """goal: W* (G, O, F) and h: H (G, F, F), float64; rows: g (G, O)."""
+        """Scale a layer so that magnitudes are comparable within it (step 1).
+
+        Args:
+            goal: W*, (G, O, F), float64.
+            h: H, (G, F, F), float64.
+            rows: g, the weight of each row's error, (G, O).
+
+        Returns:
+            The problem.
+        """
         unit = h.diagonal(dim1=1, dim2=2).sqrt()
         worth = rows.clamp_min(MIN_ROW_WEIGHT * float(rows.mean())).sqrt()[..., None].to(h)
         scale = unit[:, None] * worth / worth.mean()
@@ -85,12 +102,23 @@ class Problem:
         return Problem(w, normed.float(), values.clamp_min(0).float(), vectors.float(), scale)
 
     def solve(self, choice: Choice, *, steps: int = STEPS, refits: int = REFITS) -> Tensor:
-        """Ŵ (G, O, F), float64."""
+        """Choose the mask by ADMM, then the values by least squares.
+
+        Source: ALPS (Meng et al., arXiv 2406.07831).
+
+        Args:
+            choice: How many weights stay, and in which pattern.
+            steps: Steps of ADMM, at most.
+            refits: Steps of conjugate gradients, at most.
+
+        Returns:
+            Ŵ, (G, O, F), float64.
+        """
         sparse = self._admm(choice, steps)
         return refit(self.w, self.h, sparse, refits).double() / self.scale
 
     def _admm(self, choice: Choice, steps: int) -> Tensor:
-        """Step 2: the free solution on the mask that the two sides agreed on."""
+        """Run step 2: return the unconstrained solution on the final mask."""
         pull = self.w @ self.h
         mask = choice.mask(self.w.abs())
         sparse, dual, free = torch.where(mask, self.w, 0.0), torch.zeros_like(self.w), self.w
@@ -112,7 +140,17 @@ class Problem:
 
 
 def refit(w: Tensor, h: Tensor, start: Tensor, steps: int = REFITS) -> Tensor:
-    """Least squares on the entries of `start` that are not 0, each row on its own."""
+    """Solve the least squares problem on a mask by conjugate gradients, each row on its own (step 3).
+
+    Args:
+        w: The target, (G, O, F).
+        h: The second moments, (G, F, F).
+        start: Where to start, (G, O, F); its zeros stay zeros.
+        steps: Steps of conjugate gradients, at most.
+
+    Returns:
+        The weight, (G, O, F).
+    """
     mask = (start != 0).to(w)
     x = start
     left = ((w - x) @ h) * mask

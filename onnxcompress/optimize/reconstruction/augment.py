@@ -1,7 +1,7 @@
 """Random views of images, without labels: mirrored, shifted, half with a patch pasted.
 
-What is drawn is drawn on the CPU, by one generator in a fixed order, so that a seed means the same views on
-every device; the pixels never leave the device that they are on.
+Random numbers come from one generator on the CPU in a fixed order, so that a seed gives the same views on
+every device; pixels stay on their device.
 """
 
 from __future__ import annotations
@@ -19,11 +19,17 @@ def augment(
     shares: Tensor | None = None,
     device: torch.device | None = None,
 ) -> Tensor:
-    """A batch of random views: mirrored, shifted by up to an eighth, half with a pasted patch.
+    """Draw a batch of random views: mirrored, shifted by up to an eighth, half with a pasted patch.
 
-    Inputs that are no images of two sides are taken as they are.
+    Args:
+        images: The images, (N, C, H, W); inputs of another rank are drawn, but not changed.
+        batch: Number of views.
+        generator: Random generator, on the CPU.
+        shares: How often each image is drawn, relative to the others, (N,); None: equally often.
+        device: Where the views lie; None: where the images are.
 
-    images: (N, C, H, W). shares: (N,), how often each is taken. device: of the result; None: the images'.
+    Returns:
+        The views, (batch, C, H, W).
     """
     if shares is None:
         index = torch.randint(len(images), (batch,), generator=generator)
@@ -45,14 +51,25 @@ def augment(
 
 
 def windows(x: Tensor, top: Tensor, left: Tensor, height: int, width: int) -> Tensor:
-    """Of each image its own window, (N, C, height, width), from (top, left) on."""
+    """Cut one window out of each image.
+
+    Args:
+        x: The images, (N, C, H, W).
+        top: First row of each window, (N,).
+        left: First column of each window, (N,).
+        height: Rows of a window.
+        width: Columns of a window.
+
+    Returns:
+        The windows, (N, C, height, width).
+    """
     which = torch.arange(len(x), device=x.device)
     all_windows = x.unfold(2, height, 1).unfold(3, width, 1)  # N, C, top, left, height, width: a view
     return all_windows[which, :, sent(top, x.device), sent(left, x.device)]
 
 
 def _paste(x: Tensor, generator: torch.Generator) -> Tensor:
-    """CutMix without labels: half the images get a rectangle of their neighbour (Yun et al., ICCV 2019)."""
+    """Give half the images a part of their neighbour: CutMix without labels (Yun et al., ICCV 2019)."""
     batch, _, height, width = x.shape
     corners = []
     for _ in range(0, batch, 2):
@@ -67,7 +84,7 @@ def _paste(x: Tensor, generator: torch.Generator) -> Tensor:
     inside = (inside_rows[:, :, None] & inside_columns[:, None, :])[:, None]
     mixed = x.clone(
         memory_format=torch.contiguous_format
-    )  # of one channel, too: the seed's bits hang on it
+    )  # for one channel, too: the same seed gives the same bits
     mixed[::2] = torch.where(inside, x.roll(1, 0)[::2], x[::2])
     return mixed
 

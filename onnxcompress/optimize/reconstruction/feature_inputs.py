@@ -1,22 +1,22 @@
-"""Inputs of a network's deep layers, made at the tensor where those begin.
+"""Synthesize inputs for a network's deep layers, at the tensor where these begin.
 
-The last stage of a CNN has most of its weights and little of its work. What it reads of a few made images
-is too little to choose its weights by, and lacks what real images bring there. So many inputs are made for
-it alone, as `distill` makes images:
+The last stage of a CNN has most of its weights and little of its work. A few synthetic images give it too
+little input to choose its weights by, without the statistics of real images. So many inputs are synthesized
+for it alone, as `distill` makes images:
 
     min over z:   Σ_t mean_c ( (μ_c − β_c)² / γ_c² + (σ_c / |γ_c| − 1)² )  +  CLASSES_WEIGHT · CE(f(z), k)
 
-z: at the tensor `waist`, from what the twin makes of procedural images there, or from what real images are
-there; t: the recorded tensors from there on; k: a random class of each z, where the network's output tells
-classes. Real images are of a class; without that term hardly one of 1,000 stands out. Where there are real
-images, they come first, as they are, and only what they lack in number is made.
+z: values of the tensor `split_tensor`, starting from those of procedural images with aligned statistics, or
+of real images; t: the recorded tensors from there on; k: a random class for each z, where the network's
+output has scores of classes. Real images are of a class; without that term hardly one of 1,000 stands out.
+Real images come first, unchanged; only what they lack in number is synthesized.
 
 EfficientNet-Lite0 from its block 12 on, 55 % of it pruned, on 100 real images (`python
-tests/benchmarks/deep_inputs.py`): 4.5 dB and a KL divergence of 0.33 on 128 procedural images through the
-twin, 7.3 dB and 0.20 on these inputs, 0.14 tuned (`joint`).
+tests/benchmarks/deep_inputs.py`): 4.5 dB and a KL divergence of 0.33 on 128 procedural images with aligned
+statistics, 7.3 dB and 0.20 on these inputs, 0.14 after `finetune_sparse`.
 
 Source of the idea, of images: Yin et al., DeepInversion (CVPR 2020).
-Does not handle: networks without a waist, or whose file fixes a batch of more than one.
+Does not handle: networks without such a tensor, or whose file fixes a batch of more than one.
 """
 
 from __future__ import annotations
@@ -52,43 +52,51 @@ from onnxcompress.quantization.qdq_plan import Plan
 from onnxcompress.statistics.record import known_statistics
 
 COUNT = 2048
+"""Inputs that are synthesized, at most."""
 STARTS = 1024
 """Images that `prune` begins from where inputs are large. EfficientNet-Lite0 at 34 % (`python
 tests/benchmarks/prune.py`): KL divergence 0.029; from 128 (`--synthetic 128`) 0.037."""
 EACH = 16
-"""Of an image, at most."""
+"""Inputs that start from the same image, at most."""
 CHUNK = 256
 """Inputs that are optimized together, at most: their statistics are matched as a whole."""
 BYTES = 1 << 30
-"""Of all inputs, and of what is computed of a chunk; fewer are made where they would take more."""
+"""Memory of all inputs, and of the tensors of a chunk; fewer are made where they would take more."""
 STEPS = 16
 RATE = 0.15
-"""Of Adam at its start, in deviations of the channel; half a cosine to zero."""
+"""Initial learning rate of Adam, in deviations of the channel; it falls to zero by half a cosine."""
 CLASSES_WEIGHT = 0.05
 FEWEST_CLASSES = 10
-"""Of an output of fewer numbers, nobody knows whether they are classes."""
+"""Least number of values of an output that are taken for scores of classes."""
 WORK, WEIGHTS = 1 / 5, 1 / 2
-"""Behind the waist are at most this share of the numbers that the network computes for an image, and at
-least this share of its weights."""
+"""Behind the split tensor are at most this share of the numbers that the network computes for an image, and
+at least this share of its weights."""
 KEPT = 0.85
-"""Of the weights behind the first tensor for which that holds; the waist is the last with so many."""
+"""Share of the weights behind the first such tensor that must be behind the split tensor, the last one."""
 FEWEST_RECORDED = 3
-"""Tensors behind the waist with known statistics."""
+"""Least number of tensors with known statistics behind the split tensor."""
 
 
 @dataclass(frozen=True)
 class Stage:
-    """A stretch of the trunk whose layers are learned in one course, and what it reads."""
+    """A part of the trunk whose layers are fitted in one pass, and its inputs."""
 
     inputs: Tensor
     twin: StatisticsAlignment
     start: str | None = None
     stop: str | None = None
     used: Used | None = None
-    """The account of inputs that were made for it."""
+    """The account of inputs that were synthesized for it."""
 
     def seen(self, lost: Tensor | None) -> Tensor:
-        """What the student reads. lost: what its earlier layers lack there, of other inputs."""
+        """Compute the inputs of the student.
+
+        Args:
+            lost: Errors of the student at the start of this stage, on other inputs, (n, …); None: none.
+
+        Returns:
+            The inputs with these errors added, (N, …).
+        """
         if lost is None:
             return self.inputs
         return self.inputs + lost[torch.arange(len(self.inputs)) % len(lost)]
@@ -102,9 +110,17 @@ def stages_of(
     device: str = "cpu",
     progress: Progress = silent,
 ) -> list[Stage]:
-    """The network, in two where its deep layers can have inputs of their own.
+    """Split the network in two where its deep layers can have inputs of their own.
 
-    starts: images to begin from, where there are better ones for it than the context's.
+    Args:
+        context: The network and its inputs.
+        starts: Gives images to start from, where there are better ones for it than the context's.
+        seed: Random seed.
+        device: Where torch computes.
+        progress: Called with the stage, the chunks done and the chunks in all.
+
+    Returns:
+        One stage or two, in order.
     """
     start = split_tensor(context.model, context.plan)
     if start is None:
@@ -121,9 +137,16 @@ def stages_of(
 
 
 def split_tensor(model: Model, plan: Plan) -> str | None:
-    """The tensor of the trunk where the deep layers begin; None where they cannot be told or fed alone.
+    """Find the tensor of the trunk where the deep layers begin.
 
-    It is no output of an activation: any value may stand there.
+    It is not the output of an activation, so that it may take any value.
+
+    Args:
+        model: The network.
+        plan: Its linear layers.
+
+    Returns:
+        Name of the tensor; None where there is none, or the layers behind need other tensors, too.
     """
     topology, known = Topology(model), known_statistics(model)
     if fixed_batch(model) > 1:
@@ -159,9 +182,17 @@ def make_feature_inputs(
     device: str = "cpu",
     progress: Progress = silent,
 ) -> Tensor:
-    """Inputs at the tensor `start`, (COUNT or fewer, …), from what the context's images are there.
+    """Synthesize inputs at a tensor inside the network that have the recorded statistics behind it.
 
-    Real images of the context come first, all of them; the others are made.
+    Args:
+        context: The network and its inputs; real images come first, and stay as they are.
+        start: Name of the tensor.
+        seed: Random seed.
+        device: Where torch computes.
+        progress: Called with the stage, the chunks done and the chunks in all.
+
+    Returns:
+        Values of the tensor, (N, …), N up to COUNT.
     """
     executor = Executor.from_model(context.model, device=device)
     topology = Topology(context.model)
@@ -193,7 +224,16 @@ def make_feature_inputs(
 
 
 def aligned_features(executor: Executor, context: CalibrationContext, start: str) -> Tensor:
-    """What the context's images are at `start`, (N, …), with its recorded statistics."""
+    """Compute the values of a tensor on the context's images, with aligned statistics.
+
+    Args:
+        executor: The executor of the network.
+        context: The network and its inputs.
+        start: Name of the tensor.
+
+    Returns:
+        The values, (N, …).
+    """
     twin, name = context.twin, str(data_input(context.model).name)
     maps = {n: twin.align(n, executor.parameters[n]) for n in (*twin.weights, *twin.biases)}
     batches = torch.split(context.images, context.batch)
@@ -214,7 +254,7 @@ def _optimized(
     logits: str | None,
     generator: torch.Generator,
 ) -> Tensor:
-    """One chunk."""
+    """Optimize one chunk."""
     unit = begin.std((0, 2, 3), keepdim=True).clamp_min(1e-6)
     if start in targets:
         unit = targets[start][1].view(1, -1, 1, 1).clamp_min(1e-6)
@@ -238,7 +278,7 @@ def _optimized(
 
 
 def _logits(model: Model) -> str | None:
-    """The output that tells classes, before a softmax; None: none does."""
+    """Return the output that has scores of classes, before a softmax; None: there is none."""
     if len(model.graph.outputs) != 1:
         return None
     tensor = model.graph.outputs[0]

@@ -42,7 +42,7 @@ class Schedule:
     steps: int
     batch: int
     learning_rate: float
-    """Of Adam at its peak, relative to each parameter tensor's root mean square."""
+    """Peak learning rate of Adam, relative to each parameter tensor's root mean square."""
     seed: int
     warm_up: float = 0.05
     """Share of the steps in which the rate rises."""
@@ -63,18 +63,31 @@ def finetune(
     nhwc: bool = False,
     progress: Progress = silent,
 ) -> dict[str, Tensor]:
-    """Train all that the feature depends on; returns {initializer: value} in float32.
+    """Train all parameters that the feature depends on, to the teacher's features.
 
-    images: (N, C, H, W), or (N, H, W, C) with `nhwc`, normalized; source: the input's name; feature: the
-    name in the student's graph, and in the teacher's; parameters: where to start; shares: (N,), how often
-    each image is taken, relative to the others.
+    Source: PRACTISE (arXiv 2202.07861), §3.3.
+
+    Args:
+        student: The network to train.
+        teacher: The network that gives the target.
+        parameters: Initializer -> value to start from, where it is not the student's own.
+        images: Normalized images, (N, C, H, W), or (N, H, W, C) with `nhwc`.
+        source: Name of the input.
+        feature: Name of the feature tensor in the student's graph, and in the teacher's.
+        schedule: How long and how fast to train.
+        shares: How often each image is drawn, relative to the others, (N,); None: equally often.
+        nhwc: Whether the network takes channels last.
+        progress: Called with the stage, the steps done and the steps in all.
+
+    Returns:
+        Initializer -> trained value, float32.
     """
     device = student.device
     images = resident(images, device)
     if nhwc:
         images = images.permute(0, 3, 1, 2)
     values, rates = _leaves(student, parameters, source, feature[0])
-    if not values:  # of a network without a layer there: all its blocks went
+    if not values:  # no layer is left in front of the feature: all blocks were dropped
         return {}
     groups = [
         {"params": [v], "lr": schedule.learning_rate * r}
@@ -110,7 +123,7 @@ def _loss(
     *,
     cached: bool = True,
 ) -> Loss:
-    """A pure function of a batch and the values of `names`."""
+    """Return the loss as a pure function of a batch and the values of `names`."""
     ours, theirs = feature
 
     def loss(x: Tensor, *values: Tensor) -> Tensor:
@@ -136,7 +149,7 @@ def _add_slopes(
     ours, theirs = feature
 
     def slopes(index: int) -> tuple[Tensor, ...]:
-        """Of the squared error; then the sum of squares that it is relative to."""
+        """Return the gradients of the squared error, then the sum of squares that it is relative to."""
         feeds = {source: pieces[index]}
         with autocast(student.device):
             with torch.no_grad():
@@ -159,9 +172,9 @@ def _captured(
     feature: tuple[str, str],
     x: Tensor,
 ) -> Loss:
-    """The loss and its backward pass, each recorded once as a CUDA graph for batches of this shape.
+    """Record the loss and its backward pass as CUDA graphs, once each, for batches of this shape.
 
-    Where the recording fails (an operator that waits for the device), the loss as it is, and a warning.
+    Where the recording fails (an operator that waits for the device), return the loss as it is, and warn.
     """
     plain = _loss(student, teacher, list(values), source, feature, cached=False)
     sample = (x.clone(), *values.values())
@@ -193,15 +206,25 @@ def _leaves(
 
 
 def _trainable(node: gs.Node) -> list[gs.Tensor]:
-    """Inputs that may be trained: not a BatchNorm's statistics (a variance would turn negative), no scales
-    of a quantizer."""
+    """Return the inputs of a node that may be trained.
+
+    Not those of a BatchNorm's statistics (a variance would turn negative), nor scales of a quantizer.
+    """
     if is_op(node, "BatchNormalization"):
         return list(node.inputs[:3])
     return [] if is_op(node, "QuantizeLinear", "DequantizeLinear") else list(node.inputs)
 
 
 def rate(step: int, schedule: Schedule) -> float:
-    """Linear warm-up, then half a cosine to zero."""
+    """Compute the relative learning rate: linear warm-up, then half a cosine to zero.
+
+    Args:
+        step: The step, from 0.
+        schedule: The schedule.
+
+    Returns:
+        The factor of the peak rate, from 0 to 1.
+    """
     warm = max(1, round(schedule.warm_up * schedule.steps))
     if step < warm:
         return (step + 1) / warm

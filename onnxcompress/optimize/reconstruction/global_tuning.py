@@ -1,10 +1,10 @@
-"""Pruned layers tuned together by gradient: zeros stay zeros.
+"""Tune pruned layers together by gradient: zeros stay zeros.
 
     loss = mean over levels of ‖s − t‖² / var t  +  Σ over outputs ‖s − t‖² / var t
 
-s, t: tensors of student and teacher; levels: the trunk where it is narrow. The closed form (`sparse`) knows
-of a layer what it reads and should give; errors of several layers that could cancel, and what the
-activations cut off, only this sees. What it is worth: `tests/benchmarks/deep_inputs.py`.
+s, t: tensors of student and teacher; levels: the trunk where it is narrow. The closed form (`admm_mask`)
+knows the input and the target of one layer at a time. Only this step sees errors of several layers that
+could cancel, and what activations clip. `tests/benchmarks/deep_inputs.py` measures what it gains.
 
 Source: the global AdaPrune of Frantar and Alistarh, SPDY (arXiv 2201.13096). Gradients are added in halves
 of a batch, each on one thread: the same whatever the number of threads.
@@ -33,12 +33,12 @@ from onnxcompress.quantization.qdq_plan import Plan
 STEPS, BATCH, LEARNING_RATE = 100, 64, 0.003
 HALVES = 2
 NARROW = 2
-"""Times the numbers of the first tensor that a level has at most."""
+"""Largest size of a level, relative to the size of the first tensor."""
 
 
 @dataclass(frozen=True)
 class Subnetwork:
-    """From one tensor of the trunk to the outputs."""
+    """The part of a network from one tensor of the trunk to the outputs."""
 
     start: str
     levels: tuple[str, ...]
@@ -46,7 +46,15 @@ class Subnetwork:
 
 
 def subnetwork_from(model: Model, start: str) -> Subnetwork:
-    """Behind the tensor `start` of the trunk: its narrow tensors, and the network's outputs."""
+    """Describe the part of the network behind a tensor.
+
+    Args:
+        model: The network.
+        start: Name of a tensor of the trunk.
+
+    Returns:
+        The narrow tensors of the trunk behind it, and the network's outputs.
+    """
     topology, shapes = Topology(model), tensor_shapes(model)
     tensors = model.graph.tensors()
 
@@ -76,9 +84,24 @@ def finetune_sparse(
     device: str = "cpu",
     progress: Progress = silent,
 ) -> dict[str, Tensor]:
-    """The learned parameters of the layers behind `where.start`, tuned; zeros of weights stay.
+    """Fine-tune pruned parameters of a subnetwork to the teacher's tensors; zeros of weights stay zeros.
 
-    model: the teacher. values: (N, …), what it reads there; seen: what the student does.
+    Source: the global AdaPrune of SPDY (Frantar and Alistarh, arXiv 2201.13096).
+
+    Args:
+        model: The teacher.
+        plan: Its linear layers.
+        where: The subnetwork.
+        values: Inputs of the teacher at `where.start`, (N, …).
+        seen: Inputs of the student there, (N, …).
+        learned: Initializer -> pruned value; those the subnetwork does not use are left out.
+        steps: Steps of Adam.
+        seed: Random seed of the batches.
+        device: Where torch computes.
+        progress: Called with the stage, the steps done and the steps in all.
+
+    Returns:
+        Initializer -> tuned value, on the CPU.
     """
     executor = Executor.from_model(model, device=device)
     wanted = _wanted(executor, where.start, values, [*where.levels, *where.outputs])

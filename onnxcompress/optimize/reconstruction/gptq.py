@@ -1,11 +1,11 @@
-"""Rounding of weights to a grid, given what the layer reads: closed form, column by column.
+"""Round a layer's weight to a grid so that its output changes least: in closed form, column by column.
 
 A layer W, b (groups G, outputs O, inputs x taps F) reads x and should give t. With centred second moments
 
     H = E[(x − x̄)(x − x̄)ᵀ] + λ I      C = E[(t − t̄ − W (x − x̄))(x − x̄)ᵀ]      W* = W + C H⁻¹
 
-the error of any Ŵ with its best offset b̂ = t̄ − Ŵ x̄ is, but for a constant, tr (Ŵ − W*) H (Ŵ − W*)ᵀ: the
-least squares target W* makes up for the error of what comes before, and b̂ is the bias correction.
+the error of any Ŵ with its best offset b̂ = t̄ − Ŵ x̄ is, up to a constant, tr (Ŵ − W*) H (Ŵ − W*)ᵀ: the
+least squares target W* makes up for the error of earlier layers, and b̂ is the bias correction.
 
  1. scales: of a row, the fraction of its largest magnitude with the least diag(H)-weighted rounding error;
  2. GPTQ (Frantar et al., arXiv 2210.17323): columns are rounded in turn, and what is lost moves on to the
@@ -32,15 +32,15 @@ RATIOS = 30
 LEAST = 0.4
 SWEEPS = 3
 DEAD = 1e-4
-"""Of the mean group: what a group is damped by as if it read at least so much."""
+"""Least mean diagonal of a group's H that the damping assumes, relative to the mean of all groups."""
 
 
 @dataclass
 class Moments:
-    """First and second moments of what a layer reads, and of its residual; float64.
+    """First and second moments of a layer's input, and their cross moments with its residual; float64.
 
-    About `reference`, the mean of what was added first: a part is summed in float32, where a channel that
-    hardly varies about a large mean would lose its variance.
+    They are about `reference`, the mean of the first part that was added: a part is summed in float32,
+    where a channel that hardly varies about a large mean would lose its variance.
     """
 
     gram: Tensor
@@ -57,13 +57,26 @@ class Moments:
 
     @staticmethod
     def empty(weight: Tensor) -> Moments:
+        """Create moments of nothing.
+
+        Args:
+            weight: The layer's weight, (G, O, F).
+
+        Returns:
+            Moments of its shape.
+        """
         groups, outputs, fan = weight.shape
         zeros = torch.zeros(groups, fan, fan, dtype=torch.float64)
         cross = torch.zeros(groups, outputs, fan, dtype=torch.float64)
         return Moments(zeros, cross, zeros[:, 0].clone(), cross[..., 0].clone())
 
     def add(self, x: Tensor, residual: Tensor) -> None:
-        """x: (G, F, R), residual: (G, O, R)."""
+        """Add patches and residuals.
+
+        Args:
+            x: Patches of the layer's input, (G, F, R).
+            residual: What the layer's output lacks there, r = t − W x, (G, O, R).
+        """
         if self.reference is None:
             self.reference = x.mean(2)
         x = x - self.reference[..., None]
@@ -74,7 +87,13 @@ class Moments:
         self.rows += x.shape[2]
 
     def merge(self, other: Moments) -> None:
-        """Take in moments that were summed about another reference: Σ (x + d)(x + d)ᵀ, d what it is off."""
+        """Add the samples of other moments, which may be about another reference.
+
+        With d the difference of the references: Σ (x + d)(x + d)ᵀ.
+
+        Args:
+            other: The other moments, not empty.
+        """
         assert other.reference is not None
         if self.reference is None:
             self.reference = other.reference
@@ -89,12 +108,20 @@ class Moments:
 
     @property
     def mean(self) -> Tensor:
-        """E x, (G, F)"""
+        """Mean of the layer's input, (G, F)."""
         off = self.inputs / max(self.rows, 1)
         return off if self.reference is None else off + self.reference
 
     def shift(self, weight: Tensor, new: Tensor) -> Tensor:
-        """What to add to the bias where the new weight takes the place of the layer's own, (G, O)."""
+        """Compute what to add to the bias when a new weight replaces the layer's own.
+
+        Args:
+            weight: The layer's weight, (G, O, F).
+            new: The new weight, (G, O, F).
+
+        Returns:
+            The change of the bias, (G, O).
+        """
         change = new.double() - weight.double()
         return self.residual / max(self.rows, 1) - torch.einsum("gof,gf->go", change, self.mean)
 
@@ -120,7 +147,17 @@ class Rounded:
 def nearest(
     weight: Tensor, allowed: SaturationBounds, per_channel: bool, hessian: Tensor | None = None
 ) -> Rounded:
-    """Each weight to its nearest integer, scales by the least (weighted) error."""
+    """Round each weight to its nearest integer, with the scales of the least (weighted) rounding error.
+
+    Args:
+        weight: The weight, (G, O, F).
+        allowed: The integers allowed.
+        per_channel: Whether each output has a scale.
+        hessian: H, (G, F, F), whose diagonal weighs the errors; None: all alike.
+
+    Returns:
+        The weight on its grid.
+    """
     diagonal = (
         torch.ones_like(weight[:, :1]) if hessian is None else hessian.diagonal(dim1=1, dim2=2)[:, None]
     )
@@ -138,10 +175,20 @@ def reconstruct(
     ridge: float,
     target: float,
 ) -> Rounded:
-    """Integers and scales with the least error on the outputs.
+    """Choose integers and scales with the least error on the layer's outputs.
 
-    weight: (G, O, F) float32. ridge: λ, as a share of H's mean diagonal. target: as `ridge`, of the least
-    squares target W*; infinity: the layer's own W.
+    Sources: GPTQ (Frantar et al., arXiv 2210.17323); QuantEase (Behdin et al., arXiv 2309.01885).
+
+    Args:
+        weight: The weight, (G, O, F), float32.
+        moments: Moments of the layer's input and residual.
+        allowed: The integers allowed.
+        per_channel: Whether each output has a scale.
+        ridge: λ, as a share of the mean diagonal of H.
+        target: The same of the least squares target W*; infinity: the target is the layer's own W.
+
+    Returns:
+        The weight on its grid, and the change of the bias.
     """
     w, h = least_squares(weight, moments, ridge=ridge, target=target)
     goal, hessian = w.float(), h.float()
@@ -161,7 +208,17 @@ def reconstruct(
 def least_squares(
     weight: Tensor, moments: Moments, *, ridge: float, target: float
 ) -> tuple[Tensor, Tensor]:
-    """W* and H, float64; arguments as of `reconstruct`."""
+    """Compute the least squares target of a layer's weight, and the damped second moments.
+
+    Args:
+        weight: The weight, (G, O, F).
+        moments: Moments of the layer's input and residual.
+        ridge: λ of H, as a share of its mean diagonal.
+        target: λ of the target, likewise; infinity: the target is the layer's own W.
+
+    Returns:
+        W*, (G, O, F), and H, (G, F, F); both float64.
+    """
     rows = max(moments.rows, 1)
     off = moments.inputs / rows
     h = moments.gram / rows - off[:, :, None] * off[:, None]
@@ -178,7 +235,17 @@ def least_squares(
 
 
 def best_scale(weight: Tensor, diagonal: Tensor, allowed: SaturationBounds, per_channel: bool) -> Tensor:
-    """(G, O, 1): scales with the least weighted squared error of rounding and clipping."""
+    """Choose the scales with the least weighted squared error of rounding and clipping.
+
+    Args:
+        weight: The weight, (G, O, F).
+        diagonal: The weight of each column's error, (G, 1, F).
+        allowed: The integers allowed.
+        per_channel: Whether each output has a scale; else all are equal.
+
+    Returns:
+        The scales, (G, O, 1).
+    """
     whole = allowed.least_scale(weight)
     if not per_channel:
         whole = whole.amax().expand_as(whole)
@@ -197,7 +264,7 @@ def best_scale(weight: Tensor, diagonal: Tensor, allowed: SaturationBounds, per_
 
 
 def _gptq(w: Tensor, h: Tensor, scale: Tensor, low: Tensor, high: Tensor) -> Tensor:
-    """Integers by error feedback, large diagonal entries first."""
+    """Round columns with error feedback, those with large diagonal entries first; return the integers."""
     order = h.diagonal(dim1=1, dim2=2).mean(0).argsort(descending=True)
     with one_thread():
         inverse = torch.linalg.inv(h[:, order][:, :, order])
@@ -226,17 +293,17 @@ def _gptq(w: Tensor, h: Tensor, scale: Tensor, low: Tensor, high: Tensor) -> Ten
 
 
 def _columns(values: Tensor) -> tuple[Tensor, ...]:
-    """(G, O, 1) views of the columns of (G, O, F); one call costs less than a slice each."""
+    """Split (G, O, F) into views of its columns, (G, O, 1); one call costs less than a slice each."""
     return torch.split(values, 1, dim=2)
 
 
 def _inside(values: Tensor, low: Tensor, high: Tensor) -> Tensor:
-    """Rounded, in place."""
+    """Round and clip, in place."""
     return values.round_().clamp_(low, high)
 
 
 def _descend(w: Tensor, h: Tensor, integers: Tensor, scale: Tensor, low: Tensor, high: Tensor) -> Tensor:
-    """One sweep of coordinate descent over the columns."""
+    """Run one sweep of coordinate descent over the columns."""
     integers = integers.clone()
     slope = (w - integers * scale) @ h  # half the negative gradient
     diagonal = h.diagonal(dim1=1, dim2=2)
@@ -261,7 +328,7 @@ def _descend(w: Tensor, h: Tensor, integers: Tensor, scale: Tensor, low: Tensor,
 
 
 def _refit(w: Tensor, h: Tensor, integers: Tensor, scale: Tensor, per_channel: bool) -> Tensor:
-    """The scale with the least error for these integers: ⟨w, q⟩_H / ⟨q, q⟩_H."""
+    """Compute the scale with the least error for these integers: ⟨w, q⟩_H / ⟨q, q⟩_H."""
     product = integers @ h
     top, bottom = (w * product).sum(2, keepdim=True), (integers * product).sum(2, keepdim=True)
     if not per_channel:

@@ -1,17 +1,17 @@
-"""The course of a network's layers, in one pass: the student reads what its own earlier layers give.
+"""Layer-wise reconstruction in one pass: each layer of the student is fitted on the student's own input.
 
     teacher:  x ─ layers ─> t
-    student:  x̂ ─ layers as learned so far ─> y
+    student:  x̂ ─ layers as fitted so far ─> y
 
 Node by node, in the order of the graph, both networks run on the same inputs, and only tensors that a later
-node needs are held. A layer is learned (by the subclass: `quantizer`, `sparsify`) so that Ŵ x̂ + b̂ comes
-near t. Where only a residual addition reads the layer, it also makes up for what the other side of the sum
-lost: t + (s_teacher − s_student).
+node needs are held. A layer is fitted (by the subclass: `quantize`, `prune`) so that Ŵ x̂ + b̂ comes near t.
+Where only a residual addition reads the layer, it also makes up for what the other side of the sum lost:
+t + (s_teacher − s_student).
 
-A course goes through the whole network, or from one tensor of its trunk to another (`start`, `stop`).
+The pass goes through the whole network, or from one tensor of its trunk to another (`start`, `stop`).
 
-With a twin (`standardize`) both run with the twin's maps, y' = a y + b₀, and the layer is learned as the
-network has it: the map of a channel is undone on both sides.
+With aligned statistics (`statistics_alignment`) both networks run with the same maps, y' = a y + b₀. A
+layer is fitted without them: the map of each channel is undone on both sides.
 """
 
 from __future__ import annotations
@@ -44,14 +44,14 @@ TARGET_ROWS = 4
 MEMORY = 3 << 30
 """Bytes of the tensors that are held; fewer images are used where they would take more."""
 COPIES = 3
-"""Of each tensor: the teacher's, the student's, one in work."""
+"""Copies of each tensor that are held: the teacher's, the student's, and one in work."""
 ROWS, ROWS_EACH = 40_000, 100
-"""Patches that are taken: in all, or of each column of the matrix where that is more."""
+"""Patches that are used: ROWS, or ROWS_EACH for each column of the matrix where that is more."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LayerwiseSettings:
-    """What every course needs to know."""
+    """Settings of every layer-wise reconstruction."""
 
     reconstruct: bool = True
     batch: int = 32
@@ -61,7 +61,7 @@ class LayerwiseSettings:
 
 @dataclass
 class LayerwiseReconstruction(ABC):
-    """One run over the network."""
+    """One pass over the network, whose subclass fits each layer."""
 
     model: Model
     plan: Plan
@@ -71,7 +71,7 @@ class LayerwiseReconstruction(ABC):
     start: str | None = None
     """Name of the tensor of the trunk that is fed; None: the network's one input."""
     stop: str | None = None
-    """… at which the course ends; None: it goes through all."""
+    """Name of the tensor of the trunk at which the pass ends; None: the end of the network."""
 
     def __post_init__(self) -> None:
         self.executor = Executor.from_model(self.model, device=self.device)
@@ -100,7 +100,19 @@ class LayerwiseReconstruction(ABC):
     def pass_through(
         self, images: Tensor, stage: str, progress: Progress = silent, seen: Tensor | None = None
     ) -> None:
-        """images: (N, …) at `source`. seen: what the student reads there; None: the same."""
+        """Run teacher and student through the network, and fit each layer on the way.
+
+        Args:
+            images: Inputs at `source`, (N, …).
+            stage: Name of the stage, for `progress`.
+            progress: Called with the stage, the nodes done and the nodes in all.
+            seen: Inputs of the student at `source`, (N, …); None: the same.
+
+        Raises:
+            InputError: A tensor is not finite on these images.
+            ModelError: A layer gives values that are not finite, or a tensor does not hold one image after
+                the other.
+        """
         self._count = count = self.affordable(len(images))
         self._teacher[self.source] = self._student[self.source] = images[:count]
         if seen is not None:
@@ -119,14 +131,14 @@ class LayerwiseReconstruction(ABC):
 
     @abstractmethod
     def _fit_layer(self, layer: Layer, x: Tensor, wanted: Tensor) -> None:
-        """Learn the layer and `_set` its parameters. x: what it reads; wanted: the teacher's output."""
+        """Fit the layer and `_set` its parameters. x: the student's input; wanted: the teacher's output."""
 
     def _seen(self, node: gs.Node, index: int, name: str) -> Tensor:
-        """The student's tensor as the node reads it at that input."""
+        """Return the student's tensor as the node reads it at that input."""
         return self._student[name]
 
     def _on_layer_fitted(self, layer: Layer, wanted: Tensor, made: Tensor) -> None:
-        """Called with both networks' outputs once the layer is learned."""
+        """Take note of the outputs of teacher (`wanted`) and student (`made`) once the layer is fitted."""
         return
 
     def _step(self, node: gs.Node, needs: list[str]) -> None:
@@ -153,7 +165,7 @@ class LayerwiseReconstruction(ABC):
             self._on_layer_fitted(layer, theirs[outputs[0]], ours[outputs[0]])
 
     def _alike(self, node: gs.Node, read: dict[str, Tensor]) -> bool:
-        """Whether the student computes what the teacher did: nothing before it, nor itself, was learned."""
+        """Return whether the student computes what the teacher did: nothing was changed up to here."""
         names = [t.name for t in node.inputs]
         return all(v is self._teacher[n] for n, v in read.items()) and all(
             self._own.get(n) is self._maps.get(n) for n in names
@@ -162,7 +174,7 @@ class LayerwiseReconstruction(ABC):
     def _run(
         self, outputs: list[str], feeds: dict[str, Tensor], parameters: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        """Batch by batch, each on one thread: sums of a convolution depend on how many work on it."""
+        """Run batch by batch, each on one thread: sums of a convolution depend on the number of threads."""
         batches = {n: split_images(v, self._count, self.settings.batch) for n, v in feeds.items()}
 
         def run(index: int) -> dict[str, Tensor]:
@@ -187,7 +199,7 @@ class LayerwiseReconstruction(ABC):
             raise InputError(f"tensor {name!r} is not finite on these images; check --preprocess")
 
     def _mean_error(self, layer: Layer, x: Tensor, wanted: Tensor) -> Tensor:
-        """Of the learned layer's output, (outputs,), less the maps of the twin."""
+        """Return the mean error of the fitted layer's output, (outputs,), without aligned statistics."""
         source = layer.node.inputs[layer.linear.data_at].name
         made = self._run([layer.output], {source: x}, self._own)[layer.output]
         error = self._unmapped(layer, wanted) - self._unmapped(layer, made)
@@ -197,20 +209,20 @@ class LayerwiseReconstruction(ABC):
         self._own[name] = self.twin.align(name, value) if name in self._maps else value
 
     def _unmapped(self, layer: Layer, y: Tensor, offset: bool = True) -> Tensor:
-        """The layer's output without the maps of the twin."""
+        """Return the layer's output without aligned statistics."""
         if layer.bias not in self.twin.biases:
             return y
         scale, shift = (along(part, y) for part in self.twin.biases[layer.bias])
         return (y - shift) / scale if offset else y / scale
 
     def _wanted(self, layer: Layer, y: Tensor) -> Tensor:
-        """What the layer should give: the teacher's output, and what the other side of a sum lost."""
+        """Return the target of the layer: the teacher's output, and what the other side of a sum lost."""
         lost = self._owed(layer)
         y = self._unmapped(layer, y)
         return y if lost is None or lost.shape != y.shape else y + self._unmapped(layer, lost, offset=False)
 
     def _owed(self, layer: Layer) -> Tensor | None:
-        """What the other side of the residual addition that alone reads the layer lost."""
+        """Return what the other side of a residual addition lost, where nothing else reads the layer."""
         tensor = layer.node.outputs[0]
         readers = value_readers(tensor)
         if len(readers) != 1 or is_output(self.model, tensor) or not is_op(readers[0], "Add"):
@@ -222,7 +234,7 @@ class LayerwiseReconstruction(ABC):
         return self._teacher[other.name] - self._seen(readers[0], index, other.name)
 
     def _moments(self, layer: Layer, cut: Patches, weight: Tensor, x: Tensor, wanted: Tensor) -> Moments:
-        """Of the layer's patches and of what it lacks as it is."""
+        """Return the moments of input patches, and their cross moments with the residual of the layer."""
         if layer.bias is not None:
             wanted = wanted - along(self.executor.parameters[layer.bias], wanted)
         reads, gives = (torch.split(t, self.settings.batch) for t in (x, wanted))
@@ -243,21 +255,43 @@ class LayerwiseReconstruction(ABC):
         return moments
 
     def lost(self, name: str) -> Tensor:
-        """What the student's tensor lacks, of one that is held after the course: that at which it stops."""
+        """Compute the student's error at a tensor, after the pass.
+
+        Args:
+            name: Name of a tensor that is still held: the one at which the pass stopped.
+
+        Returns:
+            The student's values less the teacher's, (N, …).
+        """
         return self._student[name] - self._teacher[name]
 
     def affordable(self, count: int) -> int:
-        """Images of which all tensors that are held at a time fit into MEMORY."""
+        """Count the images for which all tensors that are held at a time fit into MEMORY.
+
+        Args:
+            count: Images that there are.
+
+        Returns:
+            The number of images, a multiple of the batch that the file fixes.
+        """
         live = live_floats(self.model, self._nodes, self._last, self.source)
         whole = fixed_batch(self.model)
         return max(1, min(count, MEMORY // (4 * COPIES * live)) // whole) * whole
 
 
 def _finite(x: Tensor) -> bool:
-    """Whether all are; extremes pass on a NaN, and take no memory."""
+    """Return whether all values are finite; the extremes pass on a NaN, and take no memory."""
     return bool(torch.stack(torch.aminmax(x)).isfinite().all())
 
 
 def along(vector: Tensor, like: Tensor) -> Tensor:
-    """(channels,) shaped to broadcast along axis 1."""
+    """Reshape a vector of channels to broadcast along axis 1.
+
+    Args:
+        vector: One value for each channel, (C,).
+        like: A tensor with the channels on axis 1.
+
+    Returns:
+        The vector, (1, C, 1, …).
+    """
     return vector.reshape(1, -1, *[1] * (like.ndim - 2))

@@ -1,4 +1,4 @@
-"""What a layer reads, cut into the columns of its matrix; and that matrix.
+"""Patches of a layer's input as columns for its matrix, and that matrix.
 
 A convolution is y = W a at each place, a the patch under the kernel: (inputs x taps,) for each group. At
 random places of each image, patches a (G, F, R) and outputs (G, O, R) give a layer's second moments without
@@ -26,7 +26,7 @@ PLACES = 256
 
 @dataclass(frozen=True)
 class Patches:
-    """Cuts what a layer reads into columns of its matrix."""
+    """How a layer's input is cut into columns for its matrix."""
 
     groups: int
     kernel: tuple[int, int] | None
@@ -36,13 +36,30 @@ class Patches:
     pads: tuple[int, int, int, int] = (0, 0, 0, 0)
 
     def places(self, y: Tensor, generator: torch.Generator) -> Tensor:
-        """Some random places of a layer's output (N, outputs, …); none of a Gemm, which has no places."""
+        """Draw random places of a layer's output.
+
+        Args:
+            y: The output, (N, outputs, H, W).
+            generator: Random generator.
+
+        Returns:
+            Up to PLACES places, row by row; a single 0 for a Gemm, which has none.
+        """
         if self.kernel is None:
             return torch.zeros(1, dtype=torch.long)
         return torch.randperm(y.shape[2] * y.shape[3], generator=generator)[:PLACES]
 
     def take(self, x: Tensor, y: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
-        """(G, F, R) and (G, O, R) at these places."""
+        """Cut the patches and the outputs at given places.
+
+        Args:
+            x: The layer's input, (N, inputs, …).
+            y: Values of the shape of its output, (N, outputs, …).
+            places: The places, as from `places`.
+
+        Returns:
+            The patches, (G, F, R), and the outputs, (G, O, R), R over images and places.
+        """
         if self.kernel is None:
             return x.T[None], y.T[None]
         top, left, bottom, right = self.pads
@@ -65,7 +82,15 @@ def _at(maps: Tensor, index: Tensor) -> Tensor:
 
 
 def patches_of(model: Model, layer: Layer) -> Patches | None:
-    """How to cut what the layer reads; None where it cannot be."""
+    """Describe how a layer's input is cut into patches.
+
+    Args:
+        model: The network.
+        layer: The layer.
+
+    Returns:
+        The description; None where the layer is of another kind (see above).
+    """
     if is_op(layer.node, "Gemm"):
         return Patches(1, None)
     conv = conv_layer(model, layer.node)
@@ -75,13 +100,30 @@ def patches_of(model: Model, layer: Layer) -> Patches | None:
 
 
 def matrix(layer: Layer, weight: Tensor) -> tuple[Tensor, torch.Size]:
-    """The weight as (groups, outputs, inputs x taps), and the shape of its four-axis view."""
+    """View a layer's weight as a matrix for each group.
+
+    Args:
+        layer: The layer.
+        weight: The weight as stored.
+
+    Returns:
+        The matrix, (groups, outputs, inputs x taps), and its shape with four axes, for `stored`.
+    """
     view = torch.from_numpy(layer.linear.view(weight.cpu().numpy()).copy())
     return view.flatten(2), view.shape
 
 
 def stored(layer: Layer, rows: Tensor, shape: torch.Size) -> Tensor:
-    """The reverse: in the initializer's own layout."""
+    """Convert a matrix back to the initializer's own layout: the reverse of `matrix`.
+
+    Args:
+        layer: The layer.
+        rows: The matrix, (groups, outputs, inputs x taps).
+        shape: Its shape with four axes.
+
+    Returns:
+        The weight as stored.
+    """
     new = torch.empty(layer.linear.weight.shape, dtype=rows.dtype)
     layer.linear.view(new.numpy())[...] = rows.reshape(shape).numpy()
     return new

@@ -1,16 +1,16 @@
-"""Prune a network layer by layer: a `course` whose layers get zeros, and new values for what stays.
+"""Prune a network by layer-wise reconstruction: layers get zeros, and new values for what stays.
 
-`Trials` walks through the teacher and tries some sparsities on each layer, on its own. `output_costs` says
+`Trials` goes through the teacher and tries some sparsities on each layer alone. `output_costs` estimates
 what each would do to the network's output f. With random v, independent for each image and output,
 
     E (∂(Σ v f)/∂W · ΔW)² = Σ over images |Δf|²        to first order in ΔW
 
 so that one backward pass gives one sample of the cost of all layers, sparsities and rows at a time; errors
 that are alike at all places of an image add up in it, as they do in the network. `Sparsifier` then prunes:
-mask and values by least squares (`sparse`), on what the student reads.
+mask and values by least squares (`admm_mask`), on the student's input.
 
 Does not handle in closed form: ConvTranspose, MatMul of higher rank, convolutions that are not 2-d or pad
-automatically: their smallest magnitudes go, and their bias is corrected by the mean error.
+automatically: their smallest magnitudes become 0, and their bias is corrected by the mean error.
 """
 
 from __future__ import annotations
@@ -40,19 +40,20 @@ from onnxcompress.quantization.qdq_plan import Layer
 LEVELS = (0.3, 0.5, 0.65, 0.8, 0.9, 0.95)
 """Sparsities that are tried."""
 TYPICAL = 2
-"""Of them, the one that tells rows apart."""
+"""Index of the level at which the weights of rows are estimated."""
 TRIAL_STEPS, TRIAL_REFITS = 20, 10
-"""Of `Problem.solve`."""
+"""`steps` and `refits` of `Problem.solve` in a trial."""
 PROBES = 64
+"""Backward passes with random v."""
 PROBED = 8
 """Images of a probe."""
 SPREAD = 20.0
-"""What a row is worth, over the layer's mean or under it, at most."""
+"""Largest ratio of a row's weight to the layer's mean, and of the mean to a row's weight."""
 
 
 @dataclass(frozen=True)
 class Trial:
-    """What pruning does to a layer that reads what the teacher gives, at each of LEVELS."""
+    """The effect of pruning a layer on the teacher's input, at each of LEVELS."""
 
     weight: Tensor
     """Ŵ − W, (levels, groups, outputs, fan)"""
@@ -64,14 +65,14 @@ class Trial:
 
 @dataclass
 class Trials(LayerwiseReconstruction):
-    """Tries LEVELS on the layers named."""
+    """Tries LEVELS on the layers named, without changing the network."""
 
     names: frozenset[str] = frozenset()
     found: dict[str, Trial] = field(default_factory=dict)
 
     @property
     def outputs(self) -> list[str]:
-        """Of the network, those that depend on its input; of an ArgMax or the like, what it is made of."""
+        """Outputs of the network that depend on its input; in place of an ArgMax or the like its inputs."""
         found: dict[str, None] = {}
         pending = [t for t in self.model.graph.outputs if id(t) in self.topology.data]
         while pending:
@@ -112,19 +113,25 @@ class Trials(LayerwiseReconstruction):
 
 @dataclass(frozen=True)
 class Costs:
-    """Of pruning each layer, by name of its weight."""
+    """The cost of pruning each layer, by name of its weight."""
 
     levels: dict[str, list[float]]
     """Squared error of the network's output at each of LEVELS."""
     rows: dict[str, Tensor]
-    """What errors of a row are worth, (groups, outputs), about 1."""
+    """Weight of each row's error, (groups, outputs), about 1."""
 
 
 def output_costs(trials: Trials, images: Tensor, behind: Tensor | None = None) -> Costs:
-    """By PROBES backward passes. images: at the trials' source.
+    """Estimate what pruning each layer does to the network's output, by PROBES backward passes.
 
-    behind: what lies at the tensor at which the trials stop, where that is fed by other inputs than these:
-    errors there are then as bad as they are for them.
+    Args:
+        trials: The trials, after their pass.
+        images: Inputs at the trials' source, (N, …).
+        behind: Values at the tensor at which the trials stop, (N, …), where the layers behind have inputs
+            of their own: errors at that tensor are then weighed as those inputs weigh them.
+
+    Returns:
+        The costs of the layers that were tried.
     """
     executor, twin = trials.executor, trials.twin
     layers = [layer for layer in trials.plan.layers.values() if layer.weight in trials.found]
@@ -168,7 +175,7 @@ def output_costs(trials: Trials, images: Tensor, behind: Tensor | None = None) -
 
 
 def _random_sum(made: Mapping[str, Tensor], generator: torch.Generator) -> Tensor:
-    """Σ v f, outputs in units of their deviation."""
+    """Return Σ v f, with outputs in units of their deviation."""
     total = torch.zeros(())
     for value in made.values():
         if value.is_floating_point():
@@ -178,14 +185,14 @@ def _random_sum(made: Mapping[str, Tensor], generator: torch.Generator) -> Tenso
 
 
 def _undone(trials: Trials, name: str, slope: Tensor) -> Tensor:
-    """In the network's own parameter, where the twin's was differentiated."""
+    """Convert a gradient of an aligned parameter to one of the network's own parameter."""
     if name in trials.twin.weights:
         return slope * trials.twin.weights[name]
     return slope * trials.twin.biases[name][0] if name in trials.twin.biases else slope
 
 
 def _worth(rows: Tensor) -> Tensor:
-    """Of few samples: the square root, within bounds."""
+    """Return the weights of rows from few samples: the square root, within bounds."""
     return (rows / rows.mean().clamp_min(1e-30)).clamp(1 / SPREAD, SPREAD).sqrt()
 
 
@@ -195,19 +202,19 @@ class Settings(LayerwiseSettings):
 
     pattern: Pattern = UNSTRUCTURED
     sparsity: Mapping[str, float] = field(default_factory=dict)
-    """By name of the weight; others stay dense, but make up for errors, too."""
+    """Name of the weight -> share of zeros; other layers stay dense, but make up for errors, too."""
     rows: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass
 class Sparsifier(LayerwiseReconstruction):
-    """One run over the network."""
+    """Prunes the network in one pass."""
 
     settings: Settings
     results: dict[str, Tensor] = field(default_factory=dict)
     """Parameters of the layers, by name."""
     noise: dict[str, float] = field(default_factory=dict)
-    """Of each layer's output, by name of its weight: squared error over variance."""
+    """Name of the weight -> squared error of the layer's output, over its variance."""
 
     def _fit_layer(self, layer: Layer, x: Tensor, wanted: Tensor) -> None:
         weight, shape = matrix(layer, self.executor.parameters[layer.weight])
@@ -228,7 +235,7 @@ class Sparsifier(LayerwiseReconstruction):
             self._note(layer.bias, bias + off)
 
     def _solved(self, layer: Layer, weight: Tensor, moments: Moments, choice: Choice | None) -> Tensor:
-        """The least squares target, with the zeros chosen."""
+        """Return the least squares target, with the chosen weights at zero."""
         few = moments.rows < TARGET_ROWS * weight.shape[2]
         goal, h = _quadratic(weight, moments, math.inf if few else RIDGE)
         if choice is None:
@@ -246,9 +253,9 @@ class Sparsifier(LayerwiseReconstruction):
 
 
 def _quadratic(weight: Tensor, moments: Moments, target: float) -> tuple[Tensor, Tensor]:
-    """W*, and H with the less off its diagonal the fewer patches there are for each of its columns.
+    """Return W*, and H with smaller off-diagonal entries the fewer patches there are for each column.
 
-    Few patches (a classifier has one an image) can be had right by a few weights that are wrong elsewhere.
+    On few patches (a classifier has one an image) a few wrong weights elsewhere can make the output right.
     """
     goal, h = least_squares(weight, moments, ridge=RIDGE, target=target)
     fan = weight.shape[2]
@@ -257,5 +264,13 @@ def _quadratic(weight: Tensor, moments: Moments, target: float) -> tuple[Tensor,
 
 
 def kept(size: int, sparsity: float) -> int:
-    """Weights that stay, one at least."""
+    """Count the weights of a layer that stay.
+
+    Args:
+        size: Number of weights.
+        sparsity: Share of zeros, from 0 to 1.
+
+    Returns:
+        The count, at least 1.
+    """
     return max(1, round((1 - sparsity) * size))

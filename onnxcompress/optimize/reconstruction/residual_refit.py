@@ -70,7 +70,15 @@ class Reconstruction:
     """Images that are run."""
 
     def run(self, images: Tensor, progress: Progress = silent) -> dict[str, Tensor]:
-        """images: (N, …), what the first segment starts from. Returns `new`."""
+        """Refit the layers of all segments behind the first dropped block, in order.
+
+        Args:
+            images: Inputs of the first segment, (N, …).
+            progress: Called with the stage, the segments done and the segments in all.
+
+        Returns:
+            Initializer -> refitted value.
+        """
         ours, theirs = images, images
         self._count = len(images)
         first = self.first_changed()
@@ -86,12 +94,16 @@ class Reconstruction:
         return self.new
 
     def first_changed(self) -> int:
-        """The first segment in front of which a block was dropped; their number where there is none."""
+        """Find the first segment in front of which a block was dropped.
+
+        Returns:
+            Its place; the number of segments where there is none.
+        """
         changed = (i for i, segment in enumerate(self.segments) if self._shortened(segment))
         return next(changed, len(self.segments))
 
     def _shortened(self, segment: Segment) -> bool:
-        """Whether a block was dropped at the segment's start."""
+        """Return whether a block was dropped at the segment's start."""
         ends = [segment.start], [segment.end]
         return len(self.student.needed(*ends)) != len(self.teacher.needed(*ends))
 
@@ -146,7 +158,15 @@ class Reconstruction:
 
 
 def segments(student: Model, feature: str) -> list[Segment]:
-    """The student's trunk up to the feature tensor, with the layers that can be refitted."""
+    """Split the student's trunk, up to the feature tensor, into segments.
+
+    Args:
+        student: The network without its dropped blocks.
+        feature: Name of the feature tensor.
+
+    Returns:
+        The segments in order, each with the layers that can be refitted.
+    """
     topology = Topology(student)
     trunk = topology.trunk()
     found = []
@@ -165,7 +185,7 @@ def segments(student: Model, feature: str) -> list[Segment]:
 def _regression(
     layer: ConvLayer, x: Tensor, residual: Tensor, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
-    """Patches with a 1 for the bias (G, I/G·k + 1, R) and residuals (G, O/G, R) at R random places."""
+    """Return patches with a 1 for the bias (G, F + 1, R) and residuals (G, O/G, R) at random places."""
     top, left, bottom, right = layer.pads
     padded = F.pad(x.float(), (left, right, top, bottom))
     patches = F.unfold(padded, layer.kernel, layer.dilations, 0, layer.strides)  # N, I·k, L
@@ -177,7 +197,7 @@ def _regression(
 
 
 def _grouped(x: Tensor, groups: int) -> Tensor:
-    """(N, G·C, L) as (G, C, N·L)."""
+    """Reshape (N, G·C, L) to (G, C, N·L)."""
     count, channels, length = x.shape
     return x.reshape(count, groups, channels // groups, length).permute(1, 2, 0, 3).flatten(2)
 
@@ -187,7 +207,7 @@ def _add(total: Tensor | None, part: Tensor) -> Tensor:
 
 
 def _solve(gram: Tensor, cross: Tensor, ridge: float, bias: bool) -> Tensor:
-    """Δ (G, O/G, F + 1) with (gram + λ I) Δᵀ = crossᵀ; the bias is not damped, or held at 0."""
+    """Solve (gram + λ I) Δᵀ = crossᵀ for Δ (G, O/G, F + 1); the bias is not damped, or held at 0."""
     damping = ridge * gram.diagonal(dim1=1, dim2=2)[:, :-1].mean(1).clamp_min(1e-12)
     system = gram + torch.diag_embed(damping[:, None].expand(-1, gram.shape[1]))
     system[:, -1, -1] = gram[:, -1, -1] if bias else torch.finfo(gram.dtype).max ** 0.25

@@ -1,4 +1,4 @@
-"""Which weights a sparsity pattern lets stay."""
+"""Sparsity patterns: unstructured and N:M."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Pattern:
-    """Which weights stay: any, or `kept` of each `group` neighbouring input channels."""
+    """A sparsity pattern: any weights stay, or `kept` of each `group` neighbouring input channels."""
 
     kept: int = 0
     group: int = 0
@@ -15,7 +15,14 @@ class Pattern:
 
     @staticmethod
     def parse(text: str) -> Pattern | None:
-        """Of `unstructured` or `N:M`; None for anything else."""
+        """Read a pattern from text.
+
+        Args:
+            text: `unstructured`, or `N:M` with 0 < N < M.
+
+        Returns:
+            The pattern; None for any other text.
+        """
         if text == "unstructured":
             return Pattern()
         kept, colon, group = text.partition(":")
@@ -29,6 +36,14 @@ class Pattern:
         return 1 - self.kept / self.group if self.group else 0.0
 
     def fits(self, inputs: int) -> bool:
+        """Return whether a layer can have the pattern.
+
+        Args:
+            inputs: Input channels of each group of the layer.
+
+        Returns:
+            Whether they are a multiple of the pattern's group.
+        """
         return not self.group or inputs % self.group == 0
 
 
