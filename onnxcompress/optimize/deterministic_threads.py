@@ -34,12 +34,16 @@ class _Workers:
 
 
 _workers: ContextVar[_Workers | None] = ContextVar("workers", default=None)
-"""Of the pass that runs; None within a job: jobs start no jobs on threads of their own."""
+"""The workers of the pass that runs; None within a job, so that a job starts no threads of its own."""
 
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Torch computes with one thread; of the whole process, since it has no setting of a thread's own."""
+    """Let torch compute with one thread, in the whole process: it has no setting for a thread alone.
+
+    Yields:
+        Nothing.
+    """
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -50,9 +54,12 @@ def one_thread() -> Iterator[None]:
 
 @contextmanager
 def one_thread_each() -> Iterator[None]:
-    """Operators have one thread each, and jobs of `in_turn` as many threads as torch has now.
+    """Give each operator one thread, and the jobs of `in_turn` as many threads as torch has now.
 
     Within another such context it changes nothing.
+
+    Yields:
+        Nothing.
     """
     if _workers.get() is not None:
         yield
@@ -69,7 +76,11 @@ def one_thread_each() -> Iterator[None]:
 
 
 def worker_count() -> int:
-    """Jobs of `in_turn` that run at once."""
+    """Count the jobs of `in_turn` that run at once.
+
+    Returns:
+        The number of threads.
+    """
     workers = _workers.get()
     return torch.get_num_threads() if workers is None else workers.count
 
@@ -77,15 +88,18 @@ def worker_count() -> int:
 def in_turn(
     work: Callable[[int], T], count: int, device: str | torch.device = "cpu"
 ) -> Generator[T, None, None]:
-    """work(0), work(1), … beside each other, each with one thread of torch; results come in order.
+    """Run work(0), work(1), … in parallel, each with one thread of torch, and yield the results in order.
 
-    They are the same whatever the number of threads. No more jobs are under way, or wait to be taken, than
-    there are threads. Gradients are recorded in a job unless it says otherwise, as in any new thread.
+    Results are the same whatever the number of threads. No more jobs are under way, or wait to be taken,
+    than there are threads. Gradients are recorded in a job unless it says otherwise, as in any new thread.
 
     Args:
-        work: A job, by its number.
-        count: How many jobs there are.
-        device: Where they compute. On a GPU, which they would share, they run one after the other.
+        work: The job, given its number.
+        count: Number of jobs.
+        device: Where jobs compute. On a GPU, which they would share, they run one after the other.
+
+    Yields:
+        The results, by number of the job.
     """
     with one_thread_each():
         workers = _workers.get()
@@ -108,6 +122,6 @@ def in_turn(
 
 
 def _alone(work: Callable[[int], T], index: int) -> T:
-    """The job in the caller's own thread, which may record no gradients where a new one would."""
+    """Run the job in the caller's own thread, recording gradients as a new thread would."""
     with torch.enable_grad():
         return work(index)

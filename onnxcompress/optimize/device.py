@@ -3,7 +3,7 @@
 Weights of convolutions lie in channels-last order. On a GPU: images and weights lie there once, products
 are in bfloat16 where its tensor cores have it, and no step waits for the device (no `.item()`, no copy
 back). What does not fit its memory goes there in smaller batches, and what cannot be there goes to the CPU;
-either is said as a CompressWarning.
+a CompressWarning says so.
 """
 
 from __future__ import annotations
@@ -26,7 +26,17 @@ T = TypeVar("T")
 
 
 def pick_device(name: str) -> str:
-    """`auto`: the GPU where torch has one. Raises RuntimeUnavailable for a GPU that is not there."""
+    """Choose where torch computes.
+
+    Args:
+        name: `cpu`, `cuda`, or `auto`: the GPU where torch has one.
+
+    Returns:
+        `cpu` or `cuda`.
+
+    Raises:
+        RuntimeUnavailable: `cuda` was asked for and torch sees no GPU.
+    """
     available = torch.cuda.is_available()
     if name == "cuda" and not available:
         raise RuntimeUnavailable(
@@ -39,9 +49,18 @@ def pick_device(name: str) -> str:
 
 
 def fitting(what: str, batch: int, work: Callable[[int], T]) -> T:
-    """`work(batch)`, begun anew with half the batch each time that the GPU's memory does not hold it.
+    """Run `work(batch)`, again with half the batch each time that the GPU's memory does not hold it.
 
-    Raises RuntimeUnavailable where not even a few images fit.
+    Args:
+        what: The stage, for messages.
+        batch: Images at once in the first attempt.
+        work: Computes with the given number of images at once.
+
+    Returns:
+        What `work` returns.
+
+    Raises:
+        RuntimeUnavailable: Not even a few images fit.
     """
     while True:
         try:
@@ -59,7 +78,15 @@ def fitting(what: str, batch: int, work: Callable[[int], T]) -> T:
 
 
 def resident(images: Tensor, device: str | torch.device) -> Tensor:
-    """The images on the device for good; on the CPU where they would take too much of its memory."""
+    """Move images to the device for good, unless they would take too much of its memory.
+
+    Args:
+        images: The images, (N, …).
+        device: The device.
+
+    Returns:
+        The images on the device, or as they were.
+    """
     device = torch.device(device)
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info()
@@ -69,14 +96,27 @@ def resident(images: Tensor, device: str | torch.device) -> Tensor:
 
 
 def sent(values: Tensor, device: str | torch.device) -> Tensor:
-    """On the device, without waiting for what that computes now."""
+    """Move values to a device without waiting for what it computes now.
+
+    Args:
+        values: The values.
+        device: The device.
+
+    Returns:
+        The values on the device.
+    """
     return values.to(device, non_blocking=True)
 
 
 def autocast(device: torch.device, *, cached: bool = True) -> torch.autocast:
-    """Mixed precision in bfloat16 where it pays: on a GPU, and on a CPU with the instructions for it.
+    """Create a context of mixed precision: bfloat16 where the device has instructions for it.
 
-    cached: weights are cast once each; a CUDA graph that is captured must cast them anew.
+    Args:
+        device: Where torch computes.
+        cached: Whether weights are cast once each; while a CUDA graph is captured they must be cast anew.
+
+    Returns:
+        The context, disabled where bfloat16 does not pay.
     """
     if device.type == "cuda":
         pays = torch.cuda.is_bf16_supported(including_emulation=False)
@@ -86,5 +126,12 @@ def autocast(device: torch.device, *, cached: bool = True) -> torch.autocast:
 
 
 def laid_out(values: Tensor) -> Tensor:
-    """Weights and maps of images in the order in which convolutions are fastest; others as they are."""
+    """Put a tensor of four axes into the channels-last order, in which convolutions are fastest.
+
+    Args:
+        values: Weights or feature maps.
+
+    Returns:
+        The tensor in that order; one of another rank as it is.
+    """
     return values.contiguous(memory_format=torch.channels_last) if values.dim() == 4 else values

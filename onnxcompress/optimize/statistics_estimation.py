@@ -62,12 +62,26 @@ def estimate_statistics(
     device: str = "cpu",
     progress: Progress = silent,
 ) -> dict[str, ChannelStatistics]:
-    """Statistics of `tensors` (None: all that `measurable` names) on the images, by tensor name.
+    """Estimate mean and deviation of each channel of tensors, while images go through the network once.
 
-    images: float (N, …) as the network takes them, or an ImageSet. source: what the entries say.
-    At most `batch` images go through at once, in one pass for all tensors. A batch that the file fixes is
-    kept to; images that do not fill it are left out. On the CPU the same images give the same numbers.
-    Raises InputError where a tensor is not finite, or the images do not fill one fixed batch.
+    A batch that the file fixes is kept to; images that do not fill it are left out. On the CPU the same
+    images give the same numbers.
+
+    Args:
+        model: The network, with one input.
+        images: Inputs as the network takes them, float (N, …), or a set of inputs.
+        tensors: Names of the tensors; None: all that `measurable` names.
+        source: What the entries give as their source.
+        batch: Images that run at once, at most.
+        device: Where torch computes.
+        progress: Called with the stage, the images done and the images in all.
+
+    Returns:
+        Name of the tensor -> its statistics.
+
+    Raises:
+        InputError: A tensor is not finite, or the images do not fill one fixed batch.
+        OptionError: A tensor has no channels on axis 1.
     """
     import torch
 
@@ -103,7 +117,14 @@ def estimate_statistics(
 
 
 def measurable(model: Model) -> tuple[list[str], list[Refusal]]:
-    """Tensors of the main graph worth measuring, in topological order, and the layers that have none."""
+    """Find the tensors of the main graph worth measuring.
+
+    Args:
+        model: The network.
+
+    Returns:
+        Names of the tensors in topological order, and the layers that have none, with the reason.
+    """
     topology = Topology(model)
     ranks = {name: len(shape) for name, shape in tensor_shapes(model).items()}
     found: dict[str, None] = {}
@@ -131,7 +152,14 @@ def measurable(model: Model) -> tuple[list[str], list[Refusal]]:
 
 
 def channels_first(tensor: gs.Tensor) -> gs.Tensor | None:
-    """The image with its channels on axis 1: the input, or what a Transpose makes of it; None: neither."""
+    """Find the tensor that holds an input with its channels on axis 1.
+
+    Args:
+        tensor: An input of the network.
+
+    Returns:
+        The input itself, or what a Transpose makes of it; None: neither has its channels there.
+    """
     readers = value_readers(tensor)
     if readers and all(is_op(n, "Transpose") and attribute(n, "perm") == CHANNELS_FIRST for n in readers):
         return readers[0].outputs[0]
@@ -140,7 +168,7 @@ def channels_first(tensor: gs.Tensor) -> gs.Tensor | None:
 
 
 def _settled(model: Model, topology: Topology, tensor: gs.Tensor) -> gs.Tensor:
-    """The tensor behind all that folds into the layer that makes this one."""
+    """Return the tensor behind all that folds into the layer that makes this one."""
     while True:
         node = only_consumer(model, tensor)
         if node is None or id(node) not in topology.index:
@@ -161,17 +189,42 @@ class Moments:
 
     @staticmethod
     def of(values: torch.Tensor, name: str) -> Moments:
-        """Moments of (N, channels, …)."""
+        """Compute the moments of a tensor.
+
+        Args:
+            values: The values, (N, C, …).
+            name: Name of the tensor, for messages.
+
+        Returns:
+            The moments of each channel.
+
+        Raises:
+            OptionError: The tensor has no axis of channels.
+            InputError: A value is not finite.
+        """
         moments = Moments()
         moments.add(values, name)
         return moments
 
     def merge(self, other: Moments) -> None:
-        """Take in what others were taken of."""
+        """Add the values that other moments were computed from.
+
+        Args:
+            other: The other moments.
+        """
         self._merge(other.count, np.asarray(other.mean), np.asarray(other.squares))
 
     def add(self, values: torch.Tensor, name: str) -> None:
-        """Take in (N, channels, …)."""
+        """Add the values of a tensor.
+
+        Args:
+            values: The values, (N, C, …).
+            name: Name of the tensor, for messages.
+
+        Raises:
+            OptionError: The tensor has no axis of channels.
+            InputError: A value is not finite.
+        """
         if values.ndim < 2:
             raise OptionError(f"tensor {name!r}: shape {list(values.shape)} has no channels on axis 1")
         flat = values.flatten(2) if values.ndim > 2 else values.unsqueeze(2)
@@ -193,6 +246,14 @@ class Moments:
         self.count = total
 
     def statistics(self, source: str) -> ChannelStatistics:
+        """Convert the moments to an entry of the record.
+
+        Args:
+            source: What the entry gives as its source.
+
+        Returns:
+            Mean and deviation of each channel, (C,) float32.
+        """
         mean, std = np.asarray(self.mean), np.sqrt(np.asarray(self.squares) / self.count)
         return ChannelStatistics(mean.astype(np.float32), std.astype(np.float32), source)
 
@@ -205,7 +266,7 @@ def _batches(
     input: str,
     names: list[str],
 ) -> list[tuple[int, int]]:
-    """Batches as the network takes them: the first image of each, and the first behind it."""
+    """Split the images into batches: the first image of each, and the first image behind it."""
     import torch
 
     total, size = len(images), fixed

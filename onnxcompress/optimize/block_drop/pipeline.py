@@ -87,7 +87,12 @@ class Dropper:
         self.teacher = Executor.from_model(model, device=self.device)
 
     def run(self) -> None:
-        """All steps, in order."""
+        """Run all steps in order.
+
+        Raises:
+            ModelError: The features are unusable, or a weight became infinite.
+            RuntimeUnavailable: The memory of the device does not hold even a few images.
+        """
         if self.options.drop:
             named = {self.found[name] for name in self.options.drop}
             self.dropped = sorted(named, key=self.found.blocks.index)
@@ -100,7 +105,7 @@ class Dropper:
         self._measure()
 
     def _in_front(self, found: Discovery) -> Discovery:
-        """The blocks that the features depend on; what others lose, no score and no repair could see."""
+        """Keep the blocks in front of the feature tensor: others can be neither scored nor repaired."""
         needed = self.teacher.needed([self.source], [self.feature])
         seen = {t.name for node in needed for t in node.outputs}
         behind = [b for b in found.blocks if b.exit not in seen]
@@ -184,14 +189,14 @@ class Dropper:
         return tau
 
     def _macs(self) -> int | None:
-        """Multiply-accumulates of the network with all its blocks, as `Block.macs` counts them."""
+        """Count the multiply-accumulates of the network with all its blocks, as `Block.macs` does."""
         try:
             return sum(node_macs(node, tensor_shapes(self.original)) for node in self.original.graph.nodes)
         except ModelError:  # of sizes that are open
             return None
 
     def _scores_of(self) -> dict[str, Any]:
-        """What scores depend on but the images."""
+        """Return what scores depend on, except the images."""
         options = self.options
         return {
             "model_sha256": self.original.digest(),
@@ -206,7 +211,7 @@ class Dropper:
         }
 
     def _rows(self) -> list[dict[str, Any]]:
-        """One row for each block, as the report shows them."""
+        """Return one row for each block, as the report shows them."""
         gone = {b.exit for b in self.dropped}
         rows = []
         for block in self.found.blocks:
@@ -242,7 +247,7 @@ class Dropper:
         if self.options.blocks is not None:
             return len(choice.dropped) >= self.options.blocks
         target = self._target
-        tau = self._tau()  # not what a noisy clock says: all blocks might go before it adds up
+        tau = self._tau()  # corrected for a noisy clock: by its shares alone all blocks might be dropped
         predicted = sum(tau[b.exit] for b in choice.dropped)
         if not choice.dropped or predicted < 0.9 * target:
             return False
@@ -255,11 +260,11 @@ class Dropper:
         return (self.options.latency_reduction or 0.0) / 100
 
     def _saving(self, model: Model) -> float:
-        """Part of the original's latency that the model saves."""
+        """Measure the part of the original's latency that the model saves."""
         return 1 - self.stopwatch.compare(self.original, model, seconds=5.0)["ratio"]
 
     def _taken_back(self, choice: Choice, whole: Model) -> Choice:
-        """The choice without the blocks that the target does not need. whole: the model with all blocks."""
+        """Return the choice without unneeded blocks. whole: the model with all blocks."""
 
         def measure(blocks: Sequence[Block]) -> float:
             model = whole.copy()
@@ -307,7 +312,7 @@ class Dropper:
 
 
 def _feature(model: Model, name: str | None) -> str:
-    """The tensor that student and teacher are matched at."""
+    """Return the tensor at which student and teacher are matched."""
     if name is None:
         found = Topology(model).feature()
         if found is None:

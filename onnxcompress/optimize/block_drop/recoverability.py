@@ -141,7 +141,14 @@ class Scorer:
         return torch.arange(low, high, device=self.executor.device) % len(self.probe.images)
 
     def recover_each(self, blocks: Sequence[Block]) -> Generator[Recovery, None, None]:
-        """`recover` of one block after the other, some ahead on other threads."""
+        """Recover blocks in order (`recover`), some ahead on other threads.
+
+        Args:
+            blocks: The blocks.
+
+        Yields:
+            R and the weights for each block.
+        """
         return in_turn(lambda index: self.recover(blocks[index]), len(blocks), self.executor.device)
 
     def recover(self, block: Block) -> Recovery:

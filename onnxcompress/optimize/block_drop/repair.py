@@ -143,7 +143,7 @@ class Repair:
         self.model.touch()
 
     def _feature_error(self) -> float:
-        """Relative squared error of the features on the images at hand, nothing augmented."""
+        """Compute the relative squared error of the features on the images, without augmentation."""
         student = Executor.from_model(self.model, device=self.device)
         lost = energy = torch.zeros((), dtype=torch.float64, device=self.device)
         with torch.no_grad():

@@ -24,14 +24,14 @@ from onnxcompress.optimize.block_drop.recoverability import BATCH, STEPS, Probe,
 from onnxcompress.progress import Progress, silent
 
 TOLERANCE = 0.02
-"""By how much a block's share may be off, as part of the whole latency, for a trial without the block."""
+"""Error of a block's share, as part of the whole latency, that a trial without the block allows for."""
 MAX_RESCORED = 6
 """Blocks that are scored again after a drop, at most."""
 
 
 @dataclass
 class Choice:
-    """The student as it grows smaller."""
+    """The student, block by block smaller."""
 
     model: Model
     feature: str
@@ -43,7 +43,12 @@ class Choice:
     """R of all that was dropped."""
 
     def drop(self, block: Block, recovery: Recovery) -> None:
-        """Drop one block more, with what its adapters learned."""
+        """Drop one block more, and keep its adapters.
+
+        Args:
+            block: The block, as found in the model as it is now.
+            recovery: The loss without it, and the weights with its adapters folded in.
+        """
         instead = drop_block(self.model, block)
         self.feature = instead.get(self.feature, self.feature)
         self.dropped.append(block)
@@ -64,10 +69,22 @@ def choose(
     progress: Progress = silent,
     expected: int = 0,
 ) -> Choice:
-    """Drop blocks from `model`, in place, until `enough` or none is left.
+    """Drop blocks from the model, in place, until `enough` says so or none is left.
 
-    scores: first score R / τ by the block's exit; shares: τ by exit, above 0; both for all blocks. steps:
-    of adapter training a look; batch: images that run at once, at most.
+    Args:
+        model: The network, with all its blocks.
+        scores: Exit of each block -> its first score, R / τ.
+        shares: Exit of each block -> τ, above 0.
+        probe: Images, with the original network's features.
+        enough: Whether the choice meets the target.
+        steps: Training steps of the adapters each time that a block is scored.
+        batch: Images that run at once, at most.
+        device: Where torch computes.
+        progress: Called with the stage, the blocks dropped and the blocks in all.
+        expected: Number of blocks to drop, where it is known; for `progress`.
+
+    Returns:
+        The model without the blocks, the blocks in the order of dropping, and their adapters.
     """
     choice = Choice(model, probe.feature)
     known = dict(scores)
@@ -85,7 +102,18 @@ def choose(
 def choose_these(
     model: Model, blocks: Sequence[Block], probe: Probe, *, batch: int = BATCH, device: str = "cpu"
 ) -> Choice:
-    """Drop these blocks from `model`, in place and in this order, each with adapters of its own."""
+    """Drop given blocks from the model, in place and in order, each with adapters of its own.
+
+    Args:
+        model: The network.
+        blocks: The blocks, first to last.
+        probe: Images, with the original network's features.
+        batch: Images that run at once, at most.
+        device: Where torch computes.
+
+    Returns:
+        The model without the blocks, and their adapters.
+    """
     choice = Choice(model, probe.feature)
     for block in blocks:
         now = find_blocks(model)[block.exit]
@@ -109,17 +137,20 @@ def spared(
     target: float,
     measure: Callable[[Sequence[Block]], float],
 ) -> list[Block]:
-    """The blocks of `order` that the target needs: others are taken back, those dropped last first.
+    """Keep only the blocks that the target needs dropped: others are taken back, those dropped last first.
 
     Shares are estimates. That they are too small shows only when the whole is measured, and then more
     blocks are gone than need be. A block is taken back where the rest, measured, still saves the target.
 
     Args:
         order: Blocks in the order in which they were dropped.
-        shares: τ by exit; only their relative sizes matter here.
+        shares: Exit of each block -> τ; only their relative sizes matter here.
         saved: Part of the latency that all of `order` saves, as measured.
         target: Part of the latency to be saved.
-        measure: Part of the latency that dropping just these blocks saves.
+        measure: Measures the part of the latency that dropping just these blocks saves.
+
+    Returns:
+        The blocks that stay dropped, in the same order.
     """
     needed = list(order)
     for block in reversed(order):
@@ -136,15 +167,18 @@ def spared(
 def target_missed(
     latency: Mapping[str, float], target: float, dropped: Sequence[Block], shares: Mapping[str, float]
 ) -> str:
-    """What is wrong with a latency, by more than its interval explains; empty: nothing is.
+    """Explain by how much a latency misses its target, where its interval does not explain it.
 
-    Too little was saved, or the others would save enough without one of the blocks.
+    It is missed where too little was saved, or where the blocks without one of them would save enough.
 
     Args:
         latency: `ratio` to the original with its interval, `low` and `high`.
         target: Percent of the latency to be saved.
-        dropped: Blocks that are gone.
-        shares: τ by exit.
+        dropped: The dropped blocks.
+        shares: Exit of each block -> τ.
+
+    Returns:
+        The sentence; empty where the target is met.
     """
     saved = 100 * (1 - latency["ratio"])
     missed = f"latency is {saved:.1f} % lower, {target:g} % was asked for"
@@ -170,7 +204,7 @@ def _best(
     how: tuple[int, int],
     device: str,
 ) -> tuple[Block, Recovery]:
-    """The block with the lowest score now; `known` learns what is measured. how: steps, batch."""
+    """Find the block with the lowest score now, and note new scores in `known`. how: steps, batch."""
     steps, batch = how
     order = sorted(left, key=lambda b: known[b.exit])[:MAX_RESCORED]
     scorer = Scorer(

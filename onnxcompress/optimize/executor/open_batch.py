@@ -24,20 +24,27 @@ what lies at a threshold."""
 
 
 def file_batch(model: Model) -> int | None:
-    """The number of images that the network's input fixes; None: it is open."""
+    """Read the number of images that the network's input fixes.
+
+    Args:
+        model: The network, with one input.
+
+    Returns:
+        The batch; None where it is open.
+    """
     shape = data_input(model).shape
     return int(shape[0]) if shape and isinstance(shape[0], int) else None
 
 
 def images_at_once(model: Model, images: Tensor) -> int | None:
-    """How many images the executor can run at once.
+    """Find out how many images the executor can run at once, by trying it.
 
     Args:
-        model: with one input.
-        images: (N, …) as the input takes them.
+        model: The network, with one input.
+        images: Inputs as the network takes them, (N, …).
 
     Returns:
-        None for any number; else the one that the graph fixes.
+        None for any number; else the number that the graph fixes.
     """
     base = file_batch(model) or 1
     count = min(TRIED, len(images) // base)
@@ -60,7 +67,7 @@ def images_at_once(model: Model, images: Tensor) -> int | None:
 
 
 def _agrees(whole: object, alone: object, at: int, count: int, compared: bool) -> bool:
-    """Whether batch `at` of `count` gives by itself what it gives among the others."""
+    """Return whether batch `at` of `count` gives by itself what it gives among the others."""
     if not isinstance(whole, Tensor) or not isinstance(alone, Tensor):
         return True  # pieces of a Split; what is made of them is looked at
     if not alone.ndim or len(whole) != count * len(alone) or whole.shape[1:] != alone.shape[1:]:
@@ -73,5 +80,14 @@ def _agrees(whole: object, alone: object, at: int, count: int, compared: bool) -
 
 
 def split_images(values: Tensor, count: int, batch: int) -> tuple[Tensor, ...]:
-    """A tensor of `count` images in parts of `batch` images; an image may have several rows of it."""
+    """Split a tensor into batches of images, where an image may have several rows of the tensor.
+
+    Args:
+        values: The tensor, (count times rows of an image, …).
+        count: Number of images that it holds.
+        batch: Images in a part.
+
+    Returns:
+        The parts in order; the last may be smaller.
+    """
     return torch.split(values, len(values) // count * batch)

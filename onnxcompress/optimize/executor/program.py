@@ -108,7 +108,11 @@ class Program:
         return Program(nodes, producer, constants, frozenset(weights), frozenset(names), opset)
 
     def reshape_to(self, targets: Mapping[int, np.ndarray]) -> None:
-        """Give Reshape nodes, by id of the graph's node, constant targets of their own."""
+        """Give Reshape nodes constant targets.
+
+        Args:
+            targets: id of the node in the graph -> its target shape.
+        """
         for at, node in enumerate(self.nodes):
             if id(node.source) in targets:
                 name = f"onnxcompress.target.{node.outputs[0]}"

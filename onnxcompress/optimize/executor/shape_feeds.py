@@ -29,7 +29,13 @@ class ShapeFeeds:
     """Finds the tensors of which a run lacks the shape alone, and what stands in for them."""
 
     def __init__(self, program: Program, model: Model, run: Run) -> None:
-        """run: of the whole graph, from its inputs to any tensors."""
+        """Prepare for a program.
+
+        Args:
+            program: The program that runs from tensors inside the graph.
+            model: The model that it was made from.
+            run: Runs the whole graph, from its inputs to any tensors.
+        """
         self._program, self._run = program, run
         shapes = tensor_shapes(model)
         self._inputs = {str(t.name): (t.dtype, shapes.get(t.name)) for t in read_inputs(model)}
@@ -38,14 +44,30 @@ class ShapeFeeds:
         self._lock = threading.Lock()
 
     def missing(self, feeds: Iterable[str], outputs: Sequence[str]) -> tuple[str, ...]:
-        """Tensors in front of `feeds` of which a run to `outputs` needs the shape, and only that."""
+        """Find the tensors in front of `feeds` of which a run needs the shape, and only that.
+
+        Args:
+            feeds: Names of the tensors that are fed.
+            outputs: Names of the tensors to compute.
+
+        Returns:
+            Names of the tensors.
+        """
         key = (frozenset(feeds), tuple(outputs))
         if key not in self._missing:
             self._missing[key] = () if self._inputs.keys() <= key[0] else self._search(*key)
         return self._missing[key]
 
     def stand_ins(self, feeds: Mapping[str, Tensor], missing: Sequence[str]) -> dict[str, Tensor]:
-        """Zeros with the shapes that the missing tensors have where `feeds` are what they are."""
+        """Create zeros with the shapes that the missing tensors have for these feeds.
+
+        Args:
+            feeds: Name -> value of the tensors that are fed.
+            missing: Names of the missing tensors, as from `missing`.
+
+        Returns:
+            Name -> zeros, which take no memory; empty where the shapes cannot be computed.
+        """
         fed = next((n for n, v in feeds.items() if v.ndim and n in self._program.names), None)
         if not missing or fed is None or not all(_is_known(s) for _, s in self._inputs.values()):
             return {}  # what is missing is reported by the run
@@ -68,7 +90,7 @@ class ShapeFeeds:
         return tuple(missing)
 
     def _behind(self, name: str, feeds: frozenset[str]) -> tuple[list[str], list[str], bool]:
-        """Tensors whose values `name` needs, those of which it needs the shape; whether it is known."""
+        """Return the tensors whose values and whose shapes `name` needs, and whether feeds suffice."""
         reached, measured, complete = [name], list[str](), True
         seen, place = {name}, 0
         while place < len(reached):
@@ -89,7 +111,7 @@ class ShapeFeeds:
         return reached, measured, complete
 
     def _shape(self, name: str, count: int) -> torch.Size:
-        """Of a tensor, for that many images."""
+        """Return the shape of a tensor for that many images."""
         if (name, count) not in self._known:
             zeros = {n: _zeros(kind, shape or (), count) for n, (kind, shape) in self._inputs.items()}
             with torch.no_grad():

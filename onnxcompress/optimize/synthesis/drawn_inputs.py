@@ -34,24 +34,56 @@ class DrawnSet:
         return len(self.values)
 
     def array(self) -> np.ndarray:
-        """All inputs."""
+        """Return all inputs.
+
+        Returns:
+            The inputs, (N, …).
+        """
         return self.values
 
     def normalized(self, part: slice) -> np.ndarray:
-        """Some of the inputs."""
+        """Return some of the inputs as the network takes them.
+
+        Args:
+            part: Which of them.
+
+        Returns:
+            The inputs, (n, …).
+        """
         return self.values[part]
 
     def batches(self, batch: int) -> Iterator[np.ndarray]:
-        """Batches in order; the last may be smaller."""
+        """Split the inputs into batches.
+
+        Args:
+            batch: Inputs in a batch.
+
+        Yields:
+            The batches in order, (batch, …); the last may be smaller.
+        """
         for start in range(0, len(self), batch):
             yield self.values[start : start + batch]
 
     def take(self, indices: Sequence[int] | np.ndarray) -> DrawnSet:
-        """Pick the inputs at these places."""
+        """Select inputs.
+
+        Args:
+            indices: Their places.
+
+        Returns:
+            The selected inputs.
+        """
         return replace(self, values=self.values[np.asarray(indices)])
 
     def spread(self, count: int) -> DrawnSet:
-        """`count` inputs evenly from all, or all where there are fewer."""
+        """Select inputs evenly from all.
+
+        Args:
+            count: How many.
+
+        Returns:
+            That many inputs, or all where there are fewer.
+        """
         if count >= len(self):
             return self
         return replace(self, values=self.values[np.linspace(0, len(self) - 1, count).astype(int)])
@@ -69,14 +101,17 @@ def drawn_inputs(
     statistics: ChannelStatistics | None = None,
     preprocess: Preprocess | None = None,
 ) -> DrawnSet:
-    """Draw inputs from a seed.
+    """Draw inputs at random.
 
     Args:
         shape: (N, …), channels on axis 1.
-        dtype: of the network's input.
-        seed: the same seed gives the same inputs.
-        statistics: of the input's channels, where they are known.
-        preprocess: how the network's inputs are normalized, where somebody says so.
+        dtype: The type of the network's input.
+        seed: Random seed; the same seed gives the same inputs.
+        statistics: Statistics of the input's channels, where they are known.
+        preprocess: How the network's inputs are normalized, where that is stated.
+
+    Returns:
+        The inputs.
 
     Raises:
         RuntimeUnavailable: torch is missing, which the noise of float inputs needs.
@@ -92,7 +127,7 @@ def drawn_inputs(
 
 
 def _noise(shape: Sequence[int], seed: int, statistics: ChannelStatistics | None) -> np.ndarray:
-    """White and coloured noise by turns."""
+    """Draw white and coloured noise by turns."""
     require("drawing inputs that are no pictures", "torch")
     from onnxcompress.optimize.synthesis.colored_noise import WHITE, Noise, draw_input, generator
 
