@@ -32,6 +32,9 @@ def load_pass(name: str) -> type[Pass]:
     Args:
         name: The pass's name in kebab case, as on the command line.
 
+    Returns:
+        The class.
+
     Raises:
         KeyError: There is no pass of that name.
         RuntimeUnavailable: The package that declares the pass is broken.

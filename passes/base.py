@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 CONVERTED = "converted from opset"
-"""How the change begins that says so of a model with an old operator set."""
+"""Beginning of the change that notes the conversion of an old operator set."""
 
 
 @dataclass
@@ -115,7 +115,13 @@ class Pass(ABC):
         """
 
     def preview(self, model: Model) -> list[Refusal]:
-        """What `apply` would leave alone, by the checks that need none of its work; `model` stays as it is.
+        """List what `apply` would leave alone, by the checks that need none of its work.
+
+        Args:
+            model: The model; it stays as it is.
+
+        Returns:
+            What would be left alone, with the reasons.
 
         Raises:
             CompressError: `apply` would fail on this model with these options.
@@ -123,7 +129,11 @@ class Pass(ABC):
         return []
 
     def hints(self) -> list[str]:
-        """What to try where the outputs are too far from what they were: options, with their values."""
+        """Suggest what to try where the outputs are too far from what they were.
+
+        Returns:
+            Options with their values, as on the command line.
+        """
         return []
 
     def options(self) -> dict[str, Any]:
@@ -227,13 +237,21 @@ def watch_over(passes: Sequence[Pass], model: Model, judged_by: InputRequest | N
 
 
 def refuse(judged: Verdict | None, whose: str = "") -> None:
-    """Raise ResultRefused where a result is not to be written; `whose` result that is stands before why."""
+    """Raise ResultRefused where a result is not to be written.
+
+    Args:
+        judged: The verdict; None: nothing was measured.
+        whose: Begins the reason where the result is that of one of several passes.
+
+    Raises:
+        ResultRefused: The verdict is a refusal.
+    """
     if judged is not None and judged.status == "refused":
         raise ResultRefused(f"nothing is written: {whose}{judged.sentence}; --force writes it all the same")
 
 
 def _learns_from(pass_: Pass) -> InputRequest | None:
-    """What a pass learns from, by the names of its options."""
+    """Return what a pass learns from, by the names of its options."""
     from onnxcompress.optimize.calibration import InputRequest
 
     known = {"images", "preprocess", "count", "seed", "input_shape"}

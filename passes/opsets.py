@@ -60,7 +60,14 @@ def at_opset(model: Model, lowest: int, apply: Callable[[Model], PassResult]) ->
 
 
 def converted(model: Model, opset: int) -> Model:
-    """A copy of the model in a newer operator set that computes the same in onnxruntime.
+    """Copy the model into a newer operator set, such that onnxruntime computes the same.
+
+    Args:
+        model: The model; it stays as it is.
+        opset: The version of the default operator set.
+
+    Returns:
+        The copy.
 
     Raises:
         ModelError: There is none; the message says why and what to do.
@@ -165,7 +172,7 @@ def _compare(before: Model, after: Model) -> None:
 
 
 def _feeds(model: Model) -> Iterator[dict[str, np.ndarray]]:
-    """Random inputs, with open dimensions in several sizes if there are any."""
+    """Draw random inputs, with open dimensions in several sizes if there are any."""
     specs = input_specs(model)
     batch = {s.shape[0] for s in specs if s.shape and isinstance(s.shape[0], str)}
     for size in OPEN_SIZES:
@@ -176,7 +183,7 @@ def _feeds(model: Model) -> Iterator[dict[str, np.ndarray]]:
 
 
 def _filled(spec: InputSpec, size: int, batch: Collection[object]) -> tuple[int, ...]:
-    """The input's shape with sizes for what is open; what is called as a batch is has that size."""
+    """Return the input's shape with sizes for open dimensions; those named as the batch get BATCH."""
     return tuple(
         d if isinstance(d, int) else BATCH if not axis or d in batch else size
         for axis, d in enumerate(spec.shape or ())

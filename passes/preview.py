@@ -1,4 +1,4 @@
-"""What a pass would refuse, without its work: the checks of applicability that a dry run makes."""
+"""Checks of a dry run: what a pass would refuse, without doing its work."""
 
 from __future__ import annotations
 
@@ -11,21 +11,32 @@ from onnxcompress.statistics.record import known_statistics
 
 
 def raised(model: Model, lowest: int) -> Model:
-    """A copy of the model that has at least this operator set.
+    """Copy the model into an operator set that is new enough.
+
+    Args:
+        model: The model; it stays as it is.
+        lowest: The lowest version of the default operator set.
+
+    Returns:
+        The copy.
 
     Raises:
-        ModelError: It has an older one and cannot be converted.
+        ModelError: The model has an older one and cannot be converted.
     """
     return model.copy() if model.opset >= lowest else converted(model, lowest)
 
 
 def check_inputs(model: Model, request: InputRequest) -> None:
-    """Raise what gathering the inputs would raise, after one image instead of all.
+    """Check that inputs can be gathered, with one image instead of all.
+
+    Args:
+        model: The network.
+        request: The inputs that are asked for.
 
     Raises:
         OptionError: The request contradicts itself.
         InputError: The images are unusable, or do not fit the network.
-        ModelError: None can be made for this network.
+        ModelError: None can be synthesized for this network.
     """
     if request.images is not None:
         request = replace(request, count=1, inputs="images")

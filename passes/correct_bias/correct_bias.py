@@ -1,11 +1,11 @@
-"""Bias correction: what rounded or removed weights change in a layer's mean output, its bias takes back.
+"""Bias correction: change a layer's bias by the mean error that its rounded or pruned weights cause.
 
-With weights W of a reference file, Ŵ of its quantized or pruned twin, and x the input of the layer,
+With weights W of a reference file, Ŵ of the quantized or pruned model, and x the input of the layer,
 
     E[Ŵ x + b̂] = E[W x + b]        for        b̂ = b − E[(Ŵ − W) x] = b − Σ over inputs, taps (Ŵ − W) m
 
-where m is what each tap sees on average (`_correct_taps`: exact at zero-padded borders). m comes from the
-record in closed form (`_correct_moments`: Nagel et al., Data-Free Quantization through Weight Equalization
+where m is the mean input of each tap (`kernel_taps`: exact at zero-padded borders). m comes from the record
+in closed form (`statistics.propagation`: Nagel et al., Data-Free Quantization through Weight Equalization
 and Bias Correction, ICCV 2019, §4.2 and appendix), or is measured on inputs of any source. b̂ is set from
 the reference's b, so a second run changes nothing.
 
@@ -13,10 +13,10 @@ The reference is first brought to the form that the model was in before its weig
 (`correct_bias.reference`), and outputs must not get further from the reference's on inputs that nothing was
 learned from (`correct_bias.output_check`): else the pass fails and nothing is written.
 
-Layers go together by the name of their output tensor, else of the node; one is left alone, with the reason,
-where
- 1. the twin has no layer of that name, operator and shape of weight, or its weight is no constant, directly
-    or through DequantizeLinear of one scale per tensor or channel;
+Layers are matched by the name of their output tensor, else of the node; a layer is left alone, with the
+reason, where
+ 1. the model has no layer of that name, operator and shape of weight (its twin), or the twin's weight is no
+    constant, directly or through DequantizeLinear of one scale per tensor or channel;
  2. its weights differ by more than their size, or by factors of channels, or the record's statistics of its
     output differ: the twin is not the reference with other weights (quantize scales channels);
  3. a bias is computed or shared, or missing where the weight is quantized: an integer kernel wants an int32
@@ -82,11 +82,18 @@ class CorrectBias(InputOptions, Pass):
     )
 
     def apply(self, model: Model, progress: Progress = silent) -> PassResult:
-        """Correct in place. `measured`: `layers` corrected and `left`, the `largest` correction, and
-        `output_snr_db` of the worst output against the reference, `before` and `after`.
+        """Correct the biases in place.
+
+        Args:
+            model: The model whose weights were changed.
+            progress: Called with the stage, the steps done and the steps in all.
+
+        Returns:
+            The result; `measured` has the number of `layers` corrected and `left`, the `largest`
+            correction, and `output_snr_db` of the worst output against the reference, `before` and `after`.
 
         Raises:
-            OptionError: Without a reference, or for contradictory inputs.
+            OptionError: There is no reference, or the inputs contradict each other.
             ModelError: The reference cannot be used, or the outputs would get further from its own; the
                 model is then as it was.
             InputError: The inputs cannot be used.
@@ -124,7 +131,17 @@ class CorrectBias(InputOptions, Pass):
         return result
 
     def preview(self, model: Model) -> list[Refusal]:
-        """The layers without a twin in the reference, and whether inputs can be had."""
+        """List the layers without a counterpart in the model, and check that inputs can be gathered.
+
+        Args:
+            model: The model whose weights were changed; it stays as it is.
+
+        Returns:
+            The layers that would be left alone, with the reasons.
+
+        Raises:
+            CompressError: `apply` would fail on this model with these options.
+        """
         self.check()
         reference, own = load(Path(self.reference)), model.copy()
         if refusal := bring_along(reference, own):
@@ -134,7 +151,12 @@ class CorrectBias(InputOptions, Pass):
         return pairs_of(reference, own)[1]
 
     def check(self) -> None:
-        """Raise OptionError without a reference, or for inputs that contradict each other."""
+        """Check the options on their own, without a model.
+
+        Raises:
+            OptionError: There is no reference, or the inputs contradict each other.
+            RuntimeUnavailable: torch is missing, and the inputs need it.
+        """
         if not self.reference:
             raise OptionError("--reference is needed: the model before its weights were changed")
         if self.inputs != "record":
@@ -144,14 +166,20 @@ class CorrectBias(InputOptions, Pass):
             raise OptionError("--images: say --inputs images, too; --inputs record uses no images")
 
     def hints(self) -> list[str]:
-        """Options whose means are closer to what layers see."""
+        """Suggest sources of inputs whose means are closer to those of real inputs.
+
+        Returns:
+            Options with their values, as on the command line.
+        """
         return [f"--inputs {kind}" for kind in ("layerwise", "images") if kind != self.inputs]
 
     def _means(
         self, reference: Model, layers: list[Linear], progress: Progress
     ) -> tuple[Mapping[str, np.ndarray | Refusal], Inputs | None, Samples | None]:
-        """What the taps of each layer see on average, by name of its output tensor; the inputs that showed
-        it; and real images that were kept aside from them."""
+        """Return the mean input of each tap of each layer, by name of the layer's output tensor.
+
+        Then the inputs that they were measured on, and real images that were held out from these.
+        """
         if self.inputs == "record":
             return recorded_means(reference, layers), None, None
         inputs, kept = _kept_aside(gather_inputs(reference, self.request, progress=progress))
@@ -173,7 +201,7 @@ def _kept_aside(inputs: Inputs) -> tuple[Inputs, Samples | None]:
 
 
 def _correct(reference: Model, model: Model, pair: Pair, means: np.ndarray | Refusal) -> float | Refusal:
-    """Correct one layer's bias in place; the largest correction, 0 where the bias is right already."""
+    """Correct one layer's bias in place; return the largest correction, 0 where the bias is right."""
     if isinstance(means, Refusal):
         return Refusal(node_label(pair.twin), means.rule, means.remedy)
     shift = bias_shift(pair.layer, pair.weight, means)
@@ -184,9 +212,15 @@ def _correct(reference: Model, model: Model, pair: Pair, means: np.ndarray | Ref
 
 
 def bias_shift(layer: Linear, weight: np.ndarray, means: np.ndarray) -> np.ndarray:
-    """(outputs,) E[(Ŵ − W) x], float64: what other weights change in the mean of a layer's output.
+    """Compute what new weights change in the mean of a layer's output: E[(Ŵ − W) x].
 
-    `weight`: Ŵ, stored as the layer's own. `means`: (inputs, taps) what each tap sees on average.
+    Args:
+        layer: The layer, with W.
+        weight: Ŵ, stored as the layer's own.
+        means: Mean input of each tap, (inputs, taps).
+
+    Returns:
+        The change, (outputs,), float64.
     """
     change = layer.view(weight.astype(np.float64) - layer.weight.astype(np.float64))
     groups, _, inputs, taps = change.shape

@@ -1,4 +1,4 @@
-"""What the taps of layers see on average: from the record, or measured on inputs. See `_correct_taps`.
+"""The mean input of each tap of layers: from the record, or measured on inputs. See `kernel_taps`.
 
 Measured: images go through the reference, or each layer's input is drawn from statistics
 (`optimize.synthesis.layer_sampler`); batches count by their number of samples, sums are in float64.
@@ -31,7 +31,15 @@ BATCH = 16
 
 
 def recorded_means(model: Model, layers: list[Linear]) -> dict[str, np.ndarray | Refusal]:
-    """(inputs, taps) means for each layer, from statistics alone, by name of its output tensor."""
+    """Compute the mean input of each tap of layers from recorded statistics alone.
+
+    Args:
+        model: The network, with recorded statistics.
+        layers: The layers.
+
+    Returns:
+        Name of the layer's output tensor -> means, (inputs, taps), or why they are not known.
+    """
     moments = Moments(model, trace(model), known_statistics(model))
     found: dict[str, np.ndarray | Refusal] = {}
     for layer in layers:
@@ -49,9 +57,17 @@ def recorded_means(model: Model, layers: list[Linear]) -> dict[str, np.ndarray |
 
 
 def layer_window(model: Model, layer: Linear) -> tuple[gs.Tensor, Window]:
-    """The tensor that a layer reads, through a Pad of zeros if there is one, and where its taps lie.
+    """Find the tensor that a layer reads, through a Pad of zeros if there is one, and where its taps lie.
 
-    Raises NoMoments where the size of the image is open and matters.
+    Args:
+        model: The network.
+        layer: The layer.
+
+    Returns:
+        The tensor, and the places of the taps.
+
+    Raises:
+        NoMoments: The size of the image is open and matters.
     """
     source = layer.node.inputs[layer.data_at]
     pads = None
@@ -69,7 +85,7 @@ def layer_window(model: Model, layer: Linear) -> tuple[gs.Tensor, Window]:
 
 
 def _zeros(model: Model, node: gs.Node) -> tuple[int, ...] | None:
-    """Pads of the image, begins first, of a Pad with zeros; None: it is another Pad."""
+    """Return the pads of the image, begins first, of a Pad with zeros; None: it is another Pad."""
     given = attribute(node, "pads")
     value = np.asarray(given) if given is not None else constant_value(model, node.inputs[1])
     filled = input_at(node, 2)
@@ -86,7 +102,21 @@ def _zeros(model: Model, node: gs.Node) -> tuple[int, ...] | None:
 def measured_means(
     model: Model, layers: list[Linear], inputs: Inputs, seed: int, progress: Progress
 ) -> Mapping[str, np.ndarray | Refusal]:
-    """(inputs, taps) means for each layer, by name of its output tensor, or why there are none."""
+    """Measure the mean input of each tap of layers.
+
+    Args:
+        model: The network.
+        layers: The layers.
+        inputs: The inputs to measure on; each layer's own are drawn where they are `layerwise`.
+        seed: Random seed of what is drawn.
+        progress: Called with the stage, the inputs done and the inputs in all.
+
+    Returns:
+        Name of the layer's output tensor -> means, (inputs, taps), or why there are none.
+
+    Raises:
+        InputError: The inputs do not fill one batch that the file fixes.
+    """
     from onnxcompress.optimize.deterministic_threads import in_turn
 
     windows: dict[str, tuple[str, Window]] = {}
@@ -125,11 +155,11 @@ def measured_means(
 
 
 Values = Callable[[range], dict[str, np.ndarray]]
-"""Of the tensors, for the samples of these numbers."""
+"""Gives the values of the tensors, by name, for the samples with these numbers."""
 
 
 def _seen(model: Model, tensors: list[str], images: Samples) -> tuple[list[range], Values]:
-    """The batches, and what gives the values of the tensors in each."""
+    """Return the batches, and what gives the values of the tensors in each."""
     import torch
 
     from onnxcompress.optimize.executor import Executor

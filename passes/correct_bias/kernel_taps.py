@@ -1,6 +1,6 @@
-"""What each tap of a layer's kernel sees on average: its channel's mean where it lies inside the image.
+"""The mean input of each tap of a layer's kernel: its channel's mean where the tap lies inside the image.
 
-The mean of a convolution's output over all its places is linear in what the taps see:
+The mean of a convolution's output over all its places is linear in the inputs of its taps:
 
     E[y_o] = Σ over inputs i and taps t of  W[o, i, t] · m[i, t]  + b_o
     m[i, t] = (sum of x_i over the places in the image that tap t meets) / (number of output places)
@@ -33,7 +33,11 @@ class Window:
     """Output places along each axis."""
 
     def coverage(self) -> np.ndarray:
-        """(taps,) the share of output places at which each tap meets the image."""
+        """Compute the share of output places at which each tap meets the image.
+
+        Returns:
+            The shares, (taps,).
+        """
         shares = np.ones(1)
         for places, count in zip(self.places, self.outputs, strict=True):
             along = np.array([len(at) / count for at in places])
@@ -41,7 +45,14 @@ class Window:
         return shares
 
     def means(self, x: np.ndarray) -> np.ndarray:
-        """(inputs, taps) m, of samples x of shape (samples, inputs, …); float64."""
+        """Compute the mean input of each tap.
+
+        Args:
+            x: Samples of the layer's input, (N, inputs, …).
+
+        Returns:
+            The means m, (inputs, taps), float64.
+        """
         if not self.places:
             return np.asarray(x.mean(0, dtype=np.float64))[:, None]
         found = []
@@ -54,9 +65,15 @@ class Window:
 
 
 def window(layer: Linear, sizes: tuple[int, ...], extra: tuple[int, ...] | None = None) -> Window:
-    """The window of a layer over an image of these spatial sizes.
+    """Determine where the taps of a layer lie over an image.
 
-    `extra`: pads of a Pad before the layer, all at the begins, then all at the ends; `sizes` are without.
+    Args:
+        layer: The layer.
+        sizes: Spatial sizes of the image, without `extra`.
+        extra: Pads of a Pad in front of the layer, all at the begins, then all at the ends; None: no Pad.
+
+    Returns:
+        The places of the taps.
     """
     node = layer.node
     if node.op not in ("Conv", "ConvTranspose"):
@@ -86,7 +103,7 @@ def window(layer: Linear, sizes: tuple[int, ...], extra: tuple[int, ...] | None 
 
 
 def _conv(layer: Linear, axis: int, rank: int, size: int, reach: int, stride: int) -> tuple[int, int]:
-    """Padding before, and number of output places."""
+    """Return the padding before, and the number of output places."""
     pads = attribute(layer.node, "pads", [0] * 2 * rank)
     auto = attribute(layer.node, "auto_pad", "NOTSET")
     if auto in SAME:
@@ -98,7 +115,7 @@ def _conv(layer: Linear, axis: int, rank: int, size: int, reach: int, stride: in
 
 
 def _transposed(layer: Linear, axis: int, rank: int, size: int, reach: int, stride: int) -> tuple[int, int]:
-    """What is cut off before, and number of output places."""
+    """Return what is cut off before, and the number of output places."""
     pads = attribute(layer.node, "pads", [0] * 2 * rank)
     more = attribute(layer.node, "output_padding", [0] * rank)[axis]
     auto = attribute(layer.node, "auto_pad", "NOTSET")

@@ -1,4 +1,4 @@
-"""Layers of a reference and their twins in a model made from it: weights, biases. See `correct_bias`."""
+"""Match the layers of a reference with those of a model made from it (their twins). See `correct_bias`."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from onnxcompress.passes.correct_bias.reference import scaled_apart, statistics_
 from onnxcompress.statistics.record import known_statistics
 
 LARGEST_CHANGE = 1.0
-"""Of a layer's weights, relative to their norm (rule 2)."""
+"""Largest change of a layer's weights, relative to their norm (rule 2)."""
 APART = "give as --reference the model after it was equalized; quantize with --no-stretch scales nothing"
 
 
@@ -39,13 +39,21 @@ class Pair:
     layer: Linear
     twin: gs.Node
     weight: np.ndarray
-    """The twin's, as stored in the reference, float64."""
+    """The twin's weight, in the layout of the reference's, float64."""
     quantized: bool
     """Whether the twin's weight is dequantized."""
 
 
 def pairs_of(reference: Model, model: Model) -> tuple[list[Pair], list[Refusal]]:
-    """The layers whose weights changed, and those that have no twin (rules 1 and 2)."""
+    """Match the layers whose weights changed (rules 1 and 2).
+
+    Args:
+        reference: The model before its weights were changed.
+        model: The model that was made from it.
+
+    Returns:
+        The pairs, and the layers that have no twin, with the reasons.
+    """
     shapes = tensor_shapes(reference)
     known, own = known_statistics(reference), known_statistics(model)
     twins = {t.name: node for node in model.graph.nodes for t in node.outputs}
@@ -97,7 +105,7 @@ def _pair(layer: Linear, twin: gs.Node | None, model: Model) -> Pair | Refusal |
 
 
 def _twin_weight(model: Model, tensor: gs.Tensor) -> tuple[np.ndarray | None, bool]:
-    """The value of a weight, float64, and whether it is dequantized; None: it is not known."""
+    """Return the value of a weight, float64, and whether it is dequantized; None: it is not known."""
     value = stored_value(tensor)
     if value is not None:
         return value.astype(np.float64), False
@@ -114,7 +122,15 @@ def _twin_weight(model: Model, tensor: gs.Tensor) -> tuple[np.ndarray | None, bo
 
 
 def dequantized(model: Model, node: gs.Node) -> np.ndarray | None:
-    """What a DequantizeLinear of constants gives, float64; None: not constant, or scaled block by block."""
+    """Compute what a DequantizeLinear of constants gives.
+
+    Args:
+        model: The model.
+        node: The node.
+
+    Returns:
+        The values, float64; None where they are not constant, or scaled block by block.
+    """
     numbers, scale = (constant_value(model, tensor) for tensor in node.inputs[:2])
     zero = input_at(node, 2)
     offset = np.zeros(()) if zero is None else constant_value(model, zero)
@@ -127,7 +143,17 @@ def dequantized(model: Model, node: gs.Node) -> np.ndarray | None:
 
 
 def write_bias(reference: Model, model: Model, pair: Pair, shift: np.ndarray) -> bool | Refusal:
-    """Set the twin's bias to the reference's less the shift; whether that changed it (rules 3 and 5)."""
+    """Set the twin's bias to the reference's less a shift (rules 3 and 5).
+
+    Args:
+        reference: The model before its weights were changed.
+        model: The model, changed in place.
+        pair: The layer and its twin.
+        shift: What to subtract, (outputs,), float64.
+
+    Returns:
+        Whether that changed the bias, or why it stays.
+    """
     label = node_label(pair.twin)
     if not pair.layer.takes_bias:
         return _write_add(reference, model, pair, shift)
@@ -155,7 +181,7 @@ def write_bias(reference: Model, model: Model, pair: Pair, shift: np.ndarray) ->
 
 
 def _write_integers(model: Model, pair: Pair, maker: gs.Node, wanted: np.ndarray) -> bool | Refusal:
-    """An int32 bias behind a DequantizeLinear."""
+    """Set an int32 bias behind a DequantizeLinear."""
     label = node_label(pair.twin)
     old, scale = (constant_value(model, tensor) for tensor in maker.inputs[:2])
     if (
@@ -182,7 +208,7 @@ def _write_integers(model: Model, pair: Pair, maker: gs.Node, wanted: np.ndarray
 
 
 def _write_add(reference: Model, model: Model, pair: Pair, shift: np.ndarray) -> bool | Refusal:
-    """A MatMul's bias is the constant that an Add behind it adds."""
+    """Set a MatMul's bias: the constant that an Add behind it adds."""
     label = node_label(pair.twin)
     there, here = (
         _add_behind(one, node) for one, node in ((reference, pair.layer.node), (model, pair.twin))
@@ -205,7 +231,7 @@ def _write_add(reference: Model, model: Model, pair: Pair, shift: np.ndarray) ->
 
 
 def _add_behind(model: Model, node: gs.Node) -> tuple[gs.Node, int, np.ndarray] | None:
-    """The Add that alone reads a node's output, which operand is its constant, and the value of that."""
+    """Return the Add that alone reads a node's output, which operand is its constant, and that constant."""
     add = only_consumer(model, node.outputs[0])
     if not is_op(add, "Add"):
         return None

@@ -3,8 +3,8 @@
 A bias can be compared only where both files split the network's function between their layers alike:
 
  1. passes that move factors or offsets between layers (MOVING) came between the two files: they are applied
-    to the reference, too, with the options that the model's provenance holds. That is exact, because each
-    entry names the SHA-256 of the model that went in; where it is not the reference's, the pair is refused;
+    to the reference, too, with the options in the model's provenance. That is exact, because each entry
+    names the SHA-256 of the model that went in; where it is not the reference's, the pair is refused;
  2. the reference has BatchNorms and the model has not: they are folded, as the passes before pruning and
     quantizing fold them;
  3. what is left shows in the numbers (`scaled_apart`, `statistics_differ`): other tools equalize, too.
@@ -27,13 +27,13 @@ from onnxcompress.passes.fold_bn.fold_and_canonicalize import fold_and_canonical
 from onnxcompress.statistics.record import ChannelStatistics
 
 MOVING = ("equalize", "absorb-bias")
-"""Passes after which layers hold other numbers although the network computes what it did."""
+"""Passes that change the weights of layers although the network computes the same."""
 EXPLAINED = 0.6
 """Share of a weight's change that factors of its channels must explain to be taken for its cause."""
 NOISE = 1e-4
 """Change of a weight, relative to its norm, that is rounding."""
 SWEEPS = 20
-"""Of the alternating least squares."""
+"""Iterations of the alternating least squares."""
 SAME = 2e-3
 """Difference of two statistics, in deviations of the channel, that is rounding."""
 
@@ -67,7 +67,7 @@ def bring_along(reference: Model, model: Model) -> Refusal | None:
 
 
 def _since(reference: Model, model: Model) -> list[dict[str, Any]]:
-    """The entries of the model's provenance that the reference's does not begin with."""
+    """Return the entries of the model's provenance that the reference's does not begin with."""
     theirs, own = reference.provenance(), model.provenance()
     common = 0
     while common < min(len(theirs), len(own)) and theirs[common] == own[common]:
@@ -90,7 +90,15 @@ def _apply(reference: Model, entry: dict[str, Any]) -> bool:
 
 
 def statistics_differ(known: ChannelStatistics | None, own: ChannelStatistics | None) -> bool:
-    """Whether the records of a layer's output say that its channels were scaled or shifted (rule 3)."""
+    """Return whether records of a layer's output show that its channels were scaled or shifted (rule 3).
+
+    Args:
+        known: The reference's record of it, if any.
+        own: The model's record of it, if any.
+
+    Returns:
+        Whether they differ by more than rounding; False where they cannot be compared.
+    """
     if known is None or own is None or known.source != own.source or known.mean.shape != own.mean.shape:
         return False
     unit = np.maximum(known.std, own.std).clip(1e-12)
@@ -100,7 +108,7 @@ def statistics_differ(known: ChannelStatistics | None, own: ChannelStatistics | 
 
 
 def scaled_apart(layer: Linear, weight: np.ndarray) -> bool:
-    """Whether factors of channels are most of what became of a layer's weight (rule 3).
+    """Return whether factors of channels explain most of the change of a layer's weight (rule 3).
 
     Fits `weight[o, i, k] = s[o] W[o, i, k] t[i]` by alternating least squares over the weights that are
     not zero, and compares what that leaves, per degree of freedom, with the change itself. Rounding and
@@ -109,6 +117,9 @@ def scaled_apart(layer: Linear, weight: np.ndarray) -> bool:
     Args:
         layer: The layer of the reference.
         weight: The weight of its twin, stored as the layer's own.
+
+    Returns:
+        Whether they explain it.
     """
     old, new = (layer.view(np.asarray(w, np.float64)) for w in (layer.weight, np.ascontiguousarray(weight)))
     kept = (old != 0) & (new != 0)
@@ -126,6 +137,6 @@ def scaled_apart(layer: Linear, weight: np.ndarray) -> bool:
 
 
 def _ratio(new: np.ndarray, old: np.ndarray, axes: tuple[int, ...]) -> np.ndarray:
-    """The factors of the other axes that bring `old` nearest to `new`; 1 where `old` is zero."""
+    """Return the factors of the other axes that bring `old` nearest to `new`; 1 where `old` is zero."""
     over, under = (np.sum(part, axes, keepdims=True) for part in (new * old, old * old))
     return np.where(under > 0, over / np.where(under > 0, under, 1.0), 1.0)

@@ -10,7 +10,7 @@ the least precision under one scale per tensor, for all layers at once, to conve
 al., Data-Free Quantization through Weight Equalization and Bias Correction (ICCV 2019), §4.1; Horton et
 al., Layer-Wise Data-Free CNN Compression (arXiv 2011.09058), §3.2.
 
-A channel group is left alone, with the reason, where (the code calls such a group barred):
+A channel group is left alone, with the reason, where one of these holds (`barred` in the code):
  1. it reaches an operator that does not commute with a scale (Sigmoid, HardSwish, Softmax,
     BatchNormalization: fold it first), one without a rule, an input or output of the model, or the body of
     an If, Loop or Scan;
@@ -72,7 +72,14 @@ class Equalize(Pass):
     )
 
     def preview(self, model: Model) -> list[Refusal]:
-        """All that would be left alone: the pass is quick enough to be run on a copy."""
+        """List what would be left alone: the pass is quick enough to be run on a copy.
+
+        Args:
+            model: The model; it stays as it is.
+
+        Returns:
+            What would be left alone, with the reasons.
+        """
         return self.apply(model.copy()).refusals
 
     def apply(self, model: Model, progress: Progress = silent) -> PassResult:

@@ -81,7 +81,14 @@ class FoldBatchNorm(Pass):
     copy_shared: bool = option(False, "Fold a weight that several layers share by copying it.")
 
     def preview(self, model: Model) -> list[Refusal]:
-        """All that would be left alone: the pass is quick enough to be run on a copy."""
+        """List what would be left alone: the pass is quick enough to be run on a copy.
+
+        Args:
+            model: The model; it stays as it is.
+
+        Returns:
+            What would be left alone, with the reasons.
+        """
         return self.apply(model.copy()).refusals
 
     def apply(self, model: Model, progress: Progress = silent) -> PassResult:

@@ -31,9 +31,9 @@ class Candidate:
     """A node that can be computed in float16."""
 
     index: int
-    """Of the node in the graph."""
+    """Place of the node in the graph."""
     name: str
-    """Its own, or where it has none that of its first output."""
+    """Name of the node, or of its first output where it has none."""
     op: str
     inputs: tuple[int, ...]
     outputs: tuple[int, ...]
@@ -42,7 +42,11 @@ class Candidate:
 
 @cache
 def converter() -> ModuleType:
-    """onnxruntime's own float16 converter, whose package would leave its folder on sys.path."""
+    """Import onnxruntime's own float16 converter, without the folder that its package adds to sys.path.
+
+    Returns:
+        The module.
+    """
     path = list(sys.path)
     try:
         from onnxruntime.transformers import float16
@@ -53,7 +57,14 @@ def converter() -> ModuleType:
 
 
 def candidates(proto: onnx.ModelProto) -> tuple[list[Candidate], list[tuple[str, str]]]:
-    """The nodes that can, and (name, why not) of those that compute float32 and cannot."""
+    """Find the nodes that can be computed in float16.
+
+    Args:
+        proto: The float32 model.
+
+    Returns:
+        The nodes, and (name, reason) of those that compute float32 and cannot be converted.
+    """
     types = element_types(proto)
     opset = max((o.version for o in proto.opset_import if o.domain in DEFAULT_DOMAINS), default=1)
     can: list[Candidate] = []
@@ -77,7 +88,14 @@ def candidates(proto: onnx.ModelProto) -> tuple[list[Candidate], list[tuple[str,
 
 
 def element_types(proto: onnx.ModelProto) -> dict[str, int]:
-    """Tensor -> element type, of all tensors of the main graph whose type can be inferred."""
+    """Infer the element types of the tensors of the main graph.
+
+    Args:
+        proto: The model.
+
+    Returns:
+        Name of the tensor -> element type, where it can be inferred.
+    """
     graph = onnx.shape_inference.infer_shapes(proto).graph
     values = [*graph.input, *graph.value_info, *graph.output]
     types = {v.name: v.type.tensor_type.elem_type for v in values}
@@ -86,7 +104,14 @@ def element_types(proto: onnx.ModelProto) -> dict[str, int]:
 
 
 def has_bodies(proto: onnx.ModelProto) -> bool:
-    """Whether there are bodies of If, Loop or Scan, or functions: the converter is not safe there."""
+    """Return whether there are bodies of If, Loop or Scan, or functions: the converter is not safe there.
+
+    Args:
+        proto: The model.
+
+    Returns:
+        Whether there are any.
+    """
     kinds = (onnx.AttributeProto.GRAPH, onnx.AttributeProto.GRAPHS)
     return bool(proto.functions) or any(a.type in kinds for n in proto.graph.node for a in n.attribute)
 
@@ -111,7 +136,7 @@ def _unknown(node: onnx.NodeProto, types: dict[str, int]) -> str:
 def _halvable(
     formal: Sequence[onnx.defs.OpSchema.FormalParameter], names: Sequence[str], types: dict[str, int]
 ) -> tuple[int, ...]:
-    """Places of float32 tensors that may be float16 instead. The last parameter may be variadic."""
+    """Return the places of float32 tensors that may be float16. The last parameter may be variadic."""
     return tuple(
         i
         for i, name in enumerate(names)

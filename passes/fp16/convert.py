@@ -1,7 +1,7 @@
-"""From float32 to float16: nodes that are to compute in float16 get it, the others stay as they are.
+"""Convert some nodes of a float32 model to float16, and put Casts between them and the others.
 
-Each float32 tensor t has a version in the type that its maker gives (native), and one in the other type
-where a reader wants that:
+Each float32 tensor t has a version in the type that the node before it computes (native), and one in the
+other type where a reader wants that:
 
     native    half: outputs of converted nodes; initializers and Constants that only half readers want;
               inputs where the ends become float16. float: everything else
@@ -10,7 +10,7 @@ where a reader wants that:
 
 The native version keeps the name t; the other one is a Cast behind it, placed before its first reader. A
 graph output keeps its name in the type that is wanted, whatever its maker's is then called. Tensors whose
-type is not known (other domains) are left alone: whoever reads one stays float32 (`_fp16_nodes`).
+type is not known (other domains) are left alone: nodes that read one stay float32 (`fp16.candidates`).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from onnxcompress.model.sparse_tensors import dense
 from onnxcompress.passes.fp16.candidates import FLOAT, HALF, candidates, element_types
 
 SMALLEST, LARGEST = 5.96e-8, 65504.0
-"""Magnitudes of float16; what is not zero stays so, what is finite stays so."""
+"""Magnitudes of float16; values that are not zero stay so, and finite values stay finite."""
 SUFFIX: dict[int, str] = {HALF: "float16", FLOAT: "float32"}
 
 
@@ -67,13 +67,13 @@ class _Conversion:
         self.graph.node.extend(nodes)
 
     def _wants(self, at: int, place: int, node: onnx.NodeProto) -> int | None:
-        """The type in which a node reads an input; None: whichever there is."""
+        """Return the type in which a node reads an input; None: either."""
         if node.op_type in ("Shape", "Size") and node.domain in DEFAULT_DOMAINS:
             return None
         return HALF if at in self.half and place in self.half[at].inputs else FLOAT
 
     def _wanted(self) -> dict[str, set[int]]:
-        """The types in which each tensor is read."""
+        """Return the types in which each tensor is read."""
         found: dict[str, set[int]] = defaultdict(set)
         for at, node in enumerate(self.graph.node):
             for place, name in enumerate(node.input):
@@ -86,7 +86,7 @@ class _Conversion:
         return found
 
     def _native(self) -> dict[str, int]:
-        """The type in which each float32 tensor is made."""
+        """Return the type in which each float32 tensor is computed."""
         native: dict[str, int] = {name: FLOAT for name, kind in self.types.items() if kind == FLOAT}
         native |= {i.name: self.ends for i in self.graph.input if i.name in native}
         free = [t.name for t in self.graph.initializer]
@@ -101,7 +101,7 @@ class _Conversion:
         return native
 
     def _name(self, tensor: str, kind: int) -> str:
-        """What the version of this type is called."""
+        """Return the name of a tensor's version of this type."""
         plain = self.ends if tensor in self.outputs else self.native[tensor]
         if kind == plain:
             return tensor
@@ -110,7 +110,7 @@ class _Conversion:
         return self.called[tensor, kind]
 
     def _values(self) -> None:
-        """Initializers."""
+        """Convert and rename initializers."""
         for tensor in self.graph.initializer:
             if self.native.get(tensor.name) == HALF:
                 tensor.CopyFrom(half_tensor(numpy_helper.to_array(tensor), tensor))
@@ -118,7 +118,7 @@ class _Conversion:
                 tensor.name = self._name(tensor.name, self.native[tensor.name])
 
     def _ends(self) -> None:
-        """Types of inputs, outputs and value infos."""
+        """Set the types of inputs, outputs and value infos."""
         for value in (*self.graph.input, *self.graph.output, *self.graph.value_info):
             if self.types.get(value.name) == FLOAT:
                 kind = self.ends if value.name in self.outputs else self.native[value.name]
@@ -150,7 +150,7 @@ class _Conversion:
                     yield from self._cast(name, loose[name], cast)
 
     def _cast(self, tensor: str, native: int, cast: set[str]) -> Iterator[onnx.NodeProto]:
-        """The Cast that makes the other version, the first time that it is asked for."""
+        """Yield the Cast that makes the other version, the first time that it is asked for."""
         if tensor not in cast:
             cast.add(tensor)
             kind = FLOAT if native == HALF else HALF
@@ -160,11 +160,27 @@ class _Conversion:
 
 
 def is_constant(node: onnx.NodeProto) -> bool:
+    """Return whether a node is ONNX's Constant.
+
+    Args:
+        node: The node.
+
+    Returns:
+        Whether it is.
+    """
     return node.op_type == "Constant" and node.domain in DEFAULT_DOMAINS
 
 
 def half_tensor(values: np.ndarray, like: onnx.TensorProto) -> onnx.TensorProto:
-    """float32 values as a float16 tensor with the name and the notes of another."""
+    """Convert float32 values to a float16 tensor; none underflows to zero or overflows.
+
+    Args:
+        values: The values.
+        like: The tensor whose name, doc string and metadata the new one gets.
+
+    Returns:
+        The tensor.
+    """
     with np.errstate(invalid="ignore"):
         small = np.where((values != 0) & (np.abs(values) < SMALLEST), np.copysign(SMALLEST, values), values)
         near = np.where(np.isfinite(small), np.clip(small, -LARGEST, LARGEST), small)
@@ -176,7 +192,7 @@ def half_tensor(values: np.ndarray, like: onnx.TensorProto) -> onnx.TensorProto:
 
 
 def _halve_attributes(node: onnx.NodeProto) -> None:
-    """What a node's attributes say of float32 becomes float16: a Cast's type, constants' values."""
+    """Convert a node's attributes from float32 to float16: a Cast's type, the values of constants."""
     if node.op_type == "Cast":
         for attribute in node.attribute:
             if attribute.name == "to" and attribute.i == FLOAT:
@@ -193,7 +209,7 @@ def _halve_attributes(node: onnx.NodeProto) -> None:
 
 
 def _constant_values(attribute: AttributeProto) -> tuple[np.ndarray, onnx.TensorProto]:
-    """The float32 values of a Constant's attribute, and the tensor whose notes they keep."""
+    """Return the float32 values of a Constant's attribute, and the tensor whose metadata they keep."""
     if attribute.type == AttributeProto.SPARSE_TENSOR:
         return dense(attribute.sparse_tensor), attribute.sparse_tensor.values
     if attribute.type == AttributeProto.TENSOR:

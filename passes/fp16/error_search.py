@@ -1,8 +1,8 @@
-"""How far the outputs are off when some nodes compute in float16: measured, not guessed from their kind.
+"""Measure the error of the outputs when some nodes compute in float16, and choose which stay float32.
 
-onnxruntime's CPU kernels compute a float16 model in float32 and do not even round between them: what
-overflows on a GPU passes there unseen. So float16 is simulated on the float32 graph: for a node i in
-float16 each of its float tensors t becomes
+onnxruntime's CPU kernels compute a float16 model in float32 and do not even round between them: an overflow
+on a GPU does not show there. So float16 is simulated on the float32 graph: for a node i in float16 each of
+its float tensors t becomes
 
     t' = g_i ? float32(float16(t)) : t
 
@@ -11,9 +11,9 @@ bool. Sums inside an operator stay float32, as cuDNN and cuBLAS have them by def
 
     error(S) = max over outputs y:  √( mean (y_S − y)² / var y )        infinite where y_S is not finite
 
-Choosing what stays float32: if error(all) is too much, error({i}) of each node alone, on one batch, ranks
-them; the shortest beginning of that ranking that must stay float32 for the rest to keep the bound is found
-by bisection. That errors shrink as more nodes stay is assumed there; what is kept is measured as a whole.
+Choosing the nodes that stay float32: if error(all) is too large, nodes are ranked by the error({i}) of each
+alone on one batch, and bisection finds the shortest beginning of that ranking that must stay float32 for
+the rest to keep the bound. It assumes that errors shrink as more nodes stay; the final choice is measured.
 """
 
 from __future__ import annotations
@@ -37,10 +37,7 @@ _GATE = "onnxcompress.gate"
 
 
 class Simulation:
-    """A float32 model in which any candidate can be switched to float16.
-
-    batches: of the one input, in order. The session has one gate for each candidate.
-    """
+    """A float32 model in which any candidate can be switched to float16."""
 
     def __init__(
         self,
@@ -49,6 +46,14 @@ class Simulation:
         batches: Sequence[np.ndarray],
         threads: int = 0,
     ) -> None:
+        """Create one session with a gate for each candidate, and run it in float32.
+
+        Args:
+            proto: The float32 model, with one input.
+            nodes: The candidates.
+            batches: Inputs, in batches as the network takes them.
+            threads: Threads of onnxruntime; 0: its default.
+        """
         self.nodes, self.batches = nodes, batches
         self.input, self.others = image_input(proto).name, unread_feeds(proto)
         made = gated(proto, nodes)
@@ -59,15 +64,29 @@ class Simulation:
         self.exact = self._run((), batches)
 
     def error(self, half: Collection[int]) -> float:
-        """With these candidates (places in `nodes`) in float16."""
+        """Measure the error with some candidates in float16.
+
+        Args:
+            half: Their places in `nodes`.
+
+        Returns:
+            The error, as from `worst_error`.
+        """
         return worst_error(self.exact, self._run(half, self.batches))
 
     def glance(self, half: Collection[int]) -> float:
-        """The same on the first batch only."""
+        """Measure the error on the first batch only.
+
+        Args:
+            half: Places in `nodes` of the candidates in float16.
+
+        Returns:
+            The error, as from `worst_error`.
+        """
         return worst_error(self.exact[:1], self._run(half, self.batches[:1]))
 
     def _run(self, half: Collection[int], batches: Sequence[np.ndarray]) -> list[list[np.ndarray]]:
-        """The outputs of each batch."""
+        """Return the outputs of each batch."""
         gates = {f"{_GATE}{i}": np.array(i in half) for i in range(len(self.nodes))}
         fixed = self.others | gates
         try:
@@ -78,9 +97,14 @@ class Simulation:
 
 
 def worst_error(exact: Sequence[Sequence[np.ndarray]], found: Sequence[Sequence[np.ndarray]]) -> float:
-    """`relative_error` of outputs that came batch by batch, whatever their axes mean.
+    """Compute `relative_error` of outputs that came batch by batch, whatever their axes mean.
 
-    Infinite where an output changes its shape: it depends on values that float16 moved.
+    Args:
+        exact: The outputs of each batch in float32.
+        found: The outputs of each batch with nodes in float16.
+
+    Returns:
+        The error; infinite where an output changes its shape, because it depends on values that changed.
     """
     pairs = [pair for a, b in zip(exact, found, strict=True) for pair in zip(a, b, strict=True)]
     if any(a.shape != b.shape for a, b in pairs):
@@ -93,7 +117,15 @@ def worst_error(exact: Sequence[Sequence[np.ndarray]], found: Sequence[Sequence[
 
 
 def relative_error(exact: Sequence[np.ndarray], found: Sequence[np.ndarray]) -> float:
-    """Root mean square of the difference over the deviation of `exact`, of the worst output."""
+    """Compute the root mean square error of the worst output, relative to the deviation of `exact`.
+
+    Args:
+        exact: The outputs in float32.
+        found: The outputs to compare, of the same shapes.
+
+    Returns:
+        The error; infinite where a value is not finite any more.
+    """
     worst = 0.0
     for a, b in zip(exact, found, strict=True):
         there = np.isfinite(a)
@@ -110,19 +142,28 @@ def relative_error(exact: Sequence[np.ndarray], found: Sequence[np.ndarray]) -> 
 
 @dataclass
 class Choice:
-    """Which candidates stay float32, by places in the list."""
+    """The candidates that stay float32, by places in the list."""
 
     kept: list[int]
     whole: float
-    """error of all candidates in float16."""
+    """Error with all candidates in float16."""
     error: float
-    """error of those that are converted."""
+    """Error with the converted ones in float16."""
     alone: dict[int, float] = field(default_factory=dict)
-    """error of each alone, on one batch; measured only where `whole` was too much."""
+    """Error with each alone in float16, on one batch; measured only where `whole` was too large."""
 
 
 def choose(simulation: Simulation, bound: float, progress: Progress) -> Choice:
-    """The candidates that must stay float32 for the error to be at most `bound`."""
+    """Choose the candidates that must stay float32 for the error to keep a bound.
+
+    Args:
+        simulation: The model.
+        bound: Largest error, relative to the deviation of the outputs.
+        progress: Called with the stage, the candidates done and the candidates in all.
+
+    Returns:
+        The candidates, and the errors measured.
+    """
     count = len(simulation.nodes)
     whole = simulation.error(range(count))
     if whole <= bound:
@@ -144,7 +185,7 @@ def choose(simulation: Simulation, bound: float, progress: Progress) -> Choice:
 
 
 def _last_floats(proto: onnx.ModelProto) -> list[str]:
-    """The float32 tensors that nodes turn into other types: what to measure where no output is float32."""
+    """Return the float32 tensors that nodes turn into other types: measured where no output is float32."""
     types = element_types(proto)
     read = [
         name
@@ -157,7 +198,15 @@ def _last_floats(proto: onnx.ModelProto) -> list[str]:
 
 
 def gated(proto: onnx.ModelProto, nodes: Sequence[Candidate]) -> onnx.ModelProto:
-    """The model with a bool input for each candidate that rounds its tensors to float16."""
+    """Copy the model, with a bool input for each candidate that rounds its tensors to float16.
+
+    Args:
+        proto: The model.
+        nodes: The candidates.
+
+    Returns:
+        The copy.
+    """
     made = onnx.ModelProto()
     made.CopyFrom(proto)
     graph = made.graph

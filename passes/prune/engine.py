@@ -1,4 +1,4 @@
-"""The course of `prune`: from a model and options to the pruned one and its account."""
+"""The steps of `prune`: from a model and options to the pruned model and its account."""
 
 from __future__ import annotations
 
@@ -56,7 +56,20 @@ NO_SPEED = "onnxruntime computes zeros as any other weight: no speed is to be ex
 
 @one_thread_each()
 def prune(one: PruneOptions, model: Model, progress: Progress) -> PassResult:
-    """Prune in place."""
+    """Prune a model in place.
+
+    Args:
+        one: The options.
+        model: The model.
+        progress: Called with the stage, the steps done and the steps in all.
+
+    Returns:
+        The changes, the layers that stay dense, and what was measured.
+
+    Raises:
+        OptionError: Too few weights may become 0 for the sparsity.
+        CompressError: The inputs cannot be gathered.
+    """
     original, looked_at = model.copy(), model.copy()
     changes = fold_and_canonicalize(looked_at)
     target = choose_target(one, looked_at)
@@ -81,7 +94,15 @@ def prune(one: PruneOptions, model: Model, progress: Progress) -> PassResult:
 
 
 def layers_of(one: PruneOptions, model: Model, target: Target | None = None) -> tuple[list[Refusal], bool]:
-    """What would stay dense in a prepared model, and whether anything would be pruned or stored.
+    """Find the layers that would stay dense, and whether anything would be pruned or stored.
+
+    Args:
+        one: The options.
+        model: The model, prepared (`fold_and_canonicalize`).
+        target: What is to be pruned, where it is known.
+
+    Returns:
+        The layers that would stay dense, with the reasons, and whether there is anything to do.
 
     Raises:
         OptionError: Too few weights may become 0 for the sparsity.
@@ -102,7 +123,21 @@ def layers_of(one: PruneOptions, model: Model, target: Target | None = None) -> 
 def layer_sparsities(
     one: PruneOptions, original: Model, target: Target, costs: Mapping[str, list[float]] | None
 ) -> dict[str, float]:
-    """Share of zeros of each layer, by name of its weight. costs: at LEVELS; None: not measured."""
+    """Choose the sparsity of each layer.
+
+    Args:
+        one: The options.
+        original: The model before it was prepared, as `--sensitivity` was measured on it.
+        target: What is to be pruned.
+        costs: Name of the weight -> cost at each of LEVELS; None: not measured.
+
+    Returns:
+        Name of the weight -> share of zeros.
+
+    Raises:
+        OptionError: Too few weights may become 0 for the sparsity.
+        InputError: The sensitivity file cannot be used.
+    """
     sizes, total = target.sizes, target.total
     if target.pattern.group:
         return dict.fromkeys(sizes, target.pattern.sparsity)
@@ -119,7 +154,7 @@ def layer_sparsities(
 def _reconstruct(
     one: PruneOptions, original: Model, model: Model, target: Target, result: PassResult, progress: Progress
 ) -> None:
-    """Mask and values in closed form."""
+    """Choose the zeros and refit what stays, in closed form."""
     start = time.perf_counter()
     request, device = quick(one.request, model), pick_device(one.device)
     pixels = _pixels(model)
@@ -172,7 +207,7 @@ def _write(model: Model, values: Mapping[str, np.ndarray]) -> None:
 
 
 def _pixels(model: Model) -> int:
-    """Of an image; 0 where the network takes none."""
+    """Return the pixels of an image; 0 where the network takes none."""
     shape = tensor_shapes(model).get(data_input(model).name, ())
     return math.prod(d for d in shape[1:] if isinstance(d, int) and d > 4) if len(shape) == 4 else 0
 
@@ -180,7 +215,7 @@ def _pixels(model: Model) -> int:
 def _costs(
     one: PruneOptions, context: CalibrationContext, stages: list[Stage], target: Target, progress: Progress
 ) -> Costs | None:
-    """None where neither sparsities nor rows are chosen by them, or no layer can be tried."""
+    """Measure costs; None where neither sparsities nor rows depend on them, or no layer can be tried."""
     if target.pattern.group or one.sensitivity is not None:
         return None
     settings = Settings(batch=context.batch, seed=one.seed)
@@ -211,7 +246,7 @@ def _learned(
     device: str,
     progress: Progress,
 ) -> tuple[dict[str, Tensor], dict[str, float]]:
-    """Parameters of all layers, and the noise of each."""
+    """Return the pruned parameters of all layers, and the noise of each layer."""
     learned: dict[str, Tensor] = {}
     noise: dict[str, float] = {}
     lost: Tensor | None = None
@@ -241,7 +276,7 @@ def _learned(
 
 
 def _account(one: PruneOptions, model: Model, target: Target, result: PassResult) -> None:
-    """Store the zeros as asked, and say how many there are and what they save."""
+    """Store the zeros as asked, and report how many there are and how many bytes they save."""
     weights = {name: read(model.graph.tensors()[name]) for name in target.weights}
     zeros = sum(int(w.size - np.count_nonzero(w)) for w in weights.values())
     size = {
@@ -264,7 +299,7 @@ def _account(one: PruneOptions, model: Model, target: Target, result: PassResult
 
 
 def _pack(model: Model, target: Target) -> int:
-    """Bytes saved."""
+    """Store the weights as sparse, and return the bytes saved."""
     saved = 0
     for layer in target.weights.values():
         weight = read(layer.node.inputs[layer.linear.weight_at])

@@ -1,13 +1,13 @@
 """Prune weights after training, without data: unstructured, 2:4 or N:M.
 
- 1. BatchNorm and zero pads are folded                                       `_quantize_prepare`
- 2. inputs: procedural ones through the twin that has the recorded
+ 1. BatchNorm and zero pads are folded                                       `fold_and_canonicalize`
+ 2. inputs: procedural ones through the network with aligned
     statistics, images, …                                                    `optimize.calibration`
     the deep layers get many of their own, made to have the recorded
     statistics there, unless there are thousands of images                   `feature_inputs`
  3. how sparse each layer is to be                                           `sparsity_allocation`
- 4. layer by layer, the student reading its own earlier error: mask and new values of what stays in closed
-    form, biases corrected                                                   `reconstruction.prune`
+ 4. layer by layer, on inputs with the errors of earlier layers: the
+    mask and new values of what stays in closed form, biases corrected       `reconstruction.prune`
     deep layers with inputs of their own are then tuned together, by
     gradient; their zeros stay                                               `reconstruction.global_tuning`
  5. how the zeros are stored                                                 `passes.prune.sparse_storage`
@@ -78,7 +78,19 @@ class Prune(PruneOptions, Pass):
     floors: ClassVar[Floors] = LOSSY
 
     def apply(self, model: Model, progress: Progress = silent) -> PassResult:
-        """Prune in place; what cannot be comes back as refusals."""
+        """Prune the model in place.
+
+        Args:
+            model: The model.
+            progress: Called with the stage, the steps done and the steps in all.
+
+        Returns:
+            The changes, the layers that stay dense, and what was measured.
+
+        Raises:
+            OptionError: The options contradict each other, or too few weights may become 0.
+            CompressError: The inputs cannot be gathered, or the model cannot be handled.
+        """
         self.check()
         if refusal := refuse_quantized(model, QUANTIZED):
             return PassResult(refusals=[refusal])
@@ -91,7 +103,17 @@ class Prune(PruneOptions, Pass):
         return prune(self, model, progress)
 
     def preview(self, model: Model) -> list[Refusal]:
-        """The layers that would stay dense, whether the sparsity is in reach, and inputs can be had."""
+        """List the layers that would stay dense; check the sparsity and that inputs can be gathered.
+
+        Args:
+            model: The model; it stays as it is.
+
+        Returns:
+            The layers that would stay dense, with the reasons.
+
+        Raises:
+            CompressError: `apply` would fail on this model with these options.
+        """
         self.check()
         if refusal := refuse_quantized(model, QUANTIZED):
             return [refusal]

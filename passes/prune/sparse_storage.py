@@ -1,4 +1,4 @@
-"""A sparse weight as an initializer of its values, and one of the gaps between them.
+"""Store a sparse weight as an initializer of its values, and another of the gaps between them.
 
     positions = CumSum(Cast(gaps))      weight = Reshape(ScatterElements(zeros, positions, values))
 
@@ -26,7 +26,16 @@ LONGEST = 255
 
 
 def pack(model: Model, linear: Linear, weight: np.ndarray) -> int | None:
-    """Store the layer's weight so, in place; its bytes. None where that would not be smaller."""
+    """Store a layer's weight as sparse, in place.
+
+    Args:
+        model: The model.
+        linear: The layer.
+        weight: Its weight.
+
+    Returns:
+        Bytes that the weight takes; None where they would not be fewer, and the weight stays.
+    """
     values, gaps = _coded(weight.reshape(-1))
     size = values.nbytes + gaps.nbytes
     if size >= weight.nbytes:
@@ -58,7 +67,7 @@ def pack(model: Model, linear: Linear, weight: np.ndarray) -> int | None:
 
 
 def _coded(flat: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Values, and the gap before each."""
+    """Return the values, and the gap before each."""
     places = np.flatnonzero(flat)
     gaps = np.diff(places, prepend=0)
     stops = [

@@ -1,4 +1,4 @@
-"""What is to be pruned: layers, their equalized magnitudes, and whether it is done already."""
+"""Which layers are to be pruned, their equalized magnitudes, and whether they are pruned already."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ from onnxcompress.quantization.qdq_plan import Bits, Layer, Plan, make_plan
 from onnxcompress.sensitivity.sparsity_allocation import LARGEST
 
 FLOATS = Bits(8, None, None)
-"""Of a plan that puts nothing on a grid."""
+"""Bits of a plan that quantizes nothing."""
 ENDS = Bits(2, None, 8)
-"""Of a plan whose first and last layers are those with more than 2 bits."""
+"""Bits of a plan in which only the first and the last layers have more than 2 bits."""
 
 
 @dataclass(frozen=True)
 class Target:
-    """What is to be pruned."""
+    """The layers of a model that are to be pruned, and the pattern."""
 
     model: Model
     plan: Plan
     pattern: Pattern
     layers: dict[str, Layer]
-    """By name of the weight."""
+    """Layers to prune, by name of the weight."""
     refusals: list[Refusal]
 
     @property
@@ -54,7 +54,15 @@ class Target:
 
 
 def choose_target(one: PruneOptions, model: Model) -> Target:
-    """Of a prepared model."""
+    """Choose the layers to prune.
+
+    Args:
+        one: The options.
+        model: The model, prepared (`fold_and_canonicalize`).
+
+    Returns:
+        The layers, and those that stay dense, with the reasons.
+    """
     pattern = Pattern.parse(one.pattern) or UNSTRUCTURED
     plan = make_plan(model, FLOATS)
     layers, refusals = {}, list(plan.refusals)
@@ -74,7 +82,15 @@ def choose_target(one: PruneOptions, model: Model) -> Target:
 
 
 def check_reachable(one: PruneOptions, target: Target) -> None:
-    """Raise OptionError where too few weights may become 0, with the options that would allow more."""
+    """Check that enough weights may become 0.
+
+    Args:
+        one: The options.
+        target: What is to be pruned.
+
+    Raises:
+        OptionError: They are too few; the message names the options that would allow more.
+    """
     if target.pattern.group:
         return
     measured = one.reconstruct and one.scope == "global" and one.sensitivity is None
@@ -98,7 +114,15 @@ def check_reachable(one: PruneOptions, target: Target) -> None:
 
 
 def what_allows_more(one: PruneOptions, target: Target) -> list[str]:
-    """The options by which layers stay dense that could be pruned."""
+    """Name the options by which layers stay dense that could be pruned.
+
+    Args:
+        one: The options.
+        target: What is to be pruned.
+
+    Returns:
+        One hint for each option.
+    """
     hints = []
     if not one.depthwise and any(layer.depthwise for layer in target.weights.values()):
         hints.append("--depthwise prunes depthwise convolutions")
@@ -108,7 +132,15 @@ def what_allows_more(one: PruneOptions, target: Target) -> list[str]:
 
 
 def is_pruned(target: Target, sparsity: float) -> bool:
-    """Whether there are as many zeros as asked for, but for rounding in each layer."""
+    """Return whether there are as many zeros as asked for, except for rounding in each layer.
+
+    Args:
+        target: What is to be pruned.
+        sparsity: Share of zeros of the whole network, from 0 to 1.
+
+    Returns:
+        Whether there are.
+    """
     if target.pattern.group:
         return all(_matches(layer, target.pattern) for layer in target.layers.values())
     weights = [layer.linear.weight for layer in target.weights.values()]
@@ -124,7 +156,16 @@ def _matches(layer: Layer, pattern: Pattern) -> bool:
 
 
 def magnitudes(target: Target) -> dict[str, np.ndarray]:
-    """Of the equalized weights, (groups, outputs, inputs x taps), by name of the weight."""
+    """Compute the magnitudes of the equalized weights, which are comparable between layers.
+
+    Source: assumption-free equalization, Horton et al. (arXiv 2011.09058), §3.2.
+
+    Args:
+        target: What is to be pruned.
+
+    Returns:
+        Name of the weight -> magnitudes, (groups, outputs, inputs x taps).
+    """
     scales = assumption_free_scales(target.model)
     found = {}
     for name, layer in target.layers.items():
@@ -136,7 +177,15 @@ def magnitudes(target: Target) -> dict[str, np.ndarray]:
 
 
 def magnitude_prune(target: Target, shares: Mapping[str, float]) -> dict[str, np.ndarray]:
-    """The weights without their smallest equalized magnitudes, as stored."""
+    """Set the smallest equalized magnitudes of each layer to zero.
+
+    Args:
+        target: What is to be pruned.
+        shares: Name of the weight -> share of zeros.
+
+    Returns:
+        Name of the weight -> new value, as stored.
+    """
     found = {}
     for name, size in magnitudes(target).items():
         linear = target.layers[name].linear
