@@ -2,10 +2,10 @@
 
     python tests/benchmarks/deep_inputs.py MODEL TEST --preprocess TEXT --split N [--sparsity 0.55]
 
-All in front of the waist (`reconstruction.feature_inputs`) stays as it is; behind it, --sparsity of the
-weights go. Rows: what the layers are pruned on, procedural images through the twin, inputs made at the
-waist, and real images, the latter two tuned as well. Signal to noise and KL divergence of the output, on N
-images of TEST that are not among those pruned on.
+All in front of the split tensor (`reconstruction.feature_inputs`) stays as it is; behind it, --sparsity of
+the weights become 0. Rows: the inputs that the layers are pruned on: procedural images with aligned
+statistics, inputs synthesized at the split tensor, and real images, the latter two tuned as well. Signal to
+noise and KL divergence of the output, on N images of TEST that are not among those pruned on.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def main(
     context = CalibrationContext.of(network, gather_inputs(network, request), stretched=False)
     start = split_tensor(network, context.plan)
     if start is None:
-        raise click.ClickException(f"{model} has no waist")
+        raise click.ClickException(f"{model} has no split tensor")
     target = choose_target(Prune(), network)
     executor = Executor.from_model(network)
     source, output = network.graph.inputs[0].name, network.graph.outputs[0].name
@@ -115,9 +115,9 @@ def main(
 
     print(f"behind {start!r}; on {len(held)} images", flush=True)
     began = time.perf_counter()
-    row("procedural, through the twin", aligned_features(executor, context, start), began, tuned=False)
+    row("procedural, aligned statistics", aligned_features(executor, context, start), began, tuned=False)
     began = time.perf_counter()
-    row("made at the waist", make_feature_inputs(context, start, seed=seed), began)
+    row("made at the split tensor", make_feature_inputs(context, start, seed=seed), began)
     began = time.perf_counter()
     row("real images", real("test"), began)
 

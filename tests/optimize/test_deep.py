@@ -80,7 +80,7 @@ def _unlike(context: CalibrationContext, start: str, x: Tensor) -> float:
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-def test_behind_the_waist_are_most_weights_and_little_work(
+def test_behind_the_split_tensor_are_most_weights_and_little_work(
     contexts: dict[str, CalibrationContext], name: str
 ) -> None:
     context = contexts[name]
@@ -97,7 +97,7 @@ def test_behind_the_waist_are_most_weights_and_little_work(
     assert work(behind) <= WORK * work(nodes_between(Topology(model), None, None))
 
 
-def test_a_network_without_statistics_or_with_a_fixed_batch_has_no_waist(models: Path) -> None:
+def test_a_network_without_statistics_or_with_a_fixed_batch_has_no_split_tensor(models: Path) -> None:
     model = _prepared(models / NETWORKS[0])
     write_record(model, {})
     assert split_tensor(model, make_plan(model, FLOATS)) is None

@@ -1,8 +1,8 @@
 """Inputs for networks that take no pictures: sequences, volumes, images of many channels, codes.
 
-Floats are drawn as layer-wise inputs are (`optimize.noise`): with the recorded mean and deviation of the
-input where the file has them, else with mean 0 and deviation 1. Half of them are white noise, half have the
-falling spectrum of natural signals. Where pixels are wanted (a stated normalization, or an image of
+Floats are drawn as layer-wise inputs are (`synthesis.colored_noise`): with the recorded mean and deviation
+of the input where the file has them, else with mean 0 and deviation 1. Half of them are white noise, half
+have the falling spectrum of natural signals. Where pixels are wanted (a stated normalization, or images of
 integers), the noise becomes pixels from 0 to 255 first. Other integers are small codes.
 """
 
