@@ -113,7 +113,7 @@ def find_blocks(model: Model) -> Discovery:
     Raises:
         ModelError: The graph has a cycle, or its shapes contradict each other.
     """
-    topology = Topology(model)
+    topology = model.analysis(Topology)
     elsewhere = _at_another_size(model)
     regions: list[_Region] = []
     misses: list[Refusal] = []

@@ -183,10 +183,14 @@ def input_specs(model: ModelLike) -> list[InputSpec]:
         ModelError: The model cannot be read, or an input has a type that is not handled.
     """
     if isinstance(model, Model):
-        real = {t.name for t in model.graph.inputs if not isinstance(t, gs.Constant)}
-        specs = _proto_specs(model.skeleton(), only=real)
+        specs = model.analysis(_specs_in_file)
         return [replace(s, shape=model.assumed.get(s.name, s.shape)) for s in specs]
     return _proto_specs(_proto(model), only=None)
+
+
+def _specs_in_file(model: Model) -> list[InputSpec]:
+    real = {t.name for t in model.graph.inputs if not isinstance(t, gs.Constant)}
+    return _proto_specs(model.skeleton(), only=real)
 
 
 @contextlib.contextmanager

@@ -19,7 +19,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from onnxcompress.graph.block_removal import drop_blocks
+from onnxcompress.graph.block_removal import drop_block
 from onnxcompress.graph.blocks import Block
 from onnxcompress.model import Model
 from onnxcompress.runtime.latency import Clock, Ratio, benchmark, has_processor_clock, ratio
@@ -60,7 +60,7 @@ def latency_shares(
     variants: dict[str, Model] = {"": model}
     for kind in kinds:
         twin = model.copy()
-        drop_blocks(twin, [next(b.exit for b in blocks if b.signature == kind)])
+        drop_block(twin, next(block for block in blocks if block.signature == kind))
         variants[kind] = twin
     timings = benchmark(
         variants,

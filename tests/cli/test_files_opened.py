@@ -1,4 +1,4 @@
-"""How often a command reads its files."""
+"""How often a command reads its files and walks its graphs."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from onnxcompress.cli.main import main
-from onnxcompress.model import load, protobuf_stream, save
+from onnxcompress.graph.topology import Topology
+from onnxcompress.model import Model, load, protobuf_stream, save
 
 
 def test_each_file_is_parsed_once(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -39,3 +40,21 @@ def test_a_file_that_changed_is_read_anew(models: Path, tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-7])
     with pytest.raises(Exception, match="not a readable ONNX model"):
         load(path)
+
+
+def test_a_graph_is_walked_once_for_each_state(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quick_clock: None
+) -> None:
+    """Blocks and features, the trial batch, scores, what is left after a drop, and the repair."""
+    walked: list[Model] = []
+    make = Topology.__init__
+
+    def counted(self: Topology, model: Model) -> None:
+        walked.append(model)
+        make(self, model)
+
+    monkeypatch.setattr(Topology, "__init__", counted)
+    net, out = models / "resnet20-fashion.onnx", tmp_path / "out.onnx"
+    argv = ["drop-blocks", str(net), str(out), "--blocks", "1", "--steps", "0", "--synthetic", "8"]
+    assert main([*argv, "--preprocess", "fashion-mnist", "-q", "--no-verify"]) == 0
+    assert len(walked) <= 6

@@ -314,7 +314,7 @@ class Dropper:
 def _feature(model: Model, name: str | None) -> str:
     """Return the tensor at which student and teacher are matched."""
     if name is None:
-        found = Topology(model).feature()
+        found = model.analysis(Topology).feature()
         if found is None:
             raise ModelError(
                 f"{model.name}: no spatial tensor that all goes through; name one with --feature"

@@ -122,7 +122,8 @@ class Scorer:
         self.probe, self.steps, self.feature = probe, steps, feature or probe.feature
         known = self.executor.parameters  # an adapted layer may have been dropped since
         self.parameters = {n: v for n, v in (parameters or {}).items() if n in known}
-        self.sites = {b.exit: adapter_site(model, b) if steps else AdapterSite(b.entry) for b in blocks}
+        topology = Topology(model)
+        self.sites = {b.exit: adapter_site(topology, b) if steps else AdapterSite(b.entry) for b in blocks}
         cuts = list(dict.fromkeys(site.cut for site in self.sites.values()))
         batches = torch.split(probe.images, batch)
 
@@ -255,18 +256,18 @@ def _identity(size: int, device: torch.device) -> Tensor:
     return torch.eye(size, device=device, requires_grad=True)
 
 
-def adapter_site(model: Model, block: Block) -> AdapterSite:
+def adapter_site(topology: Topology, block: Block) -> AdapterSite:
     """Find the convolutions that take adapters when a block is dropped, and the tensor before them.
 
     Args:
-        model: The network.
-        block: The block.
+        topology: The topology of the network as it is.
+        block: A block of it.
 
     Returns:
         The convolutions; the last one before the block is left out where no tensor of the trunk precedes
         it.
     """
-    topology = Topology(model)
+    model = topology.model
     tensors = model.graph.tensors()
     entry = tensors[block.entry]
     after = sorted(writers(model, entry), key=lambda x: topology.position(tensors[x.node]))[-1:]
