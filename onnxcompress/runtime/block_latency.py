@@ -1,16 +1,16 @@
-"""The share of the latency that each block takes, measured in onnxruntime (PRACTISE §3.2, τ).
+"""Measure the share of the latency that each block takes, in onnxruntime (PRACTISE §3.2, τ).
 
     τ(B) = (lat(M) − lat(M without B)) / lat(M)
 
 One variant without each block is timed, all interleaved with the whole model. Blocks with the same
 operators and shapes (`Block.signature`) take the same time, so one variant stands for all of them.
 
-On a busy machine wall clocks are noise. What they cannot tell apart is timed again by the processor's time
-of one thread, and all that comes later, too (`Stopwatch`); where not even that tells blocks apart, shares
-are taken by multiply-accumulates.
+On a busy machine wall-clock times are noisy. Where they cannot tell blocks apart, the measurement is
+repeated with the processor time of one thread, which all later measurements use too (`Stopwatch`); where
+that cannot tell blocks apart either, the multiply-accumulates are taken as shares.
 
-That shares add up is assumed when blocks are chosen; `drop-blocks` sets their sum (`added`) beside the
-measured latency of what it made.
+Blocks are chosen on the assumption that shares add up; `drop-blocks` reports their sum (`added`) beside the
+measured latency of its result.
 """
 
 from __future__ import annotations
@@ -26,22 +26,22 @@ from onnxcompress.runtime.latency import Clock, Ratio, benchmark, has_processor_
 from onnxcompress.runtime.providers import ProviderLike
 
 FLOOR = 0.1
-"""A share below this part of the largest counts as this: nothing is divided by next to nothing."""
+"""Lower limit of a share, relative to the largest one: scores are divided by it."""
 UNSURE = 0.02
-"""Half the 95 % interval of a network's latency over another's from which on the clock is too noisy."""
+"""Half width of the 95 % interval of a ratio of two latencies above which the clock is too noisy."""
 NOISE = 1.0
-"""Width of an interval, as a part of the share itself, from which on the clock is too noisy."""
+"""Width of a share's interval, relative to the share, above which the clock is too noisy."""
 
 
 @dataclass(frozen=True)
 class Share:
-    """τ of one block."""
+    """The latency share τ of one block."""
 
     value: float
-    """Part of the whole latency, as measured; may be negative where a block costs nothing."""
+    """Measured share of the whole latency; noise makes it negative where a block costs next to nothing."""
     low: float
     high: float
-    """95 % interval."""
+    """Ends of the 95 % interval."""
 
 
 def latency_shares(
@@ -55,7 +55,26 @@ def latency_shares(
     seed: int = 0,
     clock: Clock = "wall",
 ) -> dict[str, Share]:
-    """τ of each block by its exit tensor. Raises what `latency.benchmark` raises."""
+    """Measure the latency share τ of each block, by timing the model without it.
+
+    Args:
+        model: The whole model.
+        blocks: Blocks that can be dropped.
+        provider: The execution provider.
+        batch: Images per run.
+        threads: Threads of one operator; 0: all cores.
+        seconds: Time to measure for, at most.
+        seed: Random seed of the inputs and of the order of runs.
+        clock: `wall`, or `processor` for the processor time of one thread.
+
+    Returns:
+        τ by name of the block's exit tensor.
+
+    Raises:
+        OptionError: A number is out of range, or the provider is unknown.
+        ModelError: onnxruntime refuses the model.
+        RuntimeUnavailable: The provider cannot start.
+    """
     kinds = list(dict.fromkeys(b.signature for b in blocks))
     variants: dict[str, Model] = {"": model}
     for kind in kinds:
@@ -76,20 +95,34 @@ def latency_shares(
     return {b.exit: shares[b.signature] for b in blocks}
 
 
-def _share(found: Ratio) -> Share:
-    return Share(1 - found.value, 1 - found.high, 1 - found.low)
+def _share(without: Ratio) -> Share:
+    return Share(1 - without.value, 1 - without.high, 1 - without.low)
 
 
 def added(shares: Iterable[Share]) -> Share:
-    """What dropping all of them would save if savings added up; the ends of the intervals add up, too."""
-    found = list(shares)
-    return Share(sum(s.value for s in found), sum(s.low for s in found), sum(s.high for s in found))
+    """Predict the saving of dropping several blocks, on the assumption that savings add up.
+
+    Args:
+        shares: Shares of the blocks.
+
+    Returns:
+        Their sum; the ends of the intervals are added, too.
+    """
+    terms = list(shares)
+    return Share(sum(s.value for s in terms), sum(s.low for s in terms), sum(s.high for s in terms))
 
 
-def additivity_text(found: Mapping[str, Sequence[float]]) -> str:
-    """Whether the shares add up to what was saved: `predicted` and `measured`, each value, low, high."""
-    told = {k: [100 * v for v in found[k]] for k in ("predicted", "measured")}
-    sums, saved = told["predicted"], told["measured"]
+def additivity_text(latency: Mapping[str, Sequence[float]]) -> str:
+    """Describe whether the shares of the dropped blocks add up to the measured saving.
+
+    Args:
+        latency: `predicted` and `measured` shares of the latency, each as value, low, high.
+
+    Returns:
+        One sentence.
+    """
+    percent = {k: [100 * v for v in latency[k]] for k in ("predicted", "measured")}
+    sums, saved = percent["predicted"], percent["measured"]
     apart = sums[2] < saved[1] or saved[2] < sums[1]
     verdict = "they do not add up" if apart else "they add up, within the intervals"
     return (
@@ -99,7 +132,14 @@ def additivity_text(found: Mapping[str, Sequence[float]]) -> str:
 
 
 def noisy(shares: Mapping[str, Share]) -> bool:
-    """Whether the clock was too noisy to tell blocks apart: intervals are wider than the shares."""
+    """Return whether the clock was too noisy to tell blocks apart.
+
+    Args:
+        shares: Measured shares by exit tensor.
+
+    Returns:
+        True where an interval is wider than the share itself.
+    """
     total = sum(max(s.value, 0.0) for s in shares.values())
     return total <= 0 or any(
         s.high - s.low > NOISE * max(s.value, total / len(shares)) for s in shares.values()
@@ -109,10 +149,19 @@ def noisy(shares: Mapping[str, Share]) -> bool:
 def usable(
     shares: Mapping[str, Share], blocks: Sequence[Block], whole: int | None = None
 ) -> tuple[dict[str, float], bool]:
-    """τ by exit to divide by, all above 0, and whether the clock was too noisy to tell blocks apart.
+    """Turn measured shares into positive numbers that scores can be divided by.
 
-    Ranking by noise would be no ranking: then τ is a block's part of the multiply-accumulates. whole: those
-    of the network; None: not known, the blocks are taken to have half of the latency.
+    Ranking by noise would be meaningless: where the clock was too noisy, τ is a block's share of the
+    multiply-accumulates.
+
+    Args:
+        shares: Measured shares by exit tensor.
+        blocks: The blocks.
+        whole: Multiply-accumulates of the network; None: unknown, the blocks are assumed to have half of
+            them.
+
+    Returns:
+        τ by exit tensor, all above 0, and whether the clock was too noisy.
     """
     if noisy(shares):
         macs = {b.exit: float(max(b.macs, 1)) for b in blocks}
@@ -124,26 +173,46 @@ def usable(
 
 @dataclass
 class Stopwatch:
-    """Times networks against each other, by a clock that is of use on the machine as it is."""
+    """Times networks against each other, by a clock that is precise enough on this machine."""
 
     provider: ProviderLike = "auto"
     batch: int = 1
     threads: int = 0
     seed: int = 0
     clock: Clock = "wall"
-    """`processor` from the first measurement on that the wall clock could not make."""
+    """Becomes `processor` at the first measurement for which the wall clock is too noisy."""
 
     def shares(self, model: Model, blocks: Sequence[Block]) -> dict[str, Share]:
-        """τ of each block by its exit tensor. Raises what `latency.benchmark` raises."""
+        """Measure the latency share of each block; see `latency_shares`.
+
+        Args:
+            model: The whole model.
+            blocks: Blocks that can be dropped.
+
+        Returns:
+            τ by name of the block's exit tensor.
+
+        Raises:
+            CompressError: As `latency_shares`.
+        """
         shares = latency_shares(model, blocks, **self._how())
         if not noisy(shares) or not self._turn_to_processor():
             return shares
         return latency_shares(model, blocks, **self._how())
 
     def compare(self, before: Model, after: Model, seconds: float) -> dict[str, float]:
-        """Ratio of the latencies with its 95 % interval, and both in milliseconds.
+        """Measure the ratio of the latencies of two models.
 
-        Raises what `latency.benchmark` raises.
+        Args:
+            before: The first model.
+            after: The second model, whose latency is divided by the first's.
+            seconds: Time to measure for, at most.
+
+        Returns:
+            `ratio` with its 95 % interval `low` to `high`, and `before_ms` and `after_ms` in milliseconds.
+
+        Raises:
+            CompressError: As `latency.benchmark`.
         """
         latencies = self._compare(before, after, seconds)
         unsure = (latencies["high"] - latencies["low"]) / 2 > UNSURE
@@ -155,17 +224,17 @@ class Stopwatch:
         models = {"before": before, "after": after}
         timings = benchmark(models, seconds=seconds, tolerance=0.005, **self._how())
         first, second = timings["before"], timings["after"]
-        of = ratio(first, second)
+        change = ratio(first, second)
         return {
             "before_ms": first.median_ms,
             "after_ms": second.median_ms,
-            "ratio": of.value,
-            "low": of.low,
-            "high": of.high,
+            "ratio": change.value,
+            "low": change.low,
+            "high": change.high,
         }
 
     def _turn_to_processor(self) -> bool:
-        """Use the processor's clock from now on; whether that is new, and possible."""
+        """Use the processor clock from now on; return whether that is possible and a change."""
         if self.clock == "processor" or not has_processor_clock(self.provider):
             return False
         self.clock = "processor"

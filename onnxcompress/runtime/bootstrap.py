@@ -1,7 +1,7 @@
-"""How sure a median, or the ratio of two, is: block bootstrap over rounds.
+"""Confidence intervals of medians and of their ratios: block bootstrap over rounds.
 
-Neighbouring rounds share their disturbances, so blocks of rounds are drawn, not rounds (Künsch 1989, The
-jackknife and the bootstrap for general stationary observations).
+Neighbouring rounds share their disturbances, so blocks of rounds are drawn, not single rounds (Künsch 1989,
+The jackknife and the bootstrap for general stationary observations).
 """
 
 from __future__ import annotations
@@ -24,7 +24,15 @@ class Ratio:
 
 
 def ratio_of(pair: np.ndarray, confidence: float) -> Ratio:
-    """Of (rounds, 2) samples: the second column to the first."""
+    """Estimate the ratio of the medians of two columns, with its confidence interval.
+
+    Args:
+        pair: Samples, (rounds, 2); the second column is divided by the first.
+        confidence: Confidence level of the interval, between 0 and 1.
+
+    Returns:
+        The ratio and its interval.
+    """
     medians = bootstrap(pair, RESAMPLES)
     tail = (1 - confidence) / 2
     low, high = np.quantile(medians[:, 1] / medians[:, 0], [tail, 1 - tail])
@@ -33,7 +41,15 @@ def ratio_of(pair: np.ndarray, confidence: float) -> Ratio:
 
 
 def half_width(samples: np.ndarray, resamples: int = QUICK_RESAMPLES) -> float:
-    """Half the widest 95 % interval of the columns' ratios to the first, relative; of one: its median's."""
+    """Compute the relative half width of the widest 95 % interval of the columns' ratios to the first.
+
+    Args:
+        samples: Samples, (rounds, models); with a single model, its median takes the place of the ratios.
+        resamples: Number of bootstrap resamples.
+
+    Returns:
+        Half of the interval's width, as a share of its centre.
+    """
     medians = bootstrap(samples, resamples)
     shown = medians if samples.shape[1] == 1 else medians[:, 1:] / medians[:, :1]
     low, high = np.quantile(shown, [0.025, 0.975], axis=0)
@@ -41,7 +57,15 @@ def half_width(samples: np.ndarray, resamples: int = QUICK_RESAMPLES) -> float:
 
 
 def bootstrap(samples: np.ndarray, resamples: int) -> np.ndarray:
-    """Medians of (rounds, models) samples, drawn in circular blocks of rounds; (resamples, models)."""
+    """Resample the medians of all columns by a circular block bootstrap (Künsch 1989).
+
+    Args:
+        samples: Samples, (rounds, models).
+        resamples: Number of resamples.
+
+    Returns:
+        Medians, (resamples, models).
+    """
     rounds = len(samples)
     length = max(1, round(rounds ** (1 / 3)))
     rng = np.random.default_rng(rounds)

@@ -1,14 +1,14 @@
-"""How many processor cores this process can use now, and thread pools that do not spin while they wait.
+"""Count the processor cores that this process can use now, and keep waiting threads from spinning.
 
-Cores to be had are the least of
+The number of available cores is the least of
 
     affinity    cores that the process may run on (`taskset`, cpusets of containers)
     quota       processor time that its cgroup, of version 1 or 2, may use (`docker run --cpus`)
     load        cores that no other process has kept busy, one at least
 
-OpenMP's worker threads (torch computes with them) by default spin while they wait for work. Beside other
-processes they so take the cores that the waited-for thread needs, and a command takes minutes in place of
-seconds. The environment variables against it are read once, when the libraries are loaded.
+OpenMP's worker threads (torch computes with them) by default spin while they wait for work. On a busy
+machine they then occupy the cores that the thread they wait for needs, and a command takes minutes instead
+of seconds. The environment variables that prevent this are read once, when the libraries are loaded.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ PROCESS_GROUPS, GROUPS, LOAD = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
 
 
 def prepare_threads(environment: MutableMapping[str, str] = os.environ) -> None:
-    """Have the libraries that are loaded from now on use the cores to be had, and not spin while they wait.
+    """Make libraries that are loaded from now on use the available cores, and not spin while they wait.
 
     The command line calls it before torch is loaded. A program that uses the Python API may call it before
-    its first `import torch`; importing `onnxcompress` changes no environment variable. Afterwards it does
-    nothing: the libraries have read the variables.
+    its first `import torch`; importing `onnxcompress` changes no environment variable. Once torch is loaded
+    it does nothing, because the libraries have read the variables.
 
     Args:
         environment: Variables to set; those that are set already keep their values.
@@ -47,7 +47,11 @@ def prepare_threads(environment: MutableMapping[str, str] = os.environ) -> None:
 
 
 def available_cores() -> int:
-    """Number of cores that this process can use now, at least 1."""
+    """Count the cores that this process can use now.
+
+    Returns:
+        The number of cores, at least 1.
+    """
     allowed = _affinity()
     free = round((os.cpu_count() or 1) - _load())
     quota = _quota()
@@ -55,9 +59,13 @@ def available_cores() -> int:
 
 
 def thread_count() -> int:
-    """Threads to compute with: what OMP_NUM_THREADS says, else the cores to be had when first asked.
+    """Return the number of threads to compute with.
 
-    Later the process would count its own work as the load of others.
+    The available cores are counted at the first call only: later the process would count its own work as
+    the load of others.
+
+    Returns:
+        The value of OMP_NUM_THREADS, else the available cores at the first call.
     """
     given = os.environ.get(COUNT, "").split(",")[0].strip()
     return max(1, int(given)) if given.isdecimal() else _cores_at_first()
@@ -76,9 +84,9 @@ def _affinity() -> int:
 
 
 def _load() -> float:
-    """Cores that others keep busy: now, and on average over the last minute.
+    """Count the cores that others keep busy: the smaller of the present load and the last minute's average.
 
-    The average alone would count a command that has just ended, the present alone a moment's work.
+    The average alone would count a command that has just ended, the present alone a momentary load.
     """
     try:
         words = LOAD.read_text().split()
@@ -103,9 +111,9 @@ def _quota() -> float | None:
 
 
 def _limits(root: Path, path: str, read: Callable[[Path], float | None]) -> list[float]:
-    """Limits of a cgroup and of all above it.
+    """Read the limits of a cgroup and of all its parents.
 
-    Inside a container `root` may be the container's own group, of which `path` names nothing below.
+    Inside a container `root` may be the container's own group, below which `path` does not exist.
     """
     group = root / path.lstrip("/")
     folders = [group, *(parent for parent in group.parents if parent.is_relative_to(root))]

@@ -1,8 +1,9 @@
 """Clocks and temperature of an NVIDIA GPU while it is timed, by NVML.
 
-A GPU lowers its clocks when it is hot or at its power limit, and raises them when it was idle: latencies of
-then and now are not of the same machine. Interleaving keeps ratios right; milliseconds are of these clocks.
-NVML comes with the driver, its Python part is `pip install nvidia-ml-py`; without it nothing is noted.
+A GPU lowers its clocks when it is hot or at its power limit, and raises them after it was idle, so
+latencies that were measured at different times are not comparable. Interleaving keeps ratios right;
+milliseconds hold for the recorded clocks only. NVML comes with the driver, its Python binding is
+`pip install nvidia-ml-py`; without it nothing is recorded.
 """
 
 from __future__ import annotations
@@ -18,11 +19,11 @@ from onnxcompress.runtime.session import cuda_bus_id
 
 INSTALL = "pip install 'onnxcompress[gpu]' (nvidia-ml-py)"
 EVERY = 0.5
-"""Seconds between two looks, which take a millisecond or so."""
+"""Seconds between two readings, which take about a millisecond each."""
 DRIFT = 0.03
-"""Change of the clock, as a share of the highest, from which on it is warned of."""
+"""Change of a clock, as a share of its highest value, above which a warning is given."""
 WARMER = 8
-"""Degrees from which on it is warned of."""
+"""Change of the temperature in °C above which a warning is given."""
 _THROTTLED = {
     0x04: "power limit",
     0x08: "hardware slowdown",
@@ -30,7 +31,7 @@ _THROTTLED = {
     0x40: "hardware thermal limit",
     0x80: "power brake",
 }
-"""NVML's bits of reasons for a lowered clock, but for those that the user chose."""
+"""NVML's bits of reasons for a lowered clock, without those that the user chose."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class Reading:
 
 @dataclass(frozen=True)
 class Clocks:
-    """The GPU while it was timed: lowest and highest of each."""
+    """Clocks and temperature during a measurement: the lowest and the highest value of each."""
 
     gpu: str
     sm_mhz: tuple[int, int]
@@ -56,7 +57,7 @@ class Clocks:
 
     @property
     def drift(self) -> str:
-        """What changed so much that milliseconds are not to be trusted; empty where nothing did."""
+        """Changes that make the milliseconds unreliable, in words; empty where there were none."""
         words = []
         for name, (low, high) in (("SM clock", self.sm_mhz), ("memory clock", self.memory_mhz)):
             if high - low > DRIFT * high:
@@ -64,22 +65,22 @@ class Clocks:
         if self.celsius[1] - self.celsius[0] > WARMER:
             words.append(f"the temperature between {self.celsius[0]} and {self.celsius[1]} °C")
         if self.throttled:
-            words.append(f"it was held back by its {', '.join(self.throttled)}")
+            words.append(f"its clocks were lowered by its {', '.join(self.throttled)}")
         return "; ".join(words)
 
     @property
     def text(self) -> str:
-        """For a person, on one line."""
+        """A one-line summary for people."""
         sm, memory, heat = (
             f"{low}" if low == high else f"{low} to {high}"
             for low, high in (self.sm_mhz, self.memory_mhz, self.celsius)
         )
-        return f"{self.gpu}: SM {sm} MHz, memory {memory} MHz, {heat} °C ({self.samples} looks)"
+        return f"{self.gpu}: SM {sm} MHz, memory {memory} MHz, {heat} °C ({self.samples} readings)"
 
 
 @dataclass
 class Watch:
-    """Looks at the GPU now and then; to be called between runs."""
+    """Reads the GPU's state at intervals; to be called between runs."""
 
     gpu: str
     read: Callable[[], Reading]
@@ -89,34 +90,45 @@ class Watch:
     _due: float = float("-inf")
 
     def __call__(self) -> None:
-        """Look, if the last time is long enough ago."""
+        """Take a reading if the last one is long enough ago."""
         now = self.clock()
         if now >= self._due:
             self.readings.append(self.read())
             self._due = now + self.every
 
     def found(self) -> Clocks | None:
-        """What was seen; None where it never looked."""
+        """Summarize the readings.
+
+        Returns:
+            Their lowest and highest values; None without readings.
+        """
         if not self.readings:
             return None
-        seen = self.readings
+        readings = self.readings
 
-        def ends(values: list[int]) -> tuple[int, int]:
+        def extremes(values: list[int]) -> tuple[int, int]:
             return min(values), max(values)
 
         return Clocks(
             self.gpu,
-            ends([r.sm_mhz for r in seen]),
-            ends([r.memory_mhz for r in seen]),
-            ends([r.celsius for r in seen]),
-            tuple(dict.fromkeys(reason for r in seen for reason in r.throttled)),
-            len(seen),
+            extremes([r.sm_mhz for r in readings]),
+            extremes([r.memory_mhz for r in readings]),
+            extremes([r.celsius for r in readings]),
+            tuple(dict.fromkeys(reason for r in readings for reason in r.throttled)),
+            len(readings),
         )
 
 
 @contextmanager
 def watching(provider: Provider) -> Iterator[Watch | None]:
-    """A watch of the provider's GPU; None where there is none, or NVML is not there."""
+    """Watch the GPU of a provider.
+
+    Args:
+        provider: The provider.
+
+    Yields:
+        The watch; None where the provider uses no NVIDIA GPU or NVML is not available.
+    """
     nvml = _nvml() if provider.on_gpu else None
     if nvml is None:
         yield None
@@ -130,7 +142,7 @@ def watching(provider: Provider) -> Iterator[Watch | None]:
 
 
 def _nvml() -> Any:
-    """NVML, started; None where it or its Python part is missing."""
+    """Import and start NVML; None where the library or its Python binding is missing."""
     try:
         import pynvml
     except ImportError:
@@ -145,7 +157,7 @@ def _nvml() -> Any:
 def _read(nvml: Any, handle: Any) -> Reading:
     try:
         reasons = nvml.nvmlDeviceGetCurrentClocksThrottleReasons(handle)
-    except nvml.NVMLError:  # not told by every GPU
+    except nvml.NVMLError:  # not every GPU reports them
         reasons = 0
     return Reading(
         nvml.nvmlDeviceGetClockInfo(handle, nvml.NVML_CLOCK_SM),

@@ -1,4 +1,4 @@
-"""What a model computes, and how far two models are apart: onnxruntime with graph optimizations off.
+"""Run a model on arrays, in onnxruntime with graph optimizations off, and make random inputs for it.
 
 The optimizer would fold and fuse one of two equal graphs and not the other; without it a difference
 comes from the graphs themselves.
@@ -24,7 +24,7 @@ Arrays = Mapping[str, np.ndarray]
 INTEGER_RANGE = 8
 """Random integers are below this: small enough for the index of any table."""
 MOST = 1 << 28
-"""Numbers of an input that are made: 2 GB while they are drawn."""
+"""Largest number of elements of a random input: 2 GB while they are drawn."""
 
 
 def random_feeds(
@@ -35,12 +35,23 @@ def random_feeds(
     shapes: Mapping[str, Sequence[int]] | None = None,
     fixed_batch_ok: bool = True,
 ) -> dict[str, np.ndarray]:
-    """Random inputs: floats from N(0, 1), 8-bit integers over their range, others in [0, 8), bools.
+    """Draw random inputs: floats from N(0, 1), 8-bit integers over their range, others in [0, 8), bools.
 
-    A symbolic first dimension becomes `batch`; a fixed one stays, unless `fixed_batch_ok` is False and
-    it differs: then it is an error. `shapes` gives whole shapes by input name, "" for the one input; other
-    open sizes are chosen as `input_shapes` says.
-    Raises OptionError for names that are no inputs, and shapes that contradict the file.
+    Args:
+        model: The model to make inputs for.
+        batch: Size of a symbolic first dimension.
+        seed: Random seed.
+        shapes: Whole shapes by input name, "" for a model's only input; other open sizes are chosen as
+            `data.input_shapes` describes.
+        fixed_batch_ok: Keep a first dimension that the file fixes to another size than `batch`; False
+            raises instead.
+
+    Returns:
+        An array for each input, by name.
+
+    Raises:
+        OptionError: A name is not an input's, a shape contradicts the file, or the batch is fixed.
+        InputError: A shape is too large, or an input has a type without random values.
     """
     specs = input_specs(model)
     given = named(shapes or {}, specs, label(model))
@@ -54,7 +65,7 @@ def random_feeds(
             guess = usual_size(model, spec)
             shape = with_batch(sized(spec, None, label(model), metadata=metadata, guess=guess), batch)
         else:
-            sized(spec, shape, label(model))  # it contradicts nothing
+            sized(spec, shape, label(model))  # raises where the shape contradicts the file
         if math.prod(shape) > MOST:
             raise InputError(
                 f"{label(model)}: input {spec.name!r}: the shape {dims(shape)} is too large to be fed; "
@@ -65,7 +76,15 @@ def random_feeds(
 
 
 def usual_size(model: ModelLike, spec: InputSpec) -> tuple[int, int]:
-    """The first usual height and width at which the network runs, for an input that leaves both open."""
+    """Choose a height and width for an input that leaves both open: the first usual ones at which it runs.
+
+    Args:
+        model: The model; it is run on random inputs.
+        spec: The input.
+
+    Returns:
+        Height and width in pixels.
+    """
     first, *others = USUAL
     if not spec.read or not is_guessed(spec, metadata_of(model)) or find_spec("onnxruntime") is None:
         return first
@@ -79,20 +98,27 @@ def usual_size(model: ModelLike, spec: InputSpec) -> tuple[int, int]:
 
 
 def _runs(model: ModelLike, feeds: Arrays) -> bool:
-    """Whether onnxruntime runs the model on these inputs; it says nothing itself."""
+    """Return whether onnxruntime runs the model on these inputs; nothing is logged."""
     import onnxruntime as ort
 
-    how = ort.RunOptions()
-    how.log_severity_level = 4
+    options = ort.RunOptions()
+    options.log_severity_level = 4
     try:
-        session(model, provider="cpu", optimize=False).run(None, dict(feeds), how)
+        session(model, provider="cpu", optimize=False).run(None, dict(feeds), options)
     except Exception:  # onnxruntime's exceptions have no common base
         return False
     return True
 
 
 def unread_feeds(model: ModelLike) -> dict[str, np.ndarray]:
-    """Zeros for the inputs that nothing reads: onnxruntime wants them all the same."""
+    """Make zeros for the inputs that no node reads: onnxruntime requires them all the same.
+
+    Args:
+        model: The model.
+
+    Returns:
+        An array for each unread input, by name.
+    """
     return {
         spec.name: np.zeros(with_batch(spec.shape or (), 1), spec.dtype)
         for spec in input_specs(model)
@@ -103,7 +129,20 @@ def unread_feeds(model: ModelLike) -> dict[str, np.ndarray]:
 def run(
     model: ModelLike, feeds: Arrays, optimize: bool = False, *, threads: int = 0
 ) -> dict[str, np.ndarray]:
-    """All outputs by name, on the CPU. Raises ModelError where onnxruntime refuses the model or feeds."""
+    """Run a model once on the CPU.
+
+    Args:
+        model: The model.
+        feeds: An array for each input, by name.
+        optimize: Let onnxruntime optimize the graph.
+        threads: Threads of one operator; 0: the available cores.
+
+    Returns:
+        All outputs by name.
+
+    Raises:
+        ModelError: onnxruntime refuses the model or its inputs, or an output is not a tensor.
+    """
     opened = session(model, provider="cpu", threads=threads, optimize=optimize)
     names = [o.name for o in opened.get_outputs()]
     try:
@@ -126,7 +165,19 @@ def _check_batch(spec: InputSpec, batch: int, fixed_batch_ok: bool, model: str) 
 
 
 def random_values(rng: np.random.Generator, dtype: np.dtype[Any], shape: tuple[int, ...]) -> np.ndarray:
-    """Random numbers of a type, as `random_feeds` has them."""
+    """Draw random numbers of a type, as `random_feeds` describes.
+
+    Args:
+        rng: Source of randomness.
+        dtype: Element type.
+        shape: Shape of the array.
+
+    Returns:
+        The array.
+
+    Raises:
+        InputError: The type is neither a number nor a bool.
+    """
     if dtype.kind == "f":
         return np.asarray(rng.standard_normal(shape)).astype(dtype)
     if dtype.kind == "b":

@@ -1,4 +1,4 @@
-"""A model bound to its device: inputs and outputs in its memory, and which provider runs each node."""
+"""Bind a model's inputs and outputs to its device's memory, and record which provider runs each node."""
 
 from __future__ import annotations
 
@@ -21,21 +21,23 @@ from onnxcompress.runtime.session import session
 
 @dataclass(frozen=True)
 class Placement:
-    """Where onnxruntime ran the nodes that were left after its own optimizations."""
+    """Where onnxruntime ran the nodes that remain after its own optimizations."""
 
     nodes: dict[str, int]
     """Provider -> number of nodes."""
     computed_on_cpu: tuple[str, ...] = ()
-    """On a GPU: nodes that the CPU ran and that compute more than shapes, as "name (Op)"."""
+    """On a GPU: nodes that ran on the CPU although they compute more than shapes, as "name (Op)"."""
     shapes_on_cpu: tuple[str, ...] = ()
-    """On a GPU: nodes on scalars and vectors that onnxruntime leaves to the CPU; that is normal."""
+    """On a GPU: nodes on scalars and vectors, which onnxruntime normally leaves to the CPU."""
 
 
 @dataclass(frozen=True)
 class Runner:
+    """A model that is ready to be timed."""
+
     name: str
     run: Callable[[], float]
-    """Run once; milliseconds."""
+    """Runs the model once and returns the milliseconds that it took."""
     batch: int
     placement: Placement
 
@@ -50,10 +52,26 @@ def bind(
     interleaved: bool = True,
     clock: Callable[[], int] = time.perf_counter_ns,
 ) -> Runner:
-    """Open a session, run it once to see which provider runs what, and bind its inputs and outputs.
+    """Open a session, run it once to record which provider runs which node, and bind inputs and outputs.
 
     Addresses never change afterwards, so that a CUDA graph, which is captured by the second run, may be
-    replayed. A run waits for the device once, at its end: onnxruntime does so itself. clock: nanoseconds.
+    replayed. A run waits for the device once, at its end: onnxruntime does so itself.
+
+    Args:
+        name: Name of the model in results and messages.
+        model: The model.
+        provider: The execution provider.
+        threads: Threads of one operator; 0: all cores.
+        feeds: An array for each input, by name.
+        interleaved: Stop spinning threads when a run ends, for other models that run in between.
+        clock: Returns the time in nanoseconds.
+
+    Returns:
+        The model, ready to be timed.
+
+    Raises:
+        ModelError: onnxruntime refuses the model or its inputs.
+        RuntimeUnavailable: The provider cannot start, or runs none of the model's nodes.
     """
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         opened = session(
@@ -82,7 +100,16 @@ def bind(
 
 
 def bound(opened: Any, feeds: Arrays, provider: Provider) -> Any:
-    """Bind inputs to the device, run once, and bind the outputs to what that run allocated."""
+    """Bind inputs to the device, run once, and bind the outputs to the memory that this run allocated.
+
+    Args:
+        opened: An onnxruntime session.
+        feeds: An array for each input, by name.
+        provider: The provider of the session; it decides the device.
+
+    Returns:
+        onnxruntime's IOBinding, for `run_with_iobinding`.
+    """
     import onnxruntime as ort
 
     device, index = ("cuda", provider.options.device) if provider.on_gpu else ("cpu", 0)
@@ -106,7 +133,15 @@ def bound(opened: Any, feeds: Arrays, provider: Provider) -> Any:
 
 
 def placement_of(events: Sequence[Mapping[str, Any]], provider: str) -> Placement:
-    """Read onnxruntime's profile of one run: each event of category Node names its provider."""
+    """Count the nodes by provider from onnxruntime's profile of one run.
+
+    Args:
+        events: Events of the profile; those of category Node name their provider.
+        provider: Short name of the provider that was asked for.
+
+    Returns:
+        The counts, and the nodes that ran on the CPU although another provider was asked for.
+    """
     nodes: dict[str, int] = {}
     computed: list[str] = []
     shapes: list[str] = []
@@ -123,7 +158,7 @@ def placement_of(events: Sequence[Mapping[str, Any]], provider: str) -> Placemen
 
 
 def _only_shapes(detail: Mapping[str, Any]) -> bool:
-    """Whether all that the node writes is scalars and vectors: {"int64": [4]} in the profile."""
+    """Return whether all outputs of the node are scalars or vectors: {"int64": [4]} in the profile."""
     outputs = detail.get("output_type_shape", [])
     return all(len(shape) <= 1 for output in outputs for shape in output.values())
 

@@ -1,15 +1,15 @@
 """Latency in onnxruntime: warmed up, interleaved, on the device the user asked for.
 
-Clock, temperature and neighbours of a machine drift by more than the differences to be seen. So all models
-run once a round, in a new random order each round: the drift hits all alike, and the ratio of two
-models is taken over the same rounds (`spread` has its interval).
+Clock, temperature and other load of a machine drift by more than the differences to be measured. So all
+models run once a round, in a new random order each round: the drift affects all alike, and the ratio of two
+models is taken over the same rounds (`bootstrap` has its interval).
 
 Inputs and outputs are bound once, on a GPU in its memory, and each run waits for the device: no copy and
 no allocation of inputs is timed.
 
-A wall clock also counts the time that other processes had the cores. Where they have them most of the time,
-the processor time of a run on one thread tells models apart all the same (`clock="processor"`): it leaves
-out waiting for a core, and what several threads would gain.
+A wall clock also counts the time for which other processes had the cores. Where they have them most of the
+time, the processor time of a run on one thread still tells models apart (`clock="processor"`): it leaves
+out waiting for a core, and the gain of several threads.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ __all__ = ["Placement", "Ratio", "Timing", "benchmark", "ratio", "session"]
 
 Clock = Literal["wall", "processor"]
 CLOCKS: dict[Clock, Callable[[], int]] = {"wall": time.perf_counter_ns, "processor": time.thread_time_ns}
-"""What reads each clock, in nanoseconds: `processor` is the time that the calling thread was computing."""
+"""Functions that read each clock, in nanoseconds; `processor` counts while the calling thread computes."""
 COARSE = 1e-5
-"""Seconds: a processor clock that ticks no finer than this cannot time a run (as on Windows)."""
+"""Resolution in seconds from which on a processor clock is too coarse to time a run (as on Windows)."""
 DEFAULT_SECONDS = 10.0
 MIN_ROUNDS, MAX_ROUNDS = 20, 10_000
 WARM_WINDOW, WARM_TOLERANCE = 5, 0.05
@@ -48,7 +48,7 @@ WARM_WINDOW, WARM_TOLERANCE = 5, 0.05
 
 @dataclass(frozen=True)
 class Timing:
-    """Latency of one model: milliseconds a run of `batch` images."""
+    """Latency of one model, in milliseconds for a run of `batch` images."""
 
     name: str
     median_ms: float
@@ -59,23 +59,27 @@ class Timing:
     runs: int
     batch: int
     throughput: float
-    """Images a second, from the median."""
+    """Images per second, from the median."""
     provider: str
     samples_ms: tuple[float, ...] = field(repr=False)
-    """One a round, in the order of the rounds."""
+    """Latency in each round, in order."""
     placement: Placement = field(default_factory=lambda: Placement({}))
     settings: dict[str, bool | int | str] = field(default_factory=dict)
-    """Of the provider (`Provider.settings`)."""
+    """The provider's settings (`Provider.settings`)."""
     clocks: Clocks | None = None
-    """Of the GPU while all models were timed, where NVML tells."""
+    """Clocks of the GPU while all models were timed; None without NVML."""
 
     @property
     def device(self) -> str:
-        """The provider and its settings, for a person."""
+        """The provider and its settings, as text for people."""
         return described(self.provider, self.settings)
 
     def as_dict(self) -> dict[str, Any]:
-        """All but the samples, as JSON values."""
+        """Convert the timing to JSON values.
+
+        Returns:
+            All fields but the samples.
+        """
         values = asdict(self)
         del values["samples_ms"]
         return values
@@ -96,15 +100,31 @@ def benchmark(
     clock: Clock = "wall",
     progress: Progress = silent,
 ) -> dict[str, Timing]:
-    """Time all models, interleaved, on random inputs; name -> Timing, in the order given.
+    """Time all models, interleaved, on random inputs.
 
-    runs: rounds to time. seconds: end after as long, whichever is first (10 where neither is given).
-    tolerance: without `runs`, end once the interval of each model's ratio to the first is within ± this
-    share (with one model: of its median); None times for all of `seconds`.
-    warm_up: seconds at most until all models run steadily. shapes: input name -> shape, where the model
-    leaves more open than the batch; for every model that has the input. clock: `processor` runs models on
-    one thread, whatever `threads` says, and counts its time of the processor (see `has_processor_clock`).
-    Raises OptionError for bad values, RuntimeUnavailable where the provider cannot run, ModelError.
+    Args:
+        models: The models by name.
+        provider: The execution provider.
+        batch: Images per run, 1 or more.
+        threads: Threads of one operator; 0: all cores.
+        runs: Number of rounds to time; None: as many as `seconds` and `tolerance` allow.
+        seconds: Time limit; 10 where neither `runs` nor `seconds` is given.
+        tolerance: Without `runs`, stop once the 95 % interval of each model's ratio to the first (of a
+            single model: of its median) is within ± this share; None uses all of `seconds`.
+        warm_up: Seconds at most until all models run steadily.
+        seed: Random seed of the inputs and of the order of runs.
+        shapes: Whole shapes by input name, for every model that has this input.
+        clock: `processor` runs models on one thread, whatever `threads` is, and counts its processor time
+            (see `has_processor_clock`).
+        progress: Called with the stage, the steps done and the steps in all.
+
+    Returns:
+        Timings by name, in the given order.
+
+    Raises:
+        OptionError: A number is out of range, a shape's name is not an input's, or the provider is unknown.
+        ModelError: onnxruntime refuses a model.
+        RuntimeUnavailable: The provider cannot start.
     """
     _check(models, batch, runs, seconds, tolerance)
     if runs is None and seconds is None:
@@ -135,13 +155,32 @@ def benchmark(
 
 
 def has_processor_clock(provider: ProviderLike) -> bool:
-    """Whether runs can be timed by the processor's time: those on the CPU, where its clock is fine."""
+    """Return whether runs can be timed by processor time.
+
+    Args:
+        provider: The execution provider.
+
+    Returns:
+        True on the CPU, where the operating system's processor clock is fine enough.
+    """
     fine = time.get_clock_info("thread_time").resolution < COARSE
     return fine and pick_provider(provider).name == "cpu"
 
 
 def ratio(a: Timing, b: Timing, *, confidence: float = 0.95) -> Ratio:
-    """How b compares with a, over the rounds that both ran in. Raises OptionError for unequal rounds."""
+    """Compare the latencies of two models that were timed together.
+
+    Args:
+        a: The first timing.
+        b: The second timing, whose median is divided by the first's.
+        confidence: Confidence level of the interval, between 0 and 1.
+
+    Returns:
+        The ratio with its interval.
+
+    Raises:
+        OptionError: The numbers of rounds differ, or the confidence is out of range.
+    """
     if a.runs != b.runs:
         raise OptionError(f"{a.name} has {a.runs} rounds, {b.name} {b.runs}: time them together")
     if not 0 < confidence < 1:
@@ -150,9 +189,13 @@ def ratio(a: Timing, b: Timing, *, confidence: float = 0.95) -> Ratio:
 
 
 def precision(timings: Mapping[str, Timing]) -> float:
-    """Half the widest 95 % interval of the ratios to the first, relative: what `tolerance` bounds.
+    """Compute how precise the timings are, by the measure that `benchmark` compares with `tolerance`.
 
-    Of one model alone: of its median.
+    Args:
+        timings: Timings by name, taken together.
+
+    Returns:
+        Relative half width of the widest 95 % interval of the ratios to the first, or of a single median.
     """
     return half_width(np.array([t.samples_ms for t in timings.values()]).T, RESAMPLES)
 
@@ -168,12 +211,23 @@ def interleave(
     between: Callable[[], None] | None = None,
     progress: Progress = silent,
 ) -> np.ndarray:
-    """Call each of `timed` once a round, in a new order each round; what they return, (rounds, models).
+    """Call all functions once a round, in a new random order each round.
 
-    between: called after each round.
+    The rounds end as `benchmark` describes; with a time limit alone after MAX_ROUNDS, and never before the
+    third.
 
-    The rounds end as `benchmark` says; with a time limit alone at MAX_ROUNDS, and never before the third.
-    Progress is in rounds where their number is given, else in seconds, of which fewer may do.
+    Args:
+        timed: Functions that return the milliseconds of one run.
+        runs: Number of rounds; None: as many as `seconds` and `tolerance` allow.
+        seconds: Time limit.
+        tolerance: Without `runs`, the relative half width of the intervals at which to stop.
+        seed: Random seed of the order.
+        clock: Returns the time in seconds.
+        between: Called after each round.
+        progress: Called with rounds where `runs` is given, else with seconds, of which fewer may do.
+
+    Returns:
+        Milliseconds, (rounds, functions).
     """
     rng = np.random.default_rng(seed)
     rounds: list[list[float]] = []

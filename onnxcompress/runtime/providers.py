@@ -1,4 +1,4 @@
-"""onnxruntime's execution providers by their short names, and how one runs.
+"""onnxruntime's execution providers by their short names, with their options.
 
     --provider cuda --provider-options tf32=off,device=1      on every command line
     provider: cuda, provider_options: [tf32=off, device=1]    in recipes and in Python
@@ -26,9 +26,9 @@ NAMED = {
     "cuda": "CUDAExecutionProvider",
     "tensorrt": "TensorrtExecutionProvider",
 }
-"""Those with options or remedies of their own; the others are looked up in onnxruntime."""
+"""Full names of the providers that are handled here; the others are looked up in onnxruntime."""
 NVIDIA = ("cuda", "tensorrt")
-"""Those whose tensors lie in CUDA's memory."""
+"""Providers whose tensors lie in CUDA memory."""
 _SUFFIX = "ExecutionProvider"
 _SWITCH = {"on": True, "true": True, "1": True, "off": False, "false": False, "0": False}
 _REMEDIES = {
@@ -51,28 +51,32 @@ def _of(default: Any, providers: Sequence[str], help: str) -> Any:
 
 @dataclass(frozen=True)
 class ProviderOptions:
-    """How CUDA or TensorRT runs. What a provider does not take is refused, never ignored."""
+    """Options of CUDA and TensorRT. An option that a provider does not have is refused, never ignored."""
 
     device: int = _of(0, NVIDIA, "which GPU, from 0")
-    tf32: bool = _of(True, ("cuda",), "float32 products with TF32's 10-bit mantissa, onnxruntime's default")
+    tf32: bool = _of(True, ("cuda",), "multiply float32 with TF32's 10-bit mantissa, onnxruntime's default")
     cudnn_search: Literal["exhaustive", "heuristic", "default"] = _of(
-        "exhaustive", ("cuda",), "how cuDNN picks a convolution's algorithm"
+        "exhaustive", ("cuda",), "how cuDNN chooses a convolution's algorithm"
     )
-    nhwc: bool = _of(False, ("cuda",), "convolutions in NHWC")
-    memory: int | None = _of(None, ("cuda",), "of the GPU's memory at most, MB (2²⁰ bytes)")
+    nhwc: bool = _of(False, ("cuda",), "run convolutions in NHWC layout")
+    memory: int | None = _of(None, ("cuda",), "limit of the GPU memory to use, MB (2²⁰ bytes)")
     cuda_graph: bool = _of(False, NVIDIA, "record a run once as a CUDA graph and replay it")
     fp16: bool = _of(False, ("tensorrt",), "let TensorRT compute in half precision where it is faster")
     cache: str | None = _of(None, ("tensorrt",), "folder that keeps engines and timings")
-    workspace: int | None = _of(None, ("tensorrt",), "memory for a layer's algorithm at most, MB")
+    workspace: int | None = _of(None, ("tensorrt",), "limit of the memory for a layer's algorithm, MB")
 
     def changed(self) -> dict[str, bool | int | str]:
-        """Those that are not the default."""
+        """Return the options that differ from their defaults.
+
+        Returns:
+            Values by name.
+        """
         return {f.name: v for f in dataclasses.fields(self) if (v := getattr(self, f.name)) != f.default}
 
 
 @dataclass(frozen=True)
 class Provider:
-    """A provider and how it runs. Make one by `Provider.of`, which checks."""
+    """A provider with its options. Create it by `Provider.of`, which checks them."""
 
     name: str = "auto"
     options: ProviderOptions = field(default_factory=ProviderOptions)
@@ -81,7 +85,18 @@ class Provider:
 
     @classmethod
     def of(cls, name: str, texts: Iterable[str] = ()) -> Provider:
-        """From `cuda` and `["tf32=off"]`. Raises OptionError for a name or an option that there is not."""
+        """Create a provider from texts such as `cuda` and `["tf32=off"]`.
+
+        Args:
+            name: Short name of the provider.
+            texts: Options, as NAME=VALUE.
+
+        Returns:
+            The provider.
+
+        Raises:
+            OptionError: The name or an option does not exist, or a value is out of range.
+        """
         full_name(name)
         pairs = dict(_pair(text) for text in texts)
         if name not in (*NVIDIA, "auto", "cpu"):
@@ -97,26 +112,30 @@ class Provider:
 
     @property
     def settings(self) -> dict[str, bool | int | str]:
-        """What tells two measurements apart: whether TF32 is on, and whatever is not the default."""
-        said: dict[str, bool | int | str] = {}
+        """Settings that distinguish two measurements: whether TF32 is on, and all that is not default."""
+        tf32: dict[str, bool | int | str] = {}
         if self.on_gpu:
-            said = {"tf32": self.options.tf32}  # TensorRT's own default, which onnxruntime cannot change
-        return said | self.options.changed() | dict(self.extra)
+            tf32 = {"tf32": self.options.tf32}  # TensorRT's own default, which onnxruntime cannot change
+        return tf32 | self.options.changed() | dict(self.extra)
 
     @property
     def text(self) -> str:
-        """For a person: `cuda (tf32 on, device 1)`."""
+        """Text for people, such as `cuda (tf32 on, device 1)`."""
         return described(self.name, self.settings)
 
     def for_onnxruntime(self) -> list[tuple[str, dict[str, str]]]:
-        """The provider and those that take the nodes it has no kernel for, with their options."""
+        """List the provider, and those that run the nodes it has no kernel for, as onnxruntime expects.
+
+        Returns:
+            Full names with options, in order of preference; the CPU is last.
+        """
         order = [self.name] * (self.name != "cpu") + ["cuda"] * (self.name == "tensorrt")
-        found = [(full_name(name), self._raw(name)) for name in order]
-        return [*found, (NAMED["cpu"], {})]
+        accelerated = [(full_name(name), self._raw(name)) for name in order]
+        return [*accelerated, (NAMED["cpu"], {})]
 
     def _raw(self, name: str) -> dict[str, str]:
-        made = {"cuda": _cuda, "tensorrt": _tensorrt}
-        own = made[name](self.options) if name in made else {}
+        convert = {"cuda": _cuda, "tensorrt": _tensorrt}
+        own = convert[name](self.options) if name in convert else {}
         return own | (dict(self.extra) if name == self.name else {})
 
 
@@ -124,12 +143,32 @@ ProviderLike = str | Provider
 
 
 def as_provider(given: ProviderLike) -> Provider:
-    """A provider by its name. Raises OptionError where there is none of that name."""
+    """Turn a provider's name into a provider with default options.
+
+    Args:
+        given: A short name, or a provider, which is returned unchanged.
+
+    Returns:
+        The provider.
+
+    Raises:
+        OptionError: No provider has this name.
+    """
     return given if isinstance(given, Provider) else Provider.of(given)
 
 
 def full_name(name: str) -> str:
-    """onnxruntime's name. Raises OptionError, with the nearest name, where it knows none such."""
+    """Return onnxruntime's name of a provider.
+
+    Args:
+        name: The short name.
+
+    Returns:
+        The full name; empty for `auto`.
+
+    Raises:
+        OptionError: onnxruntime knows no such provider; the message suggests the nearest name.
+    """
     if name == "auto":
         return ""
     if name in NAMED:
@@ -143,19 +182,34 @@ def full_name(name: str) -> str:
 
 
 def remedy(name: str) -> str:
-    """How to get a provider: a command, where there is one."""
+    """Return how to install a provider.
+
+    Args:
+        name: The short name.
+
+    Returns:
+        A command where there is one, else a hint.
+    """
     return _REMEDIES.get(name, "build onnxruntime with it")
 
 
 def described(name: str, settings: Mapping[str, Any]) -> str:
-    """A provider with its settings, for a person."""
+    """Describe a provider and its settings for people.
+
+    Args:
+        name: The short name.
+        settings: Settings by name.
+
+    Returns:
+        Text such as `cuda (tf32 on, device 1)`.
+    """
     words = [f"{key} {('on' if v else 'off') if isinstance(v, bool) else v}" for key, v in settings.items()]
     return f"{name} ({', '.join(words)})" if words else name
 
 
 @cache
 def _known() -> dict[str, str]:
-    """Short name -> onnxruntime's, of all that it knows, built in or not."""
+    """Map short names to onnxruntime's, for all providers that it knows, built in or not."""
     import onnxruntime as ort
 
     names = [*NAMED.values(), *ort.get_all_providers(), *ort.get_available_providers()]

@@ -1,6 +1,6 @@
 """onnxruntime sessions, on the provider that was asked for.
 
-A provider that cannot start makes onnxruntime go on with the CPU and a line on stderr. Here that is an
+Where a provider cannot start, onnxruntime falls back to the CPU with a line on stderr. Here that is an
 error with its remedy: a latency measured on the wrong device is worse than none.
 """
 
@@ -38,14 +38,23 @@ def session(
 ) -> onnxruntime.InferenceSession:
     """Open a session whose first provider is the one asked for.
 
-    `threads`: of one operator; 0: all cores, without `timed` those to be had. `optimize` False turns all
-    graph optimizations off.
-    `profile`: a path prefix; onnxruntime records each node until `end_profiling`.
-    `timed`: threads spin while they wait, as they do by default where the model is deployed; else they
-    sleep, so that they take no cores from other processes.
-    `interleaved`: threads stop spinning when a run ends, so that they do not slow the next model's run.
-    Raises ModelError where onnxruntime refuses the model, RuntimeUnavailable where the provider
-    cannot start, OptionError for an unknown provider or negative threads.
+    Args:
+        model: The model.
+        provider: The execution provider.
+        threads: Threads of one operator; 0: all cores if `timed`, else the available cores.
+        optimize: Let onnxruntime optimize the graph; False turns all optimizations off.
+        profile: Path prefix of a profile, which records each node until `end_profiling`.
+        interleaved: Stop spinning when a run ends, so that it does not slow the next model's run.
+        timed: Let threads spin while they wait, as they do by default in deployment; else they sleep, and
+            leave the cores to other processes.
+
+    Returns:
+        onnxruntime's session.
+
+    Raises:
+        ModelError: onnxruntime refuses the model.
+        RuntimeUnavailable: The provider cannot start.
+        OptionError: The provider is unknown, or `threads` is negative.
     """
     import onnxruntime as ort
 
@@ -64,7 +73,7 @@ def session(
         options.add_session_config_entry("session.force_spinning_stop", "1")
     if profile is not None:
         options.enable_profiling = True
-        options.log_severity_level = 4  # of a model it cannot load it also says that there is no profile
+        options.log_severity_level = 4  # where it cannot load a model it also reports a missing profile
         options.profile_file_prefix = profile
     chosen = pick_provider(provider)
     with runnable(model) as source:
@@ -74,7 +83,14 @@ def session(
 def pick_provider(provider: ProviderLike) -> Provider:
     """Resolve "auto" to "cuda" where a CUDA session starts on this machine, else to "cpu".
 
-    Raises OptionError for a provider that onnxruntime does not know.
+    Args:
+        provider: The provider asked for.
+
+    Returns:
+        The provider; any other than "auto" is returned unchanged.
+
+    Raises:
+        OptionError: onnxruntime does not know the provider.
     """
     given = as_provider(provider)
     if given.name != "auto":
@@ -92,14 +108,26 @@ def pick_provider(provider: ProviderLike) -> Provider:
 
 
 def check_provider(provider: ProviderLike) -> None:
-    """Raise RuntimeUnavailable, or OptionError, where no session on `provider` can start here."""
+    """Check that a session can start on a provider.
+
+    Args:
+        provider: The provider.
+
+    Raises:
+        RuntimeUnavailable: No session can start on this machine.
+        OptionError: onnxruntime does not know the provider.
+    """
     import onnxruntime as ort
 
     _open(_identity(), ort.SessionOptions(), pick_provider(provider), "probe")
 
 
 def cuda_devices() -> int:
-    """NVIDIA GPUs that the driver shows; 0 without a driver."""
+    """Count the NVIDIA GPUs that the driver shows.
+
+    Returns:
+        The number of GPUs; 0 without a driver.
+    """
     driver = _cuda_driver()
     count = ctypes.c_int()
     if driver is None or driver.cuDeviceGetCount(ctypes.byref(count)) != 0:
@@ -108,9 +136,16 @@ def cuda_devices() -> int:
 
 
 def cuda_bus_id(device: int) -> bytes:
-    """The PCI address of a GPU, by which NVML finds it, which counts otherwise.
+    """Look up the PCI address of a GPU, by which NVML identifies it: NVML numbers GPUs differently.
 
-    Raises RuntimeUnavailable where the driver shows no such GPU.
+    Args:
+        device: CUDA's number of the GPU.
+
+    Returns:
+        The address.
+
+    Raises:
+        RuntimeUnavailable: The driver shows no such GPU.
     """
     driver = _cuda_driver()
     text = ctypes.create_string_buffer(32)
@@ -120,7 +155,7 @@ def cuda_bus_id(device: int) -> bytes:
 
 
 def _cuda_driver() -> Any:
-    """The driver's library, started; None where there is none."""
+    """Load and start the driver's library; None where there is none."""
     try:
         driver = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
     except OSError:
@@ -155,7 +190,7 @@ def _open(source: str | bytes, options: Any, provider: Provider, name: str) -> A
 
 
 def _explained(error: Exception, provider: Provider, name: str) -> CompressError:
-    """What to tell the user where no session came about."""
+    """Turn onnxruntime's exception into an error that tells the user what to do."""
     text = one_line(error)
     if provider.on_gpu and not cuda_devices():
         return _not_started(provider.name, "no NVIDIA GPU or driver found")

@@ -1,11 +1,11 @@
-"""Whether the clock of `latency` can be trusted: the same runs by an independent timer.
+"""Check the clock of `latency` against an independent timer that times the same runs.
 
     cuda, tensorrt   CUDA events of torch around each run, on the stream that the session computes on
-    others           onnxruntime's own profiler: what it says each call (`model_run`) took
+    others           onnxruntime's own profiler: the duration that it records for each call (`model_run`)
 
-Both look at each single run, so that what disturbs one disturbs the other. Events leave out what the host
-does before the first and after the last kernel, the profiler what Python adds around the call.
-Does not handle: runs below a millisecond, of which a call's own 20 µs are more than 3 %.
+Both timers measure each single run, so a disturbance affects both alike. CUDA events leave out the host's
+work before the first and after the last kernel, the profiler the overhead of Python around the call.
+Does not handle: runs below a millisecond, of which a call's own 20 µs are more than 2 %.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ from onnxcompress.runtime.providers import Provider, ProviderLike
 from onnxcompress.runtime.session import pick_provider, session
 
 Pairs = list[tuple[float, float]]
-"""Milliseconds of each run: by our clock, by the independent timer."""
+"""Milliseconds of each run by the clock of `latency` and by the independent timer."""
 
 
 @dataclass(frozen=True)
 class Agreement:
-    """Medians of the same runs by two timers, milliseconds."""
+    """The medians of the same runs by two timers, in milliseconds."""
 
     ours_ms: float
     other_ms: float
     gap: float
-    """How far our clock is off the other in the same run, as a share: the median of all runs."""
+    """Relative difference of `latency`'s clock from the other timer: median over all runs."""
     timer: str
     runs: int
 
@@ -52,9 +52,23 @@ def check_timer(
     runs: int = 50,
     warm_up: int = 5,
 ) -> Agreement:
-    """Time `runs` runs by both timers. Raises as `latency.benchmark` does.
+    """Time the same runs by the clock of `latency` and by an independent timer.
 
-    On a GPU also RuntimeUnavailable, where torch has no CUDA.
+    Args:
+        model: The model to run on random inputs.
+        provider: The execution provider.
+        batch: Images per run.
+        threads: Threads of one operator; 0: all cores.
+        runs: Number of timed runs, 1 or more.
+        warm_up: Number of runs before them that are not counted.
+
+    Returns:
+        The medians by both timers and their relative difference.
+
+    Raises:
+        OptionError: A number is out of range, the provider is unknown, or the batch is fixed.
+        ModelError: onnxruntime refuses the model.
+        RuntimeUnavailable: The provider cannot start, or on a GPU torch has no CUDA.
     """
     if runs < 1 or warm_up < 0:
         raise OptionError(f"runs: {runs}, warm-up: {warm_up}; expected 1 or more, and 0 or more")
@@ -98,7 +112,7 @@ def _by_events(
             start.record(stream)
             opened.run_with_iobinding(binding)
             end.record(stream)
-            stream.synchronize()  # of a stream that is not its own onnxruntime waits for nothing
+            stream.synchronize()  # onnxruntime does not wait for a stream that is not its own
 
         pairs.append((_clocked(run), float(start.elapsed_time(end))))
     return pairs

@@ -97,7 +97,7 @@ def clocks(**changed: object) -> Clocks:
 def test_steady_clocks_are_no_drift() -> None:
     assert clocks().drift == ""
     assert clocks(sm_mhz=(1950, 1980)).drift == ""
-    assert clocks().text == "G: SM 1980 MHz, memory 2600 MHz, 40 to 44 °C (2 looks)"
+    assert clocks().text == "G: SM 1980 MHz, memory 2600 MHz, 40 to 44 °C (2 readings)"
 
 
 @pytest.mark.parametrize(
@@ -106,7 +106,7 @@ def test_steady_clocks_are_no_drift() -> None:
         ({"sm_mhz": (1410, 1980)}, "SM clock went between 1410 and 1980 MHz"),
         ({"memory_mhz": (1300, 2600)}, "memory clock went"),
         ({"celsius": (40, 60)}, "temperature between 40 and 60"),
-        ({"throttled": ("power limit",)}, "held back by its power limit"),
+        ({"throttled": ("power limit",)}, "lowered by its power limit"),
     ],
 )
 def test_drift_is_said(changed: dict[str, object], words: str) -> None:
