@@ -40,7 +40,7 @@ def canonicalize(model: Model) -> list[Change]:
     padded = sum(_fold_pad(model, node) for node in list(model.graph.nodes) if is_op(node, "Pad"))
     if padded:
         changes.append(Change(model.name, f"{padded} Pads folded into convolutions"))
-    shapes = infer(model, {}).shapes  # what is written must not depend on sizes that are only assumed
+    shapes = infer(model, {}).shapes  # the written graph must not depend on sizes that are only assumed
     for node in list(model.graph.nodes):
         if is_op(node, "Reshape"):
             _fix_reshape(model, node, shapes)

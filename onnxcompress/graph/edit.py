@@ -169,7 +169,11 @@ def remove_nodes(model: Model, nodes: Iterable[gs.Node]) -> None:
 
 
 def make_dense(model: Model) -> None:
-    """Write out the sparse initializers that nodes of the main graph read."""
+    """Replace the sparse initializers that nodes of the main graph read by dense ones.
+
+    Args:
+        model: The model to change.
+    """
     for tensor in model.graph.tensors().values():
         if isinstance(tensor, gs.Constant) and isinstance(tensor._values, SparseValues):
             set_values(tensor, read(tensor))

@@ -52,19 +52,19 @@ def sorted_nodes(model: Model) -> list[gs.Node]:
 
 
 def topological_order(waits: Sequence[Sequence[int]]) -> list[int]:
-    """Order what waits for each other, each right behind what it waits for.
+    """Sort items topologically, each directly after the last of the items that it depends on.
 
-    Runtimes that run a file's nodes as they stand hold little in memory then; `graphlib` would put all that
-    waits for nothing, such as the dequantized weights of every layer, in front.
+    Runtimes that run a file's nodes in order then need little memory; `graphlib` would put all items
+    without dependencies, such as the dequantized weights of every layer, in front.
 
     Args:
-        waits: For each place, the places that must come before it.
+        waits: For each item, the indices of the items that it depends on.
 
     Returns:
-        All places in order: as they are, where that is an order.
+        All indices in order; unchanged where the items are sorted already.
 
     Raises:
-        CycleError: There is none; the error's second argument has a place of the cycle.
+        CycleError: There is a cycle; the error's second argument has an index of it.
     """
     order: list[int] = []
     is_done: dict[int, bool] = {}

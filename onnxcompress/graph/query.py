@@ -71,7 +71,14 @@ def consumers(tensor: gs.Tensor) -> list[gs.Node]:
 
 
 def read_inputs(model: Model) -> list[gs.Tensor]:
-    """The graph's inputs whose values matter: something reads them, or they are outputs, too."""
+    """List the graph's inputs whose values matter: a node reads them, or they are outputs, too.
+
+    Args:
+        model: The model.
+
+    Returns:
+        The inputs, in the graph's order.
+    """
     return [
         t
         for t in model.graph.inputs
@@ -80,17 +87,23 @@ def read_inputs(model: Model) -> list[gs.Tensor]:
 
 
 def data_input(model: Model) -> gs.Tensor:
-    """The one input that the network reads.
+    """Return the only input that the network reads.
+
+    Args:
+        model: The model.
+
+    Returns:
+        The input.
 
     Raises:
-        ModelError: it reads none, or several.
+        ModelError: The network reads none or several.
     """
     inputs = read_inputs(model)
     if len(inputs) != 1:
         names = ", ".join(t.name for t in inputs) or "none"
         raise ModelError(
-            f"{model.name}: networks with one input are handled, this reads {len(inputs)} ({names}); make "
-            "all but one of them initializers with the values that they have in use"
+            f"{model.name}: only networks with one input are handled, this one reads {len(inputs)} "
+            f"({names}); turn all but one into initializers with the values that they have in use"
         )
     return inputs[0]
 

@@ -1,7 +1,7 @@
-"""Reshape targets that name the batch, as targets that hold for any number of images.
+"""Rewrite Reshape targets that contain the batch size, so that they hold for any number of images.
 
 Exporters write the batch that they traced with into the targets of Reshape nodes: [1, −1] in front of a
-classifier. With the sizes that shape inference knows they become
+classifier. With the sizes known from shape inference they become
 
     [n, a, b]  ->  [−1, a, b]        [n, −1]  ->  [−1, the known size], or [0, −1] where it is not known
 
@@ -20,8 +20,15 @@ from onnxcompress.model import Model
 
 
 def batch_free_targets(model: Model) -> dict[int, np.ndarray]:
-    """New targets, int64, by id of the Reshape node; those that hold for any batch already are left out."""
-    found: dict[int, np.ndarray] = {}
+    """Compute targets that hold for any batch.
+
+    Args:
+        model: The model.
+
+    Returns:
+        New targets, int64, by id of the Reshape node; without those that hold for any batch already.
+    """
+    targets: dict[int, np.ndarray] = {}
     for node in model.graph.nodes:
         if not is_op(node, "Reshape") or len(node.inputs) < 2 or attribute(node, "allowzero", 0):
             continue
@@ -30,12 +37,12 @@ def batch_free_targets(model: Model) -> dict[int, np.ndarray]:
             continue
         target = _without_batch(model, node.outputs[0].name, [int(v) for v in value])
         if target is not None:
-            found[id(node)] = np.array(target, np.int64)
-    return found
+            targets[id(node)] = np.array(target, np.int64)
+    return targets
 
 
 def _without_batch(model: Model, output: str, target: list[int]) -> list[int] | None:
-    """The target for any batch; None where its first size is no multiple of the file's batch."""
+    """Return the target for any batch; None where its first size is no multiple of the file's batch."""
     shapes = tensor_shapes(model)
     batches = [s[0] for t in read_inputs(model) if (s := shapes.get(t.name))]
     batch = next((d for d in batches if isinstance(d, int)), 1)

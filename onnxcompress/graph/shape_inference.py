@@ -41,7 +41,7 @@ def tensor_shapes(model: Model) -> dict[str, Shape]:
 
 @dataclass(frozen=True)
 class Inferred:
-    """What is known of a graph's tensors, by name."""
+    """Shapes and element types of a graph's tensors, by name."""
 
     shapes: dict[str, Shape]
     """A dimension is a number, a symbol's name, or None."""

@@ -20,7 +20,7 @@ from PIL import Image
 
 from onnxcompress.data.contact_sheet import contact_sheet
 from onnxcompress.data.image_set import ImageSet
-from onnxcompress.graph.blocks import LINEAR
+from onnxcompress.graph.linear_layer import LINEAR_OPS
 from onnxcompress.graph.query import consumers, node_label
 from onnxcompress.model import Model
 from onnxcompress.model.model_like import model_bytes
@@ -138,7 +138,7 @@ def _held(model: Model) -> tuple[dict[str, int], dict[str, int]]:
             if isinstance(tensor, gs.Constant) and id(tensor) not in seen:
                 seen.add(id(tensor))
                 reader = _reader(node)
-                layer = reader.op in LINEAR
+                layer = reader.op in LINEAR_OPS
                 name = node_label(reader) if layer else f"all {reader.op} nodes"
                 counts = found if layer else others
                 counts[name] = counts.get(name, 0) + _bytes(tensor)

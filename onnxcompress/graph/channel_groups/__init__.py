@@ -1,1 +1,1 @@
-"""Which tensors share a channel, and which channels must be scaled or removed together."""
+"""Find which tensors share a channel, and which channels must be scaled or removed together."""

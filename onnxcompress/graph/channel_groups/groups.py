@@ -20,7 +20,7 @@ Labels = np.ndarray
 
 
 class Unknown(Exception):
-    """Raised by a rule that cannot say what becomes of the channels."""
+    """Raised by a rule that cannot determine the labels of the channels."""
 
     def __init__(self, rule: str, remedy: str = "") -> None:
         super().__init__(rule)

@@ -1,4 +1,4 @@
-"""What each operator does to the scales of channels: `rule(tracer, node) -> labels of the outputs`.
+"""Rules of operators for the scales of channels: `rule(tracer, node) -> labels of the outputs`.
 
 For a positive scale s of each channel (and constants a, b):
 
