@@ -1,4 +1,4 @@
-"""Models in memory and on disk: what passes may change, and what a round trip must preserve."""
+"""Models in memory and on disk: the graph that passes change, and all that a round trip must preserve."""
 
 from onnxcompress.model.model import PROVENANCE, Model, Shape
 from onnxcompress.model.onnx_file import load, save

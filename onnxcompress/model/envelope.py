@@ -1,4 +1,4 @@
-"""What a ModelProto holds besides the main graph's nodes and initializers, kept in step with the graph."""
+"""Keep a ModelProto's parts besides the main graph's nodes and initializers consistent with the graph."""
 
 from __future__ import annotations
 
@@ -85,9 +85,12 @@ def without_contents(proto: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def open_unset_sizes(graph: onnx.GraphProto) -> None:
-    """Make dimensions open that exporters write as −1, or in an input or output as 0, for want of a symbol.
+    """Clear dimensions that exporters write as −1, or in an input or output as 0, for lack of a symbol.
 
-    Shape inference and onnxruntime would take the numbers at their word.
+    Shape inference and onnxruntime would take these numbers literally.
+
+    Args:
+        graph: The graph to change.
     """
     weights = {tensor.name for tensor in graph.initializer}
     for field, least in ((graph.input, 1), (graph.output, 1), (graph.value_info, 0)):
@@ -143,7 +146,12 @@ def _value_info(tensor: gs.Tensor) -> onnx.ValueInfoProto:
 
 
 def replace(field: Any, messages: list[Any]) -> None:
-    """Set a repeated field of a message to these, which may be some of its own."""
+    """Set a repeated field of a message.
+
+    Args:
+        field: The field to change.
+        messages: Its new elements, which may be some of its own.
+    """
     if len(messages) == len(field) and all(a is b for a, b in zip(field, messages, strict=True)):
         return
     copies = [type(m).FromString(m.SerializeToString()) for m in messages]

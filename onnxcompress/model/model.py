@@ -1,4 +1,4 @@
-r"""An ONNX model as the passes see it: a graphsurgeon graph, and everything that graphsurgeon would lose.
+r"""Hold an ONNX model for the passes: a graphsurgeon graph, and everything that graphsurgeon would lose.
 
     file --split--> skeleton --import_onnx--> graph     (weights stay in the file until they are read)
                         \-----------------> envelope  (metadata, value infos, functions, doc strings, …)
@@ -19,19 +19,14 @@ from typing import Any, TypeVar
 import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
-from onnx_graphsurgeon.ir.tensor import LazyValues, SparseValues
+from onnx_graphsurgeon.ir.tensor import LazyValues
 
 from onnxcompress.errors import ModelError
 from onnxcompress.model import tensor_storage
-from onnxcompress.model.envelope import open_unset_sizes, replace, sync_values, without_contents
+from onnxcompress.model.envelope import open_unset_sizes, without_contents
+from onnxcompress.model.export import export, with_inputs, with_values
 from onnxcompress.model.gs_import import import_graph
-from onnxcompress.model.origins import (
-    export_node,
-    export_tensors,
-    node_origins,
-    sparse_origins,
-    tensor_origins,
-)
+from onnxcompress.model.origins import export_node, node_origins, sparse_origins, tensor_origins
 from onnxcompress.model.stored_values import StoredValues, check_tensors
 from onnxcompress.model.validation import check_graph
 from onnxcompress.version import __version__
@@ -123,7 +118,7 @@ class Model:
         return self._names
 
     def in_body(self, node: gs.Node) -> bool:
-        """Whether a node is inside the body of an If, Loop or Scan. Bodies are never edited.
+        """Return whether a node is inside the body of an If, Loop or Scan. Bodies are never edited.
 
         Args:
             node: Any node of the model.
@@ -203,13 +198,12 @@ class Model:
         self.input_digest = None
 
     def assume(self, shapes: Mapping[str, Shape]) -> None:
-        """Have all that is inferred take these sizes where an input's are open.
+        """Assume sizes for the dimensions that an input leaves open, in everything that is inferred.
 
-        The graph and the file stay as they are: an open dimension is written open. In what follows from
-        them an open batch is 1.
+        Graph and file stay as they are: an open dimension is written open. An open batch is taken as 1.
 
         Args:
-            shapes: Shape by name of the input; it replaces what was assumed before.
+            shapes: Shapes by name of the input; they replace earlier assumptions.
         """
         if self.assumed != dict(shapes):
             self.assumed = dict(shapes)
@@ -313,12 +307,7 @@ class Model:
         Raises:
             ModelError: A file that holds weights was cut short.
         """
-        proto, tensors = self._export()
-        for tensor, values in tensors:
-            if values is not None:
-                tensor.raw_data = tensor_storage.raw_bytes(values)
-            proto.graph.initializer.append(tensor)
-        return proto
+        return with_values(*self._export())
 
     def skeleton(self) -> onnx.ModelProto:
         """Export the model with its large initializers as graph inputs: a small, valid model to analyse.
@@ -326,41 +315,10 @@ class Model:
         Returns:
             A new ModelProto.
         """
-        proto, tensors = self._export()
-        listed = {i.name for i in proto.graph.input}
-        for tensor, values in tensors:
-            if values is None:
-                proto.graph.initializer.append(tensor)
-            elif tensor.name not in listed:
-                proto.graph.input.append(
-                    onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims)
-                )
-        return proto
+        return with_inputs(*self._export())
 
     def _export(self) -> tuple[onnx.ModelProto, list[tensor_storage.Stored]]:
-        proto = onnx.ModelProto()
-        proto.CopyFrom(self._envelope)
-        proto.graph.node.extend(self.node_proto(node) for node in self.graph.nodes)
-        sparse = [s for s in proto.graph.sparse_initializer if self._is_sparse(s.values.name)]
-        replace(proto.graph.sparse_initializer, sparse)
-        tensors = export_tensors(self.graph, self._tensors)
-        sync_values(proto, self.graph, {tensor.name for tensor, _ in tensors})
-        if proto.ir_version < 4:  # IR 3: an initializer must be listed as an input, too
-            listed = {i.name for i in proto.graph.input}
-            proto.graph.input.extend(
-                onnx.helper.make_tensor_value_info(t.name, t.data_type, t.dims)
-                for t, _ in tensors
-                if t.name not in listed
-            )
-        return proto, tensors
-
-    def _is_sparse(self, name: str) -> bool:
-        """Whether a sparse initializer stays: nothing replaced its values, and what read it still does."""
-        constant = self._sparse.get(name)
-        if constant is None:
-            return True
-        seen = bool(constant.outputs) or any(constant is output for output in self._graph.outputs)
-        return seen and isinstance(constant._values, SparseValues)
+        return export(self._envelope, self.graph, self._nodes, self._tensors, self._sparse)
 
     def node_proto(self, node: gs.Node) -> onnx.NodeProto:
         """Export a node of the main graph.

@@ -84,7 +84,14 @@ def tensor_origins(
 
 
 def sparse_origins(graph: gs.Graph) -> dict[str, gs.Constant]:
-    """The sparse initializers that the main graph's nodes read, by name."""
+    """Find the sparse initializers that nodes of the main graph read.
+
+    Args:
+        graph: The graph.
+
+    Returns:
+        Constants by name.
+    """
     return {
         tensor.name: tensor
         for node in graph.nodes

@@ -1,0 +1,101 @@
+"""Export a graph as a ModelProto: the original protos, with what the passes changed written over them.
+
+envelope + nodes + initializers --export--> skeleton, tensors --with_values / with_inputs--> ModelProto
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import onnx
+import onnx_graphsurgeon as gs
+from onnx_graphsurgeon.ir.tensor import SparseValues
+
+from onnxcompress.model import tensor_storage
+from onnxcompress.model.envelope import replace, sync_values
+from onnxcompress.model.origins import NodeOrigin, TensorOrigin, export_node, export_tensors
+
+Exported = tuple[onnx.ModelProto, list[tensor_storage.Stored]]
+"""A model without initializers, and its initializers, each with raw data where its proto lacks it."""
+
+
+def export(
+    envelope: onnx.ModelProto,
+    graph: gs.Graph,
+    nodes: Mapping[int, NodeOrigin],
+    tensors: list[TensorOrigin],
+    sparse: Mapping[str, gs.Constant],
+) -> Exported:
+    """Export a graph; its weights stay where they are stored.
+
+    Args:
+        envelope: Everything of the file but the nodes and initializers of the main graph.
+        graph: The graph as the passes left it.
+        nodes: Origins of the file's nodes, by id of the node.
+        tensors: Origins of the file's initializers, in its order.
+        sparse: Sparse initializers that the main graph's nodes read, by name.
+
+    Returns:
+        The model without initializers, and its initializers.
+    """
+    proto = onnx.ModelProto()
+    proto.CopyFrom(envelope)
+    proto.graph.node.extend(export_node(node, nodes.get(id(node))) for node in graph.nodes)
+    kept = [s for s in proto.graph.sparse_initializer if _is_kept(sparse.get(s.values.name), graph)]
+    replace(proto.graph.sparse_initializer, kept)
+    stored = export_tensors(graph, tensors)
+    sync_values(proto, graph, {tensor.name for tensor, _ in stored})
+    if proto.ir_version < 4:  # IR 3: an initializer must be listed as an input, too
+        listed = {i.name for i in proto.graph.input}
+        proto.graph.input.extend(
+            onnx.helper.make_tensor_value_info(t.name, t.data_type, t.dims)
+            for t, _ in stored
+            if t.name not in listed
+        )
+    return proto, stored
+
+
+def _is_kept(constant: gs.Constant | None, graph: gs.Graph) -> bool:
+    """Whether a sparse initializer is still used, and no pass replaced its values."""
+    if constant is None:  # only bodies of If, Loop or Scan read it
+        return True
+    used = bool(constant.outputs) or any(constant is output for output in graph.outputs)
+    return used and isinstance(constant._values, SparseValues)
+
+
+def with_values(proto: onnx.ModelProto, tensors: list[tensor_storage.Stored]) -> onnx.ModelProto:
+    """Add the initializers with all their values.
+
+    Args:
+        proto: The model without initializers; it is changed.
+        tensors: The initializers.
+
+    Returns:
+        `proto`.
+    """
+    for tensor, values in tensors:
+        if values is not None:
+            tensor.raw_data = tensor_storage.raw_bytes(values)
+        proto.graph.initializer.append(tensor)
+    return proto
+
+
+def with_inputs(proto: onnx.ModelProto, tensors: list[tensor_storage.Stored]) -> onnx.ModelProto:
+    """Add the small initializers, and declare the large ones as graph inputs.
+
+    Args:
+        proto: The model without initializers; it is changed.
+        tensors: The initializers; those with raw data of their own are large.
+
+    Returns:
+        `proto`.
+    """
+    listed = {i.name for i in proto.graph.input}
+    for tensor, values in tensors:
+        if values is None:
+            proto.graph.initializer.append(tensor)
+        elif tensor.name not in listed:
+            proto.graph.input.append(
+                onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims)
+            )
+    return proto
