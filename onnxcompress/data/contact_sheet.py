@@ -1,6 +1,6 @@
-"""A contact sheet: the first images of a set side by side in one PNG, to be looked at.
+"""Lay out the first images of a set side by side in one PNG, to be looked at.
 
-Nearest-neighbour enlargement by a whole factor, so that what is seen is the pixels themselves.
+Small images are enlarged by a whole factor with nearest neighbours, so that their pixels are visible.
 """
 
 from __future__ import annotations
@@ -14,38 +14,52 @@ from PIL import Image
 from onnxcompress.model.tensor_storage import write_files
 
 LIMIT = 100
-"""Images on a sheet, at most."""
+"""Largest number of images on a sheet."""
 GAP = 2
 """White pixels between images and around them."""
 LEGIBLE = 96
-"""Images are enlarged as long as their longer side stays within this."""
+"""Images are enlarged up to this length of their longer side, in pixels."""
 WIDEST = 4096
-"""Of a sheet, in pixels; larger images are reduced, for a sheet is looked at on a screen."""
+"""Largest side of a sheet in pixels; larger sheets are reduced, so that they can be viewed on a screen."""
 
 
 def write_contact_sheet(path: str | os.PathLike[str], images: np.ndarray, limit: int = LIMIT) -> None:
-    """Write the first `limit` images (uint8 N,H,W,C, C = 1 or 3) as a PNG, whole or not at all.
+    """Write a contact sheet as a PNG, completely or not at all.
 
-    Raises ModelError where the file cannot be written.
+    Args:
+        path: The PNG.
+        images: Pixels, (N, H, W, C) uint8 with C = 1 or 3.
+        limit: Largest number of images on the sheet.
+
+    Raises:
+        ModelError: The file cannot be written.
     """
     sheet = contact_sheet(images, limit)
     write_files([(Path(path), lambda file: sheet.save(file, "PNG"))])
 
 
 def contact_sheet(images: np.ndarray, limit: int = LIMIT) -> Image.Image:
-    """The grid, about as wide as it is high."""
+    """Lay out images in a grid that is about as wide as it is high.
+
+    Args:
+        images: Pixels, (N, H, W, C) uint8 with C = 1 or 3.
+        limit: Largest number of images on the sheet.
+
+    Returns:
+        The sheet.
+    """
     shown = _legible(images[:limit])
     count, height, width, channels = shown.shape
     columns = min(count, round(float(np.ceil(np.sqrt(count * height / width)))))
     rows = -(-count // columns)
     sheet = np.full((GAP + rows * (height + GAP), GAP + columns * (width + GAP), channels), 255, np.uint8)
-    for index, image in enumerate(shown):
+    for index, pixels in enumerate(shown):
         row, column = divmod(index, columns)
         top, left = GAP + row * (height + GAP), GAP + column * (width + GAP)
-        sheet[top : top + height, left : left + width] = image
-    made = Image.fromarray(sheet[..., 0] if channels == 1 else sheet)
-    made.thumbnail((WIDEST, WIDEST), Image.Resampling.BOX)
-    return made
+        sheet[top : top + height, left : left + width] = pixels
+    image = Image.fromarray(sheet[..., 0] if channels == 1 else sheet)
+    image.thumbnail((WIDEST, WIDEST), Image.Resampling.BOX)
+    return image
 
 
 def _legible(images: np.ndarray) -> np.ndarray:

@@ -1,24 +1,24 @@
-"""Procedural images: dead leaves with the statistics of natural images, from a seed alone.
+"""Draw procedural images from a seed: dead leaves, which have the statistics of natural images.
 
 Opaque shapes of power-law sizes that hide one another have the edges, the spectrum and the scale invariance
-of photographs (Lee, Mumford, Huang, Occlusion models for natural images, IJCV 2001), and what networks
-learn from them serves on photographs (Baradad et al., Learning to see by looking at noise, NeurIPS 2021).
-An image is one of
+of photographs (Lee, Mumford, Huang, Occlusion models for natural images, IJCV 2001), and features that
+networks learn from them transfer to photographs (Baradad et al., Learning to see by looking at noise,
+NeurIPS 2021). An image has one of these compositions:
 
-    leaves      many, all over it
-    object      few, often out of focus, and before them large ones near the middle with details on them
-    surface     next to nothing but texture
+    leaves      many leaves, all over the image
+    object      large leaves with details on them near the middle, in front of few, often blurred leaves
+    surface     hardly anything but texture
 
-    shapes -> map of which leaf is seen where -> per pixel: colour + shading + strength * texture -> focus
+    shapes -> map of the visible leaf -> per pixel: colour + shading + strength * texture -> focus
 
-Each leaf has a colour, a linear gradient (light falling on it) and its strength of the image's texture, 1/f
-noise or stripes. What is seen is resolved on a finer grid and averaged, so edges are soft at any size.
+Each leaf has a colour, a linear gradient (light falling on it) and a strength of the image's texture, 1/f
+noise or stripes. The map is drawn on a finer grid and averaged, so edges are soft at any size.
 Image i depends on the seed, i and the size only: a smaller set is the start of a larger one.
 
-Measured on ResNet-56 without 8 of its blocks, refitted on 500 images of 32x32, by how often it answers as
-the original does on 3000 of CIFAR-10's training images: flat leaves of uncorrelated colours 94.1 %, of
-correlated ones 95.8 %, images as made here 96.1 to 96.5 %, whatever was changed of the shares and contrasts
-below (a difference of 0.2 is chance), CIFAR-10 itself 96.8 %.
+Measured on ResNet-56 without 8 of its blocks, refitted on 500 images of 32x32, as agreement with the
+original on 3000 of CIFAR-10's training images: flat leaves of uncorrelated colours 94.1 %, of correlated
+colours 95.8 %, images as drawn here 96.1 to 96.5 % for all variations of the shares and contrasts below
+that were tried (a difference of 0.2 is chance), CIFAR-10 itself 96.8 %.
 
 Does not handle: perspective, shadows, anything that a network was trained to name.
 """
@@ -35,32 +35,32 @@ from onnxcompress.errors import OptionError
 from onnxcompress.progress import Progress, silent
 
 OBJECTS = 0.8
-"""Share of images with an object: photographs are taken of something, and the middle is where it is."""
+"""Share of images with an object: most photographs show something, and it is in the middle."""
 SURFACES = 0.05
 """Share of images that are a surface: sky, grass, cloth. They have few edges to learn from."""
 LEAVES = (30, 200)
-"""Leaves of an image as wide as high; few leave large calm areas, many cover it."""
+"""Least and largest number of leaves in a square image; few leave large uniform areas, many cover it."""
 BEHIND = (3, 40)
-"""Leaves behind an object: it stands out against something calmer than itself."""
+"""Number of leaves behind an object, which stands out against a calmer background."""
 RADII = (0.03, 0.5)
-"""Of leaves, in sides. Their density falls as r^-3, for which dead leaves look alike at all scales."""
+"""Radii of leaves in sides of the image, with a density of r^-3, which makes images scale invariant."""
 SORTED = 0.5
-"""Share of images with the smaller leaves in front, as details lie on things; else in any order."""
+"""Share of images with the smaller leaves in front, like details on objects; else the order is random."""
 LIGHT = (120.0, 36.0)
-"""Mean and deviation (up to twice) of the light of scenes, 0 to 255; what lies behind adds to it, so that
-the means of images deviate by some 40. Of CIFAR-10: 123 and 32."""
+"""Mean and standard deviation (clipped at two) of a scene's light, 0 to 255; the background adds to it, so
+that the means of images have a deviation of about 40. CIFAR-10 has 123 and 32."""
 CONTRAST = (25.0, 80.0)
-"""Deviation of the light of leaves within an image, least and most: from fog to hard sun. Of pixels it is
-33 in the mean, for a few leaves fill most of an image; of CIFAR-10 50, but (35, 95) measured no better."""
+"""Least and largest standard deviation of the light of an image's leaves: from fog to hard sun. Over pixels
+it is 33 on average, as a few leaves fill most of an image; CIFAR-10 has 50, but (35, 95) was no better."""
 HUES = (0.15, 0.6)
-"""Deviation of colour over that of light: in photographs light varies four times as much as all else."""
+"""Deviation of colour relative to that of light, which varies four times as much in photographs."""
 TINT = 10.0
-"""Deviation of the colour of the light that falls on an image."""
+"""Standard deviation of the colour of the light that falls on a scene."""
 AXES = np.array([[1.0, 1.0, 1.0], [0.63, 0.07, -0.7], [0.25, -0.4, 0.2]], np.float32)
 """Light, yellow to blue, red to green: the principal axes of natural colours, in falling order of spread
 (Ruderman, Cronin, Chiao, Statistics of cone responses to natural images, JOSA A 1998)."""
 SHADING = 40.0
-"""Deviation of the gradient on a leaf, in levels a side."""
+"""Standard deviation of the gradient on a leaf, in levels per side of the image."""
 TEXTURED = 0.5
 """Share of leaves with texture; the others are smooth."""
 GRAIN = 18.0
@@ -68,13 +68,13 @@ GRAIN = 18.0
 STRIPES = 0.3
 """Share of images whose texture is stripes: the rest is noise with an amplitude of f^-0.6 to f^-1.3."""
 UNFOCUSED = 0.3
-"""Share of images a little out of focus, and see FOCUSED_ON of objects."""
+"""Share of images that are slightly out of focus; backgrounds have FOCUSED_ON besides."""
 FOCUSED_ON = 0.6
 """Share of objects whose background is out of focus."""
 DRAWN = 128
-"""Pixels that the side is drawn at, at least, and at least twice its own: edges are soft."""
+"""Least number of pixels per side when drawing, and at least twice the image's: edges become soft."""
 CORNERS = 40
-"""Of a leaf's outline."""
+"""Number of corners of a leaf's outline."""
 
 
 def procedural_images(
@@ -86,32 +86,32 @@ def procedural_images(
     progress: Progress = silent,
     workers: int = 1,
 ) -> np.ndarray:
-    """Draw dead-leaves images; the same for a seed, whatever the number of workers.
+    """Draw dead-leaves images; they depend on the seed, not on the number of workers.
 
     Args:
-        count: Images.
-        height: Pixels.
-        width: Pixels.
+        count: Number of images.
+        height: Height in pixels.
+        width: Width in pixels.
         channels: 1 or 3.
         seed: Random seed.
         progress: Called with the stage, the images drawn and the images in all.
-        workers: Threads that draw.
+        workers: Number of threads.
 
     Returns:
         Pixels, (count, height, width, channels) uint8.
 
     Raises:
-        OptionError: A number or a size is below 1, or there are other channels.
+        OptionError: A count or size is below 1, or `channels` is neither 1 nor 3.
     """
     if min(count, height, width) < 1 or channels not in (1, 3):
         raise OptionError(
             f"procedural images: {count} of {height}x{width}x{channels}; expected 1 or more of 1x1 or "
             "more pixels with 1 or 3 channels"
         )
-    made = np.empty((count, height, width, channels), np.uint8)
+    images = np.empty((count, height, width, channels), np.uint8)
 
     def fill(index: int) -> None:
-        made[index] = _image(np.random.default_rng([seed, index]), height, width, channels)
+        images[index] = _image(np.random.default_rng([seed, index]), height, width, channels)
 
     pool = ThreadPoolExecutor(workers)
     try:
@@ -119,7 +119,7 @@ def procedural_images(
             progress("making procedural images", done, count)
     finally:
         pool.shutdown(cancel_futures=True)
-    return made
+    return images
 
 
 def _image(rng: np.random.Generator, height: int, width: int, channels: int) -> np.ndarray:
@@ -138,7 +138,7 @@ def _image(rng: np.random.Generator, height: int, width: int, channels: int) -> 
 
 
 def _object(scene: _Scene) -> np.ndarray:
-    """A few large leaves near the middle, smaller ones on them, all in front of a calm background."""
+    """Draw a few large leaves near the middle and smaller ones on them, in front of a calm background."""
     rng = scene.rng
     behind = scene.layer(_scattered(scene, BEHIND, 2 * RADII[0]), contrast=0.7)
     if rng.random() < FOCUSED_ON:
@@ -169,7 +169,7 @@ class _Leaves:
 
 
 def _scattered(scene: _Scene, number: tuple[int, int], least: float) -> _Leaves:
-    """Leaves all over the image, with radii from `least` sides on."""
+    """Scatter leaves over the whole image, with radii of at least `least` sides."""
     rng, side = scene.rng, scene.side
     area = min(16.0, scene.height * scene.width / side**2)
     count = int(rng.integers(*number) * area)
@@ -200,7 +200,7 @@ class _Scene:
         textured: float = TEXTURED,
         behind: np.ndarray | None = None,
     ) -> np.ndarray:
-        """float32 (height, width, 3): the leaves before what is behind them, by default one more leaf."""
+        """Draw leaves, (height, width, 3) float32, in front of `behind`, by default of one more leaf."""
         table = self._looks(leaves, contrast, textured)
         if behind is not None:
             table[0] = 0
@@ -211,7 +211,10 @@ class _Scene:
         return np.asarray(pixels if behind is None else behind * (1 - cover[..., None]) + pixels)
 
     def _looks(self, leaves: _Leaves, contrast: float, textured: float) -> np.ndarray:
-        """(1 + leaves, 7): colour at (0, 0) in 3; slopes right, down; texture; 1. Row 0: behind all."""
+        """Draw the looks of leaves, (1 + leaves, 7); row 0 is for the background.
+
+        Columns: the colour at (0, 0) in 3; the slopes right and down; the strength of the texture; 1.
+        """
         rng, count = self.rng, len(leaves.radii) + 1
         spread = contrast * self.contrast * np.array([1.0, self.hues, self.hues])
         colours = np.array([self.light, *self.tint]) + spread * rng.normal(size=(count, 3))
@@ -225,7 +228,7 @@ class _Scene:
         return table
 
     def _averaged(self, outlines: np.ndarray, table: np.ndarray) -> np.ndarray:
-        """(height, width, columns): a leaf's row of the table where it is seen, averaged over a pixel."""
+        """Look up the row of the visible leaf, averaged over each pixel, (height, width, columns)."""
         fine = min(8, max(2, -(-DRAWN // self.side)))
         image = Image.new("I", (self.width * fine, self.height * fine), 0)
         draw = ImageDraw.Draw(image)
@@ -239,7 +242,7 @@ class _Scene:
         return total / fine**2
 
     def _noise(self, power: float) -> np.ndarray:
-        """(height, width) noise with amplitudes f^-power, deviation 1."""
+        """Draw noise with amplitudes f^-power and deviation 1, (height, width)."""
         height, width = self.height, self.width
         down, right = np.fft.fftfreq(height, 1 / height)[:, None], np.fft.rfftfreq(width, 1 / width)
         frequency = np.hypot(down * self.side / height, right * self.side / width).astype(np.float32)
@@ -249,7 +252,7 @@ class _Scene:
         return np.asarray(noise / max(float(noise.std()), 1e-6), np.float32)
 
     def _stripes(self) -> np.ndarray:
-        """(height, width) wavy stripes, soft or hard, from 3 a side to 14 or what the pixels can show."""
+        """Draw wavy stripes, soft or hard, (height, width): from 3 to 14 per side, as pixels allow."""
         rng = self.rng
         waves = np.exp(rng.uniform(np.log(3), np.log(max(4, min(14, self.side / 4)))))
         turn, step = rng.uniform(0, np.pi), 2 * np.pi * waves / self.side
@@ -259,7 +262,7 @@ class _Scene:
 
 
 def _outlines(rng: np.random.Generator, leaves: _Leaves) -> np.ndarray:
-    """(leaves, CORNERS, 2) corners of ellipses, rectangles, polygons of 3 to 6 corners and smooth blobs."""
+    """Draw outlines, (leaves, CORNERS, 2): ellipses, rectangles, polygons and smooth blobs."""
     count = len(leaves.radii)
     kind = rng.integers(0, 4, (count, 1))
     even = np.linspace(0, 2 * np.pi, CORNERS, endpoint=False)  # a multiple of 8: rectangles have corners

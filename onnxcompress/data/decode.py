@@ -1,4 +1,4 @@
-"""One image: decode it, convert its channels, resize and crop it."""
+"""Decode an image file, convert its channels, resize and crop it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,18 @@ _COLOUR = ("RGB", "RGBA", "P", "PA", "CMYK", "YCbCr")
 
 
 def decode(file: Path, preprocess: Preprocess) -> np.ndarray:
-    """One file as uint8 H,W,C."""
+    """Decode an image file, and fit it to the network's input.
+
+    Args:
+        file: The image.
+        preprocess: Size, resizing and channels to convert to.
+
+    Returns:
+        Pixels, (H, W, C) uint8.
+
+    Raises:
+        InputError: The file is no 8-bit image, is broken, or cannot be brought to the size.
+    """
     try:
         with Image.open(file) as opened:
             if opened.width * opened.height > (Image.MAX_IMAGE_PIXELS or float("inf")):
@@ -37,7 +48,19 @@ def _converted(image: Image.Image, file: Path, channels: int | None) -> Image.Im
 
 
 def fit(image: Image.Image, preprocess: Preprocess, name: str) -> np.ndarray:
-    """Resize and crop as `preprocess` says; uint8 H,W,C."""
+    """Resize and crop an image to the network's input.
+
+    Args:
+        image: The image, gray or RGB.
+        preprocess: Size and resizing.
+        name: Name of the image in messages.
+
+    Returns:
+        Pixels, (H, W, C) uint8.
+
+    Raises:
+        InputError: The image is smaller than the size, and scaling up is not asked for.
+    """
     size = preprocess.size
     if size is not None and (image.height, image.width) != size:
         image = _cropped(image, size, preprocess, name)

@@ -1,14 +1,14 @@
-"""Sizes for the dimensions that a network's inputs leave open: what a user says, or a choice.
+"""Choose sizes for the dimensions that a network's inputs leave open.
 
-A network with an open height and width runs at any size; whatever runs it needs one. `--input-shape` gives
-it, by the same rule for every command:
+A network with open height and width runs at any size, but running it needs one. Every command takes it from
+the first of these that is there:
 
- 1. what `--input-shape` says: [NAME=]1x3x320x320, of several inputs with commas between;
+ 1. `--input-shape`: [NAME=]1x3x320x320, with commas between several inputs;
  2. the size that images are brought to (`size=` in --preprocess or the model's metadata), or have;
- 3. the size that the exporter noted in the metadata (`imgsz`, of Ultralytics);
- 4. else a usual size.
+ 3. the size that the exporter wrote into the metadata (`imgsz`, by Ultralytics);
+ 4. a usual size.
 
-Of a choice by 3 or 4 a warning tells.
+A warning reports a choice by 3 or 4.
 
 The first dimension, the batch, stays open where the file leaves it open. The file that a pass writes keeps
 its open dimensions.
@@ -25,30 +25,30 @@ from onnxcompress.model import Shape
 from onnxcompress.model.model_like import InputSpec, dims
 
 USUAL = ((224, 224), (48, 320), (32, 320))
-"""Height and width of images where nobody says them: the first at which the network runs."""
+"""Usual heights and widths of images: the first at which the network runs is taken."""
 LINE_WIDTH, LINE_HEIGHT = 320, 96
-"""Width of images whose height is fixed to a line of text, at most the second."""
+"""Width of images whose height is fixed and at most LINE_HEIGHT, like that of a line of text."""
 LENGTH, EDGE, CHANNELS = 1024, 16, 3
-"""Of sequences; of volumes; of images with open channels."""
+"""Length of sequences, edge of volumes, and number of channels where they are open."""
 
 Given = Mapping[str, Sequence[int]]
 """Whole shapes by name of the input; the name may be empty where there is one input."""
 
 
 def parse_input_shapes(text: str | None) -> dict[str, tuple[int, ...]]:
-    """Read `images=1x3x320x320,mask=1x320x320`; a single shape may have no name.
+    """Read the text of --input-shape, such as `images=1x3x320x320,mask=1x320x320`.
 
     Args:
-        text: what the user says; None or empty for nothing.
+        text: The text; a single shape may have no name. None or empty: no shapes.
 
     Returns:
-        Shapes by name, "" for the shape without one.
+        Shapes by name; the name of a shape without one is empty.
 
     Raises:
-        OptionError: it cannot be read.
+        OptionError: The text cannot be read.
     """
     parts = [part.strip() for part in (text or "").split(",") if part.strip()]
-    found: dict[str, tuple[int, ...]] = {}
+    shapes: dict[str, tuple[int, ...]] = {}
     for part in parts:
         name, equals, sizes = part.rpartition("=")
         numbers = sizes.lower().split("x")
@@ -56,26 +56,34 @@ def parse_input_shapes(text: str | None) -> dict[str, tuple[int, ...]]:
         if len(shape) < len(numbers) or min(shape) < 1 or (equals and not name):
             raise OptionError(f"--input-shape {part!r}: expected NAME=DIMS, such as images=1x3x224x224")
         if not equals and len(parts) > 1:
-            raise OptionError(f"--input-shape {part!r}: of several shapes each needs the input's name")
-        found[name] = shape
-    return found
+            raise OptionError(f"--input-shape {part!r}: each of several shapes needs the input's name")
+        shapes[name] = shape
+    return shapes
 
 
 def named(given: Given, specs: Sequence[InputSpec], model: str) -> dict[str, tuple[int, ...]]:
-    """The shapes with the input's name in place of none.
+    """Give a shape without a name the name of the model's only input.
+
+    Args:
+        given: Shapes by name, as `parse_input_shapes` returns them.
+        specs: The model's inputs.
+        model: Name of the model in messages.
+
+    Returns:
+        Shapes by the inputs' names.
 
     Raises:
-        OptionError: a name is no input's, or none is given and the network reads several.
+        OptionError: A name is not an input's, or it is missing and the network reads several inputs.
     """
     known = [spec.name for spec in specs]
     read = [spec.name for spec in specs if spec.read]
-    found = {}
+    shapes = {}
     for name, shape in given.items():
         if (name or len(read) != 1) and name not in known:
             what = f"shape for {name!r}" if name else "shape without a name"
             raise OptionError(f"{model}: {what}; the model's inputs are {', '.join(known) or 'none'}")
-        found[name or read[0]] = tuple(shape)
-    return found
+        shapes[name or read[0]] = tuple(shape)
+    return shapes
 
 
 def sized(
@@ -87,21 +95,21 @@ def sized(
     metadata: Mapping[str, str] | None = None,
     guess: tuple[int, int] = USUAL[0],
 ) -> Shape:
-    """The input's shape with a size in each place that the file leaves open, but for the batch.
+    """Fill in the sizes that the file leaves open in an input's shape, except for the batch.
 
     Args:
-        spec: the input.
-        given: the whole shape as the user says it, if so.
-        model: what messages call the network.
-        size: height and width of the images that are at hand, if any.
-        metadata: the network's.
-        guess: height and width of images where nothing says them.
+        spec: The input.
+        given: The whole shape that the user gives; None: choose the open sizes.
+        model: Name of the model in messages.
+        size: Height and width of the images that are to be used, if any.
+        metadata: The model's metadata.
+        guess: Height and width of images where nothing else gives them.
 
     Returns:
-        Sizes; in place of the batch, and of dimensions of the same name, what the file has.
+        Sizes; the batch, and dimensions with the same symbol, stay as in the file.
 
     Raises:
-        OptionError: the given shape contradicts the file, or its rank is unknown and no shape is given.
+        OptionError: The given shape contradicts the file, or the rank is unknown and no shape is given.
     """
     where = f"{model}: input {spec.name!r}"
     if given is not None:
@@ -120,7 +128,7 @@ def sized(
         why = "the size in its metadata" if noted and len(spec.shape) == 4 else "a usual size"
         warnings.warn(
             f"{where}: {dims(spec.shape)} leaves sizes open; it is run at {dims(with_batch(chosen, 1))}, "
-            f"{why}: --input-shape {spec.name}=… says another",
+            f"{why}: choose another with --input-shape {spec.name}=…",
             CompressWarning,
             stacklevel=2,
         )
@@ -128,20 +136,28 @@ def sized(
 
 
 def is_guessed(spec: InputSpec, metadata: Mapping[str, str]) -> bool:
-    """Whether height and width are both open, and nothing tells them but what a user says."""
+    """Return whether height and width of an input are open and the metadata has no size for them.
+
+    Args:
+        spec: The input.
+        metadata: The model's metadata.
+
+    Returns:
+        True where only the user could give them.
+    """
     shape = spec.shape or ()
     sides = (2, 3) if len(shape) == 4 and (isinstance(shape[1], int) or shape[3] is None) else (1, 2)
     return len(shape) == 4 and all(_is_open(shape, at) for at in sides) and _noted_size(metadata) is None
 
 
 def _is_open(shape: Shape, axis: int) -> bool:
-    """Whether the dimension has no size and is no second name of the batch."""
+    """Return whether the dimension has no size and is not the batch under the same symbol."""
     size = shape[axis]
     return not isinstance(size, int) and (size is None or size != shape[0])
 
 
 def _usual(shape: Shape, sides: tuple[int, int], *, known: bool) -> Shape:
-    """The shape with usual sizes in its open places. known: whether the sides are more than a guess."""
+    """Fill usual sizes into open places of the shape; `known`: the sides are more than a guess."""
     if len(shape) != 4:
         usual: list[int] = [LENGTH if len(shape) < 4 else EDGE] * len(shape)
         if len(shape) > 4:
@@ -157,7 +173,7 @@ def _usual(shape: Shape, sides: tuple[int, int], *, known: bool) -> Shape:
 
 
 def _noted_size(metadata: Mapping[str, str]) -> tuple[int, int] | None:
-    """The image size that the exporter noted."""
+    """Read the image size that the exporter wrote into the metadata."""
     try:
         value = json.loads(metadata.get("imgsz", "null"))
     except (ValueError, RecursionError):
@@ -168,5 +184,13 @@ def _noted_size(metadata: Mapping[str, str]) -> tuple[int, int] | None:
 
 
 def with_batch(shape: Shape, batch: int) -> tuple[int, ...]:
-    """The shape with a batch in the places that are still open."""
+    """Fill a batch size into the places of a shape that are still open.
+
+    Args:
+        shape: The shape.
+        batch: The batch size.
+
+    Returns:
+        Sizes only.
+    """
     return tuple(size if isinstance(size, int) else batch for size in shape)

@@ -1,4 +1,4 @@
-"""From uint8 pixels to what the network takes: one text such as `imagenet` or `mean=0.5 std=0.5 size=224`.
+"""Turn uint8 pixels into a network's input, as a text describes: `imagenet`, or `mean=0.5 std=0.5`.
 
 x = (pixels / scale - mean) / std, after resizing and cropping; `scale` is 255 unless given.
 """
@@ -16,50 +16,54 @@ import numpy as np
 from onnxcompress.errors import OptionError
 
 PREPROCESSING = "preprocessing"
-"""Key in a model's metadata_props of a text that `Preprocess.parse` reads."""
+"""Key of metadata_props whose value is a text that `Preprocess.parse` reads."""
 CROP_SHARE = 0.875
-"""Side of the crop over the image's short side where `resize` is not given (224 of 256 on ImageNet)."""
+"""Side of the crop relative to the image's short side, without `resize` (ImageNet: 224 of 256)."""
 
 
 @dataclass(frozen=True)
 class Preprocess:
-    """How images become the network's input.
+    """Resizing and normalization that turn images into the network's input.
 
-    Without `size` images are taken as they are. With it, an image of that size is, too; a larger one is
-    scaled so that the crop is 0.875 of its short side, then cropped at the centre; a smaller one is an
-    error. `resize` says it explicitly: the short side in pixels (it also scales up), "stretch" (straight
-    to `size`) or "none" (crop alone).
+    Without `size` images keep their size. With it, a larger image is scaled so that the crop is 0.875 of
+    its short side, then cropped at the centre; a smaller image is an error. `resize` overrides this: it is
+    the short side in pixels (which may also scale up), "stretch" (scale straight to `size`) or "none"
+    (only crop).
     """
 
     mean: tuple[float, ...] = (0.0,)
-    """Of each channel, or one value for all; in units of pixels / scale."""
+    """A value for each channel, or one for all, in units of pixels / scale."""
     std: tuple[float, ...] = (1.0,)
+    """As `mean`."""
     size: tuple[int, int] | None = None
     """Height and width of the network's input."""
     resize: int | str | None = None
     layout: str = "nchw"
-    """Or "nhwc"."""
+    """Order of dimensions, "nchw" or "nhwc"."""
     channels: int | None = None
-    """1 or 3: convert to gray or RGB. None: as the images are."""
+    """1 or 3: convert to gray or RGB. None: keep the images' channels."""
     order: str = "rgb"
-    """Or "bgr"."""
+    """Order of channels, "rgb" or "bgr"."""
     scale: float = 255.0
     filter: str = "bilinear"
-    """Or "bicubic", of the resizing."""
+    """Filter of the resizing, "bilinear" or "bicubic"."""
 
     @staticmethod
     def parse(text: str, base: Preprocess | None = None) -> Preprocess:
         """Read a preset, `key=value` pairs, or a preset and pairs that change it.
 
         Args:
-            text: What the user wrote.
+            text: The text of --preprocess or of the metadata.
             base: What pairs without a preset change; None: `unit`.
 
+        Returns:
+            The preprocessing.
+
         Raises:
-            OptionError: Something in it is unknown; the message names the nearest that is known.
+            OptionError: Something in the text is unknown; the message suggests the nearest known name.
         """
         values = base or PRESETS["unit"]
-        if "size=" in text and "resize=" not in text:  # a short side goes with its crop
+        if "size=" in text and "resize=" not in text:  # a short side holds only for its own crop
             values = replace(values, resize=None)
         for index, word in enumerate(text.split()):
             key, equals, value = word.partition("=")
@@ -73,18 +77,25 @@ class Preprocess:
         return values
 
     def __str__(self) -> str:
-        """A text that `parse` reads back to the same value."""
+        """Return a text that `parse` reads back to the same value."""
         parts = [f"mean={_commas(self.mean)}", f"std={_commas(self.std)}"]
         if self.size is not None:
             parts.append(f"size={self.size[0]}x{self.size[1]}")
-        for one in fields(self):
-            value = getattr(self, one.name)
-            if one.name not in ("mean", "std", "size") and value != one.default:
-                parts.append(f"{one.name}={value:g}" if one.name == "scale" else f"{one.name}={value}")
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if f.name not in ("mean", "std", "size") and value != f.default:
+                parts.append(f"{f.name}={value:g}" if f.name == "scale" else f"{f.name}={value}")
         return " ".join(parts)
 
     def normalize(self, pixels: np.ndarray) -> np.ndarray:
-        """uint8 N,H,W,C to float32 N,C,H,W or N,H,W,C."""
+        """Normalize pixels.
+
+        Args:
+            pixels: Pixels, (N, H, W, C) uint8.
+
+        Returns:
+            The network's input, float32, (N, C, H, W) or (N, H, W, C).
+        """
         std = np.asarray(self.std, np.float64)
         factor = (1 / (self.scale * std)).astype(np.float32)
         offset = (np.asarray(self.mean, np.float64) / std).astype(np.float32)
@@ -93,7 +104,16 @@ class Preprocess:
         return np.ascontiguousarray(x.transpose(0, 3, 1, 2) if self.layout == "nchw" else x)
 
     def shape(self, height: int, width: int, channels: int) -> tuple[int, int, int]:
-        """Shape of one normalized image."""
+        """Return the shape of one normalized image.
+
+        Args:
+            height: Height in pixels.
+            width: Width in pixels.
+            channels: 1 or 3.
+
+        Returns:
+            (C, H, W) or (H, W, C).
+        """
         return (channels, height, width) if self.layout == "nchw" else (height, width, channels)
 
 
@@ -107,49 +127,60 @@ PRESETS = {
     "cifar10": Preprocess(mean=(0.4914, 0.4822, 0.4465), std=(0.2470, 0.2435, 0.2616), size=(32, 32)),
     "fashion-mnist": Preprocess(mean=(0.2860,), std=(0.3530,), size=(28, 28)),
 }
-SIGNED = Preprocess(mean=(128.0,), scale=1.0)
-"""Of inputs of type int8: pixels from −128 to 127."""
 """`unit`: pixels / 255; `raw`: pixels from 0 to 255; the others by the name of their data set."""
+SIGNED = Preprocess(mean=(128.0,), scale=1.0)
+"""For inputs of type int8: pixels from −128 to 127."""
 
 
 @dataclass(frozen=True)
 class Choice:
-    """How a command preprocesses, and who said so."""
+    """The preprocessing that a command uses, and where it comes from."""
 
     said: Preprocess | None
-    """None: nobody did."""
+    """The preprocessing that the user or the model's metadata specifies; None: neither does."""
     source: str
-    """option, model (its metadata), default, or what completes an option that names no preset:
-    option-and-model, option-and-default."""
+    """Where it comes from: option, model (its metadata) or default; for an option without a preset also
+    what completes it: option-and-model or option-and-default."""
     base: Preprocess = PRESETS["unit"]
-    """What is done where nobody says anything."""
+    """The default."""
 
     @property
     def preprocess(self) -> Preprocess:
-        """For real images."""
+        """The preprocessing of real images."""
         return self.said or self.base
 
     def as_dict(self) -> dict[str, str]:
-        """JSON values: preprocess, preprocess_from."""
+        """Convert the choice to JSON values.
+
+        Returns:
+            The keys preprocess and preprocess_from.
+        """
         return {"preprocess": str(self.preprocess), "preprocess_from": self.source}
 
     def __str__(self) -> str:
-        """For a person: what is done to pixels, and who said so."""
+        """Describe the preprocessing and its source for people."""
         return told(str(self.preprocess), self.source)
 
 
 _SOURCES = {
     "option": "as asked for",
     "option-and-model": "as asked for, the rest from the model's metadata",
-    "option-and-default": "as asked for, mean and std the default: neither --preprocess nor the model's "
-    "metadata says them",
+    "option-and-default": "as asked for, with default mean and std: neither --preprocess nor the model's "
+    "metadata has them",
     "model": "from the model's metadata",
-    "default": "the default: neither --preprocess nor the model's metadata says more",
+    "default": "the default, because neither --preprocess nor the model's metadata specifies it",
 }
 
 
 def base_for(dtype: np.dtype[Any] | None) -> Preprocess:
-    """What an input of that type takes where nobody says anything: `unit`, or pixels as integers."""
+    """Return the default preprocessing for an input of a type.
+
+    Args:
+        dtype: Element type of the input; None: unknown.
+
+    Returns:
+        `unit`, or for integers the pixels as they are.
+    """
     if dtype is None or dtype.kind not in "iu":
         return PRESETS["unit"]
     return SIGNED if dtype == np.int8 else PRESETS["raw"]
@@ -161,21 +192,21 @@ def choose(
     model: str = "the model",
     dtype: np.dtype[Any] | None = None,
 ) -> Choice:
-    """Apply the rule of all commands: what the user says, else the model's metadata, else the default.
+    """Choose the preprocessing: from the option, else from the model's metadata, else the default.
 
-    Pairs without a preset, as `size=24`, change what the metadata has and leave the rest of it.
+    Pairs without a preset, such as `size=24`, change what the metadata has and leave the rest of it.
 
     Args:
-        given: The text of --preprocess, if there is one.
+        given: The text of --preprocess; None: the option is not given.
         metadata: Metadata of the model.
-        model: What messages call the model.
+        model: Name of the model in messages.
         dtype: Element type of its input; it decides the default, see `base_for`.
 
     Returns:
-        How images are preprocessed, and who said so.
+        The preprocessing and where it comes from.
 
     Raises:
-        OptionError: A text cannot be read, or makes fractions for an input of integers.
+        OptionError: A text cannot be read, or gives an input of integers fractions.
     """
     base = base_for(dtype)
     words = [] if given is None else given.split()
@@ -199,17 +230,25 @@ def choose(
 
 
 def _says_all(words: Sequence[str]) -> bool:
-    """Whether pairs say how pixels are normalized."""
+    """Return whether pairs specify how pixels are normalized."""
     return {"mean", "std"} <= {word.partition("=")[0] for word in words}
 
 
 def told(text: str, source: str) -> str:
-    """For a person: what is done to pixels, and who said so."""
+    """Describe a preprocessing and its source for people.
+
+    Args:
+        text: The preprocessing, as `str` formats it.
+        source: Where it comes from, see `Choice.source`.
+
+    Returns:
+        A clause such as `preprocessed by … (from the model's metadata)`.
+    """
     return f"preprocessed by {text} ({_SOURCES[source]})"
 
 
 def _whole(choice: Choice, dtype: np.dtype[Any] | None, model: str) -> Choice:
-    """Raise OptionError where an input of integers would get fractions."""
+    """Check that an input of integers gets whole numbers. Raises OptionError."""
     if dtype is not None and dtype.kind in "iu":
         p = choice.preprocess
         channels = max(len(p.mean), len(p.std))

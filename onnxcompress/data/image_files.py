@@ -1,0 +1,190 @@
+"""Find and read images in a folder or an .npz: files, stored pixels and labels.
+
+A folder is read recursively in sorted order; labels are the names of its first level of folders: class
+indices where all are numbers, else their sorted order. An .npz has `x` or `images` (N,H,W,C or N,H,W) and
+may have `y` or `labels` (N).
+"""
+
+from __future__ import annotations
+
+import os
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+from tokenize import TokenError
+from zipfile import BadZipFile, ZipFile, is_zipfile
+
+import numpy as np
+
+from onnxcompress.errors import InputError, one_line
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".pgm")
+UNREADABLE = (
+    OSError, ValueError, EOFError, BadZipFile, NotImplementedError, SyntaxError, zlib.error,
+    TokenError, MemoryError,
+)  # fmt: skip
+"""Exceptions that zipfile and numpy raise for an archive that is broken or too large for the memory."""
+BOMB, BOMB_RATIO = 1 << 29, 200
+"""Arrays of more bytes are refused where they are more than so many times their compressed size."""
+
+
+def image_files(folder: Path) -> list[Path]:
+    """List the images of a folder, recursively; hidden files and folders are skipped, links are followed.
+
+    Args:
+        folder: The folder.
+
+    Returns:
+        Paths in sorted order.
+    """
+    images = []
+    visited: set[str] = set()
+    for root, folders, names in os.walk(folder, followlinks=True):
+        real = os.path.realpath(root)
+        if real in visited:  # a link to a folder above
+            folders.clear()
+            continue
+        visited.add(real)
+        folders[:] = sorted(f for f in folders if not f.startswith("."))
+        images += [
+            Path(root, name)
+            for name in names
+            if name.lower().endswith(SUFFIXES) and not name.startswith(".")
+        ]
+    return sorted(images)
+
+
+def folder_labels(folder: Path, files: Sequence[Path], needed: bool) -> np.ndarray | None:
+    """Read labels from the first level of folders.
+
+    Args:
+        folder: The folder of all images.
+        files: Images in it.
+        needed: Raise where an image lies in no class folder.
+
+    Returns:
+        Class indices, (N,) int64; None where an image lies in no class folder.
+
+    Raises:
+        InputError: Labels are needed, and there are none.
+    """
+    parts = [file.relative_to(folder).parts for file in files]
+    loose = next((p[0] for p in parts if len(p) == 1), None)
+    if loose is not None:
+        if needed:
+            raise InputError(
+                f"{folder}: {loose} lies in no class folder; labels need one folder for each class"
+            )
+        return None
+    classes = sorted({p[0] for p in parts})
+    if all(c.isdecimal() for c in classes):
+        index = {c: int(c) for c in classes}
+    else:
+        index = {c: i for i, c in enumerate(classes)}
+    return np.array([index[p[0]] for p in parts], np.int64)
+
+
+def npz_length(file: Path) -> int:
+    """Count the images of an .npz from its header, without reading their pixels.
+
+    Args:
+        file: The .npz.
+
+    Returns:
+        Their number; 0 where it cannot be read.
+    """
+    try:
+        with ZipFile(file) as archive:
+            name = next(n for n in ("x.npy", "images.npy") if n in archive.namelist())
+            with archive.open(name) as member:
+                np.lib.format.read_magic(member)
+                return int(np.lib.format.read_array_header_1_0(member)[0][0])
+    except (*UNREADABLE, StopIteration, IndexError):
+        return 0
+
+
+def read_npz(file: Path) -> tuple[np.ndarray, np.ndarray | None]:
+    """Read the images and labels of an .npz.
+
+    Args:
+        file: The .npz.
+
+    Returns:
+        Images as they are stored, (N, H, W, C) with C = 1 or 3, and class indices (N,) or None.
+
+    Raises:
+        InputError: The file cannot be read, or its arrays do not have the expected shapes.
+    """
+    if not is_zipfile(file):  # numpy would read a .npy or a pickle whatever its name
+        raise InputError(f"{file}: not a readable .npz (no zip archive)")
+    try:
+        _check_members(file)
+        with np.load(file, allow_pickle=False) as archive:
+            x_key = next((k for k in ("x", "images") if k in archive.files), None)
+            y_key = next((k for k in ("y", "labels") if k in archive.files), None)
+            if x_key is None:
+                raise InputError(
+                    f"{file}: no array x or images; it has {', '.join(archive.files) or 'nothing'}"
+                )
+            x, y = archive[x_key], archive[y_key] if y_key else None
+    except UNREADABLE as error:
+        raise InputError(f"{file}: not a readable .npz ({one_line(error)})") from error
+    if x.ndim == 3:
+        x = x[..., None]
+    if x.ndim != 4 or x.shape[3] not in (1, 3) or 0 in x.shape:
+        turned = x.ndim == 4 and x.shape[1] in (1, 3)
+        hint = "; transpose it to N,H,W,C" if turned else ""
+        raise InputError(
+            f"{file}: images of shape {list(x.shape)}; expected N,H,W or N,H,W,C, C = 1 or 3{hint}"
+        )
+    return x, None if y is None else _as_labels(y, len(x), file)
+
+
+def _check_members(file: Path) -> None:
+    """Refuse a small file that would unpack to a huge array. Raises InputError."""
+    with ZipFile(file) as archive:
+        for member in archive.infolist():
+            if member.file_size > BOMB and member.file_size > BOMB_RATIO * member.compress_size:
+                raise InputError(
+                    f"{file}: {member.filename} would be {member.file_size} bytes, {member.compress_size} "
+                    "compressed: too large to be honest images"
+                )
+
+
+def _as_labels(y: np.ndarray, total: int, file: Path) -> np.ndarray:
+    if y.ndim == 2 and y.shape[1] == 1:
+        y = y[:, 0]
+    if y.shape != (total,) or y.dtype.kind not in "iu" or (total and int(y.min()) < 0):
+        raise InputError(
+            f"{file}: labels of shape {list(y.shape)}, {y.dtype}; expected [{total}] class indices"
+        )
+    return y.astype(np.int64)
+
+
+def as_pixels(x: np.ndarray, file: Path) -> np.ndarray:
+    """Convert uint8, other integers in [0, 255] or floats in [0, 1] to uint8.
+
+    Args:
+        x: Images, (N, H, W, C).
+        file: The file that messages name.
+
+    Returns:
+        Pixels, uint8; floats are rounded.
+
+    Raises:
+        InputError: The type or the range is another one.
+    """
+    if x.dtype == np.uint8:
+        return np.ascontiguousarray(x)
+    top = {"f": 1, "i": 255, "u": 255}.get(x.dtype.kind)
+    if top is None:
+        raise InputError(f"{file}: images of type {x.dtype}; expected uint8, or floats in [0, 1]")
+    if x.dtype.kind == "f" and not np.isfinite(x).all():
+        raise InputError(f"{file}: the images hold NaN or infinity; expected uint8 or [0, 1]")
+    low, high = float(x.min()), float(x.max())
+    if low < 0 or high > top:
+        raise InputError(
+            f"{file}: {x.dtype} images from {low:g} to {high:g}; expected [0, {top}], or uint8: "
+            "normalizing them is --preprocess's part"
+        )
+    return np.round(x * (255 / top)).astype(np.uint8)
