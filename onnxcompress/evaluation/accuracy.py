@@ -1,4 +1,4 @@
-"""Accuracy of a classifier in onnxruntime, and how often two of them agree."""
+"""Measure the accuracy of a classifier in onnxruntime, and how often two classifiers agree."""
 
 from __future__ import annotations
 
@@ -29,17 +29,17 @@ from onnxcompress.runtime.session import pick_provider, session
 
 @dataclass(frozen=True)
 class Accuracy:
-    """Shares of `count` images, 0 to 1."""
+    """Accuracy over `count` images, as shares from 0 to 1."""
 
     top1: float
     top5: float
-    """Top-n, where the network has n < 5 classes."""
+    """Top-n accuracy where the network has n < 5 classes."""
     count: int
     seconds: float
-    """Of running the network, loading excluded."""
+    """Time that the network ran, without loading images."""
     provider: str
     settings: dict[str, bool | int | str] = field(default_factory=dict)
-    """Of the provider (`Provider.settings`)."""
+    """The provider's settings (`Provider.settings`)."""
 
     @property
     def interval(self) -> tuple[float, float]:
@@ -61,9 +61,23 @@ def evaluate(
     output: str | None = None,
     progress: Progress = silent,
 ) -> Accuracy:
-    """Top-1 and top-5 on labelled images.
+    """Measure top-1 and top-5 accuracy on labelled images.
 
-    Raises InputError where labels are missing or beyond the network's classes, and as `logits`.
+    Args:
+        model: The classifier.
+        images: Images with labels.
+        provider: The execution provider.
+        batch: Images per run, 1 or more.
+        threads: Threads of one operator; 0: the available cores.
+        output: Name of the output with the scores; None: the first of that form.
+        progress: Called with the stage, the images done and the images in all.
+
+    Returns:
+        The accuracy.
+
+    Raises:
+        InputError: Labels are missing or beyond the network's classes, or the images do not fit the input.
+        CompressError: As `logits`.
     """
     if images.y is None:
         raise InputError("the images have no labels; accuracy needs class folders or y in the .npz")
@@ -78,7 +92,19 @@ def evaluate(
 
 
 def topk(scores: np.ndarray, y: np.ndarray, name: str = "model") -> tuple[float, float]:
-    """Top-1 and top-5 of (N, classes) scores. Of equal scores the lower class comes first."""
+    """Compute top-1 and top-5 accuracy; of equal scores the lower class ranks first.
+
+    Args:
+        scores: Scores, (N, classes).
+        y: Class indices, (N,).
+        name: Name of the model in messages.
+
+    Returns:
+        Shares from 0 to 1.
+
+    Raises:
+        InputError: A label is beyond the network's classes.
+    """
     classes = scores.shape[1]
     if int(y.max()) >= classes:
         raise InputError(
@@ -101,10 +127,28 @@ def logits(
     output: str | None = None,
     progress: Progress = silent,
 ) -> np.ndarray:
-    """Scores of all images, (N, classes): the output `output`, or the first one of that form.
+    """Compute the class scores of all images.
 
-    A fixed batch of the model wins over `batch`; the last batch is then filled up and cut again.
-    Raises InputError where the images do not fit the input, ModelError for NaN scores or none.
+    A batch size that the model fixes takes precedence over `batch`; the last batch is then padded, and the
+    padding removed from the scores.
+
+    Args:
+        model: The classifier.
+        images: The images.
+        provider: The execution provider.
+        batch: Images per run, 1 or more.
+        threads: Threads of one operator; 0: the available cores.
+        output: Name of the output with the scores; None: the first of that form.
+        progress: Called with the stage, the images done and the images in all.
+
+    Returns:
+        Scores, (N, classes) float32.
+
+    Raises:
+        OptionError: `batch` is below 1, or the model has no such output.
+        InputError: The images do not fit the input.
+        ModelError: There are no scores, or some are NaN, or onnxruntime refuses the model.
+        RuntimeUnavailable: The provider cannot start.
     """
     if batch < 1:
         raise OptionError(f"batch: {batch}; expected 1 or more")
@@ -141,48 +185,81 @@ def _check_nan(scores: np.ndarray, where: str, images: ImageSet) -> None:
 
 
 def agreement(a: np.ndarray, b: np.ndarray) -> float:
-    """Share of rows of (N, classes) scores with the same largest class."""
+    """Compute the share of inputs for which two models predict the same class.
+
+    Args:
+        a: Scores of one model, (N, classes).
+        b: Scores of the other.
+
+    Returns:
+        The share, from 0 to 1.
+
+    Raises:
+        ModelError: The shapes differ.
+    """
     if a.shape != b.shape:
         raise ModelError(f"scores of shapes {list(a.shape)} and {list(b.shape)} cannot be compared")
     return float((a.argmax(axis=1) == b.argmax(axis=1)).mean())
 
 
 def image_input(model: ModelLike) -> InputSpec:
-    """The one input that the model reads. Raises ModelError where there are none or several."""
+    """Return the only input that the model reads.
+
+    Args:
+        model: The model.
+
+    Returns:
+        The input.
+
+    Raises:
+        ModelError: It reads none or several.
+    """
     specs = [spec for spec in input_specs(model) if spec.read]
     if len(specs) != 1:
         names = ", ".join(s.name for s in specs) or "none"
         raise ModelError(
-            f"{label(model)}: networks with one input are handled, this reads {len(specs)} ({names}); make "
-            "all but one of them initializers with the values that they have in use"
+            f"{label(model)}: only networks with one input are handled, this one reads {len(specs)} "
+            f"({names}); turn all but one into initializers with the values that they have in use"
         )
     return specs[0]
 
 
 def preprocessing(model: ModelLike, given: str | None, input_shape: str | None = None) -> Choice:
-    """How images become the model's input, and who said so.
+    """Choose how images become the model's input.
 
     Args:
-        model: with one input.
-        given: the text of --preprocess, if there is one.
-        input_shape: the text of --input-shape; images are brought to its size where no other is said.
+        model: A model with one input.
+        given: The text of --preprocess, if it is given.
+        input_shape: The text of --input-shape; images are brought to its size where no other is given.
+
+    Returns:
+        The preprocessing and where it comes from.
 
     Raises:
-        OptionError: a text that cannot be read, or contradicts the model.
+        OptionError: A text cannot be read, or contradicts the model.
+        ModelError: The model reads no input or several.
     """
     spec = image_input(model)
     choice = choose(given, metadata_of(model), label(model), spec.dtype)
     shape = named(parse_input_shapes(input_shape), [spec], label(model)).get(spec.name)
-    how = choice.preprocess
-    if shape is None or len(shape) != 4 or how.size is not None:
+    chosen = choice.preprocess
+    if shape is None or len(shape) != 4 or chosen.size is not None:
         return choice
-    sized(spec, shape, label(model))  # it contradicts nothing
-    sides = shape[2:] if how.layout == "nchw" else shape[1:3]
-    return replace(choice, said=replace(how, size=(sides[0], sides[1])), source="option")
+    sized(spec, shape, label(model))  # raises where the shape contradicts the file
+    sides = shape[2:] if chosen.layout == "nchw" else shape[1:3]
+    return replace(choice, said=replace(chosen, size=(sides[0], sides[1])), source="option")
 
 
 def score_output(values: dict[str, np.ndarray], count: int) -> np.ndarray | None:
-    """The first of a run's outputs that has the form of scores, (count, classes)."""
+    """Find the first of a run's outputs that has the form of class scores.
+
+    Args:
+        values: Outputs by name.
+        count: Number of inputs in the batch.
+
+    Returns:
+        Scores, (count, classes) float32; None where no output has this form.
+    """
     return next((s for v in values.values() if (s := _squeezed(v, count)) is not None), None)
 
 
@@ -204,7 +281,7 @@ def _scores(values: list[Any], names: list[str], count: int, model: str) -> tupl
 
 
 def _feeds(images: ImageSet, spec: InputSpec, size: int, *, pad: bool) -> Iterator[tuple[np.ndarray, int]]:
-    """Batches in the input's type, and how many of each are images rather than filling."""
+    """Yield batches in the input's type, and the number of images in each that are not padding."""
     for x in images.batches(size):
         if spec.dtype.kind in "iu" and not np.array_equal(x, np.round(x)):
             raise InputError(

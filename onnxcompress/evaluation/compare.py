@@ -1,4 +1,4 @@
-"""Two models side by side: size, work, latency, and how far apart what they compute is."""
+"""Compare two models: size, multiply-accumulates, latency, and the difference of their outputs."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from onnxcompress.runtime.latency import Ratio, Timing, benchmark, ratio
 from onnxcompress.runtime.providers import ProviderLike
 
 DIFFERENCE_BATCH = 32
-"""Images, or random inputs, over which the outputs' difference is taken."""
+"""Number of images or random inputs over which the difference of the outputs is taken."""
 
 
 @dataclass(frozen=True)
@@ -37,32 +37,36 @@ class Side:
 
     name: str
     bytes: int
-    """Of the file and its external data."""
+    """Size of the file with its external data."""
     parameters: int
     macs: int | None
     """For one image; None where the image size is open."""
     timing: Timing
     top1: float | None
-    """Where the images have labels."""
+    """Top-1 accuracy, from 0 to 1; None where the images have no labels."""
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """`a` is the reference."""
+    """The comparison of model `b` with the reference `a`."""
 
     a: Side
     b: Side
     latency: Ratio
     """median(b) / median(a)."""
     difference: Difference
-    """Outputs of b against a, without graph optimizations."""
+    """Difference of b's outputs from a's, without graph optimizations."""
     agreement: float | None
     """Share of inputs with the same top-1 class; None where the models give no scores."""
     inputs: str
-    """What the difference and the agreement were taken on."""
+    """Description of the inputs that difference and agreement were taken on."""
 
     def as_dict(self) -> dict[str, Any]:
-        """JSON values, without the samples of the timings."""
+        """Convert the comparison to JSON values.
+
+        Returns:
+            All fields, without the samples of the timings.
+        """
         values = asdict(self)
         for side in ("a", "b"):
             del values[side]["timing"]["samples_ms"]
@@ -92,9 +96,28 @@ def compare(
     shapes: Mapping[str, Sequence[int]] | None = None,
     progress: Progress = silent,
 ) -> Comparison:
-    """Compare b with the reference a, on `images` or on random inputs.
+    """Compare model `b` with the reference `a`, on images or on random inputs.
 
-    The latency options are those of `benchmark`. Raises ModelError where inputs or outputs differ in form.
+    Args:
+        a: The reference.
+        b: The other model.
+        images: Images to compare on, with or without labels; None: random inputs.
+        provider: The execution provider.
+        batch: Images per timed run.
+        threads: Threads of one operator; 0: all cores.
+        runs: Number of timed rounds, see `latency.benchmark`.
+        seconds: Time limit of the timing, see `latency.benchmark`.
+        tolerance: Precision at which timing stops, see `latency.benchmark`.
+        seed: Random seed.
+        shapes: Whole shapes by input name.
+        progress: Called with the stage, the steps done and the steps in all.
+
+    Returns:
+        The comparison.
+
+    Raises:
+        ModelError: The inputs or outputs of the models differ in number or shape.
+        CompressError: As `latency.benchmark` and `accuracy.logits`.
     """
     names = display_names([a, b])
     if images is None:
@@ -134,7 +157,7 @@ def _side(model: ModelLike, timing: Timing, top1: float | None) -> Side:
     graph = as_model(model)
     try:
         work: int | None = macs.count_macs(graph)
-    except ModelError:  # an open image size: unknown is what is shown
+    except ModelError:  # the image size is open; the work is then shown as unknown
         work = None
     return Side(timing.name, model_bytes(model), macs.count_parameters(graph), work, timing, top1)
 
@@ -172,7 +195,7 @@ def _on_images(
 
 
 def _batch(a: ModelLike, b: ModelLike, default: int) -> int:
-    """The batch that both models take: a fixed one, else `default`."""
+    """Return the batch that both models take: a fixed one, else `default`."""
     shapes = [s.shape for model in (a, b) for s in input_specs(model)]
     fixed = sorted({s[0] for s in shapes if s and isinstance(s[0], int)})
     if len(fixed) > 1:
@@ -181,14 +204,14 @@ def _batch(a: ModelLike, b: ModelLike, default: int) -> int:
 
 
 def feeds_for(model: ModelLike, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Inputs of a reference under another model's own input names, by order where the names differ.
+    """Rename inputs of a reference to another model's input names, by order where the names differ.
 
     Args:
         model: The other model.
-        feeds: Input name of the reference -> value.
+        feeds: Arrays by input name of the reference.
 
     Returns:
-        Input name of `model` -> value, floats in the precision that it takes.
+        Arrays by input name of `model`, floats in the precision that it takes.
 
     Raises:
         ModelError: The models differ in the number or the shapes of inputs.
@@ -209,5 +232,5 @@ def feeds_for(model: ModelLike, feeds: Mapping[str, np.ndarray]) -> dict[str, np
 
 
 def _as_float(values: np.ndarray, dtype: np.dtype[Any]) -> np.ndarray:
-    """Floats in the type that the model takes: a float16 model is compared with its float32 original."""
+    """Convert floats to the model's type: a float16 model is compared with its float32 original."""
     return values.astype(dtype, copy=False) if values.dtype.kind == dtype.kind == "f" else values

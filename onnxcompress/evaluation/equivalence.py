@@ -1,4 +1,4 @@
-"""How far the outputs of two models are apart."""
+"""Measure the difference between the outputs of two models."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from onnxcompress.runtime.inference import Arrays, run
 
 @dataclass(frozen=True)
 class Difference:
-    """How far outputs are from the reference's. `output` is the one with the largest `max_rel`."""
+    """Difference of outputs from the reference's; `output` is the one with the largest `max_rel`."""
 
     max_abs: float
     max_rel: float
@@ -24,18 +24,39 @@ class Difference:
 
 
 def difference(a: ModelLike, b: ModelLike, feeds: Arrays, *, optimize: bool = False) -> Difference:
-    """Run both models on the same inputs and compare; `a` is the reference.
+    """Run two models on the same inputs and compare their outputs.
 
-    Outputs go together by name, or by order where the names differ.
+    Outputs are matched by name, or by order where the names differ.
+
+    Args:
+        a: The reference.
+        b: The other model.
+        feeds: An array for each input, by name.
+        optimize: Let onnxruntime optimize the graphs.
+
+    Returns:
+        The difference.
+
+    Raises:
+        ModelError: onnxruntime refuses a model, or the outputs differ in number or shape.
     """
     return difference_of(run(a, feeds, optimize), run(b, feeds, optimize))
 
 
 def difference_of(a: Arrays, b: Arrays) -> Difference:
-    """Compare two models' outputs; `a` is the reference.
+    """Compare the outputs of two models.
 
-    NaN in both, or the same infinity in both, is no difference; in one of them it is an infinite one.
-    Raises ModelError where the number of outputs or a shape differs.
+    NaN in both, or the same infinity in both, counts as equal; in only one the difference is infinite.
+
+    Args:
+        a: Outputs of the reference, by name.
+        b: Outputs of the other model; matched by order where the names differ.
+
+    Returns:
+        The difference.
+
+    Raises:
+        ModelError: The outputs differ in number or shape.
     """
     if len(a) != len(b):
         raise ModelError(f"the models have {len(a)} and {len(b)} outputs; expected as many")

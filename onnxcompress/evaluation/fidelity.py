@@ -1,22 +1,22 @@
-"""How much of what a model computed is left after a pass: signal to noise of each output and of its parts.
+"""Measure how well a pass preserves a model's outputs: signal to noise of each output and of its parts.
 
 With y an output before the pass and ŷ the same output after it, over all inputs and elements,
 
     SNR = 10 log₁₀( Σ y² / Σ (y − ŷ)² )   in decibels.
 
-What is the same for all inputs counts as signal there, though it says nothing of the input, and hides
-noise: of a network with 10 classes that is right for one image in ten the SNR can be 6 dB. So what is
-judged has the variation between inputs for its signal, Σ (y − ȳ)² with ȳ the mean over inputs; an
-output that does not vary is judged by its SNR, and so is one with 30 dB and more: of probabilities that are
-the same for all these inputs next to nothing varies, and no noise is small beside that.
+The SNR also counts as signal what is the same for all inputs, which hides noise: a network with 10
+classes that is right for one image in ten can have an SNR of 6 dB. So outputs are judged with the
+variation between inputs as the signal, Σ (y − ȳ)² with ȳ the mean over inputs. An output that does not
+vary is judged by its SNR, and so is one with an SNR of 30 dB and more: where probabilities are the same
+for all these inputs, almost nothing varies, and any noise would be large in comparison.
 
-Both hide a part of small values beside large ones: the scores of a detection head beside the boxes. So the
-channels (or columns) of an output are sorted by their root mean square, and split wherever the next one is
-ten times as large; each part has a signal to noise ratio of its own. The rows of a Softmax are not split:
-they are one distribution, whose small values matter as little as they are.
+Both ratios hide a part with small values beside large ones, such as the scores of a detection head beside
+its boxes. So the channels (or columns) of an output are sorted by their root mean square, and split where
+the next one is ten times as large; each part has a signal to noise ratio of its own. The rows of a Softmax
+are not split: they are one distribution, in which small values matter little.
 
-Besides, an output is a fault whatever its ratio where it is not finite any more, or the same for all
-inputs. Integers and booleans (the index of a class) have no noise: of these the share that is equal counts.
+Besides, an output that is no longer finite, or has become the same for all inputs, is a fault whatever its
+ratio. Integers and booleans (the index of a class) have no noise: the share of equal values is used.
 Does not handle: outputs whose shape depends on the values of the inputs, as after NonMaxSuppression.
 """
 
@@ -30,22 +30,22 @@ import numpy as np
 from onnxcompress.errors import ModelError
 
 Runs = Mapping[str, Sequence[np.ndarray]]
-"""Output name -> its value in each run, all runs of the same inputs in the same order."""
+"""Values of each output by name, one per run; the runs of both models have the same inputs."""
 
 EQUAL_DB = 200.0
-"""Signal to noise that stands for no noise at all: float64 has some 300 dB."""
+"""Signal to noise ratio that stands for no noise at all: float64 has about 300 dB."""
 UNLIKE = 10.0
-"""Root mean squares of channels further apart than this factor belong to different parts."""
+"""Factor between root mean squares of channels from which on they belong to different parts."""
 KIND = 0.05
-"""Share of all channels that a part has at least."""
+"""Least share of all channels that a part has."""
 SHORTER = 4
-"""How many times as many places as columns an output has."""
+"""Least ratio of places to columns from which the axis of the columns is recognized."""
 FAITHFUL_DB = 30.0
-"""Signal to noise from which on it does not matter how little an output varies."""
+"""Signal to noise ratio above which the variation between inputs is not considered."""
 NO_VARIATION = 1e-3
 """Share of an output's energy below which it does not vary between inputs: -30 dB."""
 CONSTANT = 1e-4
-"""Share of the variation between inputs below which an output does not depend on the input any more."""
+"""Share of the former variation between inputs below which an output has become constant."""
 
 
 @dataclass(frozen=True)
@@ -66,19 +66,19 @@ class Part:
 
     @property
     def judged_db(self) -> float:
-        """What is held against the floors, decibels."""
+        """The ratio that is compared with the floors, decibels."""
         return _judged(self.snr_db, self.variation_db)
 
     @property
     def text(self) -> str:
-        """The part for a person."""
+        """Description of the part for people."""
         several = f"{self.channels} channels from {self.first} on" if self.channels > 1 else ""
         return f"{several or f'channel {self.first}'} of dimension {self.axis} (values near {self.rms:.2g})"
 
 
 @dataclass(frozen=True)
 class OutputFidelity:
-    """What is left of one output."""
+    """How well one output is preserved."""
 
     name: str
     snr_db: float | None
@@ -92,7 +92,7 @@ class OutputFidelity:
     agreement: float | None = None
     """Share (0 to 1) of inputs with the same top-1 class, or of equal integers; None: no classes."""
     worst_part: Part | None = None
-    """The part that keeps least; None where all values are of a like size."""
+    """The part with the lowest ratio; None where all values are of similar size."""
     not_finite: int = 0
     """Elements that were finite before the pass and are not after it."""
     constant: bool = False
@@ -100,12 +100,12 @@ class OutputFidelity:
 
     @property
     def judged_db(self) -> float:
-        """What is held against the floors, decibels: the least of the output and of its worst part."""
+        """The ratio that is compared with the floors, decibels: of the output or of its worst part."""
         return self.whole_db if self.worst_part is None else min(self.whole_db, self.worst_part.judged_db)
 
     @property
     def whole_db(self) -> float:
-        """The same of the whole output; integers have no noise."""
+        """The ratio of the whole output, decibels; integers have no noise."""
         if self.snr_db is None or self.variation_db is None:
             return EQUAL_DB
         return _judged(self.snr_db, self.variation_db)
@@ -113,7 +113,7 @@ class OutputFidelity:
 
 @dataclass(frozen=True)
 class Fidelity:
-    """What is left of all outputs of a model."""
+    """How well all outputs of a model are preserved."""
 
     outputs: tuple[OutputFidelity, ...]
     not_compared: tuple[str, ...] = ()
@@ -137,11 +137,11 @@ class Fidelity:
 
 
 def fidelity(before: Runs, after: Runs) -> Fidelity:
-    """Compare what two models gave for the same inputs.
+    """Compare the outputs of two models for the same inputs.
 
     Args:
         before: Outputs of the reference, by name.
-        after: Outputs of the other model; by order where its names differ.
+        after: Outputs of the other model; matched by order where the names differ.
 
     Returns:
         The figures of each output.
@@ -151,27 +151,27 @@ def fidelity(before: Runs, after: Runs) -> Fidelity:
     """
     if len(before) != len(after):
         raise ModelError(f"the model had {len(before)} outputs and would have {len(after)}")
-    found: list[OutputFidelity] = []
-    loose: list[str] = []
+    outputs: list[OutputFidelity] = []
+    varying: list[str] = []
     for name, other in zip(before, before if set(before) == set(after) else after, strict=True):
         a, b = _stacked(before[name]), _stacked(after[other])
         if a is None:
-            loose.append(name)
+            varying.append(name)
         elif b is None or a.shape != b.shape:
             got = "shapes that differ between inputs" if b is None else f"{list(b.shape[1:])}"
             raise ModelError(f"output {name!r} had the shape {list(a.shape[1:])} and would have {got}")
         elif a.size:
-            found.append(_compared(name, a, b))
-    return Fidelity(tuple(found), tuple(loose))
+            outputs.append(_compared(name, a, b))
+    return Fidelity(tuple(outputs), tuple(varying))
 
 
 def _stacked(runs: Sequence[np.ndarray]) -> np.ndarray | None:
-    """(runs, *shape); None where shapes differ between runs."""
+    """Stack runs to (runs, *shape); None where shapes differ between runs."""
     return np.stack(runs) if len({run.shape for run in runs}) == 1 else None
 
 
 def _compared(name: str, a: np.ndarray, b: np.ndarray) -> OutputFidelity:
-    """Figures of one output, (runs, *shape) before and after."""
+    """Compare one output, (runs, *shape) before and after."""
     if a.dtype.kind in "iub":
         gap = np.abs(a.astype(np.float64) - b.astype(np.float64)).max()
         top = np.abs(a.astype(np.float64)).max()
@@ -197,20 +197,28 @@ def _compared(name: str, a: np.ndarray, b: np.ndarray) -> OutputFidelity:
 
 
 def decibels(signal: float, noise: float) -> float:
-    """Signal to noise ratio in decibels, of two sums of squares; -EQUAL_DB where all signal is lost."""
+    """Compute the signal to noise ratio of two sums of squares in decibels.
+
+    Args:
+        signal: Sum of squares of the signal.
+        noise: Sum of squares of the noise.
+
+    Returns:
+        The ratio, clipped to ±EQUAL_DB.
+    """
     if noise == 0:
         return EQUAL_DB
     return float(np.clip(10 * np.log10(max(signal, 1e-300) / noise), -EQUAL_DB, EQUAL_DB))
 
 
 def _varying(y: np.ndarray) -> np.ndarray:
-    """What differs from the mean over inputs, (runs, batch, …) as it was."""
+    """Subtract the mean over inputs from (runs, batch, …)."""
     axes = tuple(range(min(2, y.ndim)))
     return np.asarray(y - y.mean(axis=axes, keepdims=True))
 
 
 def _variation_db(signal: float, variation: float, noise: float) -> float:
-    """Variation to noise in decibels; of what does not vary, signal to noise."""
+    """Compute variation to noise in decibels; signal to noise for what does not vary."""
     return decibels(variation if variation > 1e-12 * signal else signal, noise)
 
 
@@ -225,20 +233,20 @@ def _ratio(gap: float, top: float) -> float:
 
 
 def _agreement(y: np.ndarray, z: np.ndarray) -> float | None:
-    """Share of inputs with the same largest class, where the output is (inputs, classes)."""
+    """Compute the share of inputs with the same largest class, where the output is (inputs, classes)."""
     if y.ndim < 3 or y.shape[2] < 2 or any(size != 1 for size in y.shape[3:]):
         return None
     return float((y.argmax(axis=2) == z.argmax(axis=2)).mean())
 
 
 def _is_constant(y: np.ndarray, z: np.ndarray) -> bool:
-    """Whether the output told inputs apart, and does not any more."""
+    """Return whether the output distinguished inputs before, and no longer does."""
     was, now = (float(np.square(_varying(values)).sum()) for values in (y, z))
     return was > NO_VARIATION * float(np.square(y).sum()) and now < CONSTANT * was
 
 
 def _worst_part(y: np.ndarray, noise: np.ndarray) -> Part | None:
-    """The part that keeps least; None where all channels are of a like size."""
+    """Find the part with the lowest ratio; None where all channels are of similar size."""
     axis = _channel_axis(y.shape)
     if axis is None or _is_distribution(y, axis):
         return None
@@ -259,10 +267,10 @@ def _worst_part(y: np.ndarray, noise: np.ndarray) -> Part | None:
 
 
 def _channel_axis(shape: tuple[int, ...]) -> int | None:
-    """Along which axis of (runs, batch, …) channels of different kinds lie; None: it cannot be told.
+    """Find the axis of (runs, batch, …) along which channels of different kinds lie; None: unclear.
 
-    Columns of a matrix; of (batch, places, columns) in either order the axis that is much shorter; of maps
-    dimension 1, as everywhere in ONNX. What is left are places, which may differ as they like.
+    In a matrix these are the columns; in (batch, places, columns), in either order, the axis that is much
+    shorter; in maps dimension 1, as everywhere in ONNX. The other axes are places, whose values may differ.
     """
     if len(shape) == 4:
         short, long = sorted((2, 3), key=lambda axis: shape[axis])
@@ -271,9 +279,9 @@ def _channel_axis(shape: tuple[int, ...]) -> int | None:
 
 
 def _like_sizes(sizes: np.ndarray) -> list[np.ndarray]:
-    """Indices of channels of a like size, one array for each part; none where there is one part alone.
+    """Group the indices of channels of similar size, one array for each part; empty for a single part.
 
-    A few channels that happen to be next to dead are no part: a kind has a share of all channels.
+    A few channels that happen to be almost dead are no part: each part has a share KIND of all channels.
     """
     order = np.argsort(sizes, kind="stable")
     order = order[sizes[order] > 0]
@@ -283,5 +291,5 @@ def _like_sizes(sizes: np.ndarray) -> list[np.ndarray]:
 
 
 def _is_distribution(y: np.ndarray, axis: int) -> bool:
-    """Whether the values along an axis are probabilities that sum to 1."""
+    """Return whether the values along an axis are probabilities that sum to 1."""
     return bool(y.min() >= 0 and np.allclose(y.sum(axis=axis), 1, atol=1e-3))

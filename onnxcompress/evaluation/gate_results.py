@@ -1,4 +1,4 @@
-"""What gates say: each limit against what was measured, in one clause."""
+"""Verdicts of gates: each limit with the measured value, in one clause."""
 
 from __future__ import annotations
 
@@ -17,25 +17,33 @@ MEGABYTE = 1e6
 
 @dataclass(frozen=True)
 class Facts:
-    """What gates judge; what was not measured is None."""
+    """The measurements that gates judge; None where nothing was measured."""
 
     bytes: int
     inputs: str = ""
-    """What accuracy and agreement were taken on: `2000 images`."""
+    """Description of the inputs of accuracy and agreement, such as `2000 images`."""
     top1: tuple[float, float] | None = None
-    """Before and after, 0 to 1."""
+    """Top-1 accuracy before and after, from 0 to 1."""
     agreement: float | None = None
-    """0 to 1."""
+    """Share of inputs with the same top-1 class, from 0 to 1."""
     latency_ms: float | None = None
     ratio: Ratio | None = None
     """Latency after over latency before."""
     device: str = ""
     preprocess: str = ""
-    """How images were preprocessed, for a person."""
+    """Description of how images were preprocessed."""
 
     @staticmethod
     def of(found: Comparison, preprocess: str = "") -> Facts:
-        """What a comparison measured."""
+        """Take the measurements from a comparison.
+
+        Args:
+            found: The comparison.
+            preprocess: Description of how images were preprocessed.
+
+        Returns:
+            The measurements.
+        """
         a, b = found.a, found.b
         top1 = None if a.top1 is None or b.top1 is None else (a.top1, b.top1)
         device = f"{b.timing.device}, batch {b.timing.batch}"
@@ -60,19 +68,37 @@ class Verdict:
     measured: float
     passed: bool
     text: str
-    """What was measured and what was asked for, in one clause."""
+    """The measurement and the limit, in one clause."""
     preprocess: str = ""
-    """How the images that it was measured on were preprocessed; empty: there were none."""
+    """Description of how the images were preprocessed; empty where none were used."""
 
 
 def summary(verdicts: list[Verdict]) -> str:
-    """One sentence of the limits that were missed; empty where none was."""
+    """Join the limits that were missed in one sentence.
+
+    Args:
+        verdicts: The verdicts.
+
+    Returns:
+        The sentence; empty where no limit was missed.
+    """
     missed = [v.text for v in verdicts if not v.passed]
     return f"not worth it: {'; '.join(missed)}" if missed else ""
 
 
 def judge(limits: Mapping[str, float], facts: Facts) -> list[Verdict]:
-    """One verdict for each limit; the names are those of `gates.LIMITS`."""
+    """Judge measurements by limits.
+
+    Args:
+        limits: Limits by name, as in `gates.LIMITS`.
+        facts: The measurements.
+
+    Returns:
+        A verdict for each limit.
+
+    Raises:
+        OptionError: A limit on accuracy lacks labelled images.
+    """
     return [_JUDGES[name](limit, facts) for name, limit in limits.items()]
 
 
@@ -104,10 +130,10 @@ def _max_latency(limit: float, facts: Facts) -> Verdict:
 
 def _min_speedup(limit: float, facts: Facts) -> Verdict:
     assert facts.ratio is not None
-    found = facts.ratio
-    speed = 1 / found.value
+    ratio = facts.ratio
+    speed = 1 / ratio.value
     text = (
-        f"{speed:.3f} times as fast (95 % interval {1 / found.high:.3f} to {1 / found.low:.3f}; "
+        f"{speed:.3f} times as fast (95 % interval {1 / ratio.high:.3f} to {1 / ratio.low:.3f}; "
         f"{facts.device}), at least {limit:g} is asked for"
     )
     return Verdict("min_speedup", limit, speed, speed >= limit, text)
@@ -120,7 +146,7 @@ def _max_size(limit: float, facts: Facts) -> Verdict:
 
 
 def _rounded(percent: float) -> float:
-    """Without the last digits, which 100 × share leaves: 1 point is within a limit of 1."""
+    """Remove rounding errors of 100 × share, so that 1 point is within a limit of 1."""
     return round(percent, 9)
 
 

@@ -1,10 +1,10 @@
-"""Gates: limits that a result must keep to be worth having, measured on the two files.
+"""Gates: limits that a result must keep to be worth using, measured on the two files.
 
-    Gates --prepare(before)--> Baseline --measure(after)--> Facts --verdicts.judge--> [Verdict]
+    Gates --prepare(before)--> Baseline --measure(after)--> Facts --gate_results.judge--> [Verdict]
 
-Only what a gate asks for is measured: accuracy and agreement in onnxruntime on images that no pass need
-have seen, latency as the median of interleaved runs (`latency`). A gate judges the measured value itself,
-its interval is in the sentence: with a limit as close as the noise, the next verdict may differ.
+Only what a gate needs is measured: accuracy and agreement in onnxruntime on images that may be new to all
+passes, latency as the median of interleaved runs (`latency`). A gate judges the measured value itself, and
+its interval is in the verdict's text: where the limit is within the noise, the next verdict may differ.
 Does not handle: networks without class scores (`max_drop`, `min_agreement`).
 """
 
@@ -27,26 +27,29 @@ if TYPE_CHECKING:
     from onnxcompress.model.model_like import ModelLike
 
 LIMITS = ("max_drop", "min_agreement", "max_latency", "min_speedup", "max_size")
-"""The fields of Gates that are limits; the others say how to measure."""
+"""The fields of Gates that are limits; the others control the measurement."""
 
 
 @dataclass(frozen=True)
 class Gates:
-    """The limits, all off, and how to measure. Fields are options and keys of a recipe's `gates`."""
+    """Limits, none by default, and how to measure. Fields are options and keys of a recipe's `gates`."""
 
     max_drop: float | None = option(
-        None, "Top-1 accuracy may fall by so many points at most; needs labelled images.", metavar="POINTS"
+        None, "Largest fall of top-1 accuracy, in points; needs labelled images.", metavar="POINTS"
     )
     min_agreement: float | None = option(
-        None, "The same top-1 class as before for so many percent of the images.", metavar="PCT"
+        None, "Smallest share of images with the same top-1 class as before, in percent.", metavar="PCT"
     )
-    max_latency: float | None = option(None, "Median latency at most, in milliseconds.", metavar="MS")
+    max_latency: float | None = option(None, "Largest median latency, in milliseconds.", metavar="MS")
     min_speedup: float | None = option(
-        None, "Latency before, divided by latency after, at least: 1.2 is 20 % more speed.", metavar="X"
+        None, "Smallest speedup, latency before over latency after: 1.2 is 20 % faster.", metavar="X"
     )
-    max_size: float | None = option(None, "Size at most, in MB (10⁶ bytes).", metavar="MB")
+    max_size: float | None = option(None, "Largest size, in MB (10⁶ bytes).", metavar="MB")
     images: str | None = option(
-        None, "Images to judge by, best none that a pass learned from.", metavar="DIR|NPZ", file="read"
+        None,
+        "Images to judge by, preferably none that a pass learned from.",
+        metavar="DIR|NPZ",
+        file="read",
     )
     preprocess: str | None = option(
         None,
@@ -67,40 +70,54 @@ class Gates:
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shapes of inputs that the file leaves open, as `input_shapes` reads them. Raises OptionError."""
+        """Shapes of inputs that the file leaves open, by name. Raises OptionError."""
         from onnxcompress.data.input_shapes import parse_input_shapes
 
         return parse_input_shapes(self.input_shape)
 
     @property
     def runs_on(self) -> Provider:
-        """The provider and how it runs. Raises OptionError."""
+        """The provider with its options. Raises OptionError."""
         return Provider.of(self.provider, self.provider_options)
 
     def check(self, *, images: str | None = "--gate-images") -> None:
-        """Raise OptionError for limits out of range, or without the images they need.
+        """Check the limits and the options of the measurement.
 
-        `images` is the option to name where they are missing; None: they are given elsewhere.
+        Args:
+            images: Name of the option with the images, for messages; None: images are given elsewhere.
+
+        Raises:
+            OptionError: A value is out of range, or a limit lacks the images that it needs.
         """
         for name, value in self.limits.items():
             low, high = _RANGES[name]
             if not low < value <= high:
-                said = f"more than {low:g}" + (f" and at most {high:g}" if high < float("inf") else "")
-                raise OptionError(f"{_flag(name)} {value:g}: expected {_UNITS[name]}, {said}")
+                allowed = f"more than {low:g}" + (f" and at most {high:g}" if high < float("inf") else "")
+                raise OptionError(f"{_flag(name)} {value:g}: expected {_UNITS[name]}, {allowed}")
         needing = [n for n in ("max_drop", "min_agreement") if n in self.limits]
         if needing and self.images is None and images is not None:
             what = "labelled images" if "max_drop" in needing else "images"
             raise OptionError(f"{_flag(needing[0])} needs {what}: name them with {images} DIR|NPZ")
-        self.runs_on, self.shapes  # noqa: B018  they check themselves
+        self.runs_on, self.shapes  # noqa: B018  reading them checks the options
         for name, least in (("threads", 0), ("batch", 1)):
             if getattr(self, name) < least:
                 raise OptionError(f"--gate-{name} {getattr(self, name)}: expected {least} or more")
 
     def prepare(self, before: ModelLike, progress: Progress = silent) -> Baseline:
-        """What the result will be judged against. All that can fail on the model before fails here.
+        """Measure what the result will be compared with; all that can fail on the model before fails here.
 
-        Raises InputError for unusable images or missing labels, OptionError for a batch that the model does
-        not take, RuntimeUnavailable for a provider that cannot start, ModelError where there are no scores.
+        Args:
+            before: The model before.
+            progress: Called with the stage, the steps done and the steps in all.
+
+        Returns:
+            The baseline.
+
+        Raises:
+            InputError: Images cannot be used, or labels are missing.
+            OptionError: The model does not take the batch, or an option is wrong.
+            RuntimeUnavailable: The provider cannot start.
+            ModelError: The model has no class scores.
         """
         if {"max_latency", "min_speedup"} & self.limits.keys():
             from onnxcompress.runtime.inference import random_feeds
@@ -120,7 +137,19 @@ class Gates:
         return Baseline(before, images, scores, self._top1(scores, images), str(choice))
 
     def measure(self, baseline: Baseline, after: ModelLike, progress: Progress = silent) -> Facts:
-        """Measure what the limits ask for. Raises ModelError where the result gives no scores, say."""
+        """Measure what the limits need.
+
+        Args:
+            baseline: The baseline of the model before.
+            after: The result.
+            progress: Called with the stage, the steps done and the steps in all.
+
+        Returns:
+            The measurements.
+
+        Raises:
+            CompressError: The result cannot be measured, for example because it has no class scores.
+        """
         from onnxcompress.model.model_like import model_bytes
 
         facts = Facts(bytes=model_bytes(after))
@@ -173,14 +202,14 @@ class Gates:
 
 @dataclass(frozen=True)
 class Baseline:
-    """The model before, and where images are needed what it gives for them."""
+    """The model before, and its scores where the limits need images."""
 
     model: ModelLike
     images: ImageSet | None = None
     scores: np.ndarray | None = None
     top1: float | None = None
     preprocess: str = ""
-    """How images are preprocessed, for a person."""
+    """Description of how images are preprocessed."""
 
 
 def _flag(name: str) -> str:
@@ -190,12 +219,12 @@ def _flag(name: str) -> str:
 _INFINITE = float("inf")
 _RANGES = {
     "max_drop": (-100.0, 100.0),
-    "min_agreement": (1.0, 100.0),  # a share, 0.98, would let everything pass
+    "min_agreement": (1.0, 100.0),  # with a share such as 0.98, every model would pass
     "max_latency": (0.0, _INFINITE),
     "min_speedup": (0.0, _INFINITE),
     "max_size": (0.0, _INFINITE),
 }
-"""Limit -> more than this, up to this."""
+"""Allowed range of each limit, without its lower end."""
 _UNITS = {
     "max_drop": "points of percent",
     "min_agreement": "percent",

@@ -1,14 +1,14 @@
-"""The guard: what a pass makes is judged before it is written, on inputs that no pass learned from.
+"""Judge the result of a pass before it is written, on inputs that no pass learned from.
 
     outputs before, outputs after --fidelity--> Measured --verdict(., Floors)--> Verdict
 
-Two floors for each output and each of its parts (`fidelity`: variation between inputs to noise). Below the
-first the result is written with a warning; below the second it is refused, unless the user forces it. A
-pass that keeps the function what it is has a limit on the relative difference besides. Outputs that are not
-finite any more, or do not depend on the input any more, are refused whatever the ratio.
+Each output and each of its parts has two floors (`fidelity`: ratio of the variation between inputs to the
+noise). Below the first the result is written with a warning; below the second it is refused, unless the
+user forces it. A pass that preserves the function also has a limit on the relative difference. Outputs that
+are no longer finite, or no longer depend on the input, are refused whatever the ratio.
 
-A pass that repairs a model towards a reference (`correct-bias`) is judged by both against that reference:
-the model after must not be further from it than the model before.
+A pass that repairs a model towards a reference (`correct-bias`) is judged by comparing the models before
+and after it with that reference: the model after must not be further from it than the model before.
 """
 
 from __future__ import annotations
@@ -28,44 +28,49 @@ Status = Literal["kept", "warned", "refused", "forced", "not compared"]
 WORSE_WARN_DB, WORSE_REFUSE_DB = 0.5, 3.0
 """Decibels that a model may lose against its reference without a warning, and without a refusal."""
 EXACT_REL, EXACT_HALF_REL = 1e-4, 5e-2
-"""Largest relative difference of a pass that keeps the function, in float32 and in float16."""
+"""Largest relative difference for a pass that preserves the function, in float32 and in float16."""
 NAMED = 3
-"""Layers that a warning names."""
+"""Number of layers that a warning names."""
 
 
 @dataclass(frozen=True)
 class Floors:
-    """What outputs keep at least: variation between inputs to noise, decibels."""
+    """Lower limits of the ratio of the variation between inputs to the noise, in decibels."""
 
     warn_db: float = 7.0
     refuse_db: float = 3.0
 
 
 LOSSY = Floors(5.0, 0.0)
-"""Of passes that take parts of the network away: below 0 dB there is more noise than variation."""
+"""Floors of passes that remove parts of the network: below 0 dB there is more noise than variation."""
 
 
 @dataclass(frozen=True)
 class Guard:
-    """Whether and how results are judged. Fields are options of passes and keys of a recipe's `guard`."""
+    """How results are judged. The fields are options of passes and keys of a recipe's `guard`."""
 
     verify: bool = option(
         True,
-        "Compare the outputs before and after in onnxruntime, on inputs that no pass learned from. Of "
-        "--images without --count, 160 and more, 16 are kept aside for it.",
+        "Compare the outputs before and after in onnxruntime, on inputs that no pass learned from. From "
+        "160 images on, without --count, 16 of --images are set aside for this.",
     )
     warn_snr: float | None = option(
         None,
-        "Warn where variation between inputs to noise of an output is below. [default: the pass's own]",
+        "Warn where an output's ratio of variation between inputs to noise is below this. "
+        "[default: the pass's own]",
         metavar="DB",
     )
     min_snr: float | None = option(
-        None, "Write nothing where it is below. [default: the pass's own]", metavar="DB"
+        None, "Write nothing where that ratio is below this. [default: the pass's own]", metavar="DB"
     )
-    force: bool = option(False, "Write the result all the same.")
+    force: bool = option(False, "Write the result even where the guard refuses it.")
 
     def check(self) -> None:
-        """Raise OptionError where options contradict each other."""
+        """Check that the options do not contradict each other.
+
+        Raises:
+            OptionError: They do.
+        """
         set_options = [n for n in ("warn_snr", "min_snr") if getattr(self, n) is not None]
         set_options += ["force"] * self.force
         if set_options and not self.verify:
@@ -74,31 +79,38 @@ class Guard:
             )
 
     def floors(self, own: Floors) -> Floors:
-        """The floors that hold: the user's, else the pass's own."""
+        """Return the floors that apply: the user's, else the pass's own.
+
+        Args:
+            own: The pass's own floors.
+
+        Returns:
+            The floors.
+        """
         warn = own.warn_db if self.warn_snr is None else self.warn_snr
         return Floors(warn, own.refuse_db if self.min_snr is None else self.min_snr)
 
 
 @dataclass(frozen=True)
 class Measured:
-    """What the guard measured of one result, or why it could not."""
+    """The guard's measurements of one result, or the reason why there are none."""
 
     inputs: str
-    """What both models were run on, for a person."""
+    """Description of the inputs that both models were run on."""
     count: int
-    """Inputs: images, or rows of a random batch."""
+    """Number of inputs: images, or rows of a random batch."""
     seconds: float
-    """Of making inputs and running the models."""
+    """Time for making inputs and running the models."""
     fidelity: Fidelity | None = None
-    """Of the result against the model before; of a pass with a reference, against that."""
+    """Fidelity of the result to the model before, or to the reference where the pass has one."""
     before: Fidelity | None = None
-    """Of the model before against the reference, where the pass has one."""
+    """Fidelity of the model before to the reference, where the pass has one."""
     max_rel: float | None = None
     """Largest relative difference that the pass may make; None: it may change the function."""
     problem: str = ""
-    """Why the result is refused without a comparison: onnxruntime does not run it, say."""
+    """Why the result is refused without a comparison, for example because onnxruntime cannot run it."""
     skipped: str = ""
-    """Why nothing was compared: onnxruntime does not run the model before, say."""
+    """Why nothing was compared, for example because onnxruntime cannot run the model before."""
 
 
 @dataclass(frozen=True)
@@ -107,9 +119,9 @@ class Verdict:
 
     status: Status
     text: str
-    """What was measured and what was asked for, in one sentence."""
+    """The measurement and the limit, in one sentence."""
     advice: tuple[str, ...] = ()
-    """Layers that cost most, and what to try; empty where the result was kept."""
+    """Layers that cost most, and remedies; empty where the result was kept."""
     floors: Floors = Floors()
 
     @property
@@ -121,13 +133,13 @@ class Verdict:
 def verdict(
     found: Measured, floors: Floors, *, advice: tuple[str, ...] = (), force: bool = False
 ) -> Verdict:
-    """Hold what was measured against the floors.
+    """Judge the measurements by the floors.
 
     Args:
-        found: What the guard measured.
-        floors: The floors that hold.
-        advice: What to say where the result is not kept.
-        force: Whether the user wants the result written all the same.
+        found: The guard's measurements.
+        floors: The floors that apply.
+        advice: Remedies to name where the result is not kept.
+        force: Write the result even if it is refused.
 
     Returns:
         The verdict, with the reason.
@@ -143,11 +155,11 @@ def verdict(
 
 
 def _complaints(found: Measured, floors: Floors) -> tuple[list[str], list[str]]:
-    """Reasons to refuse, and reasons to warn."""
+    """List the reasons to refuse, and the reasons to warn."""
     if found.problem:
         return [found.problem], []
     assert found.fidelity is not None
-    faults = [text for one in found.fidelity.outputs for text in _broken(one)]
+    faults = [text for output in found.fidelity.outputs for text in _broken(output)]
     warnings: list[str] = []
     if found.fidelity.not_compared:
         names = ", ".join(map(repr, found.fidelity.not_compared))
@@ -176,24 +188,24 @@ def _complaints(found: Measured, floors: Floors) -> tuple[list[str], list[str]]:
     return faults, warnings
 
 
-def _broken(one: OutputFidelity) -> list[str]:
-    found = []
-    if one.not_finite:
-        found.append(f"output {one.name!r} would have {one.not_finite} values that are not finite")
-    if one.constant:
-        found.append(f"output {one.name!r} would not depend on the input any more")
-    return found
+def _broken(output: OutputFidelity) -> list[str]:
+    faults = []
+    if output.not_finite:
+        faults.append(f"output {output.name!r} would have {output.not_finite} values that are not finite")
+    if output.constant:
+        faults.append(f"output {output.name!r} would no longer depend on the input")
+    return faults
 
 
-def _snr_text(one: OutputFidelity) -> str:
-    """The figure that is judged, and the plain ratio beside it."""
-    if one.variation_db is None:
-        return f"output {one.name!r}: {100 * (one.agreement or 0):.1f} % of the values are the same"
-    part = one.worst_part
-    low = part if part is not None and part.judged_db < one.whole_db else one
+def _snr_text(output: OutputFidelity) -> str:
+    """Format the ratio that is judged, and the plain signal to noise ratio beside it."""
+    if output.variation_db is None:
+        return f"output {output.name!r}: {100 * (output.agreement or 0):.1f} % of the values are the same"
+    part = output.worst_part
+    low = part if part is not None and part.judged_db < output.whole_db else output
     where = f" in {part.text}" if part is low and part is not None else ""
     return (
-        f"output {one.name!r}: variation to noise {low.variation_db:.1f} dB (signal to noise "
+        f"output {output.name!r}: variation to noise {low.variation_db:.1f} dB (signal to noise "
         f"{low.snr_db:.1f} dB){where}"
     )
 
@@ -205,13 +217,13 @@ def _kept(found: Measured) -> str:
 
 
 def measured_from(values: dict[str, Any]) -> Measured:
-    """What `dataclasses.asdict` made of what was measured, as a value again.
+    """Restore measurements from their JSON values.
 
     Args:
-        values: The fields, JSON values.
+        values: The fields, as `dataclasses.asdict` gives them.
 
     Returns:
-        What was measured.
+        The measurements.
     """
     found = {name: _fidelity_from(values[name]) for name in ("fidelity", "before")}
     return Measured(**(values | found))
@@ -230,7 +242,15 @@ def _fidelity_from(values: dict[str, Any] | None) -> Fidelity | None:
 
 
 def as_dict(found: Measured, judged: Verdict) -> dict[str, Any]:
-    """The JSON of both (`onnxcompress guide json` has the keys)."""
+    """Convert measurements and verdict to JSON values (`onnxcompress guide json` has the keys).
+
+    Args:
+        found: The guard's measurements.
+        judged: The verdict.
+
+    Returns:
+        The values by key.
+    """
     return {
         "status": judged.status,
         "text": judged.text,
@@ -251,7 +271,14 @@ def _outputs(found: Fidelity | None) -> list[dict[str, Any]]:
 
 
 def difference(found: Measured) -> dict[str, Any]:
-    """`measured.difference` of a pass that keeps the function, as published."""
+    """Return `measured.difference` of a pass that preserves the function, in the published form.
+
+    Args:
+        found: The guard's measurements.
+
+    Returns:
+        max_abs, max_rel and output, or the reason `skipped`.
+    """
     if found.fidelity is None or not found.fidelity.outputs:
         return {"skipped": found.skipped or found.problem or "no output could be compared"}
     furthest = found.fidelity.furthest
