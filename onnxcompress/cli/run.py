@@ -1,12 +1,12 @@
-"""`onnxcompress run`: a recipe, a chain of passes in a file.
+"""`onnxcompress run`: apply a recipe, a file with a chain of passes.
 
 --json prints one object:
 
     recipe, input, output
-    steps       [{pass, options, changes, refusals, measured, seconds, cached, guard}]; as of a pass's own
-                command, `seconds` of the run that made it, `cached` where that was an earlier one
+    steps       [{pass, options, changes, refusals, measured, seconds, cached, guard}], as for the pass's
+                own command; `seconds` are of the run that computed it, an earlier one where `cached`
     bytes       {before, after}
-    guard       of OUT against IN, as of a step; null: not compared, or one step alone says the same
+    guard       comparison of OUT with IN, as in a step; null: not compared, or a step has the same
     gates       [{gate, limit, measured, passed, text, preprocess}], one for each limit that was given
     provenance  all passes so far, oldest first
 
@@ -75,9 +75,9 @@ def _run(
       guard: {min_snr: 6}           # or --min-snr 6; the command line wins
       gates: {max_size: 5}          # or --max-size 5
 
-    All of it is checked before the first pass runs. What each pass made is kept, so that an interrupted or
-    edited recipe redoes only what changed. IN and OUT may be -, the standard streams. A result that misses
-    a gate is written all the same.
+    The whole recipe is checked before the first pass runs. The result of each pass is kept, so that an
+    interrupted or edited recipe repeats only what changed. IN and OUT may be -, the standard streams. A
+    result that misses a gate is written nevertheless.
 
     \b
     Example:
@@ -102,7 +102,7 @@ def _run(
 
 
 def _cache(folder: str | None) -> Cache | None:
-    """The cache that was asked for, else the user's; None where that cannot be written."""
+    """Open the given cache, else the user's; None where that cannot be written."""
     import platformdirs
 
     from onnxcompress.pipeline.cache import Cache
@@ -117,7 +117,7 @@ def _cache(folder: str | None) -> Cache | None:
 
 
 def _account(recipe: str, found: Outcome) -> dict[str, Any]:
-    from onnxcompress.pipeline.pipeline import guard_account
+    from onnxcompress.pipeline.chain import guard_account
 
     before, after = found.bytes
     return {
@@ -145,22 +145,22 @@ run = SectionedCommand(
             multiple=True,
             metavar="NAME=VALUE",
             callback=_variables,
-            help="Give a variable of the recipe its value.",
+            help="Set a variable of the recipe.",
         ),
         click.Option(
             ["--cache"],
             metavar="DIR",
             envvar=CACHE_VARIABLE,
-            help=f"Where results are kept, up to 10 GB.  [default: ${CACHE_VARIABLE}, else your cache]",
+            help=f"Folder that keeps results, up to 10 GB.  [default: ${CACHE_VARIABLE}, else your cache]",
         ),
-        click.Option(["--no-cache"], is_flag=True, help="Keep no results, and use none."),
+        click.Option(["--no-cache"], is_flag=True, help="Neither keep results nor use kept ones."),
         click.Option(
             ["--schema"],
             is_flag=True,
             is_eager=True,
             expose_value=False,
             callback=_print_schema,
-            help="Print the JSON Schema of recipes, for an editor, and end.",
+            help="Print the JSON Schema of recipes, for editors, and stop.",
         ),
         *running_options(),
         *guard_options(),

@@ -1,8 +1,7 @@
 """A cache of pass results, keyed by content: a changed recipe repeats only the passes after the change.
 
     key = SHA-256 of (SHA-256 of the input model, pass, options, files that options name, software)
-    folder/key/  model.onnx (+ .data), result.json, shown.npz       written elsewhere, then renamed:
-    complete
+    folder/key/  model.onnx (+ .data), result.json, shown.npz       written elsewhere, then renamed
 
 Software means the source of the pass's package and the versions of the libraries that compute. An entry
 whose files are not as written counts as missing. The most recently used entries are kept, up to `limit`
@@ -44,7 +43,7 @@ STALE = 24 * 3600.0
 _LIBRARIES = ("numpy", "onnx", "onnx-graphsurgeon", "onnxruntime", "onnxruntime-gpu", "torch")
 _UNFINISHED = ".unfinished-"
 SHOWN = "shown.npz"
-"""The sample of inputs that the pass learned from (`PassResult.shown`)."""
+"""A sample of the inputs that the pass learned from (`PassResult.shown`)."""
 
 
 @dataclass(frozen=True)

@@ -9,84 +9,37 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from onnxcompress.account import Refusal
 from onnxcompress.errors import CompressError, InputError, RuntimeUnavailable, require
-from onnxcompress.evaluation.guard import Floors, Guard, Measured, Verdict, as_dict, difference, verdict
-from onnxcompress.passes.base import Pass, PassResult, refuse, run_pass, watch_over
+from onnxcompress.evaluation.guard import Floors, Guard, Measured, Verdict, verdict
+from onnxcompress.passes.base import Pass, PassResult, refuse, watch_over
 from onnxcompress.passes.base import run as run_passes
+from onnxcompress.pipeline.chain import Chain, Step, named_progress
 from onnxcompress.progress import Progress, silent
 
 if TYPE_CHECKING:
     from onnxcompress.model import Model
     from onnxcompress.optimize.calibration import InputRequest
     from onnxcompress.passes.judging import Watch
-    from onnxcompress.pipeline.cache import Cache, Entry
-
-
-@dataclass(frozen=True)
-class Step:
-    """The record of one pass that ran in a chain."""
-
-    pass_: Pass
-    result: PassResult
-    seconds: float
-    """Time that the pass took when it ran."""
-    cached: bool = False
-    """Whether the result came from the cache."""
-    verdict: Verdict | None = None
-    """The guard's verdict on this pass; None: nothing was changed, or nothing compared."""
-
-    def as_dict(self) -> dict[str, Any]:
-        """Convert the step to JSON values.
-
-        Returns:
-            The keys pass, options, changes, refusals, measured, seconds, cached and guard.
-        """
-        guard, compared = self.result.guard, {}
-        if guard is not None and self.pass_.preserves_function:
-            compared = {"difference": difference(guard)}
-        return {
-            "pass": self.pass_.name,
-            "options": self.pass_.options(),
-            "changes": [dataclasses.asdict(c) for c in self.result.changes],
-            "refusals": [dataclasses.asdict(r) for r in self.result.refusals],
-            "measured": self.result.measured | compared,
-            "seconds": self.seconds,
-            "cached": self.cached,
-            "guard": guard_account(guard, self.verdict),
-        }
-
-
-def guard_account(found: Measured | None, judged: Verdict | None) -> dict[str, Any] | None:
-    """The JSON of what the guard measured and of its verdict.
-
-    Args:
-        found: What it measured; None: nothing.
-        judged: Its verdict.
-
-    Returns:
-        The keys of `evaluation.guard.as_dict`; None where nothing was measured.
-    """
-    return None if found is None or judged is None else as_dict(found, judged)
+    from onnxcompress.pipeline.cache import Cache
 
 
 @dataclass
 class Run:
-    """The model that a chain made, with the steps that led to it."""
+    """The result of a chain, with the steps that led to it."""
 
     model: Model
     steps: list[Step] = field(default_factory=list)
     guard: Measured | None = None
-    """The result against the model that the chain was given, where no single pass says the same."""
+    """Comparison of the result with the chain's input; None where a step has the same comparison."""
     verdict: Verdict | None = None
-    """Of that."""
+    """The guard's verdict on that comparison."""
 
 
 @dataclass(frozen=True, init=False)
@@ -182,7 +135,7 @@ class Pipeline(Pass):
             model: The model; it is not changed.
             progress: Called with the pass and its stage, the steps done and the steps in all.
             cache: Where results are looked up, and new ones stored.
-            guard: How the result of each pass, and of the whole chain, is judged; None: it is not.
+            guard: Judges the result of each pass and of the whole chain; None: nothing is judged.
             judged_by: Images that are kept to judge by.
 
         Returns:
@@ -190,17 +143,17 @@ class Pipeline(Pass):
 
         Raises:
             CompressError: As `check` and the passes; the message names the pass.
-            ResultRefused: Outputs are too far from what they were.
+            ResultRefused: Outputs differ too much from those before.
         """
         self.check()
         judge = Guard(verify=False) if guard is None else guard
         passes = self.keeping_aside(judge).passes
         watch = watch_over(passes, model, judged_by) if judge.verify else None
-        chain = _Chain(model, cache, watch)
+        chain = Chain(model, cache, watch)
         steps = []
         for at, pass_ in enumerate(passes):
             with self._placed(at):
-                step = chain.step(pass_, _named(progress, pass_, len(passes)))
+                step = chain.step(pass_, named_progress(progress, pass_, len(passes)))
                 judged = step.result.verdict(pass_, judge) if judge.verify else None
                 refuse(judged)
                 steps.append(dataclasses.replace(step, verdict=judged))
@@ -230,27 +183,35 @@ class Pipeline(Pass):
         Returns:
             The number of passes, from the first on, that need not run.
         """
-        chain = _Chain(model, cache)
+        chain = Chain(model, cache)
         for index, pass_ in enumerate(self.passes):
             if chain.known(pass_) is None:
                 return index
         return len(self.passes)
 
     def previews(self, model: Model) -> list[list[Refusal]]:
-        """What each pass would leave alone; `model` stays as it is.
+        """List what each pass would leave unchanged; `model` is not modified.
 
-        Quick passes are applied to a copy, for those behind them to look at. What a slower one makes is not
-        known before it runs, and so not what those behind it would leave alone.
-        Raises, as a run would, where a pass cannot be applied at all.
+        Quick passes are applied to a copy, which the passes after them look at. The result of a slower pass
+        is not known before it runs, and so neither is what the passes after it would leave unchanged.
+
+        Args:
+            model: The model that the chain would be applied to.
+
+        Returns:
+            Refusals of each pass; none for passes after a slow one.
+
+        Raises:
+            CompressError: A pass cannot be applied at all; the message names it.
         """
-        state, found = model.copy(), []
-        for at, one in enumerate(self.passes):
+        state, refusals = model.copy(), []
+        for at, pass_ in enumerate(self.passes):
             with self._placed(at):
-                found.append(one.preview(state))
-                if not one.preserves_function or one.needs:
+                refusals.append(pass_.preview(state))
+                if not pass_.preserves_function or pass_.needs:
                     break
-                one.apply(state)
-        return found + [[] for _ in self.passes[len(found) :]]
+                pass_.apply(state)
+        return refusals + [[] for _ in self.passes[len(refusals) :]]
 
     @contextmanager
     def _placed(self, at: int) -> Iterator[None]:
@@ -274,7 +235,7 @@ def _keeping_aside(pass_: Pass) -> Pass:
 
 
 def _judge_whole(run: Run, watch: Watch, guard: Guard) -> None:
-    """Judge what a chain made by what it was given, unless one pass changed it alone and was judged."""
+    """Judge the chain's result against its input, unless one pass alone changed it and was judged."""
     changed = [step for step in run.steps if step.result.modified]
     if not changed or (len(changed) == 1 and changed[0].result.guard is not None):
         return
@@ -315,96 +276,3 @@ def check_ready(pass_: Pass) -> None:
         except ImportError as error:
             raise RuntimeUnavailable(f"torch cannot be imported ({error})") from error
         pick_device(pass_.device)  # type: ignore[attr-defined]
-
-
-class _Chain:
-    """The model between two passes. Of the results in the cache only the last is ever loaded."""
-
-    def __init__(self, model: Model, cache: Cache | None, watch: Watch | None = None) -> None:
-        self._given = model
-        self._watch = watch
-        self._own: Model | None = None
-        self._last: Entry | None = None
-        self._cache = cache
-        if cache is not None:
-            from onnxcompress.pipeline.cache import model_digest
-
-            self._digest = model_digest(model)
-
-    def model(self) -> Model:
-        """Return the current model, which may be changed.
-
-        Returns:
-            A copy of the given model, or the last result of the cache.
-        """
-        if self._own is None:
-            name = self._given.name
-            self._own = self._given.copy() if self._last is None else self._last.load(name)
-        return self._own
-
-    def known(self, pass_: Pass) -> Entry | None:
-        """Look up the result of applying a pass now; if there is one, it becomes the current model.
-
-        Args:
-            pass_: The pass.
-
-        Returns:
-            The cache's entry, or None.
-        """
-        if self._cache is None:
-            return None
-        from onnxcompress.pipeline.cache import step_key
-
-        entry = self._cache.find(step_key(self._digest, pass_))
-        if entry is not None:
-            self._last, self._own = entry, None
-            if entry.result.modified:
-                self._digest = entry.digest
-        return entry
-
-    def step(self, pass_: Pass, progress: Progress) -> Step:
-        """Apply a pass to the current model, or take its result from the cache.
-
-        Args:
-            pass_: The pass.
-            progress: Called with the stage, the steps done and the steps in all.
-
-        Returns:
-            The step.
-        """
-        entry = self.known(pass_)
-        if entry is not None:
-            return Step(pass_, entry.result, entry.seconds, cached=True)
-        key = self._key(pass_)
-        model = self.model()
-        start = time.monotonic()
-        result = run_pass(pass_, model, progress, self._watch)
-        seconds = time.monotonic() - start
-        if self._cache is not None:
-            self._store(key, pass_, model, result, seconds)
-        return Step(pass_, result, seconds)
-
-    def _key(self, pass_: Pass) -> str:
-        if self._cache is None:
-            return ""
-        from onnxcompress.pipeline.cache import step_key
-
-        return step_key(self._digest, pass_)
-
-    def _store(self, key: str, pass_: Pass, model: Model, result: PassResult, seconds: float) -> None:
-        from onnxcompress.pipeline.cache import writes_files
-
-        assert self._cache is not None
-        if writes_files(pass_):  # the next run has this file before it starts
-            key = self._key(pass_)
-        if result.modified:
-            digest = self._digest = model.digest()
-            model.input_digest = lambda: digest
-        self._cache.store(key, model, result, seconds)
-
-
-def _named(progress: Progress, pass_: Pass, count: int) -> Progress:
-    """Prefix the stages with the name of the pass, where there are several passes."""
-    if count == 1:
-        return progress
-    return lambda stage, done, total: progress(f"{pass_.name}: {stage}", done, total)

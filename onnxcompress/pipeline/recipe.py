@@ -7,7 +7,7 @@
       - drop-blocks:
           images: ${images}
           blocks: 2
-    guard:                        # how far outputs may be from what they were (`evaluation.guard`)
+    guard:                        # how much the outputs may change (`onnxcompress.evaluation.guard`)
       min_snr: 6
     gates:                        # conditions that the result must meet (`onnxcompress.evaluation.gates`)
       min_agreement: 95
