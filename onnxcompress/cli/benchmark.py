@@ -69,7 +69,7 @@ def _timed(models: tuple[str, ...], batch: int, *, tolerance: float, **chosen: A
 
 
 def _account(batches: tuple[int, ...], found: list[Timings], asked: float | None) -> dict[str, Any]:
-    """What --json prints. `asked`: the tolerance in percent, None: none was to be reached."""
+    """Build the object that --json prints; `asked`: the tolerance in percent, or None."""
     from onnxcompress.runtime import latency
 
     several = len(batches) > 1
@@ -118,4 +118,12 @@ def _show(found: list[Timings], account: dict[str, Any]) -> None:
 
 
 def ratio_text(ratio: Ratio) -> str:
+    """Format a ratio with its interval.
+
+    Args:
+        ratio: The ratio.
+
+    Returns:
+        Such as `0.812 [0.805, 0.820]`.
+    """
     return f"{ratio.value:.3f} [{ratio.low:.3f}, {ratio.high:.3f}]"

@@ -2,12 +2,12 @@
 
 --json prints one object:
 
-    a, b        {name, bytes, parameters, macs, timing, top1}; null for what is not known
+    a, b        {name, bytes, parameters, macs, timing, top1}; null where a value is unknown
     latency     {value, low, high}: median of b over median of a, with its 95 % interval
     precision   {within, asked, reached}: half that interval, relative, and the tolerance
     difference  {max_abs, max_rel, output, per_output} of the outputs
     agreement   share of `inputs` with the same top-1 class
-    inputs      what difference, agreement and top1 were taken on
+    inputs      description of the inputs of difference, agreement and top1
     preprocess, preprocess_from    of images: the text, and option, model (its metadata), default,
                                    option-and-model or option-and-default
     gates       [{gate, limit, measured, passed, text, preprocess}], one for each limit that was given
@@ -91,15 +91,15 @@ def compare(
     options.warn_clocks([found.a.timing])
     verdicts = judge(gates.limits, Facts.of(found, "" if loaded is None else str(choice)))
     timings = {side.name: side.timing for side in (found.a, found.b)}
-    sure = options.precision_of(timings, tolerance if chosen["runs"] is None else None)
-    how = dict.fromkeys(choice.as_dict()) if loaded is None else choice.as_dict()
-    account = found.as_dict() | how
-    account |= {"precision": sure, "gates": [dataclasses.asdict(v) for v in verdicts]}
+    precision = options.precision_of(timings, tolerance if chosen["runs"] is None else None)
+    preprocessed = dict.fromkeys(choice.as_dict()) if loaded is None else choice.as_dict()
+    account = found.as_dict() | preprocessed
+    account |= {"precision": precision, "gates": [dataclasses.asdict(v) for v in verdicts]}
     if as_json:
         options.print_json(account)
     else:
         _show(found, None if loaded is None else choice)
-        stdout().print(options.precision_text(sure, True), markup=False)
+        stdout().print(options.precision_text(precision, True), markup=False)
         show_verdicts(stdout(), verdicts)
     _report(report, account, (a, b, images), report_option.Compared(found), loaded)
     if missed := summary(verdicts):

@@ -1,4 +1,4 @@
-"""What a person sees: tables and progress by rich, plain lines where there is no terminal."""
+"""Output for people: tables and progress bars by rich, or plain lines where there is no terminal."""
 
 from __future__ import annotations
 
@@ -28,27 +28,37 @@ from onnxcompress.formatting import size as size
 from onnxcompress.progress import Progress as ReportProgress
 
 SHOWN = 12
-"""Refusals that are listed one by one; the rest is counted."""
+"""Number of refusals that are listed; the rest is counted."""
 
 
 class _Safe(Console):
-    """Text of files, such as names of nodes, cannot command the terminal."""
+    """A console to which text from files, such as names of nodes, cannot send control characters."""
 
-    def render_str(self, text: str, **how: Any) -> Text:
+    def render_str(self, text: str, **options: Any) -> Text:
         kept = (c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text)
-        return super().render_str("".join(kept), **how)
+        return super().render_str("".join(kept), **options)
 
 
 def stdout() -> Console:
+    """Create a console for standard output.
+
+    Returns:
+        The console.
+    """
     return _console(stderr=False)
 
 
 def stderr() -> Console:
+    """Create a console for standard error.
+
+    Returns:
+        The console.
+    """
     return _console(stderr=True)
 
 
 def _console(*, stderr: bool) -> Console:
-    """Where there is no terminal, lines are not broken: what reads them looks for whole ones."""
+    """Create a console; without a terminal it does not wrap lines, because programs read them whole."""
     console = _Safe(stderr=stderr, highlight=False)
     if not console.is_terminal:
         console = _Safe(stderr=stderr, highlight=False, soft_wrap=True, width=max(console.width, 120))
@@ -57,8 +67,16 @@ def _console(*, stderr: bool) -> Console:
 
 @contextmanager
 def progress(*, lines: bool = True) -> Iterator[ReportProgress]:
-    """Progress bars with time left on standard error; where that is no terminal a line for each stage, or
-    without `lines` nothing. Bars are drawn once a second, so that they stay out of what is timed."""
+    """Show progress on standard error: bars with the time left, or without a terminal a line per stage.
+
+    Bars are drawn once a second, so that they do not disturb what is timed.
+
+    Args:
+        lines: Whether to print the lines where there is no terminal.
+
+    Yields:
+        The function to call with the stage, the steps done and the steps in all.
+    """
     console = stderr()
     if not console.is_terminal or console.no_color:
         yield _plain_progress(console) if lines else lambda *_: interrupts.check()
@@ -83,34 +101,51 @@ def progress(*, lines: bool = True) -> Iterator[ReportProgress]:
 
 
 def _plain_progress(console: Console) -> ReportProgress:
-    seen: dict[str, float] = {}
+    starts: dict[str, float] = {}
 
     def report(stage: str, done: int, total: int) -> None:
         interrupts.check()
-        start = seen.setdefault(stage, time.monotonic())
+        start = starts.setdefault(stage, time.monotonic())
         if done >= total:
             console.print(f"{stage}: {total} in {time.monotonic() - start:.1f} s", markup=False)
-            seen.pop(stage)
+            starts.pop(stage)
 
     return report
 
 
 def table(title: str, columns: list[str], rows: list[list[str]], *, left: int = 1) -> Table:
-    """A table whose first `left` columns are text, the others numbers; its rules are for terminals."""
+    """Create a table; it has rules on terminals only.
+
+    Args:
+        title: Title above the table.
+        columns: Titles of the columns.
+        rows: Cells by row.
+        left: Number of leading columns with text; the others are numbers.
+
+    Returns:
+        The table.
+    """
     console = stdout()
     box = HEAVY_HEAD if console.is_terminal and not console.no_color else None
-    made = Table(title=title, title_justify="left", title_style="bold", header_style="bold", box=box)
+    grid = Table(title=title, title_justify="left", title_style="bold", header_style="bold", box=box)
     for index, column in enumerate(columns):
-        made.add_column(column, justify="left" if index < left else "right", overflow="fold")
+        grid.add_column(column, justify="left" if index < left else "right", overflow="fold")
     for row in rows:
-        made.add_row(*(escape(cell) for cell in row))
-    return made
+        grid.add_row(*(escape(cell) for cell in row))
+    return grid
 
 
 def show_refusals(
     console: Console, refusals: list[Refusal], title: str = "left alone", *, all: bool = False
 ) -> None:
-    """What was not done, where and why: the first ones listed, the rest counted."""
+    """List what was left unchanged, where and why; from the 13th on, refusals are counted.
+
+    Args:
+        console: Where to print.
+        refusals: The refusals.
+        title: Title of the list.
+        all: List all of them.
+    """
     if not refusals:
         return
     console.print(f"[bold]{title}[/]: {len(refusals)}")
@@ -122,7 +157,15 @@ def show_refusals(
 
 
 def learned_from(inputs: Sequence[Mapping[str, Any]], verb: str = "learned") -> list[str]:
-    """A line for each source of a pass's inputs (`optimize.calibration.Used`)."""
+    """Describe the sources of a pass's inputs.
+
+    Args:
+        inputs: The sources (`optimize.calibration.Used` as JSON values).
+        verb: What the pass did with them.
+
+    Returns:
+        A line for each source.
+    """
     from onnxcompress.data.preprocess import told
 
     return [
@@ -133,7 +176,12 @@ def learned_from(inputs: Sequence[Mapping[str, Any]], verb: str = "learned") -> 
 
 
 def show_verdicts(console: Console, verdicts: list[Verdict]) -> None:
-    """A line for each gate."""
-    for one in verdicts:
-        word = "kept" if one.passed else "MISSED"
-        console.print(f"gate --{one.gate.replace('_', '-')} {word}: {one.text}", markup=False)
+    """Print a line for each gate.
+
+    Args:
+        console: Where to print.
+        verdicts: Verdicts of the gates.
+    """
+    for verdict in verdicts:
+        word = "kept" if verdict.passed else "MISSED"
+        console.print(f"gate --{verdict.gate.replace('_', '-')} {word}: {verdict.text}", markup=False)

@@ -1,4 +1,4 @@
-"""What a pass's command and `run` have in common: read, apply, compare, write, gate, tell.
+"""Execute a job, for the commands of passes and for `run`: read, apply, compare, write, judge, report.
 
 IN --load--> model --Pipeline.run--> model, judged by the guard --save--> OUT --gates--> account, exit code
 """
@@ -29,20 +29,27 @@ if TYPE_CHECKING:
 
 
 FEW = 32
-"""Images from which on what is learned from them holds for others, nearly."""
-
+"""Number of images from which on a result that was learned from them generalizes well."""
 
 MEASURING = ("fp16",)
 """Passes that measure on images and learn nothing from them."""
 
 
 def execute(job: Job) -> None:
-    """Do what the command line asks for. Raises TargetMissed where it was done and is not worth it."""
+    """Execute a job: apply the chain, write the result and report it.
+
+    Args:
+        job: The job.
+
+    Raises:
+        TargetMissed: The result is written, but misses a target or a gate.
+        CompressError: The job cannot be done.
+    """
     if job.quiet and job.verbose:
         raise OptionError("--quiet and --verbose: give one of them")
     job.chain.check()
     if job.guard.verify:
-        require("comparing the outputs (or say --no-verify)", "onnxruntime")
+        require("comparing the outputs (or give --no-verify)", "onnxruntime")
     with opened(job.source, job.target, as_json=job.as_json) as files:
         model = _load(files)
         with _progress(job) as show:
@@ -62,7 +69,7 @@ def execute(job: Job) -> None:
 
 
 def _work(job: Job, files: Files, model: Model, baseline: Baseline, show: Progress) -> Outcome:
-    """Apply, compare, write, hold against the gates."""
+    """Apply the chain, write the result, and judge it by the gates."""
     from onnxcompress.model import save
     from onnxcompress.model.model_like import model_bytes
     from onnxcompress.optimize.calibration import InputRequest
@@ -84,8 +91,8 @@ def _load(files: Files) -> Model:
     check_external(model, files.target)
     if files.to_stream and model.external_data:
         raise ModelError(
-            f"{files.source_name}: its weights lie in external data, which no stream carries; name a file "
-            "for OUT"
+            f"{files.source_name}: its weights are in external data, which a stream cannot carry; name a "
+            "file for OUT"
         )
     if files.source_name != str(files.source):
         model.name = files.source_name
@@ -120,8 +127,8 @@ def _tell(job: Job, found: Outcome) -> None:
         show_guard(console, step.pass_, step.result.guard, step.verdict)
     show_whole(console, found.run.guard, found.run.verdict)
     show_verdicts(console, found.verdicts)
-    for how in dict.fromkeys(one.preprocess for one in found.verdicts if one.preprocess):
-        console.print(f"images of the gates are {how}", markup=False)
+    for text in dict.fromkeys(verdict.preprocess for verdict in found.verdicts if verdict.preprocess):
+        console.print(f"images of the gates are {text}", markup=False)
     before, after = found.bytes
     files = found.files
     console.print(
@@ -130,18 +137,18 @@ def _tell(job: Job, found: Outcome) -> None:
 
 
 def _preview(job: Job, files: Files, model: Model) -> None:
-    """Say what would be done, and of what the results are at hand."""
+    """Show what would be done, and which results are in the cache already."""
     chain = job.chain.keeping_aside(job.guard)
     known = chain.cached(model, job.cache) if job.cache is not None else 0
     refusals = chain.previews(model)
     steps = [
         {
-            "pass": one.name,
-            "options": one.options(),
+            "pass": pass_.name,
+            "options": pass_.options(),
             "cached": at < known,
             "refusals": [dataclasses.asdict(refusal) for refusal in refusals[at]],
         }
-        for at, one in enumerate(chain.passes)
+        for at, pass_ in enumerate(chain.passes)
     ]
     if job.as_json:
         print_json({"dry_run": True, "steps": steps, "gates": job.gates.limits})
@@ -150,19 +157,19 @@ def _preview(job: Job, files: Files, model: Model) -> None:
 
     console = _console(files)
     console.print(f"{files.source_name} → {files.target_name}, nothing is run or written", markup=False)
-    for number, (one, step) in enumerate(zip(chain.passes, steps, strict=True), 1):
+    for number, (pass_, step) in enumerate(zip(chain.passes, steps, strict=True), 1):
         note = "  (kept from an earlier run)" if step["cached"] else ""
-        console.print(f"{number}. {one.name}{_chosen(one)}{note}", markup=False)
+        console.print(f"{number}. {pass_.name}{_chosen(pass_)}{note}", markup=False)
         show_refusals(console, refusals[number - 1], "would be left alone", all=job.verbose)
     for name, limit in job.gates.limits.items():
         console.print(f"gate --{name.replace('_', '-')} {limit:g}", markup=False)
 
 
-def _chosen(one: Pass) -> str:
-    """The options that are not the default, as on a command line."""
+def _chosen(pass_: Pass) -> str:
+    """Format the options that differ from their defaults as on a command line."""
     words = []
-    for f in dataclasses.fields(one):
-        value = getattr(one, f.name)
+    for f in dataclasses.fields(pass_):
+        value = getattr(pass_, f.name)
         if value != f.default:
             flag = " --" + f.name.replace("_", "-")
             text = ",".join(value) if isinstance(value, tuple) else str(value)
@@ -177,7 +184,7 @@ def _console(files: Files) -> Console:
 
 
 def _warn_few(run: Run) -> None:
-    """Say on stderr which passes changed the network by few images: they fit those, and others worse."""
+    """Warn on stderr of passes that learned from few images, and so fit other images worse."""
     for step in run.steps:
         inputs = step.result.measured.get("inputs", [])
         count = sum(used["count"] for used in inputs if isinstance(used, dict))

@@ -1,7 +1,7 @@
-"""`-` for IN and OUT: models on the standard streams, so that commands can be chained in a shell.
+"""Read and write models on the standard streams, `-` for IN or OUT, so that a shell can chain commands.
 
-A stream is spooled to a temporary file: reading weights needs a file to seek in, and the next command
-gets a model that is whole. Only the model goes to standard output then, messages to standard error.
+A stream is spooled to a temporary file, because reading weights needs random access and the next command
+must get a complete model. With OUT `-` only the model goes to standard output, messages to standard error.
 """
 
 from __future__ import annotations
@@ -20,33 +20,45 @@ from onnxcompress.model import Model
 
 STREAM = "-"
 PIECE = 1 << 20
-"""Bytes copied at a time."""
+"""Number of bytes copied at a time."""
 
 
 @dataclass(frozen=True)
 class Files:
-    """Where a command finds its input and leaves its output, streams or not."""
+    """A command's input and output as files, also where they are streams."""
 
     source: Path
     target: Path
     source_name: str
-    """For a person."""
+    """The name that the user knows, for messages."""
     target_name: str
+    """The same of `target`."""
     to_stream: bool = False
 
     def shown(self, text: str) -> str:
-        """A message with the names that the user gave in place of temporary ones."""
+        """Replace temporary file names in a message by the names that the user gave.
+
+        Args:
+            text: The message.
+
+        Returns:
+            The message with the user's names.
+        """
         for file, name in ((self.source, self.source_name), (self.target, self.target_name)):
             if str(file) != name:
                 text = text.replace(str(file), name).replace(file.name, name)
         return text
 
     def send(self) -> None:
-        """Write the output to standard output, if it goes there."""
+        """Copy the output to standard output, if that is where it goes.
+
+        Raises:
+            ModelError: The model is too large for a stream.
+        """
         if not self.to_stream:
             return
         if self.target.with_name(self.target.name + ".data").exists():
-            raise ModelError("standard output: no stream carries 2 GB and more; name a file for OUT")
+            raise ModelError("standard output: a stream cannot carry 2 GB and more; name a file for OUT")
         out = sys.stdout.buffer
         with self.target.open("rb") as file:
             shutil.copyfileobj(file, out, PIECE)
@@ -55,10 +67,19 @@ class Files:
 
 @contextmanager
 def opened(source: str, target: str, *, as_json: bool = False) -> Iterator[Files]:
-    """The files of a command, temporary ones for `-`.
+    """Provide the files of a command, temporary ones for `-`.
 
-    Raises OptionError where a stream is a terminal, or --json and the model would go to the same stream;
-    ModelError for a stream that has no model, or one without its weights.
+    Args:
+        source: IN, as the user gave it.
+        target: OUT, as the user gave it.
+        as_json: Whether --json is given.
+
+    Yields:
+        The files.
+
+    Raises:
+        OptionError: A stream is closed or a terminal, or --json and the model would go to the same stream.
+        ModelError: The stream has no model, or a model without its weights.
     """
     if target == STREAM and as_json:
         raise OptionError("OUT - and --json: both go to standard output; name a file for OUT")
@@ -89,16 +110,16 @@ def _spool(folder: Path) -> Path:
     with file.open("wb") as out:
         shutil.copyfileobj(sys.stdin.buffer, out, PIECE)
     if file.stat().st_size == 0:
-        raise ModelError("standard input: no model came; did the command before it fail?")
+        raise ModelError("standard input is empty; did the command before it fail?")
     if _lacks_weights(file):
         raise ModelError(
-            "standard input: the weights lie in external data, which no stream carries; name the file"
+            "standard input: the weights are in external data, which a stream cannot carry; name the file"
         )
     return file
 
 
 def _lacks_weights(file: Path) -> bool:
-    """Whether the file is a model with external data; False for what is no model: `load` says so."""
+    """Return whether the file is a model with external data; False for files that `load` refuses."""
     import onnx
     from google.protobuf.message import DecodeError
 
@@ -114,7 +135,15 @@ def _lacks_weights(file: Path) -> bool:
 
 
 def check_target(source: Path, target: Path) -> None:
-    """Refuse at once what would fail after the work. Raises ModelError."""
+    """Refuse an output file before the work that could not be written after it.
+
+    Args:
+        source: The input.
+        target: The output.
+
+    Raises:
+        ModelError: The output is the input, no regular file, or not writable.
+    """
     if target.exists() and source.exists() and os.path.samefile(source, target):
         raise ModelError(f"{target}: the output would replace the input; name another file")
     if target.exists() and not target.is_file() and not target.is_dir():
@@ -124,7 +153,15 @@ def check_target(source: Path, target: Path) -> None:
 
 
 def check_external(model: Model, target: Path) -> None:
-    """Refuse to write over the file that holds the input's weights. Raises ModelError."""
+    """Refuse to overwrite a file that holds the input's weights.
+
+    Args:
+        model: The input.
+        target: The output.
+
+    Raises:
+        ModelError: The output, or its external data, is such a file.
+    """
     for file in (target, target.with_name(target.name + ".data")):
-        if any(file.exists() and os.path.samefile(file, one) for one in model.external_files):
+        if any(file.exists() and os.path.samefile(file, used) for used in model.external_files):
             raise ModelError(f"{file}: it holds the input's weights; name another file or folder")

@@ -1,4 +1,4 @@
-"""The options of gates and of the guard, made from their declarations, and help in sections."""
+"""Create the options of gates and of the guard from the fields of `Gates` and `Guard`."""
 
 from __future__ import annotations
 
@@ -16,49 +16,85 @@ from onnxcompress.evaluation.guard import Guard
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 GATES_HELP = "Gates (exit code 3 where the result is not worth it)"
-GUARD_HELP = "Guard (exit code 1, nothing written, where outputs are too far from what they were)"
+GUARD_HELP = "Guard (exit code 1, nothing written, where the outputs change too much)"
 
 
 def gate_options(*, measuring: bool = True) -> list[click.Option]:
-    """One option for each limit, and with `measuring` those that say how to measure (`--gate-…`)."""
+    """Create an option for each limit, and the options of the measurement.
+
+    Args:
+        measuring: Whether to include the options of the measurement (`--gate-…`).
+
+    Returns:
+        The options.
+    """
     hints = typing.get_type_hints(Gates)
     fields = [f for f in dataclasses.fields(Gates) if measuring or f.name in LIMITS]
     return [_option(f, hints[f.name]) for f in fields]
 
 
 def gated(command: Command) -> Command:
-    """Decorator: the limits alone, for a command that says itself how to measure."""
-    for one in reversed(gate_options(measuring=False)):
-        command.__click_params__ = [*getattr(command, "__click_params__", []), one]  # type: ignore[attr-defined]
+    """Add the options of the limits alone to a command that has its own options for the measurement.
+
+    Args:
+        command: The command to decorate.
+
+    Returns:
+        The command.
+    """
+    for option in reversed(gate_options(measuring=False)):
+        command.__click_params__ = [*getattr(command, "__click_params__", []), option]  # type: ignore[attr-defined]
     return command
 
 
 def take_gates(options: dict[str, Any]) -> dict[str, Any]:
-    """Remove what `gate_options` made from a command's arguments; those that were given, by field."""
+    """Take the options of gates out of a command's arguments.
+
+    Args:
+        options: The arguments; what `gate_options` created is removed.
+
+    Returns:
+        The options that were given, by field of `Gates`.
+    """
     names = {f.name: _name(f.name) for f in dataclasses.fields(Gates)}
-    found = {field: options.pop(name) for field, name in names.items() if name in options}
-    return {field: value for field, value in found.items() if value is not None}
+    given = {field: options.pop(name) for field, name in names.items() if name in options}
+    return {field: value for field, value in given.items() if value is not None}
 
 
 def gates_of(options: dict[str, Any], base: Gates | None = None) -> Gates:
-    """The gates of a command: what was given wins over `base`. Raises OptionError."""
+    """Build the gates of a command.
+
+    Args:
+        options: The arguments; what `gate_options` created is removed.
+        base: Gates of a recipe, which the command line overrides.
+
+    Returns:
+        The gates.
+
+    Raises:
+        OptionError: A limit is out of range, or lacks the images that it needs.
+    """
     gates = dataclasses.replace(base or Gates(), **take_gates(options))
     gates.check()
     return gates
 
 
 def guard_options() -> list[click.Option]:
-    """--verify, --warn-snr, --min-snr and --force."""
+    """Create the options --verify, --warn-snr, --min-snr and --force.
+
+    Returns:
+        The options.
+    """
     hints = typing.get_type_hints(Guard)
     return [_guard_option(f, hints[f.name]) for f in dataclasses.fields(Guard)]
 
 
 def guard_of(options: dict[str, Any], base: Guard | None = None) -> Guard:
-    """The guard of a command, whose options are taken out.
+    """Build the guard of a command.
 
     Args:
-        options: A command's arguments; what `guard_options` made is removed.
-        base: What holds where the command line does not say: a recipe's.
+        options: The arguments; what `guard_options` created is removed.
+        base: Guard of a recipe, which the command line overrides.
 
     Returns:
         The guard.
@@ -67,8 +103,8 @@ def guard_of(options: dict[str, Any], base: Guard | None = None) -> Guard:
         OptionError: Options contradict each other.
     """
     given = {f.name: options.pop(f.name) for f in dataclasses.fields(Guard)}
-    found = {name: value for name, value in given.items() if value is not None}
-    guard = dataclasses.replace(base or Guard(), **found)
+    explicit = {name: value for name, value in given.items() if value is not None}
+    guard = dataclasses.replace(base or Guard(), **explicit)
     guard.check()
     return guard
 
@@ -78,12 +114,12 @@ def _guard_option(field: dataclasses.Field[Any], hint: Any) -> click.Option:
 
     flag = "--" + field.name.replace("_", "-")
     names = [f"{flag}/--no-{field.name}", field.name] if field.default is True else [flag, field.name]
-    how: dict[str, Any] = {"is_flag": True} if hint is bool else {"type": option_type(hint)}
-    made = SectionedOption(
-        names, default=None, metavar=field.metadata["metavar"], help=field.metadata["help"], **how
+    kind: dict[str, Any] = {"is_flag": True} if hint is bool else {"type": option_type(hint)}
+    option = SectionedOption(
+        names, default=None, metavar=field.metadata["metavar"], help=field.metadata["help"], **kind
     )
-    made.section = GUARD_HELP
-    return made
+    option.section = GUARD_HELP
+    return option
 
 
 def _name(field: str) -> str:
@@ -96,12 +132,12 @@ def _option(field: dataclasses.Field[Any], hint: Any) -> click.Option:
     if field.default not in (None, ()):
         text += f"  [default: {field.default}]"
     several = typing.get_origin(hint) is tuple
-    made = SectionedOption(
+    option = SectionedOption(
         ["--" + name.replace("_", "-"), name],
         type=option_type(hint),
         callback=(lambda context, parameter, value: value and split(value)) if several else None,
         metavar=field.metadata["metavar"],
         help=text,
     )
-    made.section = ADVANCED if field.metadata["advanced"] else GATES_HELP
-    return made
+    option.section = ADVANCED if field.metadata["advanced"] else GATES_HELP
+    return option

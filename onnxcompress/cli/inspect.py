@@ -1,4 +1,4 @@
-"""`onnxcompress inspect`: what a model is, and which of its blocks can be dropped."""
+"""`onnxcompress inspect`: show a model, and which of its blocks can be dropped."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 @click.command()
 @click.argument("model", type=FILE)
-@click.option("--statistics", is_flag=True, help="List what is known of each channel, too.")
+@click.option("--statistics", is_flag=True, help="Also list the statistics of each tensor.")
 @options.input_shape()
 @as_json()
 @report_option.report()
@@ -58,7 +58,7 @@ def inspect(
 
 
 def _is_handled(model: Model) -> bool:
-    """Whether all inputs are of types that can be fed; of other models less is shown."""
+    """Return whether all inputs have types that can be fed; less is shown of other models."""
     from onnxcompress.model.model_like import input_specs
 
     try:
@@ -120,7 +120,7 @@ def _show_facts(console: Console, facts: dict[str, Any]) -> None:
         "operators": operators,
         "BatchNorm": _norms(facts),
         "features": facts["feature"]
-        or "no spatial tensor that all goes through: name one with drop-blocks --feature",
+        or "no spatial tensor that all data passes through: name one with drop-blocks --feature",
         "made by": " → ".join(e["pass"] for e in facts["provenance"]) or "no pass of onnxcompress",
     }  # fmt: skip
     grid = Table(
@@ -139,7 +139,7 @@ def _work(macs: int | None) -> str:
 
     if macs is None:
         return "unknown: not all shapes are known (is the image size open?)"
-    return f"{number(macs)} MACs an image"
+    return f"{number(macs)} MACs per image"
 
 
 def _norms(facts: dict[str, Any]) -> str:
@@ -176,12 +176,12 @@ def _show_blocks(console: Console, found: Discovery, facts: dict[str, Any]) -> N
 
 
 def _statistics(model: Model) -> dict[str, Any]:
-    """What is known of tensors, by name in order; `where`: in the `graph`'s BatchNorm, or on `record`."""
+    """Collect the statistics of tensors in order; `where`: the `graph`'s BatchNorm or the `record`."""
     from onnxcompress.statistics.record import graph_statistics, known_statistics
 
     graph, known = graph_statistics(model), known_statistics(model)
-    made = [*model.graph.inputs, *(t for node in model.graph.nodes for t in node.outputs)]
-    order = [t.name for t in made if t.name in known]
+    tensors = [*model.graph.inputs, *(t for node in model.graph.nodes for t in node.outputs)]
+    order = [t.name for t in tensors if t.name in known]
     return {
         name: {
             "source": known[name].source,
@@ -215,13 +215,13 @@ def _range(values: list[float]) -> str:
 
 
 def _advice(known: int, facts: dict[str, Any]) -> list[str]:
-    """How to get what is missing."""
+    """Advise how to get statistics that are missing."""
     gone, norms = facts["recorded_tensors_gone"], facts["batch_norms"]
     lines = []
     if gone:
-        lines.append(f"{gone} recorded tensors are no longer in the graph, their entries are not used")
+        lines.append(f"{gone} recorded tensors are no longer in the graph; their entries are not used")
     if not known and norms:
-        lines.append(f"none of {norms} BatchNorms can be read: `onnxcompress fold-bn` says why")
+        lines.append(f"none of {norms} BatchNorms can be read: `onnxcompress fold-bn` shows why")
     if not known:
         lines += [
             "no statistics are known; there are two ways to get them:",

@@ -1,7 +1,7 @@
-"""Ctrl-C and SIGTERM: the command cleans up and ends, even where a library swallowed the interrupt.
+"""Handle Ctrl-C and SIGTERM so that a command cleans up and ends, even if a library swallows the interrupt.
 
 Python raises KeyboardInterrupt wherever the main thread is: in a destructor or a callback it is printed and
-lost. So it is remembered, and the next step of progress raises it again.
+lost. So the signal is recorded, and the next progress report raises the interrupt again.
 """
 
 from __future__ import annotations
@@ -13,12 +13,16 @@ from contextlib import contextmanager
 from typing import Any
 
 _came: list[int] = []
-"""Signals since the command began."""
+"""Signals received since the command began."""
 
 
 @contextmanager
 def watching() -> Iterator[list[int]]:
-    """Raise KeyboardInterrupt at SIGINT and SIGTERM, where Python's own handlers are; yields what came."""
+    """Raise KeyboardInterrupt at SIGINT and SIGTERM, unless the program has handlers of its own.
+
+    Yields:
+        The signals received so far.
+    """
     _came.clear()
     own: dict[int, Any] = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
     main = threading.current_thread() is threading.main_thread()
@@ -33,7 +37,11 @@ def watching() -> Iterator[list[int]]:
 
 
 def check() -> None:
-    """Raise KeyboardInterrupt if a signal came."""
+    """Raise KeyboardInterrupt if a signal was received.
+
+    Raises:
+        KeyboardInterrupt: A signal was received.
+    """
     if _came:
         raise KeyboardInterrupt
 

@@ -1,4 +1,4 @@
-"""What a command line asks of a chain of passes, and what came of it."""
+"""The job that a command line describes, a chain of passes on a file, and its outcome."""
 
 from __future__ import annotations
 
@@ -19,40 +19,47 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Job:
-    """What a command line asks for."""
+    """A chain of passes to apply to a file, with the conditions on the result."""
 
     source: str
     target: str
     chain: Pipeline
     gates: Gates
     account: Callable[[Outcome], dict[str, Any]]
-    """What --json prints."""
+    """Computes the object that --json prints."""
     guard: Guard = field(default_factory=Guard)
     cache: Cache | None = None
     input_shape: str | None = None
-    """Of the inputs that are compared on."""
+    """Shapes of the inputs on which the outputs are compared, as the text of --input-shape."""
     as_json: bool = False
     quiet: bool = False
     verbose: bool = False
     dry_run: bool = False
     report: str | None = None
     recipe: str | None = None
-    """The file that the chain is of."""
+    """The recipe file that the chain was read from."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of it."""
+    """The result of a job."""
 
     run: Run
     files: Files
     verdicts: list[Verdict]
     bytes: tuple[int, int]
-    """Of IN and OUT."""
+    """Sizes of IN and OUT in bytes."""
 
 
 def pass_account(found: Outcome) -> dict[str, Any]:
-    """The JSON of a pass's command (`cli.pass_commands` has its keys)."""
+    """Build the JSON of a pass's command (`cli.pass_commands` has its keys).
+
+    Args:
+        found: The outcome of the command.
+
+    Returns:
+        The values by key.
+    """
     step = found.run.steps[0].as_dict()
     kept = {key: step[key] for key in ("pass", "options", "changes", "refusals", "measured", "guard")}
     gates = [dataclasses.asdict(v) for v in found.verdicts]

@@ -1,4 +1,4 @@
-"""The command line: `onnxcompress COMMAND`. Starts fast: a command's libraries load when it runs."""
+"""The command line, `onnxcompress COMMAND`. It starts fast: a command's libraries load when it runs."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     "sensitivity": ("Look", "sensitivity", "Measure what each layer costs at given bits or sparsity."),
     "compare": ("Look", "compare", "Compare two models: size, latency, outputs, agreement."),
     "guide": ("Read", "guide", "Show a short guide: faster, quantize, ci, terminal, trust, …"),
-    "synthesize": ("Make", "synthesize", "Make images from what the file knows, or from nothing."),
+    "synthesize": ("Make", "synthesize", "Make images from the network's statistics, or from a seed."),
 }
 """Name -> (group in the help, module in onnxcompress.cli with a function of that name, summary)."""
 
@@ -35,17 +35,34 @@ GROUPS = {"Chain": "Chain passes", "Look": "Look at models", "Make": "Make input
 """Group -> its title in the help."""
 
 TRACEBACK = "ONNXCOMPRESS_TRACEBACK"
-"""Environment variable; set, an error that nobody foresaw shows where it comes from."""
+"""Environment variable that makes an unexpected error show its traceback."""
 REPORT = f"set {TRACEBACK}=1 to see where, and report it"
 
 
 class LazyGroup(click.Group):
-    """Imports a command when it is called; the help text needs none of them."""
+    """A group that imports a command only when it is called; the help text needs no import."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
+        """List the names of all commands (click calls this).
+
+        Args:
+            ctx: click's context.
+
+        Returns:
+            The passes, then the other commands.
+        """
         return [name for name, _ in _passes()] + list(COMMANDS)
 
     def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
+        """Import a command (click calls this).
+
+        Args:
+            ctx: click's context.
+            name: Name of the command.
+
+        Returns:
+            The command; None where there is none of this name.
+        """
         if name in COMMANDS:
             found = getattr(import_module(f"onnxcompress.cli.{COMMANDS[name][1]}"), COMMANDS[name][1])
             assert isinstance(found, click.Command)
@@ -59,6 +76,18 @@ class LazyGroup(click.Group):
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
+        """Find the command of a command line (click calls this).
+
+        Args:
+            ctx: click's context.
+            args: The command line after the group's own options.
+
+        Returns:
+            Name, command and remaining arguments.
+
+        Raises:
+            UsageError: There is no such command; the message suggests the nearest name.
+        """
         try:
             return super().resolve_command(ctx, args)
         except click.UsageError as error:
@@ -69,6 +98,12 @@ class LazyGroup(click.Group):
             raise click.UsageError(f"No such command {args[0]!r}.{hint}", ctx) from error
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the lists of commands (click calls this).
+
+        Args:
+            ctx: click's context.
+            formatter: Receives the text.
+        """
         with formatter.section("Change a model (IN OUT)"):
             formatter.write_dl(_passes())
         for word, title in GROUPS.items():
@@ -78,7 +113,7 @@ class LazyGroup(click.Group):
 
 
 def _passes() -> list[tuple[str, str]]:
-    """Names and summaries of the catalogue's passes and of other packages'."""
+    """List names and summaries of the catalogue's passes and of those of other packages."""
     return [(e.name, e.summary) for e in CATALOGUE] + list(plugins().items())
 
 
@@ -97,7 +132,14 @@ def cli() -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; the exit code: 0, 1 error, 2 usage, 3 target missed, 130 or 143 interrupted."""
+    """Run a command.
+
+    Args:
+        argv: The command line without the program's name; None: that of the process.
+
+    Returns:
+        The exit code: 0, 1 error, 2 usage, 3 target missed, 130 or 143 interrupted.
+    """
     prepare_threads()
     with interrupts.watching() as signals:
         return _run(argv, signals)
@@ -116,15 +158,15 @@ def _run(argv: Sequence[str] | None, signals: list[int]) -> int:
         return error.exit_code
     except (click.Abort, KeyboardInterrupt):
         click.echo("interrupted", err=True)
-        # CPython remembers an interrupt that went through exec (dataclasses use it) and ends `python -m` by
-        # the signal, whatever the exit code; the next exec forgets it.
+        # If an interrupt passed through exec (which dataclasses use), CPython ends `python -m` by the
+        # signal, whatever the exit code; another exec resets this.
         exec("")
         return 128 + (signals or [signal.SIGINT])[-1]
     except CompressError as error:
         click.echo(f"error: {printable(str(error))}", err=True)
         return error.exit_code
     except ImportError as error:
-        click.echo(f"error: {error}; install what is missing, or onnxcompress anew", err=True)
+        click.echo(f"error: {error}; install the missing package, or reinstall onnxcompress", err=True)
         return 1
     except MemoryError:
         click.echo("error: out of memory; try a smaller --batch or fewer images", err=True)
@@ -143,7 +185,7 @@ def _run(argv: Sequence[str] | None, signals: list[int]) -> int:
 
 
 def _hint(error: click.ClickException) -> str:
-    """Where to read on after a wrong usage, unless the message says what to write."""
+    """Point to the help after a usage error, unless the message names a remedy."""
     context = getattr(error, "ctx", None)
     if context is None or "id you mean" in error.format_message():
         return ""
@@ -151,7 +193,7 @@ def _hint(error: click.ClickException) -> str:
 
 
 def _note(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
-    """Our own warnings are notes on stderr; others are shown as Python shows them."""
+    """Print the package's own warnings as notes on stderr, and others as Python does."""
     if issubclass(category, CompressWarning):
         click.echo(f"note: {message}", err=True)
     else:

@@ -23,9 +23,9 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 Decorator = Callable[[Command], Command]
 
 ADVANCED = "Advanced"
-"""Title of the options that few have a reason to set."""
+"""Title of the options that few users have a reason to set."""
 FILE = click.Path(readable=False)
-"""Any text, which a shell completes as a file's name."""
+"""Any text; a shell completes it as a file's name."""
 PREPROCESS_HELP = (
     "A preset (imagenet, imagenet-inception, cifar10, fashion-mnist, unit, raw), or pairs such as "
     '"mean=0.485,0.456,0.406 std=0.229,0.224,0.225 size=224 layout=nchw", on pixels/255. Further keys: '
@@ -35,7 +35,14 @@ PREPROCESS_HELP = (
 
 
 def images(*, required: bool) -> Decorator[Any]:
-    """--images, --preprocess and --count."""
+    """Create the options --images, --preprocess and --count.
+
+    Args:
+        required: Whether --images must be given.
+
+    Returns:
+        A decorator of commands.
+    """
     return _chain(
         click.option(
             "--images",
@@ -50,17 +57,25 @@ def images(*, required: bool) -> Decorator[Any]:
 
 
 def runtime(*, batch: int, several: bool = False) -> Decorator[Any]:
-    """--provider, --provider-options, --threads and --batch; `several`: of more than one size."""
+    """Create the options --provider, --provider-options, --threads and --batch.
+
+    Args:
+        batch: Default batch size.
+        several: Let --batch take several sizes.
+
+    Returns:
+        A decorator of commands.
+    """
     sizes = click.option(
         "--batch",
         metavar="N,…",
         default=str(batch),
         callback=_batches,
-        help="Images a run; several are timed one after the other: 1,8,64.",
+        help="Images per run; several sizes are timed one after the other: 1,8,64.",
         show_default=True,
     )
     size = click.option(
-        "--batch", type=click.IntRange(1), default=batch, help="Images a run.", show_default=True
+        "--batch", type=click.IntRange(1), default=batch, help="Images per run.", show_default=True
     )
     return _chain(
         click.option("--provider", metavar="NAME", default="auto", show_default=True, help=PROVIDER_HELP),
@@ -77,7 +92,17 @@ def runtime(*, batch: int, several: bool = False) -> Decorator[Any]:
 
 
 def take_provider(chosen: dict[str, Any]) -> dict[str, Any]:
-    """A command's arguments with what `runtime` gave joined to one Provider. Raises OptionError."""
+    """Join the arguments that `runtime` created to one Provider.
+
+    Args:
+        chosen: A command's arguments; `provider_options` is removed.
+
+    Returns:
+        The arguments, `provider` being a Provider.
+
+    Raises:
+        OptionError: The provider or one of its options does not exist.
+    """
     from onnxcompress.runtime.providers import Provider
 
     texts = [text for text in chosen.pop("provider_options").split(",") if text]
@@ -85,13 +110,17 @@ def take_provider(chosen: dict[str, Any]) -> dict[str, Any]:
 
 
 def timing() -> Decorator[Any]:
-    """--runs, --seconds, --tolerance and --shape."""
+    """Create the options --runs, --seconds, --tolerance and --input-shape, also called --shape.
+
+    Returns:
+        A decorator of commands.
+    """
     return _chain(
         click.option("--runs", type=click.IntRange(1), help="Time exactly this many runs of each model."),
         click.option(
             "--seconds",
             type=click.FloatRange(0, min_open=True),
-            help="Time for at most this long.  [default: 10, without --runs]",
+            help="Time limit, in seconds.  [default: 10, without --runs]",
         ),
         click.option(
             "--tolerance",
@@ -99,7 +128,7 @@ def timing() -> Decorator[Any]:
             default=1.0,
             show_default=True,
             metavar="PERCENT",
-            help="End once the ratios' intervals are within ± this.",
+            help="Stop once the 95 % intervals of the ratios are within ± this.",
         ),
         click.option(
             "--input-shape",
@@ -114,38 +143,69 @@ def timing() -> Decorator[Any]:
 
 
 def input_shape() -> Decorator[Any]:
-    """--input-shape, as text."""
+    """Create the option --input-shape, which is passed on as text.
+
+    Returns:
+        A decorator of commands.
+    """
     return click.option("--input-shape", metavar=METAVAR, help=SHAPE_HELP)
 
 
 def seed() -> Decorator[Any]:
+    """Create the option --seed.
+
+    Returns:
+        A decorator of commands.
+    """
     kind = click.IntRange(0)
-    return click.option("--seed", type=kind, default=0, show_default=True, help="Of all random draws.")
+    return click.option("--seed", type=kind, default=0, show_default=True, help="Random seed.")
 
 
 def as_json() -> Decorator[Any]:
+    """Create the option --json.
+
+    Returns:
+        A decorator of commands.
+    """
     return click.option("--json", "as_json", is_flag=True, help="Print one JSON object, nothing else.")
 
 
 def print_json(value: dict[str, Any]) -> None:
-    """One JSON object on stdout; what is not finite becomes null, which JSON has."""
+    """Print a JSON object to stdout; numbers that are not finite become null, since JSON has none.
+
+    Args:
+        value: The object.
+    """
     click.echo(json.dumps(_finite(value), indent=2, allow_nan=False))
 
 
 def warn_placements(placements: Sequence[tuple[str, Any]]) -> None:
-    """Say on stderr which nodes of a GPU run the CPU computed, by model."""
+    """Report on stderr which nodes ran on the CPU although a GPU was asked for.
+
+    Args:
+        placements: Pairs of a model's name and its `Placement`.
+    """
     for name, placement in placements:
         left = placement.computed_on_cpu
         if left:
             shown = ", ".join(left[:5]) + (", …" if len(left) > 5 else "")
-            click.echo(f"warning: {name}: the CPU ran {len(left)} nodes that compute: {shown}", err=True)
+            click.echo(f"warning: {name}: {len(left)} nodes ran on the CPU, not the GPU: {shown}", err=True)
         if placement.shapes_on_cpu:
             count = len(placement.shapes_on_cpu)
-            click.echo(f"note: {name}: the CPU ran {count} nodes on shapes, as is usual", err=True)
+            text = f"note: {name}: {count} nodes that compute shapes ran on the CPU, as is usual"
+            click.echo(text, err=True)
 
 
 def precision_of(timings: Mapping[str, Timing], asked: float | None) -> dict[str, Any]:
-    """How sure the ratios are: `within`, `asked` and whether it was `reached`; asked: percent, or None."""
+    """Compare the precision of timings with the tolerance.
+
+    Args:
+        timings: Timings by name, taken together.
+        asked: The tolerance in percent; None: none was to be reached.
+
+    Returns:
+        JSON values: `within` and `asked` as shares, and whether it was `reached`.
+    """
     from onnxcompress.runtime.latency import precision
 
     within = precision(timings)
@@ -153,29 +213,40 @@ def precision_of(timings: Mapping[str, Timing], asked: float | None) -> dict[str
     return {"within": within, "asked": goal, "reached": None if goal is None else within <= goal}
 
 
-def precision_text(found: dict[str, Any], ratios: bool) -> str:
-    """Whether the clock was as sure as asked: `found` has `within`, `asked` and `reached`."""
-    text = f"{'ratios' if ratios else 'median'} within ± {100 * found['within']:.2g} %"
-    if found["reached"] is None:
+def precision_text(precision: dict[str, Any], ratios: bool) -> str:
+    """Describe whether the timings are as precise as asked.
+
+    Args:
+        precision: The result of `precision_of`.
+        ratios: Whether several models were timed.
+
+    Returns:
+        A clause.
+    """
+    text = f"{'ratios' if ratios else 'median'} within ± {100 * precision['within']:.2g} %"
+    if precision["reached"] is None:
         return text
-    if found["reached"]:
-        return f"{text}, as asked (± {100 * found['asked']:g} %)"
-    return (
-        f"{text}, ± {100 * found['asked']:g} % was asked for: give it more --seconds, or a quieter machine"
-    )
+    asked = f"± {100 * precision['asked']:g} %"
+    if precision["reached"]:
+        return f"{text}, as asked ({asked})"
+    return f"{text}, {asked} was asked for: give it more --seconds, or a quieter machine"
 
 
 def warn_clocks(timings: Sequence[Timing]) -> None:
-    """Of each run on a GPU: its clocks, and a warning where they drifted, on stderr."""
-    for one in timings:
-        if one.clocks is not None:
-            click.echo(f"note: {one.clocks.text}", err=True)
-            if one.clocks.drift:
-                click.echo(f"warning: {one.clocks.drift}; trust the ratios, not the times", err=True)
+    """Report a GPU's clocks on stderr, with a warning where they drifted.
+
+    Args:
+        timings: A timing for each run.
+    """
+    for timing in timings:
+        if timing.clocks is not None:
+            click.echo(f"note: {timing.clocks.text}", err=True)
+            if timing.clocks.drift:
+                click.echo(f"warning: {timing.clocks.drift}; trust the ratios, not the times", err=True)
     if timings and timings[0].clocks is None and timings[0].provider in ("cuda", "tensorrt"):
         from onnxcompress.runtime.gpu_clocks import INSTALL
 
-        click.echo(f"note: the GPU's clocks were not noted: {INSTALL}", err=True)
+        click.echo(f"note: the GPU's clocks were not recorded; install {INSTALL}", err=True)
 
 
 def _batches(context: click.Context, parameter: click.Parameter, value: str) -> tuple[int, ...]:
@@ -211,7 +282,14 @@ def _finite(value: Any) -> Any:
 
 
 def option_type(hint: Any) -> click.ParamType[Any] | type:
-    """What click reads a value of this annotation with."""
+    """Return the type with which click reads a value.
+
+    Args:
+        hint: Annotation of the field.
+
+    Returns:
+        The type.
+    """
     inner, _ = inner_type(hint)
     if typing.get_origin(inner) is typing.Literal:
         return click.Choice(typing.get_args(inner))
@@ -219,7 +297,14 @@ def option_type(hint: Any) -> click.ParamType[Any] | type:
 
 
 def inner_type(hint: Any) -> tuple[Any, bool]:
-    """The type inside `X | None`, and whether it was optional."""
+    """Unwrap an optional type.
+
+    Args:
+        hint: Annotation of a field.
+
+    Returns:
+        The type inside `X | None`, or the annotation itself, and whether it was optional.
+    """
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
         parts = [a for a in typing.get_args(hint) if a is not type(None)]
         return parts[0], True
@@ -227,7 +312,14 @@ def inner_type(hint: Any) -> tuple[Any, bool]:
 
 
 def split(value: str) -> tuple[str, ...]:
-    """The parts of a list with commas."""
+    """Split a list with commas; empty parts are dropped.
+
+    Args:
+        value: The text.
+
+    Returns:
+        The parts.
+    """
     return tuple(part.strip() for part in value.split(",") if part.strip())
 
 
@@ -241,6 +333,12 @@ class SectionedCommand(click.Command):
     """A command whose help has one list of options for each section, the advanced ones last."""
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the lists of options (click calls this).
+
+        Args:
+            ctx: click's context.
+            formatter: Receives the text.
+        """
         lists: dict[str, list[tuple[str, str]]] = {"Options": []}
         for parameter in self.get_params(ctx):
             record = parameter.get_help_record(ctx) if isinstance(parameter, click.Option) else None

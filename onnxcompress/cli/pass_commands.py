@@ -1,4 +1,4 @@
-"""One command for each pass, made from the pass's declaration.
+"""Create a command for each pass from the fields of its class.
 
 --json prints one object:
 
@@ -6,7 +6,7 @@
     changes             [{node, what}]
     refusals            [{node, rule, remedy}]
     measured            figures of the pass, by name; `difference` of the outputs, if the pass keeps them
-    guard               how far the outputs are from what they were (`onnxcompress guide json`), or null
+    guard               how much the outputs changed (`onnxcompress guide json`), or null
     gates               [{gate, limit, measured, passed, text, preprocess}], one for each limit given
     provenance          all passes so far, oldest first
 """
@@ -39,12 +39,19 @@ if typing.TYPE_CHECKING:
     pass
 
 STREAMS_HELP = (
-    "IN and OUT may be -, the standard streams. A result that misses a gate is written all the same."
+    "IN and OUT may be -, the standard streams. A result that misses a gate is written nevertheless."
 )
 
 
 def command(name: str) -> click.Command:
-    """The click command of a pass: IN, OUT, one option for each field, the gates."""
+    """Create the click command of a pass: IN, OUT, one option for each field, the guard and the gates.
+
+    Args:
+        name: Name of the pass.
+
+    Returns:
+        The command.
+    """
     cls = load_pass(name)
     hints = typing.get_type_hints(cls)
     params: list[click.Parameter] = [
@@ -67,27 +74,35 @@ def command(name: str) -> click.Command:
 
         shape = options.get("input_shape") if "input_shape" in own else options.pop("input_shape", None)
         gates, guard = gates_of(options, Gates(input_shape=shape)), guard_of(options)
-        how = {key: options.pop(key) for key in ("as_json", "quiet", "verbose", "dry_run", "report")}
+        shared = {key: options.pop(key) for key in ("as_json", "quiet", "verbose", "dry_run", "report")}
         chain = Pipeline([cls(**options)])
-        execute(Job(source, target, chain, gates, pass_account, guard=guard, input_shape=shape, **how))
+        execute(Job(source, target, chain, gates, pass_account, guard=guard, input_shape=shape, **shared))
 
     text = f"{inspect.cleandoc(cls.__doc__ or '')}\n\n{STREAMS_HELP}"
     return SectionedCommand(name, callback=callback, params=params, help=text)
 
 
 def running_options() -> list[click.Option]:
-    """--dry-run, --json, --quiet, --verbose and --report."""
+    """Create the options --dry-run, --json, --quiet, --verbose and --report.
+
+    Returns:
+        The options.
+    """
     return [
-        click.Option(["--dry-run"], is_flag=True, help="Check all, say what would be done, and end."),
+        click.Option(
+            ["--dry-run"], is_flag=True, help="Check everything, show what would be done, and stop."
+        ),
         click.Option(["--json", "as_json"], is_flag=True, help="Print one JSON object, nothing else."),
         click.Option(["--quiet", "-q"], is_flag=True, help="Print nothing but errors."),
-        click.Option(["--verbose", "-v"], is_flag=True, help="List each change, and all left alone."),
+        click.Option(
+            ["--verbose", "-v"], is_flag=True, help="List each change, and all that was left unchanged."
+        ),
         report_option(),
     ]
 
 
 def _option(field: dataclasses.Field[Any], hint: Any) -> click.Option:
-    """The option of a pass's field, in the section of the help where it belongs."""
+    """Create the option of a pass's field, in its section of the help."""
     default = None if field.default is dataclasses.MISSING else field.default
     if field.default_factory is not dataclasses.MISSING:
         default = field.default_factory()
@@ -108,6 +123,6 @@ def _option(field: dataclasses.Field[Any], hint: Any) -> click.Option:
         settings |= {"type": str, "callback": lambda c, p, value: split(value or "")}
     else:
         settings["type"] = FILE if field.metadata.get("file") else option_type(hint)
-    made = SectionedOption(names, **settings)
-    made.section = ADVANCED if field.metadata.get("advanced") else ""
-    return made
+    option = SectionedOption(names, **settings)
+    option.section = ADVANCED if field.metadata.get("advanced") else ""
+    return option

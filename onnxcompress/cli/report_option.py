@@ -1,7 +1,7 @@
-"""`--report OUT.html` of every command: one option, and one call that writes the page.
+"""The option `--report OUT.html` of every command, and the function that writes the page.
 
-A command gives what --json prints and the files that it read and wrote; commands that change a model have
-both models compared for it, which takes some seconds more.
+A command passes on the object that --json prints, and the files that it read and wrote. For commands that
+change a model both models are compared, which takes some seconds more.
 """
 
 from __future__ import annotations
@@ -26,24 +26,26 @@ if TYPE_CHECKING:
     from onnxcompress.report import Pictures
 
 SECONDS = 4.0
-"""Of timing both models."""
+"""Time for timing both models."""
 IMAGES = 500
-"""Images that both models are compared on, at most."""
+"""Largest number of images that both models are compared on."""
 
 
 @dataclass(frozen=True)
 class Compared:
-    """Two models side by side, or why there is no comparison."""
+    """A comparison of two models, or the reason why there is none."""
 
     found: Comparison | None = None
     on: str = ""
-    """What the outputs were compared on, for a person; empty: as `found` has it."""
+    """Description of the inputs that the outputs were compared on; empty: that in `found`."""
     learned_from: bool = False
+    """Whether a pass learned from these inputs."""
     problem: str = ""
+    """Why there is no comparison."""
 
 
 def _checked(context: click.Context, parameter: click.Parameter, value: str | None) -> str | None:
-    """Raise OptionError at once for what would fail after the work."""
+    """Raise OptionError before the work for a page that could not be written after it."""
     if value is None:
         return None
     path = Path(value)
@@ -57,17 +59,25 @@ def _checked(context: click.Context, parameter: click.Parameter, value: str | No
 _REPORT: dict[str, Any] = {
     "metavar": "OUT.html",
     "callback": _checked,
-    "help": "Write the story of the run, with charts, to one HTML file.",
+    "help": "Write a report of the run, with charts, to one HTML file.",
 }
 
 
 def report_option() -> click.Option:
-    """For a command that is made of a list of options."""
+    """Create the option --report, for a command that is built from a list of options.
+
+    Returns:
+        The option.
+    """
     return click.Option(["--report"], **_REPORT)
 
 
 def report() -> Callable[[Any], Any]:
-    """Decorator of a command."""
+    """Create the option --report.
+
+    Returns:
+        A decorator of commands.
+    """
     return click.option("--report", **_REPORT)
 
 
@@ -81,10 +91,17 @@ def write_report(
     samples: Mapping[str, Sequence[float]] | None = None,
     pictures: Sequence[Pictures] = (),
 ) -> None:
-    """Write the report of the running command, if one is wanted.
+    """Write the report of the running command, if one is asked for.
 
-    account: what --json prints. files: (role, path); of `input` or `reference`, and of `output` or `model`
-    beside one, the sizes of layers are told. names: role -> name for a person, where it is not the path.
+    Args:
+        path: The page; None: no report.
+        account: The object that --json prints.
+        files: Pairs of role and path. Sizes of layers are shown for `input` or `reference`, and for
+            `output` or `model` beside it.
+        names: Names for people by role, where they are not the paths.
+        compared: The comparison of both models, if there is one.
+        samples: Milliseconds of each run, by model.
+        pictures: Sample images.
     """
     if path is None:
         return
@@ -121,7 +138,12 @@ def write_report(
 
 
 def write_job_report(job: Job, found: Outcome) -> None:
-    """Of a command that changed a model: both are compared first."""
+    """Write the report of a command that changed a model, after comparing both models.
+
+    Args:
+        job: The job.
+        found: Its outcome.
+    """
     if job.report is None:
         return
     if not job.quiet:
@@ -146,27 +168,27 @@ def write_job_report(job: Job, found: Outcome) -> None:
         roles,
         names=named,
         compared=_compared(job, found, learned),
-        pictures=[pictures(title, one) for title, one in learned],
+        pictures=[pictures(title, images) for title, images in learned],
     )
     if not (job.quiet or job.as_json):
         click.echo(f"report: {job.report}", err=files.to_stream)
 
 
 def _compared(job: Job, found: Outcome, learned: Sequence[tuple[str, ImageSet]]) -> Compared:
-    """Both models on the gates' images, else on those that passes learned from, else on random inputs."""
+    """Compare both models on the gates' images, else those that passes learned from, else random inputs."""
     images, on = None, ""
     if job.gates.images is not None:
         images = _load(job.gates.images, job.gates.preprocess, found.files.source, job.gates.input_shape)
         on = f"{len(images)} images that the gates judge by" if images else ""
     elif learned:
         first = learned[0][1].spread(IMAGES)
-        images = dataclasses.replace(first, y=None)  # accuracy on what was learned from says nothing
+        images = dataclasses.replace(first, y=None)  # accuracy on calibration images would mislead
         on = f"{len(images)} images that it learned from"
     try:
-        made = _compare(job, found, images)
+        comparison = _compare(job, found, images)
     except CompressError as error:
         return Compared(problem=str(error))
-    return Compared(made, on, learned_from=bool(learned) and job.gates.images is None)
+    return Compared(comparison, on, learned_from=bool(learned) and job.gates.images is None)
 
 
 def _compare(job: Job, found: Outcome, images: ImageSet | None) -> Comparison:
@@ -175,11 +197,11 @@ def _compare(job: Job, found: Outcome, images: ImageSet | None) -> Comparison:
 
     gates = job.gates
     timed = next((s.pass_ for s in found.run.steps if hasattr(s.pass_, "latency_batch")), None)
-    how: dict[str, Any] = {"provider": gates.runs_on, "threads": gates.threads, "batch": gates.batch}
-    if timed is not None and how == {"provider": Provider(), "threads": 0, "batch": 1}:
+    runtime: dict[str, Any] = {"provider": gates.runs_on, "threads": gates.threads, "batch": gates.batch}
+    if timed is not None and runtime == {"provider": Provider(), "threads": 0, "batch": 1}:
         options = timed.options()
         where = Provider.of(options["provider"], options["provider_options"])
-        how = {"provider": where, "threads": options["threads"], "batch": options["latency_batch"]}
+        runtime = {"provider": where, "threads": options["threads"], "batch": options["latency_batch"]}
     return compare(
         found.files.source,
         found.files.target,
@@ -187,12 +209,12 @@ def _compare(job: Job, found: Outcome, images: ImageSet | None) -> Comparison:
         seconds=SECONDS,
         tolerance=None,
         shapes=gates.shapes,
-        **how,
+        **runtime,
     )
 
 
 def _learned(steps: Sequence[Step], source: Path) -> list[tuple[str, ImageSet]]:
-    """What passes learned from: title, images; each set once."""
+    """Collect the images that passes learned from, each set once, with titles."""
     found: list[tuple[str, ImageSet]] = []
     files: set[tuple[Any, ...]] = set()
     for step in steps:
@@ -222,7 +244,7 @@ def _load(
     from onnxcompress.evaluation.accuracy import preprocessing
 
     try:
-        how = preprocessing(source, preprocess, input_shape).preprocess
-        return load_images(path, preprocess=how, count=count, seed=seed)
-    except CompressError:  # gone since the pass ran, which kept its result
+        chosen = preprocessing(source, preprocess, input_shape).preprocess
+        return load_images(path, preprocess=chosen, count=count, seed=seed)
+    except CompressError:  # deleted since the pass ran, whose result came from the cache
         return None

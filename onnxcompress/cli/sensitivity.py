@@ -1,4 +1,4 @@
-"""`onnxcompress sensitivity`: what each layer costs in output error, as a table, JSON and a plot."""
+"""`onnxcompress sensitivity`: measure each layer's cost in output error, as a table, JSON and a plot."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from onnxcompress.sensitivity.rows import Row
 
 IMAGES = 96
-"""As `onnxcompress.sensitivity.analysis` has it, which the help need not load."""
+"""The default of `onnxcompress.sensitivity.analysis`, repeated so that the help need not import it."""
 PLOTS = (".png", ".svg", ".pdf")
 
 
@@ -42,7 +42,7 @@ def _numbers(kind: type[int] | type[float]) -> Any:
     show_default=True,
     metavar="BITS,…",
     callback=_numbers(int),
-    help="Of weights, each 2 to 8; '' for none.",
+    help="Bits of weights to try, each 2 to 8; '' for none.",
 )
 @click.option(
     "--activation-bits",
@@ -50,14 +50,14 @@ def _numbers(kind: type[int] | type[float]) -> Any:
     show_default=True,
     metavar="BITS,…",
     callback=_numbers(int),
-    help="Of what the layer reads, each 2 to 8; '' for none.",
+    help="Bits of layer inputs to try, each 2 to 8; '' for none.",
 )
 @click.option(
     "--sparsity",
     default="",
     metavar="SHARE,…",
     callback=_numbers(float),
-    help="Shares of the weight that become zero, the smallest magnitudes; each between 0 and 1.",
+    help="Shares of weights to set to zero, smallest magnitudes first; each between 0 and 1.",
 )
 @options.images(required=False)
 @click.option(
@@ -65,24 +65,28 @@ def _numbers(kind: type[int] | type[float]) -> Any:
     type=click.Choice(SOURCES),
     default="auto",
     show_default=True,
-    help="What to measure on; auto: --images if given, else layerwise if the file has BatchNorm or a "
-    "record of it, else procedural.",
+    help="Inputs to measure on; auto: --images if given, else layerwise if the file has BatchNorm or its "
+    "recorded statistics, else procedural.",
 )
 @click.option(
-    "--synthetic", type=click.IntRange(1), default=IMAGES, show_default=True, help="Images to make."
+    "--synthetic",
+    type=click.IntRange(1),
+    default=IMAGES,
+    show_default=True,
+    help="Number of images to make.",
 )
 @options.input_shape()
 @click.option(
     "--per-channel/--no-per-channel",
     default=True,
     show_default=True,
-    help="A scale for each output channel of a weight, or one per tensor.",
+    help="Use a scale for each output channel of a weight, or one per tensor.",
 )
 @click.option(
     "--reconstruct/--no-reconstruct",
     default=True,
     show_default=True,
-    help="Round weights so that layers' outputs stay, not each to its nearest.",
+    help="Choose roundings that keep the layer's output, instead of the nearest.",
 )
 @click.option(
     "--stretch/--no-stretch",
@@ -95,9 +99,9 @@ def _numbers(kind: type[int] | type[float]) -> Any:
     type=click.IntRange(0),
     default=0,
     show_default=True,
-    help="Layers measured at once, 0: one for each core; the result does not depend on it.",
+    help="Number of layers measured at once; 0: one per core. The result does not depend on it.",
 )
-@click.option("--plot", metavar="OUT.png|svg|pdf", help="Draw it, too; needs matplotlib.")
+@click.option("--plot", metavar="OUT.png|svg|pdf", help="Draw the result; needs matplotlib.")
 @options.seed()
 @options.as_json()
 @report_option.report()
@@ -116,8 +120,8 @@ def sensitivity(
 ) -> None:
     """Measure what each layer costs in output error, quantized or pruned alone.
 
-    The error is that of the network's outputs, squared, over their variance. Of real images 96 are taken
-    unless --count says more. A third of the inputs is measured on, the others are learned from.
+    The error is the squared error of the network's outputs, divided by their variance. 96 real images are
+    used unless --count is given. A third of the inputs is used to measure, the others to learn from.
 
     \b
     Example:
@@ -157,15 +161,15 @@ def sensitivity(
         from onnxcompress.cli.results.sensitivity_plot import write_plot
 
         write_plot(target, found.rows, Path(source).name)
-    how = {name: chosen[name] for name in ("per_channel", "reconstruct", "stretch")}
-    facts = {"model": source, "seed": seed, "options": how, "seconds": seconds}
+    used = {name: chosen[name] for name in ("per_channel", "reconstruct", "stretch")}
+    facts = {"model": source, "seed": seed, "options": used, "seconds": seconds}
     account = {**facts, **core.account(found, model.digest())}
     options.print_json(account) if as_json else _show(found, seconds, target)
     report_option.write_report(report, account, [("model", source)])
 
 
 def _target(source: Path, text: str) -> Path:
-    """Where to draw. Raises OptionError for another ending, RuntimeUnavailable without matplotlib."""
+    """Check where to draw. Raises OptionError for a wrong name, RuntimeUnavailable without matplotlib."""
     from importlib.util import find_spec
 
     from onnxcompress.cli.files import check_target
@@ -183,7 +187,7 @@ def _target(source: Path, text: str) -> Path:
 
 
 def _show(found: Sensitivity, seconds: float, plot: Path | None) -> None:
-    """A row for each layer, the most costly first."""
+    """Print a row for each layer, the most costly first."""
     from onnxcompress.cli.console import number, show_refusals, stdout, table
     from onnxcompress.cli.results.sensitivity_plot import title
 

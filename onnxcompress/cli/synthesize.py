@@ -1,4 +1,4 @@
-"""`onnxcompress synthesize`: images made from the network's statistics, or from nothing, to be kept."""
+"""`onnxcompress synthesize`: make images from the network's statistics or from a seed, and write them."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ if TYPE_CHECKING:
 @click.option(
     "--kind",
     type=click.Choice(["distilled", "procedural"]),
-    help="distilled: their statistics in the network are the training set's; procedural: dead leaves, "
-    "which need nothing of the file but its input's size.  [default: distilled where it has statistics]",
+    help="distilled: images whose statistics in the network match the training set's; procedural: dead "
+    "leaves, which need only the size of the input.  [default: distilled where the file has statistics]",
 )
 @click.option("--count", type=click.IntRange(1), default=500, show_default=True, help="Images to make.")
 @options.seed()
 @click.option(
     "--preprocess",
     metavar="TEXT",
-    help="How the network's inputs are normalized; as of drop-blocks.  [default: the model's metadata, "
-    "`preprocessing`, else mean=0.45 std=0.25]",
+    help="How the network's inputs are normalized, as for drop-blocks.  [default: `preprocessing` in the "
+    "model's metadata, else mean=0.45 std=0.25]",
 )
 @options.input_shape()
 @click.option(
@@ -63,7 +63,7 @@ def synthesize(
     as_json: bool,
     report: str | None,
 ) -> None:
-    """Make images for the network and write them to OUT.npz, which quantize and the like take as --images.
+    """Make images for the network and write them to OUT.npz, which other commands take as --images.
 
     OUT.npz holds x (uint8, N,H,W,C), and kind, seed and preprocess. The same seed gives the same images; a
     smaller procedural set is the start of a larger one.
@@ -102,7 +102,7 @@ def synthesize(
 
 
 def _load(source: Path, files: list[Path]) -> Model:
-    """The model. Raises ModelError where a file to be written is its own, or cannot be written."""
+    """Load the model. Raises ModelError where an output file is its own, or cannot be written."""
     from onnxcompress.cli.files import check_external, check_target
     from onnxcompress.model import load
 
@@ -115,7 +115,7 @@ def _load(source: Path, files: list[Path]) -> Model:
 
 
 def _device(model: Model, kind: str, name: str) -> str:
-    """Where images are made; torch is loaded if they will be distilled. Raises RuntimeUnavailable."""
+    """Choose the device; torch is loaded only if images are to be distilled. Raises RuntimeUnavailable."""
     from onnxcompress.statistics.record import known_statistics
 
     if kind == "procedural" or not known_statistics(model):
@@ -126,11 +126,11 @@ def _device(model: Model, kind: str, name: str) -> str:
 
 
 def _files(target: Path, sheet: str | None, no_sheet: bool) -> list[Path]:
-    """OUT.npz and, unless it is not wanted, the contact sheet. Raises OptionError."""
+    """Return the paths of OUT.npz and, unless switched off, of the contact sheet. Raises OptionError."""
     if target.suffix.lower() != ".npz":
         raise OptionError(f"OUT.npz: {str(target)!r}; expected a name that ends in .npz")
     if no_sheet and sheet is not None:
-        raise OptionError("--no-sheet: --sheet names one; leave one of them out")
+        raise OptionError("--no-sheet and --sheet: give one of them")
     if no_sheet:
         return [target]
     second = Path(sheet) if sheet is not None else target.with_suffix(".png")
@@ -147,19 +147,19 @@ def _make(
 
     if choice.said is None and image_input(model).dtype.kind == "f":
         click.echo(
-            f"note: no --preprocess, and none in the model's metadata; taken to be {STANDARDIZED}", err=True
+            f"note: no --preprocess, and none in the model's metadata: {STANDARDIZED} is assumed", err=True
         )
     made = synthetic_images(model, kind, count, choice.said, seed, device=device, progress=progress)
     if not isinstance(made, ImageSet):
         raise ModelError(
-            f"{model.name}: its input takes no pictures of 1 or 3 channels, and others are not kept; "
-            "passes draw such inputs themselves where they are given none"
+            f"{model.name}: its input takes no images of 1 or 3 channels, and only those can be written; "
+            "passes make other inputs themselves where none are given"
         )
     return made
 
 
 def _write(files: list[Path], images: ImageSet, kind: str, seed: int) -> None:
-    """All files, or none. The archive has no times in it: the same images give the same bytes."""
+    """Write all files or none. The archive holds no times, so that the same images give the same bytes."""
     import numpy as np
 
     from onnxcompress.data.contact_sheet import contact_sheet

@@ -65,7 +65,7 @@ MISSING = [
         "pass 2 of 2, drop-blocks: drop-blocks needs torch, which is not installed",
     ),
     ("torch", ["quantize"], "error: quantize needs torch, which is not installed here: pip install torch"),
-    ("onnxruntime", ["fold-bn"], "comparing the outputs (or say --no-verify) needs onnxruntime"),
+    ("onnxruntime", ["fold-bn"], "comparing the outputs (or give --no-verify) needs onnxruntime"),
     (
         "onnxruntime",
         ["fold-bn", "--no-verify", "--max-latency", "1"],

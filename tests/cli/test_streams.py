@@ -48,7 +48,7 @@ def test_a_failed_command_ends_the_chain_with_one_line_each(tmp_path: Path) -> N
     assert done.returncode == 1
     assert sorted(done.stderr.splitlines()) == [
         "error: nowhere.onnx: no such file",
-        "error: standard input: no model came; did the command before it fail?",
+        "error: standard input is empty; did the command before it fail?",
     ]
     assert not (tmp_path / "out.onnx").exists()
 

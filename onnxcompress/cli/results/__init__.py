@@ -1,1 +1,1 @@
-"""What each pass shows at the terminal."""
+"""Show the results of each pass at the terminal."""

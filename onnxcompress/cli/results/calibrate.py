@@ -1,4 +1,4 @@
-"""What `calibrate` shows: what was estimated, from what, how far to trust it, which channels are dead."""
+"""Show the result of `calibrate`: the estimates, their inputs, their accuracy, and dead channels."""
 
 from __future__ import annotations
 
@@ -8,24 +8,29 @@ from onnxcompress.cli.console import learned_from
 from onnxcompress.passes.base import PassResult
 
 SHOWN = 5
-"""Tensors whose dead channels are listed."""
+"""Number of tensors whose dead channels are listed."""
 
 
 def show_calibrate(console: Console, result: PassResult) -> None:
-    """A few lines; the statistics themselves are `inspect --statistics`'s to show."""
+    """Print a summary; the statistics themselves are shown by `inspect --statistics`.
+
+    Args:
+        console: Where to print.
+        result: The result of the pass.
+    """
     measured = result.measured
     console.print(
         f"statistics of {measured['tensors']} tensors: {measured['estimated']} estimated, "
-        f"{measured['kept']} kept as BatchNorm knows them"
+        f"{measured['kept']} kept from BatchNorm"
     )
     for line in learned_from(measured["inputs"], "estimated"):
         console.print(line, markup=False)
     agreement = measured["agreement"]
     if agreement is not None:
         console.print(
-            f"where BatchNorm knows them ({agreement['tensors']} tensors): means off by "
-            f"{agreement['mean_error']:.2g} deviations, deviations {agreement['std_ratio']:.2f} times "
-            "as large (medians over channels)"
+            f"compared with BatchNorm ({agreement['tensors']} tensors): means off by "
+            f"{agreement['mean_error']:.2g} standard deviations, standard deviations "
+            f"{agreement['std_ratio']:.2f} times as large (medians over channels)"
         )
     dead = sorted(measured["dead"].items(), key=lambda item: -len(item[1]))
     for name, channels in dead[:SHOWN]:

@@ -1,4 +1,4 @@
-"""What `drop-blocks` shows: a row for each block, and how much faster and how far off the result is."""
+"""Show the result of `drop-blocks`: a row for each block, the speedup and the error."""
 
 from __future__ import annotations
 
@@ -13,7 +13,12 @@ BUSY = "the machine was too busy for a wall clock: latency was taken as processo
 
 
 def show_drop_blocks(console: Console, result: PassResult) -> None:
-    """The table of blocks, then the measured latency with its interval, then the error."""
+    """Print the table of blocks, the measured latency with its interval, and the error.
+
+    Args:
+        console: Where to print.
+        result: The result of the pass.
+    """
     measured = result.measured
     order = {name: place + 1 for place, name in enumerate(measured.get("order", []))}
     rows = [_row(row, order) for row in measured.get("blocks", [])]
@@ -22,7 +27,7 @@ def show_drop_blocks(console: Console, result: PassResult) -> None:
     console.print(table(title, columns, rows))
     if measured.get("noisy_latency"):
         console.print(
-            "the machine was too busy to tell blocks apart: their τ was taken by multiply-accumulates"
+            "the machine was too busy to tell blocks apart: τ is their share of multiply-accumulates"
         )
     if measured.get("clock") == "processor":
         console.print(BUSY)
@@ -40,7 +45,7 @@ def show_drop_blocks(console: Console, result: PassResult) -> None:
     error = measured.get("feature_error")
     if error is not None:
         console.print(
-            f"features on what it was tuned on: relative error {error**0.5:.3f} (root of the squares)"
+            f"relative error of the features on the tuning's images: {error**0.5:.3f} (root mean square)"
         )
 
 

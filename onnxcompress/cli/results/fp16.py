@@ -1,4 +1,4 @@
-"""What `fp16` shows: the error of the outputs, what stayed float32, and where it was run."""
+"""Show the result of `fp16`: the error of the outputs, the float32 nodes, and the provider used."""
 
 from __future__ import annotations
 
@@ -11,13 +11,18 @@ from onnxcompress.passes.base import PassResult
 
 
 def show_fp16(console: Console, result: PassResult) -> None:
-    """A line for each figure; the nodes that stayed are listed with the refusals."""
+    """Print a line for each figure; the nodes that stayed are listed with the refusals.
+
+    Args:
+        console: Where to print.
+        result: The result of the pass.
+    """
     measured = result.measured
     if not measured:
         console.print("nothing to change")
         return
     kept = len(measured["kept_float32"])
-    text = f"{measured['converted']} nodes compute in float16, {kept} stay float32 for the error's sake"
+    text = f"{measured['converted']} nodes compute in float16, {kept} stay float32 to limit the error"
     console.print(text, markup=False)
     whole = _error(measured["all_float16"])
     text = (
@@ -36,7 +41,7 @@ def _show_runtime(console: Console, runtime: dict[str, Any] | None) -> None:
         return
     note = ""
     if runtime["provider"] == "cpu":
-        note = "; a CPU computes it in float32, it is made for a GPU"
+        note = "; a CPU computes it in float32, the gain is on GPUs"
     error = _error(runtime["error"])
     console.print(f"run on {runtime['provider']}: error {error}{note}", markup=False)
 

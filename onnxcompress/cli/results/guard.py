@@ -1,4 +1,4 @@
-"""What the guard shows: how far the outputs are from what they were, and on which inputs."""
+"""Show the result of the guard: how much the outputs changed, and on which inputs."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from onnxcompress.passes.base import Pass
 
 
 def show_guard(console: Console, one: Pass, found: Measured | None, judged: Verdict | None) -> None:
-    """A line for the outputs after one pass, and for a warning what to try.
+    """Print a line about the outputs after a pass, and for a warning the remedies.
 
     Args:
         console: Where to print.
         one: The pass.
-        found: What the guard measured of its result; None: nothing.
+        found: The guard's measurements of its result; None: there are none.
         judged: The verdict.
     """
     if found is None or judged is None:
@@ -32,11 +32,11 @@ def show_guard(console: Console, one: Pass, found: Measured | None, judged: Verd
 
 
 def show_whole(console: Console, found: Measured | None, judged: Verdict | None) -> None:
-    """A line for the result of a chain against the model that it was given.
+    """Print a line that compares the result of a chain with its input.
 
     Args:
         console: Where to print.
-        found: What the guard measured; None: nothing, or one pass says the same.
+        found: The guard's measurements; None: there are none, or those of a single pass are the same.
         judged: The verdict.
     """
     if found is not None and judged is not None:

@@ -1,4 +1,4 @@
-"""What `quantize` shows: a row for each layer, what onnxruntime fused, and how far the outputs are."""
+"""Show the result of `quantize`: a row for each layer, the nodes that onnxruntime fuses, and the error."""
 
 from __future__ import annotations
 
@@ -10,11 +10,16 @@ from onnxcompress.cli.console import learned_from, table
 from onnxcompress.passes.base import PassResult
 
 SHOWN = 12
-"""Layers that are listed: those with the most noise."""
+"""Number of layers that are listed, those with the most noise."""
 
 
 def show_quantize(console: Console, result: PassResult) -> None:
-    """The noisiest layers, then the account of the whole."""
+    """Print the layers with the most noise, then figures of the whole model.
+
+    Args:
+        console: Where to print.
+        result: The result of the pass.
+    """
     measured = result.measured
     rows = measured.get("layers", [])
     if not rows:
@@ -55,12 +60,12 @@ def _show_budget(console: Console, budget: dict[str, Any]) -> None:
         f"(budget {budget['budget_bits']:.2f} bits)"
     )
     if budget["counted"] != "stored":
-        console.print("fewer bits are held in 8-bit types: the file is smaller only with --small-types")
+        console.print("fewer bits are stored in 8-bit types: the file is smaller only with --small-types")
 
 
 def _show_runtime(console: Console, runtime: dict[str, Any]) -> None:
     fused = ", ".join(f"{count} {op}" for op, count in runtime["fused"].items())
-    console.print(f"onnxruntime fuses: {fused or 'nothing (no speed is to be expected)'}", markup=False)
+    console.print(f"onnxruntime fuses: {fused or 'nothing (expect no speedup)'}", markup=False)
     left = ", ".join(f"{len(names)} {op}" for op, names in runtime["float"].items())
     if left:
         console.print(f"it computes with floats: {left}", markup=False)

@@ -9,14 +9,23 @@ from onnxcompress.model.tensor_storage import write_files
 from onnxcompress.sensitivity.rows import Row
 
 LONGEST = 32
-"""Characters of a layer's name."""
+"""Largest number of characters of a layer's name."""
 MARKERS = "osD^vPX*<>"
 LEAST = 1e-8
-"""Errors below are drawn here: the axis is logarithmic."""
+"""Smaller errors are drawn at this value, because the axis is logarithmic."""
 
 
 def write_plot(path: Path, rows: Sequence[Row], model: str) -> None:
-    """Draw to PNG, SVG or PDF, by the name. Raises ModelError where the file cannot be written."""
+    """Draw the plot.
+
+    Args:
+        path: The file, in PNG, SVG or PDF format by its name.
+        rows: Rows of the sensitivity analysis.
+        model: Name of the model.
+
+    Raises:
+        ModelError: The file cannot be written.
+    """
     from matplotlib import rcParams
     from matplotlib.figure import Figure
 
@@ -44,7 +53,7 @@ def write_plot(path: Path, rows: Sequence[Row], model: str) -> None:
 
 
 def _short(name: str) -> str:
-    """The end of a long name, where layers differ; of `/a/a.0/conv1/Conv` the operator is left out."""
+    """Shorten a long name to its end, where layers differ, without the operator of `/a/a.0/conv1/Conv`."""
     parts = [part for part in name.split("/") if part]
     if len(parts) > 1 and parts[-1] in ("Conv", "Gemm", "MatMul", "ConvTranspose"):
         parts = parts[:-1]
@@ -54,7 +63,14 @@ def _short(name: str) -> str:
 
 
 def title(row: Row) -> str:
-    """For a person: `weight 4 bits`, `input 8 bits`, `50 % zeros`."""
+    """Describe the change of a row for people.
+
+    Args:
+        row: The row.
+
+    Returns:
+        Such as `weight 4 bits`, `input 8 bits` or `50 % zeros`.
+    """
     if row.kind == "sparsity":
         return f"{100 * row.value:g} % zeros"
     return f"{'weight' if row.kind == 'weight_bits' else 'input'} {row.value:g} bits"

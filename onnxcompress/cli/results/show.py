@@ -1,4 +1,4 @@
-"""The account of a pass at the terminal: its own results, what it changed and what it left alone."""
+"""Show the results, changes and refusals of a pass at the terminal."""
 
 from __future__ import annotations
 
@@ -17,11 +17,18 @@ RENDERERS = {
     "fp16": ("fp16", "show_fp16"),
     "quantize": ("quantize", "show_quantize"),
 }
-"""Pass -> module of this package and its function; other passes show their changes alone."""
+"""Module of this package and its function, by pass; other passes show only their changes."""
 
 
 def show_result(console: Console, one: Pass, result: PassResult, *, verbose: bool = False) -> None:
-    """The account of one pass; verbose: each change, and all that was left alone."""
+    """Print the result of a pass.
+
+    Args:
+        console: Where to print.
+        one: The pass.
+        result: Its result.
+        verbose: List each change and each refusal.
+    """
     renderer = RENDERERS.get(one.name)
     if renderer is None:
         show_changes(console, result)
@@ -39,7 +46,12 @@ def show_result(console: Console, one: Pass, result: PassResult, *, verbose: boo
 
 
 def show_changes(console: Console, result: PassResult) -> None:
-    """What was changed, counted by kind, and what was learned from."""
+    """Print the changes, counted by kind, and the inputs that were learned from.
+
+    Args:
+        console: Where to print.
+        result: The result of the pass.
+    """
     kinds: dict[str, int] = {}
     for change in result.changes:
         kinds[change.what] = kinds.get(change.what, 0) + 1
