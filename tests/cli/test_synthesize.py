@@ -38,7 +38,7 @@ def bare(folder: Path, shape: str = "3,20,24") -> str:
     [
         (["out.npy"], 2, "expected a name that ends in .npz"),
         (["out.npz", "--sheet", "out.jpg"], 2, "expected a name that ends in .png"),
-        (["out.npz", "--sheet", "a.png", "--no-sheet"], 2, "leave one of them out"),
+        (["out.npz", "--sheet", "a.png", "--no-sheet"], 2, "give one of them"),
         (["out.npz", "--count", "0"], 2, "Invalid value for '--count'"),
         (["out.npz", "--preprocess", "imagnet"], 2, "did you mean 'imagenet'"),
         (["none/out.npz"], 1, "name a file in an existing, writable folder"),
@@ -76,7 +76,7 @@ def test_the_model_is_not_overwritten(
 
 def test_a_network_that_takes_no_images(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["synthesize", bare(tmp_path, "4,20,20"), str(tmp_path / "out.npz")]) == 1
-    assert "its input takes no pictures of 1 or 3 channels" in capsys.readouterr().err
+    assert "its input takes no images of 1 or 3 channels" in capsys.readouterr().err
     assert not (tmp_path / "out.npz").exists()
 
 

@@ -311,7 +311,7 @@ def test_batches_are_the_array() -> None:
         (("N", 4, 4, 3), "unit", "add layout=nhwc"),
         (("N", 3, 4, 4), "layout=nhwc", "add layout=nchw"),
         (("N", 9, 4, 4), "unit", "does not take gray or RGB"),
-        (("N", 48), "unit", "it takes 2 dimensions"),
+        (("N", 48), "unit", "has 2 dimensions"),
     ],
 )
 def test_images_that_do_not_fit(shape: tuple[int | str, ...], text: str, message: str) -> None:

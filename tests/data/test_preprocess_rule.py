@@ -60,7 +60,7 @@ def test_pairs_keep_what_they_do_not_say() -> None:
     assert "the rest from the model's metadata" in str(small)
     alone = choose("size=24", {})
     assert (alone.source, str(alone.said)) == ("option-and-default", "mean=0 std=1 size=24x24")
-    assert "mean and std the default" in str(alone)
+    assert "with default mean and std" in str(alone)
     for whole in ("mean=0.5 std=0.5", "cifar10 size=24", "unit"):
         assert choose(whole, said).source == "option"
     assert choose("mean=0.5 std=0.5", said).preprocess.size is None
@@ -101,7 +101,7 @@ def test_every_command_follows_it_and_says_so(
     if name == "gate":
         assert run("net") == (f"preprocessed by {OF_FILE} (from the model's metadata)", "")
         assert run("net", option, "unit") == ("preprocessed by mean=0 std=1 (as asked for)", "")
-        assert "(the default: neither" in run("silent")[0]
+        assert "(the default, because neither" in run("silent")[0]
     else:
         assert run("net") == (OF_FILE, "model")
         assert run("net", option, "unit") == ("mean=0 std=1", "option")
