@@ -68,7 +68,7 @@ def test_a_reader_that_goes_away_is_no_traceback(net: Path, tmp_path: Path) -> N
     [
         ("oc fold-bn net.onnx - --json", 2, "OUT - and --json"),
         ("oc fold-bn - out.onnx < r.txt", 1, "standard input: not a readable ONNX model"),
-        ("oc fold-bn outside.onnx - | cat", 1, "outside.onnx: its weights lie in external data"),
+        ("oc fold-bn outside.onnx - | cat", 1, "outside.onnx: its weights are in external data"),
         ("oc fold-bn - out.onnx < outside.onnx", 1, "standard input: the weights are in external data"),
         ("oc fold-bn net.onnx pipe", 1, "pipe: no regular file; for standard output write -"),
     ],
