@@ -8,14 +8,15 @@ value is stored in the type that its readers want.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
-from types import ModuleType
+from importlib.util import find_spec, module_from_spec, spec_from_file_location
+from pathlib import Path
 
 import onnx
 
+from onnxcompress.errors import RuntimeUnavailable
 from onnxcompress.graph.query import DEFAULT_DOMAINS
 
 FLOAT, HALF = onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16
@@ -41,19 +42,27 @@ class Candidate:
 
 
 @cache
-def converter() -> ModuleType:
-    """Import onnxruntime's own float16 converter, without the folder that its package adds to sys.path.
+def blocked_operators() -> frozenset[str]:
+    """Read the operators without float16 kernels from onnxruntime's own converter.
+
+    The converter's file is loaded by itself: its package puts a folder on `sys.path` when it is imported,
+    once, and `onnxruntime.quantization` needs to find it there.
 
     Returns:
-        The module.
+        Operator types.
+
+    Raises:
+        RuntimeUnavailable: This version of onnxruntime has no such file.
     """
-    path = list(sys.path)
-    try:
-        from onnxruntime.transformers import float16
-    finally:
-        sys.path[:] = path
-    found: ModuleType = float16
-    return found
+    package = find_spec("onnxruntime")
+    folders = list(package.submodule_search_locations or ()) if package is not None else []
+    file = next((f for d in folders if (f := Path(d, "transformers", "float16.py")).is_file()), None)
+    spec = None if file is None else spec_from_file_location("_onnxruntime_float16", file)
+    if spec is None or spec.loader is None:
+        raise RuntimeUnavailable("this onnxruntime has no float16 converter; install another version of it")
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return frozenset(module.DEFAULT_OP_BLOCK_LIST)
 
 
 def candidates(proto: onnx.ModelProto) -> tuple[list[Candidate], list[tuple[str, str]]]:
@@ -119,7 +128,7 @@ def has_bodies(proto: onnx.ModelProto) -> bool:
 def _refusal(node: onnx.NodeProto, opset: int) -> str:
     if node.domain not in DEFAULT_DOMAINS:
         return f"{node.op_type} is of the domain {node.domain}"
-    if node.op_type in converter().DEFAULT_OP_BLOCK_LIST:
+    if node.op_type in blocked_operators():
         return f"onnxruntime's converter leaves {node.op_type} in float32: not every device has a kernel"
     if node.op_type in TYPED:
         return f"the type of what {node.op_type} gives is one of its attributes"
