@@ -52,3 +52,29 @@ def quick_clock(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(latency, "interleave", few)
     monkeypatch.setattr(latency, "_warm", lambda timed, seconds: None)
+
+
+@pytest.fixture
+def fixed_clock(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """A clock that says what a run of each model takes, in milliseconds, in the order they are timed in.
+
+    Called with lists of milliseconds, one for each number of models that are timed together (others take
+    10 ms each); `jitter`: half the width of the last model's times, relative, evenly spread.
+    """
+    import numpy as np
+
+    from onnxcompress.runtime import latency
+
+    def install(*sets: list[float], jitter: float = 0.0) -> None:
+        by_count = {len(one): one for one in sets}
+        spread = np.random.default_rng(0).permutation(np.linspace(1 - jitter, 1 + jitter, 60))
+
+        def interleave(timed: Any, **options: Any) -> np.ndarray:
+            samples = np.tile(by_count.get(len(timed), [10.0] * len(timed)), (60, 1)).astype(float)
+            samples[:, -1] *= spread
+            return samples
+
+        monkeypatch.setattr(latency, "interleave", interleave)
+        monkeypatch.setattr(latency, "_warm", lambda timed, seconds: None)
+
+    return install

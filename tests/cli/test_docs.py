@@ -111,6 +111,7 @@ def run_line(line: str, capsys: pytest.CaptureFixture[str]) -> None:
             Path(target).write_text(said.out)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_every_command_line_and_python_block(page: Path, capsys: pytest.CaptureFixture[str]) -> None:
     todo = [line for line in lines(page) if "--help" not in line]
@@ -138,6 +139,7 @@ def run_python(text: str) -> None:
     exec(compile(text, "block", "exec"), {"torch_model": net.eval(), "example": torch.zeros(1, 3, 8, 8)})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("limit", "code"), [("10", 0), ("0.01", 3)])
 def test_the_script_for_ci(limit: str, code: int, folder: Path, tmp_path: Path) -> None:
     """It compresses, judges, and archives whether the gates were kept or not."""
@@ -218,6 +220,7 @@ JSON = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", JSON)
 def test_json_has_the_keys_that_the_guide_names(command: str, capfd: pytest.CaptureFixture[str]) -> None:
     rows = dict(re.findall(r"^\| (.+?) \| (`.+`) \|$", PAGES[6].read_text("utf-8"), re.M))
@@ -250,12 +253,14 @@ def test_guides_are_shown(capsys: pytest.CaptureFixture[str]) -> None:
         assert capsys.readouterr().out == page.read_text("utf-8")
 
 
+@pytest.mark.slow
 def test_sensitivity_writes_a_report() -> None:
     argv = ["sensitivity", "models/resnet20-fashion.onnx", "--synthetic", "8", "--weight-bits", "4"]
     assert main([*argv, "--activation-bits", "", "--report", "s.html"]) == 0
     assert "One layer with 4-bit weights" in Path("s.html").read_text("utf-8")
 
 
+@pytest.mark.slow
 def test_the_api_reference_is_built_and_whole() -> None:
     """By the guide's own command; all that is public in those modules has a docstring."""
     (command,) = re.findall(r"^pdoc .*$", PAGES[5].read_text("utf-8"), re.M)

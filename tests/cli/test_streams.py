@@ -27,6 +27,7 @@ def net(models: Path, tmp_path: Path) -> Path:
     return file
 
 
+@pytest.mark.slow
 def test_a_chain_of_streams_is_a_chain_of_files(net: Path, tmp_path: Path) -> None:
     done = shell("oc fold-bn net.onnx - --no-verify | oc equalize - - --no-verify > piped.onnx", tmp_path)
     assert done.returncode == 0, done.stderr

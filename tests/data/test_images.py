@@ -67,6 +67,26 @@ def test_a_preset_and_changes() -> None:
     assert found.mean == PRESETS["imagenet"].mean
 
 
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("unit", "mean=0 std=1"),
+        ("raw", "mean=0 std=1 scale=1"),
+        ("imagenet", "mean=0.485,0.456,0.406 std=0.229,0.224,0.225 size=224x224 resize=256"),
+        ("imagenet-inception", "mean=0.5 std=0.5 size=224x224 resize=256"),
+        ("cifar10", "mean=0.4914,0.4822,0.4465 std=0.247,0.2435,0.2616 size=32x32"),
+        ("fashion-mnist", "mean=0.286 std=0.353 size=28x28"),
+    ],
+)
+def test_presets_are_the_figures_of_their_data_sets(name: str, text: str) -> None:
+    assert str(Preprocess.parse(name)) == text
+    assert Preprocess.parse(name) == Preprocess.parse(text)
+
+
+def test_every_preset_has_its_figures_checked() -> None:
+    assert list(PRESETS) == ["unit", "raw", "imagenet", "imagenet-inception", "cifar10", "fashion-mnist"]
+
+
 @pytest.mark.parametrize("text", [*PRESETS, "size=8x6 resize=stretch layout=nhwc scale=1 channels=1"])
 def test_text_round_trip(text: str) -> None:
     parsed = Preprocess.parse(text)

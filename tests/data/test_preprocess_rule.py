@@ -85,6 +85,7 @@ def told(name: str, account: dict[str, Any]) -> tuple[str, str]:
     return found["preprocess"], found["preprocess_from"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_command_follows_it_and_says_so(
     name: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]

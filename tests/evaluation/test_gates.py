@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -111,6 +112,7 @@ def test_limits_that_mean_nothing_are_refused(limits: dict[str, float], message:
         Gates(**limits).check()  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 def test_what_is_measured_is_what_evaluate_and_compare_say(
     net: Path, damaged: Path, pictures: Path
 ) -> None:
@@ -200,6 +202,7 @@ def test_a_recipe_is_gated_and_the_command_line_wins(
     }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_compare_is_gated(
     net: Path, damaged: Path, pictures: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -214,3 +217,33 @@ def test_compare_is_gated(
     assert json.loads(capsys.readouterr().out)["gates"][0]["passed"]
     assert main([*command, "--min-agreement", "90"]) == 2
     assert "--min-agreement needs images: name them with --images" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("after", "limit", "code"), [(1, 1.5, 0), (1, 1.99, 0), (1, 3, 3), (4, 1.5, 3)])
+def test_twice_as_fast_is_a_speed_up_of_two(
+    after: float,
+    limit: float,
+    code: int,
+    net: Path,
+    fixed_clock: Callable[..., None],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The input takes 2 ms, the output 1 or 4."""
+    fixed_clock([2, after], jitter=0.02)
+    command = ["fold-bn", str(net), str(tmp_path / "o.onnx"), "--json", "--no-verify", "--min-speedup"]
+    assert main([*command, str(limit)]) == code
+    (gate,) = json.loads(capsys.readouterr().out)["gates"]
+    assert gate["measured"] == pytest.approx(2 / after, rel=0.005)
+    assert gate["passed"] == (code == 0)
+
+
+@pytest.mark.parametrize(("limit", "code"), [(3.1, 0), (2.9, 3)])
+def test_the_latency_that_is_judged_is_that_of_the_output(
+    limit: float, code: int, net: Path, fixed_clock: Callable[..., None], tmp_path: Path
+) -> None:
+    fixed_clock([3.0], [2.0, 3.0])
+    command = ["fold-bn", str(net), str(tmp_path / "o.onnx"), "--quiet", "--no-verify"]
+    assert main([*command, "--max-latency", str(limit)]) == code
+    assert main([*command, "--max-latency", str(limit), "--min-speedup", "0.5"]) == code

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -265,3 +266,44 @@ def test_saving_over_the_input(tmp_path: Path) -> None:
     after = onnx.load(tmp_path / "in.onnx")
     np.testing.assert_array_equal(numpy_helper.to_array(after.graph.initializer[0]), BIG)
     assert after.graph.node[1].op_type == "Neg"
+
+
+def test_external_weights_begin_on_pages_in_the_order_of_the_file(tmp_path: Path) -> None:
+    """Whoever maps the file needs them there; each piece is the tensor's own bytes."""
+    arrays = {f"w{i}": np.full(2000 + i, i, np.float32) for i in range(4)}
+    proto = onnx.parser.parse_model(
+        '<ir_version: 8, opset_import: ["": 17]> g (float[N] x) => (float[M] y) '
+        "{ y = Concat<axis = 0>(x, w0, w1, w2, w3) }"
+    )
+    proto.graph.initializer.extend(numpy_helper.from_array(v, n) for n, v in arrays.items())
+    save(load(external(tmp_path / "a", proto)), tmp_path / "model.onnx")
+    proto = onnx.load(tmp_path / "model.onnx", load_external_data=False)
+    data, end = (tmp_path / "model.onnx.data").read_bytes(), 0
+    for tensor in proto.graph.initializer:
+        if tensor.data_location != onnx.TensorProto.EXTERNAL:
+            continue
+        where = {entry.key: entry.value for entry in tensor.external_data}
+        offset, length = int(where["offset"]), int(where["length"])
+        assert where["location"] == "model.onnx.data"
+        assert offset % 4096 == 0
+        assert end <= offset < end + 4096
+        end = offset + length
+        np.testing.assert_array_equal(np.frombuffer(data[offset:end], np.float32), arrays.pop(tensor.name))
+    assert not arrays
+    assert len(data) == end
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o027, 0o640), (0o000, 0o666)])
+@pytest.mark.parametrize("beside", [False, True])
+def test_files_have_the_mode_that_the_umask_leaves(
+    umask: int, mode: int, beside: bool, tmp_path: Path
+) -> None:
+    model = Model.from_proto(tiny())
+    model.external_data = beside
+    before = os.umask(umask)
+    try:
+        save(model, tmp_path / "model.onnx")
+    finally:
+        assert os.umask(before) == umask
+    assert {p.stat().st_mode & 0o777 for p in tmp_path.iterdir()} == {mode}
+    assert len(list(tmp_path.iterdir())) == 1 + beside

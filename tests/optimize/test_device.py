@@ -217,6 +217,7 @@ def test_shares_add_up_with_their_intervals() -> None:
     assert "do not add up" in additivity_text(found | {"measured": [0.2, 0.18, 0.22]})
 
 
+@pytest.mark.slow
 def test_drop_blocks_tells_it_in_json_table_and_report(
     models: Path, tmp_path: Path, quick_clock: None, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -16,6 +16,7 @@ from onnxcompress.model import Model, load
 from onnxcompress.optimize.executor import Executor
 from onnxcompress.optimize.synthesis.distillation import distill
 from onnxcompress.optimize.synthesis.statistics_alignment import standardize
+from onnxcompress.optimize.synthesis.statistics_mismatch import mismatch
 from onnxcompress.passes.fold_bn import FoldBatchNorm
 from onnxcompress.statistics.record import known_statistics, read_record, write_record
 from tests.helpers.paths import MODELS
@@ -48,6 +49,7 @@ def _mismatch(model: Model, images: ImageSet) -> float:
     return float(np.mean(errors))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["resnet20-fashion.onnx", "mobilenetv2-fashion.onnx"])
 def test_distilled_images_have_the_statistics_of_the_training_set(name: str) -> None:
     model = _folded(name)
@@ -121,3 +123,46 @@ def test_a_twin_is_taken_off_without_a_trace() -> None:
         assert torch.allclose(restored[name], value, rtol=1e-4, atol=1e-5), name
     twin.revert(model)
     assert model.to_proto() == _folded().to_proto()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "today"), [("resnet20-fashion.onnx", 0.128), ("mobilenetv2-fashion.onnx", 0.147)]
+)
+def test_distilled_images_come_as_near_to_the_statistics_as_they_did(name: str, today: float) -> None:
+    model = _folded(name)
+    assert _mismatch(model, distill(model, _blobs(32), steps=12)) == pytest.approx(today, rel=0.05)
+
+
+def test_pixels_move_by_the_rate_in_the_first_step_and_by_half_of_it_in_the_second() -> None:
+    """Adam's first step is the rate itself, 0.023 of 255 pixels' worth."""
+    model, start = _folded(), _blobs(8)
+    inner = (start.x > 20) & (start.x < 235)
+    first, second = (np.abs(distill(model, start, steps=n).x.astype(int) - start.x)[inner] for n in (1, 2))
+    assert np.median(first) == 6
+    assert first.max() == 6
+    assert 7 < np.percentile(second, 90) <= 9
+
+
+def test_means_and_deviations_count_alike_in_units_of_the_deviation() -> None:
+    """A channel that is off by half a deviation, one that varies twice as much, one that is dead."""
+    x = torch.randn(200, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    mean, deviation = x.mean((0, 2, 3)), x.var((0, 2, 3), correction=0).sqrt()
+    assert float(mismatch(x, mean, deviation)) < 1e-9
+    assert float(mismatch(x, mean + 0.5 * deviation, deviation)) == pytest.approx(0.25, rel=1e-3)
+    assert float(mismatch(x, mean, 0.5 * deviation)) == pytest.approx(1.0, rel=1e-3)
+    some = torch.tensor([1.0, 2.0, 1e-9])
+    assert float(mismatch(x * some.view(3, 1, 1), mean * some, deviation * some)) < 1e-9
+
+
+@pytest.mark.parametrize("memory", [torch.contiguous_format, torch.channels_last])
+def test_the_slope_of_the_mismatch_is_that_of_its_formula(memory: torch.memory_format) -> None:
+    x = torch.randn(6, 3, 5, 4, generator=torch.Generator().manual_seed(0)).contiguous(memory_format=memory)
+    mean, deviation = torch.tensor([0.5, -1.0, 2.0]), torch.tensor([0.5, 2.0, 1.0])
+    own, plain = x.clone().requires_grad_(), x.clone().requires_grad_()
+    found = mismatch(own, mean, deviation)
+    variance, center = torch.var_mean(plain, (0, 2, 3), correction=0)
+    wanted = (((center - mean) / deviation).square() + (variance.sqrt() / deviation - 1).square()).mean()
+    torch.testing.assert_close(found, wanted)
+    slopes = torch.autograd.grad(found, own), torch.autograd.grad(wanted, plain)
+    torch.testing.assert_close(*slopes)

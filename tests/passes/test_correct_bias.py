@@ -257,6 +257,7 @@ def images(models: Path) -> np.ndarray:
     return np.asarray(((pixels / 255 - 0.286) / 0.353).transpose(0, 3, 1, 2), np.float32)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("inputs", ["record", "layerwise", "images"])
 def test_a_real_network(
     inputs: str, network: onnx.ModelProto, images: np.ndarray, models: Path, tmp_path: Path

@@ -115,6 +115,7 @@ def test_a_network_without_blocks_is_refused() -> None:
 NO_DATA = {"preprocess": "fashion-mnist", "synthetic": 24, "steps": 2, "batch": 8, "drop": ("blocks.1",)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("asked", "recorded", "source"),
     [("auto", True, "distilled"), ("auto", False, "procedural"), ("layerwise", True, "layerwise")],
@@ -133,6 +134,7 @@ def test_without_images_the_best_inputs_are_made(
     assert used["why"]
 
 
+@pytest.mark.slow
 def test_procedural_inputs_need_no_record(resnet: str, quick_clock: None) -> None:
     """With BatchNorm in the file, and folded without a record, the same weights come out."""
     results = []
@@ -166,6 +168,7 @@ def test_real_and_made_images_together(resnet: str, models: Path, quick_clock: N
     ]
 
 
+@pytest.mark.slow
 def test_the_output_is_the_input_with_fewer_nodes(
     resnet: str, arguments: list[str], scores: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -200,6 +203,7 @@ def test_the_output_is_the_input_with_fewer_nodes(
     assert passes == ["drop-blocks"]
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_file(resnet: str, arguments: list[str], tmp_path: Path) -> None:
     """With a number of blocks the clock has no say, so nothing but the seed matters."""
     files = []
@@ -230,6 +234,7 @@ def test_scores_of_another_model_are_refused(
     assert "another model" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_target_out_of_reach_is_written_and_said(
     resnet: str, arguments: list[str], scores: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -249,6 +254,7 @@ def test_a_target_out_of_reach_is_written_and_said(
     assert not find_blocks(load(out)).blocks
 
 
+@pytest.mark.slow
 def test_named_blocks_of_a_mobilenet(models: Path, arguments: list[str], tmp_path: Path) -> None:
     out = tmp_path / "o.onnx"
     source = str(models / "mobilenetv2-fashion.onnx")
@@ -257,6 +263,7 @@ def test_named_blocks_of_a_mobilenet(models: Path, arguments: list[str], tmp_pat
     assert names == {"blocks.0", "blocks.2", "blocks.4", "blocks.6", "blocks.8", "blocks.9"}
 
 
+@pytest.mark.slow
 def test_interrupted_while_tuning_nothing_is_left(
     resnet: str, arguments: list[str], tmp_path: Path
 ) -> None:
@@ -300,6 +307,7 @@ def test_a_blocks_loss_is_that_of_the_network_without_it(resnet: str) -> None:
         assert scorer.recover(block).loss == pytest.approx(expected, rel=0.05)  # bfloat16 where it pays
 
 
+@pytest.mark.slow
 def test_adapters_and_refitting_recover_features(resnet: str, models: Path) -> None:
     from onnxcompress.graph.topology import Topology
     from onnxcompress.optimize.block_drop.recoverability import Scorer, probe

@@ -8,6 +8,34 @@ import pytest
 from onnxcompress.passes.equalize.level_solver import LevelSystem, Meeting
 
 
+def moves(unknown: np.ndarray, count: int) -> np.ndarray:
+    """(sides, levels): both sides of a layer move by the level of its rows less that of its columns."""
+    found = np.zeros((len(unknown), count))
+    for rows in range(0, len(unknown), 2):
+        for side in (rows, rows + 1):
+            if unknown[rows] >= 0:
+                found[side, unknown[rows]] += 1
+            if unknown[rows + 1] >= 0:
+                found[side, unknown[rows + 1]] -= 1
+    return found
+
+
+def differences(signs: np.ndarray, meetings: list[Meeting]) -> np.ndarray:
+    """(what must vanish, sides): of tied streams readers less writers, of loose ones less their mean."""
+    tied, loose = [], {}
+    for meeting in meetings:
+        row = np.zeros(len(signs))
+        if meeting.shared_scale:
+            readers = [side for side in meeting.sides if signs[side] < 0]
+            writers = [side for side in meeting.sides if signs[side] > 0]
+            row[readers], row[writers] = 1 / len(readers), -1 / len(writers)
+        tied.append(row)
+        for side in () if meeting.shared_scale else meeting.sides:
+            loose[side] = np.eye(len(signs))[side]
+            loose[side][list(meeting.sides)] -= 1 / len(meeting.sides)
+    return np.array([*tied, *(loose[side] for side in sorted(loose))])
+
+
 @pytest.mark.parametrize("seed", range(6))
 def test_levels_are_the_least_squares_solution_of_least_norm(seed: int) -> None:
     """Layers in a row, with streams that tie and streams that are loose, at random."""
@@ -23,8 +51,9 @@ def test_levels_are_the_least_squares_solution_of_least_norm(seed: int) -> None:
         count += 1 if tied else len(cut)
         meetings.append(Meeting(cut.tolist(), tied))
     system, tops = LevelSystem(unknown, signs, meetings), rng.normal(size=2 * layers)
-    matrix = np.stack([system._unequal(system._moved(one)) for one in np.eye(count)], axis=1)
-    expected = np.linalg.lstsq(matrix, -system._unequal(tops), rcond=1e-10)[0]
+    ranges, unequal = moves(unknown, count), differences(signs, meetings)
+    matrix = unequal @ ranges
+    expected = np.linalg.lstsq(matrix, -unequal @ tops, rcond=1e-10)[0]
     np.testing.assert_allclose(system.solve(tops), expected[unknown], atol=1e-7)
     back = np.stack([system._back(one) for one in np.eye(len(matrix))], axis=1)
     np.testing.assert_allclose(back, matrix.T, atol=1e-12)

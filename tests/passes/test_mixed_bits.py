@@ -129,6 +129,7 @@ def error_of(model: Model, exact: np.ndarray, x: np.ndarray) -> float:
     )
 
 
+@pytest.mark.slow
 def test_mixed_bits_beat_as_many_uniform_ones(models: Path) -> None:
     """Rounded to nearest, where no layer makes up for another; on real images."""
     preprocess = Preprocess.parse("fashion-mnist")

@@ -67,6 +67,7 @@ def test_preparing_changes_no_output() -> None:
     np.testing.assert_allclose(run_model(model.to_proto(), {"x": x})["y"], before, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("network", ["resnet20-fashion", "mobilenetv2-fashion"])
 def test_eight_bits_fuse_and_agree_with_the_float_network(models: Path, network: str) -> None:
     model = load(models / f"{network}.onnx")
@@ -89,6 +90,7 @@ def test_eight_bits_fuse_and_agree_with_the_float_network(models: Path, network:
     assert [entry["pass"] for entry in model.provenance()][-1] == "quantize"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("activations", [4, 5])
 def test_few_bits_are_what_the_file_computes(models: Path, activations: int) -> None:
     """Weights are 4-bit integers, and no tensor that a layer reads has more values than its bits allow."""
@@ -111,6 +113,7 @@ def test_few_bits_are_what_the_file_computes(models: Path, activations: int) -> 
     assert max(len(np.unique(found[name])) for name in read) == 2**activations
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("depthwise", "expected"), [(8, 8), (0, 4)])
 def test_depthwise_weights_alone_keep_their_bits(models: Path, depthwise: int, expected: int) -> None:
     model = load(models / "mobilenetv2-fashion.onnx")
@@ -122,6 +125,7 @@ def test_depthwise_weights_alone_keep_their_bits(models: Path, depthwise: int, e
     assert {b for name, b in bits.items() if "depthwise" not in name} == {4}
 
 
+@pytest.mark.slow
 def test_weights_alone_are_rounded_on_deep_inputs_unless_procedural_ones_are_asked_for(
     models: Path,
 ) -> None:
@@ -170,6 +174,7 @@ def largest_pairs(models: Path, safe: bool) -> dict[bool, list[int]]:
     return found
 
 
+@pytest.mark.slow
 def test_pairs_of_weights_cannot_overflow_but_each_has_all_eight_bits(models: Path) -> None:
     """As kernels without VNNI add them; depthwise kernels add in 32 bits."""
     safe, free = (largest_pairs(models, one) for one in (True, False))
@@ -228,6 +233,7 @@ def test_four_bit_types_halve_the_file_and_compute_the_same() -> None:
     assert old.opset == 21
 
 
+@pytest.mark.slow
 def test_weights_only_leave_activations_alone_and_give_the_mean_back(models: Path) -> None:
     model = load(models / "resnet20-fashion.onnx")
     x = images(models, 200).numpy()

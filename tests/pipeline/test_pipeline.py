@@ -277,6 +277,7 @@ def test_a_cache_that_cannot_be_written_costs_no_result(
         Cache(tmp_path / "file")
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("quick_clock")
 def test_killed_in_the_middle_it_resumes(models: Path, tmp_path: Path) -> None:
     archive = np.load(models / "fashion-tiny.npz")

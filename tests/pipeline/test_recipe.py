@@ -203,6 +203,7 @@ def test_each_shipped_recipe_is_run_below(models: Path) -> None:
     assert {file.name for file in models.glob("*.yaml")} == SMALL.keys()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SMALL)
 @pytest.mark.usefixtures("quick_clock")
 def test_a_shipped_recipe_runs(

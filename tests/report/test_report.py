@@ -89,6 +89,7 @@ def titles(page: ElementTree.Element) -> list[str]:
     return [words(next(iter(f))) for f in page.iter(f"{XHTML}figure")]
 
 
+@pytest.mark.slow
 def test_the_story_of_a_real_run(made: Made, pictures: Path) -> None:
     page = parse(made.text)
     text = words(page).replace("\u00a0", " ")
@@ -273,6 +274,7 @@ COMMANDS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_command(name: str, models: Path, pictures: Path, tmp_path: Path) -> None:
@@ -285,6 +287,7 @@ def test_every_command(name: str, models: Path, pictures: Path, tmp_path: Path) 
     assert titles(found) == [figure.format(**places) for figure in figures]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("quick")
 def test_images_that_a_pass_made_are_shown_once(models: Path, tmp_path: Path) -> None:
     """The cache keeps them: the report of a run that took all from it is no poorer."""

@@ -47,6 +47,7 @@ def sound(seen: Seen, *codes: int) -> str:
     return seen.said
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", cases.REFUSED)
 def test_a_lie_is_refused_by_name(name: str, folder: Path) -> None:
     build, message = cases.REFUSED[name]
@@ -56,6 +57,7 @@ def test_a_lie_is_refused_by_name(name: str, folder: Path) -> None:
     assert not (folder / "out.onnx").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", cases.STRANGE)
 def test_a_strange_file_is_handled_or_refused(name: str, folder: Path) -> None:
     cases.lay(folder, cases.STRANGE[name])
@@ -74,6 +76,7 @@ def test_values_that_are_not_finite_are_left_alone(folder: Path) -> None:
         assert "BatchNormalization" in kept
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", cases.RECIPES)
 def test_a_hostile_recipe_is_wrong_usage(name: str, folder: Path) -> None:
     (folder / "r.yaml").write_bytes(cases.RECIPES[name].encode("utf-8", "surrogateescape"))
@@ -81,6 +84,7 @@ def test_a_hostile_recipe_is_wrong_usage(name: str, folder: Path) -> None:
     sound(attempt(["run", "r.yaml", "in.onnx", "out.onnx", "--no-cache"], folder), 2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", cases.NPZ)
 def test_a_hostile_archive_is_no_set_of_images(name: str, folder: Path) -> None:
     (folder / "x.npz").write_bytes(cases.npz(name))
@@ -99,6 +103,7 @@ def test_a_hostile_image_is_named(name: str, folder: Path) -> None:
     assert f"bad.{suffix}: " in sound(attempt(command, folder, memory=1 << 30), 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", cases.JSON)
 def test_a_hostile_file_of_scores_is_refused(name: str, folder: Path) -> None:
     (folder / "s.json").write_bytes(cases.JSON[name])
@@ -109,15 +114,15 @@ def test_a_hostile_file_of_scores_is_refused(name: str, folder: Path) -> None:
             "quantize",
             "in.onnx",
             "out.onnx",
-            "--bits",
-            "auto",
+            "--bits-budget",
+            "6",
             "--sensitivity",
             "s.json",
             "--synthetic",
             "4",
         ],
     ):
-        sound(attempt(command, folder), 1, 2)
+        assert "s.json" in sound(attempt(command, folder), 1)
 
 
 @pytest.mark.parametrize(
@@ -170,6 +175,7 @@ def test_an_error_that_nobody_foresaw_is_one_line(
     assert said.count("\n") == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", READING)
 @settings(
     max_examples=FUZZED // 4,

@@ -13,6 +13,8 @@ from tests.helpers.graphs import graphs
 from tests.robustness.matrix import RECIPES, check
 from tests.robustness.through_passes import invalid
 
+pytestmark = pytest.mark.slow
+
 EXAMPLES = 200
 drawn = settings(
     max_examples=EXAMPLES,
@@ -23,12 +25,35 @@ drawn = settings(
 )
 
 
+CHANGED = {
+    "fold-bn": 90,
+    "fold-bn --copy-shared": 90,
+    "equalize": 10,
+    "equalize --clip per-channel": 10,
+    "equalize --assumption-free": 16,
+    "both, --assumption-free": 16,
+    "what quantize and prune do first": 30,
+    "absorb-bias": 3,
+    "correct-bias, of other biases": 20,
+}
+"""Of the graphs, how many the last pass of each recipe changes, at least."""
+
+
 @pytest.mark.parametrize("recipe", RECIPES)
-@drawn
-@given(proto=graphs())
-def test_outputs_stay(recipe: str, proto: onnx.ModelProto) -> None:
-    found = check(recipe, proto)
-    assert found is None or found.kind == "passed", f"{found.why}\n{onnx.printer.to_text(proto)}"
+def test_outputs_stay(recipe: str) -> None:
+    """And enough graphs are changed for that to say something."""
+    changed = 0
+
+    @drawn
+    @given(graphs())
+    def look(proto: onnx.ModelProto) -> None:
+        nonlocal changed
+        found = check(recipe, proto)
+        assert found is None or found.kind == "passed", f"{found.why}\n{onnx.printer.to_text(proto)}"
+        changed += found is not None and found.changed
+
+    look()
+    assert changed >= CHANGED[recipe]
 
 
 def test_the_graphs_are_valid_and_hold_the_grid() -> None:

@@ -11,6 +11,8 @@ import pytest
 
 from tests.benchmarks.sameness import made
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize(
     ("name", "seed", "threads"),

@@ -60,7 +60,9 @@ def test_no_models() -> None:
 
 
 def test_open_dimensions_get_a_usual_size_and_a_warning() -> None:
-    with pytest.warns(CompressWarning, match="run at 1x3x224x224, a usual size: --input-shape x="):
+    with pytest.warns(
+        CompressWarning, match="run at 1x3x224x224, a usual size: choose another with --input-shape x="
+    ):
         benchmark({"a": network("N,3,H,W")}, runs=1)
 
 

@@ -1,0 +1,142 @@
+"""Fine-tuning and the views that it sees: the schedule as it is stepped, figures of a fixed problem."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from onnxcompress.model import Model
+from onnxcompress.optimize.executor import Executor
+from onnxcompress.optimize.reconstruction.augment import augment
+from onnxcompress.optimize.reconstruction.finetune import Schedule, finetune
+from onnxcompress.optimize.synthesis.distillation import _drawn_view
+from tests.helpers.folding import graph, weight
+
+BODY = "a = Conv<pads=[1,1,1,1]>(x, w, b) r = Relu(a) y = Conv(r, v, c)"
+
+
+def executor(noise: float) -> Executor:
+    arrays = {"w": weight(6, 3, 3, 3), "b": weight(6, seed=1), "v": weight(4, 6, 1, 1, seed=2)}
+    arrays["c"] = weight(4, seed=3)
+    arrays = {n: v + noise * weight(*v.shape, seed=9) for n, v in arrays.items()}
+    return Executor.from_model(
+        Model.from_proto(graph("(float[N,3,8,8] x) => (float[N,4,8,8] y)", BODY, arrays))
+    )
+
+
+def images(count: int = 32) -> Tensor:
+    return torch.randn(count, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+
+
+def trained(**changed: Any) -> tuple[dict[str, Tensor], float]:
+    """Values after training, and their relative error."""
+    schedule = Schedule(**({"steps": 40, "batch": 8, "learning_rate": 0.02, "seed": 0} | changed))
+    student, teacher, x = executor(0.1), executor(0.0), images()
+    values = finetune(student, teacher, {}, x, "x", ("y", "y"), schedule)
+    with torch.no_grad():
+        ours, wanted = student.run({"x": x}, ["y"], values)["y"], teacher.run({"x": x}, ["y"])["y"]
+    return values, float((ours - wanted).square().mean() / wanted.square().mean())
+
+
+def test_the_rates_rise_then_fall_to_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    rates: list[list[float]] = []
+    original = torch.optim.Adam.step
+
+    def step(self: Any, *args: Any) -> Any:
+        rates.append([group["lr"] for group in self.param_groups])
+        return original(self, *args)
+
+    monkeypatch.setattr(torch.optim.Adam, "step", step)
+    trained(steps=40)
+    assert len(rates) == 40
+    wanted = [0.5, 1.0] + [0.5 * (1 + math.cos(math.pi * step / 38)) for step in range(38)]
+    start = executor(0.1).parameters
+    sizes = [float(start[n].square().mean().sqrt()) for n in start]
+    for found, share in zip(rates, wanted, strict=True):
+        assert sorted(found) == pytest.approx(sorted(0.02 * share * size for size in sizes), rel=1e-4)
+
+
+def test_what_fine_tuning_leaves_is_what_it_was() -> None:
+    _, before = trained(steps=0)
+    _, after = trained()
+    assert before == pytest.approx(0.0492, rel=0.05)
+    assert after == pytest.approx(0.00094, rel=0.15)
+
+
+def test_training_follows_its_seed() -> None:
+    first, again, other = (trained(steps=3, seed=seed)[0]["w"] for seed in (0, 0, 1))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+
+
+def ramp() -> Tensor:
+    """Bright to the right and more so to the bottom; nothing alike anywhere."""
+    rows, columns = torch.arange(16.0)[:, None], torch.arange(16.0)
+    return (100 * rows + columns)[None, None]
+
+
+def views(count: int, which: Tensor | None = None) -> Tensor:
+    return augment(ramp() if which is None else which, count, torch.Generator().manual_seed(0))
+
+
+def test_views_are_mirrored_left_to_right_never_upside_down() -> None:
+    """Inside, where no edge was reflected; one image, so that what is pasted is of it, too."""
+    inner = views(64)[:, 0, 4:12, 4:12]
+    down, across = inner.diff(dim=1), inner.diff(dim=2)
+    assert (down.median(1).values.median(1).values == 100).all()
+    signs = across.flatten(1).median(1).values
+    assert set(signs.tolist()) == {-1.0, 1.0}
+    assert 16 < int((signs == 1).sum()) < 48
+
+
+def test_views_are_shifted_by_up_to_an_eighth_both_ways() -> None:
+    unpasted = views(200)[1::2, 0, 8, 8]
+    rows = (unpasted / 100).floor()
+    assert set(rows.tolist()) == {6.0, 7.0, 8.0, 9.0, 10.0}
+    columns = unpasted - 100 * rows
+    assert {int(c) for c in columns} == {5, 6, 7, 8, 9, 10}  # mirrored, 8 is 7
+    assert len(set(unpasted.tolist())) > 20  # not along a diagonal
+
+
+def test_every_second_view_has_a_patch_of_its_neighbour() -> None:
+    """Images of one number each: patches show, the others do not."""
+    which = torch.arange(4.0).reshape(4, 1, 1, 1).expand(4, 1, 16, 16).contiguous()
+    made = views(100, which)
+    parts = [len(one.unique()) for one in made]
+    assert set(parts[1::2]) == {1}
+    assert set(parts[::2]) == {1, 2}
+    changed = [float((one != one.flatten().mode().values).float().mean()) for one in made[::2]]
+    assert max(changed) > 0.3
+
+
+def test_images_of_more_share_come_more_often() -> None:
+    which = torch.arange(2.0).reshape(2, 1, 1, 1).expand(2, 1, 4, 4).contiguous()
+    shares = torch.tensor([1.0, 9.0])
+    made = augment(which, 1000, torch.Generator().manual_seed(0), shares)
+    assert float(made[1::2].mean()) == pytest.approx(0.9, abs=0.04)
+
+
+@pytest.mark.parametrize("places", [(2, 3), (1, 2)])
+def test_distilling_views_are_the_image_moved_around_its_edges(places: tuple[int, int]) -> None:
+    x = ramp().repeat(1, 1, 2, 1) if places == (2, 3) else ramp().repeat(1, 1, 2, 1).permute(0, 2, 3, 1)
+    generator = torch.Generator().manual_seed(0)
+    seen = [_drawn_view(x, places, generator)(x).squeeze() for _ in range(60)]
+    plain = x.squeeze()
+    moves = set()
+    for view in seen:
+        found = [
+            (mirrored, down, across)
+            for mirrored in (False, True)
+            for down in range(-2, 3)
+            for across in range(-1, 2)
+            if torch.equal(view, (plain.flip(1) if mirrored else plain).roll((down, across), (0, 1)))
+        ]
+        assert found
+        moves.update(found)
+    assert {mirrored for mirrored, _, _ in moves} == {False, True}
+    assert {down for _, down, _ in moves} == {-2, -1, 0, 1, 2}
+    assert {across for _, _, across in moves} == {-1, 0, 1}

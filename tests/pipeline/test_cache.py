@@ -1,0 +1,59 @@
+"""What the key of a cached step depends on."""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from onnxcompress.model import load
+from onnxcompress.passes import CATALOGUE, load_pass
+from onnxcompress.passes.base import Pass
+from onnxcompress.passes.calibrate import Calibrate
+from onnxcompress.pipeline import Pipeline
+from onnxcompress.pipeline.cache import Cache, step_key
+
+
+def other(kind: Any, value: Any) -> Any:
+    """Another value of the type; the value itself where it has none."""
+    if typing.get_origin(kind) is typing.Literal:
+        return next(v for v in typing.get_args(kind) if v != value)
+    if typing.get_args(kind) and type(None) in typing.get_args(kind):
+        return other(typing.get_args(kind)[0], value)
+    if kind is bool:
+        return not value
+    if kind in (int, float):
+        return kind((value or 0) + 1)
+    if kind is str:
+        return f"{value or ''}x"
+    return ("x",)
+
+
+@pytest.mark.parametrize("name", [entry.name for entry in CATALOGUE])
+def test_every_option_of_a_pass_is_part_of_its_key(name: str) -> None:
+    """The seed, too. Options that name files count by what the files hold, and have a test of their own."""
+    cls = load_pass(name)
+    plain = cls()
+    kinds = typing.get_type_hints(cls)
+    fields = [f for f in dataclasses.fields(cls) if not f.metadata.get("file")]
+    keys = {step_key("digest", plain), step_key("other digest", plain)}
+    for one in fields:
+        changed = dataclasses.replace(plain, **{one.name: other(kinds[one.name], getattr(plain, one.name))})
+        keys.add(step_key("digest", changed))
+    assert len(keys) == 2 + len(fields)
+
+
+def test_two_seeds_have_two_results_in_one_cache(models: Path, tmp_path: Path) -> None:
+    model, cache = load(models / "resnet20-fashion.onnx"), Cache(tmp_path / "cache")
+
+    def run(one: Pass) -> tuple[str, bool]:
+        run = Pipeline([one]).run(model, cache=cache)
+        return run.model.digest(), run.steps[0].cached
+
+    first = Calibrate(inputs="procedural", synthetic=4)
+    results = [run(one) for one in (first, dataclasses.replace(first, seed=1), first)]
+    assert [cached for _, cached in results] == [False, False, True]
+    assert results[0][0] == results[2][0] != results[1][0]
