@@ -63,7 +63,9 @@ def attempt(file: Path, command: str, seconds: float) -> Attempt:
         lines = [line for line in ended.stderr.strip().splitlines() if line]
         said = lines[-1] if lines else ""
         outcome = _outcome(ended.returncode, said, out, "OUT" in COMMANDS[command])
-    return Attempt(file.name, command, outcome, said, time.monotonic() - start)
+    taken = time.monotonic() - start
+    print(f"{outcome:8} {file.name} {command} {taken:.0f} s", file=sys.stderr, flush=True)
+    return Attempt(file.name, command, outcome, said, taken)
 
 
 def _outcome(code: int, said: str, out: Path, writes: bool) -> str:
