@@ -63,7 +63,7 @@ def synthesize(
     as_json: bool,
     report: str | None,
 ) -> None:
-    """Make images for the network and write them to OUT.npz, which other commands take as --images.
+    """Make images for the network and write them to OUT.npz, for the other commands to learn from.
 
     OUT.npz holds x (uint8, N,H,W,C), and kind, seed and preprocess. The same seed gives the same images; a
     smaller procedural set is the start of a larger one.

@@ -238,7 +238,7 @@ def test_an_open_image_size_is_chosen_and_said(
     assert main([*command, "--synthetic", "2"]) == 0
     error = capsys.readouterr().err
     assert error.startswith("note: net.onnx: input ")
-    assert "is run at 1x1x224x224, a usual size: --input-shape" in error
+    assert "is run at 1x1x224x224, a usual size: choose another with --input-shape" in error
     real = ["--images", str(models / IMAGES), "--count", "9", "--preprocess", PREPROCESS]
     assert main([*command, *real]) == 0
 

@@ -376,7 +376,7 @@ def test_several_inputs_are_refused_with_a_remedy(tmp_path: Path) -> None:
         "(float[N,3,8,8] x, float[N,8,8,8] z) => (float[N,8,8,8] y)", f"{HEAD} y = Add(r, z)", arrays()
     )
     for one in (Quantize(), Prune(), HalfPrecision(), Calibrate()):
-        with pytest.raises(ModelError, match=r"reads 2 \(x, z\); make all but one of them initializers"):
+        with pytest.raises(ModelError, match=r"reads 2 \(x, z\); turn all but one into initializers"):
             run([one], Model.from_proto(proto))
     fixed = graph(
         "(float[N,3,8,8] x) => (float[N,8,8,8] y)", f"{HEAD} y = Add(r, z)", arrays(z=weight(1, 8, 8, 8))

@@ -27,7 +27,10 @@ def open_model() -> Model:
 
 def test_open_sizes_are_said_aloud_and_stay_open() -> None:
     model = open_model()
-    with pytest.warns(CompressWarning, match="it is run at 1x3x224x224, a usual size: --input-shape x="):
+    with pytest.warns(
+        CompressWarning,
+        match="it is run at 1x3x224x224, a usual size: choose another with --input-shape x=",
+    ):
         (result,) = run([Quantize(synthetic=4)], model)
     assert result.measured["input_shape"] == {"x": ["N", 3, 224, 224]}
     proto = model.to_proto()
