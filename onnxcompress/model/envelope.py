@@ -84,21 +84,28 @@ def without_contents(proto: onnx.ModelProto) -> onnx.ModelProto:
     return envelope
 
 
-def open_unset_sizes(graph: onnx.GraphProto) -> None:
-    """Clear dimensions that exporters write as −1, or in an input or output as 0, for lack of a symbol.
+BATCHED_RANK = 4
+"""Rank from which on the first dimension of an input or output is taken for a batch of images."""
 
-    Shape inference and onnxruntime would take these numbers literally.
+
+def open_unset_sizes(graph: onnx.GraphProto) -> None:
+    """Clear dimensions that exporters write as −1, or as a batch of 0 images, for lack of a symbol.
+
+    Shape inference and onnxruntime would take these numbers literally. Other dimensions of 0 are those of
+    empty tensors.
 
     Args:
         graph: The graph to change.
     """
     weights = {tensor.name for tensor in graph.initializer}
-    for field, least in ((graph.input, 1), (graph.output, 1), (graph.value_info, 0)):
+    for field in (graph.input, graph.output, graph.value_info):
         for info in field:
             if info.name in weights or not info.type.HasField("tensor_type"):
                 continue
-            for dim in info.type.tensor_type.shape.dim:
-                if dim.HasField("dim_value") and dim.dim_value < least:
+            dims = info.type.tensor_type.shape.dim
+            for axis, dim in enumerate(dims):
+                may_be_zero = field is graph.value_info or axis > 0 or len(dims) < BATCHED_RANK
+                if dim.HasField("dim_value") and dim.dim_value < (0 if may_be_zero else 1):
                     dim.ClearField("dim_value")
 
 
