@@ -18,6 +18,7 @@ from onnxcompress.optimize.block_drop.recoverability import Probe, Recovery
 from onnxcompress.optimize.block_drop.selection import Choice, choose
 from onnxcompress.passes.base import PassResult
 from onnxcompress.passes.drop_blocks import DropBlocks
+from onnxcompress.runtime.block_latency import Share, usable
 from tests.helpers.folding import graph, weight
 
 BODY = """a = Conv<pads=[1,1,1,1]>(x, w0, b0) r = Relu(a)
@@ -165,3 +166,26 @@ def test_after_each_drop_what_is_left_is_scored_by_what_it_adds(
     choice = choose(model, scores, tau, probe, enough)
     assert "".join(exits[b.exit] for b in choice.dropped) == order
     assert sizes == [0.0, *(losses["".join(sorted(order[: n + 1]))] for n in range(3))]
+
+
+def test_what_cannot_be_recovered_is_what_it_was(fixed_clock: Callable[..., None]) -> None:
+    """R of each block after 16 steps of its adapters, over the energy of the features."""
+    fixed_clock()
+    rows = drop(blocks=1).measured["blocks"]
+    assert [row["recoverability"] for row in rows] == pytest.approx([0.1134, 0.0109, 0.0755], rel=0.02)
+
+
+@pytest.mark.parametrize(("wide", "noisy"), [(0.019, False), (0.021, True)])
+def test_an_interval_wider_than_its_share_is_too_noisy_and_work_counts(wide: float, noisy: bool) -> None:
+    """Then τ is the multiply-accumulates' share of a half; else it is what was measured."""
+    blocks = find_blocks(network()).blocks
+    values = (0.3, 0.1, 0.2)
+    widths = (0.01, 5 * wide + 0.1 if noisy else 5 * wide, 0.01)
+    shares = {
+        b.exit: Share(v, v - w / 2, v + w / 2) for b, v, w in zip(blocks, values, widths, strict=True)
+    }
+    tau, found = usable(shares, blocks)
+    assert found == noisy
+    whole = sum(b.macs for b in blocks)
+    wanted = [0.5 * b.macs / whole for b in blocks] if noisy else values
+    assert list(tau.values()) == pytest.approx(wanted)

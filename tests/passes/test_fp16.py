@@ -25,7 +25,7 @@ from onnxcompress.passes.base import PassResult, run
 from onnxcompress.passes.fp16 import HalfPrecision
 from onnxcompress.passes.fp16.candidates import HALF, candidates, element_types
 from onnxcompress.passes.fp16.convert import convert
-from onnxcompress.passes.fp16.error_search import Simulation, relative_error
+from onnxcompress.passes.fp16.error_search import Simulation, choose, relative_error
 from onnxcompress.runtime.inference import random_feeds
 from onnxcompress.runtime.providers import full_name
 from onnxcompress.runtime.session import cuda_devices, session
@@ -351,3 +351,26 @@ def test_the_error_that_is_told_is_the_one_that_is_measured_apart(models: Path, 
     assert 1e-4 < apart < 0.01
     assert result.measured["runtime"]["error"] == pytest.approx(apart, rel=0.15)
     assert apart < result.measured["error"] < 0.002  # every node in float16, which no CPU computes in
+
+
+class Additive:
+    """Candidates whose squared errors add up."""
+
+    def __init__(self, *errors: float) -> None:
+        self.nodes, self.errors = list(errors), errors
+
+    def error(self, half: Any) -> float:
+        return float(np.sqrt(sum(self.errors[i] ** 2 for i in half)))
+
+    glance = error
+
+
+def test_no_more_stays_float32_than_the_bound_asks_for() -> None:
+    found = choose(Additive(0.01, 0.5, 0.02, 0.2, 0.08), 0.1, lambda *_: None)  # type: ignore[arg-type]
+    assert found.kept == [1, 3]
+    assert found.error == pytest.approx(np.sqrt(0.01**2 + 0.02**2 + 0.08**2))
+    assert found.whole == pytest.approx(np.sqrt(0.2969), rel=1e-3)
+    assert found.alone == dict(enumerate((0.01, 0.5, 0.02, 0.2, 0.08)))
+    few = choose(Additive(0.07, 0.06, 0.05), 0.1, lambda *_: None)  # type: ignore[arg-type]
+    assert few.kept == [0]
+    assert choose(Additive(0.05, 0.05), 0.1, lambda *_: None).kept == []  # type: ignore[arg-type]

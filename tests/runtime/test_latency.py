@@ -15,6 +15,7 @@ import pytest
 from onnxcompress.errors import CompressWarning, ModelError, OptionError, RuntimeUnavailable
 from onnxcompress.model import Model
 from onnxcompress.model.model_like import ModelLike, display_names
+from onnxcompress.runtime import latency
 from onnxcompress.runtime.io_binding import Placement, _check_provider, placement_of
 from onnxcompress.runtime.latency import Timing, benchmark, interleave, ratio
 from onnxcompress.runtime.session import cuda_devices, pick_provider, session
@@ -254,3 +255,22 @@ def test_ratio_refuses_runs_that_were_not_interleaved() -> None:
         ratio(timing("a", np.ones(3)), timing("b", np.ones(4)))
     with pytest.raises(OptionError, match="confidence"):
         ratio(timing("a", np.ones(3)), timing("b", np.ones(3)), confidence=1.5)
+
+
+def test_the_interval_is_looked_at_again_after_a_third_more_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    looked: list[int] = []
+
+    def half_width(samples: np.ndarray) -> float:
+        looked.append(len(samples))
+        return 0.1 if len(looked) < 3 else 0.001
+
+    monkeypatch.setattr(latency, "half_width", half_width)
+    samples = interleave([lambda: 1.0], runs=None, seconds=None, tolerance=0.01, seed=0)
+    assert looked == [20, 26, 34]
+    assert len(samples) == 34
+
+
+@pytest.mark.parametrize(("later", "steady"), [(1.04, True), (0.96, True), (1.06, False), (0.9, False)])
+def test_a_model_is_warm_once_five_runs_take_what_the_five_before_did(later: float, steady: bool) -> None:
+    assert latency._steady([9.0] * 3 + [1.0] * 5 + [later] * 5) == steady
+    assert not latency._steady([1.0] * 9)
