@@ -80,6 +80,7 @@ def broken(*_: Any) -> onnx.ModelProto:
     raise TypeError("export() got an unexpected keyword argument 'dynamo'")
 
 
+@pytest.mark.slow
 def test_without_torchscript_dynamo_does_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("onnxscript")
     if int(torch.__version__.split(".")[1]) < 9 and torch.__version__.startswith("2."):

@@ -12,6 +12,7 @@ from onnxcompress.graph.topology import Topology
 from onnxcompress.model import Model, load, protobuf_stream, save
 
 
+@pytest.mark.slow
 def test_each_file_is_parsed_once(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of all that folds, compares, judges and reports: IN and OUT once each."""
     parsed: list[int] = []
@@ -42,6 +43,7 @@ def test_a_file_that_changed_is_read_anew(models: Path, tmp_path: Path) -> None:
         load(path)
 
 
+@pytest.mark.slow
 def test_a_graph_is_walked_once_for_each_state(
     models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quick_clock: None
 ) -> None:

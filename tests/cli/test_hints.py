@@ -89,6 +89,7 @@ def named_in(text: str) -> list[frozenset[str]]:
     return [options for name, (_, options) in commands().items() if name in text]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("module", sorted(SOURCES))
 def test_options_in_messages_exist(module: str) -> None:
     able = [options for modules, options in commands().values() if module in modules]

@@ -66,6 +66,7 @@ def test_with_a_time_limit_seconds_are_reported() -> None:
     assert by_stage(seen) == {"timing, seconds at most": [(0, 3), (1, 3), (1, 3), (2, 3), (2, 3)]}
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("quick_clock")
 def test_compare_and_the_gates_report_all_they_do(models: Path, few: Path) -> None:
     seen, gated = Seen(), Seen()
@@ -89,6 +90,7 @@ def test_reading_a_folder_is_reported(tmp_path: Path) -> None:
     assert by_stage(seen) == {f"reading {tmp_path}": [(1, 3), (2, 3), (3, 3)]}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("plain", [False, True])
 def test_a_terminal_shows_a_bar_with_the_time_left(plain: bool, models: Path, few: Path) -> None:
     """With --json, too: it goes to standard error. With NO_COLOR, or no terminal, there is none."""

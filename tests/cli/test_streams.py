@@ -54,6 +54,7 @@ def test_a_failed_command_ends_the_chain_with_one_line_each(tmp_path: Path) -> N
     assert not (tmp_path / "out.onnx").exists()
 
 
+@pytest.mark.slow
 def test_a_reader_that_goes_away_is_no_traceback(net: Path, tmp_path: Path) -> None:
     done = shell("oc fold-bn net.onnx - --quiet --no-verify | true", tmp_path)
     assert (done.returncode, done.stderr) == (1, "")

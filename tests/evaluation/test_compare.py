@@ -208,6 +208,7 @@ def test_compare_command(tmp_path: Path) -> None:
     assert "top-1 agreement" in table.stdout
 
 
+@pytest.mark.slow
 def test_benchmark_command(tmp_path: Path) -> None:
     path = str(tmp_path / "a.onnx")
     onnx.save(classifier(), path)

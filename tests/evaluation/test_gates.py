@@ -161,6 +161,7 @@ def test_images_are_checked_before_the_work(
     assert not out.exists()
 
 
+@pytest.mark.slow
 def test_a_pass_is_gated(
     net: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -239,6 +240,7 @@ def test_twice_as_fast_is_a_speed_up_of_two(
     assert gate["passed"] == (code == 0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("limit", "code"), [(3.1, 0), (2.9, 3)])
 def test_the_latency_that_is_judged_is_that_of_the_output(
     limit: float, code: int, net: Path, fixed_clock: Callable[..., None], tmp_path: Path

@@ -105,6 +105,7 @@ def test_a_target_is_missed_only_where_the_whole_interval_does(fixed_clock: Call
     assert kept["additivity"]["predicted"][0] == pytest.approx(0.25, abs=0.01)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("inputs", "today"), [("images", 0.0974), ("procedural", 0.1019)])
 def test_what_is_lost_with_a_block_is_what_it_was(
     inputs: str, today: float, fixed_clock: Callable[..., None], tmp_path: Path

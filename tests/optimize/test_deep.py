@@ -127,6 +127,7 @@ def test_deep_inputs_bring_the_recorded_statistics_and_classes(
     assert (found.bincount(minlength=10) > 0.03 * len(x)).all()  # all classes come
 
 
+@pytest.mark.slow
 def test_real_images_come_first_and_what_they_lack_in_number_is_made(
     contexts: dict[str, CalibrationContext],
 ) -> None:

@@ -92,6 +92,7 @@ def argv(models: Path, out: Path) -> list[str]:
     return ["drop-blocks", net, str(out), *options, "--preprocess", "fashion-mnist", "--provider", "cpu"]
 
 
+@pytest.mark.slow
 def test_fine_tuning_goes_on_with_fewer_images(
     models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
     quick_clock: None,

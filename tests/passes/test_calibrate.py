@@ -36,6 +36,7 @@ def folded(models: Path, name: str = "resnet20-fashion") -> tuple[Model, dict[st
     return model, record
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("network", ["resnet20-fashion", "mobilenetv2-fashion"])
 def test_estimates_from_training_images_are_what_batch_norm_knew(models: Path, network: str) -> None:
     """500 of 60,000 training images: means to a tenth of the deviation, deviations to 5 % on average and
@@ -71,6 +72,7 @@ def test_a_second_run_changes_nothing(models: Path) -> None:
     assert len(other.changes) == 23
 
 
+@pytest.mark.slow
 def test_what_batch_norm_knows_is_kept_unless_overwritten(models: Path) -> None:
     model, truth = folded(models)
     write_record(model, truth)
@@ -226,6 +228,7 @@ def test_the_command_line(models: Path, tmp_path: Path, capsys: pytest.CaptureFi
     assert json.loads(capsys.readouterr().out)["changes"] == []
 
 
+@pytest.mark.slow
 def test_an_open_image_size_is_chosen_and_said(
     models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -305,6 +305,7 @@ def _showing(proto: onnx.ModelProto, names: list[str]) -> onnx.ModelProto:
     return shown
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("per_channel", [False, True])
 def test_a_file_that_onnxruntime_quantized(
     per_channel: bool, network: onnx.ModelProto, images: np.ndarray, tmp_path: Path

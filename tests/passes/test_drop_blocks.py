@@ -157,6 +157,7 @@ def test_layerwise_inputs_need_a_record(resnet: str) -> None:
         DropBlocks(inputs="layerwise", **NO_DATA).apply(model)  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 def test_real_and_made_images_together(resnet: str, models: Path, quick_clock: None) -> None:
     model = load(resnet)
     images = str(models / "fashion-tiny.npz")
@@ -216,6 +217,7 @@ def test_the_same_seed_gives_the_same_file(resnet: str, arguments: list[str], tm
     assert files[0] != files[2]
 
 
+@pytest.mark.slow
 def test_scores_of_another_model_are_refused(
     models: Path, arguments: list[str], scores: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -258,6 +258,7 @@ def test_a_refused_result_is_not_written(
     assert out.read_bytes() == b"as it was"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "status"),
     [(["--force"], "forced"), (["--min-snr", "-20"], "warned"), (["--no-verify"], None)],

@@ -162,6 +162,7 @@ def small(opset: int = 17, outputs: int = 8) -> Model:
     return Model.from_proto(graph(text, body, arrays, opset=opset))
 
 
+@pytest.mark.slow
 def test_a_file_gives_what_measuring_gives_and_a_seed_the_same_bytes(tmp_path: Path) -> None:
     source = small()
     request = InputRequest(inputs="procedural", synthetic=12)

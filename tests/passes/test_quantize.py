@@ -147,6 +147,7 @@ def test_weights_alone_are_rounded_on_deep_inputs_unless_procedural_ones_are_ask
         assert agreement(exact, logits(model, test)) > 0.8
 
 
+@pytest.mark.slow
 def test_per_tensor_every_weight_has_one_scale(models: Path) -> None:
     model = load(models / "mobilenetv2-fashion.onnx")
     run([replace(QUICK, per_channel=False, synthetic=8)], model)

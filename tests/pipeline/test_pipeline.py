@@ -69,6 +69,7 @@ def net(models: Path) -> Model:
     return load(models / NET)
 
 
+@pytest.mark.slow
 def test_a_pipeline_is_what_its_passes_are_one_by_one(net: Model, tmp_path: Path) -> None:
     chain = Pipeline([Pipeline([FoldBatchNorm()]), Equalize()])
     assert chain == Pipeline([FoldBatchNorm(), Equalize()])

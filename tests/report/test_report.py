@@ -114,6 +114,7 @@ def test_the_story_of_a_real_run(made: Made, pictures: Path) -> None:
     assert re.search(r"Top-1 accuracy goes from \d\d\.\d\d % .* on 40 images that the gates judge by", text)
 
 
+@pytest.mark.slow
 def test_what_was_missed_comes_first(made: Made) -> None:
     section = next(e for e in parse(made.text).iter(f"{XHTML}section") if e.get("id") == "outcome")
     gate = next(g for g in made.account["gates"] if not g["passed"])
@@ -122,6 +123,7 @@ def test_what_was_missed_comes_first(made: Made) -> None:
     )
 
 
+@pytest.mark.slow
 def test_nothing_is_fetched(made: Made) -> None:
     page = parse(made.text)
     for element in page.iter():
@@ -134,6 +136,7 @@ def test_nothing_is_fetched(made: Made) -> None:
     assert made.page.stat().st_size < 400_000
 
 
+@pytest.mark.slow
 def test_it_can_be_read_without_seeing_it(made: Made) -> None:
     page = parse(made.text)
     assert page.get("lang") == "en"
@@ -154,6 +157,7 @@ def test_it_can_be_read_without_seeing_it(made: Made) -> None:
         assert {e.get("scope") for e in table.iter(f"{XHTML}th")} == {"col", "row"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheme", [0, 1, 2])
 def test_contrast(made: Made, scheme: int) -> None:
     """WCAG 2 AA in light, dark and print: 4.5 for text, 3 for what is drawn."""
@@ -304,6 +308,7 @@ def test_images_that_a_pass_made_are_shown_once(models: Path, tmp_path: Path) ->
     assert drawn[0] == drawn[1]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("quick")
 def test_images_that_correct_bias_made_are_shown(models: Path, tmp_path: Path) -> None:
     net, page, out = models / "resnet20-fashion.onnx", tmp_path / "page.html", tmp_path / "o.onnx"
@@ -455,6 +460,7 @@ FRAME = """<!DOCTYPE html><body><pre id="found"></pre>
 <iframe src="page.html" style="width:{width}px;height:900px;border:0"></iframe></body>"""
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(BROWSER is None, reason="no Chromium or Chrome is installed")
 @pytest.mark.parametrize(("width", "dark"), [(1280, False), (390, True)])
 def test_in_a_browser(width: int, dark: bool, made: Made, tmp_path: Path) -> None:

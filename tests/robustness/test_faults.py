@@ -87,6 +87,7 @@ def test_killed_at_any_moment(folder: Path) -> None:
     assert {name: digest(folder / name) for name in old} == new
 
 
+@pytest.mark.slow
 def test_killed_between_the_two_files_is_seen_by_the_next_reader(folder: Path) -> None:
     """Two names cannot change at once: the new weights first, and the old graph fits them or says so."""
     old = {name: digest(folder / name) for name in ("out.onnx", "out.onnx.data")}

@@ -241,6 +241,7 @@ def block_model(kind: str) -> Model:
     return Model.from_proto(graph(signature, body, {"u": 0.1 * weight(8, 8, 3, 3, seed=2)} | values), kind)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", list(BLOCKS))
 @pytest.mark.filterwarnings("ignore::onnxcompress.errors.CompressWarning")
 def test_block_is_dropped(kind: str) -> None:

@@ -192,6 +192,7 @@ def drop(
     return code, json.loads(said.out)["measured"], said.err
 
 
+@pytest.mark.slow
 def test_shares_that_are_too_small_make_no_block_go_in_vain(
     models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -211,6 +212,7 @@ def test_shares_that_are_too_small_make_no_block_go_in_vain(
     assert len(measured["order"]) == sum(row["dropped"] for row in measured["blocks"])
 
 
+@pytest.mark.slow
 def test_too_many_blocks_at_the_end_are_said(
     models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

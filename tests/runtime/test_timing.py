@@ -31,6 +31,7 @@ def network() -> onnx.ModelProto:
 # batches
 
 
+@pytest.mark.slow
 def test_several_batches_are_one_table(
     models: Path, tmp_path: Path, quick_clock: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -70,6 +71,7 @@ def test_precision_is_half_the_interval_of_the_ratio() -> None:
     assert precision(timings) == pytest.approx(middle, rel=0.05)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("asked", "reached"), [("100", True), ("0.0001", False)])
 def test_it_says_whether_the_precision_was_reached(
     asked: str, reached: bool, models: Path, capsys: pytest.CaptureFixture[str]

@@ -125,6 +125,7 @@ def test_the_last_layer_moves_one_output_only() -> None:
     assert rows["wg"].error == pytest.approx(np.square(off).mean() / before.var() / 2, rel=1e-3)
 
 
+@pytest.mark.slow
 def test_workers_and_the_model_stay_out_of_the_result(models: Path) -> None:
     model = load(models / RESNET)
     before = model.digest(), torch.get_num_threads()
@@ -135,6 +136,7 @@ def test_workers_and_the_model_stay_out_of_the_result(models: Path) -> None:
     assert (model.digest(), torch.get_num_threads()) == before
 
 
+@pytest.mark.slow
 def test_reconstruction_costs_less_than_nearest(models: Path) -> None:
     model = load(models / RESNET)
     request = InputRequest(preprocess="fashion-mnist", inputs="layerwise", synthetic=8)

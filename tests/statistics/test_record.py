@@ -79,6 +79,7 @@ def test_when_a_simplifier_folds_entries_go_or_stay_true(models: Path, tool: str
     assert len(measurable_now) == 23  # what is lost can be estimated
 
 
+@pytest.mark.slow
 def test_dropping_a_block_forgets_its_tensors_and_keeps_the_rest(models: Path, tmp_path: Path) -> None:
     model = load(models / "resnet20-fashion.onnx")
     FoldBatchNorm().apply(model)
