@@ -23,17 +23,20 @@ def watching() -> Iterator[list[int]]:
     Yields:
         The signals received so far.
     """
-    _came.clear()
+    global _came
+    signals: list[int] = []
+    _came = signals
     own: dict[int, Any] = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
     main = threading.current_thread() is threading.main_thread()
     ours = [number for number, handler in own.items() if main and signal.getsignal(number) is handler]
     for number in ours:
         signal.signal(number, _stop)
     try:
-        yield _came
+        yield signals
     finally:
         for number in ours:
             signal.signal(number, own[number])
+        _came = []  # what came belongs to this command, and interrupts no later one
 
 
 def check() -> None:

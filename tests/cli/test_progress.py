@@ -131,3 +131,4 @@ def test_an_interrupt_that_something_swallowed_ends_the_next_step() -> None:
             show("working", 1, 2)
     assert signals == [signal.SIGINT]
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    interrupts.check()  # a later command is not interrupted by what came to this one
