@@ -22,7 +22,7 @@ from onnxcompress.model.model_like import (
     metadata_of,
 )
 from onnxcompress.progress import Progress, silent
-from onnxcompress.runtime.inference import unread_feeds
+from onnxcompress.runtime.inference import or_one_by_one, unread_feeds
 from onnxcompress.runtime.providers import ProviderLike
 from onnxcompress.runtime.session import pick_provider, session
 
@@ -130,7 +130,8 @@ def logits(
     """Compute the class scores of all images.
 
     A batch size that the model fixes takes precedence over `batch`; the last batch is then padded, and the
-    padding removed from the scores.
+    padding removed from the scores. Where the file leaves the batch open and yet only one image at a time
+    runs, images go one by one.
 
     Args:
         model: The classifier.
@@ -162,18 +163,24 @@ def logits(
         if output not in names:
             raise OptionError(f"output: {output!r}; {label(model)} has {', '.join(names)}")
         names = [output]
-    parts, others = [], unread_feeds(model)
-    for x, real in _feeds(images, spec, size, pad=isinstance(fixed, int)):
-        try:
-            values = opened.run(names, {spec.name: x, **others})
-        except Exception as error:  # onnxruntime's exceptions have no common base
-            raise ModelError(f"{label(model)}: the run failed ({one_line(error)})") from error
-        index, scores = _scores(values, names, len(x), label(model))
-        names = [names[index]]
-        parts.append(scores[:real])
-        progress(f"running {display_names([model])[0]}", sum(map(len, parts)), len(images))
-    scores = np.concatenate(parts)
-    _check_nan(scores, f"{label(model)}: output {names[0]!r}", images)
+    others, shown = unread_feeds(model), f"running {display_names([model])[0]}"
+
+    def run_in_batches(size: int) -> tuple[np.ndarray, str]:
+        """Return the scores of all images, `size` of them at once, and the output's name."""
+        asked, parts = list(names), []
+        for x, real in _feeds(images, spec, size, pad=isinstance(fixed, int)):
+            try:
+                values = opened.run(asked, {spec.name: x, **others})
+            except Exception as error:  # onnxruntime's exceptions have no common base
+                raise ModelError(f"{label(model)}: the run failed ({one_line(error)})") from error
+            index, scores = _scores(values, asked, len(x), label(model))
+            asked = [asked[index]]
+            parts.append(scores[:real])
+            progress(shown, sum(map(len, parts)), len(images))
+        return np.concatenate(parts), asked[0]
+
+    scores, name = or_one_by_one(run_in_batches, size)
+    _check_nan(scores, f"{label(model)}: output {name!r}", images)
     return scores
 
 

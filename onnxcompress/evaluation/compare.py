@@ -23,7 +23,7 @@ from onnxcompress.model.model_like import (
     model_bytes,
 )
 from onnxcompress.progress import Progress, silent
-from onnxcompress.runtime.inference import random_feeds, run, unread_feeds
+from onnxcompress.runtime.inference import or_one_by_one, random_feeds, run, unread_feeds
 from onnxcompress.runtime.latency import Ratio, Timing, benchmark, ratio
 from onnxcompress.runtime.providers import ProviderLike
 
@@ -167,8 +167,12 @@ def _on_random(
 ) -> _Outputs:
     inputs = {s.name for s in input_specs(a)}
     given = {k: v for k, v in (shapes or {}).items() if not k or k in inputs}
-    feeds = random_feeds(a, batch=_batch(a, b, DIFFERENCE_BATCH), seed=seed, shapes=given)
-    left, right = run(a, feeds), run(b, feeds_for(b, feeds))
+
+    def outputs_at(batch: int) -> tuple[dict[str, np.ndarray], ...]:
+        feeds = random_feeds(a, batch=batch, seed=seed, shapes=given)
+        return feeds, run(a, feeds), run(b, feeds_for(b, feeds))
+
+    feeds, left, right = or_one_by_one(outputs_at, _batch(a, b, DIFFERENCE_BATCH))
     count = len(next(iter(feeds.values()), np.zeros(1)))
     scores = score_output(left, count), score_output(right, count)
     same = None
@@ -183,10 +187,13 @@ def _on_images(
     scores = [logits(m, images, provider=provider, threads=threads, progress=progress) for m in (a, b)]
     spec = image_input(a)
     check_fits(images, spec.shape, spec.name)
-    size = _batch(a, b, min(DIFFERENCE_BATCH, len(images)))
-    x = images.take(np.arange(size) % len(images)).array().astype(spec.dtype)
-    feeds = {spec.name: x, **unread_feeds(a)}
-    difference = difference_of(run(a, feeds), run(b, feeds_for(b, feeds)))
+
+    def difference_at(batch: int) -> Difference:
+        x = images.take(np.arange(batch) % len(images)).array().astype(spec.dtype)
+        feeds = {spec.name: x, **unread_feeds(a)}
+        return difference_of(run(a, feeds), run(b, feeds_for(b, feeds)))
+
+    difference = or_one_by_one(difference_at, _batch(a, b, min(DIFFERENCE_BATCH, len(images))))
     top1: tuple[float | None, float | None] = (None, None)
     if images.y is not None:
         top1 = topk(scores[0], images.y, label(a))[0], topk(scores[1], images.y, label(b))[0]

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -20,6 +21,7 @@ from onnxcompress.model.model_like import InputSpec, ModelLike, dims, input_spec
 from onnxcompress.runtime.session import session
 
 Arrays = Mapping[str, np.ndarray]
+T = TypeVar("T")
 
 INTEGER_RANGE = 8
 """Random integers are below this: small enough for the index of any table."""
@@ -153,6 +155,30 @@ def run(
         if not isinstance(value, np.ndarray):
             raise ModelError(f"{label(model)}: output {name!r} is not a tensor; not handled")
     return dict(zip(names, values, strict=True))
+
+
+def or_one_by_one(compute: Callable[[int], T], batch: int) -> T:
+    """Compute at a batch; where that fails, with one image at a time.
+
+    Many files leave the batch open and yet hold a batch of 1 in the target of a Reshape.
+
+    Args:
+        compute: Takes the number of images that run at once.
+        batch: The number to try first.
+
+    Returns:
+        What `compute` returns.
+
+    Raises:
+        ModelError: It fails with both; the reason is that of the first.
+    """
+    try:
+        return compute(batch)
+    except ModelError:
+        if batch > 1:
+            with suppress(ModelError):
+                return compute(1)
+        raise
 
 
 def _check_batch(spec: InputSpec, batch: int, fixed_batch_ok: bool, model: str) -> None:

@@ -151,6 +151,26 @@ def test_two_models_on_labelled_images() -> None:
     assert fixed.agreement == 1
 
 
+def one_image_at_a_time() -> onnx.ModelProto:
+    """The classifier, with an open batch and the batch of 1 that its Reshape holds."""
+    proto = classifier()
+    flatten = proto.graph.node[3]
+    flatten.op_type = "Reshape"
+    flatten.input.append("shape")
+    proto.graph.initializer.append(onnx.numpy_helper.from_array(np.array([1, 4]), "shape"))
+    return proto
+
+
+@pytest.mark.parametrize("labelled", [True, False])
+def test_an_open_batch_of_which_only_one_image_runs(labelled: bool) -> None:
+    rng = np.random.default_rng(0)
+    x = rng.integers(0, 256, (10, 8, 8, 3)).astype(np.uint8)
+    images = ImageSet(x, rng.integers(0, 5, 10), tuple("abcdefghij"), Preprocess()) if labelled else None
+    found = compare(classifier(), one_image_at_a_time(), images=images, runs=3, threads=1)
+    assert found.agreement == 1
+    assert found.difference.max_abs == pytest.approx(0, abs=1e-5)
+
+
 def test_inputs_of_other_names_go_by_order() -> None:
     renamed = classifier()
     renamed.graph.input[0].name = "image"
