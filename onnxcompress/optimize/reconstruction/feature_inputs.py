@@ -211,13 +211,14 @@ def make_feature_inputs(
 
     def work(chunk: int) -> Tensor:
         generator = torch.Generator().manual_seed(seed * chunks + chunk)
-        index = torch.arange(chunk * size, min(count, (chunk + 1) * size))
+        first, end = chunk * size, min(count, (chunk + 1) * size)
+        index = torch.arange(first, end, device=executor.device)
         z = begin[index % len(begin)]
         mirrored = (index // len(begin) % 2 == 1).view(-1, 1, 1, 1)
         return _optimized(executor, torch.where(mirrored, z.flip(3), z), start, targets, logits, generator)
 
     made = []
-    for part in in_turn(work, chunks):
+    for part in in_turn(work, chunks, executor.device):
         made.append(part)
         progress("making deep inputs", len(made), chunks)
     return torch.cat([real, *made])
@@ -243,7 +244,7 @@ def aligned_features(executor: Executor, context: CalibrationContext, start: str
             return executor.run({name: batches[batch]}, [start], maps)[start]
 
     executor.needed([name], [start])  # once, not by each thread
-    return torch.cat(list(in_turn(run, len(batches))))
+    return torch.cat(list(in_turn(run, len(batches), executor.device)))
 
 
 def _optimized(

@@ -141,7 +141,7 @@ def finetune_sparse(
                 loss, list(leaves.values()), allow_unused=True, materialize_grads=True
             )
 
-        halves = list(in_turn(slopes, HALVES))
+        halves = list(in_turn(slopes, HALVES, executor.device))
         for leaf, *parts in zip(leaves.values(), *halves, strict=True):
             leaf.grad = torch.stack(parts).mean(0)
         adam.step()
@@ -161,6 +161,6 @@ def _wanted(executor: Executor, start: str, values: Tensor, names: list[str]) ->
             return executor.run({start: parts[part]}, names)
 
     executor.needed([start], names)  # once, not by each thread
-    runs = list(in_turn(run, len(parts)))
+    runs = list(in_turn(run, len(parts), executor.device))
     found = {n: torch.cat([run[n] for run in runs]) for n in names}
     return {n: v for n, v in found.items() if v.is_floating_point()}

@@ -60,8 +60,8 @@ class StatisticsAlignment:
             The value in the twin, of the same shape.
         """
         if name in self.weights:
-            return value * self.weights[name]
-        scale, shift = self.biases[name]
+            return value * self.weights[name].to(value.device)
+        scale, shift = (part.to(value.device) for part in self.biases[name])
         return value * scale + shift
 
     def apply(self, model: Model) -> None:

@@ -1,0 +1,118 @@
+"""Each learning pass with each source of inputs on a card, which a machine without one can only pretend."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+
+from onnxcompress.model import load
+from onnxcompress.passes import load_pass
+from onnxcompress.runtime.latency import benchmark
+
+torch = pytest.importorskip("torch")
+
+from tests.helpers.pretended_card import pretended_card  # noqa: E402
+
+SOURCES = ("images", "distilled", "procedural", "layerwise")
+COMMANDS: dict[str, dict[str, Any]] = {
+    "quantize": {},
+    "quantize --weight-bits 4 --activation-bits 0": {"weight_bits": 4, "activation_bits": 0},
+    "prune": {"sparsity": 0.5},
+    "drop-blocks": {"blocks": 1, "steps": 2, "batch": 8},
+    "calibrate": {},
+}
+
+
+@pytest.fixture(scope="module")
+def network(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Dense, depthwise and deep layers, residual blocks, a squeeze-excite product; BatchNorm kept."""
+    rng = np.random.default_rng(0)
+    arrays: dict[str, np.ndarray] = {}
+    lines: list[str] = []
+
+    def layer(
+        source: str, name: str, outputs: int, inputs: int, kernel: int = 3, group: int = 1, stride: int = 1
+    ) -> str:
+        arrays[f"{name}w"] = rng.standard_normal((outputs, inputs // group, kernel, kernel)) / inputs
+        for part in ("scale", "shift", "mean", "var"):
+            arrays[f"{name}{part}"] = rng.uniform(0.5, 1.5, outputs)
+        pads, strides = [kernel // 2] * 4, [stride, stride]
+        lines.append(f"{name}c = Conv<pads={pads},group={group},strides={strides}>({source}, {name}w)")
+        norm = ", ".join(f"{name}{part}" for part in ("scale", "shift", "mean", "var"))
+        lines.append(f"{name} = BatchNormalization({name}c, {norm})")
+        return name
+
+    def relu(source: str) -> str:
+        lines.append(f"{source}r = Relu({source})")
+        return f"{source}r"
+
+    def add(a: str, b: str) -> str:
+        lines.append(f"{a}{b} = Add({a}, {b})")
+        return relu(f"{a}{b}")
+
+    x = relu(layer("x", "a", 8, 3))
+    x = add(layer(relu(layer(x, "b", 8, 8)), "c", 8, 8), x)
+    inner = relu(layer(relu(layer(x, "d", 16, 8, 1)), "e", 16, 16, 3, 16))
+    lines += [f"m = GlobalAveragePool({inner})", "s = HardSigmoid(m)", f"p = Mul({inner}, s)"]
+    x = add(layer("p", "f", 8, 16, 1), x)
+    x = relu(layer(x, "g", 24, 8, stride=4))
+    for name in "hij":
+        x = relu(layer(x, name, 24, 24))
+    arrays |= {"v": rng.standard_normal((10, 24)), "k": rng.standard_normal(10)}
+    lines += [f"q = GlobalAveragePool({x})", "z = Flatten(q)", "y = Gemm<transB=1>(z, v, k)"]
+    body = "\n".join(lines)
+    header = '<ir_version: 8, opset_import: ["" : 17]>'
+    proto = onnx.parser.parse_model(f"{header} net (float[N,3,16,16] x) => (float[N,10] y) {{ {body} }}")
+    for name, values in arrays.items():
+        proto.graph.initializer.append(onnx.numpy_helper.from_array(values.astype(np.float32), name))
+    path = tmp_path_factory.mktemp("card") / "network.onnx"
+    onnx.save(proto, path)
+    np.savez(path.with_suffix(".npz"), x=rng.integers(0, 256, (24, 16, 16, 3), dtype=np.uint8))
+    return path
+
+
+@pytest.fixture(autouse=True)
+def brief(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Less of what takes time and is no different on a card."""
+
+    def timed(*given: Any, **options: Any) -> Any:
+        return benchmark(*given, **{**options, "seconds": 0.1})
+
+    monkeypatch.setattr("onnxcompress.runtime.block_latency.benchmark", timed)
+    monkeypatch.setattr("onnxcompress.optimize.reconstruction.feature_inputs.COUNT", 64)
+
+
+REFUSED = {("calibrate", "layerwise")}
+CASES = [(c, s) for c in COMMANDS for s in SOURCES if (c, s) not in REFUSED]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("command", "source"), CASES)
+def test_no_tensor_lies_elsewhere(command: str, source: str, network: Path) -> None:
+    given = {"images": str(network.with_suffix(".npz"))} if source == "images" else {"synthetic": 24}
+    pass_type: Any = load_pass(command.split()[0])
+    model = load(network)
+    with pretended_card():
+        result = pass_type(**COMMANDS[command], **given, inputs=source, device="cuda").apply(model)
+    assert result.modified
+
+
+def test_two_devices_do_not_meet() -> None:
+    """What the tests above rest on."""
+    here = torch.ones(3)
+    with pretended_card():
+        there = torch.ones(3, device="cuda", requires_grad=True)
+        (there * 2).sum().backward()  # type: ignore[no-untyped-call]
+        assert there.grad is not None
+        assert str(there.grad.device) == "cuda:0"
+        for meet in (lambda: here + there, lambda: torch.cat([here, there]), lambda: here[there.long()]):
+            with pytest.raises(RuntimeError, match="device"):
+                meet()
+        with pytest.raises(TypeError, match="numpy"):
+            there.detach().numpy()
+        assert type(there.detach().cpu()) is torch.Tensor
+        assert (there[here.long()] == 1).all()
