@@ -26,8 +26,9 @@ from onnxcompress.account import Change, Refusal
 from onnxcompress.errors import ModelError, OptionError
 from onnxcompress.evaluation.guard import LOSSY, Floors
 from onnxcompress.graph.batch_norm import OLDEST_OPSET
-from onnxcompress.graph.blocks import LINEAR, Discovery, find_blocks
+from onnxcompress.graph.blocks import Discovery, find_blocks
 from onnxcompress.graph.edit import lift_weights
+from onnxcompress.graph.linear_layer import LINEAR_OPS
 from onnxcompress.model import Model
 from onnxcompress.optimize.block_drop.options import DropBlocksOptions
 from onnxcompress.optimize.calibration import (
@@ -79,7 +80,7 @@ class DropBlocks(DropBlocksOptions, Pass):
         own = raised(model, OLDEST_OPSET)
         assume_sizes(own, self.request)
         FoldBatchNorm().apply(own)
-        lift_weights(own, *LINEAR)
+        lift_weights(own, *LINEAR_OPS)
         found = find_blocks(own)
         self._check_blocks(own, found)
         check_inputs(own, self.request)
@@ -89,7 +90,7 @@ class DropBlocks(DropBlocksOptions, Pass):
         assume_sizes(model, self.request)
         original = model.copy()
         folded = FoldBatchNorm().apply(model)
-        lift_weights(model, *LINEAR)
+        lift_weights(model, *LINEAR_OPS)
         found = find_blocks(model)
         self._check_blocks(model, found)
         from onnxcompress.optimize.block_drop.pipeline import Dropper

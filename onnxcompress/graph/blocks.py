@@ -31,14 +31,12 @@ from onnxcompress.graph.block_rules import (
     region_macs,
     shapes_at_another_size,
 )
-from onnxcompress.graph.linear_layer import LINEAR_OPS
 from onnxcompress.graph.macs import parameters_of
 from onnxcompress.graph.query import is_op, producer
 from onnxcompress.graph.shape_inference import tensor_shapes
 from onnxcompress.graph.topology import Topology
 from onnxcompress.model import Model, Shape
 
-LINEAR = LINEAR_OPS
 ACTIVATIONS = (
     "Relu", "Clip", "LeakyRelu", "PRelu", "Sigmoid", "HardSigmoid", "HardSwish", "Swish", "Elu", "Selu",
     "Celu", "Gelu", "Mish", "Softplus", "Tanh", "ThresholdedRelu",

@@ -1,4 +1,4 @@
-"""The convolutions of a graph as the optimizer sees them: names of tensors and parameters, and geometry."""
+"""The 2-d convolutions whose parameters nothing else reads, and the residual stream between them."""
 
 from __future__ import annotations
 
@@ -7,33 +7,49 @@ from dataclasses import dataclass
 
 import onnx_graphsurgeon as gs
 
-from onnxcompress.graph.query import consumers, input_at, is_op, is_output, producer
+from onnxcompress.graph.linear_layer import BIAS_AT, Linear, as_linear
+from onnxcompress.graph.query import attribute, consumers, input_at, is_op, is_output, producer
 from onnxcompress.model import Model
 
 
 @dataclass(frozen=True)
-class ConvLayer:
-    """A 2-d convolution with a constant weight of its own. Names are those of ONNX tensors."""
+class ConvGeometry:
+    """Which elements of its input a 2-d convolution reads. Rows come first, then columns."""
 
-    node: str
-    """Name of its output tensor: unique, unlike node names."""
-    input: str
-    weight: str
-    """Shape (outputs, inputs / groups, height, width)."""
-    bias: str | None
-    """Shape (outputs,); None: it has none."""
-    groups: int
+    kernel: tuple[int, int]
     strides: tuple[int, int]
     dilations: tuple[int, int]
     pads: tuple[int, int, int, int]
     """Top, left, bottom, right."""
-    outputs: int
-    inputs: int
-    kernel: tuple[int, int]
 
 
-def conv_layers(model: Model, nodes: Iterable[gs.Node] | None = None) -> dict[str, ConvLayer]:
-    """List the 2-d convolutions whose weight is an initializer that nothing else reads.
+def conv_geometry(node: gs.Node | None) -> ConvGeometry | None:
+    """Read the geometry of a 2-d convolution whose parameters are initializers that nothing else reads.
+
+    Args:
+        node: A node, or None.
+
+    Returns:
+        The geometry; None where the node is not such a convolution or uses auto_pad.
+    """
+    if node is None or not is_op(node, "Conv") or attribute(node, "auto_pad", "NOTSET") != "NOTSET":
+        return None
+    weight = node.inputs[1]
+    for tensor in (weight, input_at(node, BIAS_AT)):
+        if tensor is not None and (not isinstance(tensor, gs.Constant) or len(tensor.outputs) != 1):
+            return None
+    if len(weight.shape) != 4:
+        return None
+    return ConvGeometry(
+        kernel=(weight.shape[2], weight.shape[3]),
+        strides=tuple(attribute(node, "strides", (1, 1))),
+        dilations=tuple(attribute(node, "dilations", (1, 1))),
+        pads=tuple(attribute(node, "pads", (0, 0, 0, 0))),
+    )
+
+
+def conv_layers(model: Model, nodes: Iterable[gs.Node] | None = None) -> dict[str, Linear]:
+    """List the 2-d convolutions whose parameters are initializers that nothing else reads.
 
     Args:
         model: The model.
@@ -42,49 +58,31 @@ def conv_layers(model: Model, nodes: Iterable[gs.Node] | None = None) -> dict[st
     Returns:
         Layers by name of their output tensor.
     """
-    found = (conv_layer(model, node) for node in (model.graph.nodes if nodes is None else nodes))
-    return {layer.node: layer for layer in found if layer is not None}
+    layers = (conv_layer(model, node) for node in (model.graph.nodes if nodes is None else nodes))
+    return {layer.output_name: layer for layer in layers if layer is not None}
 
 
-def conv_layer(model: Model, node: gs.Node | None) -> ConvLayer | None:
-    """Describe a node as a 2-d convolution.
+def conv_layer(model: Model, node: gs.Node | None) -> Linear | None:
+    """Read a node as a 2-d convolution with parameters of its own.
 
     Args:
         model: The model.
         node: A node, or None.
 
     Returns:
-        The layer; None where the node is not a 2-d convolution, shares a parameter or uses auto_pad.
+        The layer; None where `conv_geometry` is None.
     """
-    if node is None or not is_op(node, "Conv") or node.attrs.get("auto_pad", "NOTSET") != "NOTSET":
+    if node is None or conv_geometry(node) is None:
         return None
-    weight, bias = node.inputs[1], input_at(node, 2)
-    for tensor in (weight, bias):
-        if tensor is not None and (not isinstance(tensor, gs.Constant) or len(tensor.outputs) != 1):
-            return None
-    if len(weight.shape) != 4:
-        return None
-    groups = int(node.attrs.get("group", 1))
-    return ConvLayer(
-        node=node.outputs[0].name,
-        input=node.inputs[0].name,
-        weight=weight.name,
-        bias=None if bias is None else bias.name,
-        groups=groups,
-        strides=tuple(node.attrs.get("strides", (1, 1))),
-        dilations=tuple(node.attrs.get("dilations", (1, 1))),
-        pads=tuple(node.attrs.get("pads", (0, 0, 0, 0))),
-        outputs=weight.shape[0],
-        inputs=weight.shape[1] * groups,
-        kernel=(weight.shape[2], weight.shape[3]),
-    )
+    layer = as_linear(model, node, lambda tensor: None)
+    return layer if isinstance(layer, Linear) else None
 
 
 STREAM = ("Add", "Sum", "Relu", "Clip", "LeakyRelu", "BatchNormalization", "Identity", "Dropout")
 """Operators of a residual stream that keep channels in place."""
 
 
-def writers(model: Model, tensor: gs.Tensor) -> list[ConvLayer]:
+def writers(model: Model, tensor: gs.Tensor) -> list[Linear]:
     """Find the dense convolutions that write to the residual stream of a tensor.
 
     Walks back through additions and activations. The adapters before a dropped block are placed
@@ -97,7 +95,7 @@ def writers(model: Model, tensor: gs.Tensor) -> list[ConvLayer]:
     Returns:
         The layers.
     """
-    found: dict[str, ConvLayer] = {}
+    found: dict[str, Linear] = {}
     seen: set[int] = set()
     pending = [tensor]
     while pending:
@@ -108,11 +106,11 @@ def writers(model: Model, tensor: gs.Tensor) -> list[ConvLayer]:
         if is_op(node, *STREAM):
             pending.extend(t for t in node.inputs if not isinstance(t, gs.Constant))
         elif (layer := conv_layer(model, node)) is not None and layer.groups == 1:
-            found[layer.node] = layer
+            found[layer.output_name] = layer
     return list(found.values())
 
 
-def readers(model: Model, tensor: gs.Tensor) -> list[ConvLayer]:
+def readers(model: Model, tensor: gs.Tensor) -> list[Linear]:
     """Find the dense convolutions that read the residual stream from a tensor on.
 
     Args:
@@ -122,7 +120,7 @@ def readers(model: Model, tensor: gs.Tensor) -> list[ConvLayer]:
     Returns:
         The layers, nearest first.
     """
-    found: dict[str, ConvLayer] = {}
+    found: dict[str, Linear] = {}
     seen: set[int] = set()
     pending = [tensor]
     while pending:
@@ -134,11 +132,11 @@ def readers(model: Model, tensor: gs.Tensor) -> list[ConvLayer]:
             if is_op(node, *STREAM):
                 pending.extend(t for t in node.outputs if not t.is_empty())
             elif (layer := conv_layer(model, node)) is not None and layer.groups == 1:
-                found[layer.node] = layer
+                found[layer.output_name] = layer
     return list(found.values())
 
 
-def only_add_after(model: Model, layer: ConvLayer) -> tuple[str, str] | None:
+def only_add_after(model: Model, layer: Linear) -> tuple[str, str] | None:
     """Find the residual addition that alone reads a layer's output.
 
     Args:
@@ -148,7 +146,7 @@ def only_add_after(model: Model, layer: ConvLayer) -> tuple[str, str] | None:
     Returns:
         Names of the Add's output and of its other input; None where anything else reads the layer's output.
     """
-    tensor = model.graph.tensors()[layer.node]
+    tensor = model.graph.tensors()[layer.output_name]
     after = consumers(tensor)
     if len(after) != 1 or is_output(model, tensor) or not is_op(after[0], "Add"):
         return None

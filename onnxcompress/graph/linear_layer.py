@@ -47,9 +47,9 @@ COPIES = ("Identity", "Cast", "Transpose")
 Rank = Callable[[gs.Tensor], "int | None"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Linear:
-    """A linear layer with a constant weight."""
+    """A linear layer with a constant weight. Names are those of tensors as they are in the graph now."""
 
     node: gs.Node
     weight: np.ndarray
@@ -58,6 +58,37 @@ class Linear:
     """Position of the weight among the node's inputs."""
     rank: int
     """Rank of the output."""
+
+    @property
+    def label(self) -> str:
+        """Name of the node in messages."""
+        return node_label(self.node)
+
+    @property
+    def input_name(self) -> str:
+        """Name of the data input."""
+        return str(self.node.inputs[self.data_at].name)
+
+    @property
+    def output_name(self) -> str:
+        """Name of the output: unique, unlike node names."""
+        return str(self.node.outputs[0].name)
+
+    @property
+    def weight_name(self) -> str:
+        """Name of the weight."""
+        return str(self.node.inputs[self.weight_at].name)
+
+    @property
+    def bias_name(self) -> str | None:
+        """Name of the bias; None where there is none."""
+        tensor = input_at(self.node, BIAS_AT) if self.takes_bias else None
+        return None if tensor is None else str(tensor.name)
+
+    @property
+    def depthwise(self) -> bool:
+        """Whether it is a convolution each group of which has one input channel."""
+        return self.node.op == "Conv" and self.weight.shape[:2] == (self.groups, 1)
 
     @property
     def data_at(self) -> int:

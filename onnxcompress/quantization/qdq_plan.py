@@ -60,40 +60,13 @@ Edge = tuple[int, int]
 
 
 @dataclass(frozen=True)
-class Layer:
+class QuantizedLayer:
     """A linear layer whose weight is quantized."""
 
     linear: Linear
-    label: str
     weight_bits: int
     input: Key | None
     """Quantizer of the input; None: it reads floats."""
-
-    @property
-    def node(self) -> gs.Node:
-        """The layer's node."""
-        return self.linear.node
-
-    @property
-    def output(self) -> str:
-        """Name of the output tensor."""
-        return str(self.node.outputs[0].name)
-
-    @property
-    def weight(self) -> str:
-        """Name of the weight."""
-        return str(self.node.inputs[self.linear.weight_at].name)
-
-    @property
-    def bias(self) -> str | None:
-        """Name of the bias; None where there is none."""
-        tensor = input_at(self.node, BIAS_AT) if self.linear.takes_bias else None
-        return None if tensor is None else str(tensor.name)
-
-    @property
-    def depthwise(self) -> bool:
-        """Whether each group has one input channel; onnxruntime then sums in 32 bits without overflow."""
-        return self.node.op == "Conv" and self.linear.weight.shape[:2] == (self.linear.groups, 1)
 
     def per_channel(self, wanted: bool) -> bool:
         """Whether each output channel gets a scale of its own.
@@ -106,14 +79,14 @@ class Layer:
         Returns:
             False where the layer gets one scale.
         """
-        return wanted and not (self.node.op == "ConvTranspose" and self.linear.groups > 1)
+        return wanted and not (self.linear.node.op == "ConvTranspose" and self.linear.groups > 1)
 
 
 @dataclass
 class Plan:
     """Everything that is to be quantized."""
 
-    layers: dict[int, Layer] = field(default_factory=dict)
+    layers: dict[int, QuantizedLayer] = field(default_factory=dict)
     """Layers by id of the node."""
     edges: dict[Edge, Key] = field(default_factory=dict)
     like: dict[Key, Key] = field(default_factory=dict)
@@ -178,10 +151,10 @@ def make_plan(model: Model, bits: Bits, chosen: Mapping[str, int] | None = None)
             amount = max(bits.ends or 0, bits.activation) if own else bits.activation
             key = (node.inputs[linear.data_at].name, amount)
             plan.edges[id(node), linear.data_at] = key
-        layer = Layer(linear, node_label(node), weight, key)
-        if layer.depthwise and key is None:
+        layer = QuantizedLayer(linear, weight, key)
+        if linear.depthwise and key is None:
             layer = replace(layer, weight_bits=max(weight, bits.depthwise))
-        own_bits = (chosen or {}).get(layer.weight)
+        own_bits = (chosen or {}).get(linear.weight_name)
         plan.layers[id(node)] = layer if own_bits is None else replace(layer, weight_bits=own_bits)
     if bits.activation is not None and plan.layers:
         _streams(model, topology, plan)

@@ -20,7 +20,7 @@ from onnxcompress.graph.query import is_op
 from onnxcompress.graph.topology import Topology
 from onnxcompress.model import Model
 from onnxcompress.quantization.affine_grid import Grid
-from onnxcompress.quantization.qdq_plan import Key, Layer, Plan
+from onnxcompress.quantization.qdq_plan import Key, Plan, QuantizedLayer
 
 _TYPES = {"int8": np.int8, "uint8": np.uint8, "int4": ml_dtypes.int4, "uint4": ml_dtypes.uint4}
 
@@ -96,10 +96,10 @@ def emit(
     made = Emitter(model)
     for layer in plan.layers.values():
         grid = None if layer.input is None else grids[plan.root(layer.input)]
-        integers, own = weights[id(layer.node)]
+        integers, own = weights[id(layer.linear.node)]
         _weight(made, layer, integers, own)
-        if id(layer.node) in biases:
-            _bias(made, layer, biases[id(layer.node)], own, grid)
+        if id(layer.linear.node) in biases:
+            _bias(made, layer, biases[id(layer.linear.node)], own, grid)
     _activations(made, plan, grids)
     model.graph.nodes.extend(made.added)
     model.touch()
@@ -108,7 +108,7 @@ def emit(
     model.touch()
 
 
-def channel_axis(layer: Layer) -> int:
+def channel_axis(layer: QuantizedLayer) -> int:
     """Find the axis of the stored weight along which the output channels lie.
 
     Args:
@@ -117,14 +117,14 @@ def channel_axis(layer: Layer) -> int:
     Returns:
         0 or 1.
     """
-    node, linear = layer.node, layer.linear
+    node, linear = layer.linear.node, layer.linear
     if is_op(node, "Conv") or (is_op(node, "Gemm") and node.attrs.get("transB", 0)):
         return 0
     return 0 if is_op(node, "MatMul") and linear.weight_at == 0 else 1
 
 
-def _weight(made: Emitter, layer: Layer, integers: np.ndarray, grid: Grid) -> None:
-    base, kind = layer.weight, _TYPES[grid.storage]
+def _weight(made: Emitter, layer: QuantizedLayer, integers: np.ndarray, grid: Grid) -> None:
+    base, kind = layer.linear.weight_name, _TYPES[grid.storage]
     zero = np.full(grid.scale.shape, grid.zero_point).astype(kind)
     inputs = [
         made.constant(f"{base}_quantized", (integers + grid.zero_point).astype(np.int32).astype(kind)),
@@ -133,14 +133,16 @@ def _weight(made: Emitter, layer: Layer, integers: np.ndarray, grid: Grid) -> No
     ]
     attrs = {"axis": channel_axis(layer)} if grid.scale.ndim else {}
     set_input(
-        layer.node, layer.linear.weight_at, made.node("DequantizeLinear", inputs, f"{base}_dq", **attrs)
+        layer.linear.node,
+        layer.linear.weight_at,
+        made.node("DequantizeLinear", inputs, f"{base}_dq", **attrs),
     )
 
 
-def _bias(made: Emitter, layer: Layer, bias: np.ndarray, weight: Grid, data: Grid | None) -> None:
-    base = layer.bias or f"{layer.output}_bias"
+def _bias(made: Emitter, layer: QuantizedLayer, bias: np.ndarray, weight: Grid, data: Grid | None) -> None:
+    base = layer.linear.bias_name or f"{layer.linear.output_name}_bias"
     if data is None:
-        set_input(layer.node, BIAS_AT, made.constant(f"{base}_corrected", bias.astype(np.float32)))
+        set_input(layer.linear.node, BIAS_AT, made.constant(f"{base}_corrected", bias.astype(np.float32)))
         return
     scale = (data.scale * weight.scale).astype(np.float32)
     integers = np.clip(np.rint(bias.astype(np.float64) / scale), -(2**31) + 1, 2**31 - 1).astype(np.int32)
@@ -150,7 +152,7 @@ def _bias(made: Emitter, layer: Layer, bias: np.ndarray, weight: Grid, data: Gri
         made.constant(f"{base}_zero_point", np.zeros(scale.shape, np.int32)),
     ]
     attrs = {"axis": 0} if scale.ndim else {}
-    set_input(layer.node, BIAS_AT, made.node("DequantizeLinear", inputs, f"{base}_dq", **attrs))
+    set_input(layer.linear.node, BIAS_AT, made.node("DequantizeLinear", inputs, f"{base}_dq", **attrs))
 
 
 def _activations(made: Emitter, plan: Plan, grids: dict[Key, Grid]) -> None:

@@ -44,7 +44,7 @@ from onnxcompress.optimize.reconstruction.patches import matrix, patches_of, sto
 from onnxcompress.optimize.reconstruction.quantize import RIDGE
 from onnxcompress.optimize.reconstruction.saturation import SaturationBounds
 from onnxcompress.progress import Progress, silent
-from onnxcompress.quantization.qdq_plan import Layer
+from onnxcompress.quantization.qdq_plan import QuantizedLayer
 from onnxcompress.sensitivity.rows import Row, Variant
 
 MEMORY = 3 << 30
@@ -109,7 +109,7 @@ def layer_errors(
 class _Site:
     """A layer, with the teacher's tensors around it."""
 
-    layer: Layer
+    layer: QuantizedLayer
     reads: dict[str, Tensor]
     """Tensors that the layer reads."""
     held: dict[str, Tensor]
@@ -167,8 +167,8 @@ class _Walk:
             held = {n: v for n, v in held.items() if self.last.get(n, -1) > place or n in made}
             layer = self.context.plan.layers.get(id(node))
             if layer is not None:
-                right = held[layer.output]
-                later = {n: v for n, v in held.items() if n != layer.output}
+                right = held[layer.linear.output_name]
+                later = {n: v for n, v in held.items() if n != layer.linear.output_name}
                 now = self.topology.index[id(node)]
                 behind = tuple(n for n, at in places.items() if at >= now)
                 site = _Site(layer, reads, later, right, behind)
@@ -178,8 +178,8 @@ class _Walk:
 
     def _plan(self, site: _Site) -> None:
         """Plan the executor's runs for this layer in the current thread; worker threads only run them."""
-        self.executor.needed(site.reads, [site.layer.output])
-        self.executor.needed([*site.held, site.layer.output], site.outputs)
+        self.executor.needed(site.reads, [site.layer.linear.output_name])
+        self.executor.needed([*site.held, site.layer.linear.output_name], site.outputs)
 
     def measure(self, site: _Site, variants: Sequence[Variant]) -> list[Row]:
         """Measure each variant of one layer.
@@ -193,13 +193,13 @@ class _Walk:
         """
         layer = site.layer
         with torch.no_grad():
-            weight, shape = matrix(layer, self.executor.parameters[layer.weight])
+            weight, shape = matrix(layer, self.executor.parameters[layer.linear.weight_name])
             moments = self._moments(site, weight, variants)
             rows = []
             for one in variants:
                 reads, parameters = site.reads, {}
                 if one.kind == "activation_bits":
-                    name = layer.node.inputs[layer.linear.data_at].name
+                    name = layer.linear.node.inputs[layer.linear.data_at].name
                     reads = reads | {name: self._quantized(reads[name], int(one.value))}
                 else:
                     zeros = one.kind == "sparsity"
@@ -208,19 +208,19 @@ class _Walk:
                         if zeros
                         else self._rounded(layer, weight, moments, one)
                     )
-                    parameters = {layer.weight: stored(layer, new, shape)}
-                wrong = self.run([layer.output], reads, parameters)[layer.output]
+                    parameters = {layer.linear.weight_name: stored(layer, new, shape)}
+                wrong = self.run([layer.linear.output_name], reads, parameters)[layer.linear.output_name]
                 rows.append(self._row(site, one, weight.numel(), wrong))
         return rows
 
     def _row(self, site: _Site, one: Variant, parameters: int, wrong: Tensor) -> Row:
         """Run the nodes after the changed layer, and compare the network's outputs."""
         layer = site.layer
-        if layer.bias is not None:
+        if layer.linear.bias_name is not None:
             off = (site.right - wrong)[self.learned]
             error = off.mean([axis for axis in range(wrong.ndim) if axis != 1])
             wrong = wrong + along(error, wrong)
-        feeds = {n: self._part(v) for n, v in (site.held | {layer.output: wrong}).items()}
+        feeds = {n: self._part(v) for n, v in (site.held | {layer.linear.output_name: wrong}).items()}
         found = self.run(site.outputs, feeds, {}, self.measured.stop - self.measured.start)
         total = 0.0
         for name, value in found.items():
@@ -229,9 +229,9 @@ class _Walk:
             total += float(off / target.var(correction=0).clamp_min(1e-12))
         error_ = total / max(len(self._targets), 1)
         return Row(
-            layer.label,
-            layer.node.op,
-            layer.weight,
+            layer.linear.label,
+            layer.linear.node.op,
+            layer.linear.weight_name,
             parameters,
             one.kind,
             one.value,
@@ -250,16 +250,18 @@ class _Walk:
         grid = least_squares(samples(x[self.learned], self.how.seed), bits, "uint8", False)
         return fake(x, grid)
 
-    def _pruned(self, layer: Layer, weight: Tensor, one: Variant) -> Tensor:
+    def _pruned(self, layer: QuantizedLayer, weight: Tensor, one: Variant) -> Tensor:
         """Set the smallest magnitudes of a weight to zero; of equal ones the first."""
-        own = self.executor.parameters[layer.weight]
-        plain, _ = matrix(layer, self.context.plain.get(layer.weight, own))
+        own = self.executor.parameters[layer.linear.weight_name]
+        plain, _ = matrix(layer, self.context.plain.get(layer.linear.weight_name, own))
         order = plain.abs().flatten().argsort(stable=True)
         new = weight.flatten().clone()
         new[order[: round(one.value * weight.numel())]] = 0
         return new.reshape(weight.shape)
 
-    def _rounded(self, layer: Layer, weight: Tensor, moments: Moments | None, one: Variant) -> Tensor:
+    def _rounded(
+        self, layer: QuantizedLayer, weight: Tensor, moments: Moments | None, one: Variant
+    ) -> Tensor:
         """Round a weight to its grid."""
         allowed = SaturationBounds.of(layer, int(one.value), saturation_safe=self.how.saturation_safe)
         each = layer.per_channel(self.how.per_channel)
@@ -274,7 +276,7 @@ class _Walk:
         wanted = self.how.reconstruct and any(v.kind == "weight_bits" for v in variants)
         if cut is None or not wanted:
             return None
-        x = site.reads[site.layer.node.inputs[site.layer.linear.data_at].name]
+        x = site.reads[site.layer.linear.node.inputs[site.layer.linear.data_at].name]
         generator = torch.Generator().manual_seed(self.how.seed)
         moments = Moments.empty(weight)
         for start in range(0, self.learned.stop, self.context.batch):

@@ -302,7 +302,7 @@ def _pack(model: Model, target: Target) -> int:
     """Store the weights as sparse, and return the bytes saved."""
     saved = 0
     for layer in target.weights.values():
-        weight = read(layer.node.inputs[layer.linear.weight_at])
+        weight = read(layer.linear.node.inputs[layer.linear.weight_at])
         stored = packing.pack(model, layer.linear, weight)
         saved += 0 if stored is None else weight.nbytes - stored
     model.touch()
@@ -312,7 +312,12 @@ def _pack(model: Model, target: Target) -> int:
 def _rows(target: Target, shares: Mapping[str, float], noise: Mapping[str, float]) -> list[dict[str, Any]]:
     rows = []
     for name, layer in target.layers.items():
-        row = {"name": layer.label, "op": layer.node.op, "weight": name, "sparsity": shares.get(name, 0.0)}
+        row = {
+            "name": layer.linear.label,
+            "op": layer.linear.node.op,
+            "weight": name,
+            "sparsity": shares.get(name, 0.0),
+        }
         if name in noise:
             row["snr_db"] = float(-10 * np.log10(max(noise[name], 1e-12)))
         rows.append(row)

@@ -18,7 +18,7 @@ from onnxcompress.optimize.reconstruction.prune import kept
 from onnxcompress.optimize.reconstruction.sparsity_pattern import UNSTRUCTURED, Pattern
 from onnxcompress.passes.equalize.equalize import assumption_free_scales, equalized_weight
 from onnxcompress.passes.prune.options import PruneOptions
-from onnxcompress.quantization.qdq_plan import Bits, Layer, Plan, make_plan
+from onnxcompress.quantization.qdq_plan import Bits, Plan, QuantizedLayer, make_plan
 from onnxcompress.sensitivity.sparsity_allocation import LARGEST
 
 FLOATS = Bits(8, None, None)
@@ -34,14 +34,14 @@ class Target:
     model: Model
     plan: Plan
     pattern: Pattern
-    layers: dict[str, Layer]
+    layers: dict[str, QuantizedLayer]
     """Layers to prune, by name of the weight."""
     refusals: list[Refusal]
 
     @property
-    def weights(self) -> dict[str, Layer]:
+    def weights(self) -> dict[str, QuantizedLayer]:
         """All linear layers, those that stay dense as well."""
-        return {layer.weight: layer for layer in self.plan.layers.values()}
+        return {layer.linear.weight_name: layer for layer in self.plan.layers.values()}
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -66,18 +66,22 @@ def choose_target(one: PruneOptions, model: Model) -> Target:
     pattern = Pattern.parse(one.pattern) or UNSTRUCTURED
     plan = make_plan(model, FLOATS)
     layers, refusals = {}, list(plan.refusals)
-    ends = {layer.weight for layer in make_plan(model, ENDS).layers.values() if layer.weight_bits > 2}
+    ends = {
+        layer.linear.weight_name
+        for layer in make_plan(model, ENDS).layers.values()
+        if layer.weight_bits > 2
+    }
     for layer in plan.layers.values():
         groups, _, inputs, _ = layer.linear.view(layer.linear.weight).shape
-        if one.skip_first_last and layer.weight in ends:
+        if one.skip_first_last and layer.linear.weight_name in ends:
             continue
         if groups > 1 and inputs == 1 and not one.depthwise:
             continue
         if not pattern.fits(inputs):
             rule = f"{inputs} inputs are no multiple of {pattern.group}: it stays dense"
-            refusals.append(Refusal(layer.label, rule, "prune it with --pattern unstructured"))
+            refusals.append(Refusal(layer.linear.label, rule, "prune it with --pattern unstructured"))
             continue
-        layers[layer.weight] = layer
+        layers[layer.linear.weight_name] = layer
     return Target(model, plan, pattern, layers, refusals)
 
 
@@ -104,7 +108,7 @@ def check_reachable(one: PruneOptions, target: Target) -> None:
         return
     hints = []
     if untried:
-        names = ", ".join(sorted(target.layers[name].label for name in untried)[:NAMED])
+        names = ", ".join(sorted(target.layers[name].linear.label for name in untried)[:NAMED])
         hints.append(f"--scope layer prunes {names}, too, whose cost cannot be measured")
     hints += what_allows_more(one, target)
     raise OptionError(
@@ -124,7 +128,7 @@ def what_allows_more(one: PruneOptions, target: Target) -> list[str]:
         One hint for each option.
     """
     hints = []
-    if not one.depthwise and any(layer.depthwise for layer in target.weights.values()):
+    if not one.depthwise and any(layer.linear.depthwise for layer in target.weights.values()):
         hints.append("--depthwise prunes depthwise convolutions")
     if one.skip_first_last:
         hints.append("without --skip-first-last the ends are pruned")
@@ -148,7 +152,7 @@ def is_pruned(target: Target, sparsity: float) -> bool:
     return bool(zeros >= sparsity * target.total - len(weights))
 
 
-def _matches(layer: Layer, pattern: Pattern) -> bool:
+def _matches(layer: QuantizedLayer, pattern: Pattern) -> bool:
     view = layer.linear.view(layer.linear.weight)
     groups, outputs, inputs, taps = view.shape
     split = view.reshape(groups, outputs, inputs // pattern.group, pattern.group, taps)
@@ -169,7 +173,7 @@ def magnitudes(target: Target) -> dict[str, np.ndarray]:
     scales = assumption_free_scales(target.model)
     found = {}
     for name, layer in target.layers.items():
-        own = scales.get(layer.output)
+        own = scales.get(layer.linear.output_name)
         weight = layer.linear.weight if own is None else equalized_weight(layer.linear, own)
         view = layer.linear.view(np.ascontiguousarray(np.abs(weight)))
         found[name] = view.reshape(*view.shape[:2], -1)

@@ -33,7 +33,7 @@ from onnxcompress.passes.quantize.options import QuantizeOptions
 from onnxcompress.progress import Progress
 from onnxcompress.quantization.affine_grid import Grid, weight_limits
 from onnxcompress.quantization.ort_fusion import fused_counts
-from onnxcompress.quantization.qdq_plan import Bits, Layer, Plan, make_plan
+from onnxcompress.quantization.qdq_plan import Bits, Plan, QuantizedLayer, make_plan
 from onnxcompress.quantization.qdq_writer import emit
 from onnxcompress.runtime.inference import unread_feeds
 
@@ -95,9 +95,9 @@ def quantize(
         worker.run(part.inputs, progress, part.seen(lost))
         lost = None if part.stop is None else worker.lost(part.stop)
     learn = time.perf_counter() - start - made - (chosen.account["seconds"] if chosen else 0)
-    weights = {id(layer.node): _integers(layer, learned, one) for layer in plan.layers.values()}
+    weights = {id(layer.linear.node): _integers(layer, learned, one) for layer in plan.layers.values()}
     biases = {i: b.numpy() for i, b in learned.biases.items()}
-    rows = [_row(layer, learned, weights[id(layer.node)][1], plan) for layer in plan.layers.values()]
+    rows = [_row(layer, learned, weights[id(layer.linear.node)][1], plan) for layer in plan.layers.values()]
     emit(model, plan, learned.grids, weights, biases)
     result.changes += [
         Change(row["name"], f"weight {row['weight_bits']} bits, input {row['input_bits']}") for row in rows
@@ -130,9 +130,11 @@ def layers_of(one: QuantizeOptions, model: Model) -> Plan:
     return plan
 
 
-def _integers(layer: Layer, learned: QuantizationResults, one: QuantizeOptions) -> tuple[np.ndarray, Grid]:
+def _integers(
+    layer: QuantizedLayer, learned: QuantizationResults, one: QuantizeOptions
+) -> tuple[np.ndarray, Grid]:
     """The weight's integers in the initializer's layout, and their grid."""
-    found = learned.weights[id(layer.node)]
+    found = learned.weights[id(layer.linear.node)]
     low, high = weight_limits(layer.weight_bits)
     integers = np.empty(layer.linear.weight.shape, np.int32)
     view = layer.linear.view(integers)
@@ -146,12 +148,12 @@ def _integers(layer: Layer, learned: QuantizationResults, one: QuantizeOptions) 
     return integers, Grid(scale, shift, low + shift, high + shift, one.weight_type)
 
 
-def _row(layer: Layer, learned: QuantizationResults, grid: Grid, plan: Plan) -> dict[str, Any]:
+def _row(layer: QuantizedLayer, learned: QuantizationResults, grid: Grid, plan: Plan) -> dict[str, Any]:
     data = None if layer.input is None else learned.grids[plan.root(layer.input)]
-    noise = learned.noise[id(layer.node)]
+    noise = learned.noise[id(layer.linear.node)]
     return {
-        "name": layer.label,
-        "op": layer.node.op,
+        "name": layer.linear.label,
+        "op": layer.linear.node.op,
         "weight_bits": layer.weight_bits,
         "input_bits": 0 if layer.input is None else layer.input[1],
         "weight_scale": [float(grid.scale.min()), float(grid.scale.max())],

@@ -45,9 +45,9 @@ def choose_bits(
     """Bits within the budget. Raises OptionError where there is no such, InputError for a wrong file."""
     start = time.perf_counter()
     layers = subject.plan.layers.values()
-    sizes = {layer.weight: int(layer.linear.weight.size) for layer in layers}
+    sizes = {layer.linear.weight_name: int(layer.linear.weight.size) for layer in layers}
     lowest = make_plan(subject.model, replace(bits, weight=LEAST)).layers.values()
-    floors = {layer.weight: layer.weight_bits for layer in lowest}
+    floors = {layer.linear.weight_name: layer.weight_bits for layer in lowest}
     if one.sensitivity is not None:
         rows = read_rows(Path(one.sensitivity), original.digest())
         _check(rows, sizes, one.sensitivity)

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from onnxcompress.graph.block_removal import drop_blocks
 from onnxcompress.graph.blocks import Block
-from onnxcompress.graph.conv_layers import ConvLayer, readers, writers
+from onnxcompress.graph.conv_layers import readers, writers
+from onnxcompress.graph.linear_layer import Linear
 from onnxcompress.model import Model
 from onnxcompress.optimize.device import autocast, sent
 from onnxcompress.optimize.executor import Executor
@@ -67,18 +68,18 @@ def published_recoverability(
 
 
 def _folded(
-    executor: Executor, before: Sequence[ConvLayer], after: Sequence[ConvLayer], adapters: dict[str, Tensor]
+    executor: Executor, before: Sequence[Linear], after: Sequence[Linear], adapters: dict[str, Tensor]
 ) -> dict[str, Tensor]:
     """Effective weights with the adapters in them, differentiable."""
     values: dict[str, Tensor] = {}
     for i, layer in enumerate(before):
-        weight = executor.parameters[layer.weight]
-        values[layer.weight] = torch.einsum("oihw,ij->ojhw", weight, adapters[f"r{i}"])
+        weight = executor.parameters[layer.weight_name]
+        values[layer.weight_name] = torch.einsum("oihw,ij->ojhw", weight, adapters[f"r{i}"])
     for i, layer in enumerate(after):
-        weight = values.get(layer.weight, executor.parameters[layer.weight])
-        values[layer.weight] = torch.einsum("po,oihw->pihw", adapters[f"w{i}"], weight)
-        if layer.bias is not None:
-            values[layer.bias] = adapters[f"w{i}"] @ executor.parameters[layer.bias]
+        weight = values.get(layer.weight_name, executor.parameters[layer.weight_name])
+        values[layer.weight_name] = torch.einsum("po,oihw->pihw", adapters[f"w{i}"], weight)
+        if layer.bias_name is not None:
+            values[layer.bias_name] = adapters[f"w{i}"] @ executor.parameters[layer.bias_name]
     return values
 
 

@@ -160,7 +160,7 @@ def _magnitude(network: Any, share: float, scope: str) -> Any:
 
     one = network.copy()
     tensors = one.graph.tensors()
-    names = [layer.weight for layer in make_plan(one, Bits(8, None, None)).layers.values()]
+    names = [layer.linear.weight_name for layer in make_plan(one, Bits(8, None, None)).layers.values()]
     weights = {name: read(tensors[name]).copy() for name in names}
     together = np.concatenate([abs(w).reshape(-1) for w in weights.values()])
     for name, weight in weights.items():

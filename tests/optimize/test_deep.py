@@ -188,11 +188,13 @@ def test_layers_tuned_together_err_less_and_keep_their_zeros(
     behind = {id(n) for n in nodes_between(Topology(context.model), start, None)}
     pruned = {}
     for layer in context.plan.layers.values():
-        if id(layer.node) in behind:
-            weight = executor.parameters[layer.weight]
-            pruned[layer.weight] = torch.where(weight.abs() < weight.abs().median(), 0.0, weight)
-            if layer.bias is not None:
-                pruned[layer.bias] = executor.parameters[layer.bias]
+        if id(layer.linear.node) in behind:
+            weight = executor.parameters[layer.linear.weight_name]
+            pruned[layer.linear.weight_name] = torch.where(
+                weight.abs() < weight.abs().median(), 0.0, weight
+            )
+            if layer.linear.bias_name is not None:
+                pruned[layer.linear.bias_name] = executor.parameters[layer.linear.bias_name]
 
     def error(values: dict[str, Tensor]) -> float:
         with torch.no_grad():
@@ -205,8 +207,8 @@ def test_layers_tuned_together_err_less_and_keep_their_zeros(
     assert tuned.keys() == pruned.keys()
     assert all(torch.equal(tuned[name], again[name]) for name in tuned)
     for layer in context.plan.layers.values():
-        if layer.weight in pruned:
-            assert torch.equal(tuned[layer.weight] == 0, pruned[layer.weight] == 0)
+        if layer.linear.weight_name in pruned:
+            assert torch.equal(tuned[layer.linear.weight_name] == 0, pruned[layer.linear.weight_name] == 0)
     assert error(tuned) < 0.7 * error(pruned)
 
 

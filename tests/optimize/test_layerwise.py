@@ -18,7 +18,8 @@ from torch import Tensor  # noqa: E402
 from onnxcompress.data.image_set import load_images  # noqa: E402
 from onnxcompress.data.preprocess import Preprocess  # noqa: E402
 from onnxcompress.errors import CompressError, InputError, ModelError, OptionError  # noqa: E402
-from onnxcompress.graph.conv_layers import ConvLayer, conv_layers  # noqa: E402
+from onnxcompress.graph.conv_layers import conv_layers  # noqa: E402
+from onnxcompress.graph.linear_layer import Linear  # noqa: E402
 from onnxcompress.model import Model, load  # noqa: E402
 from onnxcompress.optimize.synthesis.colored_noise import (  # noqa: E402
     COLOURED,
@@ -111,7 +112,7 @@ def test_sources_of_several_tensors(residual: Model) -> None:
 
 
 def test_each_node_runs_once_however_many_branches_a_sum_has(resnet: Model) -> None:
-    last = list(conv_layers(resnet).values())[-1].input
+    last = list(conv_layers(resnet).values())[-1].input_name
     stage = LayerSampler(resnet, noise=WHITE).sources(resnet.graph.outputs[0].name)
     assert len(stage) == 4  # three branches of the last stage and its projection
     plan = LayerSampler(resnet)._cut([last])
@@ -194,7 +195,7 @@ def test_a_channel_that_cannot_vary_is_its_mean() -> None:
 
 
 def test_folding_changes_no_sample_drawn_near(resnet: Model) -> None:
-    names = [layer.input for layer in conv_layers(resnet).values()][3::5]
+    names = [layer.input_name for layer in conv_layers(resnet).values()][3::5]
     folded = resnet.copy()
     FoldBatchNorm().apply(folded)
     assert not [node for node in folded.graph.nodes if node.op == "BatchNormalization"]
@@ -324,29 +325,27 @@ def test_images_and_options_are_checked(residual: Model) -> None:
 
 def test_better_noise_predicts_real_outputs_better(resnet: Model) -> None:
     """Second moments of what 3x3 convolutions compute: white noise has too little energy for them."""
-    layers = [v for v in conv_layers(resnet).values() if v.kernel == (3, 3)][2::3]
+    layers = [v for v in conv_layers(resnet).values() if v.weight.shape[2:] == (3, 3)][2::3]
     preprocess = Preprocess.parse("fashion-mnist")
     images = load_images(MODELS / "fashion-tiny.npz", preprocess=preprocess, count=100)
     sampler = LayerSampler(resnet, noise=WHITE)
-    names = [layer.input for layer in layers]
+    names = [layer.input_name for layer in layers]
     real = sampler.executor.run({"input": torch.from_numpy(images.array())}, names)
     errors = []
     for noise in (WHITE, COLOURED, Noise()):
         sampler.noise = noise
         drawn = sampler.sample_all(names, 64, 0)
-        errors.append(
-            torch.stack([
-                (energy(sampler, v, drawn[v.input]) / energy(sampler, v, real[v.input])).log().abs().mean()
-                for v in layers
-            ])
-        )  # fmt: skip
+        ratios = [
+            energy(sampler, v, drawn[v.input_name]) / energy(sampler, v, real[v.input_name]) for v in layers
+        ]
+        errors.append(torch.stack([ratio.log().abs().mean() for ratio in ratios]))
     white, coloured, deep = errors
     assert (coloured < white).all()
     assert coloured.mean() < 0.85 * white.mean()
     assert deep.mean() < 0.5 * coloured.mean()
 
 
-def energy(sampler: LayerSampler, layer: ConvLayer, x: Tensor) -> Tensor:
+def energy(sampler: LayerSampler, layer: Linear, x: Tensor) -> Tensor:
     """Variance of each output channel of the convolution."""
-    y = sampler.executor.run({layer.input: x}, [layer.node])[layer.node]
+    y = sampler.executor.run({layer.input_name: x}, [layer.output_name])[layer.output_name]
     return y.var((0, 2, 3))

@@ -279,7 +279,7 @@ def test_sparsities_are_tried_as_they_are_meant() -> None:
     model = chain()
     trials = Trials(model, make_plan(model, FLOATS), PruneSettings(), names=frozenset({"wd"}))
     trials.pass_through(images(3), "trying")
-    layer = next(layer for layer in trials.plan.layers.values() if layer.weight == "wd")
+    layer = next(layer for layer in trials.plan.layers.values() if layer.linear.weight_name == "wd")
     own, _ = matrix(layer, trials.executor.parameters["wd"])
     trial = trials.found["wd"]
     zeros = [float(((own + change).abs() < 1e-6).float().mean()) for change in trial.weight]

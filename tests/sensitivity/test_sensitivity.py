@@ -77,7 +77,7 @@ def test_a_layer_without_bias_costs_what_onnxruntime_says(kind: str) -> None:
     found = by_weight(measured(model, PROCEDURAL, reconstruct=False, **amounts).rows)
     x = gather_inputs(model, PROCEDURAL).images.array()[LEARNED:]
     for layer in make_plan(model, Bits(8, None, None)).layers.values():
-        own = read(model.graph.tensors()[layer.weight])
+        own = read(model.graph.tensors()[layer.linear.weight_name])
         if kind == "bits":
             rounded = (
                 nearest(torch.from_numpy(own.T[None].copy()), SaturationBounds(-4, 3), True)
@@ -88,9 +88,9 @@ def test_a_layer_without_bias_costs_what_onnxruntime_says(kind: str) -> None:
             rounded = np.where(
                 np.abs(own) > np.sort(np.abs(own).ravel())[round(0.4 * own.size) - 1], own, 0
             )
-        expected = plain_error(model, layer.weight, rounded, x)
+        expected = plain_error(model, layer.linear.weight_name, rounded, x)
         assert expected > 1e-4
-        assert found[layer.weight].error == pytest.approx(expected, rel=1e-3)
+        assert found[layer.linear.weight_name].error == pytest.approx(expected, rel=1e-3)
 
 
 def test_all_layers_of_a_branched_network_have_errors_that_fall_with_the_bits() -> None:

@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from onnxcompress.graph.blocks import Block
-from onnxcompress.graph.conv_layers import ConvLayer, readers, writers
+from onnxcompress.graph.conv_layers import readers, writers
+from onnxcompress.graph.linear_layer import Linear
 from onnxcompress.graph.topology import Topology
 from onnxcompress.model import Model
 from onnxcompress.optimize.block_drop.adapters import fold_after, fold_before
@@ -210,9 +211,9 @@ class AdapterSite:
 
     cut: str
     """The tensor before the first adapter; the network up to it never changes."""
-    before: tuple[ConvLayer, ...] = ()
+    before: tuple[Linear, ...] = ()
     """Dense convolutions that read the stream after the block."""
-    after: tuple[ConvLayer, ...] = ()
+    after: tuple[Linear, ...] = ()
     """The last dense convolution that writes to the stream before the block, if any."""
 
     def adapters(self, device: torch.device) -> dict[str, Tensor]:
@@ -225,8 +226,8 @@ class AdapterSite:
             Key of the layer -> adapter, (channels, channels).
         """
         return {
-            **{f"before {x.node}": _identity(x.inputs, device) for x in self.before},
-            **{f"after {x.node}": _identity(x.outputs, device) for x in self.after},
+            **{f"before {x.output_name}": _identity(x.inputs, device) for x in self.before},
+            **{f"after {x.output_name}": _identity(x.outputs, device) for x in self.after},
         }
 
     def folded(self, now: Mapping[str, Tensor], adapters: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -241,14 +242,16 @@ class AdapterSite:
         """
         values: dict[str, Tensor] = {}
         for layer in self.before:
-            values[layer.weight] = fold_before(now[layer.weight], adapters[f"before {layer.node}"])
+            values[layer.weight_name] = fold_before(
+                now[layer.weight_name], adapters[f"before {layer.output_name}"]
+            )
         for layer in self.after:
-            weight = values.get(layer.weight, now[layer.weight])
-            bias = None if layer.bias is None else now[layer.bias]
-            weight, bias = fold_after(weight, bias, adapters[f"after {layer.node}"])
-            values[layer.weight] = weight
-            if layer.bias is not None and bias is not None:
-                values[layer.bias] = bias
+            weight = values.get(layer.weight_name, now[layer.weight_name])
+            bias = None if layer.bias_name is None else now[layer.bias_name]
+            weight, bias = fold_after(weight, bias, adapters[f"after {layer.output_name}"])
+            values[layer.weight_name] = weight
+            if layer.bias_name is not None and bias is not None:
+                values[layer.bias_name] = bias
         return values
 
 
@@ -270,7 +273,7 @@ def adapter_site(topology: Topology, block: Block) -> AdapterSite:
     model = topology.model
     tensors = model.graph.tensors()
     entry = tensors[block.entry]
-    after = sorted(writers(model, entry), key=lambda x: topology.position(tensors[x.node]))[-1:]
+    after = sorted(writers(model, entry), key=lambda x: topology.position(tensors[x.output_name]))[-1:]
     cut = block.entry
     if after:
         place = topology.position(tensors[after[0].node])

@@ -48,7 +48,9 @@ class CalibrationContext:
         bits = Bits(8, None, None)
         plan = make_plan(model, bits)
         batch = images_at_once(model, x) or BATCH
-        plain = {one.weight: torch.from_numpy(one.linear.weight) for one in plan.layers.values()}
+        plain = {
+            one.linear.weight_name: torch.from_numpy(one.linear.weight) for one in plan.layers.values()
+        }
         if stretched and stretch(model, plan, x, twin, batch):
             plan = make_plan(model, bits)
         return CalibrationContext(model, plan, x, twin, batch, min(inputs.real_count, len(x)), plain)

@@ -117,7 +117,7 @@ def finetune_sparse(
     }
     if not leaves:
         return {}
-    weights = {layer.weight for layer in plan.layers.values()}
+    weights = {layer.linear.weight_name for layer in plan.layers.values()}
     masks = {n: v.detach() != 0 for n, v in leaves.items() if n in weights}
     schedule = Schedule(steps, BATCH, LEARNING_RATE, seed)
     groups = [{"params": [v], "lr": LEARNING_RATE * sizes[n]} for n, v in leaves.items()]

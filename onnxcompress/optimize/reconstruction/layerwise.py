@@ -35,7 +35,7 @@ from onnxcompress.optimize.reconstruction.gptq import Moments
 from onnxcompress.optimize.reconstruction.patches import Patches
 from onnxcompress.optimize.synthesis.statistics_alignment import StatisticsAlignment
 from onnxcompress.progress import Progress, silent
-from onnxcompress.quantization.qdq_plan import Layer, Plan
+from onnxcompress.quantization.qdq_plan import Plan, QuantizedLayer
 
 RIDGE = 1e-2
 """λ as a share of the mean of the patches' second moments."""
@@ -130,14 +130,14 @@ class LayerwiseReconstruction(ABC):
                 progress(stage, place + 1, len(self._nodes))
 
     @abstractmethod
-    def _fit_layer(self, layer: Layer, x: Tensor, wanted: Tensor) -> None:
+    def _fit_layer(self, layer: QuantizedLayer, x: Tensor, wanted: Tensor) -> None:
         """Fit the layer and `_set` its parameters. x: the student's input; wanted: the teacher's output."""
 
     def _seen(self, node: gs.Node, index: int, name: str) -> Tensor:
         """Return the student's tensor as the node reads it at that input."""
         return self._student[name]
 
-    def _on_layer_fitted(self, layer: Layer, wanted: Tensor, made: Tensor) -> None:
+    def _on_layer_fitted(self, layer: QuantizedLayer, wanted: Tensor, made: Tensor) -> None:
         """Take note of the outputs of teacher (`wanted`) and student (`made`) once the layer is fitted."""
         return
 
@@ -198,32 +198,32 @@ class LayerwiseReconstruction(ABC):
         if not _finite(self._student[name]):
             raise InputError(f"tensor {name!r} is not finite on these images; check --preprocess")
 
-    def _mean_error(self, layer: Layer, x: Tensor, wanted: Tensor) -> Tensor:
+    def _mean_error(self, layer: QuantizedLayer, x: Tensor, wanted: Tensor) -> Tensor:
         """Return the mean error of the fitted layer's output, (outputs,), without aligned statistics."""
-        source = layer.node.inputs[layer.linear.data_at].name
-        made = self._run([layer.output], {source: x}, self._own)[layer.output]
+        source = layer.linear.node.inputs[layer.linear.data_at].name
+        made = self._run([layer.linear.output_name], {source: x}, self._own)[layer.linear.output_name]
         error = self._unmapped(layer, wanted) - self._unmapped(layer, made)
         return error.mean([axis for axis in range(error.ndim) if axis != 1])
 
     def _set(self, name: str, value: Tensor) -> None:
         self._own[name] = self.twin.align(name, value) if name in self._maps else value
 
-    def _unmapped(self, layer: Layer, y: Tensor, offset: bool = True) -> Tensor:
+    def _unmapped(self, layer: QuantizedLayer, y: Tensor, offset: bool = True) -> Tensor:
         """Return the layer's output without aligned statistics."""
-        if layer.bias not in self.twin.biases:
+        if layer.linear.bias_name not in self.twin.biases:
             return y
-        scale, shift = (along(part, y) for part in self.twin.biases[layer.bias])
+        scale, shift = (along(part, y) for part in self.twin.biases[layer.linear.bias_name])
         return (y - shift) / scale if offset else y / scale
 
-    def _wanted(self, layer: Layer, y: Tensor) -> Tensor:
+    def _wanted(self, layer: QuantizedLayer, y: Tensor) -> Tensor:
         """Return the target of the layer: the teacher's output, and what the other side of a sum lost."""
         lost = self._owed(layer)
         y = self._unmapped(layer, y)
         return y if lost is None or lost.shape != y.shape else y + self._unmapped(layer, lost, offset=False)
 
-    def _owed(self, layer: Layer) -> Tensor | None:
+    def _owed(self, layer: QuantizedLayer) -> Tensor | None:
         """Return what the other side of a residual addition lost, where nothing else reads the layer."""
-        tensor = layer.node.outputs[0]
+        tensor = layer.linear.node.outputs[0]
         readers = value_readers(tensor)
         if len(readers) != 1 or is_output(self.model, tensor) or not is_op(readers[0], "Add"):
             return None
@@ -233,10 +233,12 @@ class LayerwiseReconstruction(ABC):
         index, other = others[0]
         return self._teacher[other.name] - self._seen(readers[0], index, other.name)
 
-    def _moments(self, layer: Layer, cut: Patches, weight: Tensor, x: Tensor, wanted: Tensor) -> Moments:
+    def _moments(
+        self, layer: QuantizedLayer, cut: Patches, weight: Tensor, x: Tensor, wanted: Tensor
+    ) -> Moments:
         """Return the moments of input patches, and their cross moments with the residual of the layer."""
-        if layer.bias is not None:
-            wanted = wanted - along(self.executor.parameters[layer.bias], wanted)
+        if layer.linear.bias_name is not None:
+            wanted = wanted - along(self.executor.parameters[layer.linear.bias_name], wanted)
         reads, gives = (torch.split(t, self.settings.batch) for t in (x, wanted))
         places = [cut.places(wanted, self._generator) for _ in reads]
         rows = max(ROWS, ROWS_EACH * weight.shape[2])

@@ -15,10 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from onnxcompress.graph.conv_layers import conv_layer
+from onnxcompress.graph.conv_layers import conv_geometry
 from onnxcompress.graph.query import is_op
 from onnxcompress.model import Model
-from onnxcompress.quantization.qdq_plan import Layer
+from onnxcompress.quantization.qdq_plan import QuantizedLayer
 
 PLACES = 256
 """Places at which an image gives a patch, at most."""
@@ -81,7 +81,7 @@ def _at(maps: Tensor, index: Tensor) -> Tensor:
     return maps.permute(0, 2, 3, 1).flatten(1, 2).index_select(1, index)
 
 
-def patches_of(model: Model, layer: Layer) -> Patches | None:
+def patches_of(model: Model, layer: QuantizedLayer) -> Patches | None:
     """Describe how a layer's input is cut into patches.
 
     Args:
@@ -91,15 +91,15 @@ def patches_of(model: Model, layer: Layer) -> Patches | None:
     Returns:
         The description; None where the layer is of another kind (see above).
     """
-    if is_op(layer.node, "Gemm"):
+    if is_op(layer.linear.node, "Gemm"):
         return Patches(1, None)
-    conv = conv_layer(model, layer.node)
+    conv = conv_geometry(layer.linear.node)
     if conv is None:
         return None
-    return Patches(conv.groups, conv.kernel, conv.strides, conv.dilations, conv.pads)
+    return Patches(layer.linear.groups, conv.kernel, conv.strides, conv.dilations, conv.pads)
 
 
-def matrix(layer: Layer, weight: Tensor) -> tuple[Tensor, torch.Size]:
+def matrix(layer: QuantizedLayer, weight: Tensor) -> tuple[Tensor, torch.Size]:
     """View a layer's weight as a matrix for each group.
 
     Args:
@@ -113,7 +113,7 @@ def matrix(layer: Layer, weight: Tensor) -> tuple[Tensor, torch.Size]:
     return view.flatten(2), view.shape
 
 
-def stored(layer: Layer, rows: Tensor, shape: torch.Size) -> Tensor:
+def stored(layer: QuantizedLayer, rows: Tensor, shape: torch.Size) -> Tensor:
     """Convert a matrix back to the initializer's own layout: the reverse of `matrix`.
 
     Args:

@@ -35,7 +35,7 @@ from onnxcompress.optimize.reconstruction.layerwise import (
 )
 from onnxcompress.optimize.reconstruction.patches import matrix, patches_of, stored
 from onnxcompress.optimize.reconstruction.sparsity_pattern import UNSTRUCTURED, Pattern
-from onnxcompress.quantization.qdq_plan import Layer
+from onnxcompress.quantization.qdq_plan import QuantizedLayer
 
 LEVELS = (0.3, 0.5, 0.65, 0.8, 0.9, 0.95)
 """Sparsities that are tried."""
@@ -88,11 +88,11 @@ class Trials(LayerwiseReconstruction):
                 found[tensor.name] = None
         return list(found)
 
-    def _fit_layer(self, layer: Layer, x: Tensor, wanted: Tensor) -> None:
+    def _fit_layer(self, layer: QuantizedLayer, x: Tensor, wanted: Tensor) -> None:
         cut = patches_of(self.model, layer)
-        if cut is None or layer.weight not in self.names:
+        if cut is None or layer.linear.weight_name not in self.names:
             return
-        weight, shape = matrix(layer, self.executor.parameters[layer.weight])
+        weight, shape = matrix(layer, self.executor.parameters[layer.linear.weight_name])
         moments = self._moments(layer, cut, weight, x, self._unmapped(layer, wanted))
         goal, h = _quadratic(weight, moments, math.inf)
         problem = Problem.of(goal, h, torch.ones(weight.shape[:2]))
@@ -108,7 +108,9 @@ class Trials(LayerwiseReconstruction):
             changes.append(off.float())
             biases.append(moments.shift(weight, new).float())
             errors.append(((off @ h) * off).sum(2))
-        self.found[layer.weight] = Trial(torch.stack(changes), torch.stack(biases), torch.stack(errors))
+        self.found[layer.linear.weight_name] = Trial(
+            torch.stack(changes), torch.stack(biases), torch.stack(errors)
+        )
 
 
 @dataclass(frozen=True)
@@ -134,10 +136,12 @@ def output_costs(trials: Trials, images: Tensor, behind: Tensor | None = None) -
         The costs of the layers that were tried.
     """
     executor, twin = trials.executor, trials.twin
-    layers = [layer for layer in trials.plan.layers.values() if layer.weight in trials.found]
+    layers = [layer for layer in trials.plan.layers.values() if layer.linear.weight_name in trials.found]
     sums = {n: torch.zeros(len(LEVELS), dtype=torch.float64) for n in trials.found}
     rows = {n: torch.zeros_like(t.error[0]) for n, t in trials.found.items()}
-    names = [n for layer in layers for n in (layer.weight, layer.bias) if n is not None]
+    names = [
+        n for layer in layers for n in (layer.linear.weight_name, layer.linear.bias_name) if n is not None
+    ]
     maps = {n: twin.align(n, executor.parameters[n]) for n in (*twin.weights, *twin.biases)}
     size = min(PROBED, len(images)) if trials.settings.batch >= PROBED else trials.settings.batch
 
@@ -162,14 +166,14 @@ def output_costs(trials: Trials, images: Tensor, behind: Tensor | None = None) -
     executor.needed([trials.source], trials.outputs)  # once, not by each thread
     for slopes in in_turn(probed, PROBES):
         for layer in layers:
-            trial = trials.found[layer.weight]
-            slope = _undone(trials, layer.weight, slopes[layer.weight])
+            trial = trials.found[layer.linear.weight_name]
+            slope = _undone(trials, layer.linear.weight_name, slopes[layer.linear.weight_name])
             change = (matrix(layer, slope)[0] * trial.weight).sum(3)
-            if layer.bias is not None:
-                offset = _undone(trials, layer.bias, slopes[layer.bias])
+            if layer.linear.bias_name is not None:
+                offset = _undone(trials, layer.linear.bias_name, slopes[layer.linear.bias_name])
                 change = change + offset.reshape(change.shape[1:]) * trial.bias
-            sums[layer.weight] += change.sum((1, 2)).double().square() / (PROBES * size)
-            rows[layer.weight] += change[TYPICAL].double().square()
+            sums[layer.linear.weight_name] += change.sum((1, 2)).double().square() / (PROBES * size)
+            rows[layer.linear.weight_name] += change[TYPICAL].double().square()
     worth = {n: _worth(rows[n] / trials.found[n].error[TYPICAL].clamp_min(1e-12)) for n in rows}
     return Costs({n: v.tolist() for n, v in sums.items()}, worth)
 
@@ -216,10 +220,10 @@ class Sparsifier(LayerwiseReconstruction):
     noise: dict[str, float] = field(default_factory=dict)
     """Name of the weight -> squared error of the layer's output, over its variance."""
 
-    def _fit_layer(self, layer: Layer, x: Tensor, wanted: Tensor) -> None:
-        weight, shape = matrix(layer, self.executor.parameters[layer.weight])
+    def _fit_layer(self, layer: QuantizedLayer, x: Tensor, wanted: Tensor) -> None:
+        weight, shape = matrix(layer, self.executor.parameters[layer.linear.weight_name])
         cut = patches_of(self.model, layer)
-        share = self.settings.sparsity.get(layer.weight)
+        share = self.settings.sparsity.get(layer.linear.weight_name)
         pattern = self.settings.pattern if share is not None else UNSTRUCTURED
         choice = Choice(kept(weight.numel(), share or 0.0), math.prod(shape[3:]), pattern)
         if cut is None:
@@ -228,28 +232,30 @@ class Sparsifier(LayerwiseReconstruction):
             moments = self._moments(layer, cut, weight, x, self._wanted(layer, wanted))
             new = self._solved(layer, weight, moments, None if share is None else choice)
             shift = moments.shift(weight, new).float()
-        self._note(layer.weight, stored(layer, new.float(), shape))
-        if layer.bias is not None:
-            bias = self.executor.parameters[layer.bias]
+        self._note(layer.linear.weight_name, stored(layer, new.float(), shape))
+        if layer.linear.bias_name is not None:
+            bias = self.executor.parameters[layer.linear.bias_name]
             off = self._mean_error(layer, x, wanted) if shift is None else shift.reshape(-1)
-            self._note(layer.bias, bias + off)
+            self._note(layer.linear.bias_name, bias + off)
 
-    def _solved(self, layer: Layer, weight: Tensor, moments: Moments, choice: Choice | None) -> Tensor:
+    def _solved(
+        self, layer: QuantizedLayer, weight: Tensor, moments: Moments, choice: Choice | None
+    ) -> Tensor:
         """Return the least squares target, with the chosen weights at zero."""
         few = moments.rows < TARGET_ROWS * weight.shape[2]
         goal, h = _quadratic(weight, moments, math.inf if few else RIDGE)
         if choice is None:
             return goal
-        rows = self.settings.rows.get(layer.weight)
+        rows = self.settings.rows.get(layer.linear.weight_name)
         return Problem.of(goal, h, torch.ones(weight.shape[:2]) if rows is None else rows).solve(choice)
 
     def _note(self, name: str, value: Tensor) -> None:
         self.results[name] = value
         self._set(name, value)
 
-    def _on_layer_fitted(self, layer: Layer, wanted: Tensor, made: Tensor) -> None:
+    def _on_layer_fitted(self, layer: QuantizedLayer, wanted: Tensor, made: Tensor) -> None:
         error = (made - wanted).square().mean()
-        self.noise[layer.weight] = float(error / wanted.var().clamp_min(1e-12))
+        self.noise[layer.linear.weight_name] = float(error / wanted.var().clamp_min(1e-12))
 
 
 def _quadratic(weight: Tensor, moments: Moments, target: float) -> tuple[Tensor, Tensor]:

@@ -30,7 +30,7 @@ from onnxcompress.optimize.reconstruction.patches import matrix, patches_of, sto
 from onnxcompress.optimize.reconstruction.saturation import SaturationBounds
 from onnxcompress.progress import Progress, silent
 from onnxcompress.quantization.affine_grid import Grid, activation_grid
-from onnxcompress.quantization.qdq_plan import Key, Layer
+from onnxcompress.quantization.qdq_plan import Key, QuantizedLayer
 
 RIDGE = 0.1
 """λ of the rounding, as a share of the mean of the patches' second moments."""
@@ -95,9 +95,9 @@ class Quantizer(LayerwiseReconstruction):
 
         return torch.cat(list(in_turn(rounded, len(parts))))
 
-    def _on_layer_fitted(self, layer: Layer, wanted: Tensor, made: Tensor) -> None:
+    def _on_layer_fitted(self, layer: QuantizedLayer, wanted: Tensor, made: Tensor) -> None:
         error = (made - wanted).square().mean()
-        self.results.noise[id(layer.node)] = float(error / wanted.var().clamp_min(1e-12))
+        self.results.noise[id(layer.linear.node)] = float(error / wanted.var().clamp_min(1e-12))
 
     def _grid(self, key: Key) -> Grid:
         key = self.plan.root(key)
@@ -114,9 +114,9 @@ class Quantizer(LayerwiseReconstruction):
             self.results.grids[key] = found
         return self.results.grids[key]
 
-    def _fit_layer(self, layer: Layer, x: Tensor, wanted: Tensor) -> None:
+    def _fit_layer(self, layer: QuantizedLayer, x: Tensor, wanted: Tensor) -> None:
         """Round the layer's weight and correct its bias. x: what it reads; wanted: the teacher's output."""
-        weight, shape = matrix(layer, self.executor.parameters[layer.weight])
+        weight, shape = matrix(layer, self.executor.parameters[layer.linear.weight_name])
         s = self.settings
         allowed = SaturationBounds.of(layer, layer.weight_bits, saturation_safe=s.saturation_safe)
         each = layer.per_channel(s.per_channel)
@@ -129,12 +129,12 @@ class Quantizer(LayerwiseReconstruction):
             few = moments.rows < TARGET_ROWS * weight.shape[2]
             target = math.inf if few else TARGET * 2 ** (fewest - 4)
             found = reconstruct(weight, moments, allowed, each, ridge=RIDGE, target=target)
-        self.results.weights[id(layer.node)] = found
-        self._set(layer.weight, stored(layer, found.weight, shape))
-        if layer.bias is None:
+        self.results.weights[id(layer.linear.node)] = found
+        self._set(layer.linear.weight_name, stored(layer, found.weight, shape))
+        if layer.linear.bias_name is None:
             return
-        bias = self.executor.parameters[layer.bias] + found.shift.reshape(-1)
+        bias = self.executor.parameters[layer.linear.bias_name] + found.shift.reshape(-1)
         if cut is None and s.reconstruct:
             bias = bias + self._mean_error(layer, x, wanted)
-        self.results.biases[id(layer.node)] = bias
-        self._set(layer.bias, bias)
+        self.results.biases[id(layer.linear.node)] = bias
+        self._set(layer.linear.bias_name, bias)

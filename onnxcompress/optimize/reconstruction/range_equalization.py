@@ -33,7 +33,7 @@ from onnxcompress.model import Model
 from onnxcompress.optimize.deterministic_threads import in_turn
 from onnxcompress.optimize.executor import Executor
 from onnxcompress.optimize.synthesis.statistics_alignment import StatisticsAlignment
-from onnxcompress.quantization.qdq_plan import Layer, Plan
+from onnxcompress.quantization.qdq_plan import Plan, QuantizedLayer
 from onnxcompress.statistics.record import ChannelStatistics, read_record, write_record
 
 MARGIN = 1.5
@@ -47,8 +47,8 @@ class Stream:
     """Tensors whose channels must have the same factors, and who writes and reads them."""
 
     tensors: list[str] = field(default_factory=list)
-    writers: list[Layer] = field(default_factory=list)
-    readers: list[Layer] = field(default_factory=list)
+    writers: list[QuantizedLayer] = field(default_factory=list)
+    readers: list[QuantizedLayer] = field(default_factory=list)
     read: set[str] = field(default_factory=set)
     """Those of the tensors that layers read."""
     tops: set[float] = field(default_factory=set)
@@ -63,8 +63,8 @@ def streams(model: Model, plan: Plan) -> list[Stream]:
     """All streams between layers of the plan whose channels can be scaled, in its order."""
     found, seen = [], set[str]()
     for writer in plan.layers.values():
-        if writer.output not in seen:
-            stream = _stream(model, plan, writer.node.outputs[0], seen)
+        if writer.linear.output_name not in seen:
+            stream = _stream(model, plan, writer.linear.node.outputs[0], seen)
             if stream is not None and stream.readers and len(stream.tops) < 2:
                 found.append(stream)
     return found
@@ -89,7 +89,7 @@ def _stream(model: Model, plan: Plan, start: gs.Tensor, seen: set[str]) -> Strea
             layer = None if node is None else plan.layers.get(id(node))
             if layer is not None and node is producer(tensor):
                 stream.writers.append(layer)
-                whole &= layer.bias is not None
+                whole &= layer.linear.bias_name is not None
             elif layer is not None:
                 stream.readers.append(layer)
                 stream.read.add(tensor.name)
@@ -166,22 +166,22 @@ def _apply(
 ) -> None:
     tensors = model.graph.tensors()
     for writer in one.writers:
-        _rescale(writer, tensors[writer.weight], outputs=scale)
-        assert writer.bias is not None
-        bias = tensors[writer.bias]
+        _rescale(writer, tensors[writer.linear.weight_name], outputs=scale)
+        assert writer.linear.bias_name is not None
+        bias = tensors[writer.linear.bias_name]
         set_values(bias, (read(bias).astype(np.float64) * scale).astype(np.float32))
-        if writer.bias in twin.biases:
-            factor, shift = twin.biases[writer.bias]
-            twin.biases[writer.bias] = factor, shift * torch.from_numpy(scale).to(shift)
+        if writer.linear.bias_name in twin.biases:
+            factor, shift = twin.biases[writer.linear.bias_name]
+            twin.biases[writer.linear.bias_name] = factor, shift * torch.from_numpy(scale).to(shift)
     for reader in one.readers:
-        _rescale(reader, tensors[reader.weight], inputs=1 / scale)
+        _rescale(reader, tensors[reader.linear.weight_name], inputs=1 / scale)
     for name in record.keys() & set(one.tensors):
         old = record[name]
         mean, std = ((part * scale).astype(np.float32) for part in (old.mean, old.std))
         record[name] = ChannelStatistics(mean, std, old.source)
 
 
-def _rescale(layer: Layer, weight: gs.Constant, **factors: np.ndarray) -> None:
+def _rescale(layer: QuantizedLayer, weight: gs.Constant, **factors: np.ndarray) -> None:
     values = np.ascontiguousarray(read(weight)).copy()
     groups = layer.linear.groups
     view = layer.linear.view(values)

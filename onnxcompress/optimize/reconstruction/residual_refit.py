@@ -17,6 +17,7 @@ Does not handle: convolutions with automatic padding, with shared weights, or wi
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from itertools import pairwise
 
@@ -24,7 +25,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from onnxcompress.graph.conv_layers import ConvLayer, conv_layers, only_add_after
+from onnxcompress.graph.conv_layers import conv_geometry, conv_layers, only_add_after
+from onnxcompress.graph.linear_layer import Linear
 from onnxcompress.graph.topology import Topology
 from onnxcompress.model import Model
 from onnxcompress.optimize.deterministic_threads import in_turn, one_thread
@@ -50,7 +52,7 @@ class Segment:
 
     start: str
     end: str
-    layers: list[tuple[ConvLayer, str]]
+    layers: list[tuple[Linear, str]]
     """Each with the tensor at which the two networks are compared."""
 
 
@@ -120,7 +122,7 @@ class Reconstruction:
     def _refit(
         self,
         segment: Segment,
-        layer: ConvLayer,
+        layer: Linear,
         check: str,
         ours: Tensor,
         theirs: Tensor,
@@ -134,10 +136,10 @@ class Reconstruction:
         def sums(index: int) -> tuple[Tensor, Tensor, int]:
             with torch.no_grad():  # of each thread
                 x, t = parts[index]
-                mine = self.student.run({segment.start: x}, [layer.input, check], self.new)
+                mine = self.student.run({segment.start: x}, [layer.input_name, check], self.new)
                 wanted = self.teacher.run({segment.start: t}, [check])[check]
                 places = torch.Generator().manual_seed(seeds[index])
-                a, r = _regression(layer, mine[layer.input], wanted - mine[check], places)
+                a, r = _regression(layer, mine[layer.input_name], wanted - mine[check], places)
                 return a @ a.transpose(1, 2), r @ a.transpose(1, 2), a.shape[2]
 
         batches = in_turn(sums, len(parts), self.student.device)
@@ -148,13 +150,13 @@ class Reconstruction:
         batches.close()
         assert gram is not None
         assert cross is not None
-        delta = _solve(gram, cross, self.ridge, layer.bias is not None)
-        weight = self.new.get(layer.weight, self.student.parameters[layer.weight])
+        delta = _solve(gram, cross, self.ridge, layer.bias_name is not None)
+        weight = self.new.get(layer.weight_name, self.student.parameters[layer.weight_name])
         step = delta[..., :-1].reshape(layer.outputs, -1).reshape(weight.shape)
-        self.new[layer.weight] = weight + step.to(weight.dtype)
-        if layer.bias is not None:
-            bias = self.new.get(layer.bias, self.student.parameters[layer.bias])
-            self.new[layer.bias] = bias + delta[..., -1].reshape(-1).to(bias.dtype)
+        self.new[layer.weight_name] = weight + step.to(weight.dtype)
+        if layer.bias_name is not None:
+            bias = self.new.get(layer.bias_name, self.student.parameters[layer.bias_name])
+            self.new[layer.bias_name] = bias + delta[..., -1].reshape(-1).to(bias.dtype)
 
 
 def segments(student: Model, feature: str) -> list[Segment]:
@@ -172,9 +174,9 @@ def segments(student: Model, feature: str) -> list[Segment]:
     found = []
     for start, end in pairwise(trunk):
         layers = [
-            (layer, (only_add_after(student, layer) or (layer.node,))[0])
+            (layer, (only_add_after(student, layer) or (layer.output_name,))[0])
             for layer in conv_layers(student, topology.between(start, end)).values()
-            if layer.inputs // layer.groups * layer.kernel[0] * layer.kernel[1] <= MAX_FAN_IN
+            if math.prod(layer.weight.shape[1:]) <= MAX_FAN_IN
         ]
         found.append(Segment(start.name, end.name, layers))
         if end.name == feature:
@@ -183,12 +185,14 @@ def segments(student: Model, feature: str) -> list[Segment]:
 
 
 def _regression(
-    layer: ConvLayer, x: Tensor, residual: Tensor, generator: torch.Generator
+    layer: Linear, x: Tensor, residual: Tensor, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
     """Return patches with a 1 for the bias (G, F + 1, R) and residuals (G, O/G, R) at random places."""
-    top, left, bottom, right = layer.pads
+    conv = conv_geometry(layer.node)
+    assert conv is not None  # see `segments`
+    top, left, bottom, right = conv.pads
     padded = F.pad(x.float(), (left, right, top, bottom))
-    patches = F.unfold(padded, layer.kernel, layer.dilations, 0, layer.strides)  # N, I·k, L
+    patches = F.unfold(padded, conv.kernel, conv.dilations, 0, conv.strides)  # N, I·k, L
     length = patches.shape[2]
     take = torch.randperm(length, generator=generator)[:PLACES]
     grouped = _grouped(patches[:, :, take], layer.groups)

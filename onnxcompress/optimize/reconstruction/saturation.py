@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from onnxcompress.quantization.affine_grid import weight_limits
-from onnxcompress.quantization.qdq_plan import Layer
+from onnxcompress.quantization.qdq_plan import QuantizedLayer
 
 PAIR = 128
 """Largest sum of the weights of a pair."""
@@ -38,7 +38,7 @@ class SaturationBounds:
     """(F,): the column that a column is paired with, itself where it is alone; None: no pairs."""
 
     @staticmethod
-    def of(layer: Layer, bits: int, *, saturation_safe: bool) -> SaturationBounds:
+    def of(layer: QuantizedLayer, bits: int, *, saturation_safe: bool) -> SaturationBounds:
         """Determine the bounds of a layer's weight, as a matrix with columns (inputs x taps).
 
         Args:
@@ -50,7 +50,7 @@ class SaturationBounds:
             The bounds; pairs only for 8 bits.
         """
         low, high = weight_limits(bits)
-        if bits < 8 or not saturation_safe or layer.depthwise:
+        if bits < 8 or not saturation_safe or layer.linear.depthwise:
             return SaturationBounds(low, high)
         inputs, *kernel = layer.linear.view(layer.linear.weight).shape[2:]
         return SaturationBounds(low, high, partners(inputs, math.prod(kernel)))

@@ -25,8 +25,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from onnxcompress.graph.conv_layers import ConvLayer, conv_layers
+from onnxcompress.graph.conv_layers import conv_layers
 from onnxcompress.graph.edit import set_values
+from onnxcompress.graph.linear_layer import Linear
 from onnxcompress.graph.query import read
 from onnxcompress.graph.topology import Topology
 from onnxcompress.model import Model
@@ -138,11 +139,11 @@ def standardize(
         for start, end in pairwise(topology.trunk()):
             for node in topology.between(start, end):
                 layer = layers.get(node.outputs[0].name)
-                if layer is None or layer.bias is None or layer.node not in known:
+                if layer is None or layer.bias_name is None or layer.output_name not in known:
                     continue
-                out = _run(executor, start.name, layer.node, split_images(values, count, batch), now)
-                _map(twin, layer, out, known[layer.node])
-                for name in (layer.weight, layer.bias):
+                out = _run(executor, start.name, layer.output_name, split_images(values, count, batch), now)
+                _map(twin, layer, out, known[layer.output_name])
+                for name in (layer.weight_name, layer.bias_name):
                     now[name] = twin.align(name, executor.parameters[name])
             if end.name == last:
                 break
@@ -156,7 +157,7 @@ def _run(
     return torch.cat([executor.run({start: part}, [end], now)[end] for part in batches])
 
 
-def _map(twin: StatisticsAlignment, layer: ConvLayer, out: Tensor, wanted: ChannelStatistics) -> None:
+def _map(twin: StatisticsAlignment, layer: Linear, out: Tensor, wanted: ChannelStatistics) -> None:
     """Add the map that gives `out` (N, C, …) the wanted statistics."""
     axes = [axis for axis in range(out.ndim) if axis != 1]
     variance, mean = torch.var_mean(out.double(), axes, correction=0)
@@ -165,6 +166,6 @@ def _map(twin: StatisticsAlignment, layer: ConvLayer, out: Tensor, wanted: Chann
     scale = torch.where(deviation > 0, target / deviation.clamp_min(1e-30), 1.0)
     scale = torch.where((scale < MOST) & (scale > 1 / MOST), scale, 1.0)
     shift = torch.from_numpy(wanted.mean.copy()).to(mean) - scale * mean
-    assert layer.bias is not None
-    twin.weights[layer.weight] = scale.float().reshape(-1, 1, 1, 1)
-    twin.biases[layer.bias] = scale.float(), shift.float()
+    assert layer.bias_name is not None
+    twin.weights[layer.weight_name] = scale.float().reshape(-1, 1, 1, 1)
+    twin.biases[layer.bias_name] = scale.float(), shift.float()
