@@ -27,7 +27,7 @@ from onnxcompress.errors import OptionError, TargetMissed
 
 if TYPE_CHECKING:
     from onnxcompress.data.image_set import ImageSet
-    from onnxcompress.data.preprocess import Choice
+    from onnxcompress.data.preprocess import PreprocessingChoice
     from onnxcompress.evaluation.compare import Comparison
 
 
@@ -67,7 +67,7 @@ def compare(
     from onnxcompress.data.preprocess import choose
     from onnxcompress.evaluation import compare as measure
     from onnxcompress.evaluation.accuracy import preprocessing
-    from onnxcompress.evaluation.gate_results import Facts, judge, summary
+    from onnxcompress.evaluation.gate_results import GateMeasurements, judge, summary
     from onnxcompress.evaluation.gates import Gates
     from onnxcompress.model.model_like import metadata_of
 
@@ -89,7 +89,7 @@ def compare(
         found = measure.compare(a, b, images=loaded, **chosen)
     options.warn_placements([(s.name, s.timing.placement) for s in (found.a, found.b)])
     options.warn_clocks([found.a.timing])
-    verdicts = judge(gates.limits, Facts.of(found, "" if loaded is None else str(choice)))
+    verdicts = judge(gates.limits, GateMeasurements.of(found, "" if loaded is None else str(choice)))
     timings = {side.name: side.timing for side in (found.a, found.b)}
     precision = options.precision_of(timings, tolerance if chosen["runs"] is None else None)
     preprocessed = dict.fromkeys(choice.as_dict()) if loaded is None else choice.as_dict()
@@ -122,7 +122,7 @@ def _report(
     report_option.write_report(path, account, roles, compared=compared, pictures=shown)
 
 
-def _show(found: Comparison, choice: Choice | None) -> None:
+def _show(found: Comparison, choice: PreprocessingChoice | None) -> None:
     from onnxcompress.cli.benchmark import ratio_text
     from onnxcompress.cli.console import number, size, stdout, table
 

@@ -166,11 +166,11 @@ def learned_from(inputs: Sequence[Mapping[str, Any]], verb: str = "learned") -> 
     Returns:
         A line for each source.
     """
-    from onnxcompress.data.preprocess import told
+    from onnxcompress.data.preprocess import description
 
     return [
         f"{verb} from {used['count']} {used['source']} ({used['why']})"
-        + (f", {told(used['preprocess'], used['preprocess_from'])}" if used["preprocess"] else "")
+        + (f", {description(used['preprocess'], used['preprocess_from'])}" if used["preprocess"] else "")
         for used in inputs
     ]
 

@@ -10,7 +10,7 @@ import click
 from onnxcompress.cli import options, report_option
 
 if TYPE_CHECKING:
-    from onnxcompress.data.preprocess import Choice
+    from onnxcompress.data.preprocess import PreprocessingChoice
     from onnxcompress.evaluation.accuracy import Accuracy
 
 
@@ -64,7 +64,7 @@ def evaluate(
         )
 
 
-def _show(model: str, images: str, choice: Choice, accuracy: Accuracy) -> None:
+def _show(model: str, images: str, choice: PreprocessingChoice, accuracy: Accuracy) -> None:
     from onnxcompress.cli.console import stdout, table
     from onnxcompress.model.model_like import display_names
     from onnxcompress.runtime.providers import described

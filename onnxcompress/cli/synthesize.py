@@ -13,7 +13,7 @@ from onnxcompress.errors import ModelError, OptionError
 
 if TYPE_CHECKING:
     from onnxcompress.data.image_set import ImageSet
-    from onnxcompress.data.preprocess import Choice
+    from onnxcompress.data.preprocess import PreprocessingChoice
     from onnxcompress.model import Model
     from onnxcompress.progress import Progress
 
@@ -140,7 +140,13 @@ def _files(target: Path, sheet: str | None, no_sheet: bool) -> list[Path]:
 
 
 def _make(
-    model: Model, kind: str, count: int, choice: Choice, seed: int, device: str, progress: Progress
+    model: Model,
+    kind: str,
+    count: int,
+    choice: PreprocessingChoice,
+    seed: int,
+    device: str,
+    progress: Progress,
 ) -> ImageSet:
     from onnxcompress.data.image_set import ImageSet
     from onnxcompress.optimize.calibration import STANDARDIZED, image_input, synthetic_images

@@ -133,7 +133,7 @@ SIGNED = Preprocess(mean=(128.0,), scale=1.0)
 
 
 @dataclass(frozen=True)
-class Choice:
+class PreprocessingChoice:
     """The preprocessing that a command uses, and where it comes from."""
 
     said: Preprocess | None
@@ -159,7 +159,7 @@ class Choice:
 
     def __str__(self) -> str:
         """Describe the preprocessing and its source for people."""
-        return told(str(self.preprocess), self.source)
+        return description(str(self.preprocess), self.source)
 
 
 _SOURCES = {
@@ -191,7 +191,7 @@ def choose(
     metadata: Mapping[str, str],
     model: str = "the model",
     dtype: np.dtype[Any] | None = None,
-) -> Choice:
+) -> PreprocessingChoice:
     """Choose the preprocessing: from the option, else from the model's metadata, else the default.
 
     Pairs without a preset, such as `size=24`, change what the metadata has and leave the rest of it.
@@ -211,18 +211,20 @@ def choose(
     base = base_for(dtype)
     words = [] if given is None else given.split()
     if given is not None and words and "=" not in words[0]:
-        return _whole(Choice(Preprocess.parse(given, base), "option", base), dtype, model)
+        return _whole(PreprocessingChoice(Preprocess.parse(given, base), "option", base), dtype, model)
     text = metadata.get(PREPROCESSING)
     if given is not None and (text is None or _says_all(words)):
         source = "option" if _says_all(words) else "option-and-default"
-        return _whole(Choice(Preprocess.parse(given, base), source, base), dtype, model)
+        return _whole(PreprocessingChoice(Preprocess.parse(given, base), source, base), dtype, model)
     if text is None:
-        return Choice(None, "default", base)
+        return PreprocessingChoice(None, "default", base)
     try:
         own = Preprocess.parse(text, base)
         if given is None:
-            return _whole(Choice(own, "model", base), dtype, model)
-        return _whole(Choice(Preprocess.parse(given, own), "option-and-model", base), dtype, model)
+            return _whole(PreprocessingChoice(own, "model", base), dtype, model)
+        return _whole(
+            PreprocessingChoice(Preprocess.parse(given, own), "option-and-model", base), dtype, model
+        )
     except OptionError as error:
         raise OptionError(
             f"{model}: its metadata {PREPROCESSING!r} cannot be used ({error}); give --preprocess"
@@ -234,12 +236,12 @@ def _says_all(words: Sequence[str]) -> bool:
     return {"mean", "std"} <= {word.partition("=")[0] for word in words}
 
 
-def told(text: str, source: str) -> str:
+def description(text: str, source: str) -> str:
     """Describe a preprocessing and its source for people.
 
     Args:
         text: The preprocessing, as `str` formats it.
-        source: Where it comes from, see `Choice.source`.
+        source: Where it comes from, see `PreprocessingChoice.source`.
 
     Returns:
         A clause such as `preprocessed by … (from the model's metadata)`.
@@ -247,7 +249,7 @@ def told(text: str, source: str) -> str:
     return f"preprocessed by {text} ({_SOURCES[source]})"
 
 
-def _whole(choice: Choice, dtype: np.dtype[Any] | None, model: str) -> Choice:
+def _whole(choice: PreprocessingChoice, dtype: np.dtype[Any] | None, model: str) -> PreprocessingChoice:
     """Check that an input of integers gets whole numbers. Raises OptionError."""
     if dtype is not None and dtype.kind in "iu":
         p = choice.preprocess

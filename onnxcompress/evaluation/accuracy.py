@@ -11,7 +11,7 @@ import numpy as np
 
 from onnxcompress.data.image_set import ImageSet, check_fits
 from onnxcompress.data.input_shapes import named, parse_input_shapes, sized
-from onnxcompress.data.preprocess import Choice, choose
+from onnxcompress.data.preprocess import PreprocessingChoice, choose
 from onnxcompress.errors import InputError, ModelError, OptionError, one_line
 from onnxcompress.model.model_like import (
     InputSpec,
@@ -231,7 +231,9 @@ def image_input(model: ModelLike) -> InputSpec:
     return specs[0]
 
 
-def preprocessing(model: ModelLike, given: str | None, input_shape: str | None = None) -> Choice:
+def preprocessing(
+    model: ModelLike, given: str | None, input_shape: str | None = None
+) -> PreprocessingChoice:
     """Choose how images become the model's input.
 
     Args:

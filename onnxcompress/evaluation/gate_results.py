@@ -16,7 +16,7 @@ MEGABYTE = 1e6
 
 
 @dataclass(frozen=True)
-class Facts:
+class GateMeasurements:
     """The measurements that gates judge; None where nothing was measured."""
 
     bytes: int
@@ -34,7 +34,7 @@ class Facts:
     """Description of how images were preprocessed."""
 
     @staticmethod
-    def of(found: Comparison, preprocess: str = "") -> Facts:
+    def of(found: Comparison, preprocess: str = "") -> GateMeasurements:
         """Take the measurements from a comparison.
 
         Args:
@@ -47,7 +47,7 @@ class Facts:
         a, b = found.a, found.b
         top1 = None if a.top1 is None or b.top1 is None else (a.top1, b.top1)
         device = f"{b.timing.device}, batch {b.timing.batch}"
-        return Facts(
+        return GateMeasurements(
             bytes=b.bytes,
             inputs=found.inputs,
             top1=top1,
@@ -86,12 +86,12 @@ def summary(verdicts: list[Verdict]) -> str:
     return f"not worth it: {'; '.join(missed)}" if missed else ""
 
 
-def judge(limits: Mapping[str, float], facts: Facts) -> list[Verdict]:
+def judge(limits: Mapping[str, float], measurements: GateMeasurements) -> list[Verdict]:
     """Judge measurements by limits.
 
     Args:
         limits: Limits by name, as in `gates.LIMITS`.
-        facts: The measurements.
+        measurements: The measurements.
 
     Returns:
         A verdict for each limit.
@@ -99,48 +99,52 @@ def judge(limits: Mapping[str, float], facts: Facts) -> list[Verdict]:
     Raises:
         OptionError: A limit on accuracy lacks labelled images.
     """
-    return [_JUDGES[name](limit, facts) for name, limit in limits.items()]
+    return [_JUDGES[name](limit, measurements) for name, limit in limits.items()]
 
 
-def _max_drop(limit: float, facts: Facts) -> Verdict:
-    if facts.top1 is None:
+def _max_drop(limit: float, measurements: GateMeasurements) -> Verdict:
+    if measurements.top1 is None:
         raise OptionError("--max-drop needs labels: class folders, or y in the .npz")
-    before, after = facts.top1
+    before, after = measurements.top1
     drop = 100 * (before - after)
     moved = f"fell by {drop:.2f}" if drop > 0 else f"rose by {-drop:.2f}"
     text = (
-        f"top-1 accuracy {moved} points ({before:.2%} to {after:.2%} on {facts.inputs}), "
+        f"top-1 accuracy {moved} points ({before:.2%} to {after:.2%} on {measurements.inputs}), "
         f"it may fall by {limit:g}"
     )
-    return Verdict("max_drop", limit, drop, _rounded(drop) <= limit, text, facts.preprocess)
+    return Verdict("max_drop", limit, drop, _rounded(drop) <= limit, text, measurements.preprocess)
 
 
-def _min_agreement(limit: float, facts: Facts) -> Verdict:
-    assert facts.agreement is not None
-    percent = 100 * facts.agreement
-    text = f"the same top-1 class for {percent:.2f} % of {facts.inputs}, at least {limit:g} % is asked for"
-    return Verdict("min_agreement", limit, percent, _rounded(percent) >= limit, text, facts.preprocess)
+def _min_agreement(limit: float, measurements: GateMeasurements) -> Verdict:
+    assert measurements.agreement is not None
+    percent = 100 * measurements.agreement
+    text = f"the same top-1 class for {percent:.2f} % of {measurements.inputs}, "
+    text += f"at least {limit:g} % is asked for"
+    return Verdict(
+        "min_agreement", limit, percent, _rounded(percent) >= limit, text, measurements.preprocess
+    )
 
 
-def _max_latency(limit: float, facts: Facts) -> Verdict:
-    assert facts.latency_ms is not None
-    text = f"median latency {facts.latency_ms:.3g} ms ({facts.device}), at most {limit:g} ms is allowed"
-    return Verdict("max_latency", limit, facts.latency_ms, facts.latency_ms <= limit, text)
+def _max_latency(limit: float, measurements: GateMeasurements) -> Verdict:
+    assert measurements.latency_ms is not None
+    median = measurements.latency_ms
+    text = f"median latency {median:.3g} ms ({measurements.device}), at most {limit:g} ms is allowed"
+    return Verdict("max_latency", limit, median, median <= limit, text)
 
 
-def _min_speedup(limit: float, facts: Facts) -> Verdict:
-    assert facts.ratio is not None
-    ratio = facts.ratio
+def _min_speedup(limit: float, measurements: GateMeasurements) -> Verdict:
+    assert measurements.ratio is not None
+    ratio = measurements.ratio
     speed = 1 / ratio.value
     text = (
         f"{speed:.3f} times as fast (95 % interval {1 / ratio.high:.3f} to {1 / ratio.low:.3f}; "
-        f"{facts.device}), at least {limit:g} is asked for"
+        f"{measurements.device}), at least {limit:g} is asked for"
     )
     return Verdict("min_speedup", limit, speed, speed >= limit, text)
 
 
-def _max_size(limit: float, facts: Facts) -> Verdict:
-    size = facts.bytes / MEGABYTE
+def _max_size(limit: float, measurements: GateMeasurements) -> Verdict:
+    size = measurements.bytes / MEGABYTE
     text = f"{size:.3f} MB, at most {limit:g} MB is allowed"
     return Verdict("max_size", limit, size, size <= limit, text)
 
@@ -150,7 +154,7 @@ def _rounded(percent: float) -> float:
     return round(percent, 9)
 
 
-_JUDGES: dict[str, Callable[[float, Facts], Verdict]] = {
+_JUDGES: dict[str, Callable[[float, GateMeasurements], Verdict]] = {
     "max_drop": _max_drop,
     "min_agreement": _min_agreement,
     "max_latency": _max_latency,

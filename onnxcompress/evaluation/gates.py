@@ -1,6 +1,6 @@
 """Gates: limits that a result must keep to be worth using, measured on the two files.
 
-    Gates --prepare(before)--> Baseline --measure(after)--> Facts --gate_results.judge--> [Verdict]
+    Gates --prepare(before)--> Baseline --measure(after)--> GateMeasurements --judge--> [Verdict]
 
 Only what a gate needs is measured: accuracy and agreement in onnxruntime on images that may be new to all
 passes, latency as the median of interleaved runs (`latency`). A gate judges the measured value itself, and
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from onnxcompress.errors import OptionError
-from onnxcompress.evaluation.gate_results import Facts
+from onnxcompress.evaluation.gate_results import GateMeasurements
 from onnxcompress.option_fields import INPUT_SHAPE_METAVAR, PROVIDER_HELP, option, provider_options_option
 from onnxcompress.progress import Progress, silent
 from onnxcompress.runtime.providers import Provider
@@ -136,7 +136,9 @@ class Gates:
         scores = logits(before, images, provider=self.runs_on, threads=self.threads, progress=progress)
         return Baseline(before, images, scores, self._top1(scores, images), str(choice))
 
-    def measure(self, baseline: Baseline, after: ModelLike, progress: Progress = silent) -> Facts:
+    def measure(
+        self, baseline: Baseline, after: ModelLike, progress: Progress = silent
+    ) -> GateMeasurements:
         """Measure what the limits need.
 
         Args:
@@ -152,12 +154,14 @@ class Gates:
         """
         from onnxcompress.model.model_like import model_bytes
 
-        facts = Facts(bytes=model_bytes(after))
+        measurements = GateMeasurements(bytes=model_bytes(after))
         if baseline.images is not None:
-            facts = dataclasses.replace(facts, **self._scores(baseline, after, progress))
+            measurements = dataclasses.replace(measurements, **self._scores(baseline, after, progress))
         if {"max_latency", "min_speedup"} & self.limits.keys():
-            facts = dataclasses.replace(facts, **self._latency(baseline.model, after, progress))
-        return facts
+            measurements = dataclasses.replace(
+                measurements, **self._latency(baseline.model, after, progress)
+            )
+        return measurements
 
     def _scores(self, baseline: Baseline, after: ModelLike, progress: Progress) -> dict[str, Any]:
         from onnxcompress.evaluation.accuracy import agreement, logits

@@ -100,12 +100,12 @@ def estimate_statistics(
         raise InputError(
             f"input {input.name!r}: the file fixes a batch of {fixed}, there are {len(images)} images"
         )
-    found = {name: Moments() for name in names}
+    found = {name: RunningMoments() for name in names}
 
-    def measured(index: int) -> dict[str, Moments]:
+    def measured(index: int) -> dict[str, RunningMoments]:
         with torch.no_grad():  # of each thread
             values = executor.run({input.name: _part(images, *batches[index])}, names)
-            return {name: Moments.of(values.pop(name), name) for name in names}
+            return {name: RunningMoments.of(values.pop(name), name) for name in names}
 
     with one_thread_each():
         batches = _batches(images, fixed, batch, executor, input.name, names)
@@ -180,7 +180,7 @@ def _settled(model: Model, topology: Topology, tensor: gs.Tensor) -> gs.Tensor:
 
 
 @dataclass
-class Moments:
+class RunningMoments:
     """Count, mean and squares about the mean of each channel, of what was added so far."""
 
     count: int = 0
@@ -188,7 +188,7 @@ class Moments:
     squares: np.ndarray | float = 0.0
 
     @staticmethod
-    def of(values: torch.Tensor, name: str) -> Moments:
+    def of(values: torch.Tensor, name: str) -> RunningMoments:
         """Compute the moments of a tensor.
 
         Args:
@@ -202,11 +202,11 @@ class Moments:
             OptionError: The tensor has no axis of channels.
             InputError: A value is not finite.
         """
-        moments = Moments()
+        moments = RunningMoments()
         moments.add(values, name)
         return moments
 
-    def merge(self, other: Moments) -> None:
+    def merge(self, other: RunningMoments) -> None:
         """Add the values that other moments were computed from.
 
         Args:

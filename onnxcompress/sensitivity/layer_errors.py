@@ -38,7 +38,7 @@ from onnxcompress.optimize.executor import Executor
 from onnxcompress.optimize.executor.open_batch import split_images
 from onnxcompress.optimize.reconstruction.activation_range import fake, least_squares, samples
 from onnxcompress.optimize.reconstruction.context import CalibrationContext, fixed_batch, live_floats, needs
-from onnxcompress.optimize.reconstruction.gptq import Moments, nearest, reconstruct
+from onnxcompress.optimize.reconstruction.gptq import LayerMoments, nearest, reconstruct
 from onnxcompress.optimize.reconstruction.layerwise import along
 from onnxcompress.optimize.reconstruction.patches import matrix, patches_of, stored
 from onnxcompress.optimize.reconstruction.quantize import RIDGE
@@ -260,7 +260,7 @@ class _Walk:
         return new.reshape(weight.shape)
 
     def _rounded(
-        self, layer: QuantizedLayer, weight: Tensor, moments: Moments | None, one: Variant
+        self, layer: QuantizedLayer, weight: Tensor, moments: LayerMoments | None, one: Variant
     ) -> Tensor:
         """Round a weight to its grid."""
         allowed = SaturationBounds.of(layer, int(one.value), saturation_safe=self.how.saturation_safe)
@@ -270,7 +270,7 @@ class _Walk:
         found = reconstruct(weight, moments, allowed, each, ridge=RIDGE, target=math.inf)
         return found.weight
 
-    def _moments(self, site: _Site, weight: Tensor, variants: Sequence[Variant]) -> Moments | None:
+    def _moments(self, site: _Site, weight: Tensor, variants: Sequence[Variant]) -> LayerMoments | None:
         """Accumulate moments of the layer's input; None where the rounding needs none."""
         cut = patches_of(self.context.model, site.layer)
         wanted = self.how.reconstruct and any(v.kind == "weight_bits" for v in variants)
@@ -278,7 +278,7 @@ class _Walk:
             return None
         x = site.reads[site.layer.linear.node.inputs[site.layer.linear.data_at].name]
         generator = torch.Generator().manual_seed(self.how.seed)
-        moments = Moments.empty(weight)
+        moments = LayerMoments.empty(weight)
         for start in range(0, self.learned.stop, self.context.batch):
             part = slice(start, min(start + self.context.batch, self.learned.stop))
             a, y = cut.take(x[part], site.right[part], cut.places(site.right, generator))

@@ -28,7 +28,7 @@ from collections.abc import Mapping
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from onnxcompress.graph.channel_groups.groups import Flow
+from onnxcompress.graph.channel_groups.groups import ChannelGroups
 from onnxcompress.graph.constant_folding import constant_value
 from onnxcompress.graph.query import attribute, input_at, is_op, node_label, per_channel, producer
 from onnxcompress.model import Model
@@ -52,7 +52,7 @@ MOVES = (
 REMEDY = "give it inputs: --inputs distilled, procedural or layerwise, or --images"
 
 
-class NoMoments(Exception):
+class UnknownMoments(Exception):
     """The reason why the moments of a tensor do not follow from the record."""
 
     def __init__(self, rule: str, remedy: str = REMEDY) -> None:
@@ -60,12 +60,12 @@ class NoMoments(Exception):
         self.rule, self.remedy = rule, remedy
 
 
-class Moments:
-    """Moments of the tensors of one graph, from known statistics of some of them."""
+class MomentPropagation:
+    """Propagates moments through one graph, from known statistics of some of its tensors."""
 
-    def __init__(self, model: Model, flow: Flow, known: Mapping[str, ChannelStatistics]) -> None:
-        self.model, self.flow, self.known = model, flow, known
-        self._found: dict[str, Pair | NoMoments] = {}
+    def __init__(self, model: Model, groups: ChannelGroups, known: Mapping[str, ChannelStatistics]) -> None:
+        self.model, self.groups, self.known = model, groups, known
+        self._found: dict[str, Pair | UnknownMoments] = {}
 
     def of(self, tensor: gs.Tensor) -> Pair:
         """Compute the moments of a tensor.
@@ -77,15 +77,15 @@ class Moments:
             Mean and variance of each channel, shape (channels,) each, float64.
 
         Raises:
-            NoMoments: They do not follow from the known statistics.
+            UnknownMoments: They do not follow from the known statistics.
         """
         if tensor.name not in self._found:
             try:
                 self._found[tensor.name] = self._compute(tensor)
-            except NoMoments as problem:
+            except UnknownMoments as problem:
                 self._found[tensor.name] = problem
         found = self._found[tensor.name]
-        if isinstance(found, NoMoments):
+        if isinstance(found, UnknownMoments):
             raise found
         return found
 
@@ -110,14 +110,14 @@ class Moments:
             return integrate(*self.of(node.inputs[0]), FUNCTIONS[node.op](node))
         if is_op(node, "Add", "Sub", "Sum", "Mul", "Div"):
             return self._combine(node)
-        if is_op(node, *MOVES) and tensor.name in self.flow.origins:
+        if is_op(node, *MOVES) and tensor.name in self.groups.origins:
             return self._move(node, tensor)
-        raise NoMoments(f"no closed form is known for {node.op} {node_label(node)!r}")
+        raise UnknownMoments(f"no closed form is known for {node.op} {node_label(node)!r}")
 
     def _base(self, tensor: gs.Tensor) -> gs.Tensor:
         """The nearest tensor behind element-wise operators, or a recorded one among them."""
         while tensor.name not in self.known and is_op(node := producer(tensor), *POINTWISE):
-            data = [t for t in node.inputs if t.name in self.flow.origins]
+            data = [t for t in node.inputs if t.name in self.groups.origins]
             if len(data) != 1:
                 break
             tensor = data[0]
@@ -127,18 +127,20 @@ class Moments:
         """N(0, 1) for an input without statistics, as Horton et al. assume of normalized images."""
         channels = tensor.shape[1] if tensor.shape is not None and len(tensor.shape) > 1 else None
         if not isinstance(channels, int):
-            raise NoMoments(f"the statistics of the input {tensor.name!r} are not known", "run calibrate")
+            raise UnknownMoments(
+                f"the statistics of the input {tensor.name!r} are not known", "run calibrate"
+            )
         return np.zeros(channels), np.ones(channels)
 
     def _constant(self, tensor: gs.Tensor, like: gs.Tensor) -> np.ndarray | None:
         """A constant operand beside a tensor, shape (channels,); None where it is not a constant."""
         value = constant_value(self.model, tensor)
-        labels = self.flow.origins.get(like.name)
+        labels = self.groups.origins.get(like.name)
         if value is None or labels is None:
             return None
         found = per_channel(value, max(labels.ndim, value.ndim), len(self.of(like)[0]))
         if found is None:
-            raise NoMoments(f"the constant {tensor.name!r} is not one number for each channel")
+            raise UnknownMoments(f"the constant {tensor.name!r} is not one number for each channel")
         return found
 
     def _rectify(self, node: gs.Node) -> Pair:
@@ -150,7 +152,7 @@ class Moments:
         if is_op(node, "PRelu"):
             slope = self._constant(node.inputs[1], node.inputs[0])
         if slope is None:
-            raise NoMoments(f"the slope of PRelu {node_label(node)!r} is not a constant")
+            raise UnknownMoments(f"the slope of PRelu {node_label(node)!r} is not a constant")
         below = clipped(-mean, variance, 0.0, np.inf)
         second = (above[1] + above[0] ** 2) + slope**2 * (below[1] + below[0] ** 2)
         first = above[0] - slope * below[0]
@@ -161,11 +163,11 @@ class Moments:
             source, ends = node.inputs[0], self._bounds(node)
         else:
             if len(node.inputs) != 2:
-                raise NoMoments(f"{node.op} {node_label(node)!r} has {len(node.inputs)} operands")
-            at = int(node.inputs[0].name not in self.flow.origins)
+                raise UnknownMoments(f"{node.op} {node_label(node)!r} has {len(node.inputs)} operands")
+            at = int(node.inputs[0].name not in self.groups.origins)
             source, end = node.inputs[at], self._constant(node.inputs[1 - at], node.inputs[at])
             if end is None:
-                raise NoMoments(f"{node.op} {node_label(node)!r} compares two tensors")
+                raise UnknownMoments(f"{node.op} {node_label(node)!r} compares two tensors")
             ends = (end, np.array(np.inf)) if is_op(node, "Max") else (np.array(-np.inf), end)
         return clipped(*self.of(source), *ends)
 
@@ -180,14 +182,14 @@ class Moments:
                 else constant_value(self.model, tensor)
             )
             if value is None or value.size != 1:
-                raise NoMoments(f"a bound of Clip {node_label(node)!r} is not a constant")
+                raise UnknownMoments(f"a bound of Clip {node_label(node)!r} is not a constant")
             ends.append(value.reshape(()).astype(np.float64))
         return ends[0], ends[1]
 
     def _combine(self, node: gs.Node) -> Pair:
-        data = [t for t in node.inputs if t.name in self.flow.origins]
+        data = [t for t in node.inputs if t.name in self.groups.origins]
         if not data:
-            raise NoMoments(f"the channels of {node.op} {node_label(node)!r} are not known")
+            raise UnknownMoments(f"the channels of {node.op} {node_label(node)!r} are not known")
         gated = self._gated(node)
         if gated is not None:
             return gated
@@ -199,7 +201,7 @@ class Moments:
             (mean, variance), (other, spread) = pairs
             if is_op(node, "Div"):
                 if spread.any():
-                    raise NoMoments(f"Div {node_label(node)!r} divides by a tensor")
+                    raise UnknownMoments(f"Div {node_label(node)!r} divides by a tensor")
                 other = 1 / other
             first = mean * other
             second = (variance + mean**2) * (spread + other**2)
@@ -240,16 +242,16 @@ class Moments:
         """The moments of a tensor whose channels are the inputs' channels, or new ones that are zero."""
         table: dict[int, tuple[float, float]] = {}
         for source in node.inputs:
-            labels = self.flow.origins.get(source.name)
+            labels = self.groups.origins.get(source.name)
             if labels is not None:
                 mean, variance = self.of(source)
                 if labels.size != len(mean):
-                    raise NoMoments(f"the channels of {source.name!r} vary over the image")
+                    raise UnknownMoments(f"the channels of {source.name!r} vary over the image")
                 pairs = zip(mean.tolist(), variance.tolist(), strict=True)
                 table |= zip(labels.reshape(-1).tolist(), pairs, strict=True)
-        labels = self.flow.origins[tensor.name]
+        labels = self.groups.origins[tensor.name]
         if labels.ndim < 2 or labels.size != labels.shape[1]:
-            raise NoMoments(f"the channels of {tensor.name!r} vary over the image")
+            raise UnknownMoments(f"the channels of {tensor.name!r} vary over the image")
         found = np.array([table.get(label, (0.0, 0.0)) for label in labels.reshape(-1).tolist()])
         return found[:, 0], found[:, 1]
 

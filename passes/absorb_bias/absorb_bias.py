@@ -41,8 +41,8 @@ import numpy as np
 from onnxcompress.account import Change, Refusal
 from onnxcompress.errors import OptionError
 from onnxcompress.graph import layer_params
-from onnxcompress.graph.channel_groups.groups import Flow
-from onnxcompress.graph.channel_groups.tracer import trace
+from onnxcompress.graph.channel_groups.groups import ChannelGroups
+from onnxcompress.graph.channel_groups.tracer import find_channel_groups
 from onnxcompress.graph.constant_folding import constant_value
 from onnxcompress.graph.edit import set_constant
 from onnxcompress.graph.linear_layer import Linear
@@ -103,18 +103,18 @@ class AbsorbBias(Pass):
         """
         if not 0 <= self.deviations < np.inf:
             raise OptionError(f"--deviations {self.deviations}: expected 0 or more")
-        record, flow = read_record(model), trace(model)
+        record, groups = read_record(model), find_channel_groups(model)
         tensors = [t for node in model.graph.nodes for t in node.outputs if t.name in record]
         result = PassResult(measured={"layers": 0, "channels": 0, "largest": 0.0, "approximated": 0})
         for at, tensor in enumerate(tensors):
             progress("absorbing", at + 1, len(tensors))
             known = record[tensor.name]
-            path = follow(model, flow, tensor, self.approximate)
+            path = follow(model, groups, tensor, self.approximate)
             if isinstance(path, Refusal):
                 if self.shift(known).any():
                     result.refusals.append(path)
             elif path is not None and len(path.labels) == len(known.mean):
-                self._give(model, flow, path, record, result)
+                self._give(model, groups, path, record, result)
         if result.changes:
             write_record(model, record)
         return result
@@ -141,7 +141,7 @@ class AbsorbBias(Pass):
     def _give(
         self,
         model: Model,
-        flow: Flow,
+        groups: ChannelGroups,
         path: Path,
         record: dict[str, ChannelStatistics],
         result: PassResult,
@@ -160,8 +160,8 @@ class AbsorbBias(Pass):
         for edit in edits:
             edit()
         for name in path.between:
-            if name in record and name in flow.tensors:
-                _follow(record, name, flow, path, shift)
+            if name in record and name in groups.tensors:
+                _follow(record, name, groups, path, shift)
         count = f"{len(path.readers)} layer{'s' * (len(path.readers) > 1)}"
         result.changes.append(Change(label, f"high biases given to {count}"))
         measured = result.measured
@@ -188,8 +188,8 @@ def _edits(model: Model, path: Path, shift: np.ndarray) -> list[Callable[[], obj
             return None
         found.append(partial(set_constant, model, node, at, new, f"{node.inputs[at].name}_absorbed"))
     for reader in path.readers:
-        gets = reader.layer.response(path.along(reader.reads, shift))
-        found.append(_moved(model, reader.layer, gets))
+        gets = reader.layer.linear.response(path.along(reader.layer.reads, shift))
+        found.append(_moved(model, reader.layer.linear, gets))
     return None if any(edit is _impossible for edit in found) else found
 
 
@@ -211,10 +211,10 @@ def _impossible() -> None:
 
 
 def _follow(
-    record: dict[str, ChannelStatistics], name: str, flow: Flow, path: Path, shift: np.ndarray
+    record: dict[str, ChannelStatistics], name: str, groups: ChannelGroups, path: Path, shift: np.ndarray
 ) -> None:
     """Shift the recorded mean of a tensor on the path."""
-    known, labels = record[name], flow.tensors[name]
+    known, labels = record[name], groups.tensors[name]
     if labels.ndim > 1 and labels.shape[1] == labels.size == len(known.mean):
         mean = (known.mean - path.along(labels.reshape(-1), shift)).astype(np.float32)
         record[name] = ChannelStatistics(mean, known.std, known.source)

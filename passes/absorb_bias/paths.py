@@ -9,7 +9,7 @@ import onnx_graphsurgeon as gs
 
 from onnxcompress.account import Refusal
 from onnxcompress.graph import layer_params
-from onnxcompress.graph.channel_groups.groups import Flow, Labels, Layer
+from onnxcompress.graph.channel_groups.groups import ChannelGroups, LabelledLayer, Labels
 from onnxcompress.graph.constant_folding import constant_value
 from onnxcompress.graph.linear_layer import LINEAR_OPS, Linear
 from onnxcompress.graph.query import (
@@ -37,10 +37,7 @@ RECTIFIERS = ("LeakyRelu", "PRelu", "Relu")
 class Reader:
     """A layer that takes over the moved bias."""
 
-    layer: Linear
-    name: str
-    """Name of its output tensor."""
-    reads: Labels
+    layer: LabelledLayer
     pads: bool
     """Whether it also reads padded zeros, which stay zero: inexact at the border."""
 
@@ -91,12 +88,14 @@ class _Blocked(Exception):
         self.node, self.rule, self.remedy = node, rule, remedy
 
 
-def follow(model: Model, flow: Flow, tensor: gs.Tensor, approximate: bool) -> Path | Refusal | None:
+def follow(
+    model: Model, groups: ChannelGroups, tensor: gs.Tensor, approximate: bool
+) -> Path | Refusal | None:
     """Follow all paths from a tensor to the layers that read it.
 
     Args:
         model: The model.
-        flow: Channel labels of its tensors.
+        groups: Channel labels of its tensors.
         tensor: The output of the layer whose bias is to be moved.
         approximate: Whether layers that pad with zeros are allowed.
 
@@ -105,8 +104,8 @@ def follow(model: Model, flow: Flow, tensor: gs.Tensor, approximate: bool) -> Pa
         writes the tensor.
     """
     node = producer(tensor)
-    labels = flow.tensors.get(tensor.name)
-    linear = flow.layer_of.get(id(node))
+    labels = groups.tensors.get(tensor.name)
+    linear = groups.layer_of.get(id(node))
     if node is None or labels is None or not (linear or is_op(node, "Add")):
         return None
     channels = labels.reshape(-1)
@@ -116,7 +115,7 @@ def follow(model: Model, flow: Flow, tensor: gs.Tensor, approximate: bool) -> Pa
         if labels.ndim < 2 or labels.shape[1] != labels.size or len(np.unique(channels)) < len(channels):
             raise _Blocked(node_label(node), "does not have separate channels along axis 1")
         _check_writer(model, path)
-        _walk(model, flow, path, approximate)
+        _walk(model, groups, path, approximate)
     except _Blocked as blocked:
         rule = f"its high bias stays: {blocked.node!r} {blocked.rule}"
         return Refusal(node_label(node), rule, blocked.remedy)
@@ -140,7 +139,7 @@ def _check_writer(model: Model, path: Path) -> None:
         raise _Blocked(node_label(node), f"(Add) adds a constant of shape {list(constant.shape)}")
 
 
-def _walk(model: Model, flow: Flow, path: Path, approximate: bool) -> None:
+def _walk(model: Model, groups: ChannelGroups, path: Path, approximate: bool) -> None:
     """Check rules 1 to 3 from the tensor through all its readers."""
     pending, seen = [path.tensor], {id(path.tensor)}
     visited: set[int] = set()
@@ -156,19 +155,19 @@ def _walk(model: Model, flow: Flow, path: Path, approximate: bool) -> None:
                 continue
             if is_op(node, *LINEAR_OPS):
                 if id(node) not in visited:
-                    path.readers.append(_reader(model, flow.layer_of, node, tensor, approximate))
+                    path.readers.append(_reader(model, groups.layer_of, node, tensor, approximate))
                 visited.add(id(node))
                 continue
             if node.inputs[0] is not tensor and not is_op(node, "Concat", "Max", "Min"):
                 raise _Blocked(node_label(node), f"({node.op}) takes it as a parameter")
-            _pass(model, flow, path, node, approximate)
-            new = [t for t in node.outputs if t.name in flow.tensors and id(t) not in seen]
+            _pass(model, groups, path, node, approximate)
+            new = [t for t in node.outputs if t.name in groups.tensors and id(t) not in seen]
             seen.update(id(t) for t in new)
             pending += new
 
 
 def _reader(
-    model: Model, layers: dict[int, Layer], node: gs.Node, tensor: gs.Tensor, approximate: bool
+    model: Model, layers: dict[int, LabelledLayer], node: gs.Node, tensor: gs.Tensor, approximate: bool
 ) -> Reader:
     layer = layers.get(id(node))
     name = node_label(node)
@@ -181,10 +180,10 @@ def _reader(
         raise _Blocked(name, "(ConvTranspose) does not apply all its taps everywhere")
     if pads and not approximate:  # rule 2
         raise _Blocked(name, f"({node.op}) pads with zeros", "--approximate is wrong at the border only")
-    return Reader(layer.linear, layer.name, layer.reads, pads)
+    return Reader(layer, pads)
 
 
-def _pass(model: Model, flow: Flow, path: Path, node: gs.Node, approximate: bool) -> None:
+def _pass(model: Model, groups: ChannelGroups, path: Path, node: gs.Node, approximate: bool) -> None:
     """Lead the path through one operator, or raise _Blocked."""
     label = node_label(node)
     if is_op(node, *MOVES):
@@ -192,7 +191,7 @@ def _pass(model: Model, flow: Flow, path: Path, node: gs.Node, approximate: bool
     if is_op(node, *RECTIFIERS):
         path.rectified = True
     elif is_op(node, "Clip", "Max", "Min"):
-        _clip(model, flow, path, node)
+        _clip(model, groups, path, node)
     elif is_op(node, "AveragePool"):
         pads = any(attribute(node, "pads", [])) or attribute(node, "auto_pad", "NOTSET") != "NOTSET"
         if pads and attribute(node, "count_include_pad", 0):
@@ -203,10 +202,10 @@ def _pass(model: Model, flow: Flow, path: Path, node: gs.Node, approximate: bool
         raise _Blocked(label, f"({node.op}) does not move with its input")
 
 
-def _clip(model: Model, flow: Flow, path: Path, node: gs.Node) -> None:
+def _clip(model: Model, groups: ChannelGroups, path: Path, node: gs.Node) -> None:
     """Check that no lower bound is above 0, and note the upper bounds of the channels."""
     label = node_label(node)
-    dynamic = [t for t in node.inputs if t.name in flow.tensors]
+    dynamic = [t for t in node.inputs if t.name in groups.tensors]
     operands = [t for t in (*node.inputs[1:], *node.inputs[:1]) if not t.is_empty() and t is not dynamic[0]]
     values = {id(t): constant_value(model, t) for t in operands}
     if len(dynamic) > 1 or any(v is None for v in values.values()):
@@ -224,7 +223,7 @@ def _clip(model: Model, flow: Flow, path: Path, node: gs.Node) -> None:
         raise _Blocked(label, f"({node.op}) clips from below at {np.max(low):g}")
     path.rectified |= bool(np.isfinite(low).any())
     if np.isfinite(high).any():
-        labels = flow.tensors[node.outputs[0].name]
+        labels = groups.tensors[node.outputs[0].name]
         channels = per_channel(np.asarray(high), labels.ndim, labels.shape[1])
         if channels is None or labels.shape[1] != labels.size:
             raise _Blocked(label, f"({node.op}) clips by position")

@@ -13,7 +13,7 @@ import onnx_graphsurgeon as gs
 
 from onnxcompress.account import Refusal
 from onnxcompress.errors import InputError
-from onnxcompress.graph.channel_groups.tracer import trace
+from onnxcompress.graph.channel_groups.tracer import find_channel_groups
 from onnxcompress.graph.constant_folding import constant_value
 from onnxcompress.graph.linear_layer import Linear
 from onnxcompress.graph.query import attribute, data_input, input_at, is_op, node_label, producer
@@ -23,7 +23,7 @@ from onnxcompress.optimize.calibration import Inputs
 from onnxcompress.optimize.synthesis.drawn_inputs import Samples
 from onnxcompress.passes.correct_bias.kernel_taps import Window, window
 from onnxcompress.progress import Progress
-from onnxcompress.statistics.propagation import Moments, NoMoments
+from onnxcompress.statistics.propagation import MomentPropagation, UnknownMoments
 from onnxcompress.statistics.record import known_statistics
 
 BATCH = 16
@@ -40,7 +40,7 @@ def recorded_means(model: Model, layers: list[Linear]) -> dict[str, np.ndarray |
     Returns:
         Name of the layer's output tensor -> means, (inputs, taps), or why they are not known.
     """
-    moments = Moments(model, trace(model), known_statistics(model))
+    moments = MomentPropagation(model, find_channel_groups(model), known_statistics(model))
     found: dict[str, np.ndarray | Refusal] = {}
     for layer in layers:
         name = layer.node.outputs[0].name
@@ -48,9 +48,9 @@ def recorded_means(model: Model, layers: list[Linear]) -> dict[str, np.ndarray |
             source, geometry = layer_window(model, layer)
             mean, _ = moments.of(source)
             if len(mean) != layer.inputs:
-                raise NoMoments(f"the channels of {source.name!r} are not those of the layer")
+                raise UnknownMoments(f"the channels of {source.name!r} are not those of the layer")
             found[name] = mean[:, None] * geometry.coverage()
-        except NoMoments as problem:
+        except UnknownMoments as problem:
             rule = f"the mean of its input is not known: {problem.rule}"
             found[name] = Refusal(node_label(layer.node), rule, problem.remedy)
     return found
@@ -67,7 +67,7 @@ def layer_window(model: Model, layer: Linear) -> tuple[gs.Tensor, Window]:
         The tensor, and the places of the taps.
 
     Raises:
-        NoMoments: The size of the image is open and matters.
+        UnknownMoments: The size of the image is open and matters.
     """
     source = layer.node.inputs[layer.data_at]
     pads = None
@@ -79,7 +79,7 @@ def layer_window(model: Model, layer: Linear) -> tuple[gs.Tensor, Window]:
     sizes = [d for d in (shape or ())[2:] if isinstance(d, int)]
     if layer.node.op in ("Conv", "ConvTranspose") and len(sizes) != layer.rank - 2:
         if np.prod(layer.weight.shape[2:]) != 1 or layer.node.op != "Conv" or pads is not None:
-            raise NoMoments("the size of the image is open", "fix it in the file")
+            raise UnknownMoments("the size of the image is open", "fix it in the file")
         sizes = [1] * (layer.rank - 2)
     return source, window(layer, tuple(sizes), pads)
 
@@ -126,7 +126,7 @@ def measured_means(
         try:
             source, geometry = layer_window(model, layer)
             windows[name] = (source.name, geometry)
-        except NoMoments as problem:
+        except UnknownMoments as problem:
             rule = f"the mean of its input cannot be measured: {problem.rule}"
             found[name] = Refusal(node_label(layer.node), rule, problem.remedy)
     tensors = sorted({source for source, _ in windows.values()})

@@ -9,7 +9,7 @@ import onnx_graphsurgeon as gs
 
 from onnxcompress.account import Change, Refusal
 from onnxcompress.graph import layer_params
-from onnxcompress.graph.channel_groups.groups import Bounds, Flow, Labels, Layer, Offset
+from onnxcompress.graph.channel_groups.groups import Bounds, ChannelGroups, LabelledLayer, Labels, Offset
 from onnxcompress.graph.constant_folding import constant_value
 from onnxcompress.graph.edit import remove_unread, set_constant, unique_name
 from onnxcompress.graph.linear_layer import Linear
@@ -23,7 +23,7 @@ from onnxcompress.statistics.record import ChannelStatistics, read_record, write
 class NewValues:
     """The new values of one layer, or of one operator with a constant operand."""
 
-    layer: Layer | None
+    layer: LabelledLayer | None
     offset: Offset | None
     weight: np.ndarray
     """The new weight, or the new constant."""
@@ -50,13 +50,13 @@ def scaled_weight(linear: Linear, rows: np.ndarray, columns: np.ndarray) -> np.n
 
 
 def new_values(
-    model: Model, flow: Flow, balance: Balance, scales: np.ndarray
+    model: Model, groups: ChannelGroups, balance: Balance, scales: np.ndarray
 ) -> tuple[list[NewValues], dict[int, Refusal]]:
     """Compute the new values of everything that the scales change.
 
     Args:
         model: The model; it is not changed.
-        flow: Its channel groups.
+        groups: Its channel groups.
         balance: The scales of its layers.
         scales: Log of the scale of each channel group, (groups,); 0 where none is shared.
 
@@ -64,8 +64,8 @@ def new_values(
         The new values, and channel group -> refusal where a value does not fit its type.
     """
     values: list[NewValues] = []
-    barred: dict[int, Refusal] = {}
-    for at, layer in enumerate(flow.layers):
+    unscalable: dict[int, Refusal] = {}
+    for at, layer in enumerate(groups.layers):
         rows, columns = balance.writes(at), balance.reads(at)
         if not rows.any() and not columns.any():
             continue
@@ -78,8 +78,8 @@ def new_values(
         if not _holds(linear.weight, weight) or (bias is not None and not np.isfinite(bias).all()):
             refusal = _overflow(linear.node, weight)
             moved = [layer.writes[rows != 0], layer.reads[columns != 0]]
-            barred |= dict.fromkeys(np.concatenate(moved).tolist(), refusal)
-    for offset in flow.offsets:
+            unscalable |= dict.fromkeys(np.concatenate(moved).tolist(), refusal)
+    for offset in groups.offsets:
         if scales[offset.labels].any():
             old = constant_value(model, offset.node.inputs[offset.operand])
             assert old is not None
@@ -87,8 +87,8 @@ def new_values(
             values.append(NewValues(None, offset, new, None))
             if not np.isfinite(new).all():
                 refusal = _overflow(offset.node, new)
-                barred |= dict.fromkeys(np.unique(offset.labels).tolist(), refusal)
-    return values, barred
+                unscalable |= dict.fromkeys(np.unique(offset.labels).tolist(), refusal)
+    return values, unscalable
 
 
 def _holds(old: np.ndarray, new: np.ndarray) -> bool:
@@ -185,19 +185,19 @@ def _become(model: Model, node: gs.Node, steps: list[tuple[str, np.ndarray]]) ->
     return " and ".join(ops)
 
 
-def write_products(model: Model, flow: Flow, balance: Balance) -> list[Change]:
+def write_products(model: Model, groups: ChannelGroups, balance: Balance) -> list[Change]:
     """Add a Mul after or before each layer whose own scales do not cancel with those of its neighbours.
 
     Args:
         model: The model to change.
-        flow: Its channel groups.
+        groups: Its channel groups.
         balance: The scales of its layers.
 
     Returns:
         The changes.
     """
     changes = []
-    for at, layer in enumerate(flow.layers):
+    for at, layer in enumerate(groups.layers):
         node = layer.linear.node
         rows = np.where(balance.per_layer_scale[layer.writes], -balance.writes(at), 0.0)
         columns = np.where(balance.per_layer_scale[layer.reads], balance.reads(at), 0.0)
@@ -231,12 +231,12 @@ def _insert(
     model.touch()
 
 
-def write_statistics(model: Model, flow: Flow, scales: np.ndarray) -> int:
+def write_statistics(model: Model, groups: ChannelGroups, scales: np.ndarray) -> int:
     """Multiply the recorded statistics by the scales of their channels.
 
     Args:
         model: The model to change.
-        flow: Its channel groups.
+        groups: Its channel groups.
         scales: Log of the scale of each channel group, (groups,).
 
     Returns:
@@ -245,7 +245,7 @@ def write_statistics(model: Model, flow: Flow, scales: np.ndarray) -> int:
     record = read_record(model)
     changed = 0
     for name, known in list(record.items()):
-        labels = flow.tensors.get(name)
+        labels = groups.tensors.get(name)
         if labels is None or not scales[labels].any():
             continue
         factor = _per_channel(np.exp(scales[labels]), len(known.mean))

@@ -10,7 +10,7 @@ the least precision under one scale per tensor, for all layers at once, to conve
 al., Data-Free Quantization through Weight Equalization and Bias Correction (ICCV 2019), §4.1; Horton et
 al., Layer-Wise Data-Free CNN Compression (arXiv 2011.09058), §3.2.
 
-A channel group is left alone, with the reason, where one of these holds (`barred` in the code):
+A channel group is left alone, with the reason, where one of these holds (`ChannelGroups.unscalable`):
  1. it reaches an operator that does not commute with a scale (Sigmoid, HardSwish, Softmax,
     BatchNormalization: fold it first), one without a rule, an input or output of the model, or the body of
     an If, Loop or Scan;
@@ -37,8 +37,8 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 
 from onnxcompress.account import Change, Refusal
-from onnxcompress.graph.channel_groups.groups import Flow
-from onnxcompress.graph.channel_groups.tracer import trace
+from onnxcompress.graph.channel_groups.groups import ChannelGroups
+from onnxcompress.graph.channel_groups.tracer import find_channel_groups
 from onnxcompress.graph.linear_layer import Linear
 from onnxcompress.graph.query import node_label
 from onnxcompress.model import Model
@@ -95,41 +95,41 @@ class Equalize(Pass):
             `largest_scale`; and `lost_bits` before and after: the binary digits that one scale for a
             layer's weights costs the average channel.
         """
-        flow = trace(model, scale_clips=self.clip == "per-channel")
+        groups = find_channel_groups(model, scale_clips=self.clip == "per-channel")
         while True:
-            shared_scale, per_layer_scale = self._groups(flow)
-            balance = Balance(flow, shared_scale, per_layer_scale)
+            shared_scale, per_layer_scale = self._groups(groups)
+            balance = Balance(groups, shared_scale, per_layer_scale)
             before = balance.lost_bits()
             balance.solve(progress)
             balance.settle()
-            scales = balance.scales(flow.count)
-            values, barred = edits.new_values(model, flow, balance, scales)
-            if not barred:
+            scales = balance.scales(groups.count)
+            values, unscalable = edits.new_values(model, groups, balance, scales)
+            if not unscalable:
                 break
-            flow.barred |= barred
-            flow.overflow |= set(barred)
-        result = PassResult(refusals=_refusals(flow, balance))
-        result.measured = _account(flow, balance, before)
+            groups.unscalable |= unscalable
+            groups.overflow |= set(unscalable)
+        result = PassResult(refusals=_refusals(groups, balance))
+        result.measured = _account(groups, balance, before)
         if values:
             nodes = _running(model)
-            result.changes = _changes(flow, balance)
+            result.changes = _changes(groups, balance)
             edits.write_values(model, values)
-            result.changes += edits.write_bounds(model, flow.bounds, scales)
-            result.changes += edits.write_products(model, flow, balance)
-            result.measured["recorded"] = edits.write_statistics(model, flow, scales)
+            result.changes += edits.write_bounds(model, groups.bounds, scales)
+            result.changes += edits.write_products(model, groups, balance)
+            result.measured["recorded"] = edits.write_statistics(model, groups, scales)
             result.measured["nodes_added"] = _running(model) - nodes
         return result
 
-    def _groups(self, flow: Flow) -> tuple[np.ndarray, np.ndarray]:
+    def _groups(self, groups: ChannelGroups) -> tuple[np.ndarray, np.ndarray]:
         """Mask the channel groups that get one shared scale, and those where each layer gets its own."""
-        met = _meeting(flow)
-        free = np.ones(flow.count, bool)
-        free[list(flow.barred)] = False
+        met = _meeting(groups)
+        free = np.ones(groups.count, bool)
+        free[list(groups.unscalable)] = False
         per_layer_scale = met & ~free
-        for layer in flow.layers:
+        for layer in groups.layers:
             if not layer.scalable:
                 per_layer_scale[layer.reads] = per_layer_scale[layer.writes] = False
-        per_layer_scale[list(flow.overflow)] = False
+        per_layer_scale[list(groups.overflow)] = False
         return free, per_layer_scale & self.assumption_free
 
 
@@ -161,13 +161,13 @@ def assumption_free_scales(model: Model, *, shared: bool = True) -> dict[str, La
         Name of the layer's output tensor -> its scales. Layers whose weight is computed or shared are
         absent.
     """
-    flow = trace(model)
-    met, none = _meeting(flow), np.zeros(flow.count, bool)
-    balance = Balance(flow, met, none) if shared else Balance(flow, none, met)
+    groups = find_channel_groups(model)
+    met, none = _meeting(groups), np.zeros(groups.count, bool)
+    balance = Balance(groups, met, none) if shared else Balance(groups, none, met)
     balance.solve()
     return {
-        layer.name: LayerScales(np.exp(balance.reads(at)), np.exp(-balance.writes(at)))
-        for at, layer in enumerate(flow.layers)
+        layer.linear.output_name: LayerScales(np.exp(balance.reads(at)), np.exp(-balance.writes(at)))
+        for at, layer in enumerate(groups.layers)
         if layer.own
     }
 
@@ -190,10 +190,10 @@ def _running(model: Model) -> int:
     return sum(node.op != "Constant" for node in model.graph.nodes)
 
 
-def _meeting(flow: Flow) -> np.ndarray:
+def _meeting(groups: ChannelGroups) -> np.ndarray:
     """Mask the channel groups that at least one layer writes and at least one layer reads."""
-    met = np.zeros((2, flow.count), bool)
-    for layer in flow.layers:
+    met = np.zeros((2, groups.count), bool)
+    for layer in groups.layers:
         met[0, layer.writes] = met[1, layer.reads] = True
     return np.asarray(met.all(0))
 
@@ -203,18 +203,18 @@ def _sides(stream: list[Side]) -> tuple[list[Side], list[Side]]:
     return [s for s in stream if not s.reads], [s for s in stream if s.reads]
 
 
-def _changes(flow: Flow, balance: Balance) -> list[Change]:
+def _changes(groups: ChannelGroups, balance: Balance) -> list[Change]:
     changes = []
     for stream in balance.streams:
         writers, readers = _sides(stream)
         if any(side.shift[balance.shared_scale[side.labels]].any() for side in stream):
-            label = node_label(flow.layers[writers[0].layer].linear.node)
+            label = node_label(groups.layers[writers[0].layer].linear.node)
             count = f"{len(writers)} layer{'s' * (len(writers) > 1)}"
             changes.append(Change(label, f"{count} equalized with {len(readers)} that read the output"))
     return changes
 
 
-def _refusals(flow: Flow, balance: Balance) -> list[Refusal]:
+def _refusals(groups: ChannelGroups, balance: Balance) -> list[Refusal]:
     """Refuse each stream with channels that no scale was found for."""
     found = []
     for stream in balance.all_streams:
@@ -222,26 +222,26 @@ def _refusals(flow: Flow, balance: Balance) -> list[Refusal]:
         if not writers:
             continue
         labels = np.unique(np.concatenate([side.unique for side in writers]))
-        barred = [
+        unscalable = [
             label
             for label in labels.tolist()
-            if label in flow.barred and not balance.per_layer_scale[label]
+            if label in groups.unscalable and not balance.per_layer_scale[label]
         ]
-        bar = flow.barred[barred[0]] if barred else None
-        if bar is None or not (readers or flow.ended.intersection(barred)):
+        reason = groups.unscalable[unscalable[0]] if unscalable else None
+        if reason is None or not (readers or groups.untraced.intersection(unscalable)):
             continue
-        some = "" if len(barred) == len(labels) else f"{len(barred)} of {len(labels)} channels "
-        behind = f" with {node_label(flow.layers[readers[0].layer].linear.node)!r}" if readers else ""
-        rule = f"{some}not equalized{behind}: {bar.node!r} {bar.rule}"
-        found.append(Refusal(node_label(flow.layers[writers[0].layer].linear.node), rule, bar.remedy))
+        some = "" if len(unscalable) == len(labels) else f"{len(unscalable)} of {len(labels)} channels "
+        behind = f" with {node_label(groups.layers[readers[0].layer].linear.node)!r}" if readers else ""
+        rule = f"{some}not equalized{behind}: {reason.node!r} {reason.rule}"
+        found.append(Refusal(node_label(groups.layers[writers[0].layer].linear.node), rule, reason.remedy))
     return found
 
 
-def _account(flow: Flow, balance: Balance, before: float) -> dict[str, Any]:
+def _account(groups: ChannelGroups, balance: Balance, before: float) -> dict[str, Any]:
     moved = [s for s in balance.streams if any(side.shift.any() for side in s)]
     shifts = [abs(side.shift).max(initial=0.0) for side in balance.sides]
     return {
-        "layers": len(flow.layers),
+        "layers": len(groups.layers),
         "equalized": len(moved),
         "sweeps": balance.sweeps,
         "converged": balance.converged,

@@ -31,7 +31,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from onnxcompress.graph.channel_groups.groups import Flow, Labels, Layer
+from onnxcompress.graph.channel_groups.groups import ChannelGroups, LabelledLayer, Labels
 from onnxcompress.graph.query import attribute
 from onnxcompress.passes.equalize.level_solver import LevelSystem, Meeting
 from onnxcompress.progress import Progress, silent
@@ -76,24 +76,26 @@ class Side:
 class Balance:
     """The scales of a network's layers, all 1 at first; `solve` equalizes them."""
 
-    def __init__(self, flow: Flow, shared_scale: np.ndarray, per_layer_scale: np.ndarray) -> None:
+    def __init__(
+        self, groups: ChannelGroups, shared_scale: np.ndarray, per_layer_scale: np.ndarray
+    ) -> None:
         """Set all scales to 1.
 
         Args:
-            flow: The channel groups.
+            groups: The channel groups.
             shared_scale: Mask of the channel groups with one scale for all layers, (groups,).
             per_layer_scale: Mask of the channel groups with one scale for each layer, (groups,).
         """
         self.shared_scale, self.per_layer_scale = shared_scale, per_layer_scale
         self.sweeps, self.converged = 0, False
-        self._magnitudes = [_magnitudes(layer) for layer in flow.layers]
+        self._magnitudes = [_magnitudes(layer) for layer in groups.layers]
         self.sides: list[Side] = []
-        for at, layer in enumerate(flow.layers):
+        for at, layer in enumerate(groups.layers):
             for reads, labels in ((False, layer.writes), (True, layer.reads)):
                 unique, inverse = np.unique(labels, return_inverse=True)
                 self.sides.append(Side(at, reads, labels, np.zeros(len(labels)), unique, inverse))
         moving = shared_scale | per_layer_scale
-        self.all_streams = _streams(self.sides, flow.count)
+        self.all_streams = _streams(self.sides, groups.count)
         self.streams = [
             s
             for s in self.all_streams
@@ -283,7 +285,7 @@ class Balance:
         return unknown
 
 
-def _magnitudes(layer: Layer) -> np.ndarray:
+def _magnitudes(layer: LabelledLayer) -> np.ndarray:
     """Compute the largest magnitude over the taps of the kernel, (groups, outputs, inputs)."""
     linear = layer.linear
     weight = linear.view(linear.weight)

@@ -141,7 +141,7 @@ def relative_error(exact: Sequence[np.ndarray], found: Sequence[np.ndarray]) -> 
 
 
 @dataclass
-class Choice:
+class Float32Nodes:
     """The candidates that stay float32, by places in the list."""
 
     kept: list[int]
@@ -153,7 +153,7 @@ class Choice:
     """Error with each alone in float16, on one batch; measured only where `whole` was too large."""
 
 
-def choose(simulation: Simulation, bound: float, progress: Progress) -> Choice:
+def choose(simulation: Simulation, bound: float, progress: Progress) -> Float32Nodes:
     """Choose the candidates that must stay float32 for the error to keep a bound.
 
     Args:
@@ -167,7 +167,7 @@ def choose(simulation: Simulation, bound: float, progress: Progress) -> Choice:
     count = len(simulation.nodes)
     whole = simulation.error(range(count))
     if whole <= bound:
-        return Choice([], whole, whole)
+        return Float32Nodes([], whole, whole)
     alone = {}
     for i in range(count):
         alone[i] = simulation.glance({i})
@@ -181,7 +181,7 @@ def choose(simulation: Simulation, bound: float, progress: Progress) -> Choice:
             high, error = middle, found
         else:
             low = middle + 1
-    return Choice(sorted(ranked[:high]), whole, error if high < count else 0.0, alone)
+    return Float32Nodes(sorted(ranked[:high]), whole, error if high < count else 0.0, alone)
 
 
 def _last_floats(proto: onnx.ModelProto) -> list[str]:

@@ -43,7 +43,7 @@ from onnxcompress.passes.base import Pass, PassResult
 from onnxcompress.passes.fold_bn import FoldBatchNorm
 from onnxcompress.passes.fp16.candidates import HALF, Candidate, candidates, element_types, has_bodies
 from onnxcompress.passes.fp16.convert import convert
-from onnxcompress.passes.fp16.error_search import Choice, Simulation, choose, worst_error
+from onnxcompress.passes.fp16.error_search import Float32Nodes, Simulation, choose, worst_error
 from onnxcompress.passes.opsets import at_opset
 from onnxcompress.passes.preview import check_inputs, raised
 from onnxcompress.progress import Progress, silent
@@ -168,7 +168,7 @@ class HalfPrecision(ImageOptions, Pass):
         kind = "procedural" if self.inputs == "auto" and self.images is None else self.inputs
         return replace(super().request, inputs=kind, synthetic=IMAGES)
 
-    def _measured(self, nodes: Sequence[Candidate], choice: Choice, inputs: Inputs) -> dict[str, Any]:
+    def _measured(self, nodes: Sequence[Candidate], choice: Float32Nodes, inputs: Inputs) -> dict[str, Any]:
         kept = [
             {"name": nodes[i].name, "op": nodes[i].op, "error_alone": choice.alone[i]} for i in choice.kept
         ]
@@ -225,7 +225,7 @@ def _in_type(x: np.ndarray, kind: type[np.floating[Any]]) -> np.ndarray:
     return x.astype(kind) if x.dtype == np.float32 else x
 
 
-def _kept(nodes: Sequence[Candidate], choice: Choice) -> list[Refusal]:
+def _kept(nodes: Sequence[Candidate], choice: Float32Nodes) -> list[Refusal]:
     return [
         Refusal(
             nodes[i].name,

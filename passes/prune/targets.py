@@ -12,7 +12,7 @@ from onnxcompress.account import Refusal
 from onnxcompress.errors import OptionError
 from onnxcompress.graph.query import NAMED
 from onnxcompress.model import Model
-from onnxcompress.optimize.reconstruction.admm_mask import Choice
+from onnxcompress.optimize.reconstruction.admm_mask import MaskChoice
 from onnxcompress.optimize.reconstruction.patches import patches_of
 from onnxcompress.optimize.reconstruction.prune import kept
 from onnxcompress.optimize.reconstruction.sparsity_pattern import UNSTRUCTURED, Pattern
@@ -195,7 +195,7 @@ def magnitude_prune(target: Target, shares: Mapping[str, float]) -> dict[str, np
         linear = target.layers[name].linear
         new = np.ascontiguousarray(linear.weight).copy()
         view = linear.view(new)
-        choice = Choice(kept(size.size, shares.get(name, 0.0)), view.shape[3], target.pattern)
+        choice = MaskChoice(kept(size.size, shares.get(name, 0.0)), view.shape[3], target.pattern)
         view *= choice.mask(torch.from_numpy(size)).numpy().reshape(view.shape)
         found[name] = new
     return found

@@ -18,14 +18,14 @@ from onnxcompress.evaluation import gate_results as verdicts_module
 from onnxcompress.evaluation import gates as gates_module
 from onnxcompress.evaluation.accuracy import evaluate
 from onnxcompress.evaluation.compare import compare
-from onnxcompress.evaluation.gate_results import Facts, judge, summary
+from onnxcompress.evaluation.gate_results import GateMeasurements, judge, summary
 from onnxcompress.evaluation.gates import LIMITS, Gates
 from onnxcompress.runtime.latency import Ratio
 from onnxcompress.runtime.session import cuda_devices
 
 pytestmark = pytest.mark.usefixtures("quick_clock")
 
-FACTS = Facts(
+FACTS = GateMeasurements(
     bytes=1_500_000,
     inputs="200 images",
     top1=(0.93, 0.92),
@@ -117,22 +117,22 @@ def test_what_is_measured_is_what_evaluate_and_compare_say(
     net: Path, damaged: Path, pictures: Path
 ) -> None:
     gates = Gates(max_drop=1, min_agreement=99, min_speedup=0.1, max_size=5, images=str(pictures))
-    facts = gates.measure(gates.prepare(net), damaged)
+    measurements = gates.measure(gates.prepare(net), damaged)
     preprocess = Preprocess.parse("fashion-mnist")
     own = load_images(pictures, preprocess=preprocess, labels=True)
-    assert facts.top1 == (evaluate(net, own).top1, evaluate(damaged, own).top1)
-    found = Facts.of(compare(net, damaged, images=own))
+    assert measurements.top1 == (evaluate(net, own).top1, evaluate(damaged, own).top1)
+    found = GateMeasurements.of(compare(net, damaged, images=own))
     assert (found.top1, found.agreement, found.bytes, found.inputs) == (
-        facts.top1,
-        facts.agreement,
-        facts.bytes,
-        facts.inputs,
+        measurements.top1,
+        measurements.agreement,
+        measurements.bytes,
+        measurements.inputs,
     )
-    assert facts.bytes == damaged.stat().st_size
-    assert facts.agreement is not None
-    assert facts.agreement < 1
-    assert facts.ratio is not None
-    verdicts = {v.gate: v for v in judge(gates.limits, facts)}
+    assert measurements.bytes == damaged.stat().st_size
+    assert measurements.agreement is not None
+    assert measurements.agreement < 1
+    assert measurements.ratio is not None
+    verdicts = {v.gate: v for v in judge(gates.limits, measurements)}
     assert verdicts["min_speedup"].passed
     assert not verdicts["max_drop"].passed
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from onnxcompress.optimize.reconstruction.admm_mask import Choice, Problem, refit
+from onnxcompress.optimize.reconstruction.admm_mask import MaskChoice, Problem, refit
 from onnxcompress.optimize.reconstruction.sparsity_pattern import UNSTRUCTURED, Pattern
 
 KEPT = int(0.4 * 16 * 64)
@@ -34,7 +34,7 @@ def test_the_error_on_a_fixed_problem_is_what_it_was(pattern: Pattern, today: fl
     """One ADMM step doubles it, a penalty ten times as large makes it 1.7 times as large."""
     w, h = problem()
     rows = torch.ones(1, 16)
-    new = Problem.of(w, h, rows).solve(Choice(KEPT, 1, pattern))
+    new = Problem.of(w, h, rows).solve(MaskChoice(KEPT, 1, pattern))
     assert error(new, w, h, rows) == pytest.approx(today, rel=0.1)
     assert int((new != 0).sum()) == (KEPT if pattern == UNSTRUCTURED else 16 * 32)
 
@@ -42,7 +42,7 @@ def test_the_error_on_a_fixed_problem_is_what_it_was(pattern: Pattern, today: fl
 def test_rows_that_are_worth_more_keep_more_weights() -> None:
     w, h = problem()
     rows = torch.logspace(-2, 2, 16)[None]
-    new = Problem.of(w, h, rows).solve(Choice(KEPT, 1))
+    new = Problem.of(w, h, rows).solve(MaskChoice(KEPT, 1))
     assert error(new, w, h, rows) == pytest.approx(0.0016, rel=0.1)
     left = (new[0] != 0).sum(1)
     assert left[:4].sum() < 8
@@ -72,17 +72,17 @@ def test_the_values_are_the_least_squares_on_their_mask() -> None:
 
 def test_the_largest_scores_stay_and_of_equal_ones_as_many_as_fit() -> None:
     score = torch.tensor([[[3.0, 1.0, 1.0, 2.0], [1.0, 0.0, 5.0, 1.0]]])
-    assert Choice(5, 1).mask(score).int().tolist() == [[[1, 1, 1, 1], [0, 0, 1, 0]]]
-    assert Choice(0, 1, Pattern(2, 4)).mask(score).sum(2).tolist() == [[2, 2]]
+    assert MaskChoice(5, 1).mask(score).int().tolist() == [[[1, 1, 1, 1], [0, 0, 1, 0]]]
+    assert MaskChoice(0, 1, Pattern(2, 4)).mask(score).sum(2).tolist() == [[2, 2]]
     taps = torch.tensor([[[0.0, 7, 1, 2, 3, 4, 5, 6]]])  # four inputs of two taps
-    assert Choice(0, 2, Pattern(1, 4)).mask(taps).int().tolist() == [[[0, 1, 0, 0, 0, 0, 1, 0]]]
+    assert MaskChoice(0, 2, Pattern(1, 4)).mask(taps).int().tolist() == [[[0, 1, 0, 0, 0, 0, 1, 0]]]
 
 
 def test_the_units_of_the_inputs_change_nothing() -> None:
     w, h = problem()
     unit = torch.logspace(-1, 1, 64).double()
     plain, other = (
-        Problem.of(goal, moments, torch.ones(1, 16)).solve(Choice(KEPT, 1))
+        Problem.of(goal, moments, torch.ones(1, 16)).solve(MaskChoice(KEPT, 1))
         for goal, moments in ((w, h), (w / unit, h * unit * unit[:, None]))
     )
     assert torch.equal(plain != 0, other != 0)

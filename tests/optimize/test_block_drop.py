@@ -15,7 +15,7 @@ from onnxcompress.graph.blocks import find_blocks
 from onnxcompress.model import Model
 from onnxcompress.optimize.block_drop import selection
 from onnxcompress.optimize.block_drop.recoverability import Probe, Recovery
-from onnxcompress.optimize.block_drop.selection import Choice, choose
+from onnxcompress.optimize.block_drop.selection import BlockSelection, choose
 from onnxcompress.passes.base import PassResult
 from onnxcompress.passes.drop_blocks import DropBlocks
 from onnxcompress.runtime.block_latency import Share, usable
@@ -160,7 +160,7 @@ def test_after_each_drop_what_is_left_is_scored_by_what_it_adds(
     probe = Probe("x", "y", torch.zeros(1, 3, 8, 8), torch.ones(1))
     sizes: list[float] = []
 
-    def enough(choice: Choice) -> bool:
+    def enough(choice: BlockSelection) -> bool:
         sizes.append(choice.loss)
         return len(choice.dropped) == 3
 

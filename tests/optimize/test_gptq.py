@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from onnxcompress.optimize.reconstruction.gptq import (
-    Moments,
+    LayerMoments,
     Rounded,
     best_scale,
     least_squares,
@@ -20,13 +20,13 @@ from onnxcompress.optimize.reconstruction.gptq import (
 from onnxcompress.optimize.reconstruction.saturation import SaturationBounds
 
 
-def problem(groups: int, outputs: int, fan: int) -> tuple[Tensor, Tensor, Moments]:
+def problem(groups: int, outputs: int, fan: int) -> tuple[Tensor, Tensor, LayerMoments]:
     """Weights, correlated inputs with a mean of 2, and their moments."""
     w = torch.randn(groups, outputs, fan, generator=torch.Generator().manual_seed(1))
     generator = torch.Generator().manual_seed(0)
     mix = torch.randn(groups, fan, fan, generator=generator)
     x = mix @ torch.randn(groups, fan, 4 * fan + 200, generator=generator) + 2
-    moments = Moments.empty(w)
+    moments = LayerMoments.empty(w)
     for part in torch.split(torch.arange(x.shape[2]), 100):
         moments.add(x[..., part], torch.zeros(groups, outputs, len(part)))
     return w, x, moments
@@ -87,7 +87,7 @@ def test_the_least_squares_target_is_the_solution_of_the_damped_system(target: f
     rng = np.random.default_rng(0)
     w, x = rng.normal(size=(2, 3, 5)), rng.normal(size=(2, 5, 400)) @ np.diag(rng.uniform(1, 3, 400)) + 3
     residual = rng.normal(size=(2, 3, 5)) @ x + rng.normal(size=(2, 3, 400)) + 7
-    moments = Moments.empty(torch.from_numpy(w))
+    moments = LayerMoments.empty(torch.from_numpy(w))
     for part in np.array_split(np.arange(400), 3):
         moments.add(torch.from_numpy(x[..., part]), torch.from_numpy(residual[..., part]))
     goal, h = least_squares(torch.from_numpy(w), moments, ridge=0.1, target=target)
@@ -109,7 +109,7 @@ def test_a_group_that_reads_nothing_is_damped_as_if_it_read_a_ten_thousandth_of_
     x = torch.randn(2, 4, 500, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     x[1] = 0
     w = torch.ones(2, 1, 4, dtype=torch.float64)
-    moments = Moments.empty(w)
+    moments = LayerMoments.empty(w)
     moments.add(x, torch.zeros(2, 1, 500, dtype=torch.float64))
     _, h = least_squares(w, moments, ridge=0.5, target=math.inf)
     mean = float(x[0].var(1, correction=0).mean()) / 2

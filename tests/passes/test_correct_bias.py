@@ -10,7 +10,7 @@ import pytest
 from onnx import numpy_helper
 
 from onnxcompress.errors import OptionError
-from onnxcompress.graph.channel_groups.tracer import trace
+from onnxcompress.graph.channel_groups.tracer import find_channel_groups
 from onnxcompress.graph.linear_layer import Linear, as_linear
 from onnxcompress.graph.query import producer
 from onnxcompress.model import Model, load
@@ -21,7 +21,7 @@ from onnxcompress.passes.correct_bias.input_means import layer_window, recorded_
 from onnxcompress.passes.equalize import Equalize
 from onnxcompress.passes.fold_bn import FoldBatchNorm
 from onnxcompress.runtime.inference import run as outputs
-from onnxcompress.statistics.propagation import Moments, NoMoments
+from onnxcompress.statistics.propagation import MomentPropagation, UnknownMoments
 from onnxcompress.statistics.record import ChannelStatistics, read_record, write_record
 from tests.helpers.folding import Arrays, feeds, graph, weight
 
@@ -148,7 +148,7 @@ def test_moments_are_those_of_samples(chain: str) -> None:
     proto = graph(signature, text, used)
     model = Model.from_proto(proto)
     known = {"z": ChannelStatistics(MEAN, STD), "v": ChannelStatistics(-MEAN, STD / 2)}
-    mean, variance = Moments(model, trace(model), known).of(model.graph.outputs[0])
+    mean, variance = MomentPropagation(model, find_channel_groups(model), known).of(model.graph.outputs[0])
     rng = np.random.default_rng(0)
     drawn = {
         name: (s.mean[:, None, None] + s.std[:, None, None] * rng.normal(size=(16, 4, 64, 64))).astype(
@@ -174,8 +174,8 @@ def test_what_has_no_closed_form() -> None:
             graph("(float[N,4,8,8] z, float[N,4,8,8] v) => (float[N,4,H,W] t)", text, {})
         )
         known = {n: ChannelStatistics(MEAN, STD) for n in "zv"}
-        with pytest.raises(NoMoments, match=reason):
-            Moments(model, trace(model), known).of(model.graph.outputs[0])
+        with pytest.raises(UnknownMoments, match=reason):
+            MomentPropagation(model, find_channel_groups(model), known).of(model.graph.outputs[0])
 
 
 # The pass -------------------------------------------------------------------------------------------------

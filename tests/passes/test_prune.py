@@ -23,8 +23,8 @@ from onnxcompress.evaluation.accuracy import agreement, logits
 from onnxcompress.graph.query import read
 from onnxcompress.model import Model, load
 from onnxcompress.optimize.calibration import InputRequest
-from onnxcompress.optimize.reconstruction.admm_mask import Choice, Problem
-from onnxcompress.optimize.reconstruction.gptq import Moments
+from onnxcompress.optimize.reconstruction.admm_mask import MaskChoice, Problem
+from onnxcompress.optimize.reconstruction.gptq import LayerMoments
 from onnxcompress.optimize.reconstruction.sparsity_pattern import UNSTRUCTURED, Pattern
 from onnxcompress.passes.base import run
 from onnxcompress.passes.fold_bn.fold_and_canonicalize import fold_and_canonicalize
@@ -278,12 +278,12 @@ def test_a_sparse_layer_is_near_the_best_of_all_masks() -> None:
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(1, 8, 8, generator=generator) @ torch.randn(1, 8, 400, generator=generator)
     w = torch.randn(1, 3, 8, generator=generator)
-    moments = Moments.empty(w)
+    moments = LayerMoments.empty(w)
     moments.add(x, torch.zeros(1, 3, 400))
     h = moments.gram[0] / 400
     goal = w.double()
     problem = Problem.of(goal, h[None], torch.ones(1, 3))
-    found = problem.solve(Choice(9, 1, UNSTRUCTURED))[0]
+    found = problem.solve(MaskChoice(9, 1, UNSTRUCTURED))[0]
     assert int((found != 0).sum()) == 9
     best: list[list[float]] = []
     for row in goal[0]:
@@ -300,7 +300,7 @@ def test_a_sparse_layer_is_near_the_best_of_all_masks() -> None:
     least = min(sum(best[o][c] for o, c in enumerate(split)) for split in splits)
     off = found - goal[0]
     assert float(((off @ h) * off).sum()) <= 1.5 * least
-    two = problem.solve(Choice(12, 1, Pattern(2, 4)))[0]
+    two = problem.solve(MaskChoice(12, 1, Pattern(2, 4)))[0]
     assert ((two.reshape(3, 2, 4) != 0).sum(2) == 2).all()
 
 

@@ -18,7 +18,7 @@ from onnxcompress.evaluation.accuracy import agreement, logits
 from onnxcompress.graph.query import read
 from onnxcompress.model import Model, load
 from onnxcompress.optimize.reconstruction.activation_range import fake, least_squares
-from onnxcompress.optimize.reconstruction.gptq import Moments, nearest, reconstruct
+from onnxcompress.optimize.reconstruction.gptq import LayerMoments, nearest, reconstruct
 from onnxcompress.optimize.reconstruction.gptq import least_squares as target_and_hessian
 from onnxcompress.optimize.reconstruction.range_equalization import streams, stretch
 from onnxcompress.optimize.reconstruction.saturation import SaturationBounds, partners
@@ -304,8 +304,8 @@ def test_channel_ranges_are_equal_and_cost_nothing(models: Path) -> None:
         assert alive.max() < 1.01 * alive.min()
 
 
-def moments_of(w: torch.Tensor, x: torch.Tensor, residual: torch.Tensor) -> Moments:
-    moments = Moments.empty(w)
+def moments_of(w: torch.Tensor, x: torch.Tensor, residual: torch.Tensor) -> LayerMoments:
+    moments = LayerMoments.empty(w)
     for part in torch.split(torch.arange(x.shape[2]), 100):
         moments.add(x[..., part], residual[..., part])
     return moments
@@ -421,10 +421,10 @@ def test_moments_of_parts_add_up_to_those_of_all() -> None:
     w = torch.randn(2, 3, 12, generator=torch.Generator().manual_seed(1))
     x = correlated(2, 12, 900, 0)
     residual = torch.randn(2, 3, 900, generator=torch.Generator().manual_seed(2))
-    whole, merged = Moments.empty(w), Moments.empty(w)
+    whole, merged = LayerMoments.empty(w), LayerMoments.empty(w)
     whole.add(x, residual)
     for places in torch.split(torch.arange(900), [250, 550, 100]):
-        part = Moments.empty(w)
+        part = LayerMoments.empty(w)
         part.add(x[..., places], residual[..., places])
         merged.merge(part)
     assert merged.rows == whole.rows

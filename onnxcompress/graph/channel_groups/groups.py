@@ -28,12 +28,10 @@ class Unknown(Exception):
 
 
 @dataclass(frozen=True)
-class Layer:
+class LabelledLayer:
     """A linear layer with a constant weight, and the labels of its channels."""
 
     linear: Linear
-    name: str
-    """Name of its output tensor: unique, unlike node names."""
     reads: Labels
     """Labels of the input channels, shape (input channels,)."""
     writes: Labels
@@ -67,26 +65,26 @@ class Bounds:
 
 
 @dataclass
-class Flow:
+class ChannelGroups:
     """The channel groups of a model. Labels, except in `origins`, are those that represent their groups."""
 
-    layers: list[Layer] = field(default_factory=list)
+    layers: list[LabelledLayer] = field(default_factory=list)
     tensors: dict[str, Labels] = field(default_factory=dict)
     origins: dict[str, Labels] = field(default_factory=dict)
     """As `tensors`, but with labels before they are tied: the channel that the layer wrote."""
     offsets: list[Offset] = field(default_factory=list)
     bounds: list[Bounds] = field(default_factory=list)
-    barred: dict[int, Refusal] = field(default_factory=dict)
+    unscalable: dict[int, Refusal] = field(default_factory=dict)
     """The first reason why a channel group cannot be scaled, by group."""
     overflow: set[int] = field(default_factory=set)
     """Barred groups whose scaled values would overflow their type."""
-    ended: set[int] = field(default_factory=set)
+    untraced: set[int] = field(default_factory=set)
     """Groups that end at an operator without a rule, though they may go on behind it."""
     count: int = 0
     """Number of labels; all labels are below it."""
 
     @cached_property
-    def layer_of(self) -> dict[int, Layer]:
+    def layer_of(self) -> dict[int, LabelledLayer]:
         """Layers by id of their node.
 
         Returns:
@@ -95,15 +93,15 @@ class Flow:
         return {id(layer.linear.node): layer for layer in self.layers}
 
 
-class Channels:
+class ChannelLabels:
     """Labels, which of them are tied (union-find), and which are barred."""
 
     def __init__(self) -> None:
         self._parent: list[int] = []
-        self._bars: list[tuple[int, Refusal]] = []
-        self._barred: set[int] = set()
+        self._reasons: list[tuple[int, Refusal]] = []
+        self._marked: set[int] = set()
 
-    def fresh(self, shape: tuple[int, ...]) -> Labels:
+    def new_labels(self, shape: tuple[int, ...]) -> Labels:
         """Create new labels that are tied to nothing.
 
         Args:
@@ -121,7 +119,7 @@ class Channels:
         self._parent.extend(range(start, start + count))
         return np.arange(start, start + count).reshape(shape)
 
-    def tie(self, *arrays: Labels) -> Labels:
+    def union(self, *arrays: Labels) -> Labels:
         """Tie labels element by element: these channels must have the same scale.
 
         Args:
@@ -147,7 +145,7 @@ class Channels:
                 self._parent[high] = low
         return np.ascontiguousarray(first)
 
-    def merge(self, labels: Labels, axes: tuple[int, ...]) -> Labels:
+    def union_along(self, labels: Labels, axes: tuple[int, ...]) -> Labels:
         """Tie all labels along some axes.
 
         Args:
@@ -166,10 +164,10 @@ class Channels:
         for axis in axes:
             first = first.take([0], axis)
         if first.shape != labels.shape:
-            self.tie(labels, first)
+            self.union(labels, first)
         return first
 
-    def bar(self, labels: Labels, refusal: Refusal) -> Labels:
+    def mark_unscalable(self, labels: Labels, refusal: Refusal) -> Labels:
         """Mark channels that cannot be scaled.
 
         Args:
@@ -180,11 +178,11 @@ class Channels:
             The same labels.
         """
         for label in np.unique(labels).tolist():
-            self._bars.append((label, refusal))
-            self._barred.add(label)
+            self._reasons.append((label, refusal))
+            self._marked.add(label)
         return labels
 
-    def is_barred(self, labels: Labels) -> bool:
+    def is_unscalable(self, labels: Labels) -> bool:
         """Whether each of these labels is barred itself, and not through a label that it is tied to.
 
         Args:
@@ -193,7 +191,7 @@ class Channels:
         Returns:
             True where all are barred.
         """
-        return all(label in self._barred for label in np.unique(labels).tolist())
+        return all(label in self._marked for label in np.unique(labels).tolist())
 
     def _root(self, label: int) -> int:
         root = label
@@ -211,7 +209,7 @@ class Channels:
         """
         return np.array([self._root(label) for label in range(len(self._parent))], np.int64)
 
-    def barred(self, roots: np.ndarray) -> dict[int, Refusal]:
+    def unscalable(self, roots: np.ndarray) -> dict[int, Refusal]:
         """Collect for each barred group the first reason that was given.
 
         Args:
@@ -221,6 +219,6 @@ class Channels:
             Refusals by the label that represents the group.
         """
         reasons: dict[int, Refusal] = {}
-        for label, refusal in self._bars:
+        for label, refusal in self._reasons:
             reasons.setdefault(int(roots[label]), refusal)
         return reasons

@@ -7,7 +7,7 @@ import onnx_graphsurgeon as gs
 
 from onnxcompress.graph.channel_groups.groups import (
     Bounds,
-    Channels,
+    ChannelLabels,
     Labels,
     Offset,
     Unknown,
@@ -17,7 +17,7 @@ from onnxcompress.graph.topology import Topology
 from onnxcompress.model import Model
 
 
-class TensorLabels(Channels):
+class TensorLabels(ChannelLabels):
     """Labels of each tensor that carries data, as far as the graph has been walked."""
 
     def __init__(self, model: Model, scale_clips: bool) -> None:
@@ -88,7 +88,7 @@ class TensorLabels(Channels):
             )
         return [d if isinstance(d, int) else None for d in shape]
 
-    def spelled(self, tensor: gs.Tensor, axis: int) -> Labels:
+    def expanded(self, tensor: gs.Tensor, axis: int) -> Labels:
         """Repeat a tensor's labels along an axis, so that they have the axis's full size there.
 
         Args:

@@ -31,7 +31,7 @@ def within_channels(tracer: TensorLabels, node: gs.Node) -> Sequence[Labels]:
         Unknown: The labels of its input are not known.
     """
     labels = tracer.labels(node.inputs[0])
-    return [tracer.merge(labels, tuple(range(2, labels.ndim)))]
+    return [tracer.union_along(labels, tuple(range(2, labels.ndim)))]
 
 
 def concat(tracer: TensorLabels, node: gs.Node) -> Sequence[Labels]:
@@ -53,7 +53,7 @@ def concat(tracer: TensorLabels, node: gs.Node) -> Sequence[Labels]:
         raise Unknown("joins batches")
     parts = [tracer.labels(t) if tracer.carries(t) else _part(tracer, node, t, axis) for t in node.inputs]
     if axis > 1 and all(p.shape[axis] == 1 for p in parts):
-        return [tracer.tie(*parts)]  # pieces of one image
+        return [tracer.union(*parts)]  # pieces of one image
     parts = [_along(tracer, t, p, axis) for t, p in zip(node.inputs, parts, strict=True)]
     shape = [max(p.shape[a] for p in parts) for a in range(rank)]
     if any(p.shape[a] not in (1, shape[a]) for p in parts for a in range(rank) if a != axis):
@@ -65,7 +65,7 @@ def concat(tracer: TensorLabels, node: gs.Node) -> Sequence[Labels]:
 def _along(tracer: TensorLabels, tensor: gs.Tensor, labels: Labels, axis: int) -> Labels:
     """Repeat a part's labels along the axis of the Concat, up to its size there."""
     if tracer.carries(tensor):
-        return tracer.spelled(tensor, axis)
+        return tracer.expanded(tensor, axis)
     size = tracer.sizes(tensor)[axis]
     return np.repeat(labels, size or 1, axis) if labels.shape[axis] == 1 else labels
 
@@ -75,9 +75,9 @@ def _part(tracer: TensorLabels, node: gs.Node, tensor: gs.Tensor, axis: int) -> 
     value = tracer.constant(tensor)
     if value is None:
         raise Unknown(f"has an operand {tensor.name!r} that depends on the shape of an input")
-    labels = tracer.fresh(tuple(n if a == axis == 1 else 1 for a, n in enumerate(value.shape)))
+    labels = tracer.new_labels(tuple(n if a == axis == 1 else 1 for a, n in enumerate(value.shape)))
     if value.any():
-        tracer.bar(labels, Refusal(node_label(node), "(Concat) joins a constant"))
+        tracer.mark_unscalable(labels, Refusal(node_label(node), "(Concat) joins a constant"))
     return labels
 
 
@@ -122,11 +122,11 @@ def _pad_channels(
     tracer: TensorLabels, node: gs.Node, before: int, after: int, mode: str | bytes
 ) -> Labels:
     """Put channels of zeros, which have any scale, before and behind the others."""
-    labels = tracer.spelled(node.inputs[0], 1)
+    labels = tracer.expanded(node.inputs[0], 1)
     if mode not in ("constant", b"constant") or labels[:, :1].size != 1:
         raise Unknown("pads channels with copies")
     kept = labels[:, max(-before, 0) : labels.shape[1] - max(-after, 0)]
-    ends = [tracer.fresh((1, max(n, 0), *[1] * (labels.ndim - 2))) for n in (before, after)]
+    ends = [tracer.new_labels((1, max(n, 0), *[1] * (labels.ndim - 2))) for n in (before, after)]
     return np.concatenate([ends[0], kept, ends[1]], 1)
 
 
@@ -311,7 +311,7 @@ def reduce(tracer: TensorLabels, node: gs.Node) -> Sequence[Labels]:
     axes = tuple(int(a) % labels.ndim for a in axes or range(labels.ndim))
     if 0 in axes:
         raise Unknown("reduces over the batch")
-    labels = tracer.merge(labels, axes)
+    labels = tracer.union_along(labels, axes)
     return [labels if attribute(node, "keepdims", 1) else labels.squeeze(axes)]
 
 

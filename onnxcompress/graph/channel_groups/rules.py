@@ -53,7 +53,7 @@ def _not_homogeneous(tracer: TensorLabels, node: gs.Node) -> Sequence[Labels]:
     normalizes = node.op == "BatchNormalization"
     rule = "subtracts a mean" if normalizes else "is not positively homogeneous"
     remedy = "run fold-bn first" if normalizes else ""
-    return [tracer.bar(labels, Refusal(node_label(node), f"({node.op}) {rule}", remedy))]
+    return [tracer.mark_unscalable(labels, Refusal(node_label(node), f"({node.op}) {rule}", remedy))]
 
 
 def _prelu(tracer: TensorLabels, node: gs.Node) -> Sequence[Labels]:
@@ -72,7 +72,7 @@ def _clip(tracer: TensorLabels, node: gs.Node) -> Sequence[Labels]:
         tracer.bounds.append(Bounds(node, low, high, labels))
         return [labels]
     remedy = "--clip per-channel moves the bounds with them"
-    return [tracer.bar(labels, Refusal(node_label(node), text, remedy))]
+    return [tracer.mark_unscalable(labels, Refusal(node_label(node), text, remedy))]
 
 
 def _bound(tracer: TensorLabels, node: gs.Node, at: int) -> float:
@@ -104,7 +104,7 @@ def _combine(tracer: TensorLabels, node: gs.Node) -> Sequence[Labels]:
     arrays = [a.reshape((1,) * (rank - a.ndim) + a.shape) for a in arrays]
     if any(v.shape[:-1] and v.shape[0] != 1 and v.ndim == rank for _, v in constants):
         raise Unknown("has a constant operand that varies over the batch")
-    labels = tracer.tie(*arrays)
+    labels = tracer.union(*arrays)
     for at, value in constants:
         wide = (1,) * (rank - value.ndim) + value.shape
         for axis in [a for a in range(1, min(rank, 2)) if labels.shape[a] == 1 and wide[a] > 1]:
@@ -128,7 +128,7 @@ def _scale(tracer: TensorLabels, node: gs.Node) -> Sequence[Labels]:
     if node.op == "Mul" and _gates(tracer, first, second):
         data, gate, one, two = second, first, two, one
     rule = f"({node.op}) multiplies {data.name!r} by {gate.name!r}"
-    tracer.bar(two, Refusal(node_label(node), rule))
+    tracer.mark_unscalable(two, Refusal(node_label(node), rule))
     if one.ndim < two.ndim or any(a == 1 < b for a, b in zip(one.shape[1:2], two.shape[1:2], strict=False)):
         raise Unknown("broadcasts over the channels")
     return [one]
@@ -136,9 +136,9 @@ def _scale(tracer: TensorLabels, node: gs.Node) -> Sequence[Labels]:
 
 def _gates(tracer: TensorLabels, first: gs.Tensor, second: gs.Tensor) -> bool:
     """Whether the first operand of a Mul is the gate of the second."""
-    barred = [tracer.is_barred(tracer.labels(t)) for t in (first, second)]
-    if barred[0] != barred[1]:
-        return barred[0]
+    unscalable = [tracer.is_unscalable(tracer.labels(t)) for t in (first, second)]
+    if unscalable[0] != unscalable[1]:
+        return unscalable[0]
     return tracer.sizes(first)[2:].count(1) > tracer.sizes(second)[2:].count(1)
 
 

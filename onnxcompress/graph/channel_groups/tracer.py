@@ -29,9 +29,9 @@ from onnxcompress.account import Refusal
 from onnxcompress.graph import layer_params
 from onnxcompress.graph.channel_groups.groups import (
     MAX_LABELS,
-    Flow,
+    ChannelGroups,
+    LabelledLayer,
     Labels,
-    Layer,
     Unknown,
 )
 from onnxcompress.graph.channel_groups.labels import TensorLabels
@@ -44,12 +44,12 @@ COMBINES = ("Add", "Concat", "Div", "Max", "Min", "Mul", "Sub", "Sum")
 """Operators whose inputs are all data; of other operators only the first input is."""
 
 
-def trace(model: Model, *, scale_clips: bool = False) -> Flow:
+def find_channel_groups(model: Model, *, scale_clips: bool = False) -> ChannelGroups:
     """Find the channel groups of a model.
 
     Args:
         model: The model.
-        scale_clips: Let scales pass a Clip, whose bounds must then be scaled too (`Flow.bounds`).
+        scale_clips: Let scales pass a Clip, whose bounds must then be scaled too (`ChannelGroups.bounds`).
 
     Returns:
         The layers, the labels of their channels, and what bars a group from being scaled.
@@ -59,7 +59,7 @@ def trace(model: Model, *, scale_clips: bool = False) -> Flow:
     """
     tracer = Tracer(model, scale_clips)
     tracer.run()
-    return tracer.flow()
+    return tracer.result()
 
 
 class Tracer(TensorLabels):
@@ -67,13 +67,13 @@ class Tracer(TensorLabels):
 
     def __init__(self, model: Model, scale_clips: bool) -> None:
         super().__init__(model, scale_clips)
-        self._layers: list[Layer] = []
-        self._ended: list[Labels] = []
+        self._layers: list[LabelledLayer] = []
+        self._untraced: list[Labels] = []
 
     def run(self) -> None:
         """Label all tensors of the graph."""
         for tensor in self.model.graph.inputs:
-            self._set_barred(tensor, Refusal(tensor.name, "is an input of the model"))
+            self._set_unscalable(tensor, Refusal(tensor.name, "is an input of the model"))
         for node in self.topology.order:
             if is_op(node, "Shape", "Size") or not any(self.carries(t) for t in node.inputs):
                 continue
@@ -87,37 +87,39 @@ class Tracer(TensorLabels):
                 for tensor, labels in zip(node.outputs, rule(self, node), strict=False):
                     self._set(tensor, labels)
                 if node.op not in COMBINES:
-                    self._bar_parameters(node, 0)
+                    self._mark_parameters(node, 0)
             except Unknown as problem:
-                self._end(node, Refusal(node_label(node), f"({node.op}) {problem.rule}", problem.remedy))
-        self._bar_outside()
+                self._stop_at(
+                    node, Refusal(node_label(node), f"({node.op}) {problem.rule}", problem.remedy)
+                )
+        self._mark_outside()
 
     def _set(self, tensor: gs.Tensor, labels: Labels) -> None:
         self._labels[id(tensor)] = self._tensors[tensor.name] = labels
 
-    def _set_barred(self, tensor: gs.Tensor, refusal: Refusal) -> None:
+    def _set_unscalable(self, tensor: gs.Tensor, refusal: Refusal) -> None:
         """Give a tensor new, barred labels, where its number of channels is known."""
         shape = self.topology.shape(tensor)
         channels = shape[1] if shape is not None and len(shape) > 1 else None
         if shape is not None and isinstance(channels, int) and 0 < channels <= MAX_LABELS:
-            labels = self.fresh((1, channels, *[1] * (len(shape) - 2)))
-            self._set(tensor, self.bar(labels, refusal))
+            labels = self.new_labels((1, channels, *[1] * (len(shape) - 2)))
+            self._set(tensor, self.mark_unscalable(labels, refusal))
 
-    def _end(self, node: gs.Node, refusal: Refusal) -> None:
+    def _stop_at(self, node: gs.Node, refusal: Refusal) -> None:
         """Bar the inputs and outputs of a node about which nothing is known."""
         for tensor in node.inputs:
             if id(tensor) in self._labels:
-                self._ended.append(self.bar(self._labels[id(tensor)], refusal))
+                self._untraced.append(self.mark_unscalable(self._labels[id(tensor)], refusal))
         for tensor in node.outputs:
             if self.carries(tensor) and not tensor.is_empty():
-                self._set_barred(tensor, refusal)
+                self._set_unscalable(tensor, refusal)
 
-    def _bar_parameters(self, node: gs.Node, data_at: int) -> None:
+    def _mark_parameters(self, node: gs.Node, data_at: int) -> None:
         """Bar the channels of inputs that an operator reads as parameters."""
         for at, tensor in enumerate(node.inputs):
             if at != data_at and id(tensor) in self._labels:
                 refusal = Refusal(node_label(node), f"({node.op}) takes {tensor.name!r} as a parameter")
-                self.bar(self._labels[id(tensor)], refusal)
+                self.mark_unscalable(self._labels[id(tensor)], refusal)
 
     def _linear(self, node: gs.Node) -> None:
         """Record a linear layer: end the labels that it reads and begin those that it writes."""
@@ -130,26 +132,26 @@ class Tracer(TensorLabels):
         try:
             reads = self._channels(node.inputs[linear.data_at], linear.inputs)
         except Unknown as unknown:
-            reads = self.fresh((linear.inputs,))
-            self.bar(reads, Refusal(label, f"({node.op}) {unknown.rule}", unknown.remedy))
-        writes = self.fresh((1, linear.outputs, *[1] * (linear.rank - 2)))
+            reads = self.new_labels((linear.inputs,))
+            self.mark_unscalable(reads, Refusal(label, f"({node.op}) {unknown.rule}", unknown.remedy))
+        writes = self.new_labels((1, linear.outputs, *[1] * (linear.rank - 2)))
         self._set(output, writes)
         own = layer_params.check_shared(self.model, linear, label, copy_shared=False) is None
-        layer = Layer(linear, output.name, reads, writes.reshape(-1), own)
+        layer = LabelledLayer(linear, reads, writes.reshape(-1), own)
         self._layers.append(layer)
         if not layer.scalable:
-            self.bar(reads, _fixed(layer))
-            self.bar(writes, _fixed(layer))
+            self.mark_unscalable(reads, _fixed(layer))
+            self.mark_unscalable(writes, _fixed(layer))
         if layer_params.bias(self.model, linear) is None:
-            self.bar(writes, Refusal(label, f"({node.op}) has a bias that is not a constant"))
-        self._bar_parameters(node, linear.data_at)
+            self.mark_unscalable(writes, Refusal(label, f"({node.op}) has a bias that is not a constant"))
+        self._mark_parameters(node, linear.data_at)
 
     def _channels(self, tensor: gs.Tensor, count: int) -> Labels:
         """The labels, shape (count,), of the channels (axis 1) that a linear layer reads."""
         labels = self.labels(tensor)
         if labels.ndim < 2 or labels.shape[1] not in (1, count):
             raise Unknown(f"reads {count} channels, {tensor.name!r} has shape {labels.shape}")
-        merged = self.merge(labels, (0, *range(2, labels.ndim)))
+        merged = self.union_along(labels, (0, *range(2, labels.ndim)))
         return np.array(np.broadcast_to(merged.reshape(-1), (count,)))
 
     def _rank(self, tensor: gs.Tensor) -> int | None:
@@ -158,7 +160,7 @@ class Tracer(TensorLabels):
         shape = self.topology.shape(tensor)
         return None if shape is None else len(shape)
 
-    def _bar_outside(self) -> None:
+    def _mark_outside(self) -> None:
         """Bar channels that are visible outside the main graph."""
         outputs = {id(t) for t in self.model.graph.outputs}
         for node in self.topology.order:
@@ -167,31 +169,33 @@ class Tracer(TensorLabels):
                 if labels is None:
                     continue
                 if id(tensor) in outputs:
-                    self.bar(labels, Refusal(tensor.name, "is an output of the model"))
+                    self.mark_unscalable(labels, Refusal(tensor.name, "is an output of the model"))
                 if any(map(self.model.in_body, tensor.outputs)):
-                    self.bar(labels, Refusal(tensor.name, "is read inside the body of an If, Loop or Scan"))
+                    self.mark_unscalable(
+                        labels, Refusal(tensor.name, "is read inside the body of an If, Loop or Scan")
+                    )
 
     # The result --------------------------------------------------------------------------------------
 
-    def flow(self) -> Flow:
+    def result(self) -> ChannelGroups:
         """Collect the result, each label replaced by the one that represents its group.
 
         Returns:
             The channel groups.
         """
         roots = self.roots()
-        flow = Flow(count=len(roots), barred=self.barred(roots))
+        groups = ChannelGroups(count=len(roots), unscalable=self.unscalable(roots))
         for layer in self._layers:
-            flow.layers.append(replace(layer, reads=roots[layer.reads], writes=roots[layer.writes]))
-        flow.origins = dict(self._tensors)
-        flow.tensors = {name: roots[labels] for name, labels in self._tensors.items()}
-        flow.offsets = [replace(o, labels=roots[o.labels]) for o in self.offsets]
-        flow.bounds = [replace(b, labels=roots[b.labels]) for b in self.bounds]
-        flow.ended = {int(root) for labels in self._ended for root in np.unique(roots[labels])}
-        return flow
+            groups.layers.append(replace(layer, reads=roots[layer.reads], writes=roots[layer.writes]))
+        groups.origins = dict(self._tensors)
+        groups.tensors = {name: roots[labels] for name, labels in self._tensors.items()}
+        groups.offsets = [replace(o, labels=roots[o.labels]) for o in self.offsets]
+        groups.bounds = [replace(b, labels=roots[b.labels]) for b in self.bounds]
+        groups.untraced = {int(root) for labels in self._untraced for root in np.unique(roots[labels])}
+        return groups
 
 
-def _fixed(layer: Layer) -> Refusal:
+def _fixed(layer: LabelledLayer) -> Refusal:
     """The reason why a layer's weight cannot be scaled."""
     node = layer.linear.node
     if not layer.own:

@@ -25,7 +25,13 @@ from onnxcompress.optimize.block_drop.options import DropBlocksOptions
 from onnxcompress.optimize.block_drop.recoverability import BATCH, SCORING_IMAGES, Probe, Scorer, probe
 from onnxcompress.optimize.block_drop.repair import Repair, elements, inference_batch
 from onnxcompress.optimize.block_drop.score_file import read_scores, write_scores
-from onnxcompress.optimize.block_drop.selection import Choice, choose, choose_these, spared, target_missed
+from onnxcompress.optimize.block_drop.selection import (
+    BlockSelection,
+    choose,
+    choose_these,
+    spared,
+    target_missed,
+)
 from onnxcompress.optimize.calibration import gather_inputs
 from onnxcompress.optimize.device import fitting, pick_device, resident
 from onnxcompress.optimize.executor import Executor
@@ -243,7 +249,7 @@ class Dropper:
         self.measured["order"] = [b.name for b in choice.dropped]
         self.measured["choosing_loss"] = choice.loss
 
-    def _enough(self, choice: Choice) -> bool:
+    def _enough(self, choice: BlockSelection) -> bool:
         if self.options.blocks is not None:
             return len(choice.dropped) >= self.options.blocks
         target = self._target
@@ -263,7 +269,7 @@ class Dropper:
         """Measure the part of the original's latency that the model saves."""
         return 1 - self.stopwatch.compare(self.original, model, seconds=5.0)["ratio"]
 
-    def _taken_back(self, choice: Choice, whole: Model) -> Choice:
+    def _taken_back(self, choice: BlockSelection, whole: Model) -> BlockSelection:
         """Return the choice without unneeded blocks. whole: the model with all blocks."""
 
         def measure(blocks: Sequence[Block]) -> float:

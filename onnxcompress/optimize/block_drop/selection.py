@@ -30,7 +30,7 @@ MAX_RESCORED = 6
 
 
 @dataclass
-class Choice:
+class BlockSelection:
     """The student, block by block smaller."""
 
     model: Model
@@ -61,14 +61,14 @@ def choose(
     scores: Mapping[str, float],
     shares: Mapping[str, float],
     probe: Probe,
-    enough: Callable[[Choice], bool],
+    enough: Callable[[BlockSelection], bool],
     *,
     steps: int = STEPS,
     batch: int = BATCH,
     device: str = "cpu",
     progress: Progress = silent,
     expected: int = 0,
-) -> Choice:
+) -> BlockSelection:
     """Drop blocks from the model, in place, until `enough` says so or none is left.
 
     Args:
@@ -86,7 +86,7 @@ def choose(
     Returns:
         The model without the blocks, the blocks in the order of dropping, and their adapters.
     """
-    choice = Choice(model, probe.feature)
+    choice = BlockSelection(model, probe.feature)
     known = dict(scores)
     while not enough(choice):
         left = [b for b in find_blocks(model).blocks if b.exit in known]
@@ -101,7 +101,7 @@ def choose(
 
 def choose_these(
     model: Model, blocks: Sequence[Block], probe: Probe, *, batch: int = BATCH, device: str = "cpu"
-) -> Choice:
+) -> BlockSelection:
     """Drop given blocks from the model, in place and in order, each with adapters of its own.
 
     Args:
@@ -114,7 +114,7 @@ def choose_these(
     Returns:
         The model without the blocks, and their adapters.
     """
-    choice = Choice(model, probe.feature)
+    choice = BlockSelection(model, probe.feature)
     for block in blocks:
         now = find_blocks(model)[block.exit]
         scorer = Scorer(
@@ -196,7 +196,7 @@ def target_missed(
 
 
 def _best(
-    choice: Choice,
+    choice: BlockSelection,
     left: list[Block],
     known: dict[str, float],
     shares: Mapping[str, float],

@@ -37,7 +37,7 @@ MIN_ROW_WEIGHT = 1e-4
 
 
 @dataclass(frozen=True)
-class Choice:
+class MaskChoice:
     """How many weights of a layer stay, and in which pattern."""
 
     count: int
@@ -101,7 +101,7 @@ class Problem:
         w = (goal * scale).float()
         return Problem(w, normed.float(), values.clamp_min(0).float(), vectors.float(), scale)
 
-    def solve(self, choice: Choice, *, steps: int = STEPS, refits: int = REFITS) -> Tensor:
+    def solve(self, choice: MaskChoice, *, steps: int = STEPS, refits: int = REFITS) -> Tensor:
         """Choose the mask by ADMM, then the values by least squares.
 
         Source: ALPS (Meng et al., arXiv 2406.07831).
@@ -117,7 +117,7 @@ class Problem:
         sparse = self._admm(choice, steps)
         return refit(self.w, self.h, sparse, refits).double() / self.scale
 
-    def _admm(self, choice: Choice, steps: int) -> Tensor:
+    def _admm(self, choice: MaskChoice, steps: int) -> Tensor:
         """Run step 2: return the unconstrained solution on the final mask."""
         pull = self.w @ self.h
         mask = choice.mask(self.w.abs())

@@ -36,7 +36,7 @@ DEAD = 1e-4
 
 
 @dataclass
-class Moments:
+class LayerMoments:
     """First and second moments of a layer's input, and their cross moments with its residual; float64.
 
     They are about `reference`, the mean of the first part that was added: a part is summed in float32,
@@ -56,7 +56,7 @@ class Moments:
     """(G, F)"""
 
     @staticmethod
-    def empty(weight: Tensor) -> Moments:
+    def empty(weight: Tensor) -> LayerMoments:
         """Create moments of nothing.
 
         Args:
@@ -68,7 +68,7 @@ class Moments:
         groups, outputs, fan = weight.shape
         zeros = torch.zeros(groups, fan, fan, dtype=torch.float64)
         cross = torch.zeros(groups, outputs, fan, dtype=torch.float64)
-        return Moments(zeros, cross, zeros[:, 0].clone(), cross[..., 0].clone())
+        return LayerMoments(zeros, cross, zeros[:, 0].clone(), cross[..., 0].clone())
 
     def add(self, x: Tensor, residual: Tensor) -> None:
         """Add patches and residuals.
@@ -86,7 +86,7 @@ class Moments:
         self.residual += residual.sum(2)
         self.rows += x.shape[2]
 
-    def merge(self, other: Moments) -> None:
+    def merge(self, other: LayerMoments) -> None:
         """Add the samples of other moments, which may be about another reference.
 
         With d the difference of the references: Σ (x + d)(x + d)ᵀ.
@@ -168,7 +168,7 @@ def nearest(
 
 def reconstruct(
     weight: Tensor,
-    moments: Moments,
+    moments: LayerMoments,
     allowed: SaturationBounds,
     per_channel: bool,
     *,
@@ -206,7 +206,7 @@ def reconstruct(
 
 
 def least_squares(
-    weight: Tensor, moments: Moments, *, ridge: float, target: float
+    weight: Tensor, moments: LayerMoments, *, ridge: float, target: float
 ) -> tuple[Tensor, Tensor]:
     """Compute the least squares target of a layer's weight, and the damped second moments.
 

@@ -31,7 +31,7 @@ from onnxcompress.optimize.deterministic_threads import in_turn, one_thread_each
 from onnxcompress.optimize.executor import Executor
 from onnxcompress.optimize.executor.open_batch import split_images
 from onnxcompress.optimize.reconstruction.context import fixed_batch, live_floats, needs, nodes_between
-from onnxcompress.optimize.reconstruction.gptq import Moments
+from onnxcompress.optimize.reconstruction.gptq import LayerMoments
 from onnxcompress.optimize.reconstruction.patches import Patches
 from onnxcompress.optimize.synthesis.statistics_alignment import StatisticsAlignment
 from onnxcompress.progress import Progress, silent
@@ -235,7 +235,7 @@ class LayerwiseReconstruction(ABC):
 
     def _moments(
         self, layer: QuantizedLayer, cut: Patches, weight: Tensor, x: Tensor, wanted: Tensor
-    ) -> Moments:
+    ) -> LayerMoments:
         """Return the moments of input patches, and their cross moments with the residual of the layer."""
         if layer.linear.bias_name is not None:
             wanted = wanted - along(self.executor.parameters[layer.linear.bias_name], wanted)
@@ -244,14 +244,14 @@ class LayerwiseReconstruction(ABC):
         rows = max(ROWS, ROWS_EACH * weight.shape[2])
         enough = -(-rows // (self.settings.batch * len(places[0])))
 
-        def moments_of(index: int) -> Moments:
-            own = Moments.empty(weight)
+        def moments_of(index: int) -> LayerMoments:
+            own = LayerMoments.empty(weight)
             with torch.no_grad():  # of each thread
                 a, y = cut.take(reads[index], gives[index], places[index])
                 own.add(a, y - weight @ a)
             return own
 
-        moments = Moments.empty(weight)
+        moments = LayerMoments.empty(weight)
         for own in in_turn(moments_of, min(len(reads), enough)):
             moments.merge(own)
         return moments

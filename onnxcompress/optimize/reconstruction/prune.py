@@ -25,8 +25,8 @@ from torch import Tensor
 
 from onnxcompress.graph.query import producer
 from onnxcompress.optimize.deterministic_threads import in_turn
-from onnxcompress.optimize.reconstruction.admm_mask import Choice, Problem
-from onnxcompress.optimize.reconstruction.gptq import Moments, least_squares
+from onnxcompress.optimize.reconstruction.admm_mask import MaskChoice, Problem
+from onnxcompress.optimize.reconstruction.gptq import LayerMoments, least_squares
 from onnxcompress.optimize.reconstruction.layerwise import (
     RIDGE,
     TARGET_ROWS,
@@ -98,7 +98,7 @@ class Trials(LayerwiseReconstruction):
         problem = Problem.of(goal, h, torch.ones(weight.shape[:2]))
 
         def solved(index: int) -> Tensor:
-            choice = Choice(kept(weight.numel(), LEVELS[index]), math.prod(shape[3:]))
+            choice = MaskChoice(kept(weight.numel(), LEVELS[index]), math.prod(shape[3:]))
             with torch.no_grad():  # of each thread
                 return problem.solve(choice, steps=TRIAL_STEPS, refits=TRIAL_REFITS)
 
@@ -225,7 +225,7 @@ class Sparsifier(LayerwiseReconstruction):
         cut = patches_of(self.model, layer)
         share = self.settings.sparsity.get(layer.linear.weight_name)
         pattern = self.settings.pattern if share is not None else UNSTRUCTURED
-        choice = Choice(kept(weight.numel(), share or 0.0), math.prod(shape[3:]), pattern)
+        choice = MaskChoice(kept(weight.numel(), share or 0.0), math.prod(shape[3:]), pattern)
         if cut is None:
             new, shift = torch.where(choice.mask(weight.abs()), weight, 0.0), None
         else:
@@ -239,7 +239,7 @@ class Sparsifier(LayerwiseReconstruction):
             self._note(layer.linear.bias_name, bias + off)
 
     def _solved(
-        self, layer: QuantizedLayer, weight: Tensor, moments: Moments, choice: Choice | None
+        self, layer: QuantizedLayer, weight: Tensor, moments: LayerMoments, choice: MaskChoice | None
     ) -> Tensor:
         """Return the least squares target, with the chosen weights at zero."""
         few = moments.rows < TARGET_ROWS * weight.shape[2]
@@ -258,7 +258,7 @@ class Sparsifier(LayerwiseReconstruction):
         self.noise[layer.linear.weight_name] = float(error / wanted.var().clamp_min(1e-12))
 
 
-def _quadratic(weight: Tensor, moments: Moments, target: float) -> tuple[Tensor, Tensor]:
+def _quadratic(weight: Tensor, moments: LayerMoments, target: float) -> tuple[Tensor, Tensor]:
     """Return W*, and H with smaller off-diagonal entries the fewer patches there are for each column.
 
     On few patches (a classifier has one an image) a few wrong weights elsewhere can make the output right.

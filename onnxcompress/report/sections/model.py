@@ -7,7 +7,7 @@ import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from onnxcompress.data.preprocess import told
+from onnxcompress.data.preprocess import description
 from onnxcompress.formatting import number, percent, size
 from onnxcompress.report.charts import Bars
 from onnxcompress.report.elements import Code, Fold, Part, Picture, Plot, Prose, Section, Table, Terms
@@ -146,7 +146,11 @@ def inputs(material: Material) -> Section | None:
             pixels = used["source"] != "images" and used.get("preprocess") != ""
             kind = f"{used['source']} images" if pixels else used["source"]
             text = f"{who} learned from {used['count']} {kind}"
-            how = f", {told(used['preprocess'], used['preprocess_from'])}" if used.get("preprocess") else ""
+            how = (
+                f", {description(used['preprocess'], used['preprocess_from'])}"
+                if used.get("preprocess")
+                else ""
+            )
             parts.append(Prose(f"{text} ({used['why']}; seed {used['seed']}){how}."))
     if "kind" in material.account and "why" in material.account:
         a = material.account
