@@ -39,7 +39,7 @@ from onnxcompress.passes.fold_bn import FoldBatchNorm
 from onnxcompress.passes.opsets import at_opset
 from onnxcompress.passes.preview import check_inputs, raised
 from onnxcompress.progress import Progress, silent
-from onnxcompress.statistics.record import drop_missing
+from onnxcompress.statistics.record import read_record, write_present
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ class DropBlocks(DropBlocksOptions, Pass):
         with one_thread_each():
             work = Dropper(self, original, model, found, progress)
             work.run()
-        drop_missing(model)
+        write_present(model, read_record(model))
         changes = [Change(b.name, f"{b.kind} block dropped") for b in work.dropped]
         if folded.measured["folded"]:
             changes.append(Change(model.name, f"{folded.measured['folded']} BatchNorms folded"))

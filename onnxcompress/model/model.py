@@ -37,6 +37,7 @@ PROVENANCE = "onnxcompress.provenance"
 Shape = tuple[int | str | None, ...]
 
 Analysis = TypeVar("Analysis")
+Parsed = TypeVar("Parsed")
 
 
 class Model:
@@ -53,6 +54,7 @@ class Model:
         self.external_files = {v.file.path for v in external}
         self.input_digest: Callable[[], str] | None = None
         self._analyses: dict[Callable[[Model], Any], Any] = {}
+        self._parsed: dict[tuple[str, str | None], Any] = {}
         self.assumed: dict[str, Shape] = {}
         """Shapes of inputs with sizes in place of dimensions that the file leaves open; see `assume`."""
         self.constants: dict[str, np.ndarray | None] = {}
@@ -179,6 +181,22 @@ class Model:
         if value is not None:
             entries.add(key=key, value=value)
 
+    def parsed_metadata(self, key: str, parse: Callable[[str | None], Parsed]) -> Parsed:
+        """Parse an entry of metadata_props, each value once for the model and its copies.
+
+        Args:
+            key: The entry's key.
+            parse: A function of its value, None where there is none; always the same for a key.
+
+        Returns:
+            What it returned; all callers share the object, so it must not be changed.
+        """
+        value = self.metadata.get(key)
+        if (key, value) not in self._parsed:
+            self._parsed[key, value] = parse(value)
+        result: Parsed = self._parsed[key, value]
+        return result
+
     def touch(self) -> None:
         """Discard everything derived from the graph, after a change to it."""
         self.remove(())
@@ -245,6 +263,7 @@ class Model:
         twin.external_data = self.external_data
         twin.assumed = dict(self.assumed)
         twin.input_digest = self.input_digest
+        twin._parsed = self._parsed
         return twin
 
     def become(self, other: Model) -> None:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,6 +50,29 @@ class ChannelStatistics:
         """Whether the statistics were measured on other inputs than the training set."""
         return self.source.startswith(ESTIMATED)
 
+    def scaled(self, factors: np.ndarray) -> ChannelStatistics:
+        """Describe the tensor after its channels were multiplied.
+
+        Args:
+            factors: A positive factor for each channel, shape (channels,), float64.
+
+        Returns:
+            Mean and deviation times the factors, from the same source.
+        """
+        mean, std = ((part * factors).astype(np.float32) for part in (self.mean, self.std))
+        return ChannelStatistics(mean, std, self.source)
+
+    def shifted(self, amounts: np.ndarray) -> ChannelStatistics:
+        """Describe the tensor after a constant was added to each channel.
+
+        Args:
+            amounts: The constant for each channel, shape (channels,), float64.
+
+        Returns:
+            The mean plus the amounts and the same deviation, from the same source.
+        """
+        return ChannelStatistics((self.mean + amounts).astype(np.float32), self.std, self.source)
+
     @property
     def dead(self) -> list[int]:
         """Channels that hardly vary: their deviation is at most DEAD times the largest of any channel."""
@@ -63,17 +86,12 @@ def read_record(model: Model) -> dict[str, ChannelStatistics]:
         model: The model.
 
     Returns:
-        Statistics by tensor name.
+        Statistics by tensor name: a new dictionary, whose values are decoded once and must not be changed.
     """
-    try:
-        entries = json.loads(model.metadata.get(KEY, "{}"))
-    except (ValueError, RecursionError):  # RecursionError: nested too deep
-        return {}
-    parsed = {} if not isinstance(entries, dict) else {n: _parse(entry) for n, entry in entries.items()}
-    return {name: statistics for name, statistics in parsed.items() if statistics is not None}
+    return dict(model.parsed_metadata(KEY, _parse_record))
 
 
-def write_record(model: Model, record: dict[str, ChannelStatistics]) -> None:
+def write_record(model: Model, record: Mapping[str, ChannelStatistics]) -> None:
     """Write the record to the model's metadata.
 
     Args:
@@ -96,9 +114,12 @@ def live_record(model: Model) -> dict[str, ChannelStatistics]:
     Returns:
         Statistics by tensor name.
     """
-    record = read_record(model)
-    tensors = {t.name: t for t in _tensors(model)} if record else {}
-    return {n: s for n, s in record.items() if n in tensors and _fits(tensors[n], len(s.mean))}
+    tensors = {t.name: t for t in _tensors(model)}
+    return {
+        name: statistics
+        for name, statistics in read_record(model).items()
+        if name in tensors and _fits(tensors[name], len(statistics.mean))
+    }
 
 
 def graph_statistics(model: Model) -> dict[str, ChannelStatistics]:
@@ -140,16 +161,15 @@ def known_statistics(model: Model) -> dict[str, ChannelStatistics]:
     }
 
 
-def drop_missing(model: Model) -> None:
-    """Remove the entries of the record whose tensor is no longer in the graph.
+def write_present(model: Model, record: Mapping[str, ChannelStatistics]) -> None:
+    """Write those entries of a record whose tensor is in the graph to the model's metadata.
 
     Args:
         model: The model.
+        record: Statistics by tensor name.
     """
-    record = read_record(model)
-    alive = {t.name for t in _tensors(model)} if record else set()
-    if any(name not in alive for name in record):
-        write_record(model, {n: s for n, s in record.items() if n in alive})
+    present = {t.name for t in _tensors(model)}
+    write_record(model, {name: known for name, known in record.items() if name in present})
 
 
 def _tensors(model: Model) -> Iterator[gs.Tensor]:
@@ -164,6 +184,15 @@ def _fits(tensor: gs.Tensor, channels: int) -> bool:
     shape = tensor.shape
     known = shape is not None and len(shape) > 1 and isinstance(shape[1], int)
     return not known or shape[1] == channels
+
+
+def _parse_record(text: str | None) -> dict[str, ChannelStatistics]:
+    try:
+        entries = json.loads(text or "{}")
+    except (ValueError, RecursionError):  # RecursionError: nested too deep
+        return {}
+    parsed = {} if not isinstance(entries, dict) else {n: _parse(entry) for n, entry in entries.items()}
+    return {name: statistics for name, statistics in parsed.items() if statistics is not None}
 
 
 def _parse(entry: Any) -> ChannelStatistics | None:

@@ -216,5 +216,4 @@ def _follow(
     """Shift the recorded mean of a tensor on the path."""
     known, labels = record[name], groups.tensors[name]
     if labels.ndim > 1 and labels.shape[1] == labels.size == len(known.mean):
-        mean = (known.mean - path.along(labels.reshape(-1), shift)).astype(np.float32)
-        record[name] = ChannelStatistics(mean, known.std, known.source)
+        record[name] = known.shifted(-path.along(labels.reshape(-1), shift))

@@ -16,7 +16,7 @@ from onnxcompress.graph.linear_layer import Linear
 from onnxcompress.graph.query import node_label
 from onnxcompress.model import Model
 from onnxcompress.passes.equalize.scales import Balance
-from onnxcompress.statistics.record import ChannelStatistics, read_record, write_record
+from onnxcompress.statistics.record import read_record, write_record
 
 
 @dataclass(frozen=True)
@@ -253,9 +253,7 @@ def write_statistics(model: Model, groups: ChannelGroups, scales: np.ndarray) ->
         if factor is None:
             del record[name]
             continue
-        record[name] = ChannelStatistics(
-            (known.mean * factor).astype(np.float32), (known.std * factor).astype(np.float32), known.source
-        )
+        record[name] = known.scaled(factor)
     if changed:
         write_record(model, record)
     return changed

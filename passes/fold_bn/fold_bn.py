@@ -57,10 +57,9 @@ from onnxcompress.passes.fold_bn import into_following, into_preceding
 from onnxcompress.progress import Progress, silent
 from onnxcompress.statistics.record import (
     ChannelStatistics,
-    drop_missing,
     known_statistics,
     read_record,
-    write_record,
+    write_present,
 )
 
 
@@ -107,8 +106,7 @@ class FoldBatchNorm(Pass):
         before = read_record(model)
         record = known_statistics(model)
         left = _fold_all(_Folding(model, self.copy_shared, record, result), nodes, progress)
-        write_record(model, record)
-        drop_missing(model)
+        write_present(model, record)
         result.refusals += left
         result.measured = {
             "folded": len(result.changes),

@@ -13,6 +13,7 @@ import onnxslim
 import pytest
 import torch
 
+import onnxcompress.statistics.record as record_module
 from onnxcompress.cli.main import main
 from onnxcompress.model import Model, load, save
 from onnxcompress.optimize.statistics_estimation import estimate_statistics, measurable
@@ -156,6 +157,59 @@ def test_folding_forward_knows_better_than_an_estimate() -> None:
     write_record(model, {"x": ChannelStatistics(np.ones(4, "f4"), np.ones(4, "f4"), "estimated: noise")})
     FoldBatchNorm().apply(model)
     assert read_record(model)["x"].source == "batch-norm"
+
+
+def test_a_scaled_or_shifted_tensor_has_the_scaled_or_shifted_statistics() -> None:
+    rng = np.random.default_rng(0)
+    values, factors, amounts = rng.normal(1, 2, (1000, 7)), rng.uniform(0.1, 10, 7), rng.normal(0, 5, 7)
+    known = ChannelStatistics(values.mean(0, dtype="f4"), values.std(0, dtype="f4"), "estimated: noise")
+    for changed, found in (
+        (values * factors, known.scaled(factors)),
+        (values + amounts, known.shifted(amounts)),
+    ):
+        np.testing.assert_allclose(found.mean, changed.mean(0), rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(found.std, changed.std(0), rtol=1e-4)
+        assert (found.source, found.mean.dtype, found.std.dtype) == (known.source, np.float32, np.float32)
+
+
+def test_what_is_written_to_a_copy_stays_in_the_copy() -> None:
+    model = Model.from_proto(graph(IMAGE, "y = Conv(x, w)", CONV))
+    write_record(model, {"y": ChannelStatistics(np.zeros(5, "f4"), np.ones(5, "f4"))})
+    twin = model.copy()
+    read_record(twin)["x"] = read_record(twin)["y"]
+    assert set(read_record(twin)) == {"y"}
+    write_record(twin, {name: known.shifted(np.ones(5)) for name, known in read_record(twin).items()})
+    assert (read_record(twin)["y"].mean == 1).all()
+    assert (read_record(model)["y"].mean == 0).all()
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("fold-bn",),
+        ("equalize",),
+        ("absorb-bias", "--deviations", "1"),
+        ("calibrate", "--synthetic", "4"),
+        pytest.param(
+            ("quantize", "--synthetic", "4", "--inputs", "distilled", "--force"), marks=pytest.mark.slow
+        ),
+        pytest.param(
+            ("prune", "--synthetic", "4", "--inputs", "distilled", "--force"), marks=pytest.mark.slow
+        ),
+    ],
+    ids=lambda command: command[0],
+)
+def test_a_command_decodes_the_record_of_its_file_once(
+    command: tuple[str, ...], models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folded, out = tmp_path / "folded.onnx", tmp_path / "out.onnx"
+    assert main(["fold-bn", str(models / "resnet20-fashion.onnx"), str(folded), "-q"]) == 0
+    decoded: list[str] = []
+    decode = record_module._decode
+    monkeypatch.setattr(record_module, "_decode", lambda text: (decoded.append(text), decode(text))[1])
+    assert main([command[0], str(folded), str(out), *command[1:], "-q"]) == 0
+    in_file = 2 * len(json.loads(load(folded).metadata[KEY]))  # a mean and a deviation each
+    assert len(decoded) == in_file
 
 
 def show(path: Path, capsys: pytest.CaptureFixture[str], *options: str) -> str:

@@ -276,7 +276,7 @@ def adapter_site(topology: Topology, block: Block) -> AdapterSite:
     after = sorted(writers(model, entry), key=lambda x: topology.position(tensors[x.output_name]))[-1:]
     cut = block.entry
     if after:
-        place = topology.position(tensors[after[0].node])
+        place = topology.position(tensors[after[0].output_name])
         earlier = [t for t in topology.trunk() if topology.position(t) < place]
         cut = earlier[-1].name if earlier else block.entry
         after = after if earlier else []

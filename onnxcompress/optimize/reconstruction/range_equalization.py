@@ -176,9 +176,7 @@ def _apply(
     for reader in one.readers:
         _rescale(reader, tensors[reader.linear.weight_name], inputs=1 / scale)
     for name in record.keys() & set(one.tensors):
-        old = record[name]
-        mean, std = ((part * scale).astype(np.float32) for part in (old.mean, old.std))
-        record[name] = ChannelStatistics(mean, std, old.source)
+        record[name] = record[name].scaled(scale)
 
 
 def _rescale(layer: QuantizedLayer, weight: gs.Constant, **factors: np.ndarray) -> None:
