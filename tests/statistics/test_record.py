@@ -193,9 +193,6 @@ def test_what_is_written_to_a_copy_stays_in_the_copy() -> None:
         pytest.param(
             ("quantize", "--synthetic", "4", "--inputs", "distilled", "--force"), marks=pytest.mark.slow
         ),
-        pytest.param(
-            ("prune", "--synthetic", "4", "--inputs", "distilled", "--force"), marks=pytest.mark.slow
-        ),
     ],
     ids=lambda command: command[0],
 )
