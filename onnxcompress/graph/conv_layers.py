@@ -1,4 +1,9 @@
-"""The 2-d convolutions whose parameters nothing else reads, and the residual stream between them."""
+"""The 2-d convolutions whose parameters nothing else reads, and the residual stream between them.
+
+`writers` and `readers` walk the graph themselves: channel groups (`graph.channel_groups`) have no
+direction, while an adapter goes in front of a dropped block or behind it; and groups go on through pools
+and gates, where the residual stream ends.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,8 @@
-"""The paths from a layer's output to its readers along which a constant can be moved. See `absorb_bias`."""
+"""The paths from a layer's output to its readers along which a constant can be moved. See `absorb_bias`.
+
+`graph.channel_groups` says which channel is which along the paths; the walk itself is done here, because
+operators that commute with a factor are others than those that commute with an added constant.
+"""
 
 from __future__ import annotations
 

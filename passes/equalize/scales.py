@@ -297,21 +297,15 @@ def _magnitudes(layer: LabelledLayer) -> np.ndarray:
 
 def _streams(sides: list[Side], count: int) -> list[list[Side]]:
     """Group the sides that share a channel group, directly or indirectly, in order of the first side."""
-    owner = np.full(count, -1)
-    parent = list(range(len(sides)))
+    from scipy.sparse import coo_array  # slow to import
+    from scipy.sparse.csgraph import connected_components
 
-    def root(at: int) -> int:
-        while parent[at] != at:
-            at = parent[at]
-        return at
-
-    for at, side in enumerate(sides):
-        for met in np.unique(owner[side.unique]).tolist():
-            if met >= 0:
-                first, second = sorted((root(at), root(met)))
-                parent[second] = first
-        owner[side.unique] = at
-    found: dict[int, list[Side]] = {}
-    for at, side in enumerate(sides):
-        found.setdefault(root(at), []).append(side)
-    return list(found.values())
+    places = np.repeat(np.arange(len(sides)), [len(side.unique) for side in sides])
+    labels = np.concatenate([np.empty(0, np.int64), *(side.unique for side in sides)])
+    size = len(sides) + count
+    shared = coo_array((np.ones(len(labels), bool), (places, len(sides) + labels)), shape=(size, size))
+    _, component = connected_components(shared, directed=False)
+    streams: dict[int, list[Side]] = {}
+    for side, stream in zip(sides, component.tolist(), strict=False):  # labels follow
+        streams.setdefault(stream, []).append(side)
+    return list(streams.values())

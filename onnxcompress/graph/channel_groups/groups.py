@@ -1,9 +1,11 @@
-"""Labels of channels: which must be scaled together, and which cannot be scaled (see `tracer`)."""
+"""Channel groups, as `tracer.find_channel_groups` finds them: which channels must be scaled together."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Literal
 
 import numpy as np
 import onnx_graphsurgeon as gs
@@ -17,14 +19,7 @@ ACCURATE = ("float32", "float64")
 """Types in which a scaled weight rounds to less than 1e-5 of itself."""
 
 Labels = np.ndarray
-
-
-class Unknown(Exception):
-    """Raised by a rule that cannot determine the labels of the channels."""
-
-    def __init__(self, rule: str, remedy: str = "") -> None:
-        super().__init__(rule)
-        self.rule, self.remedy = rule, remedy
+"""Integers that name channels; two channels of one group have the same label in a `ChannelGroups`."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +59,40 @@ class Bounds:
     labels: Labels
 
 
+@dataclass(frozen=True)
+class Member:
+    """The channels of one side of a layer that belong to a group."""
+
+    layer: LabelledLayer
+    side: Literal["inputs", "outputs"]
+    channels: np.ndarray
+    """Positions among the layer's input or output channels, shape (channels of the group, copies).
+
+    Row c is channel c of the group; a Gemm behind a Flatten reads each channel once per pixel (copies).
+    """
+
+
+@dataclass(frozen=True)
+class ChannelGroup:
+    """Channels that the same layers write and read, such as those of a residual stream.
+
+    Channel c can be scaled by any s > 0 where `unscalable` is None: with weights and biases of `outputs`
+    times s, weights of `inputs` divided by s, and the constants and bounds with its label
+    (`ChannelGroups.offsets`, `.bounds`) times s, the network computes the same.
+
+    For removing channels these groups are too small in places: the inputs and outputs of a grouped
+    convolution go together then, and so do a gate and what it multiplies. Operators that only forbid a
+    scale (Sigmoid, Clip, BatchNormalization) are no obstacle there.
+    """
+
+    labels: Labels
+    """The label of each channel, shape (channels,)."""
+    members: tuple[Member, ...]
+    """In topological order of the layers."""
+    unscalable: Refusal | None
+    """The first reason why the channels cannot be scaled, if any."""
+
+
 @dataclass
 class ChannelGroups:
     """The channel groups of a model. Labels, except in `origins`, are those that represent their groups."""
@@ -71,38 +100,71 @@ class ChannelGroups:
     layers: list[LabelledLayer] = field(default_factory=list)
     tensors: dict[str, Labels] = field(default_factory=dict)
     origins: dict[str, Labels] = field(default_factory=dict)
-    """As `tensors`, but with labels before they are tied: the channel that the layer wrote."""
+    """As `tensors`, but with the labels that each channel had before groups were joined."""
     offsets: list[Offset] = field(default_factory=list)
     bounds: list[Bounds] = field(default_factory=list)
     unscalable: dict[int, Refusal] = field(default_factory=dict)
-    """The first reason why a channel group cannot be scaled, by group."""
+    """The first reason why a channel cannot be scaled, by label."""
     overflow: set[int] = field(default_factory=set)
-    """Barred groups whose scaled values would overflow their type."""
+    """Unscalable labels whose scaled values would overflow their type."""
     untraced: set[int] = field(default_factory=set)
-    """Groups that end at an operator without a rule, though they may go on behind it."""
+    """Labels that end at an operator without a rule, though their channels may go on behind it."""
     count: int = 0
     """Number of labels; all labels are below it."""
 
     @cached_property
     def layer_of(self) -> dict[int, LabelledLayer]:
-        """Layers by id of their node.
+        """Layers by id of their node."""
+        return {id(layer.linear.node): layer for layer in self.layers}
+
+    def groups(self) -> list[ChannelGroup]:
+        """List the channels that layers write or read, those with the same layers as one group.
 
         Returns:
-            All layers.
+            Each channel in one group; a Concat makes no group of its own: its reader is a member of the
+            groups of all that it joins.
         """
-        return {id(layer.linear.node): layer for layer in self.layers}
+        places: dict[int, dict[tuple[int, bool], list[int]]] = {}
+        for at, layer in enumerate(self.layers):
+            for reads, labels in ((False, layer.writes), (True, layer.reads)):
+                for channel, label in enumerate(labels.tolist()):
+                    places.setdefault(label, {}).setdefault((at, reads), []).append(channel)
+        alike: dict[tuple[object, Refusal | None], list[int]] = {}
+        for label, sides in places.items():
+            copies = tuple((side, len(channels)) for side, channels in sides.items())
+            alike.setdefault((copies, self.unscalable.get(label)), []).append(label)
+        return [
+            ChannelGroup(np.array(labels), tuple(self._members(labels, places)), refusal)
+            for (_, refusal), labels in alike.items()
+        ]
+
+    def _members(
+        self, labels: list[int], places: dict[int, dict[tuple[int, bool], list[int]]]
+    ) -> Iterator[Member]:
+        for at, reads in places[labels[0]]:
+            channels = np.array([places[label][at, reads] for label in labels])
+            yield Member(self.layers[at], "inputs" if reads else "outputs", channels)
+
+
+class Unknown(Exception):
+    """Raised by a rule that cannot determine the labels of the channels."""
+
+    def __init__(self, rule: str, remedy: str = "") -> None:
+        super().__init__(rule)
+        self.rule, self.remedy = rule, remedy
 
 
 class ChannelLabels:
-    """Labels, which of them are tied (union-find), and which are barred."""
+    """Labels, which of them belong to one group, and which channels cannot be scaled."""
 
     def __init__(self) -> None:
-        self._parent: list[int] = []
+        self._count = 0
+        self._joined: list[np.ndarray] = []
         self._reasons: list[tuple[int, Refusal]] = []
         self._marked: set[int] = set()
 
     def new_labels(self, shape: tuple[int, ...]) -> Labels:
-        """Create new labels that are tied to nothing.
+        """Create new labels, each a group of its own.
 
         Args:
             shape: Shape of the label array.
@@ -113,14 +175,14 @@ class ChannelLabels:
         Raises:
             Unknown: There would be more than MAX_LABELS.
         """
-        start, count = len(self._parent), int(np.prod(shape))
+        start, count = self._count, int(np.prod(shape))
         if count > MAX_LABELS:
             raise Unknown("has too many channels to follow")
-        self._parent.extend(range(start, start + count))
+        self._count += count
         return np.arange(start, start + count).reshape(shape)
 
     def union(self, *arrays: Labels) -> Labels:
-        """Tie labels element by element: these channels must have the same scale.
+        """Join the groups of labels element by element: these channels must have the same scale.
 
         Args:
             *arrays: Label arrays whose shapes broadcast.
@@ -139,14 +201,11 @@ class ChannelLabels:
             raise Unknown("has too many channels to follow")
         first, *others = np.broadcast_arrays(*arrays)
         for other in others:
-            pairs = np.unique(np.stack([first.reshape(-1), other.reshape(-1)]), axis=1)
-            for a, b in pairs.T.tolist():
-                low, high = sorted((self._root(a), self._root(b)))
-                self._parent[high] = low
+            self._joined.append(np.unique(np.stack([first.reshape(-1), other.reshape(-1)]), axis=1))
         return np.ascontiguousarray(first)
 
     def union_along(self, labels: Labels, axes: tuple[int, ...]) -> Labels:
-        """Tie all labels along some axes.
+        """Join the groups of all labels along some axes.
 
         Args:
             labels: The labels.
@@ -183,34 +242,33 @@ class ChannelLabels:
         return labels
 
     def is_unscalable(self, labels: Labels) -> bool:
-        """Whether each of these labels is barred itself, and not through a label that it is tied to.
+        """Whether each of these labels is marked itself, and not only through others of its group.
 
         Args:
             labels: The labels.
 
         Returns:
-            True where all are barred.
+            True where all are marked.
         """
         return all(label in self._marked for label in np.unique(labels).tolist())
 
-    def _root(self, label: int) -> int:
-        root = label
-        while self._parent[root] != root:
-            root = self._parent[root]
-        while self._parent[label] != root:
-            self._parent[label], label = root, self._parent[label]
-        return root
-
     def roots(self) -> np.ndarray:
-        """Compute for each label the label that represents its group.
+        """Compute for each label the one that represents its group: the smallest.
 
         Returns:
             Shape (labels,), int64.
         """
-        return np.array([self._root(label) for label in range(len(self._parent))], np.int64)
+        from scipy.sparse import coo_array  # slow to import
+        from scipy.sparse.csgraph import connected_components
+
+        first, second = np.concatenate([np.empty((2, 0), np.int64), *self._joined], axis=1)
+        joined = coo_array((np.ones(len(first), bool), (first, second)), shape=(self._count, self._count))
+        _, group = connected_components(joined, directed=False)
+        _, smallest = np.unique(group, return_index=True)
+        return np.asarray(smallest[group], np.int64)
 
     def unscalable(self, roots: np.ndarray) -> dict[int, Refusal]:
-        """Collect for each barred group the first reason that was given.
+        """Collect for each unscalable group the first reason that was given.
 
         Args:
             roots: The result of `roots`.

@@ -15,8 +15,9 @@ For a positive scale s of each channel (and constants a, b):
 | Clip whose bounds are 0, -inf or inf             | f(s x) = s f(x)                                       |
 | Clip to [a, b]                                   | only as min(max(x, s a), s b), bounds per channel     |
 
-Operators in KEEPS_CHANNELS bar the scale but leave channels where they are. An operator without a rule bars
-its inputs and outputs. Source: Nagel et al., ICCV 2019, §4.1; the ONNX operator specification.
+Operators in KEEPS_CHANNELS forbid the scale but leave channels where they are. An operator without a rule
+forbids it for its inputs and outputs.
+Source: Nagel et al., ICCV 2019, §4.1; the ONNX operator specification.
 """
 
 from __future__ import annotations

@@ -2,20 +2,21 @@
 
 Every channel of every tensor gets a label. Where an operator passes a positive scale of a channel through
 unchanged (`rules`), its output takes the input's labels; where two channels must have the same scale (the
-operands of an Add), their labels are tied. Linear layers end labels and begin them:
+operands of an Add), their groups are joined. Linear layers end labels and begin them:
 
     layer --writes--> labels --Relu, pools, Add, Concat, Pad, Slice, …--> labels <--reads-- layer
 
-Tied labels are one channel group. Its scale is free where every writer and every reader is a linear layer
-with a weight of its own and nothing bars it: an operator that is not homogeneous or has no rule, an input
-or output of the model, the body of an If, Loop or Scan. Labels go on through operators that are not
+Joined labels are one channel group. Its scale is free where every writer and every reader is a linear layer
+with a weight of its own and nothing forbids it: an operator that is not homogeneous or has no rule, an
+input or output of the model, the body of an If, Loop or Scan. Labels go on through operators that are not
 homogeneous but keep channels in place (Clip, Sigmoid): the assumption-free scales of Horton et al. (arXiv
-2011.09058, §3.2) need to know which layers meet there.
+2011.09058, §3.2) need to know which layers meet there. `ChannelGroups.groups` lists
+the groups with the layers that share their channels, and where in them these lie.
 
 A label array has the rank of its tensor, and size 1 along each axis over which labels do not vary, as a
 rule (1, C, 1, 1). Channel shuffles, Flatten before a Gemm, Concat and Slice are plain array operations.
 
-Does not handle: what Loop, Scan and If compute, and sequences; their tensors are barred.
+Does not handle: what Loop, Scan and If compute, and sequences; their tensors cannot be scaled.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ def find_channel_groups(model: Model, *, scale_clips: bool = False) -> ChannelGr
         scale_clips: Let scales pass a Clip, whose bounds must then be scaled too (`ChannelGroups.bounds`).
 
     Returns:
-        The layers, the labels of their channels, and what bars a group from being scaled.
+        The layers, the labels of their channels, and why some groups cannot be scaled.
 
     Raises:
         ModelError: The graph has a cycle, or its shapes contradict each other.
@@ -98,7 +99,7 @@ class Tracer(TensorLabels):
         self._labels[id(tensor)] = self._tensors[tensor.name] = labels
 
     def _set_unscalable(self, tensor: gs.Tensor, refusal: Refusal) -> None:
-        """Give a tensor new, barred labels, where its number of channels is known."""
+        """Give a tensor new labels that cannot be scaled, where its number of channels is known."""
         shape = self.topology.shape(tensor)
         channels = shape[1] if shape is not None and len(shape) > 1 else None
         if shape is not None and isinstance(channels, int) and 0 < channels <= MAX_LABELS:
@@ -106,7 +107,7 @@ class Tracer(TensorLabels):
             self._set(tensor, self.mark_unscalable(labels, refusal))
 
     def _stop_at(self, node: gs.Node, refusal: Refusal) -> None:
-        """Bar the inputs and outputs of a node about which nothing is known."""
+        """Mark the inputs and outputs of a node about which nothing is known."""
         for tensor in node.inputs:
             if id(tensor) in self._labels:
                 self._untraced.append(self.mark_unscalable(self._labels[id(tensor)], refusal))
@@ -115,7 +116,7 @@ class Tracer(TensorLabels):
                 self._set_unscalable(tensor, refusal)
 
     def _mark_parameters(self, node: gs.Node, data_at: int) -> None:
-        """Bar the channels of inputs that an operator reads as parameters."""
+        """Mark the channels of inputs that an operator reads as parameters."""
         for at, tensor in enumerate(node.inputs):
             if at != data_at and id(tensor) in self._labels:
                 refusal = Refusal(node_label(node), f"({node.op}) takes {tensor.name!r} as a parameter")
@@ -161,7 +162,7 @@ class Tracer(TensorLabels):
         return None if shape is None else len(shape)
 
     def _mark_outside(self) -> None:
-        """Bar channels that are visible outside the main graph."""
+        """Mark channels that are visible outside the main graph."""
         outputs = {id(t) for t in self.model.graph.outputs}
         for node in self.topology.order:
             for tensor in node.outputs:
