@@ -72,7 +72,7 @@ class BatchNorm:
 
 
 def is_batch_norm(node: gs.Node) -> bool:
-    """Whether a node is a BatchNormalization of the default domain.
+    """Return whether a node is a BatchNormalization of the default domain.
 
     Args:
         node: The node.
@@ -120,7 +120,7 @@ def read_batch_norm(model: Model, node: gs.Node) -> BatchNorm | Refusal:
 
 
 def _check_mode(model: Model, node: gs.Node) -> Refusal | None:
-    """Rules 1 and 2."""
+    """Check rules 1 and 2."""
     if input_at(node, 0) is None or not node.outputs or node.outputs[0].is_empty():
         return Refusal(node_label(node), "it has no input or no output")
     if model.opset < OLDEST_OPSET:

@@ -70,14 +70,14 @@ def drop_block(model: Model, block: Block) -> dict[str, str]:
 
 
 def _can_go(model: Model, node: gs.Node) -> bool:
-    """Whether only nodes of the main graph read the node's output: bodies are never changed."""
+    """Return whether only nodes of the main graph read the node's output: bodies are never changed."""
     bodies = {id(n) for body in model.graph.subgraphs(recursive=True) for n in body.nodes}
     output = node.outputs[0]
     return not is_output(model, output) and not any(id(n) in bodies for n in consumers(output))
 
 
 def _repeats(model: Model, node: gs.Node, entry: gs.Tensor) -> bool:
-    """Whether an activation is idempotent here, because an equal or tighter one produced its input."""
+    """Return whether an activation changes nothing, because an equal or tighter one produced its input."""
     if not is_op(node, "Relu", "Clip"):
         return False
     source = producer(entry)

@@ -55,7 +55,7 @@ def canonicalize(model: Model) -> list[Change]:
 
 
 def _fold_pad(model: Model, node: gs.Node) -> bool:
-    """Rule 2."""
+    """Fold a zero Pad into the convolutions that read it (rule 2); return whether it was possible."""
     tensor = node.outputs[0]
     readers = value_readers(tensor)
     pads = None if input_at(node, 1) is None else constant_value(model, node.inputs[1])
@@ -89,7 +89,7 @@ def _fold_pad(model: Model, node: gs.Node) -> bool:
 
 
 def _fix_reshape(model: Model, node: gs.Node, shapes: dict[str, tuple[int | str | None, ...]]) -> None:
-    """Rule 3."""
+    """Give a Reshape to two axes a constant shape (rule 3)."""
     before, after = shapes.get(node.inputs[0].name), shapes.get(node.outputs[0].name)
     if before is None or after is None or constant_value(model, node.inputs[1]) is not None:
         return
@@ -104,7 +104,7 @@ def _fix_reshape(model: Model, node: gs.Node, shapes: dict[str, tuple[int | str 
 
 
 def _own_parameters(model: Model, linear: Linear) -> None:
-    """Rule 4; a weight behind Identity, Cast or Transpose becomes an initializer, too."""
+    """Give a layer a bias (rule 4), and an initializer as weight behind Identity, Cast or Transpose."""
     node = linear.node
     if not isinstance(node.inputs[linear.weight_at], gs.Constant):
         layer_params.set_weight(model, linear, linear.weight)

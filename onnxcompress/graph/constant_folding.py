@@ -66,7 +66,7 @@ def constant_value(model: Model, tensor: gs.Tensor) -> np.ndarray | None:
 
 
 def _operands(node: gs.Node) -> list[gs.Tensor]:
-    """The computed inputs that a node's value depends on; of a CastLike only the first."""
+    """List the computed inputs that a node's value depends on; of a CastLike only the first."""
     sources = node.inputs[:1] if is_op(node, "CastLike") else node.inputs
     return [t for t in sources if not t.is_empty() and not isinstance(t, gs.Constant)]
 
@@ -158,7 +158,7 @@ def _run_reference(
 
 
 def _is_small(proto: onnx.ModelProto) -> bool:
-    """Whether the output's inferred size is known and small: a few bytes can ask for terabytes."""
+    """Return whether the output's inferred size is known and small: a few bytes can ask for terabytes."""
     info = onnx.shape_inference.infer_shapes(proto, data_prop=True).graph.output[0].type.tensor_type
     sizes = [d.dim_value if d.HasField("dim_value") else MAX_FOLDED + 1 for d in info.shape.dim]
     return info.HasField("shape") and 0 <= math.prod(sizes) <= MAX_FOLDED

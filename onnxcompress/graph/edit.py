@@ -82,7 +82,7 @@ def _is_own(model: Model, constant: gs.Constant) -> bool:
 
 
 def _alike(constant: gs.Constant, values: np.ndarray) -> bool:
-    """Whether an initializer has the shape and the type of `values`."""
+    """Return whether an initializer has the shape and the type of `values`."""
     stored = constant._values
     if tuple(constant.shape) != values.shape:
         return False

@@ -8,7 +8,7 @@ from onnxcompress.account import Refusal
 from onnxcompress.graph.constant_folding import constant_value
 from onnxcompress.graph.edit import set_constant
 from onnxcompress.graph.linear_layer import BIAS_AT, Linear, chain, is_float
-from onnxcompress.graph.query import attribute, input_at, is_output, node_label, value_readers
+from onnxcompress.graph.query import attribute, input_at, is_output, value_readers
 from onnxcompress.model import Model
 
 
@@ -44,7 +44,7 @@ def computed_bias(layer: Linear, label: str) -> Refusal:
     Returns:
         The refusal.
     """
-    rule = f"the bias of {layer.node.op} {node_label(layer.node)!r} is not a constant"
+    rule = f"the bias of {layer.node.op} {layer.label!r} is not a constant"
     return Refusal(label, rule, "make it an initializer")
 
 
@@ -64,7 +64,7 @@ def check_shared(model: Model, layer: Linear, label: str, copy_shared: bool) -> 
     shared = [t for t in tensors if len(value_readers(t)) > 1 or is_output(model, t)]
     if copy_shared or not shared:
         return None
-    rule = f"the weight {shared[-1].name!r} of {layer.node.op} {node_label(layer.node)!r} is shared"
+    rule = f"the weight {shared[-1].name!r} of {layer.node.op} {layer.label!r} is shared"
     return Refusal(label, rule, "--copy-shared gives it a copy")
 
 
@@ -81,7 +81,7 @@ def check_finite(layer: Linear, label: str, *values: np.ndarray) -> Refusal | No
     """
     if all(np.isfinite(v).all() for v in values):
         return None
-    rule = f"values folded into {layer.node.op} {node_label(layer.node)!r} exceed {values[0].dtype}"
+    rule = f"values folded into {layer.node.op} {layer.label!r} exceed {values[0].dtype}"
     return Refusal(label, rule, "convert the model to a wider type")
 
 
@@ -108,7 +108,7 @@ def set_weight(model: Model, layer: Linear, weight: np.ndarray) -> None:
         layer: The layer; its own copy of the weight stays as it was.
         weight: The new weight, in the layout of the initializer.
     """
-    old = layer.node.inputs[layer.weight_at].name
+    old = layer.weight_name
     set_constant(model, layer.node, layer.weight_at, weight, f"{old}_folded")
 
 
@@ -138,5 +138,5 @@ def bias_name(layer: Linear) -> str:
     Returns:
         The name; the weight's name with `_bias` appended where that does not end in `weight`.
     """
-    weight = layer.node.inputs[layer.weight_at].name
+    weight = layer.weight_name
     return weight.removesuffix("weight") + "bias" if weight.endswith("weight") else f"{weight}_bias"

@@ -181,7 +181,7 @@ class Linear:
         return vector.reshape(-1, *[1] * (self.rank - 2))
 
     def is_per_channel(self, offset: np.ndarray) -> bool:
-        """Whether an array that is added to the output has one number per channel, or one for all.
+        """Return whether an array that is added to the output has one number per channel, or one for all.
 
         Args:
             offset: An array that broadcasts onto the output.
@@ -193,7 +193,7 @@ class Linear:
         return len(padded) == self.rank and padded[0] == 1 and set(padded[2:]) <= {1} and self.fits(offset)
 
     def fits(self, offset: np.ndarray) -> bool:
-        """Whether adding an array to the output preserves its rank and its number of channels.
+        """Return whether adding an array to the output preserves its rank and its number of channels.
 
         Args:
             offset: Any array.
@@ -242,7 +242,7 @@ def as_linear(model: Model, node: gs.Node, rank: Rank) -> Linear | Refusal:
 def _check_matmul(
     node: gs.Node, weight: np.ndarray, weight_at: int, rank: Rank, name: str
 ) -> Refusal | None:
-    """Rule 7."""
+    """Check rule 7."""
     data = node.inputs[1 - weight_at]
     found, expected = rank(data), 2 if weight_at == 1 else 3
     if weight.ndim == 2 and found == expected:
@@ -307,7 +307,7 @@ def _root_value(root: gs.Tensor) -> np.ndarray | None:
 
 
 def is_float(value: np.ndarray) -> bool:
-    """Whether an array has a float type, bfloat16 included.
+    """Return whether an array has a float type, bfloat16 included.
 
     Args:
         value: Any array.

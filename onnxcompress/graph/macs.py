@@ -134,7 +134,7 @@ def _constant(tensor: gs.Tensor) -> gs.Constant | _Shaped | None:
 
 
 def _is_float(dtype: object) -> bool:
-    """Whether a tensor's type is a float; numpy has no kind for onnx's small floats."""
+    """Return whether a tensor's type is a float; numpy has no kind for onnx's small floats."""
     try:
         kind = np.dtype(dtype)  # type: ignore[call-overload]
     except TypeError:
@@ -143,7 +143,7 @@ def _is_float(dtype: object) -> bool:
 
 
 def _inner(node: gs.Node, shapes: Mapping[str, Shape], *places: tuple[gs.Tensor, int]) -> int:
-    """The summed dimension of a product, from the first operand whose shape is known there."""
+    """Return the summed dimension of a product, from the first operand whose shape is known there."""
     for tensor, axis in places:
         shape = _shape(tensor, shapes)
         if shape is not None and len(shape) >= max(axis + 1, -axis):

@@ -21,7 +21,7 @@ DEFAULT_DOMAINS = (None, "", "ai.onnx")
 
 
 def is_op(node: gs.Node | None, *ops: str) -> TypeGuard[gs.Node]:
-    """Whether a node is one of these operators of the default domain.
+    """Return whether a node is one of these operators of the default domain.
 
     Args:
         node: A node, or None.
@@ -109,7 +109,7 @@ def data_input(model: Model) -> gs.Tensor:
 
 
 def is_output(model: Model, tensor: gs.Tensor) -> bool:
-    """Whether a tensor is an output of the main graph.
+    """Return whether a tensor is an output of the main graph.
 
     Args:
         model: The model.

@@ -119,7 +119,7 @@ class Topology:
 
 
 def _data_reads(node: gs.Node) -> list[gs.Tensor]:
-    """The inputs of which a node reads the values and not only shape or type."""
+    """List the inputs of which a node reads the values and not only shape or type."""
     if is_op(node, "Shape", "Size"):
         return []
     return list(node.inputs[:1]) if is_op(node, "CastLike") else node_reads(node)

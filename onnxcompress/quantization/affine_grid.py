@@ -90,7 +90,7 @@ def activation_grid(
 
 
 def _inside(scale: float, high: float, steps: int) -> np.ndarray:
-    """The scale in float32, reduced slightly where rounding would move the grid's end beyond `high`.
+    """Round the scale to float32, slightly down where rounding would move the grid's end beyond `high`.
 
     onnxruntime removes a Clip to `high` only before a QuantizeLinear that never exceeds it.
     """

@@ -37,7 +37,6 @@ from onnxcompress.graph.query import (
     input_at,
     is_op,
     is_output,
-    node_label,
     only_consumer,
     value_readers,
 )
@@ -69,7 +68,7 @@ class QuantizedLayer:
     """Quantizer of the input; None: it reads floats."""
 
     def per_channel(self, wanted: bool) -> bool:
-        """Whether each output channel gets a scale of its own.
+        """Return whether each output channel gets a scale of its own.
 
         A grouped ConvTranspose cannot have that: the axis of its output channels covers one group only.
 
@@ -149,7 +148,7 @@ def make_plan(model: Model, bits: Bits, chosen: Mapping[str, int] | None = None)
         key = None
         if bits.activation is not None:
             amount = max(bits.ends or 0, bits.activation) if own else bits.activation
-            key = (node.inputs[linear.data_at].name, amount)
+            key = (linear.input_name, amount)
             plan.edges[id(node), linear.data_at] = key
         layer = QuantizedLayer(linear, weight, key)
         if linear.depthwise and key is None:
@@ -180,8 +179,8 @@ def _linears(model: Model, topology: Topology, plan: Plan) -> list[tuple[gs.Node
 
 
 def _check(model: Model, linear: Linear) -> Refusal | None:
-    """Rules 1 to 3."""
-    node, label = linear.node, node_label(linear.node)
+    """Check rules 1 to 3."""
+    node, label = linear.node, linear.label
     if linear.weight.dtype != np.float32:
         return Refusal(label, f"its weight is {linear.weight.dtype}", "convert the model to float32")
     weight = node.inputs[linear.weight_at]
@@ -199,7 +198,7 @@ def _check(model: Model, linear: Linear) -> Refusal | None:
 
 
 def _ends(linears: list[tuple[gs.Node, Linear]], topology: Topology) -> tuple[set[int], set[int]]:
-    """The layers that no other layer feeds, and those that feed no other."""
+    """Find the layers that no other layer feeds, and those that feed no other."""
     below: dict[int, bool] = {}
     linear = {id(node) for node, _ in linears}
     feeds: set[int] = set()
@@ -260,7 +259,7 @@ def _moves(topology: Topology, plan: Plan) -> None:
 
 
 def _is_float(model: Model, tensor: gs.Tensor) -> bool:
-    """Whether the tensor is known to hold what QuantizeLinear reads: float32."""
+    """Return whether the tensor is known to hold what QuantizeLinear reads: float32."""
     return tensor_types(model).get(tensor.name) == onnx.TensorProto.FLOAT
 
 

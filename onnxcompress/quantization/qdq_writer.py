@@ -93,15 +93,15 @@ def emit(
         weights: Integers in the initializer's layout, and their grid, by id of the node.
         biases: Float biases of shape (outputs,), by id of the node.
     """
-    made = Emitter(model)
+    emitter = Emitter(model)
     for layer in plan.layers.values():
         grid = None if layer.input is None else grids[plan.root(layer.input)]
         integers, own = weights[id(layer.linear.node)]
-        _weight(made, layer, integers, own)
+        _weight(emitter, layer, integers, own)
         if id(layer.linear.node) in biases:
-            _bias(made, layer, biases[id(layer.linear.node)], own, grid)
-    _activations(made, plan, grids)
-    model.graph.nodes.extend(made.added)
+            _bias(emitter, layer, biases[id(layer.linear.node)], own, grid)
+    _activations(emitter, plan, grids)
+    model.graph.nodes.extend(emitter.added)
     model.touch()
     order = Topology(model).order
     model.graph.nodes[:] = order
@@ -123,66 +123,70 @@ def channel_axis(layer: QuantizedLayer) -> int:
     return 0 if is_op(node, "MatMul") and linear.weight_at == 0 else 1
 
 
-def _weight(made: Emitter, layer: QuantizedLayer, integers: np.ndarray, grid: Grid) -> None:
+def _weight(emitter: Emitter, layer: QuantizedLayer, integers: np.ndarray, grid: Grid) -> None:
     base, kind = layer.linear.weight_name, _TYPES[grid.storage]
     zero = np.full(grid.scale.shape, grid.zero_point).astype(kind)
     inputs = [
-        made.constant(f"{base}_quantized", (integers + grid.zero_point).astype(np.int32).astype(kind)),
-        made.constant(f"{base}_scale", grid.scale),
-        made.constant(f"{base}_zero_point", zero),
+        emitter.constant(f"{base}_quantized", (integers + grid.zero_point).astype(np.int32).astype(kind)),
+        emitter.constant(f"{base}_scale", grid.scale),
+        emitter.constant(f"{base}_zero_point", zero),
     ]
     attrs = {"axis": channel_axis(layer)} if grid.scale.ndim else {}
     set_input(
         layer.linear.node,
         layer.linear.weight_at,
-        made.node("DequantizeLinear", inputs, f"{base}_dq", **attrs),
+        emitter.node("DequantizeLinear", inputs, f"{base}_dq", **attrs),
     )
 
 
-def _bias(made: Emitter, layer: QuantizedLayer, bias: np.ndarray, weight: Grid, data: Grid | None) -> None:
+def _bias(
+    emitter: Emitter, layer: QuantizedLayer, bias: np.ndarray, weight: Grid, data: Grid | None
+) -> None:
     base = layer.linear.bias_name or f"{layer.linear.output_name}_bias"
     if data is None:
-        set_input(layer.linear.node, BIAS_AT, made.constant(f"{base}_corrected", bias.astype(np.float32)))
+        set_input(
+            layer.linear.node, BIAS_AT, emitter.constant(f"{base}_corrected", bias.astype(np.float32))
+        )
         return
     scale = (data.scale * weight.scale).astype(np.float32)
     integers = np.clip(np.rint(bias.astype(np.float64) / scale), -(2**31) + 1, 2**31 - 1).astype(np.int32)
     inputs = [
-        made.constant(f"{base}_quantized", integers),
-        made.constant(f"{base}_scale", scale),
-        made.constant(f"{base}_zero_point", np.zeros(scale.shape, np.int32)),
+        emitter.constant(f"{base}_quantized", integers),
+        emitter.constant(f"{base}_scale", scale),
+        emitter.constant(f"{base}_zero_point", np.zeros(scale.shape, np.int32)),
     ]
     attrs = {"axis": 0} if scale.ndim else {}
-    set_input(layer.linear.node, BIAS_AT, made.node("DequantizeLinear", inputs, f"{base}_dq", **attrs))
+    set_input(layer.linear.node, BIAS_AT, emitter.node("DequantizeLinear", inputs, f"{base}_dq", **attrs))
 
 
-def _activations(made: Emitter, plan: Plan, grids: dict[Key, Grid]) -> None:
-    nodes = {id(node): node for node in made.model.graph.nodes}
-    tensors = made.model.graph.tensors()
+def _activations(emitter: Emitter, plan: Plan, grids: dict[Key, Grid]) -> None:
+    nodes = {id(node): node for node in emitter.model.graph.nodes}
+    tensors = emitter.model.graph.tensors()
     done: dict[Key, gs.Tensor] = {}
     shared: dict[Key, list[gs.Tensor]] = {}
     for (place, index), key in plan.edges.items():
         if key not in done:
             grid = grids[plan.root(key)]
-            done[key] = _quantized(made, tensors[key[0]], key, grid, shared, plan.root(key))
+            done[key] = _quantized(emitter, tensors[key[0]], key, grid, shared, plan.root(key))
         nodes[place].inputs[index] = done[key]
 
 
 def _quantized(
-    made: Emitter, tensor: gs.Tensor, key: Key, grid: Grid, shared: dict[Key, list[gs.Tensor]], root: Key
+    emitter: Emitter, tensor: gs.Tensor, key: Key, grid: Grid, shared: dict[Key, list[gs.Tensor]], root: Key
 ) -> gs.Tensor:
-    """The tensor through [Clip,] QuantizeLinear and DequantizeLinear."""
+    """Lead the tensor through [Clip,] QuantizeLinear and DequantizeLinear."""
     base = tensor.name if key[1] == 8 else f"{tensor.name}_{key[1]}bit"
     if root not in shared:
         zero = np.asarray(grid.zero_point, _TYPES[grid.storage])
         shared[root] = [
-            made.constant(f"{base}_scale", grid.scale),
-            made.constant(f"{base}_zero_point", zero),
+            emitter.constant(f"{base}_scale", grid.scale),
+            emitter.constant(f"{base}_zero_point", zero),
         ]
     source = tensor
     if grid.narrow:
         ends = [np.asarray(end, np.float32) for end in grid.bounds]
-        low, high = (made.constant(f"{base}_{n}", e) for n, e in zip(("low", "high"), ends, strict=True))
-        source = made.node("Clip", [source, low, high], f"{base}_clipped")
-    quantized = made.node("QuantizeLinear", [source, *shared[root]], f"{base}_q")
+        low, high = (emitter.constant(f"{base}_{n}", e) for n, e in zip(("low", "high"), ends, strict=True))
+        source = emitter.node("Clip", [source, low, high], f"{base}_clipped")
+    quantized = emitter.node("QuantizeLinear", [source, *shared[root]], f"{base}_q")
     quantized.dtype = _TYPES[grid.storage]
-    return made.node("DequantizeLinear", [quantized, *shared[root]], f"{base}_dq")
+    return emitter.node("DequantizeLinear", [quantized, *shared[root]], f"{base}_dq")

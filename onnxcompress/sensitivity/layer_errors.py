@@ -199,7 +199,7 @@ class _Walk:
             for one in variants:
                 reads, parameters = site.reads, {}
                 if one.kind == "activation_bits":
-                    name = layer.linear.node.inputs[layer.linear.data_at].name
+                    name = layer.linear.input_name
                     reads = reads | {name: self._quantized(reads[name], int(one.value))}
                 else:
                     zeros = one.kind == "sparsity"
@@ -276,7 +276,7 @@ class _Walk:
         wanted = self.how.reconstruct and any(v.kind == "weight_bits" for v in variants)
         if cut is None or not wanted:
             return None
-        x = site.reads[site.layer.linear.node.inputs[site.layer.linear.data_at].name]
+        x = site.reads[site.layer.linear.input_name]
         generator = torch.Generator().manual_seed(self.how.seed)
         moments = LayerMoments.empty(weight)
         for start in range(0, self.learned.stop, self.context.batch):

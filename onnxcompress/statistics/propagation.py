@@ -115,7 +115,7 @@ class MomentPropagation:
         raise UnknownMoments(f"no closed form is known for {node.op} {node_label(node)!r}")
 
     def _base(self, tensor: gs.Tensor) -> gs.Tensor:
-        """The nearest tensor behind element-wise operators, or a recorded one among them."""
+        """Find the nearest tensor behind element-wise operators, or a recorded one among them."""
         while tensor.name not in self.known and is_op(node := producer(tensor), *POINTWISE):
             data = [t for t in node.inputs if t.name in self.groups.origins]
             if len(data) != 1:
@@ -124,7 +124,7 @@ class MomentPropagation:
         return tensor
 
     def _image(self, tensor: gs.Tensor) -> Pair:
-        """N(0, 1) for an input without statistics, as Horton et al. assume of normalized images."""
+        """Assume N(0, 1) of an input without statistics, as Horton et al. do of normalized images."""
         channels = tensor.shape[1] if tensor.shape is not None and len(tensor.shape) > 1 else None
         if not isinstance(channels, int):
             raise UnknownMoments(
@@ -133,7 +133,7 @@ class MomentPropagation:
         return np.zeros(channels), np.ones(channels)
 
     def _constant(self, tensor: gs.Tensor, like: gs.Tensor) -> np.ndarray | None:
-        """A constant operand beside a tensor, shape (channels,); None where it is not a constant."""
+        """Read a constant operand beside a tensor, shape (channels,); None where it is not a constant."""
         value = constant_value(self.model, tensor)
         labels = self.groups.origins.get(like.name)
         if value is None or labels is None:
@@ -172,7 +172,7 @@ class MomentPropagation:
         return clipped(*self.of(source), *ends)
 
     def _bounds(self, node: gs.Node) -> tuple[np.ndarray, np.ndarray]:
-        """The bounds of a Clip; infinite where it has none."""
+        """Read the bounds of a Clip; infinite where it has none."""
         ends = []
         for at, (free, key) in enumerate([(-np.inf, "min"), (np.inf, "max")], start=1):
             tensor = input_at(node, at)
@@ -211,7 +211,7 @@ class MomentPropagation:
         return mean, np.sum([p[1] for p in pairs], axis=0)
 
     def _gated(self, node: gs.Node) -> Pair | None:
-        """The moments of x · g(x), as exporters write SiLU and HardSwish; None for nodes of other forms."""
+        """Integrate x · g(x), as exporters write SiLU and HardSwish; None for nodes of other forms."""
         for at in (0, 1) if is_op(node, "Mul") else ():
             source = node.inputs[at]
             gate = None if source is node.inputs[1 - at] else self._function(node.inputs[1 - at], source)
@@ -221,7 +221,7 @@ class MomentPropagation:
         return None
 
     def _function(self, tensor: gs.Tensor, source: gs.Tensor) -> Function | None:
-        """The tensor as an element-wise function of the source; None where it is not a known one."""
+        """Express a tensor as an element-wise function of the source; None where none is known."""
         if tensor is source:
             return lambda x: x
         node = producer(tensor)
@@ -239,7 +239,7 @@ class MomentPropagation:
         return None
 
     def _move(self, node: gs.Node, tensor: gs.Tensor) -> Pair:
-        """The moments of a tensor whose channels are the inputs' channels, or new ones that are zero."""
+        """Gather the moments of a tensor that holds channels of the inputs, or new ones that are zero."""
         table: dict[int, tuple[float, float]] = {}
         for source in node.inputs:
             labels = self.groups.origins.get(source.name)

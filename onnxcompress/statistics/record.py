@@ -180,7 +180,7 @@ def _tensors(model: Model) -> Iterator[gs.Tensor]:
 
 
 def _fits(tensor: gs.Tensor, channels: int) -> bool:
-    """Whether the tensor's declared shape, if any, has that many channels."""
+    """Return whether the tensor's declared shape, if any, has that many channels."""
     shape = tensor.shape
     known = shape is not None and len(shape) > 1 and isinstance(shape[1], int)
     return not known or shape[1] == channels

@@ -110,7 +110,7 @@ class CorrectBias(InputOptions, Pass):
         result = PassResult(refusals=refusals, shown=None if inputs is None else inputs.shown)
         largest = 0.0
         for pair in pairs:
-            written = _correct(reference, model, pair, means[pair.layer.node.outputs[0].name])
+            written = _correct(reference, model, pair, means[pair.layer.output_name])
             if isinstance(written, Refusal):
                 result.refusals.append(written)
             elif written > 0:

@@ -16,7 +16,7 @@ from onnxcompress.errors import InputError
 from onnxcompress.graph.channel_groups.tracer import find_channel_groups
 from onnxcompress.graph.constant_folding import constant_value
 from onnxcompress.graph.linear_layer import Linear
-from onnxcompress.graph.query import attribute, data_input, input_at, is_op, node_label, producer
+from onnxcompress.graph.query import attribute, data_input, input_at, is_op, producer
 from onnxcompress.graph.shape_inference import tensor_shapes
 from onnxcompress.model import Model
 from onnxcompress.optimize.calibration import Inputs
@@ -43,7 +43,7 @@ def recorded_means(model: Model, layers: list[Linear]) -> dict[str, np.ndarray |
     moments = MomentPropagation(model, find_channel_groups(model), known_statistics(model))
     found: dict[str, np.ndarray | Refusal] = {}
     for layer in layers:
-        name = layer.node.outputs[0].name
+        name = layer.output_name
         try:
             source, geometry = layer_window(model, layer)
             mean, _ = moments.of(source)
@@ -52,7 +52,7 @@ def recorded_means(model: Model, layers: list[Linear]) -> dict[str, np.ndarray |
             found[name] = mean[:, None] * geometry.coverage()
         except UnknownMoments as problem:
             rule = f"the mean of its input is not known: {problem.rule}"
-            found[name] = Refusal(node_label(layer.node), rule, problem.remedy)
+            found[name] = Refusal(layer.label, rule, problem.remedy)
     return found
 
 
@@ -122,13 +122,13 @@ def measured_means(
     windows: dict[str, tuple[str, Window]] = {}
     found: dict[str, np.ndarray | Refusal] = {}
     for layer in layers:
-        name = layer.node.outputs[0].name
+        name = layer.output_name
         try:
             source, geometry = layer_window(model, layer)
             windows[name] = (source.name, geometry)
         except UnknownMoments as problem:
             rule = f"the mean of its input cannot be measured: {problem.rule}"
-            found[name] = Refusal(node_label(layer.node), rule, problem.remedy)
+            found[name] = Refusal(layer.label, rule, problem.remedy)
     tensors = sorted({source for source, _ in windows.values()})
     if not tensors:
         return found

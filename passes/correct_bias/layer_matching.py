@@ -69,7 +69,7 @@ def pairs_of(reference: Model, model: Model) -> tuple[list[Pair], list[Refusal]]
         if twin is None or twin.op != node.op:  # onnxruntime removes a Relu, and its output's name moves
             twin = names.get(node.name)
         pair = _pair(layer, twin, model)
-        name = layer.node.outputs[0].name
+        name = layer.output_name
         if isinstance(pair, Pair) and (
             statistics_differ(known.get(name), own.get(name)) or scaled_apart(layer, pair.weight)
         ):
@@ -84,12 +84,10 @@ def pairs_of(reference: Model, model: Model) -> tuple[list[Pair], list[Refusal]]
 
 
 def _pair(layer: Linear, twin: gs.Node | None, model: Model) -> Pair | Refusal | None:
-    label = node_label(layer.node)
+    label = layer.label
     remedy = "is --reference the model that this one was made from?"
     if twin is None or twin.op != layer.node.op:
-        return Refusal(
-            label, f"no {layer.node.op} of the model makes {layer.node.outputs[0].name!r}", remedy
-        )
+        return Refusal(label, f"no {layer.node.op} of the model makes {layer.output_name!r}", remedy)
     weight, quantized = _twin_weight(model, twin.inputs[layer.weight_at])
     if weight is None:
         return Refusal(label, "the model's weight for it is no constant of one scale per tensor or channel")

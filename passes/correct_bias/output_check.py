@@ -65,7 +65,7 @@ def check_nearer(reference: Model, before: Model, after: Model, kept: Samples | 
 
 
 def _kinds(reference: Model, kept: Samples | None) -> Iterator[tuple[str, Feeds]]:
-    """Inputs, kind by kind, in batches that the file takes."""
+    """Yield inputs, kind by kind, in batches that the file takes."""
     specs = input_specs(reference)
     fixed = specs[0].shape[0] if len(specs) == 1 and specs[0].shape else None
     size = fixed if isinstance(fixed, int) else SAMPLES
@@ -103,7 +103,7 @@ def _noise(reference: Model) -> Feeds:
 
 
 def _outputs(model: Model, feeds: Feeds) -> dict[str, list[np.ndarray]]:
-    """The values of each float output, one after the other."""
+    """Collect the values of each float output, one after the other."""
     found: dict[str, list[np.ndarray]] = {}
     for one in feeds:
         for name, value in run_model(model, one).items():
@@ -122,7 +122,7 @@ def _like(
 
 
 def _decibels(exact: Sequence[np.ndarray], found: Sequence[np.ndarray]) -> float:
-    """10 log₁₀ of the exact output's variance over the mean square of the difference, at most EXACT."""
+    """Compute 10 log₁₀ of the exact output's variance over the mean squared difference, at most EXACT."""
     a, b = np.concatenate(list(exact)), np.concatenate(list(found))
     there = np.isfinite(a)
     if not np.isfinite(b[there]).all():

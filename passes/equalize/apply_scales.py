@@ -124,8 +124,9 @@ def write_values(model: Model, values: list[NewValues]) -> None:
             linear = new.layer.linear
             if new.bias is not None and linear.takes_bias:
                 layer_params.set_bias(model, linear, new.bias)
-            name = linear.node.inputs[linear.weight_at].name
-            set_constant(model, linear.node, linear.weight_at, new.weight, f"{name}_equalized")
+            set_constant(
+                model, linear.node, linear.weight_at, new.weight, f"{linear.weight_name}_equalized"
+            )
         elif new.offset is not None:
             node, index = new.offset.node, new.offset.operand
             name = node.inputs[index].name

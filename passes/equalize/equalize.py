@@ -40,7 +40,6 @@ from onnxcompress.account import Change, Refusal
 from onnxcompress.graph.channel_groups.groups import ChannelGroups
 from onnxcompress.graph.channel_groups.tracer import find_channel_groups
 from onnxcompress.graph.linear_layer import Linear
-from onnxcompress.graph.query import node_label
 from onnxcompress.model import Model
 from onnxcompress.option_fields import option
 from onnxcompress.passes.base import Pass, PassResult
@@ -208,7 +207,7 @@ def _changes(groups: ChannelGroups, balance: Balance) -> list[Change]:
     for stream in balance.streams:
         writers, readers = _sides(stream)
         if any(side.shift[balance.shared_scale[side.labels]].any() for side in stream):
-            label = node_label(groups.layers[writers[0].layer].linear.node)
+            label = groups.layers[writers[0].layer].linear.label
             count = f"{len(writers)} layer{'s' * (len(writers) > 1)}"
             changes.append(Change(label, f"{count} equalized with {len(readers)} that read the output"))
     return changes
@@ -231,9 +230,9 @@ def _refusals(groups: ChannelGroups, balance: Balance) -> list[Refusal]:
         if reason is None or not (readers or groups.untraced.intersection(unscalable)):
             continue
         some = "" if len(unscalable) == len(labels) else f"{len(unscalable)} of {len(labels)} channels "
-        behind = f" with {node_label(groups.layers[readers[0].layer].linear.node)!r}" if readers else ""
+        behind = f" with {groups.layers[readers[0].layer].linear.label!r}" if readers else ""
         rule = f"{some}not equalized{behind}: {reason.node!r} {reason.rule}"
-        found.append(Refusal(node_label(groups.layers[writers[0].layer].linear.node), rule, reason.remedy))
+        found.append(Refusal(groups.layers[writers[0].layer].linear.label, rule, reason.remedy))
     return found
 
 

@@ -21,24 +21,25 @@ def moves(unknown: np.ndarray, count: int) -> np.ndarray:
 
 
 def differences(signs: np.ndarray, meetings: list[Meeting]) -> np.ndarray:
-    """(what must vanish, sides): of tied streams readers less writers, of loose ones less their mean."""
-    tied, loose = [], {}
+    """What must vanish, (equations, sides): readers less writers of streams with a shared scale, and each
+    side less the mean of its stream where layers have their own."""
+    shared, separate = [], {}
     for meeting in meetings:
         row = np.zeros(len(signs))
         if meeting.shared_scale:
             readers = [side for side in meeting.sides if signs[side] < 0]
             writers = [side for side in meeting.sides if signs[side] > 0]
             row[readers], row[writers] = 1 / len(readers), -1 / len(writers)
-        tied.append(row)
+        shared.append(row)
         for side in () if meeting.shared_scale else meeting.sides:
-            loose[side] = np.eye(len(signs))[side]
-            loose[side][list(meeting.sides)] -= 1 / len(meeting.sides)
-    return np.array([*tied, *(loose[side] for side in sorted(loose))])
+            separate[side] = np.eye(len(signs))[side]
+            separate[side][list(meeting.sides)] -= 1 / len(meeting.sides)
+    return np.array([*shared, *(separate[side] for side in sorted(separate))])
 
 
 @pytest.mark.parametrize("seed", range(6))
 def test_levels_are_the_least_squares_solution_of_least_norm(seed: int) -> None:
-    """Layers in a row, with streams that tie and streams that are loose, at random."""
+    """Layers in a row, whose streams have a shared scale or one per layer, at random."""
     rng = np.random.default_rng(seed)
     layers = 12
     sides = rng.permutation(2 * layers)
@@ -46,10 +47,10 @@ def test_levels_are_the_least_squares_solution_of_least_norm(seed: int) -> None:
     signs = np.where(np.arange(2 * layers) % 2, -1.0, 1.0)
     meetings, unknown, count = [], np.full(2 * layers, -1), 0
     for cut in cuts:
-        tied = len(set(signs[cut])) == 2 and bool(rng.integers(2))
-        unknown[cut] = count if tied else np.arange(count, count + len(cut))
-        count += 1 if tied else len(cut)
-        meetings.append(Meeting(cut.tolist(), tied))
+        shared = len(set(signs[cut])) == 2 and bool(rng.integers(2))
+        unknown[cut] = count if shared else np.arange(count, count + len(cut))
+        count += 1 if shared else len(cut)
+        meetings.append(Meeting(cut.tolist(), shared))
     system, tops = LevelSystem(unknown, signs, meetings), rng.normal(size=2 * layers)
     ranges, unequal = moves(unknown, count), differences(signs, meetings)
     matrix = unequal @ ranges

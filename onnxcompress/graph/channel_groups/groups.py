@@ -242,7 +242,7 @@ class ChannelLabels:
         return labels
 
     def is_unscalable(self, labels: Labels) -> bool:
-        """Whether each of these labels is marked itself, and not only through others of its group.
+        """Return whether each of these labels is marked itself, not only through others of its group.
 
         Args:
             labels: The labels.

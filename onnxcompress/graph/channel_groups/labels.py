@@ -46,7 +46,7 @@ class TensorLabels(ChannelLabels):
         return self._labels[id(tensor)]
 
     def carries(self, tensor: gs.Tensor) -> bool:
-        """Whether a tensor carries data: depends on the values of a graph input.
+        """Return whether a tensor carries data: depends on the values of a graph input.
 
         Args:
             tensor: The tensor.

@@ -163,7 +163,7 @@ def slice_(tracer: TensorLabels, node: gs.Node) -> Sequence[Labels]:
 def _bounds(
     tracer: TensorLabels, node: gs.Node
 ) -> tuple[list[int | None], list[int | None], list[int], list[int]]:
-    """Starts, ends, axes and steps of a Slice from opset 10 on; a start or an end may be unknown (None)."""
+    """Read starts, ends, axes and steps of a Slice from opset 10 on; None for an unknown start or end."""
     values = [tracer.constant(input_at(node, at)) for at in range(1, 5)]
     axes, steps = values[2], values[3]
     known = [v for v in values if v is not None]

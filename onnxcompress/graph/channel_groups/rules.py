@@ -77,7 +77,7 @@ def _clip(tracer: TensorLabels, node: gs.Node) -> Sequence[Labels]:
 
 
 def _bound(tracer: TensorLabels, node: gs.Node, at: int) -> float:
-    """A bound of a Clip: an attribute before opset 11, then an input; ±inf where there is none."""
+    """Read a bound of a Clip: an attribute before opset 11, then an input; ±inf where there is none."""
     free = (-np.inf, np.inf)[at - 1]
     tensor = input_at(node, at)
     if tensor is None:
@@ -91,7 +91,7 @@ def _bound(tracer: TensorLabels, node: gs.Node, at: int) -> float:
 
 
 def _combine(tracer: TensorLabels, node: gs.Node) -> Sequence[Labels]:
-    """The labels of Add, Sub, Sum, Max and Min."""
+    """Label the output of Add, Sub, Sum, Max and Min."""
     arrays, constants = [], []
     for at, tensor in enumerate(node.inputs):
         if tracer.carries(tensor):
@@ -116,7 +116,7 @@ def _combine(tracer: TensorLabels, node: gs.Node) -> Sequence[Labels]:
 
 
 def _scale(tracer: TensorLabels, node: gs.Node) -> Sequence[Labels]:
-    """The labels of Mul and Div: one operand passes, the other is a constant or a gate of scale 1."""
+    """Label the output of Mul and Div: one operand passes, the other is a constant or a gate of scale 1."""
     first, second = node.inputs[:2]
     if not tracer.carries(second):
         return [_fitted(tracer, node, first, second)]
@@ -136,7 +136,7 @@ def _scale(tracer: TensorLabels, node: gs.Node) -> Sequence[Labels]:
 
 
 def _gates(tracer: TensorLabels, first: gs.Tensor, second: gs.Tensor) -> bool:
-    """Whether the first operand of a Mul is the gate of the second."""
+    """Return whether the first operand of a Mul is the gate of the second."""
     unscalable = [tracer.is_unscalable(tracer.labels(t)) for t in (first, second)]
     if unscalable[0] != unscalable[1]:
         return unscalable[0]
@@ -144,7 +144,7 @@ def _gates(tracer: TensorLabels, first: gs.Tensor, second: gs.Tensor) -> bool:
 
 
 def _fitted(tracer: TensorLabels, node: gs.Node, data: gs.Tensor, other: gs.Tensor) -> Labels:
-    """The labels of `data` after a product with a constant, which must not broadcast them."""
+    """Label the product of `data` and a constant, which must not broadcast the channels."""
     labels, shape = tracer.labels(data), tracer.sizes(other)
     if len(shape) > labels.ndim:
         raise Unknown("adds axes by broadcasting")

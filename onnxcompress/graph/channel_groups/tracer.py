@@ -148,7 +148,7 @@ class Tracer(TensorLabels):
         self._mark_parameters(node, linear.data_at)
 
     def _channels(self, tensor: gs.Tensor, count: int) -> Labels:
-        """The labels, shape (count,), of the channels (axis 1) that a linear layer reads."""
+        """Collect the labels, shape (count,), of the channels (axis 1) that a linear layer reads."""
         labels = self.labels(tensor)
         if labels.ndim < 2 or labels.shape[1] not in (1, count):
             raise Unknown(f"reads {count} channels, {tensor.name!r} has shape {labels.shape}")
@@ -197,7 +197,7 @@ class Tracer(TensorLabels):
 
 
 def _fixed(layer: LabelledLayer) -> Refusal:
-    """The reason why a layer's weight cannot be scaled."""
+    """Say why a layer's weight cannot be scaled."""
     node = layer.linear.node
     if not layer.own:
         return Refusal(node_label(node), f"({node.op}) shares its weight", "give each node its own copy")

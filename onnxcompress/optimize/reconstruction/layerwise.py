@@ -145,7 +145,7 @@ class LayerwiseReconstruction(ABC):
         outputs = [t.name for t in node.outputs if not t.is_empty()]
         layer = self.plan.layers.get(id(node))
         if layer is not None:
-            self._check_finite(node.inputs[layer.linear.data_at].name)
+            self._check_finite(layer.linear.input_name)
         theirs = self._run(outputs, {n: self._teacher[n] for n in needs}, self._maps)
         if layer is not None and not _finite(theirs[outputs[0]]):
             raise ModelError(
@@ -157,7 +157,7 @@ class LayerwiseReconstruction(ABC):
             if tensor.name in read:
                 read[tensor.name] = self._seen(node, index, tensor.name)
         if layer is not None:
-            self._fit_layer(layer, read[node.inputs[layer.linear.data_at].name], theirs[outputs[0]])
+            self._fit_layer(layer, read[layer.linear.input_name], theirs[outputs[0]])
         ours = theirs if self._alike(node, read) else self._run(outputs, read, self._own)
         self._teacher.update(theirs)
         self._student.update(ours)
@@ -200,7 +200,7 @@ class LayerwiseReconstruction(ABC):
 
     def _mean_error(self, layer: QuantizedLayer, x: Tensor, wanted: Tensor) -> Tensor:
         """Return the mean error of the fitted layer's output, (outputs,), without aligned statistics."""
-        source = layer.linear.node.inputs[layer.linear.data_at].name
+        source = layer.linear.input_name
         made = self._run([layer.linear.output_name], {source: x}, self._own)[layer.linear.output_name]
         error = self._unmapped(layer, wanted) - self._unmapped(layer, made)
         return error.mean([axis for axis in range(error.ndim) if axis != 1])
