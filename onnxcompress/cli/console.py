@@ -166,11 +166,15 @@ def learned_from(inputs: Sequence[Mapping[str, Any]], verb: str = "learned") -> 
     Returns:
         A line for each source.
     """
-    from onnxcompress.data.preprocess import description
+    from onnxcompress.data.preprocess import preprocess_text
 
     return [
         f"{verb} from {used['count']} {used['source']} ({used['why']})"
-        + (f", {description(used['preprocess'], used['preprocess_from'])}" if used["preprocess"] else "")
+        + (
+            f", {preprocess_text(used['preprocess'], used['preprocess_from'])}"
+            if used["preprocess"]
+            else ""
+        )
         for used in inputs
     ]
 

@@ -159,7 +159,7 @@ class PreprocessingChoice:
 
     def __str__(self) -> str:
         """Describe the preprocessing and its source for people."""
-        return description(str(self.preprocess), self.source)
+        return preprocess_text(str(self.preprocess), self.source)
 
 
 _SOURCES = {
@@ -236,7 +236,7 @@ def _says_all(words: Sequence[str]) -> bool:
     return {"mean", "std"} <= {word.partition("=")[0] for word in words}
 
 
-def description(text: str, source: str) -> str:
+def preprocess_text(text: str, source: str) -> str:
     """Describe a preprocessing and its source for people.
 
     Args:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from onnxcompress.data.preprocess import description
+from onnxcompress.data.preprocess import preprocess_text
 from onnxcompress.evaluation.accuracy import Accuracy
 from onnxcompress.formatting import milliseconds, percent, points, where
 from onnxcompress.report.charts import Intervals, Spread
@@ -152,7 +152,7 @@ def _accuracies(material: Material) -> list[tuple[str, float, float, float]]:
 
 
 def _evaluated(account: Mapping[str, Any]) -> list[tuple[str, str]]:
-    how = description(account["preprocess"], account["preprocess_from"])
+    how = preprocess_text(account["preprocess"], account["preprocess_from"])
     return [
         ("top-1", percent(account["top1"])),
         ("top-5", percent(account["top5"])),

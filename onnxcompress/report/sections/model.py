@@ -7,7 +7,7 @@ import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from onnxcompress.data.preprocess import description
+from onnxcompress.data.preprocess import preprocess_text
 from onnxcompress.formatting import number, percent, size
 from onnxcompress.report.charts import Bars
 from onnxcompress.report.elements import Code, Fold, Part, Picture, Plot, Prose, Section, Table, Terms
@@ -147,7 +147,7 @@ def inputs(material: Material) -> Section | None:
             kind = f"{used['source']} images" if pixels else used["source"]
             text = f"{who} learned from {used['count']} {kind}"
             how = (
-                f", {description(used['preprocess'], used['preprocess_from'])}"
+                f", {preprocess_text(used['preprocess'], used['preprocess_from'])}"
                 if used.get("preprocess")
                 else ""
             )
