@@ -9,11 +9,10 @@ import pytest
 
 from onnxcompress.graph.channel_groups.groups import ChannelGroup, ChannelGroups, ChannelLabels
 from onnxcompress.graph.channel_groups.tracer import find_channel_groups
-from onnxcompress.graph.edit import set_values
-from onnxcompress.graph.query import read
 from onnxcompress.model import Model, load
 from onnxcompress.passes.fold_bn import FoldBatchNorm
 from onnxcompress.runtime.inference import run as outputs
+from tests.helpers.channel_scaling import scale_groups
 from tests.helpers.folding import Arrays, feeds, graph, weight
 
 IMAGE = "(float[N,4,6,6] x) => (float[N,C,H,W] y)"
@@ -82,31 +81,6 @@ def test_what_cannot_be_scaled_says_why_and_is_a_group_of_its_own() -> None:
     assert "not positively homogeneous" in refusal.rule
 
 
-def scale(model: Model, groups: ChannelGroups, group: ChannelGroup, factors: np.ndarray) -> None:
-    """Scale the channels of one group, as the docstring of ChannelGroup says."""
-    tensors = model.graph.tensors()
-    for member in group.members:
-        linear, places = member.layer.linear, member.channels
-        size = linear.outputs if member.side == "outputs" else linear.inputs
-        wide = np.ones(size)
-        wide[places] = factors[:, None]
-        weight = tensors[linear.weight_name]
-        layer = type(linear)(linear.node, read(weight), linear.weight_at, linear.rank)
-        if member.side == "inputs":
-            set_values(weight, layer.scaled(inputs=1 / wide))
-            continue
-        set_values(weight, layer.scaled(outputs=wide))
-        if linear.bias_name is not None:
-            bias = tensors[linear.bias_name]
-            set_values(bias, (read(bias) * wide).astype(np.float32))
-    factor_of = np.ones(groups.count)
-    factor_of[group.labels] = factors
-    for offset in groups.offsets:
-        constant = offset.node.inputs[offset.operand]
-        set_values(constant, (read(constant) * factor_of[offset.labels]).astype(np.float32))
-    model.touch()
-
-
 NETWORKS = {
     "pair": (IMAGE, "a = Conv(x, w, b) r = Relu(a) y = Conv(r, v)", 1),
     "depthwise": (
@@ -139,11 +113,9 @@ def test_each_group_that_can_be_scaled_leaves_the_outputs(name: str) -> None:
     used = {k: v for k, v in ARRAYS.items() if f" {k}," in body or f" {k})" in body}
     proto = graph(signature, body, used)
     model = Model.from_proto(proto)
-    groups = find_channel_groups(model)
-    free = [group for group in inner(groups) if group.unscalable is None]
+    free = [group for group in inner(find_channel_groups(model)) if group.unscalable is None]
     assert len(free) == count
-    for group in free:
-        scale(model, groups, group, np.random.default_rng(0).uniform(0.2, 5, len(group.labels)))
+    assert scale_groups(model) == count
     after = model.to_proto()
     x = feeds(proto)
     before, now = outputs(proto, x)["y"], outputs(after, x)["y"]

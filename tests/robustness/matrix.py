@@ -33,6 +33,7 @@ from onnxcompress.passes.fold_bn import FoldBatchNorm
 from onnxcompress.passes.fold_bn.fold_and_canonicalize import fold_and_canonicalize
 from onnxcompress.statistics.record import ChannelStatistics, write_record
 from tests.helpers import graphs
+from tests.helpers.channel_scaling import scale_groups
 from tests.helpers.folding import feeds
 from tests.helpers.suites import Case
 from tests.robustness.through_passes import Outcome, Subject, invalid, judge
@@ -110,6 +111,12 @@ def _absorb(model: Model, subject: Subject) -> bool:
     return AbsorbBias().apply(model).modified
 
 
+def _scale(model: Model, subject: Subject) -> bool:
+    """By random factors, all channels that are said to be scalable."""
+    FoldBatchNorm(copy_shared=True).apply(model)
+    return scale_groups(model) > 0
+
+
 def _record(model: Model, subject: Subject) -> None:
     """Statistics of the very inputs: mean ± 3 deviations are the least and largest value of a channel."""
     proto = model.to_proto()
@@ -142,6 +149,7 @@ RECIPES: Mapping[str, Apply] = {
     "what quantize and prune do first": _prepare,
     "absorb-bias": _absorb,
     "correct-bias, of other biases": _correct,
+    "channel groups, scaled": _scale,
 }
 
 

@@ -35,6 +35,7 @@ CHANGED = {
     "what quantize and prune do first": 30,
     "absorb-bias": 3,
     "correct-bias, of other biases": 12,
+    "channel groups, scaled": 10,
 }
 """Of the graphs, how many the last pass of each recipe changes, at least."""
 
