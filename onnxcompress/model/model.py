@@ -36,8 +36,7 @@ PROVENANCE = "onnxcompress.provenance"
 
 Shape = tuple[int | str | None, ...]
 
-Analysis = TypeVar("Analysis")
-Parsed = TypeVar("Parsed")
+Derived = TypeVar("Derived")
 
 
 class Model:
@@ -181,7 +180,7 @@ class Model:
         if value is not None:
             entries.add(key=key, value=value)
 
-    def parsed_metadata(self, key: str, parse: Callable[[str | None], Parsed]) -> Parsed:
+    def parsed_metadata(self, key: str, parse: Callable[[str | None], Derived]) -> Derived:
         """Parse an entry of metadata_props, each value once for the model and its copies.
 
         Args:
@@ -194,7 +193,7 @@ class Model:
         value = self.metadata.get(key)
         if (key, value) not in self._parsed:
             self._parsed[key, value] = parse(value)
-        result: Parsed = self._parsed[key, value]
+        result: Derived = self._parsed[key, value]
         return result
 
     def touch(self) -> None:
@@ -227,7 +226,7 @@ class Model:
             self.assumed = dict(shapes)
             self._analyses.clear()
 
-    def analysis(self, compute: Callable[[Model], Analysis]) -> Analysis:
+    def analysis(self, compute: Callable[[Model], Derived]) -> Derived:
         """Compute a property of the graph, once until the graph changes.
 
         Args:
@@ -238,7 +237,7 @@ class Model:
         """
         if compute not in self._analyses:
             self._analyses[compute] = compute(self)
-        result: Analysis = self._analyses[compute]
+        result: Derived = self._analyses[compute]
         return result
 
     def copy(self, edit: Callable[[onnx.ModelProto], None] | None = None) -> Model:
