@@ -15,7 +15,8 @@ from onnxcompress.graph.blocks import find_blocks
 from onnxcompress.model import Model
 from onnxcompress.optimize.block_drop import selection
 from onnxcompress.optimize.block_drop.recoverability import Probe, Recovery
-from onnxcompress.optimize.block_drop.selection import BlockSelection, choose
+from onnxcompress.optimize.block_drop.refinement import Refinement
+from onnxcompress.optimize.block_drop.selection import BlockSelection, choose, choose_these
 from onnxcompress.passes.base import PassResult
 from onnxcompress.passes.drop_blocks import DropBlocks
 from onnxcompress.runtime.block_latency import Share, usable
@@ -190,3 +191,38 @@ def test_an_interval_wider_than_its_share_is_too_noisy_and_work_counts(wide: flo
     whole = sum(b.macs for b in blocks)
     wanted = [0.5 * b.macs / whole for b in blocks] if noisy else values
     assert list(tau.values()) == pytest.approx(wanted)
+
+
+@pytest.mark.parametrize(
+    ("together", "saves", "expected"),
+    [
+        (0.35, 0.23, "23"),  # less loss than what two steps chose
+        (0.55, 0.23, "13"),  # the blocks alone promised less than they lose together
+        (0.35, 0.19, "13"),  # less than the target, as measured
+    ],
+)
+def test_sets_that_promise_less_loss_are_scored_and_timed_as_a_whole(
+    together: float, saves: float, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = network()
+    blocks = find_blocks(whole).blocks
+    exits = {b.exit: str(at + 1) for at, b in enumerate(blocks)}
+    losses = {"1": 0.3, "2": 0.15, "3": 0.1, "13": 0.5, "23": together}
+    monkeypatch.setattr(FakeScorer, "losses", {frozenset(k): v for k, v in losses.items()})
+    monkeypatch.setattr(FakeScorer, "exits", exits)
+    monkeypatch.setattr(selection, "Scorer", FakeScorer)
+    probe = Probe("x", "y", torch.zeros(1, 3, 8, 8), torch.ones(1))
+    choice = choose_these(whole.copy(), [blocks[0], blocks[2]], probe)
+    refinement = Refinement(
+        whole,
+        blocks,
+        {e: losses[name] for e, name in exits.items()},
+        dict(zip(exits, (0.25, 0.06, 0.17), strict=True)),
+        0.2,
+        probe,
+        lambda model: saves if len(find_blocks(model).blocks) == 1 else 0.0,
+        batch=1,
+    )
+    best = refinement.better(choice, 0.42)
+    assert "".join(sorted(exits[b.exit] for b in best.dropped)) == expected
+    assert {b.exit for b in find_blocks(best.model).blocks} == exits.keys() - {b.exit for b in best.dropped}

@@ -53,7 +53,7 @@ def test_the_loss_of_twelve_blocks_is_that_of_the_best_subset(seed: int, percent
 
 
 def test_no_block_that_the_target_does_not_need() -> None:
-    """In the order of R / τ the first two would go, and then the third, which saves enough with the second."""
+    """By R / τ the first two would go and then the third, which saves enough with the second."""
     assert next(cheapest_sets([0.01, 0.02, 0.05], [0.08, 0.09, 0.15], 0.24, 1)) == (1, 2)
     for chosen in cheapest_sets([0.0, 0.0, 0.1], [0.1, 0.1, 0.1], 0.2, 4):
         assert len(chosen) == 2

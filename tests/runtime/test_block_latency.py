@@ -20,7 +20,8 @@ from onnxcompress.runtime.latency import Timing, benchmark
 
 pytest.importorskip("torch")
 
-from onnxcompress.optimize.block_drop.selection import spared, target_missed
+from onnxcompress.optimize.block_drop.refinement import spared
+from onnxcompress.optimize.block_drop.selection import target_missed
 
 ROUNDS = 40
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -23,13 +22,12 @@ from onnxcompress.graph.topology import Topology
 from onnxcompress.model import Model
 from onnxcompress.optimize.block_drop.options import DropBlocksOptions
 from onnxcompress.optimize.block_drop.recoverability import BATCH, SCORING_IMAGES, Probe, Scorer, probe
+from onnxcompress.optimize.block_drop.refinement import Refinement
 from onnxcompress.optimize.block_drop.repair import Repair, elements, inference_batch
 from onnxcompress.optimize.block_drop.score_file import read_scores, write_scores
 from onnxcompress.optimize.block_drop.selection import (
     BlockSelection,
     choose,
-    choose_these,
-    spared,
     target_missed,
 )
 from onnxcompress.optimize.calibration import gather_inputs
@@ -243,7 +241,14 @@ class Dropper:
             expected=self.options.blocks or 0,
         )
         if by_latency and self.saved >= self._target:
-            choice = self._taken_back(choice, whole)
+            losses = {exit_: row["recoverability"] for exit_, row in self.scores.items()}
+            refinement = Refinement(
+                whole, self.found.blocks, losses, self._tau(), self._target, self.probe, self._saving,
+                self.scoring_batch, self.device, self.progress,
+            )  # fmt: skip
+            choice = refinement.better(choice, self.saved)
+            if choice.model is not self.model:
+                self.model.become(choice.model)
         self.dropped, self.weights = choice.dropped, choice.weights
         self.student_feature = choice.feature
         self.measured["order"] = [b.name for b in choice.dropped]
@@ -268,26 +273,6 @@ class Dropper:
     def _saving(self, model: Model) -> float:
         """Measure the part of the original's latency that the model saves."""
         return 1 - self.stopwatch.compare(self.original, model, seconds=5.0)["ratio"]
-
-    def _taken_back(self, choice: BlockSelection, whole: Model) -> BlockSelection:
-        """Return the choice without unneeded blocks. whole: the model with all blocks."""
-
-        def measure(blocks: Sequence[Block]) -> float:
-            model = whole.copy()
-            try:
-                drop_blocks(model, [b.exit for b in blocks])
-            except OptionError:  # one of them is a block only while another is gone
-                return 0.0
-            return self._saving(model)
-
-        needed = spared(choice.dropped, self._tau(), self.saved, self._target, measure)
-        if len(needed) == len(choice.dropped):
-            return choice
-        self.progress("taking blocks back", 0, 1)
-        self.model.become(whole)
-        again = choose_these(self.model, needed, self.probe, batch=self.scoring_batch, device=self.device)
-        self.progress("taking blocks back", 1, 1)
-        return again
 
     def _repair(self) -> None:
         """Refit and fine-tune what is left, where a block was dropped."""

@@ -130,40 +130,6 @@ def choose_these(
     return choice
 
 
-def spared(
-    order: Sequence[Block],
-    shares: Mapping[str, float],
-    saved: float,
-    target: float,
-    measure: Callable[[Sequence[Block]], float],
-) -> list[Block]:
-    """Keep only the blocks that the target needs dropped: others are taken back, those dropped last first.
-
-    Shares are estimates. That they are too small shows only when the whole is measured, and then more
-    blocks are gone than need be. A block is taken back where the rest, measured, still saves the target.
-
-    Args:
-        order: Blocks in the order in which they were dropped.
-        shares: Exit of each block -> τ; only their relative sizes matter here.
-        saved: Part of the latency that all of `order` saves, as measured.
-        target: Part of the latency to be saved.
-        measure: Measures the part of the latency that dropping just these blocks saves.
-
-    Returns:
-        The blocks that stay dropped, in the same order.
-    """
-    needed = list(order)
-    for block in reversed(order):
-        each = saved / sum(shares[b.exit] for b in needed)
-        rest = [b for b in needed if b is not block]
-        if not rest or saved - each * shares[block.exit] < target - TOLERANCE:
-            continue
-        without = measure(rest)
-        if without >= target:
-            needed, saved = rest, without
-    return needed
-
-
 def target_missed(
     latency: Mapping[str, float], target: float, dropped: Sequence[Block], shares: Mapping[str, float]
 ) -> str:

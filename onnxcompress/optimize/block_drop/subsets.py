@@ -3,9 +3,9 @@
     minimize Σ R(B) over the set      subject to  Σ τ(B) ≥ target
 
 with the recoverability R and the latency share τ of each block alone (PRACTISE, arXiv 2202.07861, §3.2,
-takes blocks by R / τ until the target is reached, which may take more than it needs). An integer program,
-solved exactly (HiGHS); each solution found is then forbidden, for the next best. A block that the target does
-not need is never in a set.
+takes blocks by R / τ until the target is reached, which may be more than it needs). An integer program,
+solved exactly (HiGHS); each solution is then forbidden, for the next best. No set has a block that the
+target does not need.
 """
 
 from __future__ import annotations
