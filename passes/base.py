@@ -197,6 +197,8 @@ def run_pass(
     digest = model.digest()
     before = None if watch is None else watch.before(model)
     result = pass_.apply(model, progress)
+    if result.modified:
+        model.touch()  # nothing that is compared or written rests on what a pass forgot to discard
     if model.assumed:
         result.measured["input_shape"] = {name: list(s) for name, s in model.assumed.items()}
         model.assume({})

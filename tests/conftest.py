@@ -16,6 +16,27 @@ from tests.helpers.paths import MODELS
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported
 
 
+@pytest.fixture(scope="session", autouse=True)
+def exports_of_the_present() -> Iterator[None]:
+    """Hold in every test that what is exported once for a state of the graph is still the graph's."""
+    from onnxcompress.model.model import Model
+
+    kept = Model._export
+
+    def checked(model: Model) -> Any:
+        proto, tensors = kept(model)
+        now, values = model.exported()
+        assert proto == now, "the graph was changed without Model.touch"
+        assert [t for t, _ in tensors] == [t for t, _ in values], "a tensor was changed without Model.touch"
+        assert all(a is b for (_, a), (_, b) in zip(tensors, values, strict=True)), "values were changed"
+        return proto, tensors
+
+    checked.unchecked = kept  # type: ignore[attr-defined]  # for tests that count exports
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Model, "_export", checked)
+        yield
+
+
 @pytest.fixture(scope="session")
 def models() -> Path:
     """The folder of the shipped networks and images."""

@@ -5,7 +5,7 @@ envelope + nodes + initializers --export--> skeleton, tensors --with_values / wi
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import onnx
 import onnx_graphsurgeon as gs
@@ -53,6 +53,26 @@ def export(
             if t.name not in listed
         )
     return proto, stored
+
+
+def copy_exported(exported: Exported, metadata: Iterable[onnx.StringStringEntryProto]) -> Exported:
+    """Copy an exported graph, for one who changes it.
+
+    Args:
+        exported: The graph; its weights are shared.
+        metadata: The metadata_props of the copy.
+
+    Returns:
+        The copy.
+    """
+    proto = onnx.ModelProto()
+    proto.CopyFrom(exported[0])
+    replace(proto.metadata_props, list(metadata))
+    tensors = []
+    for tensor, values in exported[1]:
+        tensors.append((onnx.TensorProto(), values))
+        tensors[-1][0].CopyFrom(tensor)
+    return proto, tensors
 
 
 def _is_kept(constant: gs.Constant | None, graph: gs.Graph) -> bool:

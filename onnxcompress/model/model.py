@@ -24,15 +24,13 @@ from onnx_graphsurgeon.ir.tensor import LazyValues
 from onnxcompress.errors import ModelError
 from onnxcompress.model import tensor_storage
 from onnxcompress.model.envelope import open_unset_sizes, without_contents
-from onnxcompress.model.export import export, with_inputs, with_values
+from onnxcompress.model.export import Exported, copy_exported, export, with_inputs, with_values
 from onnxcompress.model.gs_import import import_graph
 from onnxcompress.model.origins import export_node, node_origins, sparse_origins, tensor_origins
+from onnxcompress.model.provenance import PROVENANCE, parse_provenance
 from onnxcompress.model.stored_values import StoredValues, check_tensors
 from onnxcompress.model.validation import check_graph
 from onnxcompress.version import __version__
-
-PROVENANCE = "onnxcompress.provenance"
-"""Key in metadata_props: JSON list of {pass, options, version, input_sha256, inputs}, oldest first."""
 
 Shape = tuple[int | str | None, ...]
 
@@ -119,14 +117,7 @@ class Model:
         return self._names
 
     def in_body(self, node: gs.Node) -> bool:
-        """Return whether a node is inside the body of an If, Loop or Scan. Bodies are never edited.
-
-        Args:
-            node: Any node of the model.
-
-        Returns:
-            False for nodes of the main graph.
-        """
+        """Return whether a node of the model is in a body of an If, Loop or Scan: never edited."""
         return id(node) in self._inner
 
     @property
@@ -201,6 +192,10 @@ class Model:
         self.remove(())
         self._names = None
 
+    def discard_export(self) -> None:
+        """Discard what was exported, after a change to values alone."""
+        self._analyses.pop(Model.exported, None)
+
     def remove(self, nodes: Iterable[gs.Node]) -> None:
         """Remove disconnected nodes from the graph, and discard everything derived from it.
 
@@ -263,6 +258,8 @@ class Model:
         twin.assumed = dict(self.assumed)
         twin.input_digest = self.input_digest
         twin._parsed = self._parsed
+        if edit is None:  # the same state: what it exports need not be made again
+            twin._analyses[Model.exported] = self.analysis(Model.exported)
         return twin
 
     def become(self, other: Model) -> None:
@@ -283,12 +280,7 @@ class Model:
         Returns:
             Entries with `pass`, `options`, `version`, `input_sha256` and perhaps `inputs`, oldest first.
         """
-        try:
-            entries = json.loads(self.metadata.get(PROVENANCE, "[]"))
-        except (ValueError, RecursionError):  # RecursionError: nested too deep
-            return []
-        valid = isinstance(entries, list) and all(isinstance(e, dict) and "pass" in e for e in entries)
-        return entries if valid else []
+        return parse_provenance(self.metadata.get(PROVENANCE, "[]"))
 
     def add_provenance(
         self, name: str, options: dict[str, Any], digest: str, inputs: Any | None = None
@@ -314,7 +306,7 @@ class Model:
         """
         if self.input_digest is not None:
             return self.input_digest()
-        return tensor_storage.digest(*self._export())
+        return tensor_storage.digest(*self.exported())
 
     def to_proto(self) -> onnx.ModelProto:
         """Export the complete model, with all weights in memory; from 2 GB on protobuf cannot serialize it.
@@ -335,8 +327,13 @@ class Model:
         """
         return with_inputs(*self._export())
 
-    def _export(self) -> tuple[onnx.ModelProto, list[tensor_storage.Stored]]:
+    def exported(self) -> Exported:
+        """Export the model as `save` writes it: without initializers, and its initializers."""
         return export(self._envelope, self.graph, self._nodes, self._tensors, self._sparse)
+
+    def _export(self) -> Exported:
+        """Copy the export of this state of the graph, which is made once; metadata are those of now."""
+        return copy_exported(self.analysis(Model.exported), self._envelope.metadata_props)
 
     def node_proto(self, node: gs.Node) -> onnx.NodeProto:
         """Export a node of the main graph.

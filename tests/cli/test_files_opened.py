@@ -10,6 +10,7 @@ import pytest
 from onnxcompress.cli.main import main
 from onnxcompress.graph.topology import Topology
 from onnxcompress.model import Model, load, protobuf_stream, save
+from onnxcompress.model.export import Exported
 
 
 @pytest.mark.slow
@@ -49,14 +50,22 @@ def test_a_graph_is_walked_once_for_each_state(
 ) -> None:
     """Blocks and features, the trial batch, scores, what is left after a drop, and the repair."""
     walked: list[Model] = []
-    make = Topology.__init__
+    exported: list[Model] = []
+    make, export = Topology.__init__, Model.exported
 
     def counted(self: Topology, model: Model) -> None:
         walked.append(model)
         make(self, model)
 
+    def counted_export(model: Model) -> Exported:
+        exported.append(model)
+        return export(model)
+
     monkeypatch.setattr(Topology, "__init__", counted)
+    monkeypatch.setattr(Model, "exported", counted_export)
+    monkeypatch.setattr(Model, "_export", Model._export.unchecked)  # type: ignore[attr-defined]
     net, out = models / "resnet20-fashion.onnx", tmp_path / "out.onnx"
     argv = ["drop-blocks", str(net), str(out), "--blocks", "1", "--steps", "0", "--synthetic", "8"]
     assert main([*argv, "--preprocess", "fashion-mnist", "-q", "--no-verify"]) == 0
     assert len(walked) <= 6
+    assert len(exported) <= 8
