@@ -104,6 +104,9 @@ def option_adapter(cls: type[Any], name: str) -> TypeAdapter[Any]:
 def flag(name: str) -> str:
     """Write a field's name as an option of the command line.
 
+    Args:
+        name: The field's name.
+
     Returns:
         `--weight-bits` for `weight_bits`.
     """
@@ -159,5 +162,9 @@ INPUT_SHAPE_METAVAR = "[NAME=]DIMS,…"
 
 
 def input_shape_option() -> Any:
-    """The field `input_shape` of a pass that runs the network; `input_shapes` reads it."""
+    """Declare the field `input_shape` of a pass that runs the network (`data.input_shapes` reads it).
+
+    Returns:
+        The field.
+    """
     return option(None, INPUT_SHAPE_HELP, metavar=INPUT_SHAPE_METAVAR)

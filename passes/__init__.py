@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from importlib import import_module
 
-from onnxcompress.account import Change, Refusal
+from onnxcompress.account import Change, Figures, InputSource, Refusal
 from onnxcompress.option_fields import option
 from onnxcompress.passes.base import Pass, PassResult, apply_to_proto, run
 from onnxcompress.passes.catalogue import CATALOGUE, Entry
@@ -14,6 +14,8 @@ __all__ = [
     "CATALOGUE",
     "Change",
     "Entry",
+    "Figures",
+    "InputSource",
     "Pass",
     "PassResult",
     "Progress",

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
-from onnxcompress.account import Change, Refusal
+from onnxcompress.account import Change, Figures, InputSource, Refusal, as_json
 from onnxcompress.errors import ModelError, ResultRefused
-from onnxcompress.evaluation.guard import NAMED, Floors, Guard, Measured, Verdict, verdict
+from onnxcompress.evaluation.guard import NAMED, Floors, Guard, GuardMeasurements, Verdict, verdict
 from onnxcompress.progress import Progress, silent
 
 if TYPE_CHECKING:
@@ -25,32 +25,59 @@ if TYPE_CHECKING:
 CONVERTED = "converted from opset"
 """Beginning of the change that notes the conversion of an old operator set."""
 
+F_co = TypeVar("F_co", bound=Figures | None, covariant=True)
+"""The figures of a pass; None stands for a pass that measures nothing, or that may refuse a whole model."""
 
-@dataclass
-class PassResult:
+
+@dataclass(frozen=True)
+class PassResult(Generic[F_co]):
     """What a pass changed, refused and measured."""
 
-    changes: list[Change] = field(default_factory=list)
-    refusals: list[Refusal] = field(default_factory=list)
-    measured: dict[str, Any] = field(default_factory=dict)
-    """Figures that the pass measured, by name; JSON values only."""
+    changes: Sequence[Change] = ()
+    refusals: Sequence[Refusal] = ()
+    measured: F_co = None  # type: ignore[assignment]  # the type of a pass says whether it may be left out
+    """The figures that the pass measured."""
     shown: ImageSet | None = field(default=None, repr=False, compare=False)
     """A sample of the inputs that the pass learned from, to look at; not part of the JSON account."""
-    layer_snr_db: dict[str, float] = field(default_factory=dict)
-    """Layer -> signal to noise ratio of its own output, decibels, where the pass knows it."""
-    guard: Measured | None = None
+    guard: GuardMeasurements | None = None
     """How far the outputs are from what they were; None: nothing was changed, or nobody asked."""
+    input_shape: Mapping[str, Sequence[int | str | None]] | None = None
+    """Input -> shape that was assumed for it; None: the file leaves no size open but the batch."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "changes", tuple(self.changes))
+        object.__setattr__(self, "refusals", tuple(self.refusals))
 
     @property
     def modified(self) -> bool:
         """Whether the pass changed the model."""
         return bool(self.changes)
 
-    def verdict(self, one: Pass, guard: Guard) -> Verdict | None:
+    @property
+    def figures(self) -> Figures:
+        """The figures that every pass may have; none of them is set where nothing was measured."""
+        return Figures() if self.measured is None else self.measured
+
+    @property
+    def inputs(self) -> tuple[InputSource, ...]:
+        """What the pass learned from."""
+        return self.figures.inputs or ()
+
+    def measured_json(self) -> dict[str, Any]:
+        """Convert the figures to JSON values.
+
+        Returns:
+            The figures by name, and the `input_shape` where one was assumed.
+        """
+        shape = {} if self.input_shape is None else {"input_shape": as_json(self.input_shape)}
+        values: dict[str, Any] = as_json(self.figures)
+        return values | shape
+
+    def verdict(self, pass_: Pass, guard: Guard) -> Verdict | None:
         """Whether the result may be written.
 
         Args:
-            one: The pass whose result this is.
+            pass_: The pass whose result this is.
             guard: The floors, where they are the user's.
 
         Returns:
@@ -58,12 +85,12 @@ class PassResult:
         """
         if self.guard is None:
             return None
-        worst = sorted(self.layer_snr_db.items(), key=lambda item: item[1])[:NAMED]
+        worst = sorted(self.figures.layer_snr_db.items(), key=lambda item: item[1])[:NAMED]
         named = ", ".join(f"{name} ({db:.1f} dB)" for name, db in worst)
         advice: tuple[str, ...] = (f"the layers that lose most: {named}",) if named else ()
-        hints = one.hints()
+        hints = pass_.hints()
         advice += (f"try {' or '.join(hints)}",) if hints else ()
-        return verdict(self.guard, guard.floors(one.floors), advice=advice, force=guard.force)
+        return verdict(self.guard, guard.floors(pass_.floors), advice=advice, force=guard.force)
 
 
 @dataclass(frozen=True)
@@ -78,6 +105,9 @@ class Pass(ABC):
 
     name: ClassVar[str]
     """Name in kebab case; also the command and the recipe key."""
+
+    figures: ClassVar[type[Figures]] = Figures
+    """Class of the figures in the pass's results."""
 
     preserves_function: ClassVar[bool] = False
     """Whether the outputs stay the same except for rounding."""
@@ -100,7 +130,7 @@ class Pass(ABC):
         return
 
     @abstractmethod
-    def apply(self, model: Model, progress: Progress = silent) -> PassResult:
+    def apply(self, model: Model, progress: Progress = silent) -> PassResult[Figures | None]:
         """Transform `model` in place.
 
         Args:
@@ -147,7 +177,7 @@ class Pass(ABC):
 
 def run(
     passes: Sequence[Pass], model: Model, progress: Progress = silent, *, guard: Guard | None = None
-) -> list[PassResult]:
+) -> list[PassResult[Figures | None]]:
     """Apply passes in order and note each that changed the model in its provenance.
 
     Args:
@@ -176,7 +206,7 @@ def run(
 
 def run_pass(
     pass_: Pass, model: Model, progress: Progress = silent, watch: Watch | None = None
-) -> PassResult:
+) -> PassResult[Figures | None]:
     """Apply one pass, note it in the provenance if it changed something, and measure what the guard judges.
 
     Args:
@@ -190,23 +220,21 @@ def run_pass(
 
     Raises:
         ModelError: The pass left an invalid model of a valid one.
+        TypeError: The figures that the pass measured are not of the class that it names.
     """
     from onnxcompress.graph.validity import fault
 
     valid = fault(model) is None
     digest = model.digest()
     before = None if watch is None else watch.before(model)
-    result = pass_.apply(model, progress)
+    result = _completed(pass_.apply(model, progress), pass_, model)
+    model.assume({})
     if result.modified:
         model.touch()  # nothing that is compared or written rests on what a pass forgot to discard
-    if model.assumed:
-        result.measured["input_shape"] = {name: list(s) for name, s in model.assumed.items()}
-        model.assume({})
-    unchanged = not (result.modified or result.refusals)
-    if unchanged and not (pass_.preserves_function or pass_.composite):
-        result.refusals.append(Refusal(model.name, f"it has nothing that {pass_.name} would change"))
     if result.modified and not pass_.composite:
-        model.add_provenance(pass_.name, pass_.options(), digest, result.measured.get("inputs"))
+        sources = result.figures.inputs
+        noted = None if sources is None else [dataclasses.asdict(source) for source in sources]
+        model.add_provenance(pass_.name, pass_.options(), digest, noted)
         if valid and (problem := fault(model)) is not None:
             raise ModelError(
                 f"{model.name}: {pass_.name} made an invalid model of a valid one ({problem}); this is "
@@ -215,9 +243,24 @@ def run_pass(
     if watch is not None and before is not None and result.modified:
         progress("comparing the outputs", 0, 1)
         reference = getattr(pass_, "reference", None)
-        result.guard = watch.measure(before, model, exact=pass_.preserves_function, reference=reference)
+        measured = watch.measure(before, model, exact=pass_.preserves_function, reference=reference)
+        result = replace(result, guard=measured)
         progress("comparing the outputs", 1, 1)
     return result
+
+
+def _completed(result: PassResult[Figures | None], pass_: Pass, model: Model) -> PassResult[Figures | None]:
+    """Add the sizes that were assumed, and a reason where nothing was changed and nothing refused."""
+    if result.measured is not None and type(result.measured) is not pass_.figures:
+        raise TypeError(
+            f"pass {pass_.name}: it measured {type(result.measured).__name__}, and its class attribute "
+            f"`figures` is {pass_.figures.__name__}"
+        )
+    refusals = result.refusals
+    if not (result.modified or refusals or pass_.preserves_function or pass_.composite):
+        refusals = [Refusal(model.name, f"it has nothing that {pass_.name} would change")]
+    shapes = {name: tuple(shape) for name, shape in model.assumed.items()} or None
+    return replace(result, refusals=refusals, input_shape=shapes)
 
 
 def watch_over(passes: Sequence[Pass], model: Model, judged_by: InputRequest | None = None) -> Watch:
@@ -263,7 +306,7 @@ def _learns_from(pass_: Pass) -> InputRequest | None:
 
 def apply_to_proto(
     pass_: Pass, proto: onnx.ModelProto, progress: Progress = silent, *, guard: Guard | None = None
-) -> tuple[onnx.ModelProto, PassResult]:
+) -> tuple[onnx.ModelProto, PassResult[Figures | None]]:
     """Apply one pass to a ModelProto whose weights are in memory.
 
     Args:

@@ -18,13 +18,13 @@ Does not handle: several inputs; samples of single layers, which are drawn from 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import numpy as np
 
-from onnxcompress.account import Change, Refusal
+from onnxcompress.account import Change, Figures, InputSource, Refusal
 from onnxcompress.errors import OptionError
 from onnxcompress.graph.batch_norm import OLDEST_OPSET
 from onnxcompress.model import Model
@@ -50,12 +50,39 @@ from onnxcompress.statistics.record import (
 
 if TYPE_CHECKING:
     from onnxcompress.data.image_set import ImageSet
-    from onnxcompress.optimize.calibration import Used
 
 Record = dict[str, ChannelStatistics]
 
 ROUNDING = 1e-4
 """Largest change, in deviations of a channel, that is taken for rounding: devices and threads differ so."""
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How far estimates are from what BatchNorm knows: medians over the channels that vary."""
+
+    tensors: int
+    """Number of tensors that were compared."""
+    mean_error: float
+    """Difference of the means, in standard deviations."""
+    std_ratio: float
+    """Estimated standard deviation over the known one."""
+
+
+@dataclass(frozen=True)
+class CalibrateFigures(Figures):
+    """The figures of `calibrate`."""
+
+    tensors: int
+    """Number of tensors whose statistics are wanted."""
+    estimated: int
+    """Number of them whose statistics were estimated."""
+    kept: int
+    """Number of them whose statistics BatchNorm knows."""
+    dead: Mapping[str, tuple[int, ...]]
+    """Tensor -> its channels that do not vary; tensors without such a channel are absent."""
+    agreement: Agreement | None
+    """Comparison of the estimates with BatchNorm; None: it knows none of the estimated tensors."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +98,7 @@ class Calibrate(InputOptions, Pass):
     """
 
     name: ClassVar[str] = "calibrate"
+    figures: ClassVar[type[Figures]] = CalibrateFigures
     needs: ClassVar[tuple[str, ...]] = ("torch",)
     preserves_function: ClassVar[bool] = True
 
@@ -83,19 +111,36 @@ class Calibrate(InputOptions, Pass):
         "auto", "Device on which torch computes.", advanced=True
     )
 
-    def apply(self, model: Model, progress: Progress = silent) -> PassResult:
-        """Write the record of `model`.
+    def apply(self, model: Model, progress: Progress = silent) -> PassResult[CalibrateFigures]:
+        """Write the record of a model.
 
-        `measured`: `tensors` worth knowing, how many were `estimated` and `kept`; `dead` channels by
-        tensor; `agreement` of the estimates with what BatchNorm knows; the `inputs` used.
-        Raises OptionError for wrong options, InputError for unusable images, ModelError where the image
-        size is open and no images are given.
+        Args:
+            model: The model; only its metadata is changed.
+            progress: Called with the stage, the steps done and the steps in all.
+
+        Returns:
+            The entries that changed, the layers that cannot be measured with the reasons, and the figures.
+
+        Raises:
+            OptionError: Options contradict each other.
+            InputError: The images cannot be used.
+            ModelError: The image size is open, and no images are given.
         """
         self.check()
         return at_opset(model, OLDEST_OPSET, lambda own: self._estimate(own, progress))
 
     def preview(self, model: Model) -> list[Refusal]:
-        """The layers whose outputs cannot be measured, and whether inputs can be had."""
+        """List the layers whose outputs cannot be measured, and check that inputs can be gathered.
+
+        Args:
+            model: The model; it stays as it is.
+
+        Returns:
+            The layers, with the reasons.
+
+        Raises:
+            CompressError: `apply` would fail on this model with these options.
+        """
         self.check()
         from onnxcompress.optimize.statistics_estimation import measurable
 
@@ -104,7 +149,7 @@ class Calibrate(InputOptions, Pass):
         check_inputs(own, self.request)
         return measurable(own)[1]
 
-    def _estimate(self, model: Model, progress: Progress) -> PassResult:
+    def _estimate(self, model: Model, progress: Progress) -> PassResult[CalibrateFigures]:
         from onnxcompress.optimize.device import pick_device
         from onnxcompress.optimize.statistics_estimation import estimate_statistics, measurable
 
@@ -114,7 +159,7 @@ class Calibrate(InputOptions, Pass):
         exact = {n: s for n, s in known_statistics(model).items() if not s.estimated}
         kept = {} if self.overwrite else exact
         found: Record = {}
-        used: tuple[Used, ...] = ()
+        used: tuple[InputSource, ...] = ()
         shown: ImageSet | None = None
         if any(name not in kept for name in wanted):
             device = pick_device(self.device)
@@ -126,15 +171,15 @@ class Calibrate(InputOptions, Pass):
                 progress=progress,
             )  # fmt: skip
         record = found | kept
-        measured = {
-            "tensors": len(wanted),
-            "estimated": sum(name not in kept for name in wanted),
-            "kept": sum(name in kept for name in wanted),
-            "dead": {name: record[name].dead for name in wanted if record[name].dead},
-            "agreement": _agreement(found, exact),
-            "inputs": [asdict(one) for one in used],
-        }
-        return PassResult(_write(model, record), refusals, measured, shown)
+        figures = CalibrateFigures(
+            tensors=len(wanted),
+            estimated=sum(name not in kept for name in wanted),
+            kept=sum(name in kept for name in wanted),
+            dead={name: tuple(record[name].dead) for name in wanted if record[name].dead},
+            agreement=_agreement(found, exact),
+            inputs=used,
+        )
+        return PassResult(_write(model, record), refusals, figures, shown)
 
     def check(self) -> None:
         """Check all options, and that the inputs asked for can serve.
@@ -159,9 +204,16 @@ class Calibrate(InputOptions, Pass):
         return replace(request, inputs="procedural") if circular else request
 
 
-def source_of(used: Sequence[Used]) -> str:
-    """What entries say that were taken of these inputs: `estimated: procedural 500, seed 0`."""
-    inputs = " + ".join(f"{one.source} {one.count}" for one in used)
+def source_of(used: Sequence[InputSource]) -> str:
+    """Describe inputs in the entries of the record that were estimated on them.
+
+    Args:
+        used: The sources of the inputs.
+
+    Returns:
+        Such as `estimated: procedural 500, seed 0`.
+    """
+    inputs = " + ".join(f"{source.source} {source.count}" for source in used)
     return f"{ESTIMATED}: {inputs}, seed {used[0].seed}"
 
 
@@ -196,7 +248,7 @@ def _same(before: ChannelStatistics, found: ChannelStatistics) -> bool:
     return bool(close.all())
 
 
-def _agreement(found: Record, exact: Record) -> dict[str, Any] | None:
+def _agreement(found: Record, exact: Record) -> Agreement | None:
     """How far the estimates are from what BatchNorm knows, over channels that vary; None: it knows none."""
     both = [(found[name], exact[name]) for name in found if name in exact]
     if not both:
@@ -208,8 +260,8 @@ def _agreement(found: Record, exact: Record) -> dict[str, Any] | None:
     alive = true_std > 0
     if not alive.any():
         return None
-    return {
-        "tensors": len(both),
-        "mean_error": float(np.median(np.abs(mean - true_mean)[alive] / true_std[alive])),
-        "std_ratio": float(np.median(std[alive] / true_std[alive])),
-    }
+    return Agreement(
+        tensors=len(both),
+        mean_error=float(np.median(np.abs(mean - true_mean)[alive] / true_std[alive])),
+        std_ratio=float(np.median(std[alive] / true_std[alive])),
+    )

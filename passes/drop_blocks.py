@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import ClassVar
 
-from onnxcompress.account import Change, Refusal
+from onnxcompress.account import Change, Figures, Refusal
 from onnxcompress.errors import ModelError, OptionError
 from onnxcompress.evaluation.guard import LOSSY, Floors
 from onnxcompress.graph.batch_norm import OLDEST_OPSET
@@ -30,10 +30,9 @@ from onnxcompress.graph.blocks import Discovery, find_blocks
 from onnxcompress.graph.edit import lift_weights
 from onnxcompress.graph.linear_layer import LINEAR_OPS
 from onnxcompress.model import Model
+from onnxcompress.optimize.block_drop.figures import DropBlocksFigures
 from onnxcompress.optimize.block_drop.options import DropBlocksOptions
-from onnxcompress.optimize.calibration import (
-    assume_sizes,
-)
+from onnxcompress.optimize.calibration import assume_sizes
 from onnxcompress.passes.base import Pass, PassResult
 from onnxcompress.passes.fold_bn import FoldBatchNorm
 from onnxcompress.passes.opsets import at_opset
@@ -62,20 +61,40 @@ class DropBlocks(DropBlocksOptions, Pass):
     """
 
     name: ClassVar[str] = "drop-blocks"
+    figures: ClassVar[type[Figures]] = DropBlocksFigures
     needs: ClassVar[tuple[str, ...]] = ("torch", "onnxruntime")
     floors: ClassVar[Floors] = LOSSY
 
-    def apply(self, model: Model, progress: Progress = silent) -> PassResult:
-        """Drop blocks from `model` in place; `measured` holds scores, latency and errors.
+    def apply(self, model: Model, progress: Progress = silent) -> PassResult[DropBlocksFigures]:
+        """Drop blocks in place.
 
-        Raises OptionError for wrong options, InputError for unusable images, ModelError where the
-        network has no block or no feature tensor.
+        Args:
+            model: The model to change.
+            progress: Called with the stage, the steps done and the steps in all.
+
+        Returns:
+            The dropped blocks, the near misses with the reasons, and the figures.
+
+        Raises:
+            OptionError: Options contradict each other, or name a block or tensor that the model lacks.
+            InputError: The images cannot be used.
+            ModelError: The network has no block that can be dropped, or no feature tensor.
         """
         self.check()
         return at_opset(model, OLDEST_OPSET, lambda own: self._drop(own, progress))
 
     def preview(self, model: Model) -> list[Refusal]:
-        """The blocks that cannot be dropped, and whether inputs can be had."""
+        """List the near misses, and check that inputs can be gathered.
+
+        Args:
+            model: The model; it stays as it is.
+
+        Returns:
+            What is nearly a block, with the reason why it cannot be dropped.
+
+        Raises:
+            CompressError: `apply` would fail on this model with these options.
+        """
         self.check()
         own = raised(model, OLDEST_OPSET)
         assume_sizes(own, self.request)
@@ -86,7 +105,7 @@ class DropBlocks(DropBlocksOptions, Pass):
         check_inputs(own, self.request)
         return list(found.near_misses)
 
-    def _drop(self, model: Model, progress: Progress) -> PassResult:
+    def _drop(self, model: Model, progress: Progress) -> PassResult[DropBlocksFigures]:
         assume_sizes(model, self.request)
         original = model.copy()
         folded = FoldBatchNorm().apply(model)
@@ -98,12 +117,12 @@ class DropBlocks(DropBlocksOptions, Pass):
 
         with one_thread_each():
             work = Dropper(self, original, model, found, progress)
-            work.run()
+            figures = work.run()
         write_present(model, read_record(model))
         changes = [Change(b.name, f"{b.kind} block dropped") for b in work.dropped]
-        if folded.measured["folded"]:
-            changes.append(Change(model.name, f"{folded.measured['folded']} BatchNorms folded"))
-        return PassResult(changes, list(work.found.near_misses), work.measured, work.inputs.shown)
+        if folded.measured.folded:
+            changes.append(Change(model.name, f"{folded.measured.folded} BatchNorms folded"))
+        return PassResult(changes, work.discovery.near_misses, figures, work.inputs.shown)
 
     def _check_blocks(self, model: Model, found: Discovery) -> None:
         if not found.blocks:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from onnxcompress.errors import CompressError, ModelError
-from onnxcompress.evaluation.guard import EXACT_HALF_REL, EXACT_REL, Measured
+from onnxcompress.evaluation.guard import EXACT_HALF_REL, EXACT_REL, GuardMeasurements
 from onnxcompress.model import Model, load
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ class Watch:
 
     def measure(
         self, before: _State, model: Model, *, exact: bool, reference: str | None = None
-    ) -> Measured:
+    ) -> GuardMeasurements:
         """Run the model as it is now, and compare with what it was.
 
         Args:
@@ -80,7 +80,7 @@ class Watch:
             basis = before if reference is None else _State(load(Path(reference)))
             was = basis.runs(inputs)
         except CompressError as error:
-            return Measured("", 0, time.perf_counter() - start, skipped=str(error))
+            return GuardMeasurements("", 0, time.perf_counter() - start, skipped=str(error))
         now, old, problem = _State(model), None, ""
         found: Fidelity | None = None
         from onnxcompress.evaluation.fidelity import fidelity
@@ -92,9 +92,9 @@ class Watch:
             problem = str(error)
         self._state = None if problem else (model, now)
         seconds = time.perf_counter() - start
-        return Measured(inputs.description, inputs.count, seconds, found, old, limit, problem)
+        return GuardMeasurements(inputs.description, inputs.count, seconds, found, old, limit, problem)
 
-    def whole(self, model: Model) -> Measured:
+    def whole(self, model: Model) -> GuardMeasurements:
         """Compare what a chain made with the model that it was given.
 
         Args:

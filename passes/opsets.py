@@ -13,6 +13,7 @@ Does not handle: nodes inside the bodies of functions, which import an operator 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator
+from dataclasses import replace
 
 import numpy as np
 import onnx
@@ -22,7 +23,7 @@ from onnxcompress.errors import CompressError, ModelError, one_line
 from onnxcompress.evaluation.equivalence import difference_of
 from onnxcompress.model import Model
 from onnxcompress.model.model_like import InputSpec, input_specs
-from onnxcompress.passes.base import CONVERTED, PassResult
+from onnxcompress.passes.base import CONVERTED, F_co, PassResult
 from onnxcompress.runtime.inference import random_feeds
 from onnxcompress.runtime.inference import run as run_model
 
@@ -35,7 +36,7 @@ SMALL_TYPES = 21
 """Operator set that came with IR version 10, which has int4."""
 
 
-def at_opset(model: Model, lowest: int, apply: Callable[[Model], PassResult]) -> PassResult:
+def at_opset(model: Model, lowest: int, apply: Callable[[Model], PassResult[F_co]]) -> PassResult[F_co]:
     """Apply a pass to the model, converted to a newer operator set first where it needs that.
 
     Args:
@@ -53,10 +54,11 @@ def at_opset(model: Model, lowest: int, apply: Callable[[Model], PassResult]) ->
         return apply(model)
     old, own = model.opset, converted(model, lowest)
     result = apply(own)
-    if result.modified:
-        result.changes.insert(0, Change(model.name, f"{CONVERTED} {old} to {lowest}"))
-        model.become(own)
-    return result
+    if not result.modified:
+        return result
+    model.become(own)
+    noted = Change(model.name, f"{CONVERTED} {old} to {lowest}")
+    return replace(result, changes=(noted, *result.changes))
 
 
 def converted(model: Model, opset: int) -> Model:

@@ -20,6 +20,7 @@ from onnxcompress.errors import InputError, ModelError, OptionError
 from onnxcompress.evaluation.equivalence import difference_of
 from onnxcompress.model import load
 from onnxcompress.passes.fold_bn import FoldBatchNorm
+from onnxcompress.passes.fold_bn.fold_bn import FoldBatchNormFigures
 from onnxcompress.runtime.inference import run
 from onnxcompress.statistics.record import known_statistics, read_record
 from tests.helpers import zoo
@@ -62,7 +63,7 @@ def test_a_real_network_keeps_its_norms(name: str, left: int, tmp_path: Path) ->
             got = run(path, {"input": x.numpy()})
             assert difference_of({"output": net(x).numpy()}, got).max_rel < TOLERANCE
     result = FoldBatchNorm().apply(model)
-    assert result.measured == {"folded": norms(net) - left, "left": left, "recorded": norms(net)}
+    assert result.measured == FoldBatchNormFigures(norms(net) - left, left, norms(net))
     assert len(read_record(model)) == norms(net)
 
 

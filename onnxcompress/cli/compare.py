@@ -16,6 +16,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from onnxcompress.data.image_set import ImageSet
     from onnxcompress.data.preprocess import PreprocessingChoice
     from onnxcompress.evaluation.compare import Comparison
+    from onnxcompress.evaluation.gate_results import Verdict
 
 
 @click.command(cls=SectionedCommand)
@@ -101,7 +103,7 @@ def compare(
         _show(found, None if loaded is None else choice)
         stdout().print(options.precision_text(precision, True), markup=False)
         show_verdicts(stdout(), verdicts)
-    _report(report, account, (a, b, images), report_option.Compared(found), loaded)
+    _report(report, account, (a, b, images), report_option.Compared(found), loaded, verdicts)
     if missed := summary(verdicts):
         raise TargetMissed(missed)
 
@@ -112,6 +114,7 @@ def _report(
     files: tuple[str, str, str | None],
     compared: report_option.Compared,
     loaded: ImageSet | None,
+    verdicts: Sequence[Verdict],
 ) -> None:
     if path is None:
         return
@@ -119,7 +122,7 @@ def _report(
 
     shown = [] if loaded is None else [pictures(f"Images of {files[2]}", loaded)]
     roles = [(r, f) for r, f in zip(("reference", "model", "images"), files, strict=True) if f is not None]
-    report_option.write_report(path, account, roles, compared=compared, pictures=shown)
+    report_option.write_report(path, account, roles, compared=compared, pictures=shown, gates=verdicts)
 
 
 def _show(found: Comparison, choice: PreprocessingChoice | None) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,7 +20,7 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
-from onnxcompress.account import Refusal
+from onnxcompress.account import InputSource, Refusal
 from onnxcompress.cli import interrupts
 from onnxcompress.evaluation.gate_results import Verdict
 from onnxcompress.formatting import number as number
@@ -136,7 +136,7 @@ def table(title: str, columns: list[str], rows: list[list[str]], *, left: int = 
 
 
 def show_refusals(
-    console: Console, refusals: list[Refusal], title: str = "left alone", *, all: bool = False
+    console: Console, refusals: Sequence[Refusal], title: str = "left alone", *, all: bool = False
 ) -> None:
     """List what was left unchanged, where and why; from the 13th on, refusals are counted.
 
@@ -156,11 +156,11 @@ def show_refusals(
         console.print(f"  … and {len(refusals) - len(shown)} more (all with -v or --json)")
 
 
-def learned_from(inputs: Sequence[Mapping[str, Any]], verb: str = "learned") -> list[str]:
+def learned_from(inputs: Sequence[InputSource], verb: str = "learned") -> list[str]:
     """Describe the sources of a pass's inputs.
 
     Args:
-        inputs: The sources (`optimize.calibration.Used` as JSON values).
+        inputs: The sources.
         verb: What the pass did with them.
 
     Returns:
@@ -169,13 +169,9 @@ def learned_from(inputs: Sequence[Mapping[str, Any]], verb: str = "learned") -> 
     from onnxcompress.data.preprocess import preprocess_text
 
     return [
-        f"{verb} from {used['count']} {used['source']} ({used['why']})"
-        + (
-            f", {preprocess_text(used['preprocess'], used['preprocess_from'])}"
-            if used["preprocess"]
-            else ""
-        )
-        for used in inputs
+        f"{verb} from {source.count} {source.source} ({source.why})"
+        + (f", {preprocess_text(source.preprocess, source.preprocess_from)}" if source.preprocess else "")
+        for source in inputs
     ]
 
 

@@ -63,7 +63,7 @@ def execute(job: Job) -> None:
         files.send()
         write_job_report(job, outcome)
     steps = outcome.run.steps
-    missed = [str(s.result.measured.get("target_missed", "")) for s in steps] + [summary(outcome.verdicts)]
+    missed = [s.result.figures.target_missed for s in steps] + [summary(outcome.verdicts)]
     if any(missed):
         raise TargetMissed("; ".join(filter(None, missed)))
 
@@ -186,8 +186,7 @@ def _console(files: Files) -> Console:
 def _warn_few(run: Run) -> None:
     """Warn on stderr of passes that learned from few images, and so fit other images worse."""
     for step in run.steps:
-        inputs = step.result.measured.get("inputs", [])
-        count = sum(used["count"] for used in inputs if isinstance(used, dict))
+        count = sum(source.count for source in step.result.inputs)
         learned = not step.pass_.preserves_function and step.pass_.name not in MEASURING
         if learned and step.result.modified and 0 < count < FEW:
             click.echo(

@@ -51,16 +51,16 @@ class Outcome:
     """Sizes of IN and OUT in bytes."""
 
 
-def pass_account(found: Outcome) -> dict[str, Any]:
+def pass_account(outcome: Outcome) -> dict[str, Any]:
     """Build the JSON of a pass's command (`cli.pass_commands` has its keys).
 
     Args:
-        found: The outcome of the command.
+        outcome: The outcome of the command.
 
     Returns:
         The values by key.
     """
-    step = found.run.steps[0].as_dict()
+    step = outcome.run.steps[0].as_dict()
     kept = {key: step[key] for key in ("pass", "options", "changes", "refusals", "measured", "guard")}
-    gates = [dataclasses.asdict(v) for v in found.verdicts]
-    return kept | {"gates": gates, "provenance": found.run.model.provenance()}
+    gates = [dataclasses.asdict(v) for v in outcome.verdicts]
+    return kept | {"gates": gates, "provenance": outcome.run.model.provenance()}

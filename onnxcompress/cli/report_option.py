@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from onnxcompress.cli.job import Job, Outcome
     from onnxcompress.data.image_set import ImageSet
     from onnxcompress.evaluation.compare import Comparison
-    from onnxcompress.pipeline import Step
+    from onnxcompress.evaluation.gate_results import Verdict
+    from onnxcompress.pipeline import Run, Step
     from onnxcompress.report import Pictures
 
 SECONDS = 4.0
@@ -35,9 +36,9 @@ IMAGES = 500
 class Compared:
     """A comparison of two models, or the reason why there is none."""
 
-    found: Comparison | None = None
+    comparison: Comparison | None = None
     on: str = ""
-    """Description of the inputs that the outputs were compared on; empty: that in `found`."""
+    """Description of the inputs that the outputs were compared on; empty: that in `comparison`."""
     learned_from: bool = False
     """Whether a pass learned from these inputs."""
     problem: str = ""
@@ -90,6 +91,8 @@ def write_report(
     compared: Compared | None = None,
     samples: Mapping[str, Sequence[float]] | None = None,
     pictures: Sequence[Pictures] = (),
+    run: Run | None = None,
+    gates: Sequence[Verdict] = (),
 ) -> None:
     """Write the report of the running command, if one is asked for.
 
@@ -102,6 +105,8 @@ def write_report(
         compared: The comparison of both models, if there is one.
         samples: Milliseconds of each run, by model.
         pictures: Sample images.
+        run: The passes that ran.
+        gates: Verdicts of the gates.
     """
     if path is None:
         return
@@ -116,14 +121,18 @@ def write_report(
     after = next((file for role, file in files if role in ("output", "model")), None)
     layers = [] if before is None else layer_sizes(as_model(before), as_model(after) if after else None)
     compared = compared or Compared()
-    found = compared.found
+    found = compared.comparison
     if found is not None:
         samples = {s.name: s.timing.samples_ms for s in (found.a, found.b)}
     material = Material(
         command=str(context.info_name),
         account=account,
+        steps=() if run is None else run.steps,
+        guard=None if run is None else run.guard,
+        verdict=None if run is None else run.verdict,
+        gates=gates,
         argv=context.find_root().obj or sys.argv[1:],
-        made=now(),
+        created=now(),
         environment=environment(),
         files=facts,
         comparison=None if found is None else found.as_dict(),
@@ -137,23 +146,23 @@ def write_report(
     write_page(path, tell(material))
 
 
-def write_job_report(job: Job, found: Outcome) -> None:
+def write_job_report(job: Job, outcome: Outcome) -> None:
     """Write the report of a command that changed a model, after comparing both models.
 
     Args:
         job: The job.
-        found: Its outcome.
+        outcome: Its outcome.
     """
     if job.report is None:
         return
     if not job.quiet:
         click.echo("for the report: comparing the models before and after", err=True)
-    files = found.files
-    learned = _learned(found.run.steps, files.source)
+    files = outcome.files
+    learned = _learned(outcome.run.steps, files.source)
     roles: list[tuple[str, str | os.PathLike[str]]] = [("input", files.source), ("output", files.target)]
     named = {"input": files.source_name, "output": files.target_name}
     read = [("recipe", job.recipe), ("gate images", job.gates.images)]
-    for step in found.run.steps:
+    for step in outcome.run.steps:
         read += [
             (f.name, getattr(step.pass_, f.name))
             for f in dataclasses.fields(step.pass_)
@@ -164,47 +173,49 @@ def write_job_report(job: Job, found: Outcome) -> None:
 
     write_report(
         job.report,
-        job.account(found),
+        job.account(outcome),
         roles,
         names=named,
-        compared=_compared(job, found, learned),
+        compared=_compared(job, outcome, learned),
         pictures=[pictures(title, images) for title, images in learned],
+        run=outcome.run,
+        gates=outcome.verdicts,
     )
     if not (job.quiet or job.as_json):
         click.echo(f"report: {job.report}", err=files.to_stream)
 
 
-def _compared(job: Job, found: Outcome, learned: Sequence[tuple[str, ImageSet]]) -> Compared:
+def _compared(job: Job, outcome: Outcome, learned: Sequence[tuple[str, ImageSet]]) -> Compared:
     """Compare both models on the gates' images, else those that passes learned from, else random inputs."""
     images, on = None, ""
     if job.gates.images is not None:
-        images = _load(job.gates.images, job.gates.preprocess, found.files.source, job.gates.input_shape)
+        images = _load(job.gates.images, job.gates.preprocess, outcome.files.source, job.gates.input_shape)
         on = f"{len(images)} images that the gates judge by" if images else ""
     elif learned:
         first = learned[0][1].spread(IMAGES)
         images = dataclasses.replace(first, y=None)  # accuracy on calibration images would mislead
         on = f"{len(images)} images that it learned from"
     try:
-        comparison = _compare(job, found, images)
+        comparison = _compare(job, outcome, images)
     except CompressError as error:
         return Compared(problem=str(error))
     return Compared(comparison, on, learned_from=bool(learned) and job.gates.images is None)
 
 
-def _compare(job: Job, found: Outcome, images: ImageSet | None) -> Comparison:
+def _compare(job: Job, outcome: Outcome, images: ImageSet | None) -> Comparison:
     from onnxcompress.evaluation.compare import compare
     from onnxcompress.runtime.providers import Provider
 
     gates = job.gates
-    timed = next((s.pass_ for s in found.run.steps if hasattr(s.pass_, "latency_batch")), None)
+    timed = next((s.pass_ for s in outcome.run.steps if hasattr(s.pass_, "latency_batch")), None)
     runtime: dict[str, Any] = {"provider": gates.runs_on, "threads": gates.threads, "batch": gates.batch}
     if timed is not None and runtime == {"provider": Provider(), "threads": 0, "batch": 1}:
         options = timed.options()
         where = Provider.of(options["provider"], options["provider_options"])
         runtime = {"provider": where, "threads": options["threads"], "batch": options["latency_batch"]}
     return compare(
-        found.files.source,
-        found.files.target,
+        outcome.files.source,
+        outcome.files.target,
         images=images,
         seconds=SECONDS,
         tolerance=None,
@@ -227,7 +238,7 @@ def _learned(steps: Sequence[Step], source: Path) -> list[tuple[str, ImageSet]]:
             if new and (loaded := _load(path, text, source, shape, count, seed or 0)) is not None:
                 found.append((f"Images of {path}", loaded))
         elif shown is not None:
-            kind = ", ".join(u["source"] for u in step.result.measured.get("inputs", []))
+            kind = ", ".join(source.source for source in step.result.inputs)
             found.append((f"What {step.pass_.name} made for itself: {kind}", shown))
     return found
 

@@ -151,11 +151,11 @@ def _make(
     from onnxcompress.data.image_set import ImageSet
     from onnxcompress.optimize.calibration import STANDARDIZED, image_input, synthetic_images
 
-    if choice.said is None and image_input(model).dtype.kind == "f":
+    if choice.explicit is None and image_input(model).dtype.kind == "f":
         click.echo(
             f"note: no --preprocess, and none in the model's metadata: {STANDARDIZED} is assumed", err=True
         )
-    made = synthetic_images(model, kind, count, choice.said, seed, device=device, progress=progress)
+    made = synthetic_images(model, kind, count, choice.explicit, seed, device=device, progress=progress)
     if not isinstance(made, ImageSet):
         raise ModelError(
             f"{model.name}: its input takes no images of 1 or 3 channels, and only those can be written; "

@@ -136,7 +136,7 @@ SIGNED = Preprocess(mean=(128.0,), scale=1.0)
 class PreprocessingChoice:
     """The preprocessing that a command uses, and where it comes from."""
 
-    said: Preprocess | None
+    explicit: Preprocess | None
     """The preprocessing that the user or the model's metadata specifies; None: neither does."""
     source: str
     """Where it comes from: option, model (its metadata) or default; for an option without a preset also
@@ -147,7 +147,7 @@ class PreprocessingChoice:
     @property
     def preprocess(self) -> Preprocess:
         """The preprocessing of real images."""
-        return self.said or self.base
+        return self.explicit or self.base
 
     def as_dict(self) -> dict[str, str]:
         """Convert the choice to JSON values.

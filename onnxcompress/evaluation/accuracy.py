@@ -256,7 +256,7 @@ def preprocessing(
         return choice
     sized(spec, shape, label(model))  # raises where the shape contradicts the file
     sides = shape[2:] if chosen.layout == "nchw" else shape[1:3]
-    return replace(choice, said=replace(chosen, size=(sides[0], sides[1])), source="option")
+    return replace(choice, explicit=replace(chosen, size=(sides[0], sides[1])), source="option")
 
 
 def score_output(values: dict[str, np.ndarray], count: int) -> np.ndarray | None:

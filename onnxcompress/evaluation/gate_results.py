@@ -34,26 +34,26 @@ class GateMeasurements:
     """Description of how images were preprocessed."""
 
     @staticmethod
-    def of(found: Comparison, preprocess: str = "") -> GateMeasurements:
+    def of(comparison: Comparison, preprocess: str = "") -> GateMeasurements:
         """Take the measurements from a comparison.
 
         Args:
-            found: The comparison.
+            comparison: The comparison.
             preprocess: Description of how images were preprocessed.
 
         Returns:
             The measurements.
         """
-        a, b = found.a, found.b
+        a, b = comparison.a, comparison.b
         top1 = None if a.top1 is None or b.top1 is None else (a.top1, b.top1)
         device = f"{b.timing.device}, batch {b.timing.batch}"
         return GateMeasurements(
             bytes=b.bytes,
-            inputs=found.inputs,
+            inputs=comparison.inputs,
             top1=top1,
-            agreement=found.agreement,
+            agreement=comparison.agreement,
             latency_ms=b.timing.median_ms,
-            ratio=found.latency,
+            ratio=comparison.latency,
             device=device,
             preprocess=preprocess,
         )

@@ -1,6 +1,6 @@
 """Judge the result of a pass before it is written, on inputs that no pass learned from.
 
-    outputs before, outputs after --fidelity--> Measured --verdict(., Floors)--> Verdict
+    outputs before, outputs after --fidelity--> GuardMeasurements --verdict(., Floors)--> Verdict
 
 Each output and each of its parts has two floors (`fidelity`: ratio of the variation between inputs to the
 noise). Below the first the result is written with a warning; below the second it is refused, unless the
@@ -92,7 +92,7 @@ class Guard:
 
 
 @dataclass(frozen=True)
-class Measured:
+class GuardMeasurements:
     """The guard's measurements of one result, or the reason why there are none."""
 
     inputs: str
@@ -131,12 +131,12 @@ class Verdict:
 
 
 def verdict(
-    found: Measured, floors: Floors, *, advice: tuple[str, ...] = (), force: bool = False
+    measured: GuardMeasurements, floors: Floors, *, advice: tuple[str, ...] = (), force: bool = False
 ) -> Verdict:
     """Judge the measurements by the floors.
 
     Args:
-        found: The guard's measurements.
+        measured: The guard's measurements.
         floors: The floors that apply.
         advice: Remedies to name where the result is not kept.
         force: Write the result even if it is refused.
@@ -144,30 +144,30 @@ def verdict(
     Returns:
         The verdict, with the reason.
     """
-    if found.skipped:
-        return Verdict("not compared", f"outputs not compared: {found.skipped}", floors=floors)
-    faults, warnings = _complaints(found, floors)
+    if measured.skipped:
+        return Verdict("not compared", f"outputs not compared: {measured.skipped}", floors=floors)
+    faults, warnings = _complaints(measured, floors)
     if faults:
         return Verdict("forced" if force else "refused", "; ".join(faults), advice, floors)
     if warnings:
         return Verdict("warned", "; ".join(warnings), advice, floors)
-    return Verdict("kept", _kept(found), (), floors)
+    return Verdict("kept", _kept(measured), (), floors)
 
 
-def _complaints(found: Measured, floors: Floors) -> tuple[list[str], list[str]]:
+def _complaints(measured: GuardMeasurements, floors: Floors) -> tuple[list[str], list[str]]:
     """List the reasons to refuse, and the reasons to warn."""
-    if found.problem:
-        return [found.problem], []
-    assert found.fidelity is not None
-    faults = [text for output in found.fidelity.outputs for text in _broken(output)]
+    if measured.problem:
+        return [measured.problem], []
+    assert measured.fidelity is not None
+    faults = [text for output in measured.fidelity.outputs for text in _broken(output)]
     warnings: list[str] = []
-    if found.fidelity.not_compared:
-        names = ", ".join(map(repr, found.fidelity.not_compared))
+    if measured.fidelity.not_compared:
+        names = ", ".join(map(repr, measured.fidelity.not_compared))
         warnings.append(f"output {names} was not compared: its shape depends on the input's values")
-    if not found.fidelity.outputs:
+    if not measured.fidelity.outputs:
         return faults, warnings
-    if found.before is not None:
-        before, after = found.before.worst.judged_db, found.fidelity.worst.judged_db
+    if measured.before is not None:
+        before, after = measured.before.worst.judged_db, measured.fidelity.worst.judged_db
         lost = before - after
         text = f"outputs kept {before:.1f} dB of the reference's before, and would keep {after:.1f} dB"
         if lost > WORSE_REFUSE_DB:
@@ -175,11 +175,11 @@ def _complaints(found: Measured, floors: Floors) -> tuple[list[str], list[str]]:
         elif lost > WORSE_WARN_DB:
             warnings.append(text)
         return faults, warnings
-    worst, furthest = found.fidelity.worst, found.fidelity.furthest
-    if found.max_rel is not None and furthest.max_rel > found.max_rel:
+    worst, furthest = measured.fidelity.worst, measured.fidelity.furthest
+    if measured.max_rel is not None and furthest.max_rel > measured.max_rel:
         faults.append(
             f"output {furthest.name!r} changes by {furthest.max_rel:.2g} of its largest magnitude, and the "
-            f"pass may change it by {found.max_rel:g} at most"
+            f"pass may change it by {measured.max_rel:g} at most"
         )
     if worst.judged_db < floors.refuse_db:
         faults.append(f"{_snr_text(worst)}, below {floors.refuse_db:g} dB")
@@ -210,42 +210,17 @@ def _snr_text(output: OutputFidelity) -> str:
     )
 
 
-def _kept(found: Measured) -> str:
-    if found.fidelity is None or not found.fidelity.outputs:
+def _kept(measured: GuardMeasurements) -> str:
+    if measured.fidelity is None or not measured.fidelity.outputs:
         return "no output could be compared"
-    return _snr_text(found.fidelity.worst)
+    return _snr_text(measured.fidelity.worst)
 
 
-def measured_from(values: dict[str, Any]) -> Measured:
-    """Restore measurements from their JSON values.
-
-    Args:
-        values: The fields, as `dataclasses.asdict` gives them.
-
-    Returns:
-        The measurements.
-    """
-    found = {name: _fidelity_from(values[name]) for name in ("fidelity", "before")}
-    return Measured(**(values | found))
-
-
-def _fidelity_from(values: dict[str, Any] | None) -> Fidelity | None:
-    from onnxcompress.evaluation.fidelity import Fidelity, OutputFidelity, Part
-
-    if values is None:
-        return None
-    outputs = [
-        OutputFidelity(**(one | {"worst_part": one["worst_part"] and Part(**one["worst_part"])}))
-        for one in values["outputs"]
-    ]
-    return Fidelity(tuple(outputs), tuple(values["not_compared"]))
-
-
-def as_dict(found: Measured, judged: Verdict) -> dict[str, Any]:
+def as_dict(measured: GuardMeasurements, judged: Verdict) -> dict[str, Any]:
     """Convert measurements and verdict to JSON values (`onnxcompress guide json` has the keys).
 
     Args:
-        found: The guard's measurements.
+        measured: The guard's measurements.
         judged: The verdict.
 
     Returns:
@@ -257,29 +232,29 @@ def as_dict(found: Measured, judged: Verdict) -> dict[str, Any]:
         "advice": list(judged.advice),
         "warn_snr_db": judged.floors.warn_db,
         "min_snr_db": judged.floors.refuse_db,
-        "max_rel": found.max_rel,
-        "inputs": found.inputs,
-        "count": found.count,
-        "seconds": found.seconds,
-        "outputs": _outputs(found.fidelity),
-        "outputs_before": _outputs(found.before),
+        "max_rel": measured.max_rel,
+        "inputs": measured.inputs,
+        "count": measured.count,
+        "seconds": measured.seconds,
+        "outputs": _outputs(measured.fidelity),
+        "outputs_before": _outputs(measured.before),
     }
 
 
-def _outputs(found: Fidelity | None) -> list[dict[str, Any]]:
-    return [] if found is None else [dataclasses.asdict(one) for one in found.outputs]
+def _outputs(measured: Fidelity | None) -> list[dict[str, Any]]:
+    return [] if measured is None else [dataclasses.asdict(one) for one in measured.outputs]
 
 
-def difference(found: Measured) -> dict[str, Any]:
+def difference(measured: GuardMeasurements) -> dict[str, Any]:
     """Return `measured.difference` of a pass that preserves the function, in the published form.
 
     Args:
-        found: The guard's measurements.
+        measured: The guard's measurements.
 
     Returns:
         max_abs, max_rel and output, or the reason `skipped`.
     """
-    if found.fidelity is None or not found.fidelity.outputs:
-        return {"skipped": found.skipped or found.problem or "no output could be compared"}
-    furthest = found.fidelity.furthest
+    if measured.fidelity is None or not measured.fidelity.outputs:
+        return {"skipped": measured.skipped or measured.problem or "no output could be compared"}
+    furthest = measured.fidelity.furthest
     return {"max_abs": furthest.max_abs, "max_rel": furthest.max_rel, "output": furthest.name}

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
+from onnxcompress.account import Figures
 from onnxcompress.passes.base import Pass, PassResult, apply_to_proto
 
 
@@ -19,7 +20,7 @@ class IrPass(ir.passes.FunctionalPass):
 
     def __init__(self, pass_: Pass) -> None:
         self.pass_ = pass_
-        self.last: PassResult | None = None
+        self.last: PassResult[Figures | None] | None = None
 
     def __repr__(self) -> str:
         """Name the pass as onnx_ir shows it in its errors."""

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from onnxcompress.account import InputSource
 from onnxcompress.data.image_set import ImageSet, check_fits, image_size, load_images
 from onnxcompress.data.input_shapes import USUAL, named, parse_input_shapes, sized
 from onnxcompress.data.preprocess import Preprocess, base_for, choose
@@ -98,26 +99,12 @@ class InputRequest:
 
 
 @dataclass(frozen=True)
-class Used:
-    """One source that inputs came from."""
-
-    source: str
-    count: int
-    seed: int
-    why: str
-    preprocess: str = ""
-    """As `Preprocess` writes it."""
-    preprocess_from: str = "option"
-    """option, model (its metadata), or default; empty where they are no images."""
-
-
-@dataclass(frozen=True)
 class Inputs:
     """What a pass learns from."""
 
     images: Samples
     """Of all sources, in their order."""
-    sources: tuple[Used, ...]
+    sources: tuple[InputSource, ...]
     layerwise: bool = False
     """Whether each layer is to be brought to its recorded statistics."""
 
@@ -163,7 +150,7 @@ def gather_inputs(
     spec = image_input(model)
     choice = choose(request.preprocess, model.metadata, model.name, spec.dtype)
     kind, why = request.inputs, request.why
-    sources: list[Used] = []
+    sources: list[InputSource] = []
     found: list[Samples] = []
     if request.images is not None:
         real = load_images(
@@ -175,24 +162,24 @@ def gather_inputs(
         )
         check_fits(real, spec.shape, spec.name)
         found.append(replace(real, dtype=spec.dtype))
-        sources.append(Used("images", len(real), request.seed, request.images))
+        sources.append(InputSource("images", len(real), request.seed, request.images))
         kind = "images" if kind == "auto" else kind
     if kind == "auto":
         kind, why = best_kind(model)
         why = f"no --images; {why}"
     if kind == "layerwise":
         _need_statistics(model, kind)
-    if kind == "distilled" and request.inputs == "auto" and _geometry(model, spec, choice.said) is None:
+    if kind == "distilled" and request.inputs == "auto" and _geometry(model, spec, choice.explicit) is None:
         kind, why = "procedural", "no --images, and the input takes no pictures to be distilled"
     if kind != "images":
-        how = found[0].preprocess if found and isinstance(found[0], ImageSet) else choice.said
+        how = found[0].preprocess if found and isinstance(found[0], ImageSet) else choice.explicit
         found.append(
             synthetic_images(
                 model, kind, request.synthetic, how, request.seed, device=device, progress=progress
             )
         )
         drawn = kind == "procedural" and isinstance(found[-1], DrawnSet)
-        sources.append(Used("drawn" if drawn else kind, request.synthetic, request.seed, why))
+        sources.append(InputSource("drawn" if drawn else kind, request.synthetic, request.seed, why))
     told = [
         replace(used, preprocess=str(images.preprocess), preprocess_from=choice.source)
         if isinstance(images, ImageSet)
@@ -273,7 +260,7 @@ def assume_sizes(model: Model, request: InputRequest) -> None:
     model.assume({})
     specs = input_specs(model)
     given = named(parse_input_shapes(request.input_shape), specs, model.name)
-    said = choose(request.preprocess, model.metadata, model.name).said
+    said = choose(request.preprocess, model.metadata, model.name).explicit
     size = said.size if said is not None else None
     if size is None and request.images is not None:
         size = image_size(request.images)

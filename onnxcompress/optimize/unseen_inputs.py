@@ -155,7 +155,8 @@ def _images(
     text = real[0].preprocess if real else next((one.preprocess for one in learned if one.preprocess), None)
     choice = choose(text, model.metadata, model.name, dtype)
     seed = next(s for s in range(SEED, SEED + len(learned) + 1) if all(s != one.seed for one in learned))
-    images = synthetic_images(model, "procedural", COUNT, choice.preprocess if real else choice.said, seed)
+    preprocess = choice.preprocess if real else choice.explicit
+    images = synthetic_images(model, "procedural", COUNT, preprocess, seed)
     kind = "procedural images" if isinstance(images, ImageSet) else "drawn inputs"
     return images, f"{len(images)} {kind} of seed {seed}"
 

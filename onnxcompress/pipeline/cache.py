@@ -19,6 +19,7 @@ import os
 import shutil
 import tempfile
 import time
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -26,9 +27,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from onnxcompress.account import Change, Refusal
-from onnxcompress.errors import CompressError, OptionError
-from onnxcompress.evaluation.guard import measured_from
+from onnxcompress.account import Change, Figures, Refusal
+from onnxcompress.errors import CompressError, OptionError, one_line
+from onnxcompress.evaluation.guard import GuardMeasurements
 from onnxcompress.model import Model, load, save
 from onnxcompress.model.tensor_storage import file_digest
 from onnxcompress.passes.base import Pass, PassResult
@@ -51,7 +52,7 @@ class Entry:
     """The result of a pass on a model, in a cache."""
 
     folder: Path
-    result: PassResult
+    result: PassResult[Figures | None]
     digest: str
     """`Model.digest` of the model that the pass made."""
     seconds: float
@@ -94,11 +95,12 @@ class Cache:
         if not os.access(self.folder, os.W_OK | os.X_OK):
             raise OptionError(f"--cache {folder}: cannot be written")
 
-    def find(self, key: str) -> Entry | None:
+    def find(self, key: str, figures: type[Figures]) -> Entry | None:
         """Look up an entry.
 
         Args:
             key: The key, as from `step_key`.
+            figures: Class of the figures of the pass.
 
         Returns:
             The entry, or None where it is missing or damaged.
@@ -107,15 +109,16 @@ class Cache:
         try:
             saved = json.loads((folder / "result.json").read_text())
             whole = all(file_digest(folder / name) == sha for name, sha in saved["files"].items())
-            entry = Entry(folder, _result(saved["result"]), saved["digest"], saved["seconds"])
-            if whole and SHOWN in saved["files"]:
-                entry.result.shown = _read_images(folder / SHOWN)
+            if not whole:
+                return None
+            shown = _read_images(folder / SHOWN) if SHOWN in saved["files"] else None
+            result = dataclasses.replace(_read_result(saved["result"], figures), shown=shown)
             os.utime(folder)
+            return Entry(folder, result, saved["digest"], saved["seconds"])
         except (OSError, ValueError, KeyError, TypeError, RecursionError):
             return None
-        return entry if whole else None
 
-    def store(self, key: str, model: Model, result: PassResult, seconds: float) -> bool:
+    def store(self, key: str, model: Model, result: PassResult[Figures | None], seconds: float) -> bool:
         """Store the result of a pass.
 
         Args:
@@ -125,8 +128,12 @@ class Cache:
             seconds: Time that the pass took.
 
         Returns:
-            Whether it was stored; False where that is impossible, for example on a full disk.
+            Whether it was stored; False where that is impossible, for example on a full disk, or where the
+            figures cannot be restored.
         """
+        values = _restorable(result)
+        if values is None:
+            return False
         work = Path(tempfile.mkdtemp(prefix=_UNFINISHED, dir=self.folder))
         try:
             save(model, work / "model.onnx")
@@ -136,12 +143,12 @@ class Cache:
                 "digest": model.digest(),
                 "files": {file.name: file_digest(file) for file in sorted(work.iterdir())},
                 "seconds": seconds,
-                "result": dataclasses.asdict(dataclasses.replace(result, shown=None)),
+                "result": values,
             }
             (work / "result.json").write_text(json.dumps(entry))
             shutil.rmtree(self.folder / key, ignore_errors=True)  # a damaged entry
             os.rename(work, self.folder / key)
-        except (OSError, CompressError, TypeError):  # TypeError: a pass measured a value that is not JSON
+        except (OSError, CompressError):
             return False
         finally:
             shutil.rmtree(work, ignore_errors=True)
@@ -286,12 +293,30 @@ def _read_images(file: Path) -> ImageSet:
         return ImageSet(found["x"], None, tuple(found["names"].tolist()), preprocess)
 
 
-def _result(values: dict[str, Any]) -> PassResult:
+def _restorable(result: PassResult[Figures | None]) -> dict[str, Any] | None:
+    """Convert a result to JSON values; None, with a warning, where they would not restore its figures."""
+    values = dataclasses.asdict(dataclasses.replace(result, shown=None))
+    reason = "they would be restored with other values or types"
+    try:
+        restored = _read_result(json.loads(json.dumps(values)), type(result.figures))
+        if restored.measured == result.measured:
+            return values
+    except (TypeError, ValueError, NameError, RuntimeError) as error:  # NameError: imported for types only
+        reason = one_line(error)
+    warnings.warn(f"the result is not kept: its {type(result.figures).__name__}: {reason}", stacklevel=2)
+    return None
+
+
+def _read_result(values: dict[str, Any], figures: type[Figures]) -> PassResult[Figures | None]:
+    from pydantic import TypeAdapter
+
+    from onnxcompress.evaluation.fidelity import Fidelity  # noqa: F401  annotates GuardMeasurements
+
+    measured, shapes = values["measured"], values["input_shape"]
     return PassResult(
-        [Change(**c) for c in values["changes"]],
-        [Refusal(**r) for r in values["refusals"]],
-        values["measured"],
-        None,
-        values["layer_snr_db"],
-        None if values["guard"] is None else measured_from(values["guard"]),
+        TypeAdapter(list[Change]).validate_python(values["changes"]),
+        TypeAdapter(list[Refusal]).validate_python(values["refusals"]),
+        None if measured is None else TypeAdapter(figures).validate_python(measured),
+        guard=TypeAdapter(GuardMeasurements | None).validate_python(values["guard"]),
+        input_shape=None if shapes is None else {name: tuple(shape) for name, shape in shapes.items()},
     )

@@ -10,7 +10,8 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from onnxcompress.evaluation.guard import Measured, Verdict, as_dict, difference
+from onnxcompress.account import Figures
+from onnxcompress.evaluation.guard import GuardMeasurements, Verdict, as_dict, difference
 from onnxcompress.passes.base import Pass, PassResult, run_pass
 from onnxcompress.progress import Progress
 
@@ -25,7 +26,7 @@ class Step:
     """The record of one pass that ran in a chain."""
 
     pass_: Pass
-    result: PassResult
+    result: PassResult[Figures | None]
     seconds: float
     """Time that the pass took when it ran."""
     cached: bool = False
@@ -47,14 +48,14 @@ class Step:
             "options": self.pass_.options(),
             "changes": [dataclasses.asdict(c) for c in self.result.changes],
             "refusals": [dataclasses.asdict(r) for r in self.result.refusals],
-            "measured": self.result.measured | compared,
+            "measured": self.result.measured_json() | compared,
             "seconds": self.seconds,
             "cached": self.cached,
             "guard": guard_account(guard, self.verdict),
         }
 
 
-def guard_account(measured: Measured | None, verdict: Verdict | None) -> dict[str, Any] | None:
+def guard_account(measured: GuardMeasurements | None, verdict: Verdict | None) -> dict[str, Any] | None:
     """Convert the guard's measurements and verdict to JSON values.
 
     Args:
@@ -105,7 +106,7 @@ class Chain:
             return None
         from onnxcompress.pipeline.cache import step_key
 
-        entry = self._cache.find(step_key(self._digest, pass_))
+        entry = self._cache.find(step_key(self._digest, pass_), pass_.figures)
         if entry is not None:
             self._last, self._own = entry, None
             if entry.result.modified:
@@ -141,7 +142,9 @@ class Chain:
 
         return step_key(self._digest, pass_)
 
-    def _store(self, key: str, pass_: Pass, model: Model, result: PassResult, seconds: float) -> None:
+    def _store(
+        self, key: str, pass_: Pass, model: Model, result: PassResult[Figures | None], seconds: float
+    ) -> None:
         from onnxcompress.pipeline.cache import writes_files
 
         assert self._cache is not None

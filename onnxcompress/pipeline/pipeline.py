@@ -15,9 +15,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
-from onnxcompress.account import Refusal
+from onnxcompress.account import Figures, Refusal
 from onnxcompress.errors import CompressError, InputError, RuntimeUnavailable, require
-from onnxcompress.evaluation.guard import Floors, Guard, Measured, Verdict, verdict
+from onnxcompress.evaluation.guard import Floors, Guard, GuardMeasurements, Verdict, verdict
 from onnxcompress.passes.base import Pass, PassResult, refuse, watch_over
 from onnxcompress.passes.base import run as run_passes
 from onnxcompress.pipeline.chain import Chain, Step, named_progress
@@ -36,10 +36,20 @@ class Run:
 
     model: Model
     steps: list[Step] = field(default_factory=list)
-    guard: Measured | None = None
+    guard: GuardMeasurements | None = None
     """Comparison of the result with the chain's input; None where a step has the same comparison."""
     verdict: Verdict | None = None
     """The guard's verdict on that comparison."""
+
+
+@dataclass(frozen=True)
+class PipelineFigures(Figures):
+    """The figures of a chain that is applied as one pass."""
+
+    passes: tuple[str, ...]
+    """Names of its passes, in order."""
+    measured: tuple[Figures | None, ...]
+    """What each of them measured."""
 
 
 @dataclass(frozen=True, init=False)
@@ -47,6 +57,7 @@ class Pipeline(Pass):
     """Passes applied in order, each noted in the model's provenance."""
 
     name: ClassVar[str] = "pipeline"
+    figures: ClassVar[type[Figures]] = PipelineFigures
     composite: ClassVar[bool] = True
 
     passes: tuple[Pass, ...] = ()
@@ -99,7 +110,7 @@ class Pipeline(Pass):
             with self._placed(at):
                 check_ready(pass_)
 
-    def apply(self, model: Model, progress: Progress = silent) -> PassResult:
+    def apply(self, model: Model, progress: Progress = silent) -> PassResult[PipelineFigures]:
         """Apply all passes to `model` in place.
 
         Args:
@@ -107,7 +118,7 @@ class Pipeline(Pass):
             progress: Called with the stage, the steps done and the steps in all.
 
         Returns:
-            All changes and refusals; `measured` has the names of the `passes`, and what each `measured`.
+            All changes and refusals, and the figures of each pass.
 
         Raises:
             CompressError: As `check` and the passes.
@@ -117,7 +128,7 @@ class Pipeline(Pass):
         return PassResult(
             [c for r in results for c in r.changes],
             [c for r in results for c in r.refusals],
-            {"passes": [p.name for p in self.passes], "measured": [r.measured for r in results]},
+            PipelineFigures(tuple(p.name for p in self.passes), tuple(r.measured for r in results)),
         )
 
     def run(

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import tempfile
 from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import onnx
 
+from onnxcompress.account import json_name
 from onnxcompress.model import Model, save
 
 INTEGER = ("QLinear", "QGemm", "ConvInteger", "MatMulInteger")
@@ -20,15 +22,26 @@ FLOATING = ("Conv", "FusedConv", "NhwcFusedConv", "Gemm", "FusedGemm", "MatMul",
             "Mul", "GlobalAveragePool", "AveragePool", "Concat")  # fmt: skip
 
 
-def fused_counts(model: Model) -> dict[str, Any]:
+@dataclass(frozen=True)
+class OptimizedNodes:
+    """The nodes of onnxruntime's optimized graph of a QDQ model."""
+
+    fused: Mapping[str, int]
+    """Integer operator -> number of nodes."""
+    in_float: Mapping[str, tuple[str, ...]] = field(metadata=json_name("float"))
+    """Operator -> names of its nodes that stay in floating point."""
+    conversions: int
+    """Number of QuantizeLinear and DequantizeLinear that are left."""
+
+
+def fused_counts(model: Model) -> OptimizedNodes:
     """Count the integer and the floating-point nodes of onnxruntime's optimized graph.
 
     Args:
         model: A QDQ model.
 
     Returns:
-        `fused`: the number of nodes of each integer operator; `float`: names of the nodes that stay in
-        floating point, by operator; `conversions`: the number of QuantizeLinear and DequantizeLinear left.
+        The nodes.
 
     Raises:
         ModelError: onnxruntime cannot load the model.
@@ -51,10 +64,10 @@ def fused_counts(model: Model) -> dict[str, Any]:
             ) from error
         nodes = onnx.load(str(target), load_external_data=False).graph.node
     ops = Counter(node.op_type for node in nodes)
-    return {
-        "fused": {op: n for op, n in sorted(ops.items()) if op.startswith(INTEGER)},
-        "float": {
-            op: [n.name or n.output[0] for n in nodes if n.op_type == op] for op in FLOATING if ops[op]
+    return OptimizedNodes(
+        fused={op: n for op, n in sorted(ops.items()) if op.startswith(INTEGER)},
+        in_float={
+            op: tuple(n.name or n.output[0] for n in nodes if n.op_type == op) for op in FLOATING if ops[op]
         },
-        "conversions": ops["QuantizeLinear"] + ops["DequantizeLinear"],
-    }
+        conversions=ops["QuantizeLinear"] + ops["DequantizeLinear"],
+    )

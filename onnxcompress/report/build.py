@@ -54,11 +54,9 @@ def missed(material: Material) -> list[str]:
     Returns:
         A sentence for each.
     """
-    gates = [g["text"] for g in material.account.get("gates") or [] if not g["passed"]]
-    targets = [
-        str(s["measured"]["target_missed"]) for s in material.steps if "target_missed" in s["measured"]
-    ]
-    return [*targets, *gates]
+    targets = [step.result.figures.target_missed for step in material.steps]
+    gates = [verdict.text for verdict in material.gates if not verdict.passed]
+    return [*filter(None, targets), *gates]
 
 
 def _title(material: Material) -> str:
@@ -75,7 +73,7 @@ def _last(name: str) -> str:
 
 
 def _subtitle(material: Material) -> str:
-    chain = " → ".join(s["pass"] for s in material.steps)
+    chain = " → ".join(step.pass_.name for step in material.steps)
     if material.command == "run":
         return f"onnxcompress run: {chain}"
     return f"onnxcompress {material.command}"
@@ -183,14 +181,12 @@ def _tiles(material: Material) -> list[Tile]:
 
 
 def _with_gates(material: Material, sections: list[Section]) -> list[Section]:
-    gates = material.account.get("gates") or []
+    gates = material.gates
     if not gates:
         return sections
-    rows = [
-        ["--" + g["gate"].replace("_", "-"), "kept" if g["passed"] else "missed", g["text"]] for g in gates
-    ]
-    marked = frozenset(i for i, g in enumerate(gates) if not g["passed"])
+    rows = [["--" + g.gate.replace("_", "-"), "kept" if g.passed else "missed", g.text] for g in gates]
+    marked = frozenset(i for i, g in enumerate(gates) if not g.passed)
     table = Table("What the result had to keep", ["gate", "verdict", "measured"], rows, 3, marked, "missed")
-    judged = dict.fromkeys(g["preprocess"] for g in gates if g["preprocess"])
+    judged = dict.fromkeys(g.preprocess for g in gates if g.preprocess)
     notes = [Prose(f"Images of the gates are {how}.", "quiet") for how in judged]
     return [Section("gates", "Gates", [table, *notes]), *sections]

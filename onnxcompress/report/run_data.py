@@ -1,10 +1,14 @@
-"""The facts that a report is made from: the account that --json prints, and what only a report needs."""
+"""The facts that a report is made from: results of passes, what --json prints, and what it alone needs."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+
+from onnxcompress.evaluation import gate_results
+from onnxcompress.evaluation.guard import GuardMeasurements, Verdict
+from onnxcompress.pipeline.chain import Step
 
 
 @dataclass(frozen=True)
@@ -43,10 +47,17 @@ class Material:
 
     command: str
     account: Mapping[str, Any]
-    """What --json prints."""
+    """What --json prints; of commands other than passes the report reads it."""
+    steps: Sequence[Step] = ()
+    """The passes that ran."""
+    guard: GuardMeasurements | None = None
+    """Comparison of the result of several passes with their input."""
+    verdict: Verdict | None = None
+    """The verdict on that comparison."""
+    gates: Sequence[gate_results.Verdict] = ()
     argv: Sequence[str] = ()
     """The command line, without the program's name."""
-    made: str = ""
+    created: str = ""
     """When the report was made."""
     environment: Mapping[str, str] = field(default_factory=dict)
     """Machine and software: name -> version."""
@@ -63,10 +74,3 @@ class Material:
     """Model -> milliseconds of each run."""
     layers: Sequence[LayerSize] = ()
     pictures: Sequence[Pictures] = ()
-
-    @property
-    def steps(self) -> list[Mapping[str, Any]]:
-        """The passes that ran, as `Step.as_dict` has them."""
-        if "steps" in self.account:
-            return list(self.account["steps"])
-        return [self.account] if "pass" in self.account else []

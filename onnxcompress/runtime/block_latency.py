@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from onnxcompress.graph.block_removal import drop_block
 from onnxcompress.graph.blocks import Block
@@ -33,15 +33,45 @@ NOISE = 1.0
 """Width of a share's interval, relative to the share, above which the clock is too noisy."""
 
 
-@dataclass(frozen=True)
-class Share:
-    """The latency share τ of one block."""
+class Share(NamedTuple):
+    """A share of the whole latency, from 0 to 1, with its 95 % interval; in JSON a list of the three.
+
+    Noise makes it negative where a block costs next to nothing.
+    """
 
     value: float
-    """Measured share of the whole latency; noise makes it negative where a block costs next to nothing."""
     low: float
     high: float
-    """Ends of the 95 % interval."""
+
+
+@dataclass(frozen=True)
+class LatencyChange:
+    """The latencies of two models, measured against each other."""
+
+    before_ms: float
+    """Median latency of the first model, in milliseconds."""
+    after_ms: float
+    """Median latency of the second model, in milliseconds."""
+    ratio: float
+    """Latency of the second model over that of the first."""
+    low: float
+    """Lower end of the ratio's 95 % interval."""
+    high: float
+    """Upper end of the ratio's 95 % interval."""
+
+    @property
+    def saved(self) -> Share:
+        """The share of the first model's latency that the second saves."""
+        return Share(1 - self.ratio, 1 - self.high, 1 - self.low)
+
+
+@dataclass(frozen=True)
+class Additivity:
+    """The share of the latency that dropping blocks saves."""
+
+    predicted: Share
+    """Sum of the shares of the dropped blocks."""
+    measured: Share
 
 
 def latency_shares(
@@ -112,22 +142,21 @@ def added(shares: Iterable[Share]) -> Share:
     return Share(sum(s.value for s in terms), sum(s.low for s in terms), sum(s.high for s in terms))
 
 
-def additivity_text(latency: Mapping[str, Sequence[float]]) -> str:
+def additivity_text(found: Additivity) -> str:
     """Describe whether the shares of the dropped blocks add up to the measured saving.
 
     Args:
-        latency: `predicted` and `measured` shares of the latency, each as value, low, high.
+        found: The predicted and the measured saving.
 
     Returns:
         One sentence.
     """
-    percent = {k: [100 * v for v in latency[k]] for k in ("predicted", "measured")}
-    sums, saved = percent["predicted"], percent["measured"]
-    apart = sums[2] < saved[1] or saved[2] < sums[1]
+    sums, saved = (Share(*(100 * v for v in share)) for share in (found.predicted, found.measured))
+    apart = sums.high < saved.low or saved.high < sums.low
     verdict = "they do not add up" if apart else "they add up, within the intervals"
     return (
-        f"the blocks' shares τ add up to {sums[0]:.1f} % ({sums[1]:.1f} to {sums[2]:.1f} %), measured are "
-        f"{saved[0]:.1f} % ({saved[1]:.1f} to {saved[2]:.1f} %): {verdict}"
+        f"the blocks' shares τ add up to {sums.value:.1f} % ({sums.low:.1f} to {sums.high:.1f} %), "
+        f"measured are {saved.value:.1f} % ({saved.low:.1f} to {saved.high:.1f} %): {verdict}"
     )
 
 
@@ -200,7 +229,7 @@ class Stopwatch:
             return shares
         return latency_shares(model, blocks, **self._how())
 
-    def compare(self, before: Model, after: Model, seconds: float) -> dict[str, float]:
+    def compare(self, before: Model, after: Model, seconds: float) -> LatencyChange:
         """Measure the ratio of the latencies of two models.
 
         Args:
@@ -209,29 +238,23 @@ class Stopwatch:
             seconds: Time to measure for, at most.
 
         Returns:
-            `ratio` with its 95 % interval `low` to `high`, and `before_ms` and `after_ms` in milliseconds.
+            Both latencies and their ratio.
 
         Raises:
             CompressError: As `latency.benchmark`.
         """
-        latencies = self._compare(before, after, seconds)
-        unsure = (latencies["high"] - latencies["low"]) / 2 > UNSURE
+        change = self._compare(before, after, seconds)
+        unsure = (change.high - change.low) / 2 > UNSURE
         if not unsure or not self._turn_to_processor():
-            return latencies
+            return change
         return self._compare(before, after, seconds)
 
-    def _compare(self, before: Model, after: Model, seconds: float) -> dict[str, float]:
+    def _compare(self, before: Model, after: Model, seconds: float) -> LatencyChange:
         models = {"before": before, "after": after}
         timings = benchmark(models, seconds=seconds, tolerance=0.005, **self._how())
         first, second = timings["before"], timings["after"]
         change = ratio(first, second)
-        return {
-            "before_ms": first.median_ms,
-            "after_ms": second.median_ms,
-            "ratio": change.value,
-            "low": change.low,
-            "high": change.high,
-        }
+        return LatencyChange(first.median_ms, second.median_ms, change.value, change.low, change.high)
 
     def _turn_to_processor(self) -> bool:
         """Use the processor clock from now on; return whether that is possible and a change."""

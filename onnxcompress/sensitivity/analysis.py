@@ -18,10 +18,10 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from onnxcompress.account import Refusal
+from onnxcompress.account import InputSource, Refusal
 from onnxcompress.errors import ModelError, OptionError
 from onnxcompress.model import Model
-from onnxcompress.optimize.calibration import InputRequest, Used, assume_sizes, gather_inputs, quick
+from onnxcompress.optimize.calibration import InputRequest, assume_sizes, gather_inputs, quick
 from onnxcompress.progress import Progress, silent
 from onnxcompress.sensitivity.rows import Row, make_variants
 
@@ -35,7 +35,7 @@ class Sensitivity:
 
     rows: list[Row]
     """Rows in the order of the network, and for each layer in the order of the variants."""
-    inputs: tuple[Used, ...]
+    inputs: tuple[InputSource, ...]
     refusals: list[Refusal]
     """Layers that cannot be changed."""
 

@@ -32,13 +32,13 @@ readers through all later activations; BatchNormalization: fold it first.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import ClassVar
 
 import numpy as np
 
-from onnxcompress.account import Change, Refusal
+from onnxcompress.account import Change, Figures, Refusal
 from onnxcompress.errors import OptionError
 from onnxcompress.graph import layer_params
 from onnxcompress.graph.channel_groups.groups import ChannelGroups
@@ -60,6 +60,20 @@ NEGLIGIBLE = 1e-3
 
 
 @dataclass(frozen=True)
+class AbsorbBiasFigures(Figures):
+    """The figures of `absorb-bias`."""
+
+    layers: int
+    """Number of layers whose bias was moved."""
+    channels: int
+    """Number of their channels whose bias was moved."""
+    largest: float
+    """Largest amount that was moved, in units of the layer's output."""
+    approximated: int
+    """Number of the layers for which the move is inexact at the border."""
+
+
+@dataclass(frozen=True)
 class AbsorbBias(Pass):
     """Move high biases into the next layers, so that activations need a smaller range.
 
@@ -70,6 +84,7 @@ class AbsorbBias(Pass):
     """
 
     name: ClassVar[str] = "absorb-bias"
+    figures: ClassVar[type[Figures]] = AbsorbBiasFigures
 
     deviations: float = option(3.0, "Assumed reach of a channel below its mean, in standard deviations.")
     approximate: bool = option(
@@ -85,9 +100,9 @@ class AbsorbBias(Pass):
         Returns:
             What would be left alone, with the reasons.
         """
-        return self.apply(model.copy()).refusals
+        return list(self.apply(model.copy()).refusals)
 
-    def apply(self, model: Model, progress: Progress = silent) -> PassResult:
+    def apply(self, model: Model, progress: Progress = silent) -> PassResult[AbsorbBiasFigures]:
         """Absorb high biases in place; layers whose high bias has to stay come back as refusals.
 
         Args:
@@ -95,8 +110,7 @@ class AbsorbBias(Pass):
             progress: Called with the stage, the tensors done and the tensors in all.
 
         Returns:
-            The result; `measured` has the numbers of `layers` and `channels` whose bias was moved, the
-            `largest` amount moved, and how many of the layers are wrong at the border (`approximated`).
+            The changes, the layers that stay with the reasons, and the figures.
 
         Raises:
             OptionError: `deviations` is negative or not finite.
@@ -105,19 +119,19 @@ class AbsorbBias(Pass):
             raise OptionError(f"--deviations {self.deviations}: expected 0 or more")
         record, groups = read_record(model), find_channel_groups(model)
         tensors = [t for node in model.graph.nodes for t in node.outputs if t.name in record]
-        result = PassResult(measured={"layers": 0, "channels": 0, "largest": 0.0, "approximated": 0})
+        work = _Absorption(model, groups, record)
         for at, tensor in enumerate(tensors):
             progress("absorbing", at + 1, len(tensors))
             known = record[tensor.name]
             path = follow(model, groups, tensor, self.approximate)
             if isinstance(path, Refusal):
                 if self.shift(known).any():
-                    result.refusals.append(path)
+                    work.refusals.append(path)
             elif path is not None and len(path.labels) == len(known.mean):
-                self._give(model, groups, path, record, result)
-        if result.changes:
+                self._give(path, work)
+        if work.changes:
             write_record(model, record)
-        return result
+        return PassResult(work.changes, work.refusals, work.figures())
 
     def shift(self, known: ChannelStatistics, path: Path | None = None) -> np.ndarray:
         """Compute how much of each channel's bias can be moved (Nagel et al., §4.1.3).
@@ -138,24 +152,18 @@ class AbsorbBias(Pass):
         found[np.abs(found) <= NEGLIGIBLE * np.abs(mean)] = 0.0
         return found
 
-    def _give(
-        self,
-        model: Model,
-        groups: ChannelGroups,
-        path: Path,
-        record: dict[str, ChannelStatistics],
-        result: PassResult,
-    ) -> None:
+    def _give(self, path: Path, work: _Absorption) -> None:
         """Move the biases along one path, if there are any to move."""
+        record, groups = work.record, work.groups
         known = record[path.tensor.name]
         shift = self.shift(known, path)
         if not shift.any() or not path.readers:
             return
         label = node_label(path.writer)
-        edits = _edits(model, path, shift)
+        edits = _edits(work.model, path, shift)
         if edits is None:  # rule 5
             rule = "its high bias stays: a bias would leave the range of its type"
-            result.refusals.append(Refusal(label, rule, "convert the model to a wider type"))
+            work.refusals.append(Refusal(label, rule, "convert the model to a wider type"))
             return
         for edit in edits:
             edit()
@@ -163,12 +171,33 @@ class AbsorbBias(Pass):
             if name in record and name in groups.tensors:
                 _follow(record, name, groups, path, shift)
         count = f"{len(path.readers)} layer{'s' * (len(path.readers) > 1)}"
-        result.changes.append(Change(label, f"high biases given to {count}"))
-        measured = result.measured
-        measured["layers"] += 1
-        measured["channels"] += int(np.count_nonzero(shift))
-        measured["largest"] = max(measured["largest"], float(np.abs(shift).max()))
-        measured["approximated"] += path.padded or any(reader.pads for reader in path.readers)
+        work.changes.append(Change(label, f"high biases given to {count}"))
+        work.moved.append(shift)
+        work.approximated += path.padded or any(reader.pads for reader in path.readers)
+
+
+@dataclass
+class _Absorption:
+    """The state of one application of the pass."""
+
+    model: Model
+    groups: ChannelGroups
+    record: dict[str, ChannelStatistics]
+    changes: list[Change] = field(default_factory=list)
+    refusals: list[Refusal] = field(default_factory=list)
+    moved: list[np.ndarray] = field(default_factory=list)
+    """What each layer's bias lost, (channels,) each."""
+    approximated: int = 0
+
+    def figures(self) -> AbsorbBiasFigures:
+        """Sum up what was moved so far.
+
+        Returns:
+            The figures of the pass.
+        """
+        channels = sum(int(np.count_nonzero(shift)) for shift in self.moved)
+        largest = max((float(np.abs(shift).max()) for shift in self.moved), default=0.0)
+        return AbsorbBiasFigures(len(self.moved), channels, largest, self.approximated)
 
 
 def _edits(model: Model, path: Path, shift: np.ndarray) -> list[Callable[[], object]] | None:

@@ -31,13 +31,13 @@ Does not handle: rounding of activations; its mean error is near zero where rang
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import ClassVar, Literal
 
 import numpy as np
 
-from onnxcompress.account import Change, Refusal
+from onnxcompress.account import BeforeAfter, Change, Figures, Refusal, json_name
 from onnxcompress.errors import CompressError, OptionError, require
 from onnxcompress.graph.linear_layer import Linear
 from onnxcompress.graph.query import attribute, node_label
@@ -64,6 +64,20 @@ means are estimated on the others."""
 
 
 @dataclass(frozen=True)
+class CorrectBiasFigures(Figures):
+    """The figures of `correct-bias`."""
+
+    layers: int
+    """Number of layers whose bias was corrected."""
+    left: int
+    """Number of layers that stay."""
+    largest: float
+    """Largest correction, in units of the layer's output."""
+    reference_snr_db: BeforeAfter | None = field(default=None, metadata=json_name("output_snr_db"))
+    """Signal to noise ratio of the worst output against the reference, in decibels; None: no change."""
+
+
+@dataclass(frozen=True)
 class CorrectBias(InputOptions, Pass):
     """Correct the biases of a quantized or pruned model, given the model that it was made from.
 
@@ -75,13 +89,14 @@ class CorrectBias(InputOptions, Pass):
     """
 
     name: ClassVar[str] = "correct-bias"
+    figures: ClassVar[type[Figures]] = CorrectBiasFigures
 
     reference: str = option("", "The model before its weights were changed.", metavar="ONNX", file="read")
     inputs: Literal["record", "layerwise", "images", "distilled", "procedural"] = option(  # type: ignore[assignment]
         "record", "Where the means of layers' inputs come from; record: its statistics, in closed form."
     )
 
-    def apply(self, model: Model, progress: Progress = silent) -> PassResult:
+    def apply(self, model: Model, progress: Progress = silent) -> PassResult[CorrectBiasFigures | None]:
         """Correct the biases in place.
 
         Args:
@@ -89,8 +104,8 @@ class CorrectBias(InputOptions, Pass):
             progress: Called with the stage, the steps done and the steps in all.
 
         Returns:
-            The result; `measured` has the number of `layers` corrected and `left`, the `largest`
-            correction, and `output_snr_db` of the worst output against the reference, `before` and `after`.
+            The changes, the layers that stay with the reasons, and the figures; none of these where the
+            reference as a whole is refused.
 
         Raises:
             OptionError: There is no reference, or the inputs contradict each other.
@@ -107,28 +122,23 @@ class CorrectBias(InputOptions, Pass):
             return PassResult(refusals=[refusal])
         pairs, refusals = pairs_of(reference, model)
         means, inputs, kept = self._means(reference, [pair.layer for pair in pairs], progress)
-        result = PassResult(refusals=refusals, shown=None if inputs is None else inputs.shown)
-        largest = 0.0
+        changes, largest, nearer = [], 0.0, None
         for pair in pairs:
             written = _correct(reference, model, pair, means[pair.layer.output_name])
             if isinstance(written, Refusal):
-                result.refusals.append(written)
+                refusals.append(written)
             elif written > 0:
                 largest = max(largest, written)
-                result.changes.append(Change(node_label(pair.twin), "bias corrected"))
-        result.measured = {
-            "layers": len(result.changes),
-            "left": len(result.refusals),
-            "largest": largest,
-            "inputs": [] if inputs is None else [asdict(used) for used in inputs.sources],
-        }
-        if result.changes:
+                changes.append(Change(node_label(pair.twin), "bias corrected"))
+        if changes:
             try:
-                result.measured["output_snr_db"] = check_nearer(given, before, model, kept)
+                nearer = check_nearer(given, before, model, kept)
             except CompressError:
                 model.become(before)
                 raise
-        return result
+        sources = () if inputs is None else inputs.sources
+        figures = CorrectBiasFigures(len(changes), len(refusals), largest, nearer, inputs=sources)
+        return PassResult(changes, refusals, figures, None if inputs is None else inputs.shown)
 
     def preview(self, model: Model) -> list[Refusal]:
         """List the layers without a counterpart in the model, and check that inputs can be gathered.

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
+from onnxcompress.account import BeforeAfter
 from onnxcompress.errors import CompressError, ModelError
 from onnxcompress.model import Model
 from onnxcompress.model.model_like import InputSpec, input_specs
@@ -33,7 +34,7 @@ EXACT = 120.0
 Feeds = list[dict[str, np.ndarray]]
 
 
-def check_nearer(reference: Model, before: Model, after: Model, kept: Samples | None) -> dict[str, float]:
+def check_nearer(reference: Model, before: Model, after: Model, kept: Samples | None) -> BeforeAfter:
     """Compare the outputs before and after the correction with the reference's.
 
     Args:
@@ -43,24 +44,24 @@ def check_nearer(reference: Model, before: Model, after: Model, kept: Samples | 
         kept: Real images that the means were not taken from, where there are any.
 
     Returns:
-        Signal to noise of the worst output, in decibels, `before` and `after`.
+        Signal to noise of the worst output, in decibels, at most EXACT.
 
     Raises:
         ModelError: An output is further from the reference than it was, or none can be compared.
     """
-    worst = {"before": EXACT, "after": EXACT}
+    worst = BeforeAfter(EXACT, EXACT)
     for kind, feeds in _kinds(reference, kept):
         wanted, old, new = (_outputs(one, feeds) for one in (reference, before, after))
         for name, exact in wanted.items():
-            found = [_decibels(exact, _like(name, exact, values)) for values in (old, new)]
-            if found[1] < found[0] - SLACK:
+            was, now = (_decibels(exact, _like(name, exact, values)) for values in (old, new))
+            if now < was - SLACK:
                 raise ModelError(
                     f"{after.name}: corrected biases would bring output {name!r} further from the "
-                    f"reference's, from {found[0]:.1f} to {found[1]:.1f} dB of signal to noise on {kind}; "
+                    f"reference's, from {was:.1f} to {now:.1f} dB of signal to noise on {kind}; "
                     "nothing is changed. The means that the correction rests on do not hold here, or the "
                     "biases are corrected already (prune and quantize do it); try --inputs images"
                 )
-            worst = {key: min(worst[key], value) for key, value in zip(worst, found, strict=True)}
+            worst = BeforeAfter(min(worst.before, was), min(worst.after, now))
     return worst
 
 

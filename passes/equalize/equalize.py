@@ -32,11 +32,11 @@ less equal (`absorb-bias`).
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 
-from onnxcompress.account import Change, Refusal
+from onnxcompress.account import BeforeAfter, Change, Figures, Refusal
 from onnxcompress.graph.channel_groups.groups import ChannelGroups
 from onnxcompress.graph.channel_groups.tracer import find_channel_groups
 from onnxcompress.graph.linear_layer import Linear
@@ -46,6 +46,28 @@ from onnxcompress.passes.base import Pass, PassResult
 from onnxcompress.passes.equalize import apply_scales as edits
 from onnxcompress.passes.equalize.scales import Balance, Side
 from onnxcompress.progress import Progress, silent
+
+
+@dataclass(frozen=True)
+class EqualizeFigures(Figures):
+    """The figures of `equalize`."""
+
+    layers: int
+    """Number of linear layers."""
+    equalized: int
+    """Number of groups of layers that were equalized."""
+    sweeps: int
+    """Number of sweeps over the layers until the scales were found."""
+    converged: bool
+    """Whether the scales had converged then."""
+    largest_scale: float
+    """Largest factor by which a channel was scaled."""
+    lost_bits: BeforeAfter
+    """Binary digits that one scale for a layer's weights costs the average channel."""
+    nodes_added: int
+    """Number of nodes that compute at run time and were not there before."""
+    recorded: int
+    """Number of tensors whose record was scaled."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +82,7 @@ class Equalize(Pass):
     """
 
     name: ClassVar[str] = "equalize"
+    figures: ClassVar[type[Figures]] = EqualizeFigures
     preserves_function: ClassVar[bool] = True
 
     clip: Literal["keep", "per-channel"] = option(
@@ -79,9 +102,9 @@ class Equalize(Pass):
         Returns:
             What would be left alone, with the reasons.
         """
-        return self.apply(model.copy()).refusals
+        return list(self.apply(model.copy()).refusals)
 
-    def apply(self, model: Model, progress: Progress = silent) -> PassResult:
+    def apply(self, model: Model, progress: Progress = silent) -> PassResult[EqualizeFigures]:
         """Equalize in place; the channel groups that were left alone come back as refusals.
 
         Args:
@@ -89,10 +112,7 @@ class Equalize(Pass):
             progress: Called with the stage, the sweeps done and the sweeps at most.
 
         Returns:
-            The result. `measured` has the numbers of `layers`, of groups of layers `equalized`, of `sweeps`
-            until the scales `converged`, of `nodes_added` and of tensors `recorded` anew; the
-            `largest_scale`; and `lost_bits` before and after: the binary digits that one scale for a
-            layer's weights costs the average channel.
+            The changes, the channel groups that stay with the reasons, and the figures.
         """
         groups = find_channel_groups(model, scale_clips=self.clip == "per-channel")
         while True:
@@ -107,17 +127,17 @@ class Equalize(Pass):
                 break
             groups.unscalable |= unscalable
             groups.overflow |= set(unscalable)
-        result = PassResult(refusals=_refusals(groups, balance))
-        result.measured = _account(groups, balance, before)
+        refusals, lost = _refusals(groups, balance), BeforeAfter(before, balance.lost_bits())
+        changes: list[Change] = []
+        nodes, recorded = _running(model), 0
         if values:
-            nodes = _running(model)
-            result.changes = _changes(groups, balance)
+            changes = _changes(groups, balance)
             edits.write_values(model, values)
-            result.changes += edits.write_bounds(model, groups.bounds, scales)
-            result.changes += edits.write_products(model, groups, balance)
-            result.measured["recorded"] = edits.write_statistics(model, groups, scales)
-            result.measured["nodes_added"] = _running(model) - nodes
-        return result
+            changes += edits.write_bounds(model, groups.bounds, scales)
+            changes += edits.write_products(model, groups, balance)
+            recorded = edits.write_statistics(model, groups, scales)
+        figures = _figures(groups, balance, lost, _running(model) - nodes, recorded)
+        return PassResult(changes, refusals, figures)
 
     def _groups(self, groups: ChannelGroups) -> tuple[np.ndarray, np.ndarray]:
         """Mask the channel groups that get one shared scale, and those where each layer gets its own."""
@@ -236,16 +256,18 @@ def _refusals(groups: ChannelGroups, balance: Balance) -> list[Refusal]:
     return found
 
 
-def _account(groups: ChannelGroups, balance: Balance, before: float) -> dict[str, Any]:
+def _figures(
+    groups: ChannelGroups, balance: Balance, lost: BeforeAfter, nodes_added: int, recorded: int
+) -> EqualizeFigures:
     moved = [s for s in balance.streams if any(side.shift.any() for side in s)]
     shifts = [abs(side.shift).max(initial=0.0) for side in balance.sides]
-    return {
-        "layers": len(groups.layers),
-        "equalized": len(moved),
-        "sweeps": balance.sweeps,
-        "converged": balance.converged,
-        "largest_scale": float(np.exp(max(shifts, default=0.0))),
-        "lost_bits": {"before": before, "after": balance.lost_bits()},
-        "nodes_added": 0,
-        "recorded": 0,
-    }
+    return EqualizeFigures(
+        layers=len(groups.layers),
+        equalized=len(moved),
+        sweeps=balance.sweeps,
+        converged=balance.converged,
+        largest_scale=float(np.exp(max(shifts, default=0.0))),
+        lost_bits=lost,
+        nodes_added=nodes_added,
+        recorded=recorded,
+    )

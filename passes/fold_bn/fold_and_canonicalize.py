@@ -17,6 +17,6 @@ def fold_and_canonicalize(model: Model) -> list[Change]:
     Returns:
         The changes, for the result of the pass.
     """
-    folded = FoldBatchNorm().apply(model).measured["folded"]
+    folded = FoldBatchNorm().apply(model).measured.folded
     changes = [Change(model.name, f"{folded} BatchNorms folded")] if folded else []
     return changes + canonicalize(model)

@@ -46,7 +46,7 @@ from typing import ClassVar
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from onnxcompress.account import Change, Refusal
+from onnxcompress.account import Change, Figures, Refusal
 from onnxcompress.graph.batch_norm import is_batch_norm, read_batch_norm
 from onnxcompress.graph.query import DEFAULT_DOMAINS, is_op, node_label, producer
 from onnxcompress.graph.shape_inference import tensor_shapes
@@ -64,6 +64,18 @@ from onnxcompress.statistics.record import (
 
 
 @dataclass(frozen=True)
+class FoldBatchNormFigures(Figures):
+    """The figures of `fold-bn`."""
+
+    folded: int
+    """Number of BatchNorms that were folded."""
+    left: int
+    """Number of BatchNorms that stay."""
+    recorded: int
+    """Number of tensors in the record of statistics."""
+
+
+@dataclass(frozen=True)
 class FoldBatchNorm(Pass):
     """Fold BatchNorm into the convolutions and matrix products beside it.
 
@@ -75,6 +87,7 @@ class FoldBatchNorm(Pass):
     """
 
     name: ClassVar[str] = "fold-bn"
+    figures: ClassVar[type[Figures]] = FoldBatchNormFigures
     preserves_function: ClassVar[bool] = True
 
     copy_shared: bool = option(False, "Fold a weight that several layers share by copying it.")
@@ -88,9 +101,9 @@ class FoldBatchNorm(Pass):
         Returns:
             What would be left alone, with the reasons.
         """
-        return self.apply(model.copy()).refusals
+        return list(self.apply(model.copy()).refusals)
 
-    def apply(self, model: Model, progress: Progress = silent) -> PassResult:
+    def apply(self, model: Model, progress: Progress = silent) -> PassResult[FoldBatchNormFigures]:
         """Fold every BatchNorm of the main graph that can be folded; the others come back as refusals.
 
         Args:
@@ -98,24 +111,20 @@ class FoldBatchNorm(Pass):
             progress: Called with the stage, the BatchNorms folded and the BatchNorms in all.
 
         Returns:
-            The result; `measured` has the numbers of BatchNorms `folded` and `left`, and of tensors
-            `recorded`.
+            The changes, the BatchNorms that stay with the reasons, and the figures.
         """
-        result = PassResult(refusals=list(_in_bodies(model)))
+        inside = list(_in_bodies(model))
         nodes = [node for node in model.graph.nodes if is_batch_norm(node)]
         before = read_record(model)
         record = known_statistics(model)
-        left = _fold_all(_Folding(model, self.copy_shared, record, result), nodes, progress)
+        work = _Folding(model, self.copy_shared, record)
+        refusals = inside + _fold_all(work, nodes, progress)
         write_present(model, record)
-        result.refusals += left
-        result.measured = {
-            "folded": len(result.changes),
-            "left": len(result.refusals),
-            "recorded": len(record),
-        }
-        if not result.changes and record.keys() != before.keys():
-            result.changes.append(Change(model.name, f"recorded the statistics of {len(record)} tensors"))
-        return result
+        changes = work.changes
+        figures = FoldBatchNormFigures(len(changes), len(refusals), len(record))
+        if not changes and record.keys() != before.keys():
+            changes = [Change(model.name, f"recorded the statistics of {len(record)} tensors")]
+        return PassResult(changes, refusals, figures)
 
 
 @dataclass
@@ -125,7 +134,7 @@ class _Folding:
     model: Model
     copy_shared: bool
     record: dict[str, ChannelStatistics]
-    result: PassResult
+    changes: list[Change] = field(default_factory=list)
     ranks: dict[str, int] | None = field(default=None)
 
     def rank(self, tensor: gs.Tensor) -> int | None:
@@ -152,7 +161,7 @@ def _fold_all(work: _Folding, nodes: list[gs.Node], progress: Progress) -> list[
         for node in nodes:
             refusal = _fold(work, node)
             if refusal is None:
-                progress("folding", len(work.result.changes), total)
+                progress("folding", len(work.changes), total)
                 continue
             refusals.append(refusal)
             left.append(node)
@@ -170,13 +179,13 @@ def _fold(work: _Folding, node: gs.Node) -> Refusal | None:
     between = {source.name} | {t.name for n in source.inputs if is_op(n, "Add") for t in n.inputs}
     behind = into_preceding.fold(work.model, norm, work.copy_shared, work.rank)
     if isinstance(behind, str):
-        work.result.changes.append(Change(label, behind))
+        work.changes.append(Change(label, behind))
         for name in between:  # these tensors are gone, or scaled
             work.record.pop(name, None)
         return None
     ahead = into_following.fold(work.model, norm, work.copy_shared, work.rank)
     if isinstance(ahead, str):
-        work.result.changes.append(Change(label, ahead))
+        work.changes.append(Change(label, ahead))
         work.record.pop(output, None)
         if source.name not in work.record or work.record[source.name].estimated:
             std = np.sqrt(np.maximum(norm.variance, 0))

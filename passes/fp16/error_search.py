@@ -74,7 +74,7 @@ class Simulation:
         """
         return worst_error(self.exact, self._run(half, self.batches))
 
-    def glance(self, half: Collection[int]) -> float:
+    def first_batch_error(self, half: Collection[int]) -> float:
         """Measure the error on the first batch only.
 
         Args:
@@ -96,38 +96,40 @@ class Simulation:
             raise ModelError(f"measuring float16: the run failed ({one_line(error)})") from error
 
 
-def worst_error(exact: Sequence[Sequence[np.ndarray]], found: Sequence[Sequence[np.ndarray]]) -> float:
+def worst_error(
+    exact: Sequence[Sequence[np.ndarray]], approximate: Sequence[Sequence[np.ndarray]]
+) -> float:
     """Compute `relative_error` of outputs that came batch by batch, whatever their axes mean.
 
     Args:
         exact: The outputs of each batch in float32.
-        found: The outputs of each batch with nodes in float16.
+        approximate: The outputs of each batch with nodes in float16.
 
     Returns:
         The error; infinite where an output changes its shape, because it depends on values that changed.
     """
-    pairs = [pair for a, b in zip(exact, found, strict=True) for pair in zip(a, b, strict=True)]
+    pairs = [pair for a, b in zip(exact, approximate, strict=True) for pair in zip(a, b, strict=True)]
     if any(a.shape != b.shape for a, b in pairs):
         return math.inf
     whole = [
         [np.concatenate([value.reshape(-1) for value in values]) for values in zip(*runs, strict=True)]
-        for runs in (exact, found)
+        for runs in (exact, approximate)
     ]
     return relative_error(*whole)
 
 
-def relative_error(exact: Sequence[np.ndarray], found: Sequence[np.ndarray]) -> float:
+def relative_error(exact: Sequence[np.ndarray], approximate: Sequence[np.ndarray]) -> float:
     """Compute the root mean square error of the worst output, relative to the deviation of `exact`.
 
     Args:
         exact: The outputs in float32.
-        found: The outputs to compare, of the same shapes.
+        approximate: The outputs to compare, of the same shapes.
 
     Returns:
         The error; infinite where a value is not finite any more.
     """
     worst = 0.0
-    for a, b in zip(exact, found, strict=True):
+    for a, b in zip(exact, approximate, strict=True):
         there = np.isfinite(a)
         a, b = a[there].astype(np.float64), b[there].astype(np.float64)
         if not np.isfinite(b).all():
@@ -170,7 +172,7 @@ def choose(simulation: Simulation, bound: float, progress: Progress) -> Float32N
         return Float32Nodes([], whole, whole)
     alone = {}
     for i in range(count):
-        alone[i] = simulation.glance({i})
+        alone[i] = simulation.first_batch_error({i})
         progress("measuring float16", i + 1, count)
     ranked = sorted(alone, key=lambda i: -alone[i])
     low, high, error = sum(e > bound for e in alone.values()), count, 0.0

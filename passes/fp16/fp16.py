@@ -1,11 +1,11 @@
 """Half precision: weights and tensors in float16, but for the nodes that measurably suffer from it.
 
  1. BatchNorm is folded: onnxruntime would fold it later, in float16           `fold_bn`
- 2. which nodes can be computed in float16                                    `_fp16_nodes`
+ 2. which nodes can be computed in float16                                    `candidates`
  3. inputs: images, or made ones                                              `optimize.calibration`
  4. float16 is simulated node by node, and what makes the outputs' error
-    exceed `max_error` stays float32                                          `_fp16_measure`
- 5. the model is written, with Casts between the types                        `_fp16_convert`
+    exceed `max_error` stays float32                                          `error_search`
+ 5. the model is written, with Casts between the types                        `convert`
  6. the result runs in onnxruntime, on the provider that is named: its error there
 
 Inputs and outputs stay float32 unless `float16_io` is set, so that callers notice nothing. A GPU with
@@ -20,23 +20,19 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 
-from onnxcompress.account import Change, Refusal
+from onnxcompress.account import Change, Figures, InputSource, Refusal
 from onnxcompress.errors import InputError, ModelError
 from onnxcompress.evaluation.accuracy import image_input
 from onnxcompress.graph.edit import make_dense
 from onnxcompress.graph.query import data_input
 from onnxcompress.graph.reshape_targets import batch_free_targets
 from onnxcompress.model import Model
-from onnxcompress.optimize.calibration import (
-    InputRequest,
-    assume_sizes,
-    gather_inputs,
-)
+from onnxcompress.optimize.calibration import InputRequest, assume_sizes, gather_inputs
 from onnxcompress.optimize.input_options import ImageOptions
 from onnxcompress.option_fields import PROVIDER_HELP, option, provider_options_option
 from onnxcompress.passes.base import Pass, PassResult
@@ -44,6 +40,7 @@ from onnxcompress.passes.fold_bn import FoldBatchNorm
 from onnxcompress.passes.fp16.candidates import HALF, Candidate, candidates, element_types, has_bodies
 from onnxcompress.passes.fp16.convert import convert
 from onnxcompress.passes.fp16.error_search import Float32Nodes, Simulation, choose, worst_error
+from onnxcompress.passes.fp16.figures import HalfPrecisionFigures, KeptNode, ProviderRun
 from onnxcompress.passes.opsets import at_opset
 from onnxcompress.passes.preview import check_inputs, raised
 from onnxcompress.progress import Progress, silent
@@ -75,6 +72,7 @@ class HalfPrecision(ImageOptions, Pass):
     """
 
     name: ClassVar[str] = "fp16"
+    figures: ClassVar[type[Figures]] = HalfPrecisionFigures
 
     inputs: Literal["auto", "images", "distilled", "procedural"] = option(
         "auto", "What to measure on; auto: --images if given, else procedural ones, made at once."
@@ -90,13 +88,21 @@ class HalfPrecision(ImageOptions, Pass):
     provider_options: tuple[str, ...] = provider_options_option()
     threads: int = option(0, "CPU threads of onnxruntime; 0: all cores.", advanced=True, ge=0)
 
-    def apply(self, model: Model, progress: Progress = silent) -> PassResult:
-        """Convert in place; nodes that stay float32 come back as refusals.
+    def apply(self, model: Model, progress: Progress = silent) -> PassResult[HalfPrecisionFigures | None]:
+        """Convert in place.
 
-        `measured`: the outputs' `error` and that `all_float16`, `max_error`, the nodes `converted` and
-        `kept_float32`, the `runtime` it was run on and the error there, the `inputs` and the `seconds`.
-        Raises OptionError, InputError for unusable images, ModelError where onnxruntime or the converter
-        cannot handle the model.
+        Args:
+            model: The model to change.
+            progress: Called with the stage, the steps done and the steps in all.
+
+        Returns:
+            The nodes that compute in float16, those that stay float32 with the reasons, and the figures;
+            none of these where no node can be converted.
+
+        Raises:
+            OptionError: Options contradict each other.
+            InputError: The images cannot be used.
+            ModelError: onnxruntime or the converter cannot handle the model.
         """
         self.check()
         if refusal := _whole(model):
@@ -104,7 +110,17 @@ class HalfPrecision(ImageOptions, Pass):
         return at_opset(model, OPSET, lambda own: self._convert(own, progress))
 
     def preview(self, model: Model) -> list[Refusal]:
-        """The nodes that cannot be computed in float16, and whether inputs can be had."""
+        """List the nodes that cannot be computed in float16, and check that inputs can be gathered.
+
+        Args:
+            model: The model; it stays as it is.
+
+        Returns:
+            The nodes, with the reasons.
+
+        Raises:
+            CompressError: `apply` would fail on this model with these options.
+        """
         self.check()
         if refusal := _whole(model):
             return [refusal]
@@ -116,33 +132,40 @@ class HalfPrecision(ImageOptions, Pass):
             check_inputs(own, self.request)
         return [Refusal(name, why) for name, why in cannot]
 
-    def _convert(self, model: Model, progress: Progress) -> PassResult:
+    def _convert(self, model: Model, progress: Progress) -> PassResult[HalfPrecisionFigures | None]:
         assume_sizes(model, self.request)
         start = time.perf_counter()
         folded = model.copy()
         make_dense(folded)
-        count = FoldBatchNorm().apply(folded).measured["folded"]
+        count = FoldBatchNorm().apply(folded).measured.folded
         nodes, cannot = candidates(proto := folded.to_proto())
-        result = PassResult(refusals=[Refusal(name, why) for name, why in cannot])
+        refusals = [Refusal(name, why) for name, why in cannot]
         if not nodes:
-            return result
+            return PassResult(refusals=refusals)
         inputs = gather_inputs(model, self.request, progress=progress)
         batches = _batches(model, inputs)
         simulation = Simulation(proto, nodes, batches, self.threads)
         choice = choose(simulation, self.max_error, progress)
         kept = set(choice.kept)
-        result.refusals += _kept(nodes, choice)
-        result.measured = self._measured(nodes, choice, inputs)
         half = [c for i, c in enumerate(nodes) if i not in kept]
+        changes = [Change(c.name, "computed in float16") for c in half]
+        runtime = None
         if half:
-            made = convert(proto, {c.index for c in half}, keep_io=not self.float16_io)
-            result.measured["runtime"] = self._runtime(made, simulation.exact, batches)
-            model.become(Model.from_proto(made, model.name))
-            result.changes = [Change(c.name, "computed in float16") for c in half]
-            result.changes += [Change(model.name, f"{count} BatchNorms folded")] * bool(count)
-        result.measured["seconds"] = time.perf_counter() - start
-        result.shown = inputs.shown
-        return result
+            converted = convert(proto, {c.index for c in half}, keep_io=not self.float16_io)
+            runtime = self._runtime(converted, simulation.exact, batches)
+            model.become(Model.from_proto(converted, model.name))
+            changes += [Change(model.name, f"{count} BatchNorms folded")] * bool(count)
+        figures = HalfPrecisionFigures(
+            error=choice.error,
+            all_float16=choice.whole,
+            max_error=self.max_error,
+            converted=len(half),
+            kept_float32=tuple(KeptNode(nodes[i].name, nodes[i].op, choice.alone[i]) for i in choice.kept),
+            total_seconds=time.perf_counter() - start,
+            runtime=runtime,
+            inputs=tuple(map(self._explained, inputs.sources)),
+        )
+        return PassResult(changes, refusals + _kept(nodes, choice), figures, inputs.shown)
 
     def check(self) -> None:
         """Check all options.
@@ -154,7 +177,11 @@ class HalfPrecision(ImageOptions, Pass):
         self.runs_on  # noqa: B018  it checks itself
 
     def hints(self) -> list[str]:
-        """Options that leave more of the network what it is."""
+        """Suggest options that leave more of the network as it is.
+
+        Returns:
+            Options with their values, as on the command line.
+        """
         return [f"--max-error {self.max_error / 10:g}"]
 
     @property
@@ -168,33 +195,24 @@ class HalfPrecision(ImageOptions, Pass):
         kind = "procedural" if self.inputs == "auto" and self.images is None else self.inputs
         return replace(super().request, inputs=kind, synthetic=IMAGES)
 
-    def _measured(self, nodes: Sequence[Candidate], choice: Float32Nodes, inputs: Inputs) -> dict[str, Any]:
-        kept = [
-            {"name": nodes[i].name, "op": nodes[i].op, "error_alone": choice.alone[i]} for i in choice.kept
-        ]
-        return {
-            "error": choice.error,
-            "all_float16": choice.whole,
-            "max_error": self.max_error,
-            "converted": len(nodes) - len(kept),
-            "kept_float32": kept,
-            "inputs": [self._why(asdict(one)) for one in inputs.sources],
-        }
-
-    def _why(self, used: dict[str, Any]) -> dict[str, Any]:
+    def _explained(self, source: InputSource) -> InputSource:
+        """Give the reason for inputs that nobody asked for."""
         auto = self.inputs == "auto" and self.images is None
-        return used | ({"why": "no --images; a few that are made at once do"} if auto else {})
+        return replace(source, why="no --images; a few that are made at once do") if auto else source
 
     def _runtime(
-        self, made: onnx.ModelProto, exact: Sequence[Sequence[np.ndarray]], batches: Sequence[np.ndarray]
-    ) -> dict[str, Any]:
-        """The provider that ran the result, and the outputs' error there."""
+        self,
+        converted: onnx.ModelProto,
+        exact: Sequence[Sequence[np.ndarray]],
+        batches: Sequence[np.ndarray],
+    ) -> ProviderRun:
+        """Run the result on the provider that the options name."""
         from onnxcompress.errors import one_line
         from onnxcompress.runtime.session import pick_provider, session
 
         chosen = pick_provider(self.runs_on)
-        opened = session(made, provider=chosen, threads=self.threads)
-        fed, others = image_input(made).name, unread_feeds(made)
+        opened = session(converted, provider=chosen, threads=self.threads)
+        fed, others = image_input(converted).name, unread_feeds(converted)
         names = [o.name for o in opened.get_outputs() if o.type in ("tensor(float)", "tensor(float16)")]
         kind = np.float16 if self.float16_io else np.float32
         try:
@@ -203,7 +221,7 @@ class HalfPrecision(ImageOptions, Pass):
             raise ModelError(
                 f"the float16 model does not run on {chosen.text} ({one_line(error)})"
             ) from error
-        return {"provider": chosen.text, "error": worst_error(exact, found)}
+        return ProviderRun(chosen.text, worst_error(exact, found))
 
 
 def _whole(model: Model) -> Refusal | None:

@@ -1,4 +1,4 @@
-"""The steps of `prune`: from a model and options to the pruned model and its account."""
+"""The steps of `prune`: from a model and options to the pruned model and its figures."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ import math
 import time
 import zlib
 from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from torch import Tensor
 
-from onnxcompress.account import Change, Refusal
+from onnxcompress.account import Change, InputSource, Refusal, StageSeconds, as_json
 from onnxcompress.graph.edit import set_values
 from onnxcompress.graph.query import data_input, read
 from onnxcompress.graph.shape_inference import tensor_shapes
@@ -35,6 +35,7 @@ from onnxcompress.optimize.reconstruction.prune import (
 from onnxcompress.passes.base import PassResult
 from onnxcompress.passes.fold_bn.fold_and_canonicalize import fold_and_canonicalize
 from onnxcompress.passes.prune import sparse_storage as packing
+from onnxcompress.passes.prune.figures import PrunedLayerRow, PruneFigures, WeightBytes
 from onnxcompress.passes.prune.options import PruneOptions
 from onnxcompress.passes.prune.targets import (
     Target,
@@ -51,20 +52,35 @@ from onnxcompress.sensitivity.bit_allocation import sparsity_budget
 from onnxcompress.sensitivity.rows import read_rows
 from onnxcompress.sensitivity.sparsity_allocation import by_cost, by_magnitude, share_of, uniform
 
+if TYPE_CHECKING:
+    from onnxcompress.data.image_set import ImageSet
+
 NO_SPEED = "onnxruntime computes zeros as any other weight: no speed is to be expected"
 
 
+@dataclass(frozen=True)
+class _Pruned:
+    """What is known of pruning, beside the weights; None where nothing was pruned or refitted."""
+
+    layers: tuple[PrunedLayerRow, ...] | None = None
+    inputs: tuple[InputSource, ...] | None = None
+    seconds: StageSeconds | None = None
+    output_snr_db: Mapping[str, float] | None = None
+    shown: ImageSet | None = None
+
+
 @one_thread_each()
-def prune(one: PruneOptions, model: Model, progress: Progress) -> PassResult:
+def prune(options: PruneOptions, model: Model, progress: Progress) -> PassResult[PruneFigures | None]:
     """Prune a model in place.
 
     Args:
-        one: The options.
+        options: The options.
         model: The model.
         progress: Called with the stage, the steps done and the steps in all.
 
     Returns:
-        The changes, the layers that stay dense, and what was measured.
+        The changes, the layers that stay dense with the reasons, and the figures; none of these where
+        there is nothing to do.
 
     Raises:
         OptionError: Too few weights may become 0 for the sparsity.
@@ -72,32 +88,28 @@ def prune(one: PruneOptions, model: Model, progress: Progress) -> PassResult:
     """
     original, looked_at = model.copy(), model.copy()
     changes = fold_and_canonicalize(looked_at)
-    target = choose_target(one, looked_at)
-    pruned = bool(target.layers) and is_pruned(target, one.sparsity)
-    refusals, work = layers_of(one, looked_at, target)
-    result = PassResult(refusals=refusals)
+    target = choose_target(options, looked_at)
+    pruned = bool(target.layers) and is_pruned(target, options.sparsity)
+    refusals, work = layers_of(options, looked_at, target)
     if not work:
-        return result
+        return PassResult(refusals=refusals)
     fold_and_canonicalize(model)
-    target = choose_target(one, model)
-    result.changes = changes
+    target, done = choose_target(options, model), _Pruned()
     if not pruned:
-        if one.reconstruct:
-            _reconstruct(one, original, model, target, result, progress)
-        else:
-            shares = layer_sparsities(one, original, target, None)
-            _write(model, magnitude_prune(target, shares))
-            result.measured["layers"] = _rows(target, shares, {})
-        target = choose_target(one, model)
-    _account(one, model, target, result)
-    return result
+        how = _reconstruct if options.reconstruct else _zero_smallest
+        done = how(options, original, model, target, progress)
+        target = choose_target(options, model)
+    figures = _figures(options, model, target, done)
+    return PassResult([*changes, _summary(model, figures)], refusals, figures, done.shown)
 
 
-def layers_of(one: PruneOptions, model: Model, target: Target | None = None) -> tuple[list[Refusal], bool]:
+def layers_of(
+    options: PruneOptions, model: Model, target: Target | None = None
+) -> tuple[list[Refusal], bool]:
     """Find the layers that would stay dense, and whether anything would be pruned or stored.
 
     Args:
-        one: The options.
+        options: The options.
         model: The model, prepared (`fold_and_canonicalize`).
         target: What is to be pruned, where it is known.
 
@@ -107,26 +119,26 @@ def layers_of(one: PruneOptions, model: Model, target: Target | None = None) -> 
     Raises:
         OptionError: Too few weights may become 0 for the sparsity.
     """
-    target = target or choose_target(one, model)
-    pruned = bool(target.layers) and is_pruned(target, one.sparsity)
-    if pruned and one.storage == "dense":
+    target = target or choose_target(options, model)
+    pruned = bool(target.layers) and is_pruned(target, options.sparsity)
+    if pruned and options.storage == "dense":
         rule = "as many of its weights are zero already as are asked for"
         return [*target.refusals, Refusal(model.name, rule, "ask for more --sparsity")], False
     if not target.layers and not target.refusals:
         rule = "none of its layers may be pruned"
-        return [Refusal(model.name, rule, "; ".join(what_allows_more(one, target)))], False
+        return [Refusal(model.name, rule, "; ".join(what_allows_more(options, target)))], False
     if target.layers and not pruned:
-        check_reachable(one, target)
+        check_reachable(options, target)
     return target.refusals, bool(target.layers)
 
 
 def layer_sparsities(
-    one: PruneOptions, original: Model, target: Target, costs: Mapping[str, list[float]] | None
+    options: PruneOptions, original: Model, target: Target, costs: Mapping[str, list[float]] | None
 ) -> dict[str, float]:
     """Choose the sparsity of each layer.
 
     Args:
-        one: The options.
+        options: The options.
         original: The model before it was prepared, as `--sensitivity` was measured on it.
         target: What is to be pruned.
         costs: Name of the weight -> cost at each of LEVELS; None: not measured.
@@ -141,62 +153,67 @@ def layer_sparsities(
     sizes, total = target.sizes, target.total
     if target.pattern.group:
         return dict.fromkeys(sizes, target.pattern.sparsity)
-    if one.scope == "layer":
-        return uniform(sizes, total, one.sparsity)
-    if one.sensitivity is not None:
-        rows = read_rows(Path(one.sensitivity), original.digest())
-        return sparsity_budget(rows, sizes, share_of(sum(sizes.values()), total, one.sparsity))
+    if options.scope == "layer":
+        return uniform(sizes, total, options.sparsity)
+    if options.sensitivity is not None:
+        rows = read_rows(Path(options.sensitivity), original.digest())
+        return sparsity_budget(rows, sizes, share_of(sum(sizes.values()), total, options.sparsity))
     if costs is not None:
-        return by_cost(costs, LEVELS, sizes, total, one.sparsity)
-    return by_magnitude(magnitudes(target), total, one.sparsity)
+        return by_cost(costs, LEVELS, sizes, total, options.sparsity)
+    return by_magnitude(magnitudes(target), total, options.sparsity)
+
+
+def _zero_smallest(
+    options: PruneOptions, original: Model, model: Model, target: Target, progress: Progress
+) -> _Pruned:
+    """Set the smallest weights to 0 and leave the others as they are."""
+    shares = layer_sparsities(options, original, target, None)
+    _write(model, magnitude_prune(target, shares))
+    return _Pruned(_rows(target, shares, {}))
 
 
 def _reconstruct(
-    one: PruneOptions, original: Model, model: Model, target: Target, result: PassResult, progress: Progress
-) -> None:
+    options: PruneOptions, original: Model, model: Model, target: Target, progress: Progress
+) -> _Pruned:
     """Choose the zeros and refit what stays, in closed form."""
     start = time.perf_counter()
-    request, device = quick(one.request, model), pick_device(one.device)
+    request, device = quick(options.request, model), pick_device(options.device)
     pixels = _pixels(model)
-    if one.synthetic is None and 0 < pixels <= SMALL_PIXELS:
+    if options.synthetic is None and 0 < pixels <= SMALL_PIXELS:
         request = replace(request, synthetic=MANY_MADE)
     inputs = gather_inputs(model, request, device=device, progress=progress)
-    result.shown = inputs.shown
     context = CalibrationContext.of(model, inputs, stretched=False)
     stages = [Stage(context.images, context.twin)]
     if inputs.may_use_record:
         many = min(STARTS, BYTES // max(12 * pixels, 1))
-        more = one.synthetic is None and inputs.layerwise and pixels > SMALL_PIXELS and many > FEW_MADE
+        more = options.synthetic is None and inputs.layerwise and pixels > SMALL_PIXELS and many > FEW_MADE
 
         def starts() -> Tensor:
             made = gather_inputs(model, replace(request, synthetic=many), device=device, progress=progress)
             return whole_batches(model, made, context.batch)
 
         stages = stages_of(
-            context, starts if more else None, seed=one.seed, device=device, progress=progress
+            context, starts if more else None, seed=options.seed, device=device, progress=progress
         )
     made = time.perf_counter() - start
-    costs = _costs(one, context, stages, target, progress)
-    shares = layer_sparsities(one, original, target, costs.levels if costs else None)
+    costs = _costs(options, context, stages, target, progress)
+    shares = layer_sparsities(options, original, target, costs.levels if costs else None)
     settings = Settings(
         batch=context.batch,
-        seed=one.seed,
+        seed=options.seed,
         pattern=target.pattern,
         sparsity=shares,
         rows=costs.rows if costs else {},
     )
-    learned, noise = _learned(one, context, stages, settings, device, progress)
+    learned, noise = _learned(options, context, stages, settings, device, progress)
     _write(model, {name: value.numpy() for name, value in learned.items()})
-    rows = _rows(target, shares, noise)
-    result.layer_snr_db = {row["name"]: row["snr_db"] for row in rows if "snr_db" in row}
-    result.measured |= {
-        "layers": rows,
-        "inputs": [
-            asdict(used) for used in (*inputs.sources, *(stage.used for stage in stages if stage.used))
-        ],
-        "seconds": {"inputs": made, "layers": time.perf_counter() - start - made},
-        "output_snr_db": output_snr(original, model, context.images),
-    }
+    return _Pruned(
+        layers=_rows(target, shares, noise),
+        inputs=(*inputs.sources, *(stage.used for stage in stages if stage.used)),
+        seconds=StageSeconds(made, time.perf_counter() - start - made),
+        output_snr_db=output_snr(original, model, context.images),
+        shown=inputs.shown,
+    )
 
 
 def _write(model: Model, values: Mapping[str, np.ndarray]) -> None:
@@ -213,12 +230,16 @@ def _pixels(model: Model) -> int:
 
 
 def _costs(
-    one: PruneOptions, context: CalibrationContext, stages: list[Stage], target: Target, progress: Progress
+    options: PruneOptions,
+    context: CalibrationContext,
+    stages: list[Stage],
+    target: Target,
+    progress: Progress,
 ) -> Costs | None:
     """Measure costs; None where neither sparsities nor rows depend on them, or no layer can be tried."""
-    if target.pattern.group or one.sensitivity is not None:
+    if target.pattern.group or options.sensitivity is not None:
         return None
-    settings = Settings(batch=context.batch, seed=one.seed)
+    settings = Settings(batch=context.batch, seed=options.seed)
     found = Costs({}, {})
     for stage in stages:
         names = frozenset(target.layers)
@@ -239,7 +260,7 @@ def _costs(
 
 
 def _learned(
-    one: PruneOptions,
+    options: PruneOptions,
     context: CalibrationContext,
     stages: list[Stage],
     settings: Settings,
@@ -268,34 +289,38 @@ def _learned(
                 stage.inputs,
                 seen,
                 learned,
-                seed=one.seed,
+                seed=options.seed,
                 device=device,
                 progress=progress,
             )
     return learned, noise
 
 
-def _account(one: PruneOptions, model: Model, target: Target, result: PassResult) -> None:
-    """Store the zeros as asked, and report how many there are and how many bytes they save."""
+def _figures(options: PruneOptions, model: Model, target: Target, done: _Pruned) -> PruneFigures:
+    """Store the zeros as the options say, and count them and the bytes that they save."""
     weights = {name: read(model.graph.tensors()[name]) for name in target.weights}
     zeros = sum(int(w.size - np.count_nonzero(w)) for w in weights.values())
-    size = {
-        "dense": sum(w.nbytes for w in weights.values()),
-        "deflated": sum(len(zlib.compress(w.tobytes())) for w in weights.values()),
-    }
-    if one.storage == "sparse":
-        saved = _pack(model, target)
-        size["sparse"] = size["dense"] - saved
-    result.measured |= {
-        "sparsity": zeros / max(target.total, 1),
-        "weights": target.total,
-        "zeros": zeros,
-        "bytes": size,
-        "speed": NO_SPEED,
-    }
-    text = ", ".join(f"{count / 1e6:.2f} MB {how}" for how, count in size.items())
-    share = f"{zeros / max(target.total, 1):.1%} of {target.total} weights are zero"
-    result.changes.append(Change(model.name, f"{share}: {text}; {NO_SPEED}"))
+    dense = sum(w.nbytes for w in weights.values())
+    deflated = sum(len(zlib.compress(w.tobytes())) for w in weights.values())
+    sparse = dense - _pack(model, target) if options.storage == "sparse" else None
+    return PruneFigures(
+        sparsity=zeros / max(target.total, 1),
+        weights=target.total,
+        zeros=zeros,
+        bytes=WeightBytes(dense, deflated, sparse),
+        speed=NO_SPEED,
+        layers=done.layers,
+        inputs=done.inputs,
+        seconds=done.seconds,
+        output_snr_db=done.output_snr_db,
+    )
+
+
+def _summary(model: Model, figures: PruneFigures) -> Change:
+    sizes = as_json(figures.bytes).items()
+    text = ", ".join(f"{count / 1e6:.2f} MB {how}" for how, count in sizes)
+    share = f"{figures.sparsity:.1%} of {figures.weights} weights are zero"
+    return Change(model.name, f"{share}: {text}; {NO_SPEED}")
 
 
 def _pack(model: Model, target: Target) -> int:
@@ -309,16 +334,15 @@ def _pack(model: Model, target: Target) -> int:
     return saved
 
 
-def _rows(target: Target, shares: Mapping[str, float], noise: Mapping[str, float]) -> list[dict[str, Any]]:
-    rows = []
-    for name, layer in target.layers.items():
-        row = {
-            "name": layer.linear.label,
-            "op": layer.linear.node.op,
-            "weight": name,
-            "sparsity": shares.get(name, 0.0),
-        }
-        if name in noise:
-            row["snr_db"] = float(-10 * np.log10(max(noise[name], 1e-12)))
-        rows.append(row)
-    return rows
+def _rows(
+    target: Target, shares: Mapping[str, float], noise: Mapping[str, float]
+) -> tuple[PrunedLayerRow, ...]:
+    def decibels(name: str) -> float | None:
+        return float(-10 * np.log10(max(noise[name], 1e-12))) if name in noise else None
+
+    return tuple(
+        PrunedLayerRow(
+            layer.linear.label, layer.linear.node.op, name, shares.get(name, 0.0), decibels(name)
+        )
+        for name, layer in target.layers.items()
+    )

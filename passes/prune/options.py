@@ -69,7 +69,11 @@ class PruneOptions(InputOptions):
             raise OptionError("--sensitivity goes with --scope global and --pattern unstructured")
 
     def hints(self) -> list[str]:
-        """Options that leave more of the network what it is."""
+        """Suggest options that leave more of the network as it is.
+
+        Returns:
+            Options with their values, as on the command line.
+        """
         found = [f"--sparsity {self.sparsity / 2:g}", "--skip-first-last"]
         return found + ([] if self.images else ["--images with a hundred real ones"])
 

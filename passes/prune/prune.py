@@ -38,17 +38,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from onnxcompress.account import Refusal
+from onnxcompress.account import Figures, Refusal
 from onnxcompress.evaluation.guard import LOSSY, Floors
 from onnxcompress.graph.batch_norm import OLDEST_OPSET
 from onnxcompress.model import Model
-from onnxcompress.optimize.calibration import (
-    assume_sizes,
-)
+from onnxcompress.optimize.calibration import assume_sizes
 from onnxcompress.passes.base import Pass, PassResult
 from onnxcompress.passes.fold_bn.fold_and_canonicalize import fold_and_canonicalize
 from onnxcompress.passes.opsets import at_opset
 from onnxcompress.passes.preview import check_inputs, raised
+from onnxcompress.passes.prune.figures import PruneFigures
 from onnxcompress.passes.prune.options import PruneOptions
 from onnxcompress.progress import Progress, silent
 from onnxcompress.quantization.qdq_plan import refuse_quantized
@@ -74,10 +73,11 @@ class Prune(PruneOptions, Pass):
     """
 
     name: ClassVar[str] = "prune"
+    figures: ClassVar[type[Figures]] = PruneFigures
     needs: ClassVar[tuple[str, ...]] = ("torch",)
     floors: ClassVar[Floors] = LOSSY
 
-    def apply(self, model: Model, progress: Progress = silent) -> PassResult:
+    def apply(self, model: Model, progress: Progress = silent) -> PassResult[PruneFigures | None]:
         """Prune the model in place.
 
         Args:
@@ -85,7 +85,8 @@ class Prune(PruneOptions, Pass):
             progress: Called with the stage, the steps done and the steps in all.
 
         Returns:
-            The changes, the layers that stay dense, and what was measured.
+            The changes, the layers that stay dense with the reasons, and the figures; none of these where
+            there is nothing to do.
 
         Raises:
             OptionError: The options contradict each other, or too few weights may become 0.
@@ -96,7 +97,7 @@ class Prune(PruneOptions, Pass):
             return PassResult(refusals=[refusal])
         return at_opset(model, self.lowest_opset, lambda own: self._prune(own, progress))
 
-    def _prune(self, model: Model, progress: Progress) -> PassResult:
+    def _prune(self, model: Model, progress: Progress) -> PassResult[PruneFigures | None]:
         from onnxcompress.passes.prune.engine import prune
 
         assume_sizes(model, self.request)

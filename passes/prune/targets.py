@@ -45,6 +45,7 @@ class Target:
 
     @property
     def sizes(self) -> dict[str, int]:
+        """Numbers of weights of the layers to prune, by name of the weight."""
         return {name: int(layer.linear.weight.size) for name, layer in self.layers.items()}
 
     @property
@@ -53,17 +54,17 @@ class Target:
         return sum(int(layer.linear.weight.size) for layer in self.weights.values())
 
 
-def choose_target(one: PruneOptions, model: Model) -> Target:
+def choose_target(options: PruneOptions, model: Model) -> Target:
     """Choose the layers to prune.
 
     Args:
-        one: The options.
+        options: The options.
         model: The model, prepared (`fold_and_canonicalize`).
 
     Returns:
         The layers, and those that stay dense, with the reasons.
     """
-    pattern = Pattern.parse(one.pattern) or UNSTRUCTURED
+    pattern = Pattern.parse(options.pattern) or UNSTRUCTURED
     plan = make_plan(model, FLOATS)
     layers, refusals = {}, list(plan.refusals)
     ends = {
@@ -73,9 +74,9 @@ def choose_target(one: PruneOptions, model: Model) -> Target:
     }
     for layer in plan.layers.values():
         groups, _, inputs, _ = layer.linear.view(layer.linear.weight).shape
-        if one.skip_first_last and layer.linear.weight_name in ends:
+        if options.skip_first_last and layer.linear.weight_name in ends:
             continue
-        if groups > 1 and inputs == 1 and not one.depthwise:
+        if groups > 1 and inputs == 1 and not options.depthwise:
             continue
         if not pattern.fits(inputs):
             rule = f"{inputs} inputs are no multiple of {pattern.group}: it stays dense"
@@ -85,11 +86,11 @@ def choose_target(one: PruneOptions, model: Model) -> Target:
     return Target(model, plan, pattern, layers, refusals)
 
 
-def check_reachable(one: PruneOptions, target: Target) -> None:
+def check_reachable(options: PruneOptions, target: Target) -> None:
     """Check that enough weights may become 0.
 
     Args:
-        one: The options.
+        options: The options.
         target: What is to be pruned.
 
     Raises:
@@ -97,40 +98,40 @@ def check_reachable(one: PruneOptions, target: Target) -> None:
     """
     if target.pattern.group:
         return
-    measured = one.reconstruct and one.scope == "global" and one.sensitivity is None
+    measured = options.reconstruct and options.scope == "global" and options.sensitivity is None
     untried = {
         n for n, layer in target.layers.items() if measured and patches_of(target.model, layer) is None
     }
     if untried == target.layers.keys():  # then magnitudes choose
         untried = set()
     most = LARGEST * sum(size for name, size in target.sizes.items() if name not in untried) / target.total
-    if one.sparsity <= most:
+    if options.sparsity <= most:
         return
     hints = []
     if untried:
         names = ", ".join(sorted(target.layers[name].linear.label for name in untried)[:NAMED])
         hints.append(f"--scope layer prunes {names}, too, whose cost cannot be measured")
-    hints += what_allows_more(one, target)
+    hints += what_allows_more(options, target)
     raise OptionError(
-        f"--sparsity {one.sparsity:g}: at most {most:.2f} of {target.total} weights may become 0"
+        f"--sparsity {options.sparsity:g}: at most {most:.2f} of {target.total} weights may become 0"
         + (f" ({'; '.join(hints)})" if hints else "")
     )
 
 
-def what_allows_more(one: PruneOptions, target: Target) -> list[str]:
+def what_allows_more(options: PruneOptions, target: Target) -> list[str]:
     """Name the options by which layers stay dense that could be pruned.
 
     Args:
-        one: The options.
+        options: The options.
         target: What is to be pruned.
 
     Returns:
         One hint for each option.
     """
     hints = []
-    if not one.depthwise and any(layer.linear.depthwise for layer in target.weights.values()):
+    if not options.depthwise and any(layer.linear.depthwise for layer in target.weights.values()):
         hints.append("--depthwise prunes depthwise convolutions")
-    if one.skip_first_last:
+    if options.skip_first_last:
         hints.append("without --skip-first-last the ends are pruned")
     return hints
 

@@ -1,18 +1,19 @@
-"""The course of `quantize`: from a prepared model and options to the quantized one and its account."""
+"""The steps of `quantize`: from a prepared model and options to the quantized model and its figures."""
 
 from __future__ import annotations
 
 import time
-from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from onnxcompress.account import Change, Refusal
+from onnxcompress.account import Change, Refusal, StageSeconds
 from onnxcompress.errors import ModelError
 from onnxcompress.graph.query import data_input
 from onnxcompress.model import Model
-from onnxcompress.optimize.calibration import gather_inputs, quick
+from onnxcompress.optimize.calibration import Inputs, gather_inputs, quick
 from onnxcompress.optimize.deterministic_threads import one_thread_each
 from onnxcompress.optimize.device import pick_device
 from onnxcompress.optimize.executor.open_batch import images_at_once
@@ -28,6 +29,7 @@ from onnxcompress.optimize.reconstruction.quantize import QuantizationResults, Q
 from onnxcompress.optimize.reconstruction.range_equalization import stretch
 from onnxcompress.optimize.synthesis.statistics_alignment import StatisticsAlignment
 from onnxcompress.passes.base import PassResult
+from onnxcompress.passes.quantize.figures import QuantizedLayerRow, QuantizeFigures
 from onnxcompress.passes.quantize.mixed_precision import choose_bits
 from onnxcompress.passes.quantize.options import QuantizeOptions
 from onnxcompress.progress import Progress
@@ -47,83 +49,161 @@ SHOWN = 32
 
 @one_thread_each()
 def quantize(
-    one: QuantizeOptions, original: Model, model: Model, changes: list[Change], progress: Progress
-) -> PassResult:
-    """Quantize the prepared model in place."""
-    bits = bits_of(one)
-    plan = layers_of(one, model)
-    result = PassResult(changes, plan.refusals)
+    options: QuantizeOptions, original: Model, model: Model, changes: list[Change], progress: Progress
+) -> PassResult[QuantizeFigures | None]:
+    """Quantize a prepared model in place.
+
+    Args:
+        options: The options.
+        original: The model as it was given.
+        model: The model to change: `original` after `fold_and_canonicalize`.
+        changes: What that preparation changed.
+        progress: Called with the stage, the steps done and the steps in all.
+
+    Returns:
+        The changes, the layers that stay floats with the reasons, and the figures; none of these where no
+        layer can be quantized.
+
+    Raises:
+        OptionError: No bits within the budget do.
+        InputError: The inputs or the file of sensitivities cannot be used.
+        ModelError: An output would no longer be finite, or onnxruntime cannot load the result.
+    """
+    plan = layers_of(options, model)
     if not plan.layers:
-        return result
+        return PassResult(changes, plan.refusals)
     start = time.perf_counter()
-    few = one.weight_bits < 8 or 0 < one.activation_bits < 8
-    request, device = one.request if few else quick(one.request, model), pick_device(one.device)
-    inputs = gather_inputs(model, request, device=device, progress=progress)
-    made = time.perf_counter() - start
-    x = whole_batches(model, inputs, fixed_batch(model))
-    settings = Settings(
-        per_channel=one.per_channel,
-        storage=one.activation_type,
-        symmetric=one.symmetric,
-        reconstruct=one.reconstruct,
-        small_types=one.small_types,
-        saturation_safe=one.safe,
-        minmax=one.ranges == "minmax",
-        batch=images_at_once(model, x) or BATCH,
-        seed=one.seed,
+    device = pick_device(options.device)
+    inputs = _gather(options, model, device, progress)
+    gathered = time.perf_counter()
+    context, channel_ranges = _prepare(options, model, plan, inputs)
+    budget = None
+    plan = context.plan
+    if options.mixed:
+        bits, budget = choose_bits(options, context, bits_of(options), original, progress)
+        plan = make_plan(model, bits_of(options), bits)
+    chosen = time.perf_counter()
+    stages = [Stage(context.images, context.twin)]
+    if inputs.may_use_record and _rounds_weights_alone(options):
+        stages = stages_of(context, seed=options.seed, device=device, progress=progress)
+    staged = time.perf_counter()
+    results = _fit(options, replace(context, plan=plan), stages, progress)
+    fitted = time.perf_counter()
+    rows = _write(options, model, plan, results)
+    made = (stage.used for stage in stages if stage.used)
+    figures = QuantizeFigures(
+        layers=rows,
+        channel_ranges=channel_ranges,
+        runtime=fused_counts(model),
+        budget=budget,
+        inputs=(*inputs.sources, *made),
+        seconds=StageSeconds(
+            inputs=gathered - start + staged - chosen,
+            layers=fitted - staged + chosen - gathered - (budget.seconds if budget else 0.0),
+        ),
+        output_snr_db=output_snr(original, model, context.images),
     )
+    changed = [Change(r.name, f"weight {r.weight_bits} bits, input {r.input_bits}") for r in rows]
+    return PassResult([*changes, *changed], plan.refusals, figures, inputs.shown)
+
+
+def _gather(options: QuantizeOptions, model: Model, device: str, progress: Progress) -> Inputs:
+    """Gather the inputs: those that are made quickly do where all has 8 bits."""
+    few = options.weight_bits < 8 or 0 < options.activation_bits < 8
+    request = options.request if few else quick(options.request, model)
+    return gather_inputs(model, request, device=device, progress=progress)
+
+
+def _prepare(
+    options: QuantizeOptions, model: Model, plan: Plan, inputs: Inputs
+) -> tuple[CalibrationContext, int]:
+    """Align the statistics and equalize the channels' ranges, where that is asked for.
+
+    Returns the context of the fits, and the number of channel groups that were equalized.
+    """
+    x = whole_batches(model, inputs, fixed_batch(model))
+    batch = images_at_once(model, x) or BATCH
     twin = twin_of(model, x) if inputs.layerwise else StatisticsAlignment()
-    stretched = 0
-    if one.stretch and one.activation_bits:  # ranges of what stays a float need no room
-        stretched = stretch(model, plan, x, twin, settings.batch)
-        plan = make_plan(model, bits)
-    chosen = None
-    subject = CalibrationContext(model, plan, x, twin, settings.batch, min(inputs.real_count, len(x)))
-    if one.mixed:
-        chosen = choose_bits(one, subject, bits, original, progress)
-        plan = make_plan(model, bits, chosen.bits)
-    parts = [Stage(x, twin)]
-    if inputs.may_use_record and one.weight_bits < 8 and not one.activation_bits and one.reconstruct:
-        began = time.perf_counter()
-        parts = stages_of(subject, seed=one.seed, device=device, progress=progress)
-        made += time.perf_counter() - began
-    learned, lost = QuantizationResults(), None
-    for part in parts:
+    equalized = 0
+    if options.stretch and options.activation_bits:  # ranges of what stays a float need no room
+        equalized = stretch(model, plan, x, twin, batch)
+        plan = make_plan(model, bits_of(options))
+    return CalibrationContext(model, plan, x, twin, batch, min(inputs.real_count, len(x))), equalized
+
+
+def _rounds_weights_alone(options: QuantizeOptions) -> bool:
+    """Return whether weights of few bits are fitted, which needs many inputs for the deep layers."""
+    return options.weight_bits < 8 and not options.activation_bits and options.reconstruct
+
+
+def _fit(
+    options: QuantizeOptions, context: CalibrationContext, stages: Sequence[Stage], progress: Progress
+) -> QuantizationResults:
+    """Fit ranges, weights and biases layer by layer, stage by stage."""
+    settings = Settings(
+        per_channel=options.per_channel,
+        storage=options.activation_type,
+        symmetric=options.symmetric,
+        reconstruct=options.reconstruct,
+        small_types=options.small_types,
+        saturation_safe=options.saturation_safe,
+        minmax=options.ranges == "minmax",
+        batch=context.batch,
+        seed=options.seed,
+    )
+    results, lost = QuantizationResults(), None
+    for stage in stages:
         worker = Quantizer(
-            model, plan, settings, part.twin, start=part.start, stop=part.stop, results=learned
+            context.model,
+            context.plan,
+            settings,
+            stage.twin,
+            start=stage.start,
+            stop=stage.stop,
+            results=results,
         )
-        worker.run(part.inputs, progress, part.seen(lost))
-        lost = None if part.stop is None else worker.lost(part.stop)
-    learn = time.perf_counter() - start - made - (chosen.account["seconds"] if chosen else 0)
-    weights = {id(layer.linear.node): _integers(layer, learned, one) for layer in plan.layers.values()}
-    biases = {i: b.numpy() for i, b in learned.biases.items()}
-    rows = [_row(layer, learned, weights[id(layer.linear.node)][1], plan) for layer in plan.layers.values()]
-    emit(model, plan, learned.grids, weights, biases)
-    result.changes += [
-        Change(row["name"], f"weight {row['weight_bits']} bits, input {row['input_bits']}") for row in rows
-    ]
-    result.shown = inputs.shown
-    result.layer_snr_db = {row["name"]: row["snr_db"] for row in rows}
-    result.measured = {
-        "layers": rows,
-        "channel_ranges": stretched,
-        "inputs": [asdict(used) for used in (*inputs.sources, *(part.used for part in parts if part.used))],
-        "seconds": {"inputs": made, "layers": learn},
-        "runtime": fused_counts(model),
-        **({} if chosen is None else {"budget": chosen.account}),
-        "output_snr_db": output_snr(original, model, x),
-    }
-    return result
+        worker.run(stage.inputs, progress, stage.seen(lost))
+        lost = None if stage.stop is None else worker.lost(stage.stop)
+    return results
 
 
-def bits_of(one: QuantizeOptions) -> Bits:
-    """The bits that the options ask for."""
-    return Bits(one.weight_bits, one.activation_bits or None, one.first_last or None, one.depthwise)
+def _write(
+    options: QuantizeOptions, model: Model, plan: Plan, results: QuantizationResults
+) -> tuple[QuantizedLayerRow, ...]:
+    """Write the quantized weights, biases and nodes into the model; return a row for each layer."""
+    weights = {id(layer.linear.node): _integers(layer, results, options) for layer in plan.layers.values()}
+    biases = {i: b.numpy() for i, b in results.biases.items()}
+    rows = tuple(
+        _row(layer, results, weights[id(layer.linear.node)][1], plan) for layer in plan.layers.values()
+    )
+    emit(model, plan, results.grids, weights, biases)
+    return rows
 
 
-def layers_of(one: QuantizeOptions, model: Model) -> Plan:
-    """What would be quantized in a prepared model; where that is nothing, a refusal says so."""
-    plan = make_plan(model, bits_of(one))
+def bits_of(options: QuantizeOptions) -> Bits:
+    """Return the bits that the options ask for, without a budget.
+
+    Args:
+        options: The options.
+
+    Returns:
+        The bits of weights and activations.
+    """
+    weights, inputs = options.weight_bits, options.activation_bits or None
+    return Bits(weights, inputs, options.first_last or None, options.depthwise)
+
+
+def layers_of(options: QuantizeOptions, model: Model) -> Plan:
+    """Plan what to quantize.
+
+    Args:
+        options: The options.
+        model: The model, prepared (`fold_and_canonicalize`).
+
+    Returns:
+        The plan; where it has no layer, a refusal says so.
+    """
+    plan = make_plan(model, bits_of(options))
     if not plan.layers and not plan.refusals:
         rule = "no Conv, ConvTranspose, Gemm or MatMul of it reads data with a constant weight"
         plan.refusals.append(Refusal(model.name, rule))
@@ -131,50 +211,59 @@ def layers_of(one: QuantizeOptions, model: Model) -> Plan:
 
 
 def _integers(
-    layer: QuantizedLayer, learned: QuantizationResults, one: QuantizeOptions
+    layer: QuantizedLayer, results: QuantizationResults, options: QuantizeOptions
 ) -> tuple[np.ndarray, Grid]:
-    """The weight's integers in the initializer's layout, and their grid."""
-    found = learned.weights[id(layer.linear.node)]
+    """Return the weight's integers in the layout of the initializer, and their grid."""
+    found = results.weights[id(layer.linear.node)]
     low, high = weight_limits(layer.weight_bits)
     integers = np.empty(layer.linear.weight.shape, np.int32)
     view = layer.linear.view(integers)
     view[...] = found.integers.numpy().reshape(view.shape)
     scale = found.scale.numpy().reshape(-1).astype(np.float32)
-    if not layer.per_channel(one.per_channel):
+    if not layer.per_channel(options.per_channel):
         scale = np.asarray(scale[0])
-    if one.small_types and layer.weight_bits <= 4:
+    if options.small_types and layer.weight_bits <= 4:
         return integers, Grid(scale, 0, low, high, "int4")
-    shift = 128 if one.weight_type == "uint8" else 0
-    return integers, Grid(scale, shift, low + shift, high + shift, one.weight_type)
+    shift = 128 if options.weight_type == "uint8" else 0
+    return integers, Grid(scale, shift, low + shift, high + shift, options.weight_type)
 
 
-def _row(layer: QuantizedLayer, learned: QuantizationResults, grid: Grid, plan: Plan) -> dict[str, Any]:
-    data = None if layer.input is None else learned.grids[plan.root(layer.input)]
-    noise = learned.noise[id(layer.linear.node)]
-    return {
-        "name": layer.linear.label,
-        "op": layer.linear.node.op,
-        "weight_bits": layer.weight_bits,
-        "input_bits": 0 if layer.input is None else layer.input[1],
-        "weight_scale": [float(grid.scale.min()), float(grid.scale.max())],
-        "input_scale": None if data is None else float(data.scale),
-        "input_range": None if data is None else list(data.bounds),
-        "snr_db": float(-10 * np.log10(max(noise, 1e-12))),
-    }
+def _row(layer: QuantizedLayer, results: QuantizationResults, grid: Grid, plan: Plan) -> QuantizedLayerRow:
+    data = None if layer.input is None else results.grids[plan.root(layer.input)]
+    noise = results.noise[id(layer.linear.node)]
+    return QuantizedLayerRow(
+        name=layer.linear.label,
+        op=layer.linear.node.op,
+        weight_bits=layer.weight_bits,
+        input_bits=0 if layer.input is None else layer.input[1],
+        weight_scale=(float(grid.scale.min()), float(grid.scale.max())),
+        input_scale=None if data is None else float(data.scale),
+        input_range=None if data is None else data.bounds,
+        snr_db=float(-10 * np.log10(max(noise, 1e-12))),
+    )
 
 
 def output_snr(original: Model, model: Model, images: Tensor) -> dict[str, float]:
-    """Signal to noise of each output on the first of the images, in decibels, of onnxruntime.
+    """Measure the signal to noise ratio of each output in onnxruntime, on the first images.
 
-    Raises ModelError where an output was finite and is not any more.
+    Args:
+        original: The model before.
+        model: The model after; its outputs have the same names.
+        images: Inputs of both, (images, ...).
+
+    Returns:
+        Output -> signal to noise ratio, in decibels.
+
+    Raises:
+        ModelError: An output was finite and is no longer, or onnxruntime cannot run a model.
     """
     from onnxcompress.runtime.session import session
 
     name, batch, others = data_input(model).name, fixed_batch(original), unread_feeds(original)
     x = images[: max(batch, SHOWN // batch * batch)].numpy()
     outputs: list[list[list[np.ndarray]]] = []
-    for one in (original, model):
-        opened = session(one, provider="cpu")
+    for each in (original, model):
+        opened = session(each, provider="cpu")
         parts = [x[i : i + batch] for i in range(0, len(x), batch)]
         outputs.append([opened.run(None, {name: part, **others}) for part in parts])
     found = {}

@@ -104,7 +104,11 @@ class QuantizeOptions(InputOptions):
             raise OptionError("--sensitivity: give a budget with it, --bits-budget or --size-budget")
 
     def hints(self) -> list[str]:
-        """Options that leave more of the network what it is."""
+        """Suggest options that leave more of the network as it is.
+
+        Returns:
+            Options with their values, as on the command line.
+        """
         found = ["--weight-bits 8"] if self.weight_bits < 8 else []
         if self.activation_bits:
             found.append("--activation-bits 8" if self.activation_bits < 8 else "--activation-bits 0")
@@ -119,6 +123,6 @@ class QuantizeOptions(InputOptions):
         return self.bits_budget is not None or self.size_budget is not None
 
     @property
-    def safe(self) -> bool:
+    def saturation_safe(self) -> bool:
         """Whether pairs of 8-bit weights stay small (`optimize.reconstruction.saturation`)."""
         return self.overflow_safe and (self.weight_type, self.activation_type) == ("int8", "uint8")

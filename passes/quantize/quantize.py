@@ -25,7 +25,8 @@ says (`tests/benchmarks/overflow.py`). It costs next to nothing: no pair of weig
 has 8 bits (`reconstruction.saturation`). uint8 weights cannot overflow, and are slower; depthwise kernels
 add in 32 bits.
 
-Does not handle: several inputs; models that are quantized already; see `plan` for the operators.
+Does not handle: several inputs; models that are quantized already. `quantization.qdq_plan` says which
+operators.
 """
 
 from __future__ import annotations
@@ -33,15 +34,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from onnxcompress.account import Refusal
+from onnxcompress.account import Figures, Refusal
 from onnxcompress.model import Model
-from onnxcompress.optimize.calibration import (
-    assume_sizes,
-)
+from onnxcompress.optimize.calibration import assume_sizes
 from onnxcompress.passes.base import Pass, PassResult
 from onnxcompress.passes.fold_bn.fold_and_canonicalize import fold_and_canonicalize
 from onnxcompress.passes.opsets import at_opset
 from onnxcompress.passes.preview import check_inputs, raised
+from onnxcompress.passes.quantize.figures import QuantizeFigures
 from onnxcompress.passes.quantize.options import QuantizeOptions
 from onnxcompress.progress import Progress, silent
 from onnxcompress.quantization.qdq_plan import STREAM_BITS, refuse_quantized
@@ -70,16 +70,30 @@ class Quantize(QuantizeOptions, Pass):
     """
 
     name: ClassVar[str] = "quantize"
+    figures: ClassVar[type[Figures]] = QuantizeFigures
     needs: ClassVar[tuple[str, ...]] = ("torch", "onnxruntime")
 
-    def apply(self, model: Model, progress: Progress = silent) -> PassResult:
-        """Quantize in place; what cannot be comes back as refusals."""
+    def apply(self, model: Model, progress: Progress = silent) -> PassResult[QuantizeFigures | None]:
+        """Quantize in place.
+
+        Args:
+            model: The model to change.
+            progress: Called with the stage, the steps done and the steps in all.
+
+        Returns:
+            The changes, the layers that stay floats with the reasons, and the figures; none of these where
+            no layer can be quantized.
+
+        Raises:
+            OptionError: Options contradict each other, or no bits keep the budget.
+            CompressError: The inputs cannot be gathered, or the model cannot be handled.
+        """
         self.check()
         if refusal := refuse_quantized(model, QUANTIZED):
             return PassResult(refusals=[refusal])
         return at_opset(model, self.lowest_opset, lambda own: self._quantize(own, progress))
 
-    def _quantize(self, model: Model, progress: Progress) -> PassResult:
+    def _quantize(self, model: Model, progress: Progress) -> PassResult[QuantizeFigures | None]:
         from onnxcompress.passes.quantize.engine import quantize
 
         assume_sizes(model, self.request)
@@ -88,7 +102,17 @@ class Quantize(QuantizeOptions, Pass):
         return quantize(self, original, model, changes, progress)
 
     def preview(self, model: Model) -> list[Refusal]:
-        """The layers that would stay floats, and whether inputs can be had."""
+        """List the layers that would stay floats, and check that inputs can be gathered.
+
+        Args:
+            model: The model; it stays as it is.
+
+        Returns:
+            The layers, with the reasons.
+
+        Raises:
+            CompressError: `apply` would fail on this model with these options.
+        """
         self.check()
         if refusal := refuse_quantized(model, QUANTIZED):
             return [refusal]

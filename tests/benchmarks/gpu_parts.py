@@ -170,9 +170,8 @@ def _half(bench: Bench, model: Model) -> dict[str, Any]:
     """To fp16 in place, however far the outputs of random weights are off; what was measured."""
     from onnxcompress.passes.fp16 import HalfPrecision
 
-    return (
-        HalfPrecision(provider=bench.provider, threads=bench.threads, max_error=0.99).apply(model).measured
-    )
+    one = HalfPrecision(provider=bench.provider, threads=bench.threads, max_error=0.99)
+    return one.apply(model).measured_json()
 
 
 def scoring(bench: Bench) -> None:

@@ -56,9 +56,9 @@ def main(
 
 
 def _verdict(name: str, found: object) -> str:
-    from onnxcompress.evaluation.guard import Floors, Measured, verdict
+    from onnxcompress.evaluation.guard import Floors, GuardMeasurements, verdict
 
-    assert isinstance(found, Measured)
+    assert isinstance(found, GuardMeasurements)
     judged = verdict(found, Floors())
     return f"{judged.status:9} {name}: {judged.text}"
 

@@ -142,14 +142,16 @@ def _shares(text: str) -> list[float]:
 
 
 def _pruned(network: Any, options: dict[str, Any]) -> tuple[Any, str]:
+    from onnxcompress.account import as_json
     from onnxcompress.passes.prune import Prune
 
     one, start = network.copy(), time.perf_counter()
     measured = Prune(**options).apply(one).measured
-    used = ", ".join(f"{u['count']} {u['source']}" for u in measured["inputs"])
-    sizes = ", ".join(f"{size / 1e6:.2f} MB {how}" for how, size in measured["bytes"].items())
+    assert measured is not None
+    used = ", ".join(f"{u.count} {u.source}" for u in measured.inputs or ())
+    sizes = ", ".join(f"{size / 1e6:.2f} MB {how}" for how, size in as_json(measured.bytes).items())
     seconds = time.perf_counter() - start
-    return one, f"{measured['sparsity']:.4f} zeros; {used}; {seconds:.0f} s; {sizes}"
+    return one, f"{measured.sparsity:.4f} zeros; {used}; {seconds:.0f} s; {sizes}"
 
 
 def _magnitude(network: Any, share: float, scope: str) -> Any:

@@ -121,7 +121,7 @@ def _quantized(model: str, target: str, options: dict[str, Any]) -> dict[str, An
     network = load(model)
     (result,) = run([Quantize(**options)], network)
     save(network, target)
-    return result.measured
+    return result.measured_json()
 
 
 def _account(measured: dict[str, Any]) -> str:

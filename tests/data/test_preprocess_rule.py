@@ -40,7 +40,7 @@ def test_the_rule() -> None:
     assert choose("raw", said).preprocess == PRESETS["raw"]
     assert choose(None, said).preprocess == PRESETS["cifar10"]
     nobody = choose(None, {})
-    assert (nobody.said, nobody.preprocess) == (None, PRESETS["unit"])
+    assert (nobody.explicit, nobody.preprocess) == (None, PRESETS["unit"])
     assert [c.source for c in (choose("raw", said), choose(None, said), nobody)] == [
         "option",
         "model",
@@ -53,13 +53,13 @@ def test_the_rule() -> None:
 def test_pairs_keep_what_they_do_not_say() -> None:
     said = {PREPROCESSING: "imagenet"}
     small = choose("size=24", said)
-    assert (small.source, str(small.said)) == (
+    assert (small.source, str(small.explicit)) == (
         "option-and-model",
         "mean=0.485,0.456,0.406 std=0.229,0.224,0.225 size=24x24",
     )
     assert "the rest from the model's metadata" in str(small)
     alone = choose("size=24", {})
-    assert (alone.source, str(alone.said)) == ("option-and-default", "mean=0 std=1 size=24x24")
+    assert (alone.source, str(alone.explicit)) == ("option-and-default", "mean=0 std=1 size=24x24")
     assert "with default mean and std" in str(alone)
     for whole in ("mean=0.5 std=0.5", "cifar10 size=24", "unit"):
         assert choose(whole, said).source == "option"

@@ -57,7 +57,7 @@ class Break(Pass):
     name: ClassVar[str] = "break"
     way: int = 0
 
-    def apply(self, model: Model, progress: Progress = silent) -> PassResult:
+    def apply(self, model: Model, progress: Progress = silent) -> PassResult[None]:
         BREAKS[self.way](model)
         model.touch()
         return PassResult([Change("model", "broken")])

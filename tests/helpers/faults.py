@@ -57,6 +57,6 @@ class Break(Pass):
     fault: str = option("a layer's scale", "Which fault.")
     layer: int = option(1, "Of which layer, in the order of the graph.")
 
-    def apply(self, model: Model, progress: Progress = silent) -> PassResult:
+    def apply(self, model: Model, progress: Progress = silent) -> PassResult[None]:
         model.become(broken(model, self.fault, self.layer))
         return PassResult([Change(model.name, self.fault)])

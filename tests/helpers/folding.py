@@ -12,6 +12,7 @@ from onnx import TensorProto, numpy_helper
 from onnxcompress.model import Model
 from onnxcompress.passes.base import PassResult
 from onnxcompress.passes.fold_bn import FoldBatchNorm
+from onnxcompress.passes.fold_bn.fold_bn import FoldBatchNormFigures
 
 Arrays = dict[str, np.ndarray]
 DTYPES = {"float": np.float32, "float16": np.float16, "double": np.float64}
@@ -90,7 +91,7 @@ def outputs(proto: onnx.ModelProto, inputs: Arrays) -> list[np.ndarray]:
 
 def fold(
     proto: onnx.ModelProto, *, tolerance: float = TOLERANCE["float"], copy_shared: bool = False
-) -> tuple[onnx.ModelProto, PassResult]:
+) -> tuple[onnx.ModelProto, PassResult[FoldBatchNormFigures]]:
     """Fold, check that model and outputs are still right, and that folding again changes nothing."""
     model = Model.from_proto(proto)
     result = FoldBatchNorm(copy_shared).apply(model)
@@ -122,7 +123,7 @@ def stays(proto: onnx.ModelProto, reason: str, *, copy_shared: bool = False) -> 
     (refusal,) = result.refusals
     assert reason in str(refusal)
     assert refusal.node
-    assert result.measured["folded"] == 0
+    assert result.measured.folded == 0
 
 
 def folds(proto: onnx.ModelProto, expected: list[str], **options: float) -> onnx.ModelProto:

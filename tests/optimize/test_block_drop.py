@@ -14,6 +14,7 @@ import torch
 from onnxcompress.graph.blocks import find_blocks
 from onnxcompress.model import Model
 from onnxcompress.optimize.block_drop import selection
+from onnxcompress.optimize.block_drop.figures import DropBlocksFigures
 from onnxcompress.optimize.block_drop.recoverability import Probe, Recovery
 from onnxcompress.optimize.block_drop.refinement import Refinement
 from onnxcompress.optimize.block_drop.selection import BlockSelection, choose, choose_these
@@ -50,7 +51,7 @@ def network() -> Model:
     return Model.from_proto(graph("(float[N,3,8,8] x) => (float[N,4,8,8] y)", BODY, arrays))
 
 
-def drop(**options: Any) -> PassResult:
+def drop(**options: Any) -> PassResult[DropBlocksFigures]:
     return replace(FAST, **options).apply(network())
 
 
@@ -60,20 +61,23 @@ def test_scores_are_what_cannot_be_recovered_over_the_share_of_the_latency(
 ) -> None:
     """The whole takes 10 ms; without a block 6, 9.5 and 8, the last give or take 5 %."""
     fixed_clock([10, 6, 9.5, 8], [10, 8], jitter=0.05)
-    rows = drop(latency_reduction=15).measured["blocks"]
-    shares = [row["latency_share"] for row in rows]
+    rows = drop(latency_reduction=15).measured.blocks
+    shares = [row.latency_share for row in rows if row.latency_share is not None]
+    assert len(shares) == len(rows)
     assert [value for value, _, _ in shares] == pytest.approx([0.4, 0.05, 0.2], abs=0.005)
     assert all(low <= value <= high for value, low, high in shares)
-    assert shares[2][2] - shares[2][1] > 0.01
-    for row in rows:
-        assert row["score"] == pytest.approx(row["recoverability"] / row["latency_share"][0])
+    assert shares[2].high - shares[2].low > 0.01
+    for row, share in zip(rows, shares, strict=True):
+        assert row.recoverability is not None
+        assert row.score == pytest.approx(row.recoverability / share.value)
 
 
 @pytest.mark.slow
 def test_a_share_next_to_nothing_counts_as_a_tenth_of_the_largest(fixed_clock: Callable[..., None]) -> None:
     fixed_clock([10, 6, 9.99, 8], [10, 8])
-    row = drop(latency_reduction=15).measured["blocks"][1]
-    assert row["score"] == pytest.approx(row["recoverability"] / 0.04, rel=1e-3)
+    row = drop(latency_reduction=15).measured.blocks[1]
+    assert row.recoverability is not None
+    assert row.score == pytest.approx(row.recoverability / 0.04, rel=1e-3)
 
 
 @pytest.mark.slow
@@ -82,28 +86,29 @@ def test_a_target_in_latency_counts_what_a_block_takes_and_one_in_blocks_does_no
 ) -> None:
     fixed_clock([10, 3, 9.5, 9], [10, 3])
     first, second, third = (b.name for b in find_blocks(network()).blocks)
-    assert drop(blocks=1).measured["order"] == [second]
-    assert drop(blocks=2).measured["order"] == [second, third]
-    assert drop(latency_reduction=60).measured["order"] == [first]  # which then makes the other needless
+    assert drop(blocks=1).measured.order == (second,)
+    assert drop(blocks=2).measured.order == (second, third)
+    assert drop(latency_reduction=60).measured.order == (first,)  # which then makes the other needless
 
 
 @pytest.mark.slow
 def test_a_target_is_missed_only_where_the_whole_interval_does(fixed_clock: Callable[..., None]) -> None:
     fixed_clock([10, 9, 9.5, 9], [10, 8], jitter=0.12)
     kept = drop(latency_reduction=21).measured
-    latency = kept["latency"]
-    assert (latency["before_ms"], latency["after_ms"]) == pytest.approx((10, 8), rel=0.01)
-    assert 0.75 < latency["low"] < 0.79 < latency["ratio"] < 0.81 < latency["high"] < 0.85
-    assert "target_missed" not in kept
+    latency = kept.latency
+    assert (latency.before_ms, latency.after_ms) == pytest.approx((10, 8), rel=0.01)
+    assert 0.75 < latency.low < 0.79 < latency.ratio < 0.81 < latency.high < 0.85
+    assert kept.target_missed is None
     missed = drop(latency_reduction=26).measured
-    assert missed["target_missed"] == (
-        f"latency is {100 * (1 - latency['ratio']):.1f} % lower, 26 % was asked for; "
+    assert missed.target_missed == (
+        f"latency is {100 * (1 - latency.ratio):.1f} % lower, 26 % was asked for; "
         "the file was written as it is"
     )
-    value, low, high = kept["additivity"]["measured"]
+    assert kept.additivity is not None
+    value, low, high = kept.additivity.measured
     assert low < value < high
     assert value == pytest.approx(0.2, abs=0.01)
-    assert kept["additivity"]["predicted"][0] == pytest.approx(0.25, abs=0.01)
+    assert kept.additivity.predicted.value == pytest.approx(0.25, abs=0.01)
 
 
 @pytest.mark.slow
@@ -117,7 +122,7 @@ def test_what_is_lost_with_a_block_is_what_it_was(
     np.savez(file, x=np.random.default_rng(0).integers(0, 256, (16, 8, 8, 3)).astype(np.uint8))
     images = {"images": str(file)} if inputs == "images" else {}
     name = find_blocks(network()).blocks[0].name
-    found = drop(drop=(name,), steps=0, inputs=inputs, **images).measured["feature_error"]
+    found = drop(drop=(name,), steps=0, inputs=inputs, **images).measured.feature_error
     assert found == pytest.approx(today, rel=0.03)
 
 
@@ -173,8 +178,8 @@ def test_after_each_drop_what_is_left_is_scored_by_what_it_adds(
 def test_what_cannot_be_recovered_is_what_it_was(fixed_clock: Callable[..., None]) -> None:
     """R of each block after 16 steps of its adapters, over the energy of the features."""
     fixed_clock()
-    rows = drop(blocks=1).measured["blocks"]
-    assert [row["recoverability"] for row in rows] == pytest.approx([0.1134, 0.0109, 0.0755], rel=0.02)
+    rows = drop(blocks=1).measured.blocks
+    assert [row.recoverability for row in rows] == pytest.approx([0.1134, 0.0109, 0.0755], rel=0.02)
 
 
 @pytest.mark.parametrize(("wide", "noisy"), [(0.019, False), (0.021, True)])

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import TypeAdapter
 
 from onnxcompress.cli.console import stdout
 from onnxcompress.cli.main import main
@@ -19,9 +20,10 @@ from onnxcompress.graph.block_removal import drop_blocks
 from onnxcompress.graph.blocks import find_blocks
 from onnxcompress.graph.topology import Topology
 from onnxcompress.model import Model, load
+from onnxcompress.optimize.block_drop.figures import DropBlocksFigures
 from onnxcompress.passes.base import PassResult
 from onnxcompress.passes.fold_bn import FoldBatchNorm
-from onnxcompress.runtime.block_latency import Share, added, additivity_text
+from onnxcompress.runtime.block_latency import Additivity, Share, added, additivity_text
 from onnxcompress.runtime.session import cuda_devices
 
 torch = pytest.importorskip("torch")
@@ -212,10 +214,10 @@ def test_no_step_reads_back(pair: tuple[Model, Model, str]) -> None:
 def test_shares_add_up_with_their_intervals() -> None:
     total = added([Share(0.1, 0.08, 0.12), Share(0.2, 0.19, 0.22)])
     assert (total.value, total.low, total.high) == pytest.approx((0.3, 0.27, 0.34))
-    found = {"predicted": [0.3, 0.27, 0.34], "measured": [0.28, 0.26, 0.3]}
+    found = Additivity(total, Share(0.28, 0.26, 0.3))
     assert "add up to 30.0 % (27.0 to 34.0 %), measured are 28.0 %" in additivity_text(found)
     assert "within the intervals" in additivity_text(found)
-    assert "do not add up" in additivity_text(found | {"measured": [0.2, 0.18, 0.22]})
+    assert "do not add up" in additivity_text(Additivity(total, Share(0.2, 0.18, 0.22)))
 
 
 @pytest.mark.slow
@@ -232,7 +234,9 @@ def test_drop_blocks_tells_it_in_json_table_and_report(
     for place, value in enumerate(measured["additivity"]["predicted"]):
         assert value == pytest.approx(sum(share[place] for share in shares.values()))
     assert measured["additivity"]["measured"][0] == pytest.approx(1 - measured["latency"]["ratio"])
-    show_drop_blocks(stdout(), PassResult(measured=measured))
+    show_drop_blocks(
+        stdout(), PassResult(measured=TypeAdapter(DropBlocksFigures).validate_python(measured))
+    )
     assert "the blocks' shares τ add up to" in " ".join(capsys.readouterr().out.split())
     assert "shares τ add up to" in page.read_text("utf-8")
 

@@ -13,6 +13,7 @@ from onnxcompress.errors import OptionError
 from onnxcompress.evaluation.equivalence import difference_of
 from onnxcompress.model import Model, load
 from onnxcompress.passes.absorb_bias import AbsorbBias
+from onnxcompress.passes.absorb_bias.absorb_bias import AbsorbBiasFigures
 from onnxcompress.passes.base import PassResult
 from onnxcompress.passes.equalize import Equalize
 from onnxcompress.passes.fold_bn import FoldBatchNorm
@@ -32,7 +33,7 @@ X = {"x": np.random.default_rng(0).uniform(-1, 1, (2, 4, 7, 6)).astype(np.float3
 
 def absorb(
     body: str, arrays: Arrays, signature: str = IMAGE, record: ChannelStatistics = RECORD, **options: object
-) -> tuple[Model, PassResult, float]:
+) -> tuple[Model, PassResult[AbsorbBiasFigures], float]:
     """Absorb, twice; returns the model, the result and the largest relative difference of the outputs."""
     proto = graph(signature, body, arrays)
     model = Model.from_proto(proto)
@@ -81,7 +82,7 @@ def test_by_hand() -> None:
     assert found["b"].tolist() == [6]  # 10 - (10 - 3 * 2)
     assert found["d"].tolist() == [9, -11]  # 1 + 2 * 4, 1 - 3 * 4
     assert {n: s.mean.tolist() for n, s in read_record(model).items()} == {"z": [6], "r": [6]}
-    assert result.measured == {"layers": 1, "channels": 1, "largest": 4.0, "approximated": 0}
+    assert result.measured == AbsorbBiasFigures(layers=1, channels=1, largest=4.0, approximated=0)
     assert [(c.node, c.what) for c in result.changes] == [("z", "high biases given to 1 layer")]
 
 
@@ -218,7 +219,7 @@ def test_zero_padding(behind: str) -> None:
     stays(body, arrays, "--approximate is wrong at the border only")
     model, result, _ = absorb(body, arrays, approximate=True)
     assert moved(model) == [24, 0, 0]
-    assert result.measured["approximated"] == 1
+    assert result.measured.approximated == 1
     was, now = (outputs(p, X)["y"] for p in (graph(IMAGE, body, arrays), model.to_proto()))
     gap = np.abs(was - now) / np.abs(was).max()
     assert gap[:, :, 1:-1, 1:-1].max() < 1e-6
@@ -281,7 +282,7 @@ def test_a_real_network(models: Path, equalized: bool) -> None:
         Equalize(clip="per-channel").apply(model)
     before, known = model.to_proto(), read_record(model)
     result = AbsorbBias().apply(model)
-    assert result.measured["channels"] > 20
+    assert result.measured.channels > 20
     assert not AbsorbBias().apply(model).modified
     pixels = np.load(models / "fashion-tiny.npz")["x"][:64].astype(np.float32)
     feeds = {"input": ((pixels / 255 - 0.286) / 0.353).transpose(0, 3, 1, 2).astype(np.float32)}

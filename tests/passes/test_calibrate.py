@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -18,11 +18,12 @@ from onnxcompress.errors import InputError, ModelError, OptionError
 from onnxcompress.model import Model, load, save
 from onnxcompress.optimize.statistics_estimation import estimate_statistics, measurable
 from onnxcompress.passes.base import run
-from onnxcompress.passes.calibrate import Calibrate
+from onnxcompress.passes.calibrate import Calibrate, CalibrateFigures
 from onnxcompress.passes.fold_bn import FoldBatchNorm
 from onnxcompress.runtime.inference import run as run_model
 from onnxcompress.statistics.record import ChannelStatistics, known_statistics, read_record, write_record
 from tests.helpers.folding import Arrays, graph, norm, weight
+from tests.helpers.results import figures_of
 
 IMAGES, PREPROCESS = "fashion-tiny.npz", "fashion-mnist"
 
@@ -52,10 +53,10 @@ def test_estimates_from_training_images_are_what_batch_norm_knew(models: Path, n
         off = np.abs(found[name].std - exact.std) / std
         assert off.max() < 0.25
         assert off.mean() < 0.05
-    (used,) = result.measured["inputs"]
-    assert (used["source"], used["count"]) == ("images", 500)
+    (used,) = result.inputs
+    assert (used.source, used.count) == ("images", 500)
     assert {s.source for s in found.values()} == {"estimated: images 500, seed 0"}
-    assert result.measured["estimated"] == len(result.changes) == len(found)
+    assert figures_of(result, CalibrateFigures).estimated == len(result.changes) == len(found)
 
 
 def test_a_second_run_changes_nothing(models: Path) -> None:
@@ -67,7 +68,7 @@ def test_a_second_run_changes_nothing(models: Path) -> None:
     assert not result.modified
     assert model.to_proto() == before
     assert [entry["pass"] for entry in model.provenance()] == ["calibrate"]
-    assert model.provenance()[0]["inputs"] == result.measured["inputs"]
+    assert model.provenance()[0]["inputs"] == [asdict(used) for used in result.inputs]
     (other,) = run([replace(once, seed=1)], model)
     assert len(other.changes) == 23
 
@@ -78,11 +79,12 @@ def test_what_batch_norm_knows_is_kept_unless_overwritten(models: Path) -> None:
     write_record(model, truth)
     keep = Calibrate(images=str(models / IMAGES))
     (result,) = run([keep], model)
-    assert (result.measured["estimated"], result.measured["kept"]) == (2, 21)
-    agreement = result.measured["agreement"]
-    assert agreement["tensors"] == 21
-    assert agreement["mean_error"] < 0.02
-    assert agreement["std_ratio"] == pytest.approx(1, abs=0.03)
+    figures = figures_of(result, CalibrateFigures)
+    assert (figures.estimated, figures.kept) == (2, 21)
+    assert figures.agreement is not None
+    assert figures.agreement.tensors == 21
+    assert figures.agreement.mean_error < 0.02
+    assert figures.agreement.std_ratio == pytest.approx(1, abs=0.03)
     for name, exact in truth.items():
         np.testing.assert_array_equal(read_record(model)[name].mean, exact.mean)
     (result,) = run([replace(keep, overwrite=True)], model)
@@ -179,8 +181,8 @@ def test_a_file_with_nothing_gets_a_record_from_nothing(models: Path) -> None:
     model, truth = folded(models)
     procedural = Calibrate(synthetic=24)
     (result,) = run([procedural], model)
-    (used,) = result.measured["inputs"]
-    assert (used["source"], used["count"], used["seed"]) == ("procedural", 24, 0)
+    (used,) = result.inputs
+    assert (used.source, used.count, used.seed) == ("procedural", 24, 0)
     assert {s.source for s in known_statistics(model).values()} == {"estimated: procedural 24, seed 0"}
     assert known_statistics(model).keys() == truth.keys() | {"input", "logits"}
     from onnxcompress.optimize.synthesis.layer_sampler import LayerSampler
@@ -190,14 +192,14 @@ def test_a_file_with_nothing_gets_a_record_from_nothing(models: Path) -> None:
     assert tuple(samples.shape) == (8, 32, 14, 14)
     (again,) = run([procedural], model)  # not from images distilled from what it estimated itself
     assert not again.modified
-    assert again.measured["inputs"] == result.measured["inputs"]
+    assert again.inputs == result.inputs
 
 
 def test_overwriting_does_not_learn_from_what_it_overwrites(models: Path) -> None:
     model, truth = folded(models)
     write_record(model, truth)
     (result,) = run([Calibrate(overwrite=True, synthetic=8)], model)
-    assert result.measured["inputs"][0]["source"] == "procedural"
+    assert result.inputs[0].source == "procedural"
     with pytest.raises(OptionError, match="would bring it back"):
         Calibrate(overwrite=True, inputs="distilled").apply(model)
     with pytest.raises(ModelError, match="needs BatchNorm or recorded statistics"):

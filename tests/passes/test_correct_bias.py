@@ -16,7 +16,7 @@ from onnxcompress.graph.query import producer
 from onnxcompress.model import Model, load
 from onnxcompress.passes.base import PassResult
 from onnxcompress.passes.correct_bias import CorrectBias
-from onnxcompress.passes.correct_bias.correct_bias import bias_shift
+from onnxcompress.passes.correct_bias.correct_bias import CorrectBiasFigures, bias_shift
 from onnxcompress.passes.correct_bias.input_means import layer_window, recorded_means
 from onnxcompress.passes.equalize import Equalize
 from onnxcompress.passes.fold_bn import FoldBatchNorm
@@ -24,6 +24,7 @@ from onnxcompress.runtime.inference import run as outputs
 from onnxcompress.statistics.propagation import MomentPropagation, UnknownMoments
 from onnxcompress.statistics.record import ChannelStatistics, read_record, write_record
 from tests.helpers.folding import Arrays, feeds, graph, weight
+from tests.helpers.results import figures_of
 
 IMAGE = "(float[N,4,9,8] x) => (float[N,C,H,W] y)"
 VECTOR = "(float[N,4] x) => (float[N,5] y)"
@@ -183,7 +184,7 @@ def test_what_has_no_closed_form() -> None:
 
 def correct(
     reference: onnx.ModelProto, twin: onnx.ModelProto, folder: Path, **options: object
-) -> tuple[Model, PassResult]:
+) -> tuple[Model, PassResult[CorrectBiasFigures | None]]:
     """Correct a twin; a second run must change nothing."""
     onnx.save(reference, folder / "reference.onnx")
     model = Model.from_proto(twin)
@@ -230,8 +231,8 @@ def test_the_mean_output_becomes_the_references(
     reference = model.to_proto()
     twin = rounded(reference, names="w")
     corrected, result = correct(reference, twin, tmp_path)
-    assert result.measured["layers"] == 1
-    assert result.measured["left"] == 0
+    assert figures_of(result, CorrectBiasFigures).layers == 1
+    assert figures_of(result, CorrectBiasFigures).left == 0
     shape = (1, 4, 9, 8) if signature is IMAGE else (1, 4)
     x = np.broadcast_to(MEAN.reshape(4, *[1] * (len(shape) - 2)), shape).copy()  # each channel at its mean
     axes = (0, 2, 3) if signature is IMAGE else (0,)
@@ -274,7 +275,7 @@ def test_a_real_network(
     }
     twin = rounded(network, bits=5)
     corrected, result = correct(network, twin, tmp_path, inputs=inputs, **sources[inputs])
-    assert result.measured["layers"] >= 21  # the first one's input has mean 0
+    assert figures_of(result, CorrectBiasFigures).layers >= 21  # the first one's input has mean 0
     assert not result.refusals
     record = read_record(Model.from_proto(network))
     assert {k: v.mean.tolist() for k, v in read_record(corrected).items()} == {
@@ -334,7 +335,7 @@ def test_a_file_that_onnxruntime_quantized(
             narrow = np.clip(np.round(values / 16.0) * 16, -112, 112).astype(np.int8)
             tensor.CopyFrom(numpy_helper.from_array(narrow, tensor.name))
     corrected, result = correct(network, twin, tmp_path)
-    assert result.measured["layers"] >= 21
+    assert figures_of(result, CorrectBiasFigures).layers >= 21
     assert not result.refusals
     after = corrected.to_proto()
     assert [n.op_type for n in after.graph.node] == [n.op_type for n in twin.graph.node]

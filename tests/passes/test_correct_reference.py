@@ -14,11 +14,13 @@ from onnxcompress.model import Model, save
 from onnxcompress.passes.absorb_bias import AbsorbBias
 from onnxcompress.passes.base import PassResult, run
 from onnxcompress.passes.correct_bias import CorrectBias
+from onnxcompress.passes.correct_bias.correct_bias import CorrectBiasFigures
 from onnxcompress.passes.correct_bias.reference import scaled_apart
 from onnxcompress.passes.equalize import Equalize
 from onnxcompress.passes.fold_bn import FoldBatchNorm
 from onnxcompress.runtime.inference import run as outputs
 from tests.helpers.folding import graph, weight
+from tests.helpers.results import figures_of
 from tests.passes.test_correct_bias import coarse, linear, rounded
 
 SIGNATURE = "(float[N,4,8,8] x) => (float[N,3,8,8] y)"
@@ -49,7 +51,7 @@ def noise_of(reference: onnx.ModelProto, model: onnx.ModelProto) -> float:
 
 def corrected(
     reference: onnx.ModelProto, twin: onnx.ModelProto, folder: Path
-) -> tuple[onnx.ModelProto, PassResult]:
+) -> tuple[onnx.ModelProto, PassResult[CorrectBiasFigures | None]]:
     onnx.save(reference, folder / "reference.onnx")
     model = Model.from_proto(twin)
     result = CorrectBias(reference=str(folder / "reference.onnx")).apply(model)
@@ -64,7 +66,9 @@ def test_batch_norms_that_were_folded_since(tmp_path: Path) -> None:
     found, result = corrected(reference, twin, tmp_path)
     assert result.modified
     assert noise_of(reference, found) <= noise_of(reference, twin)
-    assert result.measured["output_snr_db"]["after"] > result.measured["output_snr_db"]["before"]
+    kept = figures_of(result, CorrectBiasFigures).reference_snr_db
+    assert kept is not None
+    assert kept.after > kept.before
 
 
 @pytest.mark.parametrize("passes", [[Equalize()], [Equalize(), AbsorbBias()]], ids=["equalize", "absorb"])
@@ -167,7 +171,7 @@ def test_images_that_judge_are_not_learned_from(tmp_path: Path) -> None:
     one = CorrectBias(
         reference=str(tmp_path / "reference.onnx"), inputs="images", images=str(tmp_path / "images.npz")
     )
-    assert one.apply(model).measured["inputs"][0]["count"] == 12
+    assert one.apply(model).inputs[0].count == 12
 
 
 @pytest.mark.parametrize("change", ["rounded", "pruned", "scaled", "scaled inputs"])

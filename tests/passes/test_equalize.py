@@ -18,7 +18,7 @@ from onnxcompress.graph.shape_inference import tensor_shapes
 from onnxcompress.model import Model, load
 from onnxcompress.passes.base import PassResult, run
 from onnxcompress.passes.equalize import Equalize
-from onnxcompress.passes.equalize.equalize import assumption_free_scales, equalized_weight
+from onnxcompress.passes.equalize.equalize import EqualizeFigures, assumption_free_scales, equalized_weight
 from onnxcompress.passes.fold_bn import FoldBatchNorm
 from onnxcompress.runtime.inference import run as outputs
 from onnxcompress.statistics.record import ChannelStatistics, read_record, write_record
@@ -44,7 +44,9 @@ def weight(*shape: int, seed: int = 0) -> np.ndarray:
 PAIR = {"w": weight(6, 4, 3, 3), "b": weight(6), "u": weight(5, 6, 3, 3), "d": weight(5)}
 
 
-def equalize(proto: onnx.ModelProto, **options: object) -> tuple[onnx.ModelProto, PassResult]:
+def equalize(
+    proto: onnx.ModelProto, **options: object
+) -> tuple[onnx.ModelProto, PassResult[EqualizeFigures]]:
     """Equalize; the outputs must stay, and a second run must change nothing."""
     model = Model.from_proto(proto)
     one = Equalize(**options)  # type: ignore[arg-type]
@@ -65,7 +67,7 @@ def equalizes(
     proto = graph(signature, body, arrays, opset=opset)
     after, result = equalize(proto, **options)
     assert not result.refusals
-    assert result.measured["converged"]
+    assert result.measured.converged
     kept = {t.SerializeToString() for t in after.graph.initializer}
     for tensor in proto.graph.initializer:
         if tensor.name[0] in "wuv":
@@ -245,7 +247,7 @@ def test_what_passes_between_two_convolutions(between: str) -> None:
     signature = "(float[1,4,8,8] x) => (float[1,C,H,W] y)" if between == "zeros joined" else IMAGE
     _, result = equalize(graph(signature, body, PAIR | used))
     assert not result.refusals
-    assert result.measured["lost_bits"]["after"] < result.measured["lost_bits"]["before"] - 0.1
+    assert result.measured.lost_bits.after < result.measured.lost_bits.before - 0.1
 
 
 @pytest.mark.parametrize(
@@ -509,7 +511,7 @@ def test_a_real_network_and_its_record(path: Path, options: dict[str, object]) -
     FoldBatchNorm().apply(model)
     before, known = model.to_proto(), read_record(model)
     after, result = equalize(before, **options)
-    assert result.measured["lost_bits"]["after"] < result.measured["lost_bits"]["before"] - 0.1
+    assert result.measured.lost_bits.after < result.measured.lost_bits.before - 0.1
     assert (not result.refusals) == (path.stem == "resnet20-fashion" or bool(options))
     moved = read_record(Model.from_proto(after))
     assert moved.keys() == known.keys()
@@ -523,7 +525,7 @@ def test_a_real_network_and_its_record(path: Path, options: dict[str, object]) -
         changed += not np.allclose(factor, 1)
         np.testing.assert_allclose(now[name], wanted, rtol=0, atol=1e-4 * np.abs(wanted).max())
         np.testing.assert_allclose(new.mean, old.mean * factor[0, :, 0, 0], rtol=1e-4, atol=1e-6)
-    assert changed == result.measured["recorded"]
+    assert changed == result.measured.recorded
     assert changed == (21 if path.stem == "resnet20-fashion" else 32 if options.get("clip") else 7)
 
 

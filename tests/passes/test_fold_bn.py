@@ -16,6 +16,7 @@ from onnx import numpy_helper
 from onnxcompress.model import Model, load, save
 from onnxcompress.passes.base import run
 from onnxcompress.passes.fold_bn import FoldBatchNorm
+from onnxcompress.passes.fold_bn.fold_bn import FoldBatchNormFigures
 from onnxcompress.statistics.record import read_record
 from tests.helpers.folding import (
     BN,
@@ -308,7 +309,7 @@ def test_a_model_that_only_gains_a_record_is_modified() -> None:
     model = Model.from_proto(proto)
     result = FoldBatchNorm().apply(model)
     assert result.modified
-    assert result.measured == {"folded": 0, "left": 1, "recorded": 1}
+    assert result.measured == FoldBatchNormFigures(folded=0, left=1, recorded=1)
     assert set(read_record(model)) == {"y"}
 
 
@@ -321,7 +322,7 @@ def test_provenance_and_results() -> None:
     assert entry["options"] == {"copy_shared": False}
     assert entry["input_sha256"] == digest
     assert [(c.node, c.what) for c in result.changes] == [("y", "folded into the Conv before it")]
-    assert result.measured == {"folded": 1, "left": 0, "recorded": 1}
+    assert result.measured == FoldBatchNormFigures(folded=1, left=0, recorded=1)
     run([FoldBatchNorm()], model)
     assert len(model.provenance()) == 1
 

@@ -11,6 +11,7 @@ import pytest
 from onnxcompress.model import Model
 from onnxcompress.passes.base import PassResult
 from onnxcompress.passes.fold_bn import FoldBatchNorm
+from onnxcompress.passes.fold_bn.fold_bn import FoldBatchNormFigures
 from onnxcompress.statistics.record import read_record
 from tests.helpers.folding import BN, BRANCH, CONV, IMAGE, fold, folds, graph, norm, ops, stays, weight
 
@@ -38,7 +39,7 @@ def test_stays(body: str, reason: str) -> None:
     else:
         after, result = fold(proto)
         assert after == proto
-        assert result == PassResult(measured={"folded": 0, "left": 0, "recorded": 0})
+        assert result == PassResult(measured=FoldBatchNormFigures(folded=0, left=0, recorded=0))
 
 
 def test_other_consumer_of_the_convolution() -> None:

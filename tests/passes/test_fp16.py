@@ -15,6 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from onnxcompress.account import Figures
 from onnxcompress.cli.main import main
 from onnxcompress.data.image_set import load_images
 from onnxcompress.data.preprocess import Preprocess
@@ -26,9 +27,11 @@ from onnxcompress.passes.fp16 import HalfPrecision
 from onnxcompress.passes.fp16.candidates import HALF, candidates, element_types
 from onnxcompress.passes.fp16.convert import convert
 from onnxcompress.passes.fp16.error_search import Simulation, choose, relative_error
+from onnxcompress.passes.fp16.figures import HalfPrecisionFigures, ProviderRun
 from onnxcompress.runtime.inference import random_feeds
 from onnxcompress.runtime.providers import full_name
 from onnxcompress.runtime.session import cuda_devices, session
+from tests.helpers.results import figures_of
 
 NETWORKS = ["resnet20-fashion", "mobilenetv2-fashion"]
 FLOAT = onnx.TensorProto.FLOAT
@@ -49,8 +52,18 @@ def parse(body: str, weights: dict[str, Any] | None = None, opset: int = 17, out
     return Model.from_proto(proto)
 
 
-def apply(model: Model, **options: Any) -> PassResult:
+def apply(model: Model, **options: Any) -> PassResult[HalfPrecisionFigures | None]:
     return HalfPrecision(provider="cpu", threads=1, **options).apply(model)
+
+
+def half_figures(result: PassResult[Figures | None]) -> HalfPrecisionFigures:
+    return figures_of(result, HalfPrecisionFigures)
+
+
+def run_of(result: PassResult[Figures | None]) -> ProviderRun:
+    found = half_figures(result).runtime
+    assert found is not None
+    return found
 
 
 CONV = "a = Conv<pads=[1,1,1,1]>(x, w)"
@@ -121,11 +134,11 @@ def test_what_overflows_stays_float32() -> None:
     model = parse(OVERFLOW, BIG)
     exact = logits_of(model)
     result = apply(model)
-    kept = {k["name"] for k in result.measured["kept_float32"]}
-    assert result.measured["all_float16"] == float("inf")
+    kept = {k.name for k in half_figures(result).kept_float32}
+    assert half_figures(result).all_float16 == float("inf")
     assert {"b", "c", "d"} <= kept
     assert not {"a", "e", "y"} & kept
-    assert result.measured["error"] <= 0.01
+    assert half_figures(result).error <= 0.01
     assert relative_error([exact], [logits_of(model)]) < 0.01
     types = element_types(model.to_proto())
     assert (types["b"], types["c"], types["a"], types["e"]) == (FLOAT, FLOAT, HALF, HALF)
@@ -143,8 +156,8 @@ def test_a_tighter_bound_keeps_more() -> None:
     for bound in bounds:
         model = parse(f"{CONV} b = Relu(a) c = Conv(b, v) y = Relu(c)")
         result = apply(model, max_error=bound)
-        assert result.measured.get("error", 0.0) <= bound
-        kept.append(len(result.measured["kept_float32"]))
+        assert half_figures(result).error <= bound
+        kept.append(len(half_figures(result).kept_float32))
     assert kept[0] == 0
     assert kept == sorted(kept)
     assert kept[-1] > 0
@@ -203,8 +216,8 @@ def test_a_shipped_network_keeps_all_but_its_precision(name: str, models: Path, 
     few = images.take(np.arange(512))
     scores = [logits(one, few, provider="cpu", threads=1, batch=100) for one in (file, out)]
     assert agreement(*scores) > 0.99
-    assert result.measured["runtime"]["provider"] == "cpu"
-    assert 1e-4 < result.measured["runtime"]["error"] < 0.01
+    assert run_of(result).provider == "cpu"
+    assert 1e-4 < run_of(result).error < 0.01
 
 
 def test_float16_at_the_ends_where_asked() -> None:
@@ -300,9 +313,9 @@ def test_the_command_and_a_recipe(models: Path, tmp_path: Path, capsys: pytest.C
 @pytest.mark.parametrize("name", NETWORKS)
 def test_cuda_computes_it_as_simulated(name: str, models: Path) -> None:
     model = load(models / f"{name}.onnx")
-    measured = HalfPrecision(provider="cuda").apply(model).measured
-    assert measured["runtime"]["provider"].startswith("cuda")
-    assert measured["runtime"]["error"] < max(3 * measured["error"], 2e-3)
+    result = HalfPrecision(provider="cuda").apply(model)
+    assert run_of(result).provider.startswith("cuda")
+    assert run_of(result).error < max(3 * half_figures(result).error, 2e-3)
     assert session(model, provider="cuda").get_providers()[0] == full_name("cuda")
 
 
@@ -332,10 +345,10 @@ def test_every_output_is_within_the_bound(worst_first: bool) -> None:
         proto.graph.output.reverse()
     model = Model.from_proto(proto)
     result = apply(model, inputs="procedural", preprocess="unit", max_error=0.005)
-    assert result.measured["all_float16"] > 0.02
-    assert result.measured["error"] <= 0.005
-    assert result.measured["runtime"]["error"] <= 0.01
-    assert result.measured["kept_float32"]
+    assert half_figures(result).all_float16 > 0.02
+    assert half_figures(result).error <= 0.005
+    assert run_of(result).error <= 0.01
+    assert half_figures(result).kept_float32
 
 
 def test_the_error_that_is_told_is_the_one_that_is_measured_apart(models: Path, tmp_path: Path) -> None:
@@ -349,8 +362,8 @@ def test_the_error_that_is_told_is_the_one_that_is_measured_apart(models: Path, 
     exact, half = (logits(path, images, provider="cpu", threads=1) for path in (file, out))
     apart = float(np.sqrt(np.square(exact - half).mean()) / exact.std())
     assert 1e-4 < apart < 0.01
-    assert result.measured["runtime"]["error"] == pytest.approx(apart, rel=0.15)
-    assert apart < result.measured["error"] < 0.002  # every node in float16, which no CPU computes in
+    assert run_of(result).error == pytest.approx(apart, rel=0.15)
+    assert apart < half_figures(result).error < 0.002  # every node in float16, which no CPU computes in
 
 
 class Additive:
@@ -362,7 +375,7 @@ class Additive:
     def error(self, half: Any) -> float:
         return float(np.sqrt(sum(self.errors[i] ** 2 for i in half)))
 
-    glance = error
+    first_batch_error = error
 
 
 def test_no_more_stays_float32_than_the_bound_asks_for() -> None:

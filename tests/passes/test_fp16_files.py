@@ -12,8 +12,10 @@ from onnxcompress.model import Model
 from onnxcompress.passes.fp16 import HalfPrecision
 from onnxcompress.passes.fp16.candidates import HALF, element_types
 from onnxcompress.passes.fp16.error_search import worst_error
+from onnxcompress.passes.fp16.figures import HalfPrecisionFigures
 from onnxcompress.runtime.inference import random_feeds
 from onnxcompress.runtime.inference import run as outputs
+from tests.helpers.results import figures_of
 
 CONV = "c = Conv<pads = [1,1,1,1]>(x, w)"
 FILES = {
@@ -86,7 +88,8 @@ def test_each_form_of_file(which: str, float16_io: bool) -> None:
     result = HalfPrecision(provider="cpu", threads=1, float16_io=float16_io).apply(model)
     made = model.to_proto()
     onnx.checker.check_model(made)
-    assert "runtime" in result.measured or "varying floats" in which
+    assert result.measured is not None
+    assert result.measured.runtime is not None or "varying floats" in which
     for old, new in zip(proto.graph.output, made.graph.output, strict=True):
         assert new.name == old.name
         assert new.type.tensor_type.shape == old.type.tensor_type.shape
@@ -111,8 +114,8 @@ def test_layers_beside_a_foreign_node_are_converted() -> None:
 def test_what_decides_integers_is_measured() -> None:
     """No output is float32: the scores under the ArgMax are what float16 may move."""
     model = Model.from_proto(parse("classes only"))
-    measured = HalfPrecision(provider="cpu", threads=1).apply(model).measured
-    assert 0 < measured["error"] < 0.01
+    result = HalfPrecision(provider="cpu", threads=1).apply(model)
+    assert 0 < figures_of(result, HalfPrecisionFigures).error < 0.01
 
 
 def test_outputs_of_another_length_are_no_small_error() -> None:

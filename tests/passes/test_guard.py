@@ -13,7 +13,7 @@ import numpy as np
 import onnx
 import pytest
 
-from onnxcompress.account import Change
+from onnxcompress.account import Change, Figures
 from onnxcompress.cli.main import main
 from onnxcompress.cli.pass_commands import command
 from onnxcompress.errors import OptionError, ResultRefused
@@ -39,10 +39,20 @@ CRUDE = ["--no-reconstruct", "--sparsity", "0.9"]
 
 
 @dataclass(frozen=True)
+class NoiseFigures(Figures):
+    """How much of each layer is noise."""
+
+    @property
+    def layer_snr_db(self) -> dict[str, float]:
+        return {"stem": 1.5, "head": 30.0}
+
+
+@dataclass(frozen=True)
 class Noise(Pass):
     """Add noise to the first weight; the seed is also that of what it would learn from."""
 
     name: ClassVar[str] = "noise"
+    figures: ClassVar[type[Figures]] = NoiseFigures
     floors: ClassVar[Floors] = Floors(warn_db=1, refuse_db=0)
 
     strength: float = option(0.3, "Deviation of the noise over that of the weight.")
@@ -51,12 +61,12 @@ class Noise(Pass):
     reference: str | None = option(None, "The model to come closer to.", file="read")
     seed: int = option(0, "Random seed.")
 
-    def apply(self, model: Model, progress: Progress = silent) -> PassResult:
+    def apply(self, model: Model, progress: Progress = silent) -> PassResult[NoiseFigures]:
         weight = next(n for n in model.graph.nodes if n.op == "Conv").inputs[1]
         noise = np.random.default_rng(self.seed).normal(size=weight.values.shape) * weight.values.std()
         set_values(weight, (weight.values + self.strength * noise).astype(np.float32))
         model.touch()
-        return PassResult([Change("weight", "noise")], layer_snr_db={"stem": 1.5, "head": 30.0})
+        return PassResult([Change("weight", "noise")], measured=NoiseFigures())
 
 
 @pytest.fixture
@@ -86,7 +96,7 @@ class CrushScores(Pass):
 
     name: ClassVar[str] = "crush-scores"
 
-    def apply(self, model: Model, progress: Progress = silent) -> PassResult:
+    def apply(self, model: Model, progress: Progress = silent) -> PassResult[None]:
         node = next(n for n in model.graph.nodes if n.op == "Sigmoid")
         node.op, node.attrs = "Elu", {"alpha": 0.0}
         node.inputs[0].inputs[0].inputs[1].values *= 0
@@ -297,7 +307,7 @@ def test_nothing_is_compared_and_options_of_the_guard_contradict() -> None:
 
 def test_what_onnxruntime_does_not_run_any_more_is_refused(net: Model) -> None:
     class Cut(Noise):
-        def apply(self, model: Model, progress: Progress = silent) -> PassResult:
+        def apply(self, model: Model, progress: Progress = silent) -> PassResult[NoiseFigures]:
             weight = [n for n in model.graph.nodes if n.op == "Conv"][1].inputs[1]
             weight.values = weight.values[:, :-1]
             model.touch()

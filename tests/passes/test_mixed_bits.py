@@ -12,19 +12,23 @@ import numpy as np
 import onnx
 import pytest
 
+from onnxcompress.account import Figures
 from onnxcompress.data.image_set import load_images
 from onnxcompress.data.preprocess import Preprocess
 from onnxcompress.errors import InputError, OptionError
 from onnxcompress.model import Model, load
 from onnxcompress.optimize.calibration import InputRequest
+from onnxcompress.passes import PassResult
 from onnxcompress.passes.base import run
 from onnxcompress.passes.fold_bn.fold_and_canonicalize import fold_and_canonicalize
 from onnxcompress.passes.quantize import Quantize
+from onnxcompress.passes.quantize.figures import Budget, QuantizeFigures
 from onnxcompress.runtime.inference import run as run_model
 from onnxcompress.sensitivity.analysis import Sensitivity, account, sensitivity
 from onnxcompress.sensitivity.bit_allocation import curves, error_at, mixed_bits, sparsity_budget
 from onnxcompress.sensitivity.rows import Kind, Row
 from tests.helpers.folding import Arrays, graph, weight
+from tests.helpers.results import figures_of
 
 
 def measured(model: Model, *arguments: Any, **options: Any) -> Sensitivity:
@@ -140,13 +144,19 @@ def test_mixed_bits_beat_as_many_uniform_ones(models: Path) -> None:
         model = load(models / RESNET)
         choice = {"bits_budget": average} if "bits_budget" in choice else choice
         (result,) = run([replace(QUICK, **choice)], model)
-        rows = result.measured["layers"]
-        sizes = [weight_size(model, row["name"]) for row in rows]
-        average = sum(r["weight_bits"] * n for r, n in zip(rows, sizes, strict=True)) / sum(sizes)
+        rows = figures_of(result, QuantizeFigures).layers
+        sizes = [weight_size(model, row.name) for row in rows]
+        average = sum(r.weight_bits * n for r, n in zip(rows, sizes, strict=True)) / sum(sizes)
         errors.append(error_of(model, exact, x))
     assert average <= 4
-    assert len(result.measured["budget"]["layers_by_bits"]) > 1
+    assert len(budget_of(result).layers_by_bits) > 1
     assert errors[1] < 0.7 * errors[0]
+
+
+def budget_of(result: PassResult[Figures | None]) -> Budget:
+    budget = figures_of(result, QuantizeFigures).budget
+    assert budget is not None
+    return budget
 
 
 def weight_size(model: Model, label: str) -> int:
@@ -174,9 +184,9 @@ def test_a_file_gives_what_measuring_gives_and_a_seed_the_same_bytes(tmp_path: P
     for choice in (one, one, replace(one, sensitivity=str(path), overflow_safe=False)):
         model = small()
         (result,) = run([choice], model)
-        bits.append([row["weight_bits"] for row in result.measured["layers"]])
+        bits.append([row.weight_bits for row in figures_of(result, QuantizeFigures).layers])
         bytes_.append(model.to_proto().SerializeToString(deterministic=True))
-        assert result.measured["budget"]["average_bits"] <= 4.5
+        assert budget_of(result).average_bits <= 4.5
     assert bits[0] == bits[1] == bits[2]
     assert len(set(bits[0])) > 1
     assert bytes_[0] == bytes_[1]
@@ -187,7 +197,7 @@ def test_a_file_gives_what_measuring_gives_and_a_seed_the_same_bytes(tmp_path: P
 def test_first_and_last_keep_eight_bits() -> None:
     model = small()
     (result,) = run([Quantize(inputs="procedural", synthetic=12, bits_budget=4.5)], model)
-    bits = [row["weight_bits"] for row in result.measured["layers"]]
+    bits = [row.weight_bits for row in figures_of(result, QuantizeFigures).layers]
     assert (bits[0], bits[2]) == (8, 8)
     assert bits[1] == 4
 
@@ -200,7 +210,7 @@ def test_a_size_in_small_types_is_that_of_the_file() -> None:
     stored = [t for t in model.to_proto().graph.initializer if t.name.endswith("_quantized")]
     sizes = {t.name: len(t.raw_data) for t in stored if t.data_type != onnx.TensorProto.INT32}
     assert sum(sizes.values()) == pytest.approx(megabytes * 1e6)
-    assert result.measured["budget"]["megabytes"] == pytest.approx(megabytes)
+    assert budget_of(result).megabytes == pytest.approx(megabytes)
     with pytest.raises(OptionError, match="the least is"):
         run([replace(one, size_budget=0.9 * megabytes)], small(opset=21))
 

@@ -29,10 +29,12 @@ from onnxcompress.optimize.reconstruction.sparsity_pattern import UNSTRUCTURED, 
 from onnxcompress.passes.base import run
 from onnxcompress.passes.fold_bn.fold_and_canonicalize import fold_and_canonicalize
 from onnxcompress.passes.prune import Prune
+from onnxcompress.passes.prune.figures import PruneFigures
 from onnxcompress.runtime.inference import run as run_model
 from onnxcompress.sensitivity.analysis import Sensitivity, sensitivity
 from onnxcompress.sensitivity.sparsity_allocation import by_cost, by_magnitude, uniform
 from tests.helpers.folding import Arrays, graph, norm, weight
+from tests.helpers.results import figures_of
 
 
 def measured(model: Model, *arguments: Any, **options: Any) -> Sensitivity:
@@ -117,12 +119,13 @@ def test_as_many_weights_are_zero_as_asked_for(
     one = replace(SMALL, scope=scope, reconstruct=reconstruct, sparsity=0.6)
     (result,) = run([one], model)
     assert sparsity(model) == pytest.approx(0.6, abs=0.02)
-    assert result.measured["sparsity"] == pytest.approx(sparsity(model))
+    figures = figures_of(result, PruneFigures)
+    assert figures.sparsity == pytest.approx(sparsity(model))
     assert np.count_nonzero(weights(model)["d"]) == 8 * 9  # depthwise: dense, and counted
-    shares = [row["sparsity"] for row in result.measured["layers"]]
+    shares = [row.sparsity for row in figures.layers or ()]
     assert len(shares) == 3
     assert (max(shares) - min(shares) < 1e-9) == (scope == "layer")
-    assert ("inputs" in result.measured) == reconstruct
+    assert (figures.inputs is not None) == reconstruct
     assert "no speed" in result.changes[-1].what
     (again,) = run([one], model)
     assert not again.modified
@@ -180,9 +183,10 @@ def test_a_sparse_file_is_smaller_and_computes_the_same() -> None:
     outputs = [run_model(one, {"x": x})["y"] for one in (dense.to_proto(), proto)]
     np.testing.assert_array_equal(outputs[0], outputs[1])
     kept = sum(int(np.count_nonzero(w)) for n, w in weights(dense).items() if n != "d")
-    assert result.measured["bytes"]["sparse"] == 5 * kept + 4 * 8 * 9  # the depthwise layer stays dense
+    size = figures_of(result, PruneFigures).bytes
+    assert size.sparse == 5 * kept + 4 * 8 * 9  # the depthwise layer stays dense
     (later,) = run([replace(SMALL, sparsity=0.7, storage="sparse")], dense)
-    assert later.measured["bytes"] == result.measured["bytes"]
+    assert figures_of(later, PruneFigures).bytes == size
     np.testing.assert_array_equal(run_model(dense.to_proto(), {"x": x})["y"], outputs[0])
     old = small(opset=10)
     (result,) = run([replace(SMALL, storage="sparse", reconstruct=False)], old)
@@ -310,6 +314,7 @@ def test_what_pruning_leaves_of_a_shipped_network_is_what_it_was(models: Path) -
     model = load(models / "mobilenetv2-fashion.onnx")
     one = Prune(preprocess="fashion-mnist", inputs="layerwise", synthetic=16, sparsity=0.7)
     (result,) = run([one], model)
-    assert result.measured["output_snr_db"]["logits"] == pytest.approx(13.7, abs=0.4)
-    found = [row["snr_db"] for row in result.measured["layers"]][-4:]
+    figures = figures_of(result, PruneFigures)
+    assert (figures.output_snr_db or {})["logits"] == pytest.approx(13.7, abs=0.4)
+    found = [row.snr_db for row in figures.layers or ()][-4:]
     assert found == pytest.approx([15.4, 12.2, 15.0, 23.1], abs=0.4)

@@ -26,10 +26,12 @@ from onnxcompress.optimize.synthesis.statistics_alignment import StatisticsAlign
 from onnxcompress.passes.base import run
 from onnxcompress.passes.fold_bn.fold_and_canonicalize import fold_and_canonicalize
 from onnxcompress.passes.quantize import Quantize
+from onnxcompress.passes.quantize.figures import QuantizeFigures
 from onnxcompress.quantization.affine_grid import activation_grid
 from onnxcompress.quantization.qdq_plan import Bits, make_plan
 from onnxcompress.runtime.inference import run as run_model
 from tests.helpers.folding import Arrays, graph, norm, weight
+from tests.helpers.results import figures_of
 
 QUICK = Quantize(preprocess="fashion-mnist", inputs="layerwise", synthetic=32)
 
@@ -78,12 +80,12 @@ def test_eight_bits_fuse_and_agree_with_the_float_network(models: Path, network:
     exact, size = logits(model, test), model.to_proto().ByteSize()
     convolutions = sum(node.op == "Conv" for node in model.graph.nodes)
     (result,) = run([QUICK], model)
-    runtime = result.measured["runtime"]
-    assert runtime["fused"]["QLinearConv"] == convolutions
-    assert runtime["fused"]["QGemm"] == 1
-    assert runtime["float"] == {}
+    runtime = figures_of(result, QuantizeFigures).runtime
+    assert runtime.fused["QLinearConv"] == convolutions
+    assert runtime.fused["QGemm"] == 1
+    assert runtime.in_float == {}
     assert not result.refusals
-    assert len(result.measured["layers"]) == convolutions + 1
+    assert len(figures_of(result, QuantizeFigures).layers) == convolutions + 1
     assert agreement(exact, logits(model, test)) > 0.97
     assert model.to_proto().ByteSize() < 0.5 * size
     assert metadata.items() <= model.metadata.items()
@@ -119,8 +121,9 @@ def test_depthwise_weights_alone_keep_their_bits(models: Path, depthwise: int, e
     model = load(models / "mobilenetv2-fashion.onnx")
     one = replace(QUICK, weight_bits=4, activation_bits=0, first_last=0, depthwise=depthwise, synthetic=8)
     (result,) = run([one], model)
-    assert not result.measured["channel_ranges"]
-    bits = {row["name"]: row["weight_bits"] for row in result.measured["layers"]}
+    figures = figures_of(result, QuantizeFigures)
+    assert not figures.channel_ranges
+    bits = {row.name: row.weight_bits for row in figures.layers}
     assert {b for name, b in bits.items() if "depthwise" in name} == {expected}
     assert {b for name, b in bits.items() if "depthwise" not in name} == {4}
 
@@ -143,7 +146,7 @@ def test_weights_alone_are_rounded_on_deep_inputs_unless_procedural_ones_are_ask
         model = load(models / "mobilenetv2-fashion.onnx")
         exact = logits(model, test)
         (result,) = run([case], model)
-        assert [used["source"] for used in result.measured["inputs"]] == sources
+        assert [used.source for used in result.inputs] == sources
         assert agreement(exact, logits(model, test)) > 0.8
 
 
@@ -275,7 +278,7 @@ def test_what_cannot_be_quantized_is_refused_with_a_reason() -> None:
     rules = [refusal.rule for refusal in result.refusals]
     assert sum("shared" in rule for rule in rules) == 2
     assert any("not a constant" in rule for rule in rules)
-    assert len(result.measured["layers"]) == 1
+    assert len(figures_of(result, QuantizeFigures).layers) == 1
     with pytest.raises(OptionError, match="--weight-bits 9"):
         Quantize(weight_bits=9).check()
 

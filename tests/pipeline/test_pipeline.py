@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import shutil
 import signal
@@ -17,7 +18,7 @@ import numpy as np
 import onnx
 import pytest
 
-from onnxcompress.account import Change
+from onnxcompress.account import Change, Figures
 from onnxcompress.cli.main import main
 from onnxcompress.errors import InputError, OptionError, RuntimeUnavailable
 from onnxcompress.evaluation.equivalence import difference
@@ -28,13 +29,24 @@ from onnxcompress.passes.base import Pass, PassResult, apply_to_proto
 from onnxcompress.passes.base import run as run_passes
 from onnxcompress.passes.drop_blocks import DropBlocks
 from onnxcompress.passes.equalize import Equalize
+from onnxcompress.passes.equalize.equalize import EqualizeFigures
 from onnxcompress.passes.fold_bn import FoldBatchNorm
 from onnxcompress.pipeline import Pipeline
 from onnxcompress.pipeline.cache import Cache, step_key
+from onnxcompress.pipeline.pipeline import PipelineFigures
 from onnxcompress.progress import Progress, silent
 from onnxcompress.runtime.inference import random_feeds
+from tests.helpers.results import figures_of
 
 NET = "resnet20-fashion.onnx"
+
+
+@dataclass(frozen=True)
+class MarkFigures(Figures):
+    """What `mark` wrote."""
+
+    length: int
+    """Characters."""
 
 
 @dataclass(frozen=True)
@@ -42,13 +54,14 @@ class Mark(Pass):
     """Write a text into the metadata, and count how often that was done."""
 
     name: ClassVar[str] = "mark"
+    figures: ClassVar[type[Figures]] = MarkFigures
     calls: ClassVar[list[str]] = []
 
     text: str = option("", "What to write.")
     file: str | None = option(None, "Whose content to write.", file="read")
     memory: str | None = option(None, "Written if it is new.", file="kept")
 
-    def apply(self, model: Model, progress: Progress = silent) -> PassResult:
+    def apply(self, model: Model, progress: Progress = silent) -> PassResult[MarkFigures | None]:
         self.calls.append(self.text)
         text = self.text + (Path(self.file).read_text() if self.file else "")
         if self.memory is not None and not Path(self.memory).exists():
@@ -56,7 +69,7 @@ class Mark(Pass):
         if model.metadata.get("mark") == text:
             return PassResult()
         model.set_metadata("mark", text)
-        return PassResult([Change("model", "marked")], measured={"length": len(text)})
+        return PassResult([Change("model", "marked")], measured=MarkFigures(len(text)))
 
 
 @pytest.fixture(autouse=True)
@@ -85,8 +98,10 @@ def test_a_pipeline_is_what_its_passes_are_one_by_one(net: Model, tmp_path: Path
     assert run.model.digest() == one_by_one.digest() == as_a_pass.digest()
     assert [entry["pass"] for entry in as_a_pass.provenance()] == ["fold-bn", "equalize"]
     assert len(result.changes) == sum(len(step.result.changes) for step in run.steps)
-    assert result.measured["passes"] == ["fold-bn", "equalize"]
-    assert result.measured["measured"][1]["converged"]
+    figures = figures_of(result, PipelineFigures)
+    assert figures.passes == ("fold-bn", "equalize")
+    assert figures.measured == tuple(step.result.measured for step in run.steps)
+    assert figures_of(run.steps[1].result, EqualizeFigures).converged
 
 
 def test_a_pipeline_goes_through_a_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -314,7 +329,14 @@ def test_killed_in_the_middle_it_resumes(models: Path, tmp_path: Path) -> None:
 THEIRS = '''
 from dataclasses import dataclass, field
 from typing import ClassVar
-from onnxcompress.passes import Change, Pass, PassResult, option, silent
+from onnxcompress.passes import Change, Figures, Pass, PassResult, option, silent
+
+@dataclass(frozen=True)
+class SignFigures(Figures):
+    """The figures of `sign`."""
+    letters: int
+    shares: tuple[float, float] | None
+    before: str | None = None
 
 @dataclass(frozen=True)
 class Sign(Pass):
@@ -323,13 +345,16 @@ class Sign(Pass):
     Example: onnxcompress sign in.onnx out.onnx
     """
     name: ClassVar[str] = "sign"
+    figures: ClassVar[type[Figures]] = SignFigures
     by: str = option("me", "Whose sign.")
 
     def apply(self, model, progress=silent):
         if model.metadata.get("sign") == self.by:
             return PassResult()
+        before = model.metadata.get("sign")
         model.set_metadata("sign", self.by)
-        return PassResult([Change("model", "signed")])
+        figures = SignFigures(len(self.by), (0.5, 1.0), before)
+        return PassResult([Change("model", "signed")], measured=figures)
 
 @dataclass(frozen=True)
 class Stamp(Pass):
@@ -386,6 +411,13 @@ def test_a_pass_of_another_package(
     assert main(["run", str(recipe), str(models / NET), str(tmp_path / "b.onnx"), "-q", "--no-cache"]) == 0
     assert (tmp_path / "a.onnx").read_bytes() == (tmp_path / "b.onnx").read_bytes()
     assert load(tmp_path / "a.onnx").metadata["sign"] == "you"
+    command = ["run", str(recipe), str(models / NET), str(tmp_path / "b.onnx")]
+    for cached in (False, True):
+        capsys.readouterr()
+        assert main([*command, "--json", "--cache", str(tmp_path / "cache")]) == 0
+        (step,) = json.loads(capsys.readouterr().out)["steps"]
+        assert step["cached"] == cached
+        assert step["measured"] == {"letters": 3, "shares": [0.5, 1.0]}
 
 
 @pytest.mark.usefixtures("plugin")

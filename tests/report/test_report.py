@@ -19,10 +19,19 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
+from onnxcompress.account import Change, Refusal
 from onnxcompress.cli.main import main
 from onnxcompress.model import load, save
+from onnxcompress.optimize.block_drop.figures import BlockRow, DropBlocksFigures
+from onnxcompress.passes import PassResult
+from onnxcompress.passes.drop_blocks import DropBlocks
+from onnxcompress.passes.prune import Prune
+from onnxcompress.passes.prune.figures import PrunedLayerRow, PruneFigures, WeightBytes
+from onnxcompress.pipeline import Step
 from onnxcompress.report import LayerSize, Material, render, tell
 from onnxcompress.report.charts import Bars, Point, Scatter, elided_apart, svgs
+from onnxcompress.runtime.block_latency import LatencyChange, Share
+from tests.helpers.results import step_of
 
 XHTML = "{http://www.w3.org/1999/xhtml}"
 HOSTILE = "</title><script>alert(1)</script>$x$ & \x00\"'-->"
@@ -180,29 +189,17 @@ def test_contrast(made: Made, scheme: int) -> None:
 
 
 def hostile() -> Material:
-    step = {
-        "pass": "drop-blocks",
-        "options": {"drop": [HOSTILE], "seed": 0},
-        "changes": [{"node": HOSTILE, "what": "dropped"}],
-        "refusals": [{"node": HOSTILE, "rule": HOSTILE, "remedy": HOSTILE}],
-        "measured": {
-            "order": [HOSTILE],
-            "blocks": [
-                {
-                    "name": HOSTILE + str(i),
-                    "exit": "x",
-                    "dropped": i == 0,
-                    "latency_share": [0.1 + i / 100, 0.09, 0.12],
-                    "recoverability": 0.1 + i,
-                    "score": 1.0,
-                }
-                for i in range(2)
-            ],
-            HOSTILE: 1.0,
-        },
-        "provenance": [],
-    }
-    return Material("drop-blocks", step, argv=[HOSTILE], layers=[LayerSize(HOSTILE, 10, 5)])
+    rows = tuple(
+        BlockRow(HOSTILE + str(i), "x", i == 0, Share(0.1 + i / 100, 0.09, 0.12), 0.1 + i, 1.0)
+        for i in range(2)
+    )
+    latency = LatencyChange(10.0, 9.0, 0.9, 0.8, 0.95)
+    figures = DropBlocksFigures(
+        HOSTILE, HOSTILE, latency, "wall", rows, order=(HOSTILE,), output_snr_db={HOSTILE: 1.0}
+    )
+    result = PassResult([Change(HOSTILE, "dropped")], [Refusal(HOSTILE, HOSTILE, HOSTILE)], figures)
+    step = Step(DropBlocks(drop=(HOSTILE,)), result, 0.0)
+    return Material("drop-blocks", {}, [step], argv=[HOSTILE], layers=[LayerSize(HOSTILE, 10, 5)])
 
 
 def test_names_are_text() -> None:
@@ -334,19 +331,10 @@ def test_images_that_correct_bias_made_are_shown(models: Path, tmp_path: Path) -
 
 
 def test_layers_that_were_pruned_have_a_chart() -> None:
-    rows = [
-        {"name": n, "op": "Conv", "weight": n, "sparsity": 0.5, "snr_db": 9.0 + i}
-        for i, n in enumerate("ab")
-    ]
-    kept = {"name": "c", "op": "Conv", "weight": "c", "sparsity": 0.0}
-    step = {
-        "pass": "prune",
-        "options": {},
-        "changes": [],
-        "refusals": [],
-        "measured": {"layers": [kept, *rows]},
-    }
-    page = parse(render(tell(Material("prune", step))))
+    rows = [PrunedLayerRow(n, "Conv", n, 0.5, 9.0 + i) for i, n in enumerate("ab")]
+    kept = PrunedLayerRow("c", "Conv", "c", 0.0)
+    figures = PruneFigures(0.5, 10, 5, WeightBytes(10, 5), "", (kept, *rows))
+    page = parse(render(tell(Material("prune", {}, [step_of(Prune(), figures)]))))
     assert titles(page) == ["Signal to noise of each layer's output"]
     assert "the more pruning costs there" in words(page)
     cells = [[words(cell).replace("\u00a0", " ") for cell in row] for row in page.iter(f"{XHTML}tr")]

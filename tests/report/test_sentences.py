@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
+from onnxcompress.optimize.block_drop.figures import BlockRow, DropBlocksFigures
+from onnxcompress.passes.drop_blocks import DropBlocks
+from onnxcompress.passes.prune import Prune
+from onnxcompress.passes.prune.figures import PrunedLayerRow, PruneFigures, WeightBytes
 from onnxcompress.report import Material
 from onnxcompress.report.build import _lead, _smaller, _tiles
 from onnxcompress.report.charts import Bars, Scatter
 from onnxcompress.report.elements import Plot, Section
 from onnxcompress.report.sections.layers import blocks, noise, sensitivity
+from onnxcompress.runtime.block_latency import LatencyChange, Share
+from tests.helpers.results import step_of
 
 
 def side(size: int, top1: float | None, ms: float, macs: int = 1000) -> dict[str, Any]:
@@ -81,14 +88,15 @@ def test_tiles_have_the_figures_after_and_before() -> None:
     ]
 
 
-ROWS = [
-    {"name": f"layer{i}", "op": "Conv", "weight": f"w{i}", "sparsity": 0.1 * i, "snr_db": db}
+ROWS = tuple(
+    PrunedLayerRow(f"layer{i}", "Conv", f"w{i}", 0.1 * i, db)
     for i, db in enumerate([20.0, 12.5, 31.0, 17.0])
-]
+)
 
 
-def step(measured: dict[str, Any]) -> Material:
-    return Material("prune", {"pass": "prune", "measured": measured, "changes": [], "refusals": []})
+def pruned(rows: tuple[PrunedLayerRow, ...], **figures: Any) -> Material:
+    size = WeightBytes(10, 5)
+    return Material("prune", {}, [step_of(Prune(), PruneFigures(0.5, 10, 5, size, "", rows, **figures))])
 
 
 def plot(section: Section | None) -> Plot:
@@ -97,19 +105,19 @@ def plot(section: Section | None) -> Plot:
 
 
 def test_the_noisiest_layer_is_the_one_that_suffers_most() -> None:
-    section = noise(step({"layers": ROWS, "output_snr_db": {"y": 14.26, "z": None}}))
+    section = noise(pruned(ROWS, output_snr_db={"y": 14.26}))
     chart = plot(section)
     assert chart.finding.replace("\u00a0", " ") == (
         "The shorter the bar, the more pruning costs there; 20 dB is noise of a tenth of the signal. "
         "layer1 suffers most (12.5 dB). What is left at the outputs: y: 14.3 dB."
     )
     assert isinstance(chart.chart, Bars)
-    assert chart.chart.rows == [(row["name"], [row["snr_db"]]) for row in ROWS]
+    assert chart.chart.rows == [(row.name, [row.snr_db]) for row in ROWS]
 
 
 def test_of_many_layers_the_noisiest_are_drawn() -> None:
-    many = [ROWS[0] | {"name": f"n{i}", "snr_db": float(i)} for i in range(100)]
-    chart = plot(noise(step({"layers": many})))
+    many = tuple(replace(ROWS[0], name=f"n{i}", snr_db=float(i)) for i in range(100))
+    chart = plot(noise(pruned(many)))
     assert isinstance(chart.chart, Bars)
     drawn = [name for name, _ in chart.chart.rows]
     assert drawn == [f"n{i}" for i in range(len(drawn))]
@@ -117,14 +125,13 @@ def test_of_many_layers_the_noisiest_are_drawn() -> None:
 
 
 def test_the_block_that_costs_least_and_the_one_that_costs_most() -> None:
-    rows = [
-        {
-            "name": f"block{i}", "exit": f"e{i}", "dropped": i == 1, "recoverability": r, "score": r / 0.1,
-            "latency_share": [0.1, 0.05, 0.2],
-        }
+    rows = tuple(
+        BlockRow(f"block{i}", f"e{i}", i == 1, Share(0.1, 0.05, 0.2), r, r / 0.1)
         for i, r in enumerate([0.3, 0.02, 0.5])
-    ]  # fmt: skip
-    found = plot(blocks(step({"blocks": rows, "order": ["block1"]})))
+    )
+    latency = LatencyChange(10.0, 9.0, 0.9, 0.8, 0.95)
+    figures = DropBlocksFigures("f", "", latency, "wall", rows, order=("block1",))
+    found = plot(blocks(Material("drop-blocks", {}, [step_of(DropBlocks(blocks=1), figures)])))
     assert "Least is lost without block1 (R 0.02), most without block2 (R 0.5)." in found.finding
     assert isinstance(found.chart, Scatter)
     first = found.chart.points[0]
@@ -132,4 +139,4 @@ def test_the_block_that_costs_least_and_the_one_that_costs_most() -> None:
 
 
 def test_sensitivity_needs_rows() -> None:
-    assert sensitivity(step({})) is None
+    assert sensitivity(pruned(ROWS)) is None

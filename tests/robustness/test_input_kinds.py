@@ -17,6 +17,7 @@ from onnxcompress.evaluation.accuracy import logits
 from onnxcompress.graph.shape_inference import tensor_types
 from onnxcompress.model import Model, save
 from onnxcompress.model.model_like import input_specs
+from onnxcompress.optimize.block_drop.figures import DropBlocksFigures
 from onnxcompress.optimize.calibration import InputRequest, gather_inputs
 from onnxcompress.optimize.executor import Executor
 from onnxcompress.optimize.executor.open_batch import images_at_once
@@ -33,6 +34,7 @@ from onnxcompress.runtime.inference import run as run_model
 from onnxcompress.runtime.inference import unread_feeds
 from onnxcompress.sensitivity.analysis import sensitivity
 from tests.helpers.folding import Arrays, graph, norm, weight
+from tests.helpers.results import figures_of
 
 HEAD = "c = Conv<pads=[1,1,1,1]>(x, w) r = Relu(c)"
 TAIL = "d = Conv<pads=[1,1,1,1]>(r, v)"
@@ -249,7 +251,7 @@ def test_block_is_dropped(kind: str) -> None:
     after = before.copy()
     one = DropBlocks(blocks=1, synthetic=16, steps=5, threads=1, input_shape=None)
     (result,) = run([one], after)
-    assert result.measured["blocks"][0]["dropped"]
+    assert figures_of(result, DropBlocksFigures).blocks[0].dropped
     assert len(after.graph.nodes) < len(before.graph.nodes)
     assert signal_to_noise(before, after) > 3.0
 

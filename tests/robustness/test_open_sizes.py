@@ -32,7 +32,8 @@ def test_open_sizes_are_said_aloud_and_stay_open() -> None:
         match="it is run at 1x3x224x224, a usual size: choose another with --input-shape x=",
     ):
         (result,) = run([Quantize(synthetic=4)], model)
-    assert result.measured["input_shape"] == {"x": ["N", 3, 224, 224]}
+    assert result.input_shape == {"x": ("N", 3, 224, 224)}
+    assert result.measured_json()["input_shape"] == {"x": ["N", 3, 224, 224]}
     proto = model.to_proto()
     dims = [d.dim_param for d in proto.graph.input[0].type.tensor_type.shape.dim]
     assert dims == ["N", "", "H", "W"]

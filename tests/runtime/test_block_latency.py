@@ -14,8 +14,9 @@ import pytest
 from onnxcompress.cli.main import main
 from onnxcompress.graph.blocks import Block, find_blocks
 from onnxcompress.model import Model, load
+from onnxcompress.optimize.block_drop.figures import DropBlocksFigures
 from onnxcompress.runtime import block_latency
-from onnxcompress.runtime.block_latency import Share, Stopwatch, usable
+from onnxcompress.runtime.block_latency import LatencyChange, Share, Stopwatch, usable
 from onnxcompress.runtime.latency import Timing, benchmark
 
 pytest.importorskip("torch")
@@ -90,7 +91,7 @@ def test_a_noisy_comparison_is_made_again_by_the_processors_clock(
     clocks = watch(monkeypatch, wall=0.5, processor=0.001)
     latency = Stopwatch("cpu").compare(resnet, resnet, 1.0)
     assert clocks == ["wall", "processor"]
-    assert latency["ratio"] == pytest.approx(1, abs=0.01)
+    assert latency.ratio == pytest.approx(1, abs=0.01)
 
 
 @pytest.mark.parametrize(("provider", "resolution"), [("cuda", 1e-9), ("cpu", 0.0156)])
@@ -169,7 +170,7 @@ def test_none_is_taken_back_where_the_target_needs_all(blocks: tuple[Block, ...]
     ],
 )
 def test_a_target_is_missed_on_both_sides(ratio: float, words: str, blocks: tuple[Block, ...]) -> None:
-    latency = {"ratio": ratio, "low": ratio - 0.01, "high": ratio + 0.01}
+    latency = LatencyChange(10.0, 10 * ratio, ratio, ratio - 0.01, ratio + 0.01)
     text = target_missed(latency, 20, blocks, by_names(blocks, [0.1] * 4))
     assert words in text
     assert bool(words) == bool(text)
@@ -230,10 +231,10 @@ def test_too_many_blocks_at_the_end_are_said(
 
     measure = Dropper._measure
 
-    def last(self: Dropper) -> None:
+    def last(self: Dropper) -> DropBlocksFigures:
         nonlocal final
         final = True
-        measure(self)
+        return measure(self)
 
     monkeypatch.setattr(Dropper, "_measure", last)
     code, measured, _ = drop(models, tmp_path, capsys, 28)

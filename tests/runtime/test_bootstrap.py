@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from onnxcompress.runtime.block_latency import Share, added, additivity_text
+from onnxcompress.runtime.block_latency import Additivity, Share, added, additivity_text
 from onnxcompress.runtime.bootstrap import bootstrap, half_width, ratio_of
 
 
@@ -67,7 +67,7 @@ def test_savings_add_up_with_the_ends_of_their_intervals() -> None:
     ],
 )
 def test_whether_savings_add_up_is_a_sentence(measured: list[float], verdict: str) -> None:
-    text = additivity_text({"predicted": [0.25, 0.15, 0.35], "measured": measured})
+    text = additivity_text(Additivity(Share(0.25, 0.15, 0.35), Share(*measured)))
     value, low, high = (100 * part for part in measured)
     assert text == (
         "the blocks' shares τ add up to 25.0 % (15.0 to 35.0 %), measured are "

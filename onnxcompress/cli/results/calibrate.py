@@ -6,12 +6,13 @@ from rich.console import Console
 
 from onnxcompress.cli.console import learned_from
 from onnxcompress.passes.base import PassResult
+from onnxcompress.passes.calibrate import CalibrateFigures
 
 SHOWN = 5
 """Number of tensors whose dead channels are listed."""
 
 
-def show_calibrate(console: Console, result: PassResult) -> None:
+def show_calibrate(console: Console, result: PassResult[CalibrateFigures]) -> None:
     """Print a summary; the statistics themselves are shown by `inspect --statistics`.
 
     Args:
@@ -20,19 +21,19 @@ def show_calibrate(console: Console, result: PassResult) -> None:
     """
     measured = result.measured
     console.print(
-        f"statistics of {measured['tensors']} tensors: {measured['estimated']} estimated, "
-        f"{measured['kept']} kept from BatchNorm"
+        f"statistics of {measured.tensors} tensors: {measured.estimated} estimated, "
+        f"{measured.kept} kept from BatchNorm"
     )
-    for line in learned_from(measured["inputs"], "estimated"):
+    for line in learned_from(result.inputs, "estimated"):
         console.print(line, markup=False)
-    agreement = measured["agreement"]
+    agreement = measured.agreement
     if agreement is not None:
         console.print(
-            f"compared with BatchNorm ({agreement['tensors']} tensors): means off by "
-            f"{agreement['mean_error']:.2g} standard deviations, standard deviations "
-            f"{agreement['std_ratio']:.2f} times as large (medians over channels)"
+            f"compared with BatchNorm ({agreement.tensors} tensors): means off by "
+            f"{agreement.mean_error:.2g} standard deviations, standard deviations "
+            f"{agreement.std_ratio:.2f} times as large (medians over channels)"
         )
-    dead = sorted(measured["dead"].items(), key=lambda item: -len(item[1]))
+    dead = sorted(measured.dead.items(), key=lambda item: -len(item[1]))
     for name, channels in dead[:SHOWN]:
         console.print(f"{len(channels)} channels do not vary: {name}", markup=False)
     if len(dead) > SHOWN:

@@ -4,48 +4,50 @@ from __future__ import annotations
 
 from rich.console import Console
 
-from onnxcompress.evaluation.guard import Measured, Verdict
+from onnxcompress.evaluation.guard import GuardMeasurements, Verdict
 from onnxcompress.passes.base import Pass
 
 
-def show_guard(console: Console, one: Pass, found: Measured | None, judged: Verdict | None) -> None:
+def show_guard(
+    console: Console, pass_: Pass, measured: GuardMeasurements | None, judged: Verdict | None
+) -> None:
     """Print a line about the outputs after a pass, and for a warning the remedies.
 
     Args:
         console: Where to print.
-        one: The pass.
-        found: The guard's measurements of its result; None: there are none.
+        pass_: The pass.
+        measured: The guard's measurements of its result; None: there are none.
         judged: The verdict.
     """
-    if found is None or judged is None:
+    if measured is None or judged is None:
         return
-    if one.preserves_function and found.fidelity is not None and found.fidelity.outputs:
-        furthest = found.fidelity.furthest
+    if pass_.preserves_function and measured.fidelity is not None and measured.fidelity.outputs:
+        furthest = measured.fidelity.furthest
         console.print(
-            f"largest output difference on {found.inputs}: {furthest.max_abs:.2e} absolute, "
+            f"largest output difference on {measured.inputs}: {furthest.max_abs:.2e} absolute, "
             f"{furthest.max_rel:.2e} relative (output {furthest.name!r})",
             markup=False,
         )
         if judged.status == "kept":
             return
-    _show(console, found, judged, "")
+    _show(console, measured, judged, "")
 
 
-def show_whole(console: Console, found: Measured | None, judged: Verdict | None) -> None:
+def show_whole(console: Console, measured: GuardMeasurements | None, judged: Verdict | None) -> None:
     """Print a line that compares the result of a chain with its input.
 
     Args:
         console: Where to print.
-        found: The guard's measurements; None: there are none, or those of a single pass are the same.
+        measured: The guard's measurements; None: there are none, or those of a single pass are the same.
         judged: The verdict.
     """
-    if found is not None and judged is not None:
-        _show(console, found, judged, "all passes together: ")
+    if measured is not None and judged is not None:
+        _show(console, measured, judged, "all passes together: ")
 
 
-def _show(console: Console, found: Measured, judged: Verdict, whose: str) -> None:
-    on = f", on {found.inputs}" if found.inputs else ""
-    same = None if found.fidelity is None else found.fidelity.agreement
+def _show(console: Console, measured: GuardMeasurements, judged: Verdict, whose: str) -> None:
+    on = f", on {measured.inputs}" if measured.inputs else ""
+    same = None if measured.fidelity is None else measured.fidelity.agreement
     classes = "" if same is None else f", the same class for {100 * same:.0f} %"
     word = {"warned": "WARNING: ", "forced": "WARNING, written by --force: "}.get(judged.status, "")
     console.print(f"{word}{whose}{judged.text}{classes}{on}", markup=False)

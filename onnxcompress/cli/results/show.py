@@ -6,6 +6,7 @@ from importlib import import_module
 
 from rich.console import Console
 
+from onnxcompress.account import Figures
 from onnxcompress.cli.console import learned_from, show_refusals
 from onnxcompress.formatting import number as number
 from onnxcompress.formatting import size as size
@@ -20,16 +21,18 @@ RENDERERS = {
 """Module of this package and its function, by pass; other passes show only their changes."""
 
 
-def show_result(console: Console, one: Pass, result: PassResult, *, verbose: bool = False) -> None:
+def show_result(
+    console: Console, pass_: Pass, result: PassResult[Figures | None], *, verbose: bool = False
+) -> None:
     """Print the result of a pass.
 
     Args:
         console: Where to print.
-        one: The pass.
+        pass_: The pass.
         result: Its result.
         verbose: List each change and each refusal.
     """
-    renderer = RENDERERS.get(one.name)
+    renderer = RENDERERS.get(pass_.name)
     if renderer is None:
         show_changes(console, result)
     else:
@@ -45,7 +48,7 @@ def show_result(console: Console, one: Pass, result: PassResult, *, verbose: boo
     show_refusals(console, result.refusals, all=verbose)
 
 
-def show_changes(console: Console, result: PassResult) -> None:
+def show_changes(console: Console, result: PassResult[Figures | None]) -> None:
     """Print the changes, counted by kind, and the inputs that were learned from.
 
     Args:
@@ -59,5 +62,5 @@ def show_changes(console: Console, result: PassResult) -> None:
         console.print(f"{count} × {what}", markup=False)
     if not result.changes:
         console.print("nothing to change")
-    for line in learned_from(result.measured.get("inputs", [])):
+    for line in learned_from(result.inputs):
         console.print(line, markup=False)

@@ -61,7 +61,11 @@ class DropBlocksOptions(InputOptions):
             raise OptionError(f"--scores {self.scores}: name a file in an existing folder")
 
     def hints(self) -> list[str]:
-        """Options that leave more of the network what it is."""
+        """Suggest options that leave more of the network as it is.
+
+        Returns:
+            Options with their values, as on the command line, or in words.
+        """
         found = ["fewer blocks", f"--steps {2 * max(self.steps, 500)}"]
         return found + ([] if self.images else ["--images with a few hundred real ones"])
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import time
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from onnxcompress.account import Refusal
+from onnxcompress.account import Refusal, StageSeconds, as_json
 from onnxcompress.data.image_set import ImageSet
 from onnxcompress.errors import ModelError, OptionError
 from onnxcompress.graph.block_removal import drop_blocks
@@ -20,6 +19,7 @@ from onnxcompress.graph.query import data_input
 from onnxcompress.graph.shape_inference import tensor_shapes
 from onnxcompress.graph.topology import Topology
 from onnxcompress.model import Model
+from onnxcompress.optimize.block_drop.figures import BlockRow, DropBlocksFigures
 from onnxcompress.optimize.block_drop.options import DropBlocksOptions
 from onnxcompress.optimize.block_drop.recoverability import BATCH, SCORING_IMAGES, Probe, Scorer, probe
 from onnxcompress.optimize.block_drop.refinement import Refinement
@@ -36,7 +36,7 @@ from onnxcompress.optimize.executor import Executor
 from onnxcompress.optimize.executor.open_batch import file_batch, images_at_once
 from onnxcompress.optimize.synthesis.statistics_alignment import StatisticsAlignment, standardize
 from onnxcompress.progress import Progress
-from onnxcompress.runtime.block_latency import Share, Stopwatch, added, usable
+from onnxcompress.runtime.block_latency import Additivity, Share, Stopwatch, added, usable
 from onnxcompress.runtime.latency import benchmark
 
 TAPS_BYTES = 2 << 30
@@ -60,22 +60,22 @@ class Dropper:
         self.feature = self.student_feature = _feature(model, options.feature)
         self.device = pick_device(options.device)
         self.teacher = Executor.from_model(model, device=self.device)
-        self.found = self._in_front(found)
+        self.discovery = self._in_front(found)
         self.dropped: list[Block] = []
         self.weights: dict[str, Tensor] = {}
         self.shares: dict[str, Share] = {}
         self.scores: dict[str, dict[str, float]] = {}
-        self.measured: dict[str, Any] = {"feature": self.feature}
+        self.noisy_latency: bool | None = None
+        self.choosing_loss: float | None = None
+        self.feature_error: float | None = None
         self.stopwatch = Stopwatch(options.runs_on, self.latency_batch, options.threads, options.seed)
         self.saved = 0.0
         """Part of the latency that the blocks dropped so far save, as last measured."""
         self._check_runtime()
         start = time.perf_counter()
         self.inputs = gather_inputs(model, options.request, device=self.device, progress=progress)
-        self.measured["seconds"] = {"inputs": time.perf_counter() - start}
-        self.measured["inputs"] = [asdict(used) for used in self.inputs.sources]
+        self.seconds = StageSeconds(inputs=time.perf_counter() - start)
         images = self.inputs.images
-        self.measured["preprocess"] = self.inputs.sources[0].preprocess
         self.nhwc = isinstance(images, ImageSet) and images.preprocess.layout == "nhwc"
         self.images = torch.from_numpy(images.array())
         self._check_batch()
@@ -90,23 +90,26 @@ class Dropper:
             self.twin.apply(model)
         self.teacher = Executor.from_model(model, device=self.device)
 
-    def run(self) -> None:
+    def run(self) -> DropBlocksFigures:
         """Run all steps in order.
+
+        Returns:
+            What was measured.
 
         Raises:
             ModelError: The features are unusable, or a weight became infinite.
             RuntimeUnavailable: The memory of the device does not hold even a few images.
         """
         if self.options.drop:
-            named = {self.found[name] for name in self.options.drop}
-            self.dropped = sorted(named, key=self.found.blocks.index)
+            named = {self.discovery[name] for name in self.options.drop}
+            self.dropped = sorted(named, key=self.discovery.blocks.index)
             instead = drop_blocks(self.model, [b.exit for b in self.dropped])
             self.student_feature = instead.get(self.feature, self.feature)
         else:
             self._score()
             self._choose()
         self._repair()
-        self._measure()
+        return self._measure()
 
     def _in_front(self, found: Discovery) -> Discovery:
         """Keep the blocks in front of the feature tensor: others can be neither scored nor repaired."""
@@ -148,7 +151,7 @@ class Dropper:
 
     def _probe(self) -> Probe:
         shapes = tensor_shapes(self.model)
-        each = sum(elements(shapes[b.entry]) * 2 for b in self.found.blocks) * 4
+        each = sum(elements(shapes[b.entry]) * 2 for b in self.discovery.blocks) * 4
         count = max(8, min(SCORING_IMAGES, len(self.images), TAPS_BYTES // max(each, 1)))
         made = fitting("scoring", self.scoring_batch, lambda batch: self._probed(count, batch))
         if not 0 < made.energy < float("inf"):
@@ -164,23 +167,23 @@ class Dropper:
 
     def _score(self) -> None:
         self.probe = self._probe()
-        exits = {b.exit for b in self.found.blocks}
+        exits = {b.exit for b in self.discovery.blocks}
         file = Path(self.options.scores) if self.options.scores else None
         saved = read_scores(file, self._scores_of(), exits) if file else None
         if saved is not None:
             self.shares, self.scores = saved
             return
         self.progress("measuring latency shares", 0, 1)
-        self.shares = self.stopwatch.shares(self.model, self.found.blocks)
+        self.shares = self.stopwatch.shares(self.model, self.discovery.blocks)
         self.progress("measuring latency shares", 1, 1)
         fitting("scoring", self.scoring_batch, self._recover)
         if file:
-            write_scores(file, self._scores_of(), self._rows())
+            write_scores(file, self._scores_of(), [as_json(row) for row in self._rows()])
 
     def _recover(self, batch: int) -> None:
         """Score each block, `batch` images at once."""
         self.scoring_batch = batch
-        tau, blocks = self._tau(), self.found.blocks
+        tau, blocks = self._tau(), self.discovery.blocks
         scorer = Scorer(self.model, blocks, self.probe, executor=self.teacher, batch=batch)
         for done, (block, recovery) in enumerate(zip(blocks, scorer.recover_each(blocks), strict=True)):
             loss = recovery.loss
@@ -188,8 +191,7 @@ class Dropper:
             self.progress("scoring blocks", done + 1, len(blocks))
 
     def _tau(self) -> dict[str, float]:
-        tau, noisy = usable(self.shares, self.found.blocks, self._macs())
-        self.measured["noisy_latency"] = noisy
+        tau, self.noisy_latency = usable(self.shares, self.discovery.blocks, self._macs())
         return tau
 
     def _macs(self) -> int | None:
@@ -205,7 +207,7 @@ class Dropper:
         return {
             "model_sha256": self.original.digest(),
             "feature": self.feature,
-            "preprocess": self.measured.get("preprocess"),
+            "preprocess": self.inputs.sources[0].preprocess,
             "latency": [
                 options.provider,
                 self.latency_batch,
@@ -214,17 +216,15 @@ class Dropper:
             ],
         }
 
-    def _rows(self) -> list[dict[str, Any]]:
+    def _rows(self) -> tuple[BlockRow, ...]:
         """Return one row for each block, as the report shows them."""
         gone = {b.exit for b in self.dropped}
-        rows = []
-        for block in self.found.blocks:
-            row: dict[str, Any] = {"name": block.name, "exit": block.exit, "dropped": block.exit in gone}
-            if block.exit in self.scores:
-                share = self.shares[block.exit]
-                row |= {"latency_share": [share.value, share.low, share.high], **self.scores[block.exit]}
-            rows.append(row)
-        return rows
+        return tuple(
+            BlockRow(b.name, b.exit, b.exit in gone, self.shares[b.exit], **self.scores[b.exit])
+            if b.exit in self.scores
+            else BlockRow(b.name, b.exit, b.exit in gone)
+            for b in self.discovery.blocks
+        )
 
     def _choose(self) -> None:
         by_latency = self.options.blocks is None  # a target in blocks costs 1 a block, whatever its τ
@@ -243,7 +243,7 @@ class Dropper:
         if by_latency and self.saved >= self._target:
             losses = {exit_: row["recoverability"] for exit_, row in self.scores.items()}
             refinement = Refinement(
-                whole, self.found.blocks, losses, self._tau(), self._target, self.probe, self._saving,
+                whole, self.discovery.blocks, losses, self._tau(), self._target, self.probe, self._saving,
                 self.scoring_batch, self.device, self.progress,
             )  # fmt: skip
             choice = refinement.better(choice, self.saved)
@@ -251,8 +251,7 @@ class Dropper:
                 self.model.become(choice.model)
         self.dropped, self.weights = choice.dropped, choice.weights
         self.student_feature = choice.feature
-        self.measured["order"] = [b.name for b in choice.dropped]
-        self.measured["choosing_loss"] = choice.loss
+        self.choosing_loss = choice.loss
 
     def _enough(self, choice: BlockSelection) -> bool:
         if self.options.blocks is not None:
@@ -272,7 +271,7 @@ class Dropper:
 
     def _saving(self, model: Model) -> float:
         """Measure the part of the original's latency that the model saves."""
-        return 1 - self.stopwatch.compare(self.original, model, seconds=5.0)["ratio"]
+        return 1 - self.stopwatch.compare(self.original, model, seconds=5.0).ratio
 
     def _repair(self) -> None:
         """Refit and fine-tune what is left, where a block was dropped."""
@@ -282,24 +281,33 @@ class Dropper:
             self.options, self.model, self.teacher, self.source, self.student_feature, self.feature,
             self.inputs, self.images, self.nhwc, self.twin, self.device, self.scoring_batch, self.progress,
         )  # fmt: skip
-        self.measured["feature_error"] = repair.run(self.weights)
+        self.feature_error = repair.run(self.weights)
 
-    def _measure(self) -> None:
+    def _measure(self) -> DropBlocksFigures:
         self.progress("measuring the result", 0, 1)
-        final = self.measured["latency"] = self.stopwatch.compare(self.original, self.model, seconds=8.0)
-        self.measured["clock"] = self.stopwatch.clock
-        self.measured["blocks"] = self._rows()
+        latency = self.stopwatch.compare(self.original, self.model, seconds=8.0)
+        additivity = None
         if self.dropped and all(b.exit in self.shares for b in self.dropped):
             predicted = added(self.shares[b.exit] for b in self.dropped)
-            self.measured["additivity"] = {
-                "predicted": [predicted.value, predicted.low, predicted.high],
-                "measured": [1 - final["ratio"], 1 - final["high"], 1 - final["low"]],
-            }
+            additivity = Additivity(predicted, latency.saved)
         target = self.options.latency_reduction
-        missed = "" if target is None else target_missed(final, target, self.dropped, self._tau())
-        if missed:
-            self.measured["target_missed"] = f"{missed}; the file was written as it is"
+        missed = "" if target is None else target_missed(latency, target, self.dropped, self._tau())
         self.progress("measuring the result", 1, 1)
+        return DropBlocksFigures(
+            feature=self.feature,
+            preprocess=self.inputs.sources[0].preprocess,
+            latency=latency,
+            clock=self.stopwatch.clock,
+            blocks=self._rows(),
+            noisy_latency=self.noisy_latency,
+            order=None if self.options.drop else tuple(b.name for b in self.dropped),
+            choosing_loss=self.choosing_loss,
+            feature_error=self.feature_error,
+            additivity=additivity,
+            inputs=self.inputs.sources,
+            seconds=self.seconds,
+            target_missed=f"{missed}; the file was written as it is" if missed else None,
+        )
 
 
 def _feature(model: Model, name: str | None) -> str:

@@ -22,6 +22,7 @@ from onnxcompress.graph.blocks import Block, find_blocks
 from onnxcompress.model import Model
 from onnxcompress.optimize.block_drop.recoverability import BATCH, STEPS, Probe, Recovery, Scorer
 from onnxcompress.progress import Progress, silent
+from onnxcompress.runtime.block_latency import LatencyChange
 
 TOLERANCE = 0.02
 """Error of a block's share, as part of the whole latency, that a trial without the block allows for."""
@@ -131,14 +132,14 @@ def choose_these(
 
 
 def target_missed(
-    latency: Mapping[str, float], target: float, dropped: Sequence[Block], shares: Mapping[str, float]
+    latency: LatencyChange, target: float, dropped: Sequence[Block], shares: Mapping[str, float]
 ) -> str:
     """Explain by how much a latency misses its target, where its interval does not explain it.
 
     It is missed where too little was saved, or where the blocks without one of them would save enough.
 
     Args:
-        latency: `ratio` to the original with its interval, `low` and `high`.
+        latency: The latency against the original's.
         target: Percent of the latency to be saved.
         dropped: The dropped blocks.
         shares: Exit of each block -> τ.
@@ -146,14 +147,14 @@ def target_missed(
     Returns:
         The sentence; empty where the target is met.
     """
-    saved = 100 * (1 - latency["ratio"])
+    saved = 100 * (1 - latency.ratio)
     missed = f"latency is {saved:.1f} % lower, {target:g} % was asked for"
-    if 100 * (1 - latency["low"]) < target:
+    if 100 * (1 - latency.low) < target:
         return missed
     total = sum(shares[b.exit] for b in dropped)
     smallest = min(dropped, key=lambda b: shares[b.exit])
     rest = 1 - shares[smallest.exit] / total
-    if len(dropped) < 2 or 100 * (1 - latency["high"]) * rest <= target + 100 * TOLERANCE:
+    if len(dropped) < 2 or 100 * (1 - latency.high) * rest <= target + 100 * TOLERANCE:
         return ""
     return (
         f"{missed}, and without dropping {smallest.name} it would be about {saved * rest:.1f} %: try again "

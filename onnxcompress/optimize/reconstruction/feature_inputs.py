@@ -30,11 +30,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from onnxcompress.account import InputSource
 from onnxcompress.graph.query import data_input, is_op, producer
 from onnxcompress.graph.shape_inference import tensor_shapes
 from onnxcompress.graph.topology import Topology
 from onnxcompress.model import Model
-from onnxcompress.optimize.calibration import Used
 from onnxcompress.optimize.deterministic_threads import in_turn
 from onnxcompress.optimize.device import autocast, laid_out
 from onnxcompress.optimize.executor import Executor
@@ -85,7 +85,7 @@ class Stage:
     twin: StatisticsAlignment
     start: str | None = None
     stop: str | None = None
-    used: Used | None = None
+    used: InputSource | None = None
     """The account of inputs that were synthesized for it."""
 
     def seen(self, lost: Tensor | None) -> Tensor:
@@ -129,7 +129,7 @@ def stages_of(
     values = make_feature_inputs(begun, start, seed=seed, device=device, progress=progress)
     made = len(values) - context.real
     where = f"at {start!r}, where the deep layers begin; from {len(begun.images)} images"
-    used = Used("deep inputs", made, seed, where, "", "") if made else None
+    used = InputSource("deep inputs", made, seed, where, "", "") if made else None
     return [
         Stage(context.images, context.twin, stop=start),
         Stage(values, StatisticsAlignment(), start=start, used=used),

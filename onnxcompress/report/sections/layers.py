@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
+from onnxcompress.account import Figures, Refusal
 from onnxcompress.formatting import percent
+from onnxcompress.optimize.block_drop.figures import BlockRow, DropBlocksFigures
+from onnxcompress.passes.prune.figures import PruneFigures
+from onnxcompress.passes.quantize.figures import QuantizedLayerRow, QuantizeFigures
+from onnxcompress.quantization.ort_fusion import OptimizedNodes
 from onnxcompress.report.charts import Bars, Point, Scatter
 from onnxcompress.report.elements import Fold, Part, Plot, Prose, Section, Table
 from onnxcompress.report.run_data import Material
 from onnxcompress.report.sections.passes import left_alone
-from onnxcompress.runtime.block_latency import additivity_text
+from onnxcompress.runtime.block_latency import Share, additivity_text
 
 DRAWN = 60
 """Largest number of layers in a chart."""
@@ -27,36 +33,40 @@ def blocks(material: Material) -> Section | None:
     """
     parts: list[Part] = []
     for step in material.steps:
-        rows = step["measured"].get("blocks", [])
-        if rows:
-            parts += _blocks(rows, step["measured"])
+        if isinstance(step.result.measured, DropBlocksFigures):
+            parts += _blocks(step.result.measured)
     return Section("blocks", "Blocks", parts) if parts else None
 
 
-def _blocks(rows: Sequence[Mapping[str, Any]], measured: Mapping[str, Any]) -> list[Part]:
-    order = {name: place for place, name in enumerate(measured.get("order", []), 1)}
-    gone = sorted((r["name"] for r in rows if r["dropped"]), key=lambda name: order.get(name, 0))
+def _blocks(figures: DropBlocksFigures) -> list[Part]:
+    rows = figures.blocks
+    order = {name: place for place, name in enumerate(figures.order or (), 1)}
+    gone = sorted((r.name for r in rows if r.dropped), key=lambda name: order.get(name, 0))
     text = (
         f"{len(gone)} of {len(rows)} blocks were dropped: {', '.join(gone)}."
         if gone
         else "None was dropped."
     )
     parts: list[Part] = [Prose(text)]
-    scored = [r for r in rows if r.get("latency_share") and r.get("recoverability") is not None]
+    scored = [
+        _Scored(r, Share(*(100 * v for v in r.latency_share)), r.recoverability, r.score or 0.0)
+        for r in rows
+        if r.latency_share is not None and r.recoverability is not None
+    ]
     if scored:
         parts += [_scatter(scored), _table(scored, order)]
-    if measured.get("noisy_latency"):
+    if figures.noisy_latency:
         parts.append(
             Prose("The machine was too busy to tell blocks apart: their share was taken by multiply-adds.")
         )
-    if measured.get("clock") == "processor":
+    if figures.clock == "processor":
         parts.append(
             Prose("The machine was too busy for a wall clock: latency is processor time on one thread.")
         )
-    if "additivity" in measured:
-        text = additivity_text(measured["additivity"])
+    if figures.additivity is not None:
+        text = additivity_text(figures.additivity)
         parts.append(Prose(f"{text[0].upper()}{text[1:]} (95 %)."))
-    error = measured.get("feature_error")
+    error = figures.feature_error
     if error is not None:
         parts.append(
             Prose(
@@ -67,11 +77,19 @@ def _blocks(rows: Sequence[Mapping[str, Any]], measured: Mapping[str, Any]) -> l
     return parts
 
 
-def _scatter(rows: Sequence[Mapping[str, Any]]) -> Plot:
-    points = []
-    for r in rows:
-        value, low, high = (100 * v for v in r["latency_share"])
-        points.append(Point(r["name"], value, low, high, r["recoverability"], r["dropped"]))
+@dataclass(frozen=True)
+class _Scored:
+    """A block with scores."""
+
+    row: BlockRow
+    percent: Share
+    """Its share of the latency, in percent."""
+    recoverability: float
+    score: float
+
+
+def _scatter(blocks: Sequence[_Scored]) -> Plot:
+    points = [Point(b.row.name, *b.percent, b.recoverability, b.row.dropped) for b in blocks]
     chart = Scatter(
         points,
         "share of the network's latency, %",
@@ -79,37 +97,30 @@ def _scatter(rows: Sequence[Mapping[str, Any]]) -> Plot:
         "dropped",
         "kept",
     )
-    low = min(rows, key=lambda r: float(r["recoverability"]))
-    high = max(rows, key=lambda r: float(r["recoverability"]))
+    low = min(blocks, key=lambda b: b.recoverability)
+    high = max(blocks, key=lambda b: b.recoverability)
     return Plot(
         "What each block costs, and what is lost without it",
         "Blocks low and to the right are the best to drop: they take time, and the rest can learn what "
         "they did; lines are 95 % intervals. "
-        f"Least is lost without {low['name']} (R {low['recoverability']:.3g}), most without "
-        f"{high['name']} (R {high['recoverability']:.3g}). R is taken with one block gone; it changes as "
+        f"Least is lost without {low.row.name} (R {low.recoverability:.3g}), most without "
+        f"{high.row.name} (R {high.recoverability:.3g}). R is taken with one block gone; it changes as "
         "others go.",
         chart,
     )
 
 
-def _table(rows: Sequence[Mapping[str, Any]], order: Mapping[str, int]) -> Table:
+def _table(blocks: Sequence[_Scored], order: Mapping[str, int]) -> Table:
     shown = []
-    for r in rows:
-        value, low, high = (100 * v for v in r["latency_share"])
+    for b in blocks:
+        value, low, high = b.percent
         decision = "kept"
-        if r["dropped"]:
-            decision = f"dropped, {order[r['name']]}." if r["name"] in order else "dropped"
-        shown.append(
-            [
-                r["name"],
-                decision,
-                f"{r['recoverability']:.4f}",
-                f"{value:.2f} % ({low:.2f} to {high:.2f})",
-                f"{r['score']:.3f}",
-            ]
-        )
+        if b.row.dropped:
+            decision = f"dropped, {order[b.row.name]}." if b.row.name in order else "dropped"
+        share = f"{value:.2f} % ({low:.2f} to {high:.2f})"
+        shown.append([b.row.name, decision, f"{b.recoverability:.4f}", share, f"{b.score:.3f}"])
     columns = ["block", "decision", "recoverability R", "latency share (95 % interval)", "R / share"]
-    marked = frozenset(i for i, r in enumerate(rows) if r["dropped"])
+    marked = frozenset(i for i, b in enumerate(blocks) if b.row.dropped)
     return Table("Blocks as first scored", columns, shown, 2, marked)
 
 
@@ -124,66 +135,64 @@ def noise(material: Material) -> Section | None:
     """
     parts: list[Part] = []
     for step in material.steps:
-        rows = step["measured"].get("layers", [])
-        noisy = [r for r in rows if "snr_db" in r] if isinstance(rows, list) else []
-        if noisy:
-            parts += _noise(noisy, step["measured"])
+        figures = step.result.measured
+        if isinstance(figures, QuantizeFigures):
+            rows = [_Noisy(r.name, r.snr_db, _quantized(r)) for r in figures.layers]
+            columns = ["weight", "input", "input range"]
+            parts += [*_noise(figures, rows, "quantization", columns), _runtime(figures.runtime)]
+        elif isinstance(figures, PruneFigures):
+            pruned = [r for r in figures.layers or () if r.snr_db is not None]
+            rows = [_Noisy(r.name, r.snr_db or 0.0, [percent(r.sparsity, 1)]) for r in pruned]
+            parts += _noise(figures, rows, "pruning", ["zeros"]) if rows else []
     return Section("layers", "Sensitivity per layer", parts) if parts else None
 
 
-def _noise(rows: Sequence[Mapping[str, Any]], measured: Mapping[str, Any]) -> list[Part]:
-    quantized = "weight_bits" in rows[0]
-    what = "quantization" if quantized else "pruning"
-    worst = min(rows, key=lambda r: float(r["snr_db"]))
+class _Noisy(NamedTuple):
+    """A layer with the signal to noise ratio of its output, and its other cells of the table."""
+
+    name: str
+    snr_db: float
+    cells: list[str]
+
+
+def _noise(figures: Figures, rows: Sequence[_Noisy], what: str, columns: list[str]) -> list[Part]:
+    worst = min(rows, key=lambda r: r.snr_db)
     shown, note = list(rows), ""
     if len(rows) > DRAWN:
-        kept = {id(r) for r in sorted(rows, key=lambda r: float(r["snr_db"]))[:DRAWN]}
+        kept = {id(r) for r in sorted(rows, key=lambda r: r.snr_db)[:DRAWN]}
         shown = [r for r in rows if id(r) in kept]
         note = f" The {DRAWN} noisiest of {len(rows)} layers are drawn."
-    outputs = "; ".join(
-        f"{name}: {db:.1f} dB" for name, db in measured.get("output_snr_db", {}).items() if db is not None
-    )
+    outputs = "; ".join(f"{name}: {db:.1f} dB" for name, db in (figures.output_snr_db or {}).items())
     finding = (
         f"The shorter the bar, the more {what} costs there; 20 dB is noise of a tenth of the signal. "
-        f"{worst['name']} suffers most ({worst['snr_db']:.1f} dB).{note}"
+        f"{worst.name} suffers most ({worst.snr_db:.1f} dB).{note}"
         + (f" What is left at the outputs: {outputs}." if outputs else "")
     )
-    bars = Bars(
-        [(str(r["name"]), [float(r["snr_db"])]) for r in shown], "signal to noise of the output, dB"
-    )
-    columns = ["layer", "weight", "input", "input range"] if quantized else ["layer", "zeros"]
-    cells = [[*(_quantized(r) if quantized else _pruned(r)), f"{r['snr_db']:.1f} dB"] for r in rows]
-    table = Table("Layers, in the network's order", [*columns, "signal to noise"], cells, 1)
+    bars = Bars([(r.name, [r.snr_db]) for r in shown], "signal to noise of the output, dB")
+    cells = [[r.name, *r.cells, f"{r.snr_db:.1f} dB"] for r in rows]
+    table = Table("Layers, in the network's order", ["layer", *columns, "signal to noise"], cells, 1)
     return [
         Plot("Signal to noise of each layer's output", finding, bars),
         Fold(f"All {len(rows)} layers", [table]),
-        *_runtime(measured.get("runtime")),
     ]
 
 
-def _pruned(row: Mapping[str, Any]) -> list[str]:
-    return [str(row["name"]), percent(row["sparsity"], 1)]
-
-
-def _quantized(row: Mapping[str, Any]) -> list[str]:
-    span = row.get("input_range")
+def _quantized(row: QuantizedLayerRow) -> list[str]:
+    span = row.input_range
     return [
-        str(row["name"]),
-        f"{row['weight_bits']} bits",
-        f"{row['input_bits']} bits" if row["input_bits"] else "float",
+        f"{row.weight_bits} bits",
+        f"{row.input_bits} bits" if row.input_bits else "float",
         "–" if span is None else f"{span[0]:.3g} to {span[1]:.3g}",
     ]
 
 
-def _runtime(runtime: Mapping[str, Any] | None) -> list[Part]:
-    if not runtime:
-        return []
-    fused = ", ".join(f"{count} {op}" for op, count in runtime["fused"].items())
+def _runtime(runtime: OptimizedNodes) -> Prose:
+    fused = ", ".join(f"{count} {op}" for op, count in runtime.fused.items())
     text = (
         f"onnxruntime fuses {fused}." if fused else "onnxruntime fuses nothing: no speed is to be expected."
     )
-    left = ", ".join(f"{len(names)} {op}" for op, names in runtime["float"].items())
-    return [Prose(text + (f" It computes with floats: {left}." if left else ""))]
+    left = ", ".join(f"{len(names)} {op}" for op, names in runtime.in_float.items())
+    return Prose(text + (f" It computes with floats: {left}." if left else ""))
 
 
 def sensitivity(material: Material) -> Section | None:
@@ -205,7 +214,8 @@ def sensitivity(material: Material) -> Section | None:
     table = Table("Each change of a layer alone", columns, [_changed(r) for r in rows], 2)
     parts.append(Fold(f"All {len(rows)} measurements", [table]))
     if material.account.get("refusals"):
-        parts += left_alone(material.account["refusals"], "Not measured")
+        refusals = [Refusal(**values) for values in material.account["refusals"]]
+        parts += left_alone(refusals, "Not measured")
     return Section("sensitivity", "Sensitivity per layer", parts)
 
 

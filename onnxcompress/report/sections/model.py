@@ -7,6 +7,7 @@ import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from onnxcompress.account import InputSource, Refusal
 from onnxcompress.data.preprocess import preprocess_text
 from onnxcompress.formatting import number, percent, size
 from onnxcompress.report.charts import Bars
@@ -107,7 +108,8 @@ def model(material: Material) -> Section | None:
         columns = ["block", "kind", "shape", "parameters", "MACs"]
         parts.append(Table(f"Blocks that can be dropped: {len(table)}", columns, table, 2))
     if facts.get("near_misses"):
-        parts += left_alone(facts["near_misses"], "Nearly a block, but not droppable")
+        near_misses = [Refusal(**values) for values in facts["near_misses"]]
+        parts += left_alone(near_misses, "Nearly a block, but not droppable")
     return Section("model", "The model", parts)
 
 
@@ -138,25 +140,23 @@ def inputs(material: Material) -> Section | None:
         The section; None where the run has nothing to show there.
     """
     parts: list[Part] = []
-    learning = [(s["pass"], s["measured"].get("inputs") or []) for s in material.steps]
-    if isinstance(material.account.get("inputs"), list):
-        learning.append((material.command, material.account["inputs"]))
-    for who, sources in learning:
-        for used in sources:
-            pixels = used["source"] != "images" and used.get("preprocess") != ""
-            kind = f"{used['source']} images" if pixels else used["source"]
-            text = f"{who} learned from {used['count']} {kind}"
-            how = (
-                f", {preprocess_text(used['preprocess'], used['preprocess_from'])}"
-                if used.get("preprocess")
-                else ""
-            )
-            parts.append(Prose(f"{text} ({used['why']}; seed {used['seed']}){how}."))
+    learning = [(step.pass_.name, step.result.inputs) for step in material.steps]
+    if isinstance(material.account.get("inputs"), list):  # of sensitivity
+        used = tuple(InputSource(**values) for values in material.account["inputs"])
+        learning.append((material.command, used))
+    parts += [Prose(_learned(who, source)) for who, sources in learning for source in sources]
     if "kind" in material.account and "why" in material.account:
         a = material.account
         parts.append(Prose(f"{a['count']} {a['kind']} images ({a['why']}; seed {a['seed']})."))
     parts += [Picture(p.title, p.text, p.png) for p in material.pictures]
     return Section("inputs", "Inputs", parts) if parts else None
+
+
+def _learned(who: str, source: InputSource) -> str:
+    pixels = source.source != "images" and source.preprocess
+    kind = f"{source.source} images" if pixels else source.source
+    how = f", {preprocess_text(source.preprocess, source.preprocess_from)}" if source.preprocess else ""
+    return f"{who} learned from {source.count} {kind} ({source.why}; seed {source.seed}){how}."
 
 
 def repeat(material: Material) -> Section:
@@ -185,8 +185,8 @@ def repeat(material: Material) -> Section:
     found = timings(material)
     batches = ", ".join(dict.fromkeys(str(t["batch"]) for t in found))
     timed = [("latency on", f"{device(t)}, batch {batches}") for t in found[:1]]
-    made = [("made", material.made)] if material.made else []
-    parts.append(Terms([*_chosen(material), *timed, *material.environment.items(), *made]))
+    created = [("made", material.created)] if material.created else []
+    parts.append(Terms([*_chosen(material), *timed, *material.environment.items(), *created]))
     return Section("repeat", "How to repeat it", parts)
 
 
@@ -204,11 +204,11 @@ def _chosen(material: Material) -> list[tuple[str, str]]:
     rows = []
     for step in material.steps:
         kept = ("seed", "device", "provider", "provider_options")
-        held = {k: v for k, v in step["options"].items() if k in kept and v != []}
+        held = {k: v for k, v in step.pass_.options().items() if k in kept and v != []}
         if held:
             rows.append(
                 (
-                    str(step["pass"]),
+                    step.pass_.name,
                     ", ".join(
                         f"{k.replace('_', ' ')} {', '.join(v) if isinstance(v, list) else v}"
                         for k, v in held.items()

@@ -7,25 +7,27 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from onnxcompress.account import Change, Figures, Refusal
+from onnxcompress.evaluation.guard import GuardMeasurements, Verdict
 from onnxcompress.formatting import percent
+from onnxcompress.optimize.block_drop.figures import DropBlocksFigures
+from onnxcompress.passes.fp16.figures import HalfPrecisionFigures
+from onnxcompress.passes.prune.figures import PruneFigures
+from onnxcompress.passes.quantize.figures import QuantizeFigures
+from onnxcompress.pipeline.chain import Step
 from onnxcompress.report.elements import Code, Fold, Heading, Part, Prose, Section, Table, Terms
 from onnxcompress.report.run_data import Material
 
 SHOWN = 12
 """Rows of a table in view; the rest is folded away."""
-_ELSEWHERE = (
-    "blocks",
-    "layers",
-    "inputs",
-    "latency",
-    "difference",
-    "target_missed",
-    "order",
-    "additivity",
-    "clock",
-    "kept_float32",
-)
-"""Keys of `measured` that other parts of the report show."""
+ELSEWHERE: Mapping[type[Figures], tuple[str, ...]] = {
+    Figures: ("inputs", "target_missed"),
+    DropBlocksFigures: ("blocks", "latency", "order", "additivity", "clock"),
+    HalfPrecisionFigures: ("kept_float32",),
+    PruneFigures: ("layers",),
+    QuantizeFigures: ("layers",),
+}
+"""Fields that other parts of the report show."""
 
 
 def passes(material: Material) -> Section | None:
@@ -43,55 +45,55 @@ def passes(material: Material) -> Section | None:
     parts: list[Part] = []
     for number, step in enumerate(steps, 1):
         parts += _account(number if len(steps) > 1 else 0, step)
-    if "steps" in material.account:
-        parts += _guard(material.account.get("guard"), "All passes together: ")
+    parts += _guard(material.guard, material.verdict, "All passes together: ")
     return Section("passes", "What each pass did" if len(steps) > 1 else "What the pass did", parts)
 
 
-def _account(number: int, step: Mapping[str, Any]) -> list[Part]:
+def _account(number: int, step: Step) -> list[Part]:
     parts: list[Part] = []
     if number:
-        took = f"{step['seconds']:.1f} s" + (", kept from an earlier run" if step["cached"] else "")
-        parts.append(Heading(f"{number}. {step['pass']}", took))
-    changes, refusals, measured = step["changes"], step["refusals"], step["measured"]
-    parts += _changes(changes)
-    if refusals:
-        parts += left_alone(refusals)
+        took = f"{step.seconds:.1f} s" + (", kept from an earlier run" if step.cached else "")
+        parts.append(Heading(f"{number}. {step.pass_.name}", took))
+    result = step.result
+    parts += _changes(result.changes)
+    if result.refusals:
+        parts += left_alone(result.refusals)
     else:
         parts.append(Prose("Nothing was refused.", "quiet"))
-    parts += _guard(step.get("guard"), "")
-    terms = plain_terms({k: v for k, v in measured.items() if k not in _ELSEWHERE})
+    parts += _guard(result.guard, step.verdict, "")
+    hidden = [name for kind in type(result.figures).__mro__ for name in ELSEWHERE.get(kind, ())]
+    terms = plain_terms({k: v for k, v in result.measured_json().items() if k not in hidden})
     more: list[Part] = [Terms(terms)] if terms else []
-    options = json.dumps(step["options"], indent=2)
+    options = json.dumps(step.pass_.options(), indent=2)
     parts.append(Fold("What it measured, and its options", [*more, Code(options)]))
     return parts
 
 
-def _changes(changes: Sequence[Mapping[str, str]]) -> list[Part]:
+def _changes(changes: Sequence[Change]) -> list[Part]:
     if not changes:
         return [Prose("It changed nothing.")]
-    kinds = Counter(c["what"] for c in changes)
+    kinds = Counter(c.what for c in changes)
     if len(kinds) > SHOWN:
         text = f"{len(changes)} changes, of {len(kinds)} kinds."
     else:
         text = "; ".join(what if n == 1 else f"{n} × {what}" for what, n in kinds.items()) + "."
-    rows = [[c["node"], c["what"]] for c in changes]
+    rows = [[c.node, c.what] for c in changes]
     return [Prose(text), Fold(f"All {len(rows)} changes", [Table("Changes", ["node", "what"], rows, 2)])]
 
 
-def left_alone(refusals: Sequence[Mapping[str, str]], title: str = "Left alone") -> list[Part]:
+def left_alone(refusals: Sequence[Refusal], title: str = "Left alone") -> list[Part]:
     """Show refusals as a table; rows beyond SHOWN are folded away.
 
     Args:
-        refusals: Mappings with `node`, `rule` and `remedy`.
+        refusals: The refusals.
         title: Caption of the table.
 
     Returns:
         The table, and the folded rest.
     """
-    rows = [[r["node"], r["rule"], r["remedy"] or "–"] for r in refusals]
+    rows = [[r.node, r.rule, r.remedy or "–"] for r in refusals]
     columns = ["node", "why", "what would make it possible"]
-    if not any(r["remedy"] for r in refusals):
+    if not any(r.remedy for r in refusals):
         rows, columns = [row[:2] for row in rows], columns[:2]
     parts: list[Part] = [Table(f"{title}: {len(rows)}", columns, rows[:SHOWN], 3)]
     if len(rows) > SHOWN:
@@ -100,25 +102,25 @@ def left_alone(refusals: Sequence[Mapping[str, str]], title: str = "Left alone")
     return parts
 
 
-def _guard(found: Mapping[str, Any] | None, whose: str) -> list[Part]:
-    """How far the outputs are from what they were, and what to try where that is too far."""
-    if found is None:
+def _guard(measured: GuardMeasurements | None, verdict: Verdict | None, whose: str) -> list[Part]:
+    """Show how far the outputs are from what they were, and what to try where that is too far."""
+    if measured is None or verdict is None:
         return []
-    on = f", on {found['inputs']}" if found["inputs"] else ""
-    word = {"warned": "Warning: ", "forced": "Warning, written by --force: "}.get(found["status"], "")
-    outputs = found["outputs"]
-    if found["max_rel"] is not None and outputs:
-        worst = max(outputs, key=lambda one: float(one["max_rel"]))
+    on = f", on {measured.inputs}" if measured.inputs else ""
+    word = {"warned": "Warning: ", "forced": "Warning, written by --force: "}.get(verdict.status, "")
+    fidelity = measured.fidelity
+    if measured.max_rel is not None and fidelity is not None and fidelity.outputs:
+        worst = fidelity.furthest
         text = (
-            f"largest difference of its outputs: {worst['max_abs']:.3g} absolute, {worst['max_rel']:.3g} "
-            f"relative (output {worst['name']!r})"
+            f"largest difference of its outputs: {worst.max_abs:.3g} absolute, {worst.max_rel:.3g} "
+            f"relative (output {worst.name!r})"
         )
     else:
-        shares = [one["agreement"] for one in outputs if one["agreement"] is not None]
-        text = found["text"] + (f", the same class for {percent(min(shares))}" if shares else "")
+        same = None if fidelity is None else fidelity.agreement
+        text = verdict.text + ("" if same is None else f", the same class for {percent(same)}")
     tone = "missed" if word else ""
     text = text if whose or word else text[:1].upper() + text[1:]
-    return [Prose(f"{word}{whose}{text}{on}.", tone), *(Prose(f"{one}.") for one in found["advice"])]
+    return [Prose(f"{word}{whose}{text}{on}.", tone), *(Prose(f"{advice}.") for advice in verdict.advice)]
 
 
 def plain_terms(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
