@@ -55,8 +55,12 @@ class Watch:
             The state to hand to `measure`.
         """
         if self._state is None or self._state[0] is not model:
-            self._state = (model, _State(model.copy()))
+            self._state = (model, _State(self._model if self._is_given(model) else model.copy()))
         return self._state[1]
+
+    def _is_given(self, model: Model) -> bool:
+        """Return whether a model is an unchanged copy of the one that the chain was given."""
+        return model is not self._model and model.same_state(self._model)
 
     def measure(
         self, before: _State, model: Model, *, exact: bool, reference: str | None = None
@@ -147,7 +151,7 @@ def outputs_of(model: Model, inputs: UnseenInputs) -> dict[str, list[np.ndarray]
     import onnxruntime as ort
 
     from onnxcompress.errors import one_line
-    from onnxcompress.evaluation.compare import feeds_for
+    from onnxcompress.runtime.inference import feeds_for
     from onnxcompress.runtime.session import session
 
     opened = session(model, provider="cpu", optimize=False)

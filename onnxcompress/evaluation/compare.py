@@ -16,14 +16,13 @@ from onnxcompress.graph import macs
 from onnxcompress.model.model_like import (
     ModelLike,
     as_model,
-    dims,
     display_names,
     input_specs,
     label,
     model_bytes,
 )
 from onnxcompress.progress import Progress, silent
-from onnxcompress.runtime.inference import or_one_by_one, random_feeds, run, unread_feeds
+from onnxcompress.runtime.inference import feeds_for, or_one_by_one, random_feeds, run, unread_feeds
 from onnxcompress.runtime.latency import Ratio, Timing, benchmark, ratio
 from onnxcompress.runtime.providers import ProviderLike
 
@@ -208,36 +207,3 @@ def _batch(a: ModelLike, b: ModelLike, default: int) -> int:
     if len(fixed) > 1:
         raise ModelError(f"the models' inputs have fixed batches of {fixed[0]} and {fixed[1]}")
     return fixed[0] if fixed else default
-
-
-def feeds_for(model: ModelLike, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Rename inputs of a reference to another model's input names, by order where the names differ.
-
-    Args:
-        model: The other model.
-        feeds: Arrays by input name of the reference.
-
-    Returns:
-        Arrays by input name of `model`, floats in the precision that it takes.
-
-    Raises:
-        ModelError: The models differ in the number or the shapes of inputs.
-    """
-    specs = input_specs(model)
-    if len(specs) != len(feeds):
-        raise ModelError(f"the models have {len(feeds)} and {len(specs)} inputs; expected as many")
-    by_name = {s.name for s in specs} == set(feeds)
-    sources = [s.name for s in specs] if by_name else list(feeds)
-    for spec, source in zip(specs, sources, strict=True):
-        if not spec.takes(feeds[source].shape):
-            got, expected = dims(feeds[source].shape), dims(spec.shape or ())
-            raise ModelError(
-                f"{label(model)}: input {spec.name!r} takes {expected}, the other model's {got}; only "
-                "models with the same inputs can be compared"
-            )
-    return {s.name: _as_float(feeds[source], s.dtype) for s, source in zip(specs, sources, strict=True)}
-
-
-def _as_float(values: np.ndarray, dtype: np.dtype[Any]) -> np.ndarray:
-    """Convert floats to the model's type: a float16 model is compared with its float32 original."""
-    return values.astype(dtype, copy=False) if values.dtype.kind == dtype.kind == "f" else values

@@ -33,7 +33,6 @@ from onnxcompress.model.validation import check_graph
 from onnxcompress.version import __version__
 
 Shape = tuple[int | str | None, ...]
-
 Derived = TypeVar("Derived")
 
 
@@ -262,6 +261,10 @@ class Model:
             twin._analyses[Model.exported] = self.analysis(Model.exported)
         return twin
 
+    def same_state(self, other: Model) -> bool:
+        """Return whether this is a copy of another model, and neither was changed since."""
+        return self._analyses.get(Model.exported, self) is other._analyses.get(Model.exported, other)
+
     def become(self, other: Model) -> None:
         """Replace the contents by those of another model; name and use of external data stay.
 
@@ -328,7 +331,7 @@ class Model:
         return with_inputs(*self._export())
 
     def exported(self) -> Exported:
-        """Export the model as `save` writes it: without initializers, and its initializers."""
+        """Export the model as `save` writes it: the graph, and its initializers apart."""
         return export(self._envelope, self.graph, self._nodes, self._tensors, self._sparse)
 
     def _export(self) -> Exported:

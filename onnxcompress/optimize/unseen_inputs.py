@@ -20,6 +20,7 @@ from onnxcompress.data.image_set import ImageSet, as_type, check_fits, image_cou
 from onnxcompress.data.preprocess import choose
 from onnxcompress.errors import CompressError, InputError, ModelError
 from onnxcompress.model import Model
+from onnxcompress.model.model_like import input_specs
 from onnxcompress.optimize.calibration import InputRequest, assume_sizes, image_input, synthetic_images
 from onnxcompress.optimize.synthesis.drawn_inputs import Samples
 from onnxcompress.runtime.inference import random_feeds, unread_feeds
@@ -34,7 +35,7 @@ BATCH = 4
 """Images that go through at once where the file leaves it open."""
 SEED = 7_919_001
 """The first seed that is tried: far from those that people, and passes for their stages, take."""
-RANDOM_RUNS = 4
+RANDOM_RUNS = 2
 """Batches of random numbers, of two rows each where the file leaves the batch open."""
 
 
@@ -108,8 +109,11 @@ def sized(model: Model, learned: Sequence[InputRequest], judged_by: InputRequest
         judged_by: Images that are kept to judge by, and sizes.
 
     Returns:
-        A copy with assumed sizes, or the model itself where none are known.
+        A copy with assumed sizes, or the model itself where none is open or none are known.
     """
+    shapes = [spec.shape for spec in input_specs(model)]
+    if all(shape is not None and all(isinstance(d, int) for d in shape[1:]) for shape in shapes):
+        return model
     requests = [*learned, *([judged_by] if judged_by is not None else [])]
     said = [request for request in requests if request.input_shape is not None]
     request = (said or [r for r in requests if r.images is not None] or requests or [InputRequest()])[0]

@@ -157,6 +157,39 @@ def run(
     return dict(zip(names, values, strict=True))
 
 
+def feeds_for(model: ModelLike, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Rename inputs of a reference to another model's input names, by order where the names differ.
+
+    Args:
+        model: The other model.
+        feeds: Arrays by input name of the reference.
+
+    Returns:
+        Arrays by input name of `model`, floats in the precision that it takes.
+
+    Raises:
+        ModelError: The models differ in the number or the shapes of inputs.
+    """
+    specs = input_specs(model)
+    if len(specs) != len(feeds):
+        raise ModelError(f"the models have {len(feeds)} and {len(specs)} inputs; expected as many")
+    by_name = {s.name for s in specs} == set(feeds)
+    sources = [s.name for s in specs] if by_name else list(feeds)
+    for spec, source in zip(specs, sources, strict=True):
+        if not spec.takes(feeds[source].shape):
+            got, expected = dims(feeds[source].shape), dims(spec.shape or ())
+            raise ModelError(
+                f"{label(model)}: input {spec.name!r} takes {expected}, the other model's {got}; only "
+                "models with the same inputs can be compared"
+            )
+    return {s.name: _as_float(feeds[source], s.dtype) for s, source in zip(specs, sources, strict=True)}
+
+
+def _as_float(values: np.ndarray, dtype: np.dtype[Any]) -> np.ndarray:
+    """Convert floats to the model's type: a float16 model is compared with its float32 original."""
+    return values.astype(dtype, copy=False) if values.dtype.kind == dtype.kind == "f" else values
+
+
 def or_one_by_one(compute: Callable[[int], T], batch: int) -> T:
     """Compute at a batch; where that fails, with one image at a time.
 
