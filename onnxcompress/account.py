@@ -78,6 +78,8 @@ class Figures:
     """Time that its stages took."""
     output_snr_db: Mapping[str, float] | None = field(default=None, kw_only=True)
     """Output -> signal to noise ratio against the model before, in decibels, on the inputs learned from."""
+    effort: str | None = field(default=None, kw_only=True)
+    """The effort that was taken: fast, balanced or best; None: the pass has but one."""
     target_missed: str | None = field(default=None, kw_only=True)
     """By how much the result misses the target that the options name; None: there is none, or it is met."""
 

@@ -93,6 +93,9 @@ def progress(*, lines: bool = True) -> Iterator[ReportProgress]:
 
         def report(stage: str, done: int, total: int) -> None:
             interrupts.check()
+            if not total:
+                bars.console.print(stage, markup=False)
+                return
             if stage not in tasks:
                 tasks[stage] = bars.add_task(stage, total=total)
             bars.update(tasks[stage], completed=done, total=total)
@@ -105,6 +108,9 @@ def _plain_progress(console: Console) -> ReportProgress:
 
     def report(stage: str, done: int, total: int) -> None:
         interrupts.check()
+        if not total:
+            console.print(stage, markup=False)
+            return
         start = starts.setdefault(stage, time.monotonic())
         if done >= total:
             console.print(f"{stage}: {total} in {time.monotonic() - start:.1f} s", markup=False)

@@ -47,8 +47,6 @@ SYNTHETIC = 500
 """Images that are made unless a number is given."""
 MOST_WORKERS = 8
 """Threads that draw procedural images."""
-FEW_MADE, MANY_MADE = 128, 512
-"""Images that a pass makes whose work grows with their size: of large ones, and of small ones."""
 SMALL_PIXELS = 64 * 64
 """Height times width up to which an image is a small one."""
 MADE_UP = ("procedural", "drawn")

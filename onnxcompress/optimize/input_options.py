@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
-from onnxcompress.optimize.calibration import SYNTHETIC, InputRequest
+from onnxcompress.optimize.calibration import InputRequest
+from onnxcompress.optimize.effort import INPUTS, effort_option
 from onnxcompress.option_fields import check_limits, input_shape_option, option
 
 INPUTS_HELP = (
@@ -53,4 +54,13 @@ class InputOptions(ImageOptions):
     """What a pass learns from: images, made inputs, or both."""
 
     inputs: Literal["auto", "images", "distilled", "procedural", "layerwise"] = option("auto", INPUTS_HELP)
-    synthetic: int = option(SYNTHETIC, "Images (or samples of a layer) to make.", ge=1)
+    synthetic: int | None = option(
+        None, "Images (or samples of a layer) to make; default: by --effort.", metavar="N", ge=1
+    )
+    effort: Literal["auto", "fast", "balanced", "best"] = effort_option()
+
+    @property
+    def request(self) -> InputRequest:
+        """What is asked for, as the options say it."""
+        request = super().request
+        return request if self.synthetic is not None else replace(request, synthetic=INPUTS[self.effort])

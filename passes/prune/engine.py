@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 import zlib
 from collections.abc import Mapping
@@ -15,14 +14,14 @@ from torch import Tensor
 
 from onnxcompress.account import Change, InputSource, Refusal, StageSeconds, as_json
 from onnxcompress.graph.edit import set_values
-from onnxcompress.graph.query import data_input, read
-from onnxcompress.graph.shape_inference import tensor_shapes
+from onnxcompress.graph.query import read
 from onnxcompress.model import Model
-from onnxcompress.optimize.calibration import FEW_MADE, MANY_MADE, SMALL_PIXELS, gather_inputs, quick
+from onnxcompress.optimize.calibration import SMALL_PIXELS, gather_inputs, quick
 from onnxcompress.optimize.deterministic_threads import one_thread_each
 from onnxcompress.optimize.device import pick_device
+from onnxcompress.optimize.effort import PRUNE, announce, choose_effort, pixels_of
 from onnxcompress.optimize.reconstruction.context import CalibrationContext, whole_batches
-from onnxcompress.optimize.reconstruction.feature_inputs import BYTES, STARTS, Stage, stages_of
+from onnxcompress.optimize.reconstruction.feature_inputs import BYTES, Stage, stages_of
 from onnxcompress.optimize.reconstruction.global_tuning import finetune_sparse, subnetwork_from
 from onnxcompress.optimize.reconstruction.prune import (
     LEVELS,
@@ -67,6 +66,7 @@ class _Pruned:
     seconds: StageSeconds | None = None
     output_snr_db: Mapping[str, float] | None = None
     shown: ImageSet | None = None
+    effort: str | None = None
 
 
 @one_thread_each()
@@ -177,16 +177,18 @@ def _reconstruct(
 ) -> _Pruned:
     """Choose the zeros and refit what stays, in closed form."""
     start = time.perf_counter()
-    request, device = quick(options.request, model), pick_device(options.device)
-    pixels = _pixels(model)
-    if options.synthetic is None and 0 < pixels <= SMALL_PIXELS:
-        request = replace(request, synthetic=MANY_MADE)
+    effort = choose_effort(options.effort, model, "prune", PRUNE["best"].inputs)
+    pixels, device = pixels_of(model), pick_device(options.device)
+    work, small = PRUNE[effort], 0 < pixels <= SMALL_PIXELS
+    count = options.synthetic or (work.small_inputs if small else work.inputs)
+    request = replace(quick(options.request, model), synthetic=count)
+    announce("prune", effort, model, count, progress)
     inputs = gather_inputs(model, request, device=device, progress=progress)
     context = CalibrationContext.of(model, inputs, stretched=False)
     stages = [Stage(context.images, context.twin)]
-    if inputs.may_use_record:
-        many = min(STARTS, BYTES // max(12 * pixels, 1))
-        more = options.synthetic is None and inputs.layerwise and pixels > SMALL_PIXELS and many > FEW_MADE
+    if inputs.may_use_record and work.starts:
+        many = min(work.starts, BYTES // max(12 * pixels, 1))
+        more = options.synthetic is None and inputs.layerwise and pixels > SMALL_PIXELS and many > count
 
         def starts() -> Tensor:
             made = gather_inputs(model, replace(request, synthetic=many), device=device, progress=progress)
@@ -213,6 +215,7 @@ def _reconstruct(
         seconds=StageSeconds(made, time.perf_counter() - start - made),
         output_snr_db=output_snr(original, model, context.images),
         shown=inputs.shown,
+        effort=effort,
     )
 
 
@@ -221,12 +224,6 @@ def _write(model: Model, values: Mapping[str, np.ndarray]) -> None:
     for name, value in values.items():
         set_values(tensors[name], value.astype(np.float32))
     model.touch()
-
-
-def _pixels(model: Model) -> int:
-    """Return the pixels of an image; 0 where the network takes none."""
-    shape = tensor_shapes(model).get(data_input(model).name, ())
-    return math.prod(d for d in shape[1:] if isinstance(d, int) and d > 4) if len(shape) == 4 else 0
 
 
 def _costs(
@@ -313,6 +310,7 @@ def _figures(options: PruneOptions, model: Model, target: Target, done: _Pruned)
         inputs=done.inputs,
         seconds=done.seconds,
         output_snr_db=done.output_snr_db,
+        effort=done.effort,
     )
 
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 from onnxcompress.errors import OptionError
-from onnxcompress.optimize.calibration import FEW_MADE, InputRequest
 from onnxcompress.optimize.input_options import InputOptions
 from onnxcompress.option_fields import option
 
@@ -15,9 +14,6 @@ from onnxcompress.option_fields import option
 class PruneOptions(InputOptions):
     """What `prune` is asked for; its fields are the options of the command."""
 
-    synthetic: int | None = option(  # type: ignore[assignment]  # None: by the size of the images
-        None, "Images to make; default: 512, of more than 64x64 pixels 128.", metavar="N", ge=1
-    )
     sparsity: float = option(
         0.5, "Share of zeros among all weights; an N:M pattern has its own.", gt=0, lt=1
     )
@@ -76,9 +72,3 @@ class PruneOptions(InputOptions):
         """
         found = [f"--sparsity {self.sparsity / 2:g}", "--skip-first-last"]
         return found + ([] if self.images else ["--images with a hundred real ones"])
-
-    @property
-    def request(self) -> InputRequest:
-        """What is asked for, as the options say it."""
-        request = super().request
-        return request if self.synthetic is not None else replace(request, synthetic=FEW_MADE)

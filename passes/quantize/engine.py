@@ -13,9 +13,10 @@ from onnxcompress.account import Change, Refusal, StageSeconds
 from onnxcompress.errors import ModelError
 from onnxcompress.graph.query import data_input
 from onnxcompress.model import Model
-from onnxcompress.optimize.calibration import Inputs, gather_inputs, quick
+from onnxcompress.optimize.calibration import InputRequest, Inputs, gather_inputs, quick
 from onnxcompress.optimize.deterministic_threads import one_thread_each
 from onnxcompress.optimize.device import pick_device
+from onnxcompress.optimize.effort import QUANTIZE, Effort, QuantizeWork, announce, choose_effort, pixels_of
 from onnxcompress.optimize.executor.open_batch import images_at_once
 from onnxcompress.optimize.reconstruction.context import (
     BATCH,
@@ -74,9 +75,12 @@ def quantize(
         return PassResult(changes, plan.refusals)
     start = time.perf_counter()
     device = pick_device(options.device)
-    inputs = _gather(options, model, device, progress)
+    effort = choose_effort(options.effort, model, "quantize", QUANTIZE["best"].inputs)
+    request, work = _work(options, effort, model, progress)
+    inputs = gather_inputs(model, request, device=device, progress=progress)
+    repair = _few(options) or inputs.real
     gathered = time.perf_counter()
-    context, channel_ranges = _prepare(options, model, plan, inputs)
+    context, channel_ranges = _prepare(options, model, plan, inputs, work.stretch, repair)
     budget = None
     plan = context.plan
     if options.mixed:
@@ -87,7 +91,7 @@ def quantize(
     if inputs.may_use_record and _rounds_weights_alone(options):
         stages = stages_of(context, seed=options.seed, device=device, progress=progress)
     staged = time.perf_counter()
-    results = _fit(options, replace(context, plan=plan), stages, progress)
+    results = _fit(options, replace(context, plan=plan), stages, work, repair, progress)
     fitted = time.perf_counter()
     rows = _write(options, model, plan, results)
     made = (stage.used for stage in stages if stage.used)
@@ -102,20 +106,30 @@ def quantize(
             layers=fitted - staged + chosen - gathered - (budget.seconds if budget else 0.0),
         ),
         output_snr_db=output_snr(original, model, context.images),
+        effort=effort,
     )
     changed = [Change(r.name, f"weight {r.weight_bits} bits, input {r.input_bits}") for r in rows]
     return PassResult([*changes, *changed], plan.refusals, figures, inputs.shown)
 
 
-def _gather(options: QuantizeOptions, model: Model, device: str, progress: Progress) -> Inputs:
-    """Gather the inputs: those that are made quickly do where all has 8 bits."""
-    few = options.weight_bits < 8 or 0 < options.activation_bits < 8
-    request = options.request if few else quick(options.request, model)
-    return gather_inputs(model, request, device=device, progress=progress)
+def _work(
+    options: QuantizeOptions, effort: Effort, model: Model, progress: Progress
+) -> tuple[InputRequest, QuantizeWork]:
+    """Return the inputs to gather, and the counts: with fewer bits than 8 those of a higher effort."""
+    few = _few(options)
+    work = QUANTIZE[effort if not few else "balanced" if effort == "fast" else "best"]
+    request = replace(options.request, synthetic=options.synthetic or work.count(pixels_of(model)))
+    announce("quantize", effort, model, request.synthetic, progress)
+    return request if few and effort != "fast" else quick(request, model), work
+
+
+def _few(options: QuantizeOptions) -> bool:
+    """Return whether anything gets fewer bits than 8."""
+    return options.weight_bits < 8 or 0 < options.activation_bits < 8
 
 
 def _prepare(
-    options: QuantizeOptions, model: Model, plan: Plan, inputs: Inputs
+    options: QuantizeOptions, model: Model, plan: Plan, inputs: Inputs, equalize: bool, repair: bool
 ) -> tuple[CalibrationContext, int]:
     """Align the statistics and equalize the channels' ranges, where that is asked for.
 
@@ -125,8 +139,9 @@ def _prepare(
     batch = images_at_once(model, x) or BATCH
     twin = twin_of(model, x) if inputs.layerwise else StatisticsAlignment()
     equalized = 0
-    if options.stretch and options.activation_bits:  # ranges of what stays a float need no room
-        equalized = stretch(model, plan, x, twin, batch)
+    if equalize and options.stretch and options.activation_bits:  # what stays a float needs no room
+        power = 1.0 if repair and options.per_channel else 0.5
+        equalized = stretch(model, plan, x, twin, batch, power)
         plan = make_plan(model, bits_of(options))
     return CalibrationContext(model, plan, x, twin, batch, min(inputs.real_count, len(x))), equalized
 
@@ -137,7 +152,12 @@ def _rounds_weights_alone(options: QuantizeOptions) -> bool:
 
 
 def _fit(
-    options: QuantizeOptions, context: CalibrationContext, stages: Sequence[Stage], progress: Progress
+    options: QuantizeOptions,
+    context: CalibrationContext,
+    stages: Sequence[Stage],
+    work: QuantizeWork,
+    repair: bool,
+    progress: Progress,
 ) -> QuantizationResults:
     """Fit ranges, weights and biases layer by layer, stage by stage."""
     settings = Settings(
@@ -148,6 +168,10 @@ def _fit(
         small_types=options.small_types,
         saturation_safe=options.saturation_safe,
         minmax=options.ranges == "minmax",
+        places=work.places,
+        repair=repair,
+        ratios=work.ratios,
+        sweeps=work.sweeps if options.per_channel else max(work.sweeps, 1),
         batch=context.batch,
         seed=options.seed,
     )

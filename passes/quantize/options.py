@@ -14,7 +14,6 @@ from onnxcompress.option_fields import option
 class QuantizeOptions(InputOptions):
     """What `quantize` is asked for; its fields are the options of the command."""
 
-    synthetic: int = option(128, "Images to make.", ge=1)
     weight_bits: int = option(
         8, "Bits of the weights; with a budget the most that a layer gets.", ge=2, le=8
     )

@@ -66,7 +66,7 @@ class DropBlocksOptions(InputOptions):
         Returns:
             Options with their values, as on the command line, or in words.
         """
-        found = ["fewer blocks", f"--steps {2 * max(self.steps, 500)}"]
+        found = ["fewer blocks", f"--steps {2 * max(self.steps or 0, 500)}"]
         return found + ([] if self.images else ["--images with a few hundred real ones"])
 
     @property

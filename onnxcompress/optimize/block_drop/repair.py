@@ -117,7 +117,7 @@ class Repair:
 
     def _finetune(self, student: Executor, start: dict[str, Tensor], batch: int) -> dict[str, Tensor]:
         schedule = Schedule(
-            steps=self.options.steps,
+            steps=self.options.steps or 0,
             batch=batch,
             learning_rate=self.options.learning_rate,
             seed=self.options.seed,

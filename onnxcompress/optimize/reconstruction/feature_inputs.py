@@ -53,9 +53,6 @@ from onnxcompress.statistics.record import known_statistics
 
 COUNT = 2048
 """Inputs that are synthesized, at most."""
-STARTS = 1024
-"""Images that `prune` begins from where inputs are large. EfficientNet-Lite0 at 34 % (`python
-tests/benchmarks/prune.py`): KL divergence 0.029; from 128 (`--synthetic 128`) 0.037."""
 EACH = 16
 """Inputs that start from the same image, at most."""
 CHUNK = 256

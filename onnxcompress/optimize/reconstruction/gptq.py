@@ -18,7 +18,7 @@ Columns go in blocks, so that nearly all work is matrix products. Layers of any 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -145,7 +145,11 @@ class Rounded:
 
 
 def nearest(
-    weight: Tensor, allowed: SaturationBounds, per_channel: bool, hessian: Tensor | None = None
+    weight: Tensor,
+    allowed: SaturationBounds,
+    per_channel: bool,
+    hessian: Tensor | None = None,
+    ratios: int = RATIOS,
 ) -> Rounded:
     """Round each weight to its nearest integer, with the scales of the least (weighted) rounding error.
 
@@ -154,6 +158,7 @@ def nearest(
         allowed: The integers allowed.
         per_channel: Whether each output has a scale.
         hessian: H, (G, F, F), whose diagonal weighs the errors; None: all alike.
+        ratios: Clipping ratios that are tried.
 
     Returns:
         The weight on its grid.
@@ -161,7 +166,7 @@ def nearest(
     diagonal = (
         torch.ones_like(weight[:, :1]) if hessian is None else hessian.diagonal(dim1=1, dim2=2)[:, None]
     )
-    scale = best_scale(weight, diagonal.to(weight), allowed, per_channel)
+    scale = best_scale(weight, diagonal.to(weight), allowed, per_channel, ratios)
     integers = torch.round(weight / scale).clamp(*allowed.bounds(weight / scale))
     return Rounded(integers, scale, torch.zeros_like(weight[..., 0]), 1.0)
 
@@ -174,6 +179,8 @@ def reconstruct(
     *,
     ridge: float,
     target: float,
+    ratios: int = RATIOS,
+    sweeps: int = SWEEPS,
 ) -> Rounded:
     """Choose integers and scales with the least error on the layer's outputs.
 
@@ -186,17 +193,21 @@ def reconstruct(
         per_channel: Whether each output has a scale.
         ridge: λ, as a share of the mean diagonal of H.
         target: The same of the least squares target W*; infinity: the target is the layer's own W.
+        ratios: Clipping ratios that are tried for the scales.
+        sweeps: Sweeps of coordinate descent behind GPTQ; 0: each weight is rounded to its nearest.
 
     Returns:
         The weight on its grid, and the change of the bias.
     """
     w, h = least_squares(weight, moments, ridge=ridge, target=target)
     goal, hessian = w.float(), h.float()
-    start = nearest(goal, allowed, per_channel, hessian)
+    start = nearest(goal, allowed, per_channel, hessian, ratios)
+    if not sweeps:
+        return replace(start, shift=moments.shift(weight, start.weight).float())
     scale = start.scale
     low, high = allowed.bounds(goal / scale)
     integers = _gptq(goal, h, scale, low, high)
-    for sweep in range(SWEEPS):
+    for sweep in range(sweeps):
         if sweep:
             scale = _refit(goal, hessian, integers, scale, per_channel)
         integers = _descend(goal, hessian, integers, scale, low, high)
@@ -234,7 +245,9 @@ def least_squares(
     return w, h
 
 
-def best_scale(weight: Tensor, diagonal: Tensor, allowed: SaturationBounds, per_channel: bool) -> Tensor:
+def best_scale(
+    weight: Tensor, diagonal: Tensor, allowed: SaturationBounds, per_channel: bool, ratios: int = RATIOS
+) -> Tensor:
     """Choose the scales with the least weighted squared error of rounding and clipping.
 
     Args:
@@ -242,6 +255,7 @@ def best_scale(weight: Tensor, diagonal: Tensor, allowed: SaturationBounds, per_
         diagonal: The weight of each column's error, (G, 1, F).
         allowed: The integers allowed.
         per_channel: Whether each output has a scale; else all are equal.
+        ratios: Clipping ratios that are tried.
 
     Returns:
         The scales, (G, O, 1).
@@ -252,8 +266,8 @@ def best_scale(weight: Tensor, diagonal: Tensor, allowed: SaturationBounds, per_
     whole = whole.clamp_min(1e-10)
     best = torch.full_like(whole, float("inf"))
     chosen = whole
-    for step in range(RATIOS):
-        scale = whole * (LEAST + (1 - LEAST) * step / (RATIOS - 1))
+    for step in range(ratios):
+        scale = whole * (LEAST + (1 - LEAST) * step / (ratios - 1))
         off = torch.round(weight / scale).clamp(*allowed.bounds(weight / scale)) * scale - weight
         error = (off.square() * diagonal).sum(2, keepdim=True)
         if not per_channel:

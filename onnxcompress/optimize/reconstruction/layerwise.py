@@ -32,7 +32,7 @@ from onnxcompress.optimize.executor import Executor
 from onnxcompress.optimize.executor.open_batch import split_images
 from onnxcompress.optimize.reconstruction.context import fixed_batch, live_floats, needs, nodes_between
 from onnxcompress.optimize.reconstruction.gptq import LayerMoments
-from onnxcompress.optimize.reconstruction.patches import Patches
+from onnxcompress.optimize.reconstruction.patches import PLACES, Patches
 from onnxcompress.optimize.synthesis.statistics_alignment import StatisticsAlignment
 from onnxcompress.progress import Progress, silent
 from onnxcompress.quantization.qdq_plan import Plan, QuantizedLayer
@@ -57,6 +57,8 @@ class LayerwiseSettings:
     batch: int = 32
     """Images that go through at once."""
     seed: int = 0
+    places: int = PLACES
+    """Places at which an image gives a patch, at most."""
 
 
 @dataclass
@@ -240,7 +242,7 @@ class LayerwiseReconstruction(ABC):
         if layer.linear.bias_name is not None:
             wanted = wanted - along(self.executor.parameters[layer.linear.bias_name], wanted)
         reads, gives = (torch.split(t, self.settings.batch) for t in (x, wanted))
-        places = [cut.places(wanted, self._generator) for _ in reads]
+        places = [cut.places(wanted, self._generator, self.settings.places) for _ in reads]
         rows = max(ROWS, ROWS_EACH * weight.shape[2])
         enough = -(-rows // (self.settings.batch * len(places[0])))
 

@@ -35,19 +35,20 @@ class Patches:
     dilations: tuple[int, int] = (1, 1)
     pads: tuple[int, int, int, int] = (0, 0, 0, 0)
 
-    def places(self, y: Tensor, generator: torch.Generator) -> Tensor:
+    def places(self, y: Tensor, generator: torch.Generator, most: int = PLACES) -> Tensor:
         """Draw random places of a layer's output.
 
         Args:
             y: The output, (N, outputs, H, W).
             generator: Random generator.
+            most: Places that are drawn, at most.
 
         Returns:
-            Up to PLACES places, row by row; a single 0 for a Gemm, which has none.
+            The places, row by row; a single 0 for a Gemm, which has none.
         """
         if self.kernel is None:
             return torch.zeros(1, dtype=torch.long)
-        return torch.randperm(y.shape[2] * y.shape[3], generator=generator)[:PLACES]
+        return torch.randperm(y.shape[2] * y.shape[3], generator=generator)[:most]
 
     def take(self, x: Tensor, y: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
         """Cut the patches and the outputs at given places.

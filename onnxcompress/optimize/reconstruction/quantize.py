@@ -20,7 +20,7 @@ from torch import Tensor
 
 from onnxcompress.optimize.deterministic_threads import in_turn
 from onnxcompress.optimize.reconstruction.activation_range import fake, least_squares, samples
-from onnxcompress.optimize.reconstruction.gptq import Rounded, nearest, reconstruct
+from onnxcompress.optimize.reconstruction.gptq import RATIOS, SWEEPS, Rounded, nearest, reconstruct
 from onnxcompress.optimize.reconstruction.layerwise import (
     TARGET_ROWS,
     LayerwiseReconstruction,
@@ -53,6 +53,13 @@ class Settings(LayerwiseSettings):
     """Weights of 8 bits that cannot overflow 16-bit sums (`integers`)."""
     minmax: bool = False
     """Ranges of activations: the samples' ends."""
+    repair: bool = True
+    """Weights and biases make up for what earlier layers lost on these inputs, too; else a bias makes up
+    for the rounding of its own layer's weight alone."""
+    ratios: int = RATIOS
+    """Clipping ratios that are tried for each scale of a weight."""
+    sweeps: int = SWEEPS
+    """Sweeps of coordinate descent; 0: weights are rounded to nearest."""
 
 
 @dataclass
@@ -127,8 +134,12 @@ class Quantizer(LayerwiseReconstruction):
             moments = self._moments(layer, cut, weight, x, self._wanted(layer, wanted))
             fewest = min(layer.weight_bits, 8 if layer.input is None else layer.input[1])
             few = moments.rows < TARGET_ROWS * weight.shape[2]
-            target = math.inf if few else TARGET * 2 ** (fewest - 4)
-            found = reconstruct(weight, moments, allowed, each, ridge=RIDGE, target=target)
+            target = math.inf if few or not s.repair else TARGET * 2 ** (fewest - 4)
+            if not s.repair:
+                moments.residual.zero_()
+            found = reconstruct(
+                weight, moments, allowed, each, ridge=RIDGE, target=target, ratios=s.ratios, sweeps=s.sweeps
+            )
         self.results.weights[id(layer.linear.node)] = found
         self._set(layer.linear.weight_name, stored(layer, found.weight, shape))
         if layer.linear.bias_name is None:

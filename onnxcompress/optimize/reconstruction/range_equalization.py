@@ -38,6 +38,8 @@ from onnxcompress.statistics.record import ChannelStatistics, read_record, write
 
 MARGIN = 1.5
 """Largest values of other inputs are larger."""
+RECORDED = 4.0
+"""Recorded standard deviations that a channel reaches at least."""
 LARGEST = 64.0
 """Factor, at most: beyond it a channel is dead."""
 
@@ -117,10 +119,19 @@ def _scalable(model: Model, node: gs.Node, stream: Stream) -> bool:
     return True
 
 
-def stretch(model: Model, plan: Plan, images: Tensor, twin: StatisticsAlignment, batch: int = 16) -> int:
+def stretch(
+    model: Model,
+    plan: Plan,
+    images: Tensor,
+    twin: StatisticsAlignment,
+    batch: int = 16,
+    power: float = 1.0,
+) -> int:
     """Scale all streams in place, by their ranges on the images; how many there are.
 
-    The twin's maps and the record follow. Layers of the plan must be made anew afterwards.
+    The twin's maps and the record follow. Layers of the plan must be made anew afterwards. power: exponent
+    of the factors (the α of SmoothQuant). Below 1 channels stay nearer to what they were, as made images
+    and weights with one scale want it, and none is taken to reach less far than RECORDED deviations.
     """
     places = streams(model, plan)
     if not places:
@@ -143,7 +154,10 @@ def stretch(model: Model, plan: Plan, images: Tensor, twin: StatisticsAlignment,
     record = read_record(model)
     for one in places:
         found = torch.stack([largest[name] for name in sorted(one.read)]).amax(0)
-        scale = _scales(found.double().numpy(), one.top)
+        farthest = found.double().numpy()
+        for known in (record[name] for name in one.tensors if power < 1 and name in record):
+            farthest = np.maximum(farthest, (np.abs(known.mean) + RECORDED * known.std) / MARGIN)
+        scale = _scales(farthest, one.top) ** power
         _apply(model, one, scale, twin, record)
     write_record(model, record)
     model.touch()

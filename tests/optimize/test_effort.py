@@ -1,0 +1,94 @@
+"""Effort: counts, how `auto` chooses, what is said before the work starts, what an option overrides."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import astuple
+
+import numpy as np
+import pytest
+import torch
+
+from onnxcompress.model import Model
+from onnxcompress.optimize.effort import (
+    DROP_BLOCKS,
+    PASSES,
+    PRUNE,
+    QUANTIZE,
+    Effort,
+    choose_effort,
+    computed_numbers,
+)
+from onnxcompress.optimize.reconstruction.gptq import Moments, nearest, reconstruct
+from onnxcompress.optimize.reconstruction.saturation import SaturationBounds
+from onnxcompress.passes.base import PassResult
+from onnxcompress.passes.prune import Prune
+from onnxcompress.passes.quantize import Quantize
+from tests.helpers.folding import graph, norm, weight
+
+EFFORTS: tuple[Effort, ...] = ("fast", "balanced", "best")
+
+
+def network(side: int = 8) -> Model:
+    """Two convolutions with BatchNorm on square images, a global pool and a Gemm."""
+    body = """c = Conv<pads=[1, 1, 1, 1]>(x, w) n = BatchNormalization(c, g, b, m, v) r = Relu(n)
+    d = Conv<pads=[1, 1, 1, 1]>(r, w2, b2) s = Relu(d) p = GlobalAveragePool(s) f = Flatten(p)
+    y = Gemm<transB=1>(f, wg, bg)"""
+    arrays = {"w": weight(6, 3, 3, 3), **norm(6), "w2": weight(6, 6, 3, 3, seed=1), "b2": weight(6, seed=2)}
+    arrays |= {"wg": weight(4, 6, seed=3), "bg": weight(4, seed=4)}
+    return Model.from_proto(graph(f"(float[N,3,{side},{side}] x) => (float[N,4] y)", body, arrays))
+
+
+@pytest.mark.parametrize("table", [QUANTIZE, PRUNE, DROP_BLOCKS])
+def test_more_effort_is_never_less_work(table: dict[Effort, object]) -> None:
+    for less, more in itertools.pairwise(astuple(table[effort]) for effort in EFFORTS):  # type: ignore[call-overload]
+        assert less != more
+        assert all(a <= b for a, b in zip(less, more, strict=True))
+
+
+@pytest.mark.parametrize("pass_", list(PASSES))
+def test_auto_is_best_for_small_networks_only(pass_: str) -> None:
+    small, large = network(8), network(2048)
+    assert computed_numbers(large) == pytest.approx(computed_numbers(small) * 256**2, rel=0.01)
+    assert choose_effort("auto", small, pass_, 128) == "best"
+    assert choose_effort("auto", large, pass_, 128) == "balanced"
+    assert choose_effort("fast", small, pass_, 128) == "fast"
+
+
+@pytest.mark.parametrize("effort", EFFORTS)
+@pytest.mark.parametrize("cls", [Quantize, Prune])
+def test_the_effort_and_the_expected_time_are_said_first(
+    cls: type[Quantize] | type[Prune], effort: Effort
+) -> None:
+    said: list[tuple[str, int, int]] = []
+    model = network()
+    result = cls(effort=effort, synthetic=4).apply(model, lambda *step: said.append(step))
+    assert said[0][0].startswith(f"{effort} effort on 4 inputs, about ")
+    assert said[0][1:] == (0, 0)
+    assert [used["count"] for used in result.measured["inputs"]][:1] == [4]
+    assert result.measured["effort"] == effort
+
+
+def test_an_effort_gives_the_count_of_inputs_unless_an_option_does() -> None:
+    def count(**options: object) -> int:
+        result: PassResult = Quantize(inputs="procedural", **options).apply(network())  # type: ignore[arg-type]
+        return int(result.measured["inputs"][0]["count"])
+
+    assert count(effort="fast", synthetic=3) == 3
+    assert count(effort="fast") == QUANTIZE["fast"].count(64) == QUANTIZE["fast"].most_inputs
+    assert QUANTIZE["fast"].count(224 * 224) == QUANTIZE["fast"].inputs < QUANTIZE["best"].inputs
+
+
+def test_without_sweeps_each_weight_is_rounded_to_its_nearest() -> None:
+    """And the bias makes up for the mean of what its rounding changes."""
+    generator = torch.Generator().manual_seed(0)
+    rows, x = torch.randn(1, 5, 12, generator=generator), torch.rand(1, 12, 400, generator=generator)
+    moments = Moments.empty(rows)
+    moments.add(x, torch.zeros(1, 5, 400))
+    allowed = SaturationBounds(-127, 127)
+    found = reconstruct(rows, moments, allowed, True, ridge=0.1, target=float("inf"), sweeps=0)
+    np.testing.assert_array_equal(found.integers, torch.round(rows / found.scale).clamp(-127, 127))
+    lost = (rows - found.weight)[0].double() @ x[0].double().mean(1)
+    np.testing.assert_allclose(found.shift[0], lost, atol=1e-6)
+    swept = reconstruct(rows, moments, allowed, True, ridge=0.1, target=float("inf"), sweeps=1)
+    assert swept.error < 1 == nearest(rows, allowed, True).error
