@@ -14,6 +14,7 @@ import pytest
 from tests.helpers.paths import MODELS
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported
+os.environ["ONNXCOMPRESS_CACHE"] = "none"  # a second run would not compute what a test compares
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -18,6 +18,7 @@ from onnxcompress.cli.report_option import write_job_report
 from onnxcompress.errors import ModelError, OptionError, TargetMissed, require
 from onnxcompress.evaluation.gate_results import judge, summary
 from onnxcompress.evaluation.gates import Baseline
+from onnxcompress.intermediate_results import keeping
 from onnxcompress.pipeline import Run
 from onnxcompress.progress import Progress, silent
 
@@ -76,8 +77,8 @@ def _work(job: Job, files: Files, model: Model, baseline: Baseline, show: Progre
 
     gates = job.gates
     judged_by = InputRequest(gates.images, gates.preprocess, input_shape=job.input_shape)
-    run = job.chain.run(model, show, cache=job.cache, guard=job.guard, judged_by=judged_by)
-
+    with keeping(job.cache):
+        run = job.chain.run(model, show, cache=job.cache, guard=job.guard, judged_by=judged_by)
     save(run.model, files.target)
     verdicts = judge(job.gates.limits, job.gates.measure(baseline, files.target, show))
     return Outcome(run, files, verdicts, (model_bytes(files.source), model_bytes(files.target)))
@@ -123,6 +124,9 @@ def _tell(job: Job, found: Outcome) -> None:
         if len(steps) > 1:
             took = f"{step.seconds:.1f} s" + (", kept from an earlier run" if step.cached else "")
             console.print(f"\n[bold]{number}. {step.pass_.name}[/] ({took})")
+        elif step.cached:
+            took = f"{step.seconds:.1f} s then; --no-cache computes it anew"
+            console.print(f"the result is kept from an earlier run ({took})", markup=False)
         show_result(console, step.pass_, step.result, verbose=job.verbose)
         show_guard(console, step.pass_, step.result.guard, step.verdict)
     show_whole(console, found.run.guard, found.run.verdict)
@@ -188,6 +192,8 @@ def _warn_few(run: Run) -> None:
     for step in run.steps:
         count = sum(source.count for source in step.result.inputs)
         learned = not step.pass_.preserves_function and step.pass_.name not in MEASURING
+        measured = step.result.measured
+        learned &= measured is None or measured.effort != "fast"  # few inputs are enough for closed forms
         if learned and step.result.modified and 0 < count < FEW:
             click.echo(
                 f"warning: {step.pass_.name} learned from {count} images and fits them better than others: "

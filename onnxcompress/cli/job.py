@@ -51,6 +51,10 @@ class Outcome:
     """Sizes of IN and OUT in bytes."""
 
 
+KEYS = ("pass", "options", "changes", "refusals", "measured", "cached", "guard")
+"""Keys of a step in the JSON of a pass's command."""
+
+
 def pass_account(outcome: Outcome) -> dict[str, Any]:
     """Build the JSON of a pass's command (`cli.pass_commands` has its keys).
 
@@ -61,6 +65,6 @@ def pass_account(outcome: Outcome) -> dict[str, Any]:
         The values by key.
     """
     step = outcome.run.steps[0].as_dict()
-    kept = {key: step[key] for key in ("pass", "options", "changes", "refusals", "measured", "guard")}
+    kept = {key: step[key] for key in KEYS}
     gates = [dataclasses.asdict(v) for v in outcome.verdicts]
     return kept | {"gates": gates, "provenance": outcome.run.model.provenance()}

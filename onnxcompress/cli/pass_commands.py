@@ -6,6 +6,7 @@
     changes             [{node, what}]
     refusals            [{node, rule, remedy}]
     measured            figures of the pass, by name; `difference` of the outputs, if the pass keeps them
+    cached              whether the result is that of an earlier run
     guard               how much the outputs changed (`onnxcompress guide json`), or null
     gates               [{gate, limit, measured, passed, text, preprocess}], one for each limit given
     provenance          all passes so far, oldest first
@@ -20,6 +21,7 @@ from typing import Any
 
 import click
 
+from onnxcompress.cli.cache import cache_options, chosen_cache
 from onnxcompress.cli.gate_options import gate_options, gates_of, guard_of, guard_options
 from onnxcompress.cli.options import (
     ADVANCED,
@@ -36,7 +38,7 @@ from onnxcompress.option_fields import INPUT_SHAPE_HELP, INPUT_SHAPE_METAVAR, fl
 from onnxcompress.passes import load_pass
 
 if typing.TYPE_CHECKING:
-    pass
+    from onnxcompress.passes.base import Pass
 
 STREAMS_HELP = (
     "IN and OUT may be -, the standard streams. A result that misses a gate is written nevertheless."
@@ -58,6 +60,7 @@ def command(name: str) -> click.Command:
         click.Argument(["source"], metavar="IN", type=FILE),
         click.Argument(["target"], metavar="OUT", type=FILE),
         *(_option(f, hints[f.name]) for f in dataclasses.fields(cls)),
+        *(cache_options() if _learns(cls) else []),
         *running_options(),
         *guard_options(),
         *gate_options(),
@@ -75,11 +78,20 @@ def command(name: str) -> click.Command:
         shape = options.get("input_shape") if "input_shape" in own else options.pop("input_shape", None)
         gates, guard = gates_of(options, Gates(input_shape=shape)), guard_of(options)
         shared = {key: options.pop(key) for key in ("as_json", "quiet", "verbose", "dry_run", "report")}
+        kept = None
+        if _learns(cls):
+            kept = chosen_cache(options.pop("cache"), options.pop("no_cache"))
         chain = Pipeline([cls(**options)])
-        execute(Job(source, target, chain, gates, pass_account, guard=guard, input_shape=shape, **shared))
+        job = Job(source, target, chain, gates, pass_account, guard, kept, shape, **shared)
+        execute(job)
 
     text = f"{inspect.cleandoc(cls.__doc__ or '')}\n\n{STREAMS_HELP}"
     return SectionedCommand(name, callback=callback, params=params, help=text)
+
+
+def _learns(cls: type[Pass]) -> bool:
+    """Return whether the pass optimizes something, which takes so long that its results are kept."""
+    return "torch" in cls.needs
 
 
 def running_options() -> list[click.Option]:

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from onnxcompress.cli.cache import cache_options, chosen_cache
 from onnxcompress.cli.gate_options import gate_options, gates_of, guard_of, guard_options
 from onnxcompress.cli.options import FILE, SectionedCommand, print_json
 from onnxcompress.cli.pass_commands import running_options
@@ -27,9 +28,6 @@ from onnxcompress.errors import OptionError
 
 if TYPE_CHECKING:
     from onnxcompress.cli.job import Outcome
-    from onnxcompress.pipeline.cache import Cache
-
-CACHE_VARIABLE = "ONNXCOMPRESS_CACHE"
 
 
 def _print_schema(context: click.Context, parameter: click.Parameter, value: bool) -> None:
@@ -88,32 +86,15 @@ def _run(
     from onnxcompress.pipeline import Pipeline
     from onnxcompress.pipeline.recipe import read_recipe
 
-    if cache is not None and no_cache:
-        raise OptionError("--cache and --no-cache: give one of them")
+    kept = chosen_cache(cache, no_cache)
     read = read_recipe(recipe, variables)
     gates, guard = gates_of(options, read.gates), guard_of(options, read.guard)
-    kept = None if no_cache else _cache(cache)
 
     def account(found: Outcome) -> dict[str, Any]:
         return _account(recipe, found)
 
     chain = Pipeline(read.passes)
     execute(Job(source, target, chain, gates, account, guard=guard, cache=kept, recipe=recipe, **options))
-
-
-def _cache(folder: str | None) -> Cache | None:
-    """Open the given cache, else the user's; None where that cannot be written."""
-    import platformdirs
-
-    from onnxcompress.pipeline.cache import Cache
-
-    if folder is not None:
-        return Cache(folder)
-    try:
-        return Cache(platformdirs.user_cache_dir("onnxcompress", appauthor=False))
-    except (OptionError, RuntimeError) as error:  # RuntimeError: no home folder
-        click.echo(f"note: results of passes are not kept ({error})", err=True)
-        return None
 
 
 def _account(recipe: str, found: Outcome) -> dict[str, Any]:
@@ -147,13 +128,7 @@ run = SectionedCommand(
             callback=_variables,
             help="Set a variable of the recipe.",
         ),
-        click.Option(
-            ["--cache"],
-            metavar="DIR",
-            envvar=CACHE_VARIABLE,
-            help=f"Folder that keeps results, up to 10 GB.  [default: ${CACHE_VARIABLE}, else your cache]",
-        ),
-        click.Option(["--no-cache"], is_flag=True, help="Neither keep results nor use kept ones."),
+        *cache_options(),
         click.Option(
             ["--schema"],
             is_flag=True,

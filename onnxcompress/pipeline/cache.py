@@ -1,38 +1,36 @@
 """A cache of pass results, keyed by content: a changed recipe repeats only the passes after the change.
 
-    key = SHA-256 of (SHA-256 of the input model, pass, options, files that options name, software)
     folder/key/  model.onnx (+ .data), result.json, shown.npz       written elsewhere, then renamed
+                 values.npz, result.json                            values that a pass computed on its way
 
-Software means the source of the pass's package and the versions of the libraries that compute. An entry
-whose files are not as written counts as missing. The most recently used entries are kept, up to `limit`
-bytes. Latency that a pass measured is part of its result: use another folder on another device.
+`cache_keys` has the keys. An entry whose files are not as written counts as missing. The most recently
+used entries are kept, up to `limit` bytes. Latency that a pass measured is part of its result: use another
+folder on another device.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
-import importlib
 import json
 import os
 import shutil
 import tempfile
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cache
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from onnxcompress.account import Change, Figures, Refusal
 from onnxcompress.errors import CompressError, OptionError, one_line
 from onnxcompress.evaluation.guard import GuardMeasurements
+from onnxcompress.intermediate_results import Values
 from onnxcompress.model import Model, load, save
 from onnxcompress.model.tensor_storage import file_digest
-from onnxcompress.passes.base import Pass, PassResult
+from onnxcompress.passes.base import PassResult
+from onnxcompress.pipeline.cache_keys import values_key
 
 if TYPE_CHECKING:
     from onnxcompress.data.image_set import ImageSet
@@ -41,8 +39,8 @@ LIMIT = 10_000_000_000
 """Bytes that a cache may hold."""
 STALE = 24 * 3600.0
 """Seconds after which an unfinished entry counts as left by a killed process."""
-_LIBRARIES = ("numpy", "onnx", "onnx-graphsurgeon", "onnxruntime", "onnxruntime-gpu", "torch")
 _UNFINISHED = ".unfinished-"
+VALUES = "values.npz"
 SHOWN = "shown.npz"
 """A sample of the inputs that the pass learned from (`PassResult.shown`)."""
 
@@ -134,18 +132,81 @@ class Cache:
         values = _restorable(result)
         if values is None:
             return False
-        work = Path(tempfile.mkdtemp(prefix=_UNFINISHED, dir=self.folder))
-        try:
-            save(model, work / "model.onnx")
+
+        def write(folder: Path) -> None:
+            save(model, folder / "model.onnx")
             if result.shown is not None:
-                _write_images(work / SHOWN, result.shown)
+                _write_images(folder / SHOWN, result.shown)
             entry = {
                 "digest": model.digest(),
-                "files": {file.name: file_digest(file) for file in sorted(work.iterdir())},
+                "files": {file.name: file_digest(file) for file in sorted(folder.iterdir())},
                 "seconds": seconds,
                 "result": values,
             }
-            (work / "result.json").write_text(json.dumps(entry))
+            (folder / "result.json").write_text(json.dumps(entry))
+
+        return self._write(key, write)
+
+    def find_values(self, kind: str, parts: Mapping[str, Any]) -> Values | None:
+        """Look up values that a pass computed on its way (`intermediate_results`).
+
+        Args:
+            kind: What they are.
+            parts: All that they depend on, but the software.
+
+        Returns:
+            The values; None where they are missing or damaged.
+        """
+        import numpy as np
+
+        folder = self.folder / values_key(kind, parts)
+        try:
+            saved = json.loads((folder / "result.json").read_text())
+            if file_digest(folder / VALUES) != saved["files"][VALUES]:
+                return None
+            with np.load(folder / VALUES, allow_pickle=False) as found:
+                values = dict(found)
+            os.utime(folder)
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+            return None
+        return values
+
+    def store_values(self, kind: str, parts: Mapping[str, Any], values: Values) -> None:
+        """Keep values that a pass computed on its way; nothing is kept where that is impossible.
+
+        Args:
+            kind: What they are.
+            parts: All that they depend on, but the software.
+            values: The values.
+        """
+        import numpy as np
+
+        def write(folder: Path) -> None:
+            np.savez(folder / VALUES, allow_pickle=False, **values)
+            entry = {"kind": kind, "files": {VALUES: file_digest(folder / VALUES)}}
+            (folder / "result.json").write_text(json.dumps(entry))
+
+        self._write(values_key(kind, parts), write)
+
+    def usage(self) -> tuple[int, int]:
+        """Measure what the cache holds.
+
+        Returns:
+            The number of entries, and their bytes.
+        """
+        entries = self._entries()
+        return len(entries), sum(size for _, size, _ in entries)
+
+    def clear(self) -> None:
+        """Delete all entries; other files in the folder stay."""
+        for _, _, folder in self._entries():
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def _write(self, key: str, write: Callable[[Path], None]) -> bool:
+        """Write an entry as a whole or not at all, and return whether it was written."""
+        work = Path(tempfile.mkdtemp(prefix=_UNFINISHED, dir=self.folder))
+        try:
+            write(work)
             shutil.rmtree(self.folder / key, ignore_errors=True)  # a damaged entry
             os.rename(work, self.folder / key)
         except (OSError, CompressError):
@@ -155,124 +216,28 @@ class Cache:
             self._prune(key)
         return True
 
-    def _prune(self, newest: str) -> None:
-        """Remove the least recently used entries beyond the limit, and what killed processes left."""
+    def _entries(self) -> list[tuple[float, int, Path]]:
+        """List the entries: when they were last used, their bytes and folders."""
         entries: list[tuple[float, int, Path]] = []
         for folder in self.folder.iterdir():
             with contextlib.suppress(OSError):  # another process removes, too
-                used = folder.stat().st_mtime
-                if not folder.name.startswith(_UNFINISHED):
-                    entries.append((used, sum(f.stat().st_size for f in folder.iterdir()), folder))
-                elif time.time() - used > STALE:
+                if not folder.name.startswith(_UNFINISHED) and (folder / "result.json").exists():
+                    size = sum(f.stat().st_size for f in folder.iterdir())
+                    entries.append((folder.stat().st_mtime, size, folder))
+        return entries
+
+    def _prune(self, newest: str) -> None:
+        """Remove the least recently used entries beyond the limit, and what killed processes left."""
+        for folder in self.folder.glob(f"{_UNFINISHED}*"):
+            with contextlib.suppress(OSError):  # another process removes, too
+                if time.time() - folder.stat().st_mtime > STALE:
                     shutil.rmtree(folder, ignore_errors=True)
+        entries = self._entries()
         total = sum(size for _, size, _ in entries)
         for _, size, folder in sorted(entries):
             if total > self.limit and folder.name != newest:
                 shutil.rmtree(folder, ignore_errors=True)
                 total -= size
-
-
-def step_key(digest: str, pass_: Pass) -> str:
-    """Compute the cache key of applying a pass to a model, with the option files as they are now.
-
-    Args:
-        digest: Digest of the input model.
-        pass_: The pass.
-
-    Returns:
-        A SHA-256 in hexadecimal.
-    """
-    options = pass_.options()
-    for f in dataclasses.fields(pass_):
-        path = getattr(pass_, f.name)
-        if f.metadata.get("file") and path:
-            options[f.name] = content_digest(Path(path))
-    parts = {"input": digest, "pass": pass_.name, "options": options, "software": software(type(pass_))}
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
-
-
-def writes_files(pass_: Pass) -> bool:
-    """Return whether the pass may write a file on which its own key depends.
-
-    Args:
-        pass_: The pass.
-
-    Returns:
-        Whether one of its options names such a file.
-    """
-    kept = [f.name for f in dataclasses.fields(pass_) if f.metadata.get("file") == "kept"]
-    return any(getattr(pass_, name) for name in kept)
-
-
-def model_digest(model: Model) -> str:
-    """Compute the SHA-256 of a model as it was read, including its external data.
-
-    Args:
-        model: The model.
-
-    Returns:
-        The digest in hexadecimal.
-    """
-    sha = hashlib.sha256(model.digest().encode())
-    for file in sorted(model.external_files):
-        sha.update(file_digest(file).encode())
-    return sha.hexdigest() if model.external_files else model.digest()
-
-
-def content_digest(path: Path) -> str:
-    """Compute the SHA-256 of a file, or of the names and contents of a folder's files.
-
-    Args:
-        path: The file or folder.
-
-    Returns:
-        The digest in hexadecimal; `absent` where the path does not exist.
-    """
-    if path.is_file():
-        return file_digest(path)
-    if not path.is_dir():
-        return "absent"
-    sha = hashlib.sha256()
-    for file in sorted(_files(path)):
-        sha.update(f"{file.relative_to(path).as_posix()}\0{file_digest(file)}\0".encode())
-    return sha.hexdigest()
-
-
-@cache
-def software(cls: type[Pass]) -> dict[str, str]:
-    """Describe the code that computes a pass.
-
-    Args:
-        cls: The class of the pass.
-
-    Returns:
-        Package -> digest of its source, or library -> version.
-    """
-    versions = {"onnxcompress": _source_digest("onnxcompress") + _source_digest("onnxcompress.passes")}
-    package = cls.__module__.partition(".")[0]
-    if package != "onnxcompress":
-        versions[package] = _source_digest(package)
-    for name in _LIBRARIES:
-        with contextlib.suppress(PackageNotFoundError):
-            versions[name] = version(name)
-    return versions
-
-
-@cache
-def _source_digest(package: str) -> str:
-    module = importlib.import_module(package)
-    roots = [Path(p) for p in getattr(module, "__path__", [])] or [Path(module.__file__ or "")]
-    sha = hashlib.sha256()
-    for root in roots:
-        for file in sorted(root.rglob("*.py")) if root.is_dir() else [root]:
-            if file.is_file():
-                sha.update(file.read_bytes())
-    return sha.hexdigest()
-
-
-def _files(folder: Path) -> Iterator[Path]:
-    for root, _, names in os.walk(folder, followlinks=False):
-        yield from (Path(root, name) for name in names if Path(root, name).is_file())
 
 
 def _write_images(file: Path, images: ImageSet) -> None:

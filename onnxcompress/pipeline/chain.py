@@ -78,7 +78,7 @@ class Chain:
         self._last: Entry | None = None
         self._cache = cache
         if cache is not None:
-            from onnxcompress.pipeline.cache import model_digest
+            from onnxcompress.pipeline.cache_keys import model_digest
 
             self._digest = model_digest(model)
 
@@ -104,7 +104,7 @@ class Chain:
         """
         if self._cache is None:
             return None
-        from onnxcompress.pipeline.cache import step_key
+        from onnxcompress.pipeline.cache_keys import step_key
 
         entry = self._cache.find(step_key(self._digest, pass_), pass_.figures)
         if entry is not None:
@@ -138,14 +138,14 @@ class Chain:
     def _key(self, pass_: Pass) -> str:
         if self._cache is None:
             return ""
-        from onnxcompress.pipeline.cache import step_key
+        from onnxcompress.pipeline.cache_keys import step_key
 
         return step_key(self._digest, pass_)
 
     def _store(
         self, key: str, pass_: Pass, model: Model, result: PassResult[Figures | None], seconds: float
     ) -> None:
-        from onnxcompress.pipeline.cache import writes_files
+        from onnxcompress.pipeline.cache_keys import writes_files
 
         assert self._cache is not None
         if writes_files(pass_):  # the next run has this file before it starts

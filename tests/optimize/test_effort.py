@@ -19,9 +19,8 @@ from onnxcompress.optimize.effort import (
     choose_effort,
     computed_numbers,
 )
-from onnxcompress.optimize.reconstruction.gptq import Moments, nearest, reconstruct
+from onnxcompress.optimize.reconstruction.gptq import LayerMoments, nearest, reconstruct
 from onnxcompress.optimize.reconstruction.saturation import SaturationBounds
-from onnxcompress.passes.base import PassResult
 from onnxcompress.passes.prune import Prune
 from onnxcompress.passes.quantize import Quantize
 from tests.helpers.folding import graph, norm, weight
@@ -65,14 +64,15 @@ def test_the_effort_and_the_expected_time_are_said_first(
     result = cls(effort=effort, synthetic=4).apply(model, lambda *step: said.append(step))
     assert said[0][0].startswith(f"{effort} effort on 4 inputs, about ")
     assert said[0][1:] == (0, 0)
-    assert [used["count"] for used in result.measured["inputs"]][:1] == [4]
-    assert result.measured["effort"] == effort
+    assert result.inputs[0].count == 4
+    assert result.measured is not None
+    assert result.measured.effort == effort
 
 
 def test_an_effort_gives_the_count_of_inputs_unless_an_option_does() -> None:
     def count(**options: object) -> int:
-        result: PassResult = Quantize(inputs="procedural", **options).apply(network())  # type: ignore[arg-type]
-        return int(result.measured["inputs"][0]["count"])
+        result = Quantize(inputs="procedural", **options).apply(network())  # type: ignore[arg-type]
+        return result.inputs[0].count
 
     assert count(effort="fast", synthetic=3) == 3
     assert count(effort="fast") == QUANTIZE["fast"].count(64) == QUANTIZE["fast"].most_inputs
@@ -83,7 +83,7 @@ def test_without_sweeps_each_weight_is_rounded_to_its_nearest() -> None:
     """And the bias makes up for the mean of what its rounding changes."""
     generator = torch.Generator().manual_seed(0)
     rows, x = torch.randn(1, 5, 12, generator=generator), torch.rand(1, 12, 400, generator=generator)
-    moments = Moments.empty(rows)
+    moments = LayerMoments.empty(rows)
     moments.add(x, torch.zeros(1, 5, 400))
     allowed = SaturationBounds(-127, 127)
     found = reconstruct(rows, moments, allowed, True, ridge=0.1, target=float("inf"), sweeps=0)

@@ -18,12 +18,13 @@ from onnxcompress.account import Change, Figures, InputSource, Refusal, StageSec
 from onnxcompress.model import Model
 from onnxcompress.passes import CATALOGUE, Pass, PassResult, load_pass, run
 from onnxcompress.pipeline import Pipeline
-from onnxcompress.pipeline.cache import Cache, step_key
+from onnxcompress.pipeline.cache import Cache
+from onnxcompress.pipeline.cache_keys import step_key
 from onnxcompress.progress import Progress, silent
 from onnxcompress.report.sections.passes import ELSEWHERE
 from tests.helpers.folding import graph, weight
 
-COMMON = {"inputs", "seconds", "output_snr_db", "target_missed"}
+COMMON = {"inputs", "seconds", "output_snr_db", "effort", "target_missed"}
 PUBLISHED = {
     "fold-bn": ({"folded", "left", "recorded"}, set[str]()),
     "equalize": (

@@ -14,7 +14,8 @@ from onnxcompress.passes import CATALOGUE, load_pass
 from onnxcompress.passes.base import Pass
 from onnxcompress.passes.calibrate import Calibrate
 from onnxcompress.pipeline import Pipeline
-from onnxcompress.pipeline.cache import Cache, step_key
+from onnxcompress.pipeline.cache import Cache
+from onnxcompress.pipeline.cache_keys import step_key
 
 
 def other(kind: Any, value: Any) -> Any:

@@ -32,7 +32,8 @@ from onnxcompress.passes.equalize import Equalize
 from onnxcompress.passes.equalize.equalize import EqualizeFigures
 from onnxcompress.passes.fold_bn import FoldBatchNorm
 from onnxcompress.pipeline import Pipeline
-from onnxcompress.pipeline.cache import Cache, step_key
+from onnxcompress.pipeline.cache import Cache
+from onnxcompress.pipeline.cache_keys import step_key
 from onnxcompress.pipeline.pipeline import PipelineFigures
 from onnxcompress.progress import Progress, silent
 from onnxcompress.runtime.inference import random_feeds

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,10 @@ from onnxcompress.graph.macs import node_macs
 from onnxcompress.graph.query import data_input
 from onnxcompress.graph.shape_inference import tensor_shapes
 from onnxcompress.graph.topology import Topology
+from onnxcompress.intermediate_results import array_digest
 from onnxcompress.model import Model
 from onnxcompress.optimize.block_drop.figures import BlockRow, DropBlocksFigures
+from onnxcompress.optimize.block_drop.kept_scores import latency_shares, recoverabilities
 from onnxcompress.optimize.block_drop.options import DropBlocksOptions
 from onnxcompress.optimize.block_drop.recoverability import BATCH, SCORING_IMAGES, Probe, Scorer, probe
 from onnxcompress.optimize.block_drop.refinement import Refinement
@@ -173,9 +176,9 @@ class Dropper:
         if saved is not None:
             self.shares, self.scores = saved
             return
-        self.progress("measuring latency shares", 0, 1)
-        self.shares = self.stopwatch.shares(self.model, self.discovery.blocks)
-        self.progress("measuring latency shares", 1, 1)
+        blocks = self.discovery.blocks
+        measure = partial(self.stopwatch.shares, self.model, blocks)
+        self.shares = latency_shares(blocks, measure, self._scores_of(), self.progress)
         fitting("scoring", self.scoring_batch, self._recover)
         if file:
             write_scores(file, self._scores_of(), [as_json(row) for row in self._rows()])
@@ -184,11 +187,21 @@ class Dropper:
         """Score each block, `batch` images at once."""
         self.scoring_batch = batch
         tau, blocks = self._tau(), self.discovery.blocks
-        scorer = Scorer(self.model, blocks, self.probe, executor=self.teacher, batch=batch)
-        for done, (block, recovery) in enumerate(zip(blocks, scorer.recover_each(blocks), strict=True)):
-            loss = recovery.loss
-            self.scores[block.exit] = {"recoverability": loss, "score": loss / tau[block.exit]}
-            self.progress("scoring blocks", done + 1, len(blocks))
+        digest = array_digest(self.probe.images.cpu().numpy())
+        context = {
+            "model": self.original.digest(),
+            "feature": self.feature,
+            "sources": [used.source for used in self.inputs.sources],
+            "inputs": digest,
+            "run": [batch, self.device],
+        }
+
+        def scorer() -> Scorer:
+            return Scorer(self.model, blocks, self.probe, executor=self.teacher, batch=batch)
+
+        losses = recoverabilities(blocks, scorer, context, self.progress)
+        for exit, loss in losses.items():
+            self.scores[exit] = {"recoverability": loss, "score": loss / tau[exit]}
 
     def _tau(self) -> dict[str, float]:
         tau, self.noisy_latency = usable(self.shares, self.discovery.blocks, self._macs())

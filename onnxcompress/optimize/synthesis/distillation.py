@@ -19,8 +19,10 @@ enough; bfloat16 is used where it pays. Does not handle: statistics of tensors w
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,6 +32,7 @@ from onnxcompress.data.image_set import ImageSet
 from onnxcompress.errors import ModelError
 from onnxcompress.graph.query import data_input
 from onnxcompress.graph.shape_inference import tensor_shapes
+from onnxcompress.intermediate_results import Values, kept
 from onnxcompress.model import Model
 from onnxcompress.optimize.deterministic_threads import in_turn, one_thread_each
 from onnxcompress.optimize.device import autocast, fitting
@@ -96,9 +99,21 @@ def distill(
     def work(chunk: int) -> list[np.ndarray]:
         return _optimized(executor, source, targets, pixels, start.x, (steps, chunk, seed), progress)
 
-    made = fitting("distilling images", _chunk(model, len(start)), work)
+    def parts() -> dict[str, Any]:
+        wanted = () if statistics is None else sorted(statistics.items())
+        values = [part.tobytes() for _, known in wanted for part in (known.mean, known.std)]
+        return {
+            "model": model.digest(),
+            "start": hashlib.sha256(start.x.tobytes()).hexdigest(),
+            "statistics": hashlib.sha256(b"".join(values)).hexdigest(),
+            "options": [str(start.preprocess), steps, seed, device],
+        }
+
+    def distilled() -> Values:
+        return {"x": np.concatenate(fitting("distilling images", _chunk(model, len(start)), work))}
+
     names = tuple(f"distilled[{i}]" for i in range(len(start)))
-    return replace(start, x=np.concatenate(made), y=None, names=names)
+    return replace(start, x=kept("distilled images", parts, distilled)["x"], y=None, names=names)
 
 
 def _optimized(

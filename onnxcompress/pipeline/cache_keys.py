@@ -1,0 +1,144 @@
+"""Keys of cache entries: SHA-256 of all that an entry depends on.
+
+    the result of a pass     the input model, pass, options, files that options name, software
+    intermediate values      their kind, the parts that the pass names, software
+
+Software means the source of the pass's package and the versions of the libraries that compute.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import importlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from onnxcompress.model import Model
+from onnxcompress.model.tensor_storage import file_digest
+from onnxcompress.passes.base import Pass
+
+_LIBRARIES = ("numpy", "onnx", "onnx-graphsurgeon", "onnxruntime", "onnxruntime-gpu", "torch")
+
+
+def step_key(digest: str, pass_: Pass) -> str:
+    """Compute the cache key of applying a pass to a model, with the option files as they are now.
+
+    Args:
+        digest: Digest of the input model.
+        pass_: The pass.
+
+    Returns:
+        A SHA-256 in hexadecimal.
+    """
+    options = pass_.options()
+    for f in dataclasses.fields(pass_):
+        path = getattr(pass_, f.name)
+        if f.metadata.get("file") and path:
+            options[f.name] = content_digest(Path(path))
+    parts = {"input": digest, "pass": pass_.name, "options": options, "software": software(type(pass_))}
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def values_key(kind: str, parts: Mapping[str, Any]) -> str:
+    """Compute the cache key of values that a pass computes on its way.
+
+    Args:
+        kind: What they are.
+        parts: All that they depend on, but the software, as JSON values.
+
+    Returns:
+        A SHA-256 in hexadecimal.
+    """
+    whole = {"kind": kind, "parts": dict(parts), "software": software(Pass)}
+    return hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()
+
+
+def writes_files(pass_: Pass) -> bool:
+    """Return whether the pass may write a file on which its own key depends.
+
+    Args:
+        pass_: The pass.
+
+    Returns:
+        Whether one of its options names such a file.
+    """
+    kept = [f.name for f in dataclasses.fields(pass_) if f.metadata.get("file") == "kept"]
+    return any(getattr(pass_, name) for name in kept)
+
+
+def model_digest(model: Model) -> str:
+    """Compute the SHA-256 of a model as it was read, including its external data.
+
+    Args:
+        model: The model.
+
+    Returns:
+        The digest in hexadecimal.
+    """
+    sha = hashlib.sha256(model.digest().encode())
+    for file in sorted(model.external_files):
+        sha.update(file_digest(file).encode())
+    return sha.hexdigest() if model.external_files else model.digest()
+
+
+def content_digest(path: Path) -> str:
+    """Compute the SHA-256 of a file, or of the names and contents of a folder's files.
+
+    Args:
+        path: The file or folder.
+
+    Returns:
+        The digest in hexadecimal; `absent` where the path does not exist.
+    """
+    if path.is_file():
+        return file_digest(path)
+    if not path.is_dir():
+        return "absent"
+    sha = hashlib.sha256()
+    for file in sorted(_files(path)):
+        sha.update(f"{file.relative_to(path).as_posix()}\0{file_digest(file)}\0".encode())
+    return sha.hexdigest()
+
+
+@cache
+def software(cls: type[Pass]) -> dict[str, str]:
+    """Describe the code that computes a pass.
+
+    Args:
+        cls: The class of the pass.
+
+    Returns:
+        Package -> digest of its source, or library -> version.
+    """
+    versions = {"onnxcompress": _source_digest("onnxcompress") + _source_digest("onnxcompress.passes")}
+    package = cls.__module__.partition(".")[0]
+    if package != "onnxcompress":
+        versions[package] = _source_digest(package)
+    for name in _LIBRARIES:
+        with contextlib.suppress(PackageNotFoundError):
+            versions[name] = version(name)
+    return versions
+
+
+@cache
+def _source_digest(package: str) -> str:
+    module = importlib.import_module(package)
+    roots = [Path(p) for p in getattr(module, "__path__", [])] or [Path(module.__file__ or "")]
+    sha = hashlib.sha256()
+    for root in roots:
+        for file in sorted(root.rglob("*.py")) if root.is_dir() else [root]:
+            if file.is_file():
+                sha.update(file.read_bytes())
+    return sha.hexdigest()
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    for root, _, names in os.walk(folder, followlinks=False):
+        yield from (Path(root, name) for name in names if Path(root, name).is_file())
