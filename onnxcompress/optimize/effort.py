@@ -81,7 +81,7 @@ class QuantizeWork:
 
 QUANTIZE: Mapping[Effort, QuantizeWork] = {
     "fast": QuantizeWork(inputs=8, most_inputs=128, places=64, ratios=12, sweeps=0, stretch=False),
-    "balanced": QuantizeWork(inputs=24, most_inputs=128, places=128, ratios=20, sweeps=1),
+    "balanced": QuantizeWork(inputs=16, most_inputs=128, places=128, ratios=20, sweeps=1),
     "best": QuantizeWork(inputs=128, most_inputs=128, places=256, ratios=30, sweeps=3),
 }
 
