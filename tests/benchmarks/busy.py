@@ -105,11 +105,10 @@ class Bench:
 
 def _print_row(name: str, label: str, usage: Usage, first: Usage, most: float) -> None:
     ratios = f"{usage.wall / first.wall:7.2f}{usage.processor / max(first.processor, 1e-9):9.2f}"
-    if usage is first:
+    if usage is first or usage.stopped:
         ratios, limit = f"{'':16}", ""
     else:
-        missed = usage.stopped or usage.wall / first.wall > most
-        limit = f"<= {most:g}{' MISSED' if missed else ''}"
+        limit = f"<= {most:g}{' MISSED' if usage.wall / first.wall > most else ''}"
     stopped = ", stopped: no time left" if usage.stopped else ""
     much = "" if usage.gigabytes <= MEMORY_GB else f" > {MEMORY_GB}"
     text = f"{name:24}{label + stopped:22}{usage.wall:8.1f}{usage.processor:10.1f}{ratios}  {limit:15}"
