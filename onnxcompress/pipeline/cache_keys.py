@@ -24,6 +24,8 @@ from onnxcompress.model import Model
 from onnxcompress.model.tensor_storage import file_digest
 from onnxcompress.passes.base import Pass
 
+HASHED = 1_000_000_000
+"""Bytes of a folder that are read for its digest, at most."""
 _LIBRARIES = ("numpy", "onnx", "onnx-graphsurgeon", "onnxruntime", "onnxruntime-gpu", "torch")
 
 
@@ -91,6 +93,9 @@ def model_digest(model: Model) -> str:
 def content_digest(path: Path) -> str:
     """Compute the SHA-256 of a file, or of the names and contents of a folder's files.
 
+    Of folders with more than HASHED bytes sizes and times of change stand for the contents: a training set
+    takes longer to read than most passes to run.
+
     Args:
         path: The file or folder.
 
@@ -101,9 +106,11 @@ def content_digest(path: Path) -> str:
         return file_digest(path)
     if not path.is_dir():
         return "absent"
-    sha = hashlib.sha256()
-    for file in sorted(_files(path)):
-        sha.update(f"{file.relative_to(path).as_posix()}\0{file_digest(file)}\0".encode())
+    sha, found = hashlib.sha256(), {file: file.stat() for file in sorted(_files(path))}
+    large = sum(known.st_size for known in found.values()) > HASHED
+    for file, known in found.items():
+        content = f"{known.st_size} {known.st_mtime_ns}" if large else file_digest(file)
+        sha.update(f"{file.relative_to(path).as_posix()}\0{content}\0".encode())
     return sha.hexdigest()
 
 

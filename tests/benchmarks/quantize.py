@@ -39,6 +39,7 @@ def cli() -> None:
 @click.option("--count", default=128, help="Images to calibrate with.")
 @click.option("--inputs", default=None, help="Of quantize; default: its own.")
 @click.option("--synthetic", type=int, default=None, help="Of quantize; default: its own.")
+@click.option("--effort", default=None, help="Of quantize; default: its own.")
 @click.option("--per-tensor", is_flag=True, help="Also 8/8 with one scale per weight.")
 @click.option("--limit", type=int, help="Test on this many images only.")
 @click.option("--seed", default=0)
@@ -52,6 +53,7 @@ def accuracy(
     count: int,
     inputs: str | None,
     synthetic: int | None,
+    effort: str | None,
     per_tensor: bool,
     limit: int | None,
     seed: int,
@@ -73,7 +75,8 @@ def accuracy(
         images = images.take(np.random.default_rng(seed).permutation(len(images))[:limit])
     exact = _row("float", model, images, None, None)
     options: dict[str, Any] = {"preprocess": preprocess, "seed": seed}
-    options |= {k: v for k, v in (("inputs", inputs), ("synthetic", synthetic)) if v is not None}
+    asked = {"inputs": inputs, "synthetic": synthetic, "effort": effort}
+    options |= {name: value for name, value in asked.items() if value is not None}
     with tempfile.TemporaryDirectory() as folder:
         if real is not None:
             for per_channel in (False, True):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import typing
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,9 @@ from onnxcompress.model import load
 from onnxcompress.passes import CATALOGUE, load_pass
 from onnxcompress.passes.base import Pass
 from onnxcompress.passes.calibrate import Calibrate
-from onnxcompress.pipeline import Pipeline
+from onnxcompress.pipeline import Pipeline, cache_keys
 from onnxcompress.pipeline.cache import Cache
-from onnxcompress.pipeline.cache_keys import step_key
+from onnxcompress.pipeline.cache_keys import content_digest, step_key
 
 
 def other(kind: Any, value: Any) -> Any:
@@ -58,3 +59,19 @@ def test_two_seeds_have_two_results_in_one_cache(models: Path, tmp_path: Path) -
     results = [run(one) for one in (first, dataclasses.replace(first, seed=1), first)]
     assert [cached for _, cached in results] == [False, False, True]
     assert results[0][0] == results[2][0] != results[1][0]
+
+
+def test_a_large_folder_counts_by_sizes_and_times(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Others count by contents, whatever the times."""
+    file = tmp_path / "images" / "a.png"
+    file.parent.mkdir()
+
+    def digest(text: str, time: int) -> str:
+        file.write_text(text)
+        os.utime(file, (time, time))
+        return content_digest(file.parent)
+
+    assert digest("one", 1) == digest("one", 2) != digest("two", 2)
+    monkeypatch.setattr(cache_keys, "HASHED", 2)
+    assert len({digest("one", 1), digest("one", 2), digest("three", 2)}) == 3
+    assert digest("one", 1) == digest("one", 1)
