@@ -132,3 +132,12 @@ def test_an_interrupt_that_something_swallowed_ends_the_next_step() -> None:
     assert signals == [signal.SIGINT]
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     interrupts.check()  # a later command is not interrupted by what came to this one
+
+
+def test_an_announcement_is_a_line_of_its_own(capsys: pytest.CaptureFixture[str]) -> None:
+    with progress() as report:
+        report("fast effort on 8 inputs, about 5 s", 0, 0)
+        report("quantizing layers", 1, 1)
+    announced, done = capsys.readouterr().err.splitlines()
+    assert announced == "fast effort on 8 inputs, about 5 s"
+    assert done.startswith("quantizing layers: 1 in ")
