@@ -22,16 +22,16 @@ from pathlib import Path
 import click
 import onnx
 
-FEW = ["--synthetic", "8"]
+QUICK = ["--effort", "fast"]
 COMMANDS: dict[str, list[str]] = {
     "inspect": ["inspect", "IN"],
     "fold-bn": ["fold-bn", "IN", "OUT"],
     "equalize": ["equalize", "IN", "OUT"],
-    "calibrate": ["calibrate", "IN", "OUT", "--inputs", "procedural", *FEW],
-    "quantize": ["quantize", "IN", "OUT", *FEW],
-    "prune": ["prune", "IN", "OUT", "--sparsity", "0.3", *FEW],
+    "calibrate": ["calibrate", "IN", "OUT", "--inputs", "procedural", *QUICK],
+    "quantize": ["quantize", "IN", "OUT", *QUICK],
+    "prune": ["prune", "IN", "OUT", "--sparsity", "0.3", *QUICK],
     "fp16": ["fp16", "IN", "OUT"],
-    "drop-blocks": ["drop-blocks", "IN", "OUT", "--blocks", "1", "--steps", "0", *FEW],
+    "drop-blocks": ["drop-blocks", "IN", "OUT", "--blocks", "1", "--steps", "0", *QUICK],
 }
 DEFECT = "a defect of onnxcompress"
 
