@@ -27,9 +27,9 @@ def exports_of_the_present() -> Iterator[None]:
     def checked(model: Model) -> Any:
         proto, tensors = kept(model)
         now, values = model.exported()
-        assert proto == now, "the graph was changed without Model.touch"
-        assert [t for t, _ in tensors] == [t for t, _ in values], "a tensor was changed without Model.touch"
-        assert all(a is b for (_, a), (_, b) in zip(tensors, values, strict=True)), "values were changed"
+        assert proto == now, "an export of an earlier state"
+        assert [t for t, _ in tensors] == [t for t, _ in values], "tensors of an earlier state"
+        assert all(a is b for (_, a), (_, b) in zip(tensors, values, strict=True)), "earlier values"
         return proto, tensors
 
     checked.unchecked = kept  # type: ignore[attr-defined]  # for tests that count exports

@@ -18,7 +18,7 @@ from onnxcompress.cli.report_option import write_job_report
 from onnxcompress.errors import ModelError, OptionError, TargetMissed, require
 from onnxcompress.evaluation.gate_results import judge, summary
 from onnxcompress.evaluation.gates import Baseline
-from onnxcompress.intermediate_results import keeping
+from onnxcompress.optimize.intermediate_results import keeping
 from onnxcompress.pipeline import Run
 from onnxcompress.progress import Progress, silent
 

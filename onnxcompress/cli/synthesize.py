@@ -73,7 +73,8 @@ def synthesize(
     """
     from onnxcompress.cli.console import progress
     from onnxcompress.data.preprocess import choose
-    from onnxcompress.optimize.calibration import InputRequest, assume_sizes, best_kind, image_input
+    from onnxcompress.optimize.calibration import InputRequest, assume_sizes
+    from onnxcompress.optimize.synthesis.synthetic_inputs import best_kind, image_input
 
     files = _files(Path(target), sheet, no_sheet)
     model = _load(Path(source), files)
@@ -149,7 +150,7 @@ def _make(
     progress: Progress,
 ) -> ImageSet:
     from onnxcompress.data.image_set import ImageSet
-    from onnxcompress.optimize.calibration import STANDARDIZED, image_input, synthetic_images
+    from onnxcompress.optimize.synthesis.synthetic_inputs import STANDARDIZED, image_input, synthetic_images
 
     if choice.explicit is None and image_input(model).dtype.kind == "f":
         click.echo(

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import onnx_graphsurgeon as gs
 
 from onnxcompress.graph.linear_layer import BIAS_AT, Linear, as_linear
-from onnxcompress.graph.query import attribute, consumers, input_at, is_op, is_output, producer
+from onnxcompress.graph.query import attribute, consumers, input_at, is_op, producer
 from onnxcompress.model import Model
 
 
@@ -139,21 +139,3 @@ def readers(model: Model, tensor: gs.Tensor) -> list[Linear]:
             elif (layer := conv_layer(model, node)) is not None and layer.groups == 1:
                 found[layer.output_name] = layer
     return list(found.values())
-
-
-def only_add_after(model: Model, layer: Linear) -> tuple[str, str] | None:
-    """Find the residual addition that alone reads a layer's output.
-
-    Args:
-        model: The model.
-        layer: The layer.
-
-    Returns:
-        Names of the Add's output and of its other input; None where anything else reads the layer's output.
-    """
-    tensor = model.graph.tensors()[layer.output_name]
-    after = consumers(tensor)
-    if len(after) != 1 or is_output(model, tensor) or not is_op(after[0], "Add"):
-        return None
-    others = [t.name for t in after[0].inputs if t is not tensor]
-    return (after[0].outputs[0].name, others[0]) if len(others) == 1 else None

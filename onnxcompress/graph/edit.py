@@ -46,7 +46,7 @@ def unique_name(model: Model, base: str) -> str:
 
 
 def set_values(tensor: gs.Constant, values: np.ndarray) -> None:
-    """Replace an initializer's values; shape and type may change. The caller touches the model.
+    """Replace an initializer's values; shape and type may change.
 
     Args:
         tensor: The initializer.
@@ -68,7 +68,6 @@ def set_constant(model: Model, node: gs.Node, index: int, values: np.ndarray, ba
         values: The new values.
         base: Name of a new initializer.
     """
-    model.discard_export()
     old = input_at(node, index)
     if isinstance(old, gs.Constant) and _is_own(model, old) and _alike(old, values):
         set_values(old, values)

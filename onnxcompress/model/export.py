@@ -55,6 +55,29 @@ def export(
     return proto, stored
 
 
+def graph_parts(graph: gs.Graph) -> list[object]:
+    """List the objects that an export is made of: while all are the same, so is the export.
+
+    A change inside an array or an attribute's list does not show.
+
+    Args:
+        graph: The graph.
+
+    Returns:
+        Nodes, their operators, attributes and tensors, names of tensors, and values of constants, in order.
+    """
+    parts: list[object] = []
+    for tensor in (*graph.inputs, *graph.outputs):
+        parts += (tensor, tensor.name, tensor.dtype, tensor.shape)
+    for node in graph.nodes:
+        parts += (node, node.op, node.name, node.domain, *node.attrs, *node.attrs.values())
+        for tensor in (*node.inputs, *node.outputs):
+            parts += (tensor, tensor.name)
+            if isinstance(tensor, gs.Constant):
+                parts.append(tensor._values)
+    return parts
+
+
 def copy_exported(exported: Exported, metadata: Iterable[onnx.StringStringEntryProto]) -> Exported:
     """Copy an exported graph, for one who changes it.
 

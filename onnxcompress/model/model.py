@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from operator import is_not
 from typing import Any, TypeVar
 
 import numpy as np
@@ -24,7 +25,7 @@ from onnx_graphsurgeon.ir.tensor import LazyValues
 from onnxcompress.errors import ModelError
 from onnxcompress.model import tensor_storage
 from onnxcompress.model.envelope import open_unset_sizes, without_contents
-from onnxcompress.model.export import Exported, copy_exported, export, with_inputs, with_values
+from onnxcompress.model.export import Exported, copy_exported, export, graph_parts, with_inputs, with_values
 from onnxcompress.model.gs_import import import_graph
 from onnxcompress.model.origins import export_node, node_origins, sparse_origins, tensor_origins
 from onnxcompress.model.provenance import PROVENANCE, parse_provenance
@@ -50,6 +51,7 @@ class Model:
         self.external_files = {v.file.path for v in external}
         self.input_digest: Callable[[], str] | None = None
         self._analyses: dict[Callable[[Model], Any], Any] = {}
+        self._exports: tuple[list[object], Exported] | None = None
         self._parsed: dict[tuple[str, str | None], Any] = {}
         self.assumed: dict[str, Shape] = {}
         """Shapes of inputs with sizes in place of dimensions that the file leaves open; see `assume`."""
@@ -191,10 +193,6 @@ class Model:
         self.remove(())
         self._names = None
 
-    def discard_export(self) -> None:
-        """Discard what was exported, after a change to values alone."""
-        self._analyses.pop(Model.exported, None)
-
     def remove(self, nodes: Iterable[gs.Node]) -> None:
         """Remove disconnected nodes from the graph, and discard everything derived from it.
 
@@ -257,13 +255,13 @@ class Model:
         twin.assumed = dict(self.assumed)
         twin.input_digest = self.input_digest
         twin._parsed = self._parsed
-        if edit is None:  # the same state: what it exports need not be made again
-            twin._analyses[Model.exported] = self.analysis(Model.exported)
+        if edit is None and self._exports is not None:  # what the copy exports need not be made again
+            twin._exports = (graph_parts(twin.graph), self._exports[1])
         return twin
 
     def same_state(self, other: Model) -> bool:
         """Return whether this is a copy of another model, and neither was changed since."""
-        return self._analyses.get(Model.exported, self) is other._analyses.get(Model.exported, other)
+        return self._export_now() is other._export_now()
 
     def become(self, other: Model) -> None:
         """Replace the contents by those of another model; name and use of external data stay.
@@ -336,7 +334,15 @@ class Model:
 
     def _export(self) -> Exported:
         """Copy the export of this state of the graph, which is made once; metadata are those of now."""
-        return copy_exported(self.analysis(Model.exported), self._envelope.metadata_props)
+        return copy_exported(self._export_now(), self._envelope.metadata_props)
+
+    def _export_now(self) -> Exported:
+        """Return the export of this state of the graph; that it is of this state is checked each time."""
+        parts = graph_parts(self.graph)
+        kept = self._exports
+        if kept is None or len(kept[0]) != len(parts) or any(map(is_not, kept[0], parts)):
+            kept = self._exports = (parts, self.exported())
+        return kept[1]
 
     def node_proto(self, node: gs.Node) -> onnx.NodeProto:
         """Export a node of the main graph.

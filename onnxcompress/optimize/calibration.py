@@ -18,7 +18,6 @@ channels than 1 or 3), inputs are drawn instead of procedural images (`inputs.dr
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -28,16 +27,21 @@ import numpy as np
 from onnxcompress.account import InputSource
 from onnxcompress.data.image_set import ImageSet, check_fits, image_size, load_images
 from onnxcompress.data.input_shapes import USUAL, named, parse_input_shapes, sized
-from onnxcompress.data.preprocess import Preprocess, base_for, choose
-from onnxcompress.errors import ModelError, OptionError
-from onnxcompress.graph.query import data_input
+from onnxcompress.data.preprocess import Preprocess, choose
+from onnxcompress.errors import OptionError
 from onnxcompress.model import Model
-from onnxcompress.model.model_like import InputSpec, dims, input_specs
-from onnxcompress.optimize.synthesis.drawn_inputs import DrawnSet, Samples, drawn_inputs
+from onnxcompress.model.model_like import InputSpec, input_specs
+from onnxcompress.optimize.synthesis.drawn_inputs import DrawnSet, Samples
+from onnxcompress.optimize.synthesis.synthetic_inputs import (
+    MADE_UP,
+    best_kind,
+    image_input,
+    need_statistics,
+    picture_geometry,
+    synthetic_images,
+)
 from onnxcompress.progress import Progress, silent
-from onnxcompress.runtime.cores import thread_count
 from onnxcompress.runtime.inference import usual_size
-from onnxcompress.statistics.record import known_statistics
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -45,18 +49,10 @@ if TYPE_CHECKING:
 SOURCES = ("auto", "images", "distilled", "procedural", "layerwise")
 SYNTHETIC = 500
 """Images that are made unless a number is given."""
-MOST_WORKERS = 8
-"""Threads that draw procedural images."""
 SMALL_PIXELS = 64 * 64
 """Height times width up to which an image is a small one."""
-MADE_UP = ("procedural", "drawn")
-"""Sources that know nothing of the training data."""
-MOST_PIXELS = 1 << 26
-"""Of an image that is made."""
 SHOWN = 128
 """Images that a pass's result carries, at most."""
-STANDARDIZED = Preprocess(mean=(0.45,), std=(0.25,))
-"""Where nobody says how images are normalized: procedural images get mean 0 and deviation 1, roughly."""
 
 
 @dataclass(frozen=True)
@@ -122,7 +118,11 @@ class Inputs:
         return all(used.source not in MADE_UP for used in self.sources)
 
     def shares(self) -> Tensor | None:
-        """(N,), how often to draw each image so that all sources come alike; None: there is but one."""
+        """Compute how often to draw each image so that all sources come alike.
+
+        Returns:
+            Shares relative to each other, (N,); None where there is but one source.
+        """
         import torch
 
         counts = [used.count for used in self.sources]
@@ -139,8 +139,19 @@ def gather_inputs(
 ) -> Inputs:
     """Load and make the inputs that are asked for.
 
-    Raises OptionError for a contradictory request, InputError for unusable images, ModelError where the
-    network takes no images, or the source needs statistics that the file has not.
+    Args:
+        model: The network, with one input; sizes that it leaves open get a value (`assume_sizes`).
+        request: What the user asks for.
+        device: Where images are distilled.
+        progress: Called with the stage, the steps done and the steps in all.
+
+    Returns:
+        The inputs, with their sources.
+
+    Raises:
+        OptionError: The request contradicts itself.
+        InputError: Images cannot be used.
+        ModelError: The network takes no images, or the source needs statistics that the file has not.
     """
     request.check()
     if not model.assumed:
@@ -166,8 +177,9 @@ def gather_inputs(
         kind, why = best_kind(model)
         why = f"no --images; {why}"
     if kind == "layerwise":
-        _need_statistics(model, kind)
-    if kind == "distilled" and request.inputs == "auto" and _geometry(model, spec, choice.explicit) is None:
+        need_statistics(model, kind)
+    automatic = kind == "distilled" and request.inputs == "auto"
+    if automatic and picture_geometry(model, spec, choice.explicit) is None:
         kind, why = "procedural", "no --images, and the input takes no pictures to be distilled"
     if kind != "images":
         how = found[0].preprocess if found and isinstance(found[0], ImageSet) else choice.explicit
@@ -187,73 +199,17 @@ def gather_inputs(
     return Inputs(joined(found), tuple(told), kind == "layerwise")
 
 
-def best_kind(model: Model) -> tuple[str, str]:
-    """The best source of images that this file allows, and why."""
-    known = known_statistics(model)
-    real = [s for s in known.values() if not any(kind in s.source for kind in MADE_UP)]
-    if real:
-        return "distilled", f"the file knows the statistics of {len(real)} tensors"
-    if known:
-        return "procedural", "the file's statistics were themselves taken of procedural images"
-    return "procedural", "the file has neither BatchNorm nor recorded statistics"
-
-
-def synthetic_images(
-    model: Model,
-    kind: str,
-    count: int,
-    preprocess: Preprocess | None,
-    seed: int,
-    *,
-    device: str = "cpu",
-    progress: Progress = silent,
-) -> Samples:
-    """Make `count` images of a kind, `distilled` or `procedural`, in the size that the network takes.
-
-    preprocess: None: images come out with mean 0 and deviation 1, roughly; of an input of integers as
-    pixels. Where the network takes no pictures its inputs are drawn. Raises ModelError where they cannot be
-    distilled, or there are no statistics to distil from.
-    """
-    from onnxcompress.data.dead_leaves import procedural_images
-
-    if kind == "distilled":
-        _need_statistics(model, kind)
-    spec = image_input(model)
-    geometry = _geometry(model, spec, preprocess)
-    if geometry is None:
-        return _drawn(model, spec, kind, count, preprocess, seed)
-    height, width, channels, layout = geometry
-    default = base_for(spec.dtype) if spec.dtype.kind in "iu" else STANDARDIZED
-    chosen = replace(preprocess or default, layout=layout)
-    workers = min(MOST_WORKERS, thread_count())
-    x = procedural_images(count, height, width, channels, seed, progress, workers)
-    names = tuple(f"{kind}[{i}]" for i in range(count))
-    made = ImageSet(x, None, names, chosen, spec.dtype)
-    check_fits(made, spec.shape, spec.name)
-    if kind != "distilled":
-        return made
-    from onnxcompress.optimize.synthesis.distillation import distill
-
-    return distill(model, made, seed=seed, device=device, progress=progress)
-
-
-def image_input(model: Model) -> InputSpec:
-    """The one input that the network reads, with the sizes that are assumed for it.
-
-    Raises:
-        ModelError: it reads none, or several.
-    """
-    name = str(data_input(model).name)
-    return next(spec for spec in input_specs(model) if spec.name == name)
-
-
 def assume_sizes(model: Model, request: InputRequest) -> None:
     """Give the sizes that the file leaves open their value for all that looks at the model from now on.
 
     The rule is that of `input_shapes`. The graph, and what is written of it, keep open sizes.
 
+    Args:
+        model: The network.
+        request: What the user asks for.
+
     Raises:
-        OptionError: the request contradicts the file.
+        OptionError: The request contradicts the file.
     """
     model.assume({})
     specs = input_specs(model)
@@ -273,7 +229,17 @@ def assume_sizes(model: Model, request: InputRequest) -> None:
 
 
 def joined(sets: Sequence[Samples]) -> Samples:
-    """All images in one set, without labels. Raises ModelError where sizes differ."""
+    """Join sets of images to one, without labels.
+
+    Args:
+        sets: The sets.
+
+    Returns:
+        All images; the first set where there is one set, or they are no pictures.
+
+    Raises:
+        ModelError: Sizes differ.
+    """
     first, pictures = sets[0], [s for s in sets if isinstance(s, ImageSet)]
     if len(sets) == 1 or not isinstance(first, ImageSet):
         return first
@@ -290,54 +256,16 @@ def _brought_to(how: Preprocess, request: InputRequest, spec: InputSpec) -> Prep
     return replace(how, size=(sides[0], sides[1]))
 
 
-def _drawn(
-    model: Model, spec: InputSpec, kind: str, count: int, preprocess: Preprocess | None, seed: int
-) -> DrawnSet:
-    """Inputs that are no pictures."""
-    text = dims((spec.shape or ())[1:])
-    if kind == "distilled":
-        raise ModelError(
-            f"{model.name}: distilled inputs are pictures, input {spec.name!r} takes {text}; take --inputs "
-            "procedural, which are drawn for such an input"
-        )
-    sizes = [d for d in (spec.shape or ())[1:] if isinstance(d, int)]
-    if spec.shape is None or len(sizes) < len(spec.shape) - 1 or math.prod(sizes) > MOST_PIXELS:
-        raise ModelError(
-            f"{model.name}: input {spec.name!r} takes {text}, which is unknown or absurdly large; correct "
-            "it in the file, or give --input-shape"
-        )
-    if preprocess is None and spec.dtype.kind in "iu":
-        preprocess = base_for(spec.dtype)
-    statistics = known_statistics(model).get(spec.name)
-    return drawn_inputs((count, *sizes), spec.dtype, seed, statistics=statistics, preprocess=preprocess)
-
-
-def _geometry(
-    model: Model, spec: InputSpec, preprocess: Preprocess | None
-) -> tuple[int, int, int, str] | None:
-    """Height, width, channels and layout of the images that the input takes; None: it takes no pictures."""
-    dims = [d if isinstance(d, int) else None for d in (spec.shape or ())[1:]]
-    if len(dims) == 3:
-        layout = preprocess.layout if preprocess else "nchw" if dims[0] in (1, 3) else "nhwc"
-        channels, height, width = dims if layout == "nchw" else (dims[2], *dims[:2])
-        if preprocess is not None and preprocess.size is not None:
-            height, width = height or preprocess.size[0], width or preprocess.size[1]
-        if height and width and height * width <= MOST_PIXELS and channels in (1, 3):
-            return height, width, channels, layout
-    return None
-
-
-def _need_statistics(model: Model, kind: str) -> None:
-    if not known_statistics(model):
-        raise ModelError(
-            f"{model.name}: making {kind} inputs needs BatchNorm or recorded statistics, the file has "
-            "neither; export with BatchNorm kept (onnxcompress.export), estimate them (onnxcompress "
-            "calibrate), or take procedural ones"
-        )
-
-
 def quick(request: InputRequest, model: Model) -> InputRequest:
-    """What `auto` means where distilled images would take longer than all the rest: layer-wise ones."""
+    """Take layer-wise inputs for `auto` where distilled images would take longer than all the rest.
+
+    Args:
+        request: What the user asks for.
+        model: The network.
+
+    Returns:
+        The request, changed or as it is.
+    """
     if request.inputs == "auto" and request.images is None and best_kind(model)[0] == "distilled":
         why = "no --images; the file has statistics of its BatchNorms, and these inputs are made at once"
         return replace(request, inputs="layerwise", why=why)

@@ -13,11 +13,12 @@ are the same whatever their number.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import partial
 from typing import TypeVar
 
 import torch
@@ -53,10 +54,13 @@ def one_thread() -> Iterator[None]:
 
 
 @contextmanager
-def one_thread_each() -> Iterator[None]:
+def one_thread_each(count: int = 0) -> Iterator[None]:
     """Give each operator one thread, and the jobs of `in_turn` as many threads as torch has now.
 
     Within another such context it changes nothing.
+
+    Args:
+        count: Threads for jobs; 0: as many as torch has.
 
     Yields:
         Nothing.
@@ -64,7 +68,7 @@ def one_thread_each() -> Iterator[None]:
     if _workers.get() is not None:
         yield
         return
-    count = torch.get_num_threads()
+    count = count or torch.get_num_threads()
     pool = ThreadPoolExecutor(count)
     token = _workers.set(_Workers(count, pool))
     try:
@@ -101,27 +105,42 @@ def in_turn(
     Yields:
         The results, by number of the job.
     """
+    jobs = (partial(work, index) for index in range(count))
+    return run_jobs(jobs, device if count > 1 else None)
+
+
+def run_jobs(
+    jobs: Iterable[Callable[[], T]], device: str | torch.device | None = "cpu"
+) -> Generator[T, None, None]:
+    """Run jobs in parallel as `in_turn` does, each as soon as it is there, and yield the results in order.
+
+    Args:
+        jobs: The jobs; the next one is asked for when a thread is free, in the caller's own thread.
+        device: Where jobs compute. On a GPU, which they would share, they run one after the other; None:
+            they do so anywhere.
+
+    Yields:
+        The results, in the order of the jobs.
+    """
     with one_thread_each():
         workers = _workers.get()
-        if workers is None or min(workers.count, count) < 2 or torch.device(device).type != "cpu":
-            for index in range(count):
-                yield _alone(work, index)
+        if device is None or workers is None or workers.count < 2 or torch.device(device).type != "cpu":
+            for job in jobs:
+                with torch.enable_grad():  # as in a new thread
+                    result = job()
+                del job  # it keeps what it reads in memory
+                yield result
             return
         waiting: deque[Future[T]] = deque()
         try:
-            for index in range(count):
+            for job in jobs:
+                waiting.append(workers.pool.submit(job))
+                del job
                 if len(waiting) == workers.count:
                     yield waiting.popleft().result()
-                waiting.append(workers.pool.submit(work, index))
             while waiting:
                 yield waiting.popleft().result()
         finally:
             for future in waiting:
                 future.cancel()
             wait(waiting)
-
-
-def _alone(work: Callable[[int], T], index: int) -> T:
-    """Run the job in the caller's own thread, recording gradients as a new thread would."""
-    with torch.enable_grad():
-        return work(index)

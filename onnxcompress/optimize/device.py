@@ -8,8 +8,10 @@ a CompressWarning says so.
 
 from __future__ import annotations
 
+import ctypes
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from typing import TypeVar
 
 import torch
@@ -106,6 +108,15 @@ def sent(values: Tensor, device: str | torch.device) -> Tensor:
         The values on the device.
     """
     return values.to(device, non_blocking=True)
+
+
+def release_memory() -> None:
+    """Give memory that was freed back to the system, where the C library does not do so by itself (glibc).
+
+    Results that stay lie between tensors that were freed, and keep these pages in the process.
+    """
+    with suppress(AttributeError, OSError, TypeError):  # another C library, or another system
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def autocast(device: torch.device, *, cached: bool = True) -> torch.autocast:

@@ -2,12 +2,7 @@
 
 Over all images and positions, channel c of a tensor x (axis 1) has
 
-    mean = E[x_c]        std = √E[(x_c − mean)²]
-
-taken for each batch in float64 and merged (Chan, Golub, LeVeque, The American Statistician 37, 1983):
-with n, m, S (count, mean, squares about it) of what came before, n', m', S' of the batch and δ = m' − m,
-
-    m ← m + δ n' / (n + n')        S ← S + S' + δ² n n' / (n + n')
+    mean = E[x_c]        std = √E[(x_c − mean)²]        (`running_moments`)
 
 What is measured (`measurable`): the image, and the output of each linear layer as it is once all that folds
 into it is folded: behind a BatchNorm or an added constant, where nothing else reads what lies before.
@@ -21,14 +16,12 @@ Does not handle: networks with several inputs; MatMul whose channels are not axi
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import numpy as np
 import onnx_graphsurgeon as gs
 
 from onnxcompress.account import Refusal
-from onnxcompress.errors import InputError, OptionError
+from onnxcompress.errors import InputError
 from onnxcompress.graph.batch_norm import is_batch_norm
 from onnxcompress.graph.constant_folding import constant_value
 from onnxcompress.graph.linear_layer import LINEAR_OPS, as_linear
@@ -36,6 +29,8 @@ from onnxcompress.graph.query import attribute, data_input, is_op, only_consumer
 from onnxcompress.graph.shape_inference import tensor_shapes
 from onnxcompress.graph.topology import Topology
 from onnxcompress.model import Model
+from onnxcompress.optimize.running_moments import RunningMoments
+from onnxcompress.optimize.synthesis.drawn_inputs import NormalizedImages
 from onnxcompress.progress import Progress, silent
 from onnxcompress.statistics.record import ChannelStatistics
 
@@ -47,8 +42,6 @@ if TYPE_CHECKING:
 
 BYTES = 1 << 28
 """Memory that the measured tensors of a batch may take; fewer images go at once where it is more."""
-IN_CACHE = 1 << 17
-"""Elements that are summed up at once on the CPU: ten times as fast as a whole batch."""
 CHANNELS_FIRST = [0, 3, 1, 2]
 
 
@@ -85,7 +78,7 @@ def estimate_statistics(
     """
     import torch
 
-    from onnxcompress.optimize.deterministic_threads import in_turn, one_thread_each
+    from onnxcompress.optimize.deterministic_threads import one_thread_each
     from onnxcompress.optimize.executor import Executor
 
     names = list(measurable(model)[0] if tensors is None else tensors)
@@ -102,17 +95,18 @@ def estimate_statistics(
         )
     found = {name: RunningMoments() for name in names}
 
-    def measured(index: int) -> dict[str, RunningMoments]:
-        with torch.no_grad():  # of each thread
-            values = executor.run({input.name: _part(images, *batches[index])}, names)
-            return {name: RunningMoments.of(values.pop(name), name) for name in names}
+    def measured(values: dict[str, torch.Tensor]) -> dict[str, RunningMoments]:
+        return {name: RunningMoments.of(values.pop(name), name) for name in names}
 
     with one_thread_each():
-        batches = _batches(images, fixed, batch, executor, input.name, names)
-        for own, (_, stop) in zip(in_turn(measured, len(batches), device), batches, strict=True):
+        size = fixed or _batch(images, batch, executor, input.name, names)
+        count = len(images) // (fixed or 1) * (fixed or 1)
+        feeds = {input.name: images if isinstance(images, torch.Tensor) else NormalizedImages(images)}
+        runs = executor.map_batches(feeds, names, measured, count=count, batch=size)
+        for done, own in enumerate(runs, 1):
             for name in names:
                 found[name].merge(own[name])
-            progress("estimating statistics", len(images) if stop == batches[-1][1] else stop, len(images))
+            progress("estimating statistics", min(done * size, len(images)), len(images))
     return {name: one.statistics(source) for name, one in found.items()}
 
 
@@ -125,7 +119,7 @@ def measurable(model: Model) -> tuple[list[str], list[Refusal]]:
     Returns:
         Names of the tensors in topological order, and the layers that have none, with the reason.
     """
-    topology = Topology(model)
+    topology = model.analysis(Topology)
     ranks = {name: len(shape) for name, shape in tensor_shapes(model).items()}
     found: dict[str, None] = {}
     refusals: list[Refusal] = []
@@ -179,110 +173,19 @@ def _settled(model: Model, topology: Topology, tensor: gs.Tensor) -> gs.Tensor:
         tensor = node.outputs[0]
 
 
-@dataclass
-class RunningMoments:
-    """Count, mean and squares about the mean of each channel, of what was added so far."""
-
-    count: int = 0
-    mean: np.ndarray | float = 0.0
-    squares: np.ndarray | float = 0.0
-
-    @staticmethod
-    def of(values: torch.Tensor, name: str) -> RunningMoments:
-        """Compute the moments of a tensor.
-
-        Args:
-            values: The values, (N, C, …).
-            name: Name of the tensor, for messages.
-
-        Returns:
-            The moments of each channel.
-
-        Raises:
-            OptionError: The tensor has no axis of channels.
-            InputError: A value is not finite.
-        """
-        moments = RunningMoments()
-        moments.add(values, name)
-        return moments
-
-    def merge(self, other: RunningMoments) -> None:
-        """Add the values that other moments were computed from.
-
-        Args:
-            other: The other moments.
-        """
-        self._merge(other.count, np.asarray(other.mean), np.asarray(other.squares))
-
-    def add(self, values: torch.Tensor, name: str) -> None:
-        """Add the values of a tensor.
-
-        Args:
-            values: The values, (N, C, …).
-            name: Name of the tensor, for messages.
-
-        Raises:
-            OptionError: The tensor has no axis of channels.
-            InputError: A value is not finite.
-        """
-        if values.ndim < 2:
-            raise OptionError(f"tensor {name!r}: shape {list(values.shape)} has no channels on axis 1")
-        flat = values.flatten(2) if values.ndim > 2 else values.unsqueeze(2)
-        at_once = max(1, IN_CACHE // flat[0].numel()) if flat.device.type == "cpu" else len(flat)
-        for start in range(0, len(flat), at_once):
-            part = flat[start : start + at_once].double()
-            total = part.shape[0] * part.shape[2]
-            mean = part.sum(2).sum(0) / total
-            squares = (part - mean[:, None]).square_().sum(2).sum(0)
-            self._merge(total, mean.cpu().numpy(), squares.cpu().numpy())
-        if not np.isfinite(self.squares).all():
-            raise InputError(f"tensor {name!r} is not finite on these images; check --preprocess")
-
-    def _merge(self, count: int, mean: np.ndarray, squares: np.ndarray) -> None:
-        total = self.count + count
-        step = mean - self.mean
-        self.mean = self.mean + step * (count / total)
-        self.squares = self.squares + squares + step**2 * (self.count * count / total)
-        self.count = total
-
-    def statistics(self, source: str) -> ChannelStatistics:
-        """Convert the moments to an entry of the record.
-
-        Args:
-            source: What the entry gives as its source.
-
-        Returns:
-            Mean and deviation of each channel, (C,) float32.
-        """
-        mean, std = np.asarray(self.mean), np.sqrt(np.asarray(self.squares) / self.count)
-        return ChannelStatistics(mean.astype(np.float32), std.astype(np.float32), source)
-
-
-def _batches(
-    images: torch.Tensor | Samples,
-    fixed: int | None,
-    batch: int,
-    executor: Executor,
-    input: str,
-    names: list[str],
-) -> list[tuple[int, int]]:
-    """Split the images into batches: the first image of each, and the first image behind it."""
+def _batch(
+    images: torch.Tensor | Samples, most: int, executor: Executor, input: str, names: list[str]
+) -> int:
+    """Choose how many images go at once."""
     import torch
 
-    total, size = len(images), fixed
-    if size is None:
-        with torch.no_grad():
-            values = executor.run({input: _part(images, 0, 1)}, names)
-        each = sum(t.numel() * t.element_size() for t in values.values())
-        size = max(1, min(batch, BYTES // max(each, 1)))
-        del values
-    last = total - total % fixed if fixed else total
-    return [(start, min(start + size, last)) for start in range(0, last, size)]
+    with torch.no_grad():
+        values = executor.run({input: _part(images, 0, 1)}, names)
+    each = sum(t.numel() * t.element_size() for t in values.values())
+    return max(1, min(most, BYTES // max(each, 1)))
 
 
 def _part(images: torch.Tensor | Samples, start: int, stop: int) -> torch.Tensor:
     import torch
 
-    if isinstance(images, torch.Tensor):
-        return images[start:stop]
-    return torch.from_numpy(images.normalized(slice(start, stop)))
+    return images[start:stop] if isinstance(images, torch.Tensor) else NormalizedImages(images)[start:stop]

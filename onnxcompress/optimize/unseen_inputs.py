@@ -21,8 +21,9 @@ from onnxcompress.data.preprocess import choose
 from onnxcompress.errors import CompressError, InputError, ModelError
 from onnxcompress.model import Model
 from onnxcompress.model.model_like import input_specs
-from onnxcompress.optimize.calibration import InputRequest, assume_sizes, image_input, synthetic_images
+from onnxcompress.optimize.calibration import InputRequest, assume_sizes
 from onnxcompress.optimize.synthesis.drawn_inputs import Samples
+from onnxcompress.optimize.synthesis.synthetic_inputs import image_input, synthetic_images
 from onnxcompress.runtime.inference import random_feeds, unread_feeds
 
 COUNT = 16

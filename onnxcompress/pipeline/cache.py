@@ -26,9 +26,9 @@ from typing import TYPE_CHECKING, Any
 from onnxcompress.account import Change, Figures, Refusal
 from onnxcompress.errors import CompressError, OptionError, one_line
 from onnxcompress.evaluation.guard import GuardMeasurements
-from onnxcompress.intermediate_results import Values
 from onnxcompress.model import Model, load, save
 from onnxcompress.model.tensor_storage import file_digest
+from onnxcompress.optimize.intermediate_results import Values
 from onnxcompress.passes.base import PassResult
 from onnxcompress.pipeline.cache_keys import values_key
 

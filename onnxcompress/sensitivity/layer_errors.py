@@ -22,33 +22,31 @@ their number. With aligned statistics (`statistics_alignment`) teacher and chang
 from __future__ import annotations
 
 import math
-from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from onnxcompress.evaluation.accuracy import agreement, score_output
-from onnxcompress.graph.query import data_input
-from onnxcompress.graph.topology import Topology
-from onnxcompress.optimize.deterministic_threads import one_thread_each, worker_count
-from onnxcompress.optimize.executor import Executor
-from onnxcompress.optimize.executor.open_batch import split_images
+from onnxcompress.graph.linear_layer import Linear
+from onnxcompress.optimize.deterministic_threads import one_thread_each, run_jobs
+from onnxcompress.optimize.executor.network_walk import Batch, NetworkWalk
+from onnxcompress.optimize.executor.walk_plan import Step, affordable
 from onnxcompress.optimize.reconstruction.activation_range import fake, least_squares, samples
-from onnxcompress.optimize.reconstruction.context import CalibrationContext, fixed_batch, live_floats, needs
-from onnxcompress.optimize.reconstruction.gptq import LayerMoments, nearest, reconstruct
+from onnxcompress.optimize.reconstruction.context import CalibrationContext, fixed_batch
+from onnxcompress.optimize.reconstruction.gptq import nearest, reconstruct
 from onnxcompress.optimize.reconstruction.layerwise import along
 from onnxcompress.optimize.reconstruction.patches import matrix, patches_of, stored
-from onnxcompress.optimize.reconstruction.quantize import RIDGE
+from onnxcompress.optimize.reconstruction.ridge import ROUNDING, LayerMoments
 from onnxcompress.optimize.reconstruction.saturation import SaturationBounds
 from onnxcompress.progress import Progress, silent
+from onnxcompress.quantization.affine_grid import Grid
 from onnxcompress.quantization.qdq_plan import QuantizedLayer
 from onnxcompress.sensitivity.rows import Row, Variant
 
-MEMORY = 3 << 30
-"""Bytes of the teacher's tensors held at once; fewer inputs are used where they would take more."""
 COPIES = 4
 """Copies held of the tensors at one place, because several layers are measured at once."""
 SHARE = 3
@@ -68,7 +66,6 @@ class Measuring:
     """Layers measured at once; 0: as many as there are threads."""
 
 
-@one_thread_each()
 def layer_errors(
     context: CalibrationContext, variants: Sequence[Variant], how: Measuring, progress: Progress = silent
 ) -> list[Row]:
@@ -83,26 +80,26 @@ def layer_errors(
     Returns:
         A row for each layer and each variant, in their order.
     """
-    workers = how.workers or worker_count()
-    pool = ThreadPoolExecutor(workers)
-    waiting: deque[Future[list[Row]]] = deque()
     rows: list[Row] = []
-    total, done = len(context.plan.layers), 0
-    try:
-        walk = _Walk(context, how)
-        for site in walk.sites():
-            waiting.append(pool.submit(walk.measure, site, variants))
-            while len(waiting) > workers:  # each result still holds tensors
-                rows += waiting.popleft().result()
-                done += 1
-                progress("measuring layers", done, total)
-        while waiting:
-            rows += waiting.popleft().result()
-            done += 1
-            progress("measuring layers", done, total)
-    finally:
-        pool.shutdown(cancel_futures=True)
+    walk = _Walk(context.model, batch=context.batch, context=context, how=how)
+    with one_thread_each(how.workers):
+        for done, found in enumerate(run_jobs(walk.jobs(variants)), 1):
+            rows += found
+            progress("measuring layers", done, len(context.plan.layers))
     return rows
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """Some images, with the teacher's tensors around a layer."""
+
+    images: int
+    reads: dict[str, Tensor]
+    """Tensors that the layer reads."""
+    held: dict[str, Tensor]
+    """Tensors that later nodes read, without the layer's output."""
+    right: Tensor
+    """The layer's output as the teacher computes it."""
 
 
 @dataclass(frozen=True)
@@ -110,76 +107,99 @@ class _Site:
     """A layer, with the teacher's tensors around it."""
 
     layer: QuantizedLayer
-    reads: dict[str, Tensor]
-    """Tensors that the layer reads."""
-    held: dict[str, Tensor]
-    """Tensors that later nodes read, without the layer's output."""
-    right: Tensor
-    """The layer's output as the teacher computes it."""
+    learned: list[_Batch]
+    """Images that rounding, ranges and bias corrections are chosen by."""
+    measured: list[_Batch]
+    """Images that errors are measured on; all where there are too few for both."""
     outputs: tuple[str, ...]
     """Outputs of the network that are not computed yet."""
 
 
 @dataclass
-class _Walk:
+class _Walk(NetworkWalk):
     """The run of the teacher, and the runs from each changed layer on."""
 
+    networks: ClassVar[int] = COPIES
     context: CalibrationContext
     how: Measuring
-    _targets: dict[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        model, twin = self.context.model, self.context.twin
-        self.executor = Executor.from_model(model)
-        mapped = (*twin.weights, *twin.biases)
-        self.maps = {n: twin.align(n, self.executor.parameters[n]) for n in mapped}
-        self.topology = Topology(model)
-        data = self.topology.data
-        self.nodes = [n for n in self.topology.order if any(id(t) in data for t in n.outputs)]
-        self.needs = [needs(node, self.topology) for node in self.nodes]
-        self.last = {name: place for place, needed in enumerate(self.needs) for name in needed}
+        super().__post_init__()
+        model, alignment = self.context.model, self.context.alignment
+        self.maps = {n: alignment.align(n, self.executor.parameters[n]) for n in alignment.names}
+        self.own = self.maps
         fixed = fixed_batch(model)
-        live = live_floats(model, self.nodes, self.last, data_input(model).name)
-        count = max(min(len(self.context.images), MEMORY // (4 * COPIES * live)) // fixed, 1) * fixed
+        count = max(affordable(self.steps, len(self.context.images), COPIES) // fixed, 1) * fixed
         self.images = self.context.images[:count]
-        measured = max(count // SHARE // fixed, 1) * fixed
-        self.learned = slice(0, count - measured or count)
-        self.measured = slice(count - measured, count)
+        self.measured = max(count // SHARE // fixed, 1) * fixed
+        outputs = {t.name: t for t in model.graph.outputs if id(t) in self.topology.data}
+        self._places = {name: self.topology.position(tensor) for name, tensor in outputs.items()}
+        self._site: _Site | None = None
+        self._targets: dict[str, Tensor] = {}
 
-    def sites(self) -> Iterator[_Site]:
+    def split(self, images: Tensor, seen: Tensor) -> list[Batch]:
+        """Split the inputs into batches, each of which is either measured on or not.
+
+        Args:
+            images: Inputs of the teacher, (N, …).
+            seen: The same.
+
+        Returns:
+            The batches; those that are measured on come last.
+        """
+        place = len(images) - self.measured
+        learned = super().split(images[:place], images[:place])
+        self._learned = len(learned)
+        return [*learned, *super().split(images[place:], images[place:])]
+
+    def jobs(self, variants: Sequence[Variant]) -> Iterator[Callable[[], list[Row]]]:
         """Run the teacher up to each layer of the plan, in the order of the graph.
 
-        Yields:
-            The layers with the teacher's tensors.
-        """
-        model = self.context.model
-        outputs = [t for t in model.graph.outputs if id(t) in self.topology.data]
-        held = {data_input(model).name: self.images}
-        with torch.no_grad():
-            found = self.run([t.name for t in outputs], held, {})
-        self._targets = {n: self._part(v) for n, v in found.items() if v.is_floating_point()}
-        places = {t.name: self.topology.position(t) for t in outputs if t.name in self._targets}
-        for place, node in enumerate(self.nodes):
-            reads = {n: held[n] for n in self.needs[place]}
-            made = [t.name for t in node.outputs if not t.is_empty()]
-            with torch.no_grad():
-                held |= self.run(made, reads, {})
-            held = {n: v for n, v in held.items() if self.last.get(n, -1) > place or n in made}
-            layer = self.context.plan.layers.get(id(node))
-            if layer is not None:
-                right = held[layer.linear.output_name]
-                later = {n: v for n, v in held.items() if n != layer.linear.output_name}
-                now = self.topology.index[id(node)]
-                behind = tuple(n for n, at in places.items() if at >= now)
-                site = _Site(layer, reads, later, right, behind)
-                self._plan(site)
-                yield site
-            held = {n: v for n, v in held.items() if self.last.get(n, -1) > place}
+        Args:
+            variants: The changes to try on each layer.
 
-    def _plan(self, site: _Site) -> None:
-        """Plan the executor's runs for this layer in the current thread; worker threads only run them."""
-        self.executor.needed(site.reads, [site.layer.linear.output_name])
-        self.executor.needed([*site.held, site.layer.linear.output_name], site.outputs)
+        Yields:
+            A job for each layer that measures the variants.
+        """
+        names = list(self._places)
+        found = self.executor.run_batched(
+            {self.source: self.images[len(self.images) - self.measured :]},
+            names,
+            count=self.measured,
+            batch=self.batch,
+            parameters=self.maps,
+        )
+        self._targets = {n: v for n, v in found.items() if v.is_floating_point()}
+        for _ in self.go(self.images):
+            if self._site is not None:
+                job, self._site = partial(self.measure, self._site, variants), None
+                yield job
+
+    def visit(self, step: Step) -> None:
+        """Run a node of the teacher, and keep the tensors around it where it is a layer of the plan.
+
+        Args:
+            step: The node.
+        """
+        layer = self.context.plan.layers.get(id(step.node))
+        if layer is None:
+            super().visit(step)
+            return
+        now = self.topology.index[id(step.node)]
+        behind = tuple(n for n, at in self._places.items() if at >= now and n in self._targets)
+        around = self.each(partial(self._around, step))
+        self._site = _Site(layer, around[: self._learned] or around, around[self._learned :], behind)
+
+    def _around(self, step: Step, batch: Batch) -> _Batch:
+        """Run the node on a batch; return the tensors in front of it and behind it."""
+        reads = {name: batch.teacher[name] for name in step.reads}
+        self.run_teacher(step, batch)
+        output = step.outputs[0]
+        held = {n: v for n, v in batch.teacher.items() if n != output}
+        right = batch.teacher[output]
+        self.run_student(step, batch, alike=True)
+        self.finish(step, batch)
+        return _Batch(batch.images, reads, held, right)
 
     def measure(self, site: _Site, variants: Sequence[Variant]) -> list[Row]:
         """Measure each variant of one layer.
@@ -191,64 +211,78 @@ class _Walk:
         Returns:
             A row for each variant.
         """
-        layer = site.layer
+        linear = site.layer.linear
         with torch.no_grad():
-            weight, shape = matrix(layer, self.executor.parameters[layer.linear.weight_name])
+            weight, shape = matrix(site.layer, self.executor.parameters[linear.weight_name])
             moments = self._moments(site, weight, variants)
             rows = []
             for one in variants:
-                reads, parameters = site.reads, {}
+                grid, parameters = None, self.maps
                 if one.kind == "activation_bits":
-                    name = layer.linear.input_name
-                    reads = reads | {name: self._quantized(reads[name], int(one.value))}
+                    x = samples([part.reads[linear.input_name] for part in site.learned], self.how.seed)
+                    grid = least_squares(x, int(one.value), "uint8", False)
                 else:
-                    zeros = one.kind == "sparsity"
                     new = (
-                        self._pruned(layer, weight, one)
-                        if zeros
-                        else self._rounded(layer, weight, moments, one)
+                        self._pruned(site.layer, weight, one)
+                        if one.kind == "sparsity"
+                        else self._rounded(site.layer, weight, moments, one)
                     )
-                    parameters = {layer.linear.weight_name: stored(layer, new, shape)}
-                wrong = self.run([layer.linear.output_name], reads, parameters)[layer.linear.output_name]
-                rows.append(self._row(site, one, weight.numel(), wrong))
+                    name, new = linear.weight_name, stored(site.layer, new, shape)
+                    parameters = self.maps | {
+                        name: self.context.alignment.align(name, new) if name in self.maps else new
+                    }
+                rows.append(
+                    self._row(site, one, weight.numel(), partial(self._wrong, linear, grid, parameters))
+                )
         return rows
 
-    def _row(self, site: _Site, one: Variant, parameters: int, wrong: Tensor) -> Row:
+    def _wrong(
+        self, linear: Linear, grid: Grid | None, parameters: Mapping[str, Tensor], part: _Batch
+    ) -> Tensor:
+        """Return the changed layer's output on a batch."""
+        reads = part.reads
+        if grid is not None:
+            reads = reads | {linear.input_name: fake(reads[linear.input_name], grid)}
+        return self.executor.run(reads, [linear.output_name], parameters)[linear.output_name]
+
+    def _row(self, site: _Site, one: Variant, parameters: int, wrong: Callable[[_Batch], Tensor]) -> Row:
         """Run the nodes after the changed layer, and compare the network's outputs."""
-        layer = site.layer
-        if layer.linear.bias_name is not None:
-            off = (site.right - wrong)[self.learned]
-            error = off.mean([axis for axis in range(wrong.ndim) if axis != 1])
-            wrong = wrong + along(error, wrong)
-        feeds = {n: self._part(v) for n, v in (site.held | {layer.linear.output_name: wrong}).items()}
-        found = self.run(site.outputs, feeds, {}, self.measured.stop - self.measured.start)
+        linear = site.layer.linear
+        shift: Tensor | None = None
+        if linear.bias_name is not None:
+            off = [part.right - wrong(part) for part in site.learned]
+            axes = [axis for axis in range(off[0].ndim) if axis != 1]
+            rows = sum(own.numel() // own.shape[1] for own in off)
+            shift = (torch.stack([own.double().sum(axes) for own in off]).sum(0) / rows).float()
+        parts = []
+        for part in site.measured:
+            y = wrong(part)
+            feeds = part.held | {linear.output_name: y if shift is None else y + along(shift, y)}
+            parts.append(self.executor.run(feeds, site.outputs, self.maps))
+        found = {name: torch.cat([own[name] for own in parts]) for name in site.outputs}
         total = 0.0
         for name, value in found.items():
             target = self._targets[name].double()
-            off = (value.double() - target).square().mean()
-            total += float(off / target.var(correction=0).clamp_min(1e-12))
-        error_ = total / max(len(self._targets), 1)
+            square = (value.double() - target).square().mean()
+            total += float(square / target.var(correction=0).clamp_min(1e-12))
+        error = total / max(len(self._targets), 1)
         return Row(
-            layer.linear.label,
-            layer.linear.node.op,
-            layer.linear.weight_name,
+            linear.label,
+            linear.node.op,
+            linear.weight_name,
             parameters,
             one.kind,
             one.value,
-            error_ if math.isfinite(error_) else float("inf"),
+            error if math.isfinite(error) else float("inf"),
             self._changed(self._targets | found),
         )
 
     def _changed(self, found: Mapping[str, Tensor]) -> float | None:
         """Return the share of inputs whose top-1 class changes, by the first output that has scores."""
-        count = self.measured.stop - self.measured.start
+        count = self.measured
         right = score_output({n: v.numpy() for n, v in self._targets.items()}, count)
         wrong = score_output({n: found[n].numpy() for n in self._targets}, count)
         return None if right is None or wrong is None else 1 - agreement(right, wrong)
-
-    def _quantized(self, x: Tensor, bits: int) -> Tensor:
-        grid = least_squares(samples(x[self.learned], self.how.seed), bits, "uint8", False)
-        return fake(x, grid)
 
     def _pruned(self, layer: QuantizedLayer, weight: Tensor, one: Variant) -> Tensor:
         """Set the smallest magnitudes of a weight to zero; of equal ones the first."""
@@ -267,7 +301,7 @@ class _Walk:
         each = layer.per_channel(self.how.per_channel)
         if moments is None:
             return nearest(weight, allowed, each).weight
-        found = reconstruct(weight, moments, allowed, each, ridge=RIDGE, target=math.inf)
+        found = reconstruct(weight, moments, allowed, each, ridge=ROUNDING, target=math.inf)
         return found.weight
 
     def _moments(self, site: _Site, weight: Tensor, variants: Sequence[Variant]) -> LayerMoments | None:
@@ -276,45 +310,10 @@ class _Walk:
         wanted = self.how.reconstruct and any(v.kind == "weight_bits" for v in variants)
         if cut is None or not wanted:
             return None
-        x = site.reads[site.layer.linear.input_name]
         generator = torch.Generator().manual_seed(self.how.seed)
         moments = LayerMoments.empty(weight)
-        for start in range(0, self.learned.stop, self.context.batch):
-            part = slice(start, min(start + self.context.batch, self.learned.stop))
-            a, y = cut.take(x[part], site.right[part], cut.places(site.right, generator))
+        for part in site.learned:
+            places = cut.places(part.right, generator)
+            a, y = cut.take(part.reads[site.layer.linear.input_name], part.right, places)
             moments.add(a, torch.zeros_like(y))
         return moments
-
-    def _part(self, values: Tensor) -> Tensor:
-        """Of a tensor of all images, that of those which are measured on."""
-        rows = len(values) // len(self.images)
-        return values[rows * self.measured.start : rows * self.measured.stop]
-
-    def run(
-        self,
-        outputs: Sequence[str],
-        feeds: Mapping[str, Tensor],
-        parameters: Mapping[str, Tensor],
-        count: int | None = None,
-    ) -> dict[str, Tensor]:
-        """Run the executor in batches.
-
-        Args:
-            outputs: Names of the tensors to compute.
-            feeds: Name -> value of the tensors to start from, (N, …).
-            parameters: Initializers to replace, by name, as values of the network without aligned
-                statistics.
-            count: Images that the feeds hold; None: all.
-
-        Returns:
-            Name -> value of the outputs, (N, …).
-        """
-        twin = self.context.twin
-        own = {n: twin.align(n, v) if n in self.maps else v for n, v in parameters.items()}
-        total, size = count or len(self.images), self.context.batch
-        split = {n: split_images(v, total, size) for n, v in feeds.items()}
-        parts = []
-        for batch in zip(*split.values(), strict=True):
-            part = dict(zip(split, batch, strict=True))
-            parts.append(self.executor.run(part, list(outputs), self.maps | own))
-        return {n: torch.cat([part[n] for part in parts]) for n in outputs}

@@ -16,8 +16,8 @@ from onnxcompress.account import BeforeAfter
 from onnxcompress.errors import CompressError, ModelError
 from onnxcompress.model import Model
 from onnxcompress.model.model_like import InputSpec, input_specs
-from onnxcompress.optimize.calibration import synthetic_images
 from onnxcompress.optimize.synthesis.drawn_inputs import Samples
+from onnxcompress.optimize.synthesis.synthetic_inputs import synthetic_images
 from onnxcompress.runtime.inference import random_feeds
 from onnxcompress.runtime.inference import run as run_model
 from onnxcompress.statistics.record import known_statistics

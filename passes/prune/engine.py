@@ -20,7 +20,7 @@ from onnxcompress.optimize.calibration import SMALL_PIXELS, gather_inputs, quick
 from onnxcompress.optimize.deterministic_threads import one_thread_each
 from onnxcompress.optimize.device import pick_device
 from onnxcompress.optimize.effort import PRUNE, announce, choose_effort, pixels_of
-from onnxcompress.optimize.reconstruction.context import CalibrationContext, whole_batches
+from onnxcompress.optimize.reconstruction.context import CalibrationContext
 from onnxcompress.optimize.reconstruction.feature_inputs import BYTES, Stage, stages_of
 from onnxcompress.optimize.reconstruction.global_tuning import finetune_sparse, subnetwork_from
 from onnxcompress.optimize.reconstruction.prune import (
@@ -31,6 +31,7 @@ from onnxcompress.optimize.reconstruction.prune import (
     Trials,
     output_costs,
 )
+from onnxcompress.optimize.synthesis.drawn_inputs import NormalizedImages
 from onnxcompress.passes.base import PassResult
 from onnxcompress.passes.fold_bn.fold_and_canonicalize import fold_and_canonicalize
 from onnxcompress.passes.prune import sparse_storage as packing
@@ -185,14 +186,14 @@ def _reconstruct(
     announce("prune", effort, model, count, progress)
     inputs = gather_inputs(model, request, device=device, progress=progress)
     context = CalibrationContext.of(model, inputs, stretched=False)
-    stages = [Stage(context.images, context.twin)]
+    stages = [Stage(context.images, context.alignment)]
     if inputs.may_use_record and work.starts:
         many = min(work.starts, BYTES // max(12 * pixels, 1))
         more = options.synthetic is None and inputs.layerwise and pixels > SMALL_PIXELS and many > count
 
-        def starts() -> Tensor:
+        def starts() -> NormalizedImages:
             made = gather_inputs(model, replace(request, synthetic=many), device=device, progress=progress)
-            return whole_batches(model, made, context.batch)
+            return NormalizedImages(made.images)
 
         stages = stages_of(
             context, starts if more else None, seed=options.seed, device=device, progress=progress
@@ -244,7 +245,7 @@ def _costs(
             context.model,
             context.plan,
             settings,
-            stage.twin,
+            stage.alignment,
             start=stage.start,
             stop=stage.stop,
             names=names,
@@ -270,7 +271,7 @@ def _learned(
     lost: Tensor | None = None
     for stage in stages:
         worker = Sparsifier(
-            context.model, context.plan, settings, stage.twin, start=stage.start, stop=stage.stop
+            context.model, context.plan, settings, stage.alignment, start=stage.start, stop=stage.stop
         )
         seen = stage.seen(lost)
         worker.pass_through(stage.inputs, "pruning layers", progress, seen)

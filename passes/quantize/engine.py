@@ -17,12 +17,11 @@ from onnxcompress.optimize.calibration import InputRequest, Inputs, gather_input
 from onnxcompress.optimize.deterministic_threads import one_thread_each
 from onnxcompress.optimize.device import pick_device
 from onnxcompress.optimize.effort import QUANTIZE, Effort, QuantizeWork, announce, choose_effort, pixels_of
-from onnxcompress.optimize.executor.open_batch import images_at_once
+from onnxcompress.optimize.executor.open_batch import images_per_run
 from onnxcompress.optimize.reconstruction.context import (
-    BATCH,
     CalibrationContext,
+    alignment_of,
     fixed_batch,
-    twin_of,
     whole_batches,
 )
 from onnxcompress.optimize.reconstruction.feature_inputs import Stage, stages_of
@@ -87,7 +86,7 @@ def quantize(
         bits, budget = choose_bits(options, context, bits_of(options), original, progress)
         plan = make_plan(model, bits_of(options), bits)
     chosen = time.perf_counter()
-    stages = [Stage(context.images, context.twin)]
+    stages = [Stage(context.images, context.alignment)]
     if inputs.may_use_record and _rounds_weights_alone(options):
         stages = stages_of(context, seed=options.seed, device=device, progress=progress)
     staged = time.perf_counter()
@@ -136,14 +135,14 @@ def _prepare(
     Returns the context of the fits, and the number of channel groups that were equalized.
     """
     x = whole_batches(model, inputs, fixed_batch(model))
-    batch = images_at_once(model, x) or BATCH
-    twin = twin_of(model, x) if inputs.layerwise else StatisticsAlignment()
+    batch = images_per_run(model, x)
+    alignment = alignment_of(model, x) if inputs.layerwise else StatisticsAlignment()
     equalized = 0
     if equalize and options.stretch and options.activation_bits:  # what stays a float needs no room
         power = 1.0 if repair and options.per_channel else 0.5
-        equalized = stretch(model, plan, x, twin, batch, power)
+        equalized = stretch(model, plan, x, alignment, batch, power)
         plan = make_plan(model, bits_of(options))
-    return CalibrationContext(model, plan, x, twin, batch, min(inputs.real_count, len(x))), equalized
+    return CalibrationContext(model, plan, x, alignment, batch, min(inputs.real_count, len(x))), equalized
 
 
 def _rounds_weights_alone(options: QuantizeOptions) -> bool:
@@ -181,7 +180,7 @@ def _fit(
             context.model,
             context.plan,
             settings,
-            stage.twin,
+            stage.alignment,
             start=stage.start,
             stop=stage.stop,
             results=results,

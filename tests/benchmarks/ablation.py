@@ -5,7 +5,7 @@
 The rows of the published recipes round to nearest: with and without equalization (`equalize`), high-bias
 absorption (`absorb-bias --approximate`) and bias correction (`correct-bias`, by the record). The rest are
 `quantize`, whole, without one of its parts, and on other inputs: white noise (each pixel on its own, no
-record), dead leaves (coloured, no record), dead leaves through the twin with the recorded statistics
+record), dead leaves (coloured, no record), dead leaves through the alignment with the recorded statistics
 (layerwise), distilled images. Numbers are of TEST as onnxruntime runs the files.
 """
 

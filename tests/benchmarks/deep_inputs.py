@@ -115,7 +115,12 @@ def main(
 
     print(f"behind {start!r}; on {len(held)} images", flush=True)
     began = time.perf_counter()
-    row("procedural, aligned statistics", aligned_features(executor, context, start), began, tuned=False)
+    row(
+        "procedural, aligned statistics",
+        aligned_features(executor, context, start, context.images),
+        began,
+        tuned=False,
+    )
     began = time.perf_counter()
     row("made at the split tensor", make_feature_inputs(context, start, seed=seed), began)
     began = time.perf_counter()

@@ -22,7 +22,8 @@ from onnxcompress.graph.topology import Topology
 from onnxcompress.model import Model, load
 from onnxcompress.optimize.calibration import InputRequest, gather_inputs
 from onnxcompress.optimize.executor import Executor
-from onnxcompress.optimize.reconstruction.context import CalibrationContext, nodes_between
+from onnxcompress.optimize.executor.walk_plan import nodes_between
+from onnxcompress.optimize.reconstruction.context import CalibrationContext
 from onnxcompress.optimize.reconstruction.feature_inputs import (
     EACH,
     WEIGHTS,
@@ -134,8 +135,8 @@ def test_real_images_come_first_and_what_they_lack_in_number_is_made(
     context = contexts[NETWORKS[1]]
     start = _start(context)
     executor = Executor.from_model(context.model)
-    real = replace(context, images=context.images[:8], twin=StatisticsAlignment(), real=8)
-    plain = aligned_features(executor, real, start)
+    real = replace(context, images=context.images[:8], alignment=StatisticsAlignment(), real=8)
+    plain = aligned_features(executor, real, start, real.images)
     x = make_feature_inputs(real, start)
     assert len(x) == EACH * 8
     assert torch.equal(x[:8], plain)

@@ -94,9 +94,9 @@ def test_a_twin_has_the_recorded_statistics_on_noise() -> None:
     noise = torch.randn(64, 1, 28, 28, generator=torch.Generator().manual_seed(0))
     feature = Topology(model).feature()
     assert feature is not None
-    twin = standardize(model, Executor.from_model(model), noise, feature.name)
+    alignment = standardize(model, noise, feature.name)
     worn = model.copy()
-    twin.apply(worn)
+    alignment.apply(worn)
     record = known_statistics(model)
     found = Executor.from_model(worn).run({"input": noise}, list(record))
     for name, wanted in record.items():
@@ -114,14 +114,14 @@ def test_a_twin_is_taken_off_without_a_trace() -> None:
     executor = Executor.from_model(model)
     feature = Topology(model).feature()
     assert feature is not None
-    twin = standardize(model, executor, images, feature.name)
-    twin.apply(model)
+    alignment = standardize(model, images, feature.name)
+    alignment.apply(model)
     worn = Executor.from_model(model).parameters
-    assert any(not torch.equal(worn[n], executor.parameters[n]) for n in twin.weights)
-    restored = twin.restored(worn)
+    assert any(not torch.equal(worn[n], executor.parameters[n]) for n in alignment.weights)
+    restored = alignment.restored(worn)
     for name, value in executor.parameters.items():
         assert torch.allclose(restored[name], value, rtol=1e-4, atol=1e-5), name
-    twin.revert(model)
+    alignment.revert(model)
     assert model.to_proto() == _folded().to_proto()
 
 

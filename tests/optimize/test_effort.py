@@ -19,7 +19,8 @@ from onnxcompress.optimize.effort import (
     choose_effort,
     computed_numbers,
 )
-from onnxcompress.optimize.reconstruction.gptq import LayerMoments, nearest, reconstruct
+from onnxcompress.optimize.reconstruction.gptq import nearest, reconstruct
+from onnxcompress.optimize.reconstruction.ridge import LayerMoments
 from onnxcompress.optimize.reconstruction.saturation import SaturationBounds
 from onnxcompress.passes.prune import Prune
 from onnxcompress.passes.quantize import Quantize

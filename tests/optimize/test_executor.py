@@ -15,12 +15,8 @@ import torch
 from torch import Tensor
 
 from onnxcompress.optimize.executor import Executor
-from onnxcompress.optimize.executor.executor import (
-    ExecutionError,
-    UnsupportedOp,
-    supported_ops,
-    unsupported,
-)
+from onnxcompress.optimize.executor.executor import ExecutionError, UnsupportedOp
+from onnxcompress.optimize.executor.ops import supported_ops, unsupported
 from tests.helpers.paths import MODELS
 
 NETWORKS = sorted(MODELS.glob("*-fashion.onnx"))

@@ -20,7 +20,7 @@ from onnx.backend.test.runner import Runner
 
 from onnxcompress.errors import CompressError
 from onnxcompress.optimize.executor import Executor
-from onnxcompress.optimize.executor.executor import supported_ops
+from onnxcompress.optimize.executor.ops import supported_ops
 from onnxcompress.optimize.executor.ops.dtypes import TORCH_TYPES, tensor_from
 
 _UNSIGNED = "uint16, uint32 and uint64 arithmetic, for which torch has no kernels"

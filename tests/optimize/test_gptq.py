@@ -9,14 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from onnxcompress.optimize.reconstruction.gptq import (
-    LayerMoments,
-    Rounded,
-    best_scale,
-    least_squares,
-    nearest,
-    reconstruct,
-)
+from onnxcompress.optimize.reconstruction.gptq import Rounded, best_scale, nearest, reconstruct
+from onnxcompress.optimize.reconstruction.ridge import LayerMoments, least_squares
 from onnxcompress.optimize.reconstruction.saturation import SaturationBounds
 
 

@@ -99,12 +99,12 @@ def test_rounding_to_nearest_and_rounding_for_the_outputs_are_told_apart() -> No
     assert plain[2] == pytest.approx(1.3 * 0.0491, rel=0.05)
 
 
-def sparsifier(model: Model, twin: StatisticsAlignment | None = None, **sparsity: float) -> Sparsifier:
+def sparsifier(model: Model, alignment: StatisticsAlignment | None = None, **sparsity: float) -> Sparsifier:
     worker = Sparsifier(
         model,
         make_plan(model, FLOATS),
         PruneSettings(sparsity=sparsity),
-        twin=twin or StatisticsAlignment(),
+        alignment=alignment or StatisticsAlignment(),
     )
     worker.pass_through(images(int(model.graph.inputs[0].shape[1])), "pruning")
     return worker
@@ -132,19 +132,19 @@ def test_layers_learned_by_a_twin_come_back_as_the_networks_own() -> None:
     model = two_branches()
     own = Executor.from_model(model).parameters
     scale, shift = torch.linspace(0.5, 2, 8), torch.linspace(-3, 3, 8)
-    twin = StatisticsAlignment(
+    alignment = StatisticsAlignment(
         {"wd": scale.reshape(-1, 1, 1, 1), "wc": scale.flip(0).reshape(-1, 1, 1, 1)},
         {"bd": (scale, shift), "bc": (scale.flip(0), shift)},
     )
-    dense = sparsifier(model, twin)
+    dense = sparsifier(model, alignment)
     for name, value in dense.results.items():
         torch.testing.assert_close(value, own[name], rtol=1e-3, atol=1e-3)
-    pruned = sparsifier(model, twin, wd=0.75).results
+    pruned = sparsifier(model, alignment, wd=0.75).results
     left = error(
         model,
         images(4),
-        {name: twin.align(name, value) for name, value in pruned.items()},
-        {name: twin.align(name, own[name]) for name in pruned},
+        {name: alignment.align(name, value) for name, value in pruned.items()},
+        {name: alignment.align(name, own[name]) for name in pruned},
     )
     assert float(left.square().mean()) < 1e-5
 
@@ -172,7 +172,7 @@ def test_pruned_and_quantized_layers_keep_the_means_of_their_outputs(body: str) 
     quantized.run(x)
     executor = Executor.from_model(model)
     theirs = executor.run({"x": x}, [last])[last]
-    for own in (pruned._own, quantized._own):
+    for own in (pruned.own, quantized.own):
         off = (executor.run({"x": x}, [last], own)[last] - theirs).detach()
         assert off.std() > 0.05 * theirs.std()
         assert off.mean((0, 2, 3)).abs().max() < 0.02 * theirs.std()
@@ -246,7 +246,7 @@ def classifier(images: Tensor, worker: Sparsifier | Quantizer) -> float:
     """Error on other images of a classifier that was learned on few, over the outputs' variance."""
     x = torch.randn(500, 32, 1, 1, generator=torch.Generator().manual_seed(9)) + 1
     worker.pass_through(images, "learning")
-    return float(error(worker.model, x, worker._own, {}).square().mean())
+    return float(error(worker.model, x, worker.own, {}).square().mean())
 
 
 def few(count: int) -> tuple[Model, Tensor]:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 
 import onnx
@@ -18,7 +19,7 @@ from onnxcompress.runtime.session import session
 
 torch = pytest.importorskip("torch")
 
-from onnxcompress.optimize.deterministic_threads import in_turn, one_thread_each, worker_count  # noqa: E402
+from onnxcompress.optimize.deterministic_threads import in_turn, one_thread_each, run_jobs, worker_count  # noqa: E402
 
 More = Callable[[], AbstractContextManager[None]]
 
@@ -181,3 +182,41 @@ def test_threads_of_onnxruntime_spin_only_where_it_is_timed(relu: onnx.ModelProt
     options = session(relu, provider="cpu", timed=True).get_session_options()
     with pytest.raises(RuntimeError):
         options.get_session_config_entry(key)
+
+
+def test_jobs_are_asked_for_when_a_thread_is_free(more_threads: More) -> None:
+    """What a job that waits holds is in memory: no more jobs are there than threads."""
+    asked: list[int] = []
+
+    def jobs() -> Iterator[Callable[[], int]]:
+        for index in range(9):
+            asked.append(index)
+            yield partial(int, index)
+
+    with more_threads():
+        results = run_jobs(jobs())
+        assert [next(results), next(results)] == [0, 1]
+        assert len(asked) <= 2 + worker_count()
+        assert list(results) == list(range(2, 9))
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_a_context_may_say_how_many_threads_jobs_have(count: int) -> None:
+    gate = threading.Barrier(count, timeout=10)
+    with one_thread_each(count):
+        assert worker_count() == count
+        assert list(in_turn(lambda index: gate.wait() >= 0 and index, count)) == list(range(count))
+
+
+def test_several_threads_may_run_an_executor_that_has_planned_nothing(more_threads: More) -> None:
+    from onnxcompress.model import Model
+    from onnxcompress.optimize.executor import Executor
+
+    text = """<ir_version: 8, opset_import: ["" : 17]> g (float[N,3] x) => (float[N,3] y) {
+        r = Relu(x) s = Neg(r) y = Add(r, s)}"""
+    executor = Executor.from_model(Model.from_proto(onnx.parser.parse_model(text)))
+    x = torch.randn(64, 3)
+    with more_threads():
+        made = executor.run_batched({"x": x}, ["s", "y"], count=64, batch=1)
+    assert torch.equal(made["s"], -x.clamp_min(0))
+    assert not made["y"].any()

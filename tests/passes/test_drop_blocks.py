@@ -314,7 +314,7 @@ def test_adapters_and_refitting_recover_features(resnet: str, models: Path) -> N
     from onnxcompress.graph.topology import Topology
     from onnxcompress.optimize.block_drop.recoverability import Scorer, probe
     from onnxcompress.optimize.executor import Executor
-    from onnxcompress.optimize.reconstruction.residual_refit import Reconstruction, segments
+    from onnxcompress.optimize.reconstruction.residual_refit import RefitSettings, ResidualRefit
 
     model = load(resnet)
     FoldBatchNorm().apply(model)
@@ -332,7 +332,7 @@ def test_adapters_and_refitting_recover_features(resnet: str, models: Path) -> N
     pruned = model.copy()
     drop_blocks(pruned, [found["blocks.1"].exit])
     student = Executor.from_model(pruned)
-    new = Reconstruction(student, teacher, segments(pruned, feature.name)).run(x)
+    new = ResidualRefit.of(model, pruned, feature.name, RefitSettings()).run(x)
     with torch.no_grad():
         got = student.run({"input": x}, [feature.name], new)[feature.name]
     refitted = float((got - target.wanted.float()).square().sum()) / target.energy

@@ -24,7 +24,7 @@ from onnxcompress.graph.query import read
 from onnxcompress.model import Model, load
 from onnxcompress.optimize.calibration import InputRequest
 from onnxcompress.optimize.reconstruction.admm_mask import MaskChoice, Problem
-from onnxcompress.optimize.reconstruction.gptq import LayerMoments
+from onnxcompress.optimize.reconstruction.ridge import LayerMoments
 from onnxcompress.optimize.reconstruction.sparsity_pattern import UNSTRUCTURED, Pattern
 from onnxcompress.passes.base import run
 from onnxcompress.passes.fold_bn.fold_and_canonicalize import fold_and_canonicalize

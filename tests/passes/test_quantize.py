@@ -18,9 +18,10 @@ from onnxcompress.evaluation.accuracy import agreement, logits
 from onnxcompress.graph.query import read
 from onnxcompress.model import Model, load
 from onnxcompress.optimize.reconstruction.activation_range import fake, least_squares
-from onnxcompress.optimize.reconstruction.gptq import LayerMoments, nearest, reconstruct
-from onnxcompress.optimize.reconstruction.gptq import least_squares as target_and_hessian
-from onnxcompress.optimize.reconstruction.range_equalization import streams, stretch
+from onnxcompress.optimize.reconstruction.gptq import nearest, reconstruct
+from onnxcompress.optimize.reconstruction.range_equalization import find_channel_groups, stretch
+from onnxcompress.optimize.reconstruction.ridge import LayerMoments
+from onnxcompress.optimize.reconstruction.ridge import least_squares as target_and_hessian
 from onnxcompress.optimize.reconstruction.saturation import SaturationBounds, partners
 from onnxcompress.optimize.synthesis.statistics_alignment import StatisticsAlignment
 from onnxcompress.passes.base import run
@@ -290,7 +291,7 @@ def test_channel_ranges_are_equal_and_cost_nothing(models: Path) -> None:
     fold_and_canonicalize(model)
     plan = make_plan(model, Bits(8, 8, 8))
     before = run_model(model.to_proto(), {"input": x.numpy()})["logits"]
-    places = streams(model, plan)
+    places = find_channel_groups(model, plan)
     assert len(places) >= 9
     assert stretch(model, plan, x, StatisticsAlignment()) == len(places)
     np.testing.assert_allclose(

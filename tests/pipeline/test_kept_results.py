@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 
 from onnxcompress.cli.main import main
-from onnxcompress.intermediate_results import keep, keeping, kept
 from onnxcompress.model import Model, load
 from onnxcompress.optimize.block_drop import pipeline
 from onnxcompress.optimize.block_drop.pipeline import Dropper
 from onnxcompress.optimize.block_drop.recoverability import Recovery, Scorer
 from onnxcompress.optimize.calibration import InputRequest, gather_inputs
+from onnxcompress.optimize.intermediate_results import keep, keeping, kept
 from onnxcompress.optimize.synthesis import distillation
 from onnxcompress.pipeline.cache import VALUES, Cache
 from onnxcompress.runtime.block_latency import Stopwatch

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 
 from onnxcompress.graph.blocks import Block
-from onnxcompress.intermediate_results import Parts, Values, find_kept, keep, kept
 from onnxcompress.optimize.block_drop.recoverability import Scorer
+from onnxcompress.optimize.intermediate_results import Parts, Values, find_kept, keep, kept
 from onnxcompress.progress import Progress
 from onnxcompress.runtime.block_latency import Share
 

@@ -19,14 +19,13 @@ from onnxcompress.graph.macs import node_macs
 from onnxcompress.graph.query import data_input
 from onnxcompress.graph.shape_inference import tensor_shapes
 from onnxcompress.graph.topology import Topology
-from onnxcompress.intermediate_results import array_digest
 from onnxcompress.model import Model
 from onnxcompress.optimize.block_drop.figures import BlockRow, DropBlocksFigures
 from onnxcompress.optimize.block_drop.kept_scores import latency_shares, recoverabilities
 from onnxcompress.optimize.block_drop.options import DropBlocksOptions
 from onnxcompress.optimize.block_drop.recoverability import BATCH, SCORING_IMAGES, Probe, Scorer, probe
 from onnxcompress.optimize.block_drop.refinement import Refinement
-from onnxcompress.optimize.block_drop.repair import Repair, elements, inference_batch
+from onnxcompress.optimize.block_drop.repair import MAX_BATCH, Repair
 from onnxcompress.optimize.block_drop.score_file import read_scores, write_scores
 from onnxcompress.optimize.block_drop.selection import (
     BlockSelection,
@@ -36,7 +35,9 @@ from onnxcompress.optimize.block_drop.selection import (
 from onnxcompress.optimize.calibration import gather_inputs
 from onnxcompress.optimize.device import fitting, pick_device, resident
 from onnxcompress.optimize.executor import Executor
-from onnxcompress.optimize.executor.open_batch import file_batch, images_at_once
+from onnxcompress.optimize.executor.open_batch import file_batch, images_at_once, small_batch
+from onnxcompress.optimize.executor.walk_plan import floats
+from onnxcompress.optimize.intermediate_results import array_digest
 from onnxcompress.optimize.synthesis.statistics_alignment import StatisticsAlignment, standardize
 from onnxcompress.progress import Progress
 from onnxcompress.runtime.block_latency import Additivity, Share, Stopwatch, added, usable
@@ -86,12 +87,15 @@ class Dropper:
             self.images = self.images.contiguous(memory_format=torch.channels_last)
         self.images = resident(self.images, self.device)
         self.scoring_batch = BATCH
-        self.twin: StatisticsAlignment | None = None
+        self.alignment: StatisticsAlignment | None = None
         if self.inputs.layerwise:
             given = self.images[:SCORING_IMAGES].to(self.device)
-            self.twin = standardize(model, self.teacher, given, self.feature, batch=inference_batch(model))
-            self.twin.apply(model)
+            self.alignment = standardize(
+                model, given, self.feature, batch=small_batch(model, MAX_BATCH), device=self.device
+            )
+            self.alignment.apply(model)
         self.teacher = Executor.from_model(model, device=self.device)
+        self.whole = model.copy()
 
     def run(self) -> DropBlocksFigures:
         """Run all steps in order.
@@ -154,7 +158,7 @@ class Dropper:
 
     def _probe(self) -> Probe:
         shapes = tensor_shapes(self.model)
-        each = sum(elements(shapes[b.entry]) * 2 for b in self.discovery.blocks) * 4
+        each = sum(floats(shapes[b.entry]) * 2 for b in self.discovery.blocks) * 4
         count = max(8, min(SCORING_IMAGES, len(self.images), TAPS_BYTES // max(each, 1)))
         made = fitting("scoring", self.scoring_batch, lambda batch: self._probed(count, batch))
         if not 0 < made.energy < float("inf"):
@@ -241,7 +245,6 @@ class Dropper:
 
     def _choose(self) -> None:
         by_latency = self.options.blocks is None  # a target in blocks costs 1 a block, whatever its τ
-        whole = self.model.copy()
         choice = choose(
             self.model,
             {e: row["score" if by_latency else "recoverability"] for e, row in self.scores.items()},
@@ -256,8 +259,8 @@ class Dropper:
         if by_latency and self.saved >= self._target:
             losses = {exit_: row["recoverability"] for exit_, row in self.scores.items()}
             refinement = Refinement(
-                whole, self.discovery.blocks, losses, self._tau(), self._target, self.probe, self._saving,
-                self.scoring_batch, self.device, self.progress,
+                self.whole, self.discovery.blocks, losses, self._tau(), self._target, self.probe,
+                self._saving, self.scoring_batch, self.device, self.progress,
             )  # fmt: skip
             choice = refinement.better(choice, self.saved)
             if choice.model is not self.model:
@@ -291,8 +294,9 @@ class Dropper:
         if not self.dropped:
             return
         repair = Repair(
-            self.options, self.model, self.teacher, self.source, self.student_feature, self.feature,
-            self.inputs, self.images, self.nhwc, self.twin, self.device, self.scoring_batch, self.progress,
+            self.options, self.model, self.whole, self.teacher, self.source, self.student_feature,
+            self.feature, self.inputs, self.images, self.nhwc, self.alignment, self.device,
+            self.scoring_batch, self.progress,
         )  # fmt: skip
         self.feature_error = repair.run(self.weights)
 

@@ -74,9 +74,8 @@ def probe(executor: Executor, images: Tensor, source: str, feature: str, *, batc
         The images with their features.
     """
     images = images.to(executor.device)
-    with torch.no_grad(), autocast(executor.device):
-        parts = [executor.run({source: part}, [feature])[feature] for part in torch.split(images, batch)]
-    return Probe(source, feature, images, torch.cat(parts))
+    made = executor.run_batched({source: images}, [feature], count=len(images), batch=batch, mixed=True)
+    return Probe(source, feature, images, made[feature])
 
 
 @dataclass(frozen=True)
@@ -123,20 +122,17 @@ class Scorer:
         self.probe, self.steps, self.feature = probe, steps, feature or probe.feature
         known = self.executor.parameters  # an adapted layer may have been dropped since
         self.parameters = {n: v for n, v in (parameters or {}).items() if n in known}
-        topology = Topology(model)
+        topology = model.analysis(Topology)
         self.sites = {b.exit: adapter_site(topology, b) if steps else AdapterSite(b.entry) for b in blocks}
         cuts = list(dict.fromkeys(site.cut for site in self.sites.values()))
-        batches = torch.split(probe.images, batch)
-
-        def run(index: int) -> dict[str, Tensor]:
-            with torch.no_grad(), autocast(self.executor.device):
-                return self.executor.run(self._feed(batches[index]), cuts, self.parameters)
-
-        parts = list(in_turn(run, len(batches), self.executor.device))
-        self._prefix = {cut: torch.cat([part[cut] for part in parts]) for cut in cuts}
-
-    def _feed(self, part: Tensor) -> dict[str, Tensor]:
-        return {self.probe.source: part}
+        self._prefix = self.executor.run_batched(
+            {probe.source: probe.images},
+            cuts,
+            count=len(probe.images),
+            batch=batch,
+            parameters=self.parameters,
+            mixed=True,
+        )
 
     def _places(self, low: int, high: int) -> Tensor:
         """Return the indices of images, on the device, starting over after the last image."""
@@ -200,7 +196,7 @@ class Scorer:
         entry = self._prefix[site.cut][index]
         if site.cut != block.entry:
             entry = self.executor.run({site.cut: entry}, [block.entry], parameters)[block.entry]
-        feeds = self._feed(self.probe.images[index]) | {block.exit: entry}
+        feeds = {self.probe.source: self.probe.images[index], block.exit: entry}
         got = self.executor.run(feeds, [self.feature], parameters)[self.feature]
         return (got.float() - self.probe.wanted[index].float()).square()
 

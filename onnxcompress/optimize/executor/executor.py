@@ -18,8 +18,8 @@ integers).
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import numpy as np
 import onnx_graphsurgeon as gs
@@ -27,8 +27,8 @@ import torch
 from torch import Tensor
 
 from onnxcompress.graph.reshape_targets import batch_free_targets
-from onnxcompress.optimize.device import laid_out
-from onnxcompress.optimize.executor.ops import DOMAINS, TABLE
+from onnxcompress.optimize.deterministic_threads import in_turn
+from onnxcompress.optimize.device import autocast, laid_out
 from onnxcompress.optimize.executor.ops.dtypes import convert
 from onnxcompress.optimize.executor.ops.registry import ExecutionError, UnsupportedOp
 from onnxcompress.optimize.executor.plan import Plan, Planner, Step
@@ -38,13 +38,23 @@ from onnxcompress.optimize.executor.shape_feeds import ShapeFeeds
 if TYPE_CHECKING:
     from onnxcompress.model import Model
 
-__all__ = ["ExecutionError", "Executor", "UnsupportedOp", "supported_ops", "unsupported"]
+__all__ = ["ExecutionError", "Executor", "Rows", "UnsupportedOp"]
 
 OLDEST_OPSET = 7
+T = TypeVar("T")
+
+
+class Rows(Protocol):
+    """Values of many images: a tensor, or a set of images that are normalized when they are read."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, part: slice, /) -> Tensor: ...
 
 
 class Executor:
     """A graph as it is when the executor is made; later edits of the graph do not reach it.
+
+    Several threads may run it at once.
 
     `parameters` has every floating initializer of rank 1 or more that a node reads as a tensor, by name, on
     `device`, in `dtype`, without gradient. Initializers read only as numbers (the scales of a Resize) and
@@ -164,6 +174,88 @@ class Executor:
         _execute(plan.steps, values)
         return {name: values[slot] for name, slot in plan.outputs}
 
+    def map_batches(
+        self,
+        feeds: Mapping[str, Rows],
+        outputs: Sequence[str],
+        work: Callable[[dict[str, Tensor]], T],
+        *,
+        count: int,
+        batch: int,
+        parameters: Mapping[str, Tensor] | None = None,
+        mixed: bool = False,
+    ) -> Generator[T, None, None]:
+        """Run batch after batch, without gradients, and call a function on the outputs of each.
+
+        Batches run beside each other, each on one thread, so results do not depend on the number of
+        threads. No more outputs are held than batches are under way.
+
+        Args:
+            feeds: Name -> values of the tensors to start from, (count times the rows of an image, …).
+            outputs: Names of the tensors to compute.
+            work: Called with name -> value of the outputs of a batch; it may empty the mapping.
+            count: Images that the feeds hold.
+            batch: Images that run at once; the last batch may be smaller.
+            parameters: Name -> value of initializers to replace.
+            mixed: Whether to compute in the device's fast lower precision (`device.autocast`).
+
+        Yields:
+            What `work` returned, in the order of the batches.
+        """
+
+        def run(index: int) -> T:
+            own = slice(index * batch, min((index + 1) * batch, count))
+            part = {
+                name: values[len(values) // count * own.start : len(values) // count * own.stop]
+                for name, values in feeds.items()
+            }
+            with torch.no_grad():  # a setting of each thread
+                if not mixed:
+                    return work(self.run(part, outputs, parameters))
+                with autocast(self.device):
+                    return work(self.run(part, outputs, parameters))
+
+        return in_turn(run, -(-count // batch), self.device)
+
+    def run_batched(
+        self,
+        feeds: Mapping[str, Rows],
+        outputs: Sequence[str],
+        *,
+        count: int,
+        batch: int,
+        parameters: Mapping[str, Tensor] | None = None,
+        mixed: bool = False,
+    ) -> dict[str, Tensor]:
+        """Run batch after batch, without gradients, and collect the outputs.
+
+        Each batch is copied to its place as soon as it is there, so hardly more than the results is held.
+
+        Args:
+            feeds: Name -> values of the tensors to start from, (count times the rows of an image, …).
+            outputs: Names of the tensors to compute; each holds one image after the other.
+            count: Images that the feeds hold.
+            batch: Images that run at once; the last batch may be smaller.
+            parameters: Name -> value of initializers to replace.
+            mixed: Whether to compute in the device's fast lower precision (`device.autocast`).
+
+        Returns:
+            Name -> values of the outputs, (count times the rows of an image, …), on the device.
+        """
+        found: dict[str, Tensor] = {}
+        filled = dict.fromkeys(outputs, 0)
+        runs = self.map_batches(
+            feeds, outputs, lambda made: made, count=count, batch=batch, parameters=parameters, mixed=mixed
+        )
+        for made in runs:
+            for name in outputs:
+                part = made.pop(name)
+                if name not in found:
+                    found[name] = _room(part, count, min(batch, count))
+                found[name][filled[name] : filled[name] + len(part)] = part
+                filled[name] += len(part)
+        return found
+
     def needed(self, feeds: Iterable[str], outputs: Iterable[str]) -> list[gs.Node]:
         """List the nodes that `run` would compute, and plan that run.
 
@@ -217,6 +309,14 @@ class Executor:
         return self._binding.kinds.get(name) is Kind.CONSTANT
 
 
+def _room(part: Tensor, count: int, batch: int) -> Tensor:
+    """Return room for `count` images of a tensor of which `part` holds `batch`."""
+    shape = (len(part) // batch * count, *part.shape[1:])
+    last = part.ndim == 4 and part.is_contiguous(memory_format=torch.channels_last)
+    order = torch.channels_last if last else torch.contiguous_format
+    return torch.empty(shape, dtype=part.dtype, device=part.device, memory_format=order)
+
+
 def _execute(steps: Sequence[Step], values: list[Any]) -> None:
     """Run the steps on the slots, in place."""
     step: Step | None = None
@@ -236,30 +336,3 @@ def _execute(steps: Sequence[Step], values: list[Any]) -> None:
         if step is None:
             raise
         raise explained(error, step.node, arguments) from error
-
-
-def supported_ops() -> frozenset[str]:
-    """List the operators of the default domain that can be run.
-
-    Returns:
-        Their names.
-    """
-    return frozenset(TABLE)
-
-
-def unsupported(graph: gs.Graph) -> list[str]:
-    """List the nodes whose operators cannot be run.
-
-    Uses of an operator that are refused (a training mode, an unusual type) are found only when they run.
-
-    Args:
-        graph: The graph.
-
-    Returns:
-        One line per node; empty where all operators can be run.
-    """
-    return [
-        f"node {node.name!r}: {node.op} (domain {node.domain or 'ai.onnx'!r}, opset {graph.opset})"
-        for node in graph.nodes
-        if node.op not in TABLE or (node.domain or "") not in DOMAINS
-    ]

@@ -11,16 +11,24 @@ import torch
 from torch import Tensor
 
 from onnxcompress.graph.query import data_input
+from onnxcompress.graph.shape_inference import tensor_shapes
 from onnxcompress.graph.topology import Topology
 from onnxcompress.model import Model
 from onnxcompress.optimize.executor import Executor
 from onnxcompress.optimize.executor.executor import ExecutionError
+from onnxcompress.optimize.executor.walk_plan import floats
 
 TRIED = 3
 """Batches that are tried at once. Not two: sizes of two are common in graphs."""
 RELATIVE, SHARE = 1e-3, 0.01
 """At most this share of an output may differ by more than this part of its largest value: rounding moves
 what lies at a threshold."""
+
+
+BATCH = 32
+"""Images that run at once where the graph leaves it open, at most."""
+BATCH_BYTES = 24 << 20
+"""Memory that one tensor of a batch may take: beyond, each is new memory that the system has to clear."""
 
 
 def file_batch(model: Model) -> int | None:
@@ -50,7 +58,7 @@ def images_at_once(model: Model, images: Tensor) -> int | None:
     count = min(TRIED, len(images) // base)
     if count < 2:
         return base
-    topology, executor = Topology(model), Executor.from_model(model)
+    topology, executor = model.analysis(Topology), Executor.from_model(model)
     names = [t.name for n in topology.order for t in n.outputs if id(t) in topology.data and t.name]
     outputs = {t.name for t in model.graph.outputs}
     source = str(data_input(model).name)
@@ -66,6 +74,33 @@ def images_at_once(model: Model, images: Tensor) -> int | None:
     return None
 
 
+def images_per_run(model: Model, images: Tensor) -> int:
+    """Choose how many images run at once when nothing is trained.
+
+    Args:
+        model: The network, with one input.
+        images: Inputs as the network takes them, (N, …).
+
+    Returns:
+        The number that the graph fixes; else one whose tensors are not too large, up to BATCH.
+    """
+    return images_at_once(model, images) or small_batch(model, BATCH)
+
+
+def small_batch(model: Model, most: int) -> int:
+    """Choose how many images run at once so that no tensor is too large: that costs more than it gains.
+
+    Args:
+        model: The network, whose batch is open.
+        most: The number of images, at most.
+
+    Returns:
+        The number of images, at least 1.
+    """
+    largest = max((floats(shape) for shape in tensor_shapes(model).values() if len(shape) > 2), default=1)
+    return max(1, min(most, BATCH_BYTES // (4 * max(largest, 1))))
+
+
 def _agrees(whole: object, alone: object, at: int, count: int, compared: bool) -> bool:
     """Return whether batch `at` of `count` gives by itself what it gives among the others."""
     if not isinstance(whole, Tensor) or not isinstance(alone, Tensor):
@@ -77,17 +112,3 @@ def _agrees(whole: object, alone: object, at: int, count: int, compared: bool) -
     a, b = whole[at * len(alone) : (at + 1) * len(alone)].double(), alone.double()
     apart = (a - b).abs() > RELATIVE * b.abs().max().clamp_min(1e-30)
     return float(apart.double().mean()) <= SHARE
-
-
-def split_images(values: Tensor, count: int, batch: int) -> tuple[Tensor, ...]:
-    """Split a tensor into batches of images, where an image may have several rows of the tensor.
-
-    Args:
-        values: The tensor, (count times rows of an image, …).
-        count: Number of images that it holds.
-        batch: Images in a part.
-
-    Returns:
-        The parts in order; the last may be smaller.
-    """
-    return torch.split(values, len(values) // count * batch)

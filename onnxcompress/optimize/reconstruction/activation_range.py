@@ -9,6 +9,8 @@ values gives the others finer steps: with 8 bits it clips little, with 4 a lot (
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -21,7 +23,15 @@ CHUNK = 1 << 20
 
 
 def fake(x: Tensor, grid: Grid) -> Tensor:
-    """The values on the grid, as floats."""
+    """Round values to a grid.
+
+    Args:
+        x: The values.
+        grid: The grid.
+
+    Returns:
+        The nearest values of the grid, as floats.
+    """
     scale = float(grid.scale)
     return (
         (torch.round(x / scale) + grid.zero_point)
@@ -31,18 +41,42 @@ def fake(x: Tensor, grid: Grid) -> Tensor:
     )
 
 
-def samples(values: Tensor, seed: int) -> Tensor:
-    """Up to SAMPLES elements, drawn at random, the least and the largest among them."""
-    flat = values.reshape(-1)
-    if flat.numel() > SAMPLES:
-        generator = torch.Generator().manual_seed(seed)
-        chosen = torch.randint(flat.numel(), (SAMPLES,), generator=generator)
-        flat = torch.cat([flat[chosen], flat.amin()[None], flat.amax()[None]])
-    return flat.float()
+def samples(parts: Sequence[Tensor], seed: int) -> Tensor:
+    """Draw elements of a tensor at random, the least and the largest among them.
+
+    Args:
+        parts: The tensor's parts along its first axis, all but the last one of one size.
+        seed: Random seed.
+
+    Returns:
+        SAMPLES elements and the two ends, or all elements where there are no more, float32.
+    """
+    total, size = sum(part.numel() for part in parts), parts[0].numel()
+    if total <= SAMPLES:
+        return torch.cat([part.reshape(-1) for part in parts]).float()
+    generator = torch.Generator().manual_seed(seed)
+    chosen = torch.randint(total, (SAMPLES,), generator=generator)
+    drawn = torch.empty(SAMPLES, dtype=parts[0].dtype)
+    owner = chosen // size
+    for index, part in enumerate(parts):
+        here = (owner == index).nonzero()[:, 0]
+        drawn[here] = part[torch.unravel_index(chosen[here] - index * size, part.shape)]
+    ends = torch.stack([end for part in parts for end in torch.aminmax(part)])
+    return torch.cat([drawn, ends.amin()[None], ends.amax()[None]]).float()
 
 
 def least_squares(x: Tensor, bits: int, storage: str, symmetric: bool) -> Grid:
-    """The grid of that many bits with the least squared error on the samples."""
+    """Choose the grid with the least squared error on samples.
+
+    Args:
+        x: The samples.
+        bits: Bits of the grid.
+        storage: Type of its integers.
+        symmetric: Whether 0 lies in its middle.
+
+    Returns:
+        The grid.
+    """
     low, high = float(x.amin()), float(x.amax())
 
     def grid(a: float, b: float) -> Grid:

@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -36,15 +36,11 @@ from onnxcompress.graph.shape_inference import tensor_shapes
 from onnxcompress.graph.topology import Topology
 from onnxcompress.model import Model
 from onnxcompress.optimize.deterministic_threads import in_turn
-from onnxcompress.optimize.device import autocast, laid_out
+from onnxcompress.optimize.device import autocast, laid_out, release_memory
 from onnxcompress.optimize.executor import Executor
-from onnxcompress.optimize.reconstruction.context import (
-    CalibrationContext,
-    fixed_batch,
-    floats,
-    needs,
-    nodes_between,
-)
+from onnxcompress.optimize.executor.executor import Rows
+from onnxcompress.optimize.executor.walk_plan import floats, needs, nodes_between
+from onnxcompress.optimize.reconstruction.context import CalibrationContext, fixed_batch
 from onnxcompress.optimize.synthesis.statistics_alignment import StatisticsAlignment
 from onnxcompress.optimize.synthesis.statistics_mismatch import Targets, mismatch, targets_of
 from onnxcompress.progress import Progress, silent
@@ -57,8 +53,9 @@ EACH = 16
 """Inputs that start from the same image, at most."""
 CHUNK = 256
 """Inputs that are optimized together, at most: their statistics are matched as a whole."""
-BYTES = 1 << 30
-"""Memory of all inputs, and of the tensors of a chunk; fewer are made where they would take more."""
+BYTES, CHUNK_BYTES = 1 << 30, 1 << 28
+"""Memory of all inputs, and of the tensors that a chunk computes, without gradients; fewer are made where
+they would take more."""
 STEPS = 16
 RATE = 0.15
 """Initial learning rate of Adam, in deviations of the channel; it falls to zero by half a cosine."""
@@ -79,7 +76,7 @@ class Stage:
     """A part of the trunk whose layers are fitted in one pass, and its inputs."""
 
     inputs: Tensor
-    twin: StatisticsAlignment
+    alignment: StatisticsAlignment
     start: str | None = None
     stop: str | None = None
     used: InputSource | None = None
@@ -101,7 +98,7 @@ class Stage:
 
 def stages_of(
     context: CalibrationContext,
-    starts: Callable[[], Tensor] | None = None,
+    starts: Callable[[], Rows] | None = None,
     *,
     seed: int = 0,
     device: str = "cpu",
@@ -121,14 +118,14 @@ def stages_of(
     """
     start = split_tensor(context.model, context.plan)
     if start is None:
-        return [Stage(context.images, context.twin)]
-    begun = context if starts is None else replace(context, images=starts())
-    values = make_feature_inputs(begun, start, seed=seed, device=device, progress=progress)
+        return [Stage(context.images, context.alignment)]
+    images = context.images if starts is None else starts()
+    values = make_feature_inputs(context, start, images, seed=seed, device=device, progress=progress)
     made = len(values) - context.real
-    where = f"at {start!r}, where the deep layers begin; from {len(begun.images)} images"
+    where = f"at {start!r}, where the deep layers begin; from {len(images)} images"
     used = InputSource("deep inputs", made, seed, where, "", "") if made else None
     return [
-        Stage(context.images, context.twin, stop=start),
+        Stage(context.images, context.alignment, stop=start),
         Stage(values, StatisticsAlignment(), start=start, used=used),
     ]
 
@@ -145,7 +142,7 @@ def split_tensor(model: Model, plan: Plan) -> str | None:
     Returns:
         Name of the tensor; None where there is none, or the layers behind need other tensors, too.
     """
-    topology, known = Topology(model), known_statistics(model)
+    topology, known = model.analysis(Topology), known_statistics(model)
     if fixed_batch(model) > 1:
         return None
     shapes = tensor_shapes(model)
@@ -174,6 +171,7 @@ def split_tensor(model: Model, plan: Plan) -> str | None:
 def make_feature_inputs(
     context: CalibrationContext,
     start: str,
+    images: Rows | None = None,
     *,
     seed: int = 0,
     device: str = "cpu",
@@ -184,6 +182,7 @@ def make_feature_inputs(
     Args:
         context: The network and its inputs; real images come first, and stay as they are.
         start: Name of the tensor.
+        images: Images to start from, (N, …); None: the context's.
         seed: Random seed.
         device: Where torch computes.
         progress: Called with the stage, the chunks done and the chunks in all.
@@ -192,19 +191,18 @@ def make_feature_inputs(
         Values of the tensor, (N, …), N up to COUNT.
     """
     executor = Executor.from_model(context.model, device=device)
-    topology = Topology(context.model)
+    topology = context.model.analysis(Topology)
     shapes = tensor_shapes(context.model)
     behind = [t.name for n in nodes_between(topology, start, None) for t in n.outputs]
     targets = targets_of([start, *behind], known_statistics(context.model), executor.device)
-    begin = aligned_features(executor, context, start)
+    begin = aligned_features(executor, context, start, context.images if images is None else images)
     real = begin[: context.real].cpu()
     logits = _logits(context.model)
-    size = min(CHUNK, max(1, BYTES // (4 * sum(floats(shapes.get(name)) for name in behind))))
+    size = min(CHUNK, max(1, CHUNK_BYTES // (4 * sum(floats(shapes.get(name)) for name in behind))))
     count = min(COUNT, EACH * len(begin), max(size, BYTES // (4 * floats(shapes[start])))) - len(real)
     if count <= 0:
         return real
     chunks = -(-count // size)
-    executor.needed([start], [*targets, *([logits] if logits else [])])  # once, not by each thread
 
     def work(chunk: int) -> Tensor:
         generator = torch.Generator().manual_seed(seed * chunks + chunk)
@@ -218,30 +216,30 @@ def make_feature_inputs(
     for part in in_turn(work, chunks, executor.device):
         made.append(part)
         progress("making deep inputs", len(made), chunks)
+    release_memory()
     return torch.cat([real, *made])
 
 
-def aligned_features(executor: Executor, context: CalibrationContext, start: str) -> Tensor:
-    """Compute the values of a tensor on the context's images, with aligned statistics.
+def aligned_features(executor: Executor, context: CalibrationContext, start: str, images: Rows) -> Tensor:
+    """Compute the values of a tensor on images, with aligned statistics.
 
     Args:
         executor: The executor of the network.
-        context: The network and its inputs.
+        context: The network and its alignment.
         start: Name of the tensor.
+        images: The images, (N, …).
 
     Returns:
         The values, (N, …).
     """
-    twin, name = context.twin, str(data_input(context.model).name)
-    maps = {n: twin.align(n, executor.parameters[n]) for n in (*twin.weights, *twin.biases)}
-    batches = torch.split(context.images, context.batch)
-
-    def run(batch: int) -> Tensor:
-        with torch.no_grad():  # of each thread
-            return executor.run({name: batches[batch]}, [start], maps)[start]
-
-    executor.needed([name], [start])  # once, not by each thread
-    return torch.cat(list(in_turn(run, len(batches), executor.device)))
+    alignment, name = context.alignment, str(data_input(context.model).name)
+    return executor.run_batched(
+        {name: images},
+        [start],
+        count=len(images),
+        batch=context.batch,
+        parameters={n: alignment.align(n, executor.parameters[n]) for n in alignment.names},
+    )[start]
 
 
 def _optimized(

@@ -25,7 +25,7 @@ from onnxcompress.model import Model
 from onnxcompress.optimize.deterministic_threads import in_turn, one_thread
 from onnxcompress.optimize.device import autocast, laid_out
 from onnxcompress.optimize.executor import Executor
-from onnxcompress.optimize.reconstruction.context import floats
+from onnxcompress.optimize.executor.walk_plan import floats
 from onnxcompress.optimize.reconstruction.finetune import Schedule, rate
 from onnxcompress.progress import Progress, silent
 from onnxcompress.quantization.qdq_plan import Plan
@@ -55,7 +55,7 @@ def subnetwork_from(model: Model, start: str) -> Subnetwork:
     Returns:
         The narrow tensors of the trunk behind it, and the network's outputs.
     """
-    topology, shapes = Topology(model), tensor_shapes(model)
+    topology, shapes = model.analysis(Topology), tensor_shapes(model)
     tensors = model.graph.tensors()
 
     first = topology.position(tensors[start])
@@ -77,7 +77,7 @@ def finetune_sparse(
     where: Subnetwork,
     values: Tensor,
     seen: Tensor,
-    learned: Mapping[str, Tensor],
+    pruned: Mapping[str, Tensor],
     *,
     steps: int = STEPS,
     seed: int = 0,
@@ -94,7 +94,7 @@ def finetune_sparse(
         where: The subnetwork.
         values: Inputs of the teacher at `where.start`, (N, …).
         seen: Inputs of the student there, (N, …).
-        learned: Initializer -> pruned value; those the subnetwork does not use are left out.
+        pruned: Initializer -> pruned value; those the subnetwork does not use are left out.
         steps: Steps of Adam.
         seed: Random seed of the batches.
         device: Where torch computes.
@@ -108,11 +108,11 @@ def finetune_sparse(
     names = list(wanted)
     with one_thread():
         spread = {n: w.float().var().clamp_min(1e-12) for n, w in wanted.items()}
-        sizes = {n: max(float(v.square().mean().sqrt()), 1e-3) for n, v in learned.items()}
+        sizes = {n: max(float(v.square().mean().sqrt()), 1e-3) for n, v in pruned.items()}
     used = {t.name for node in executor.needed([where.start], names) for t in node.inputs}
     leaves = {
         n: laid_out(v.detach().clone().float().to(executor.device)).requires_grad_()
-        for n, v in learned.items()
+        for n, v in pruned.items()
         if n in used
     }
     if not leaves:
@@ -154,13 +154,5 @@ def finetune_sparse(
 
 
 def _wanted(executor: Executor, start: str, values: Tensor, names: list[str]) -> dict[str, Tensor]:
-    parts = torch.split(values, BATCH)
-
-    def run(part: int) -> dict[str, Tensor]:
-        with torch.no_grad():  # of each thread
-            return executor.run({start: parts[part]}, names)
-
-    executor.needed([start], names)  # once, not by each thread
-    runs = list(in_turn(run, len(parts), executor.device))
-    found = {n: torch.cat([run[n] for run in runs]) for n in names}
-    return {n: v for n, v in found.items() if v.is_floating_point()}
+    made = executor.run_batched({start: values}, names, count=len(values), batch=BATCH)
+    return {n: v for n, v in made.items() if v.is_floating_point()}

@@ -1,14 +1,13 @@
-"""Layer-wise reconstruction in one pass: each layer of the student is fitted on the student's own input.
+"""Layer-wise reconstruction in one walk: each layer of the student is fitted on the student's own input.
 
     teacher:  x ─ layers ─> t
     student:  x̂ ─ layers as fitted so far ─> y
 
-Node by node, in the order of the graph, both networks run on the same inputs, and only tensors that a later
-node needs are held. A layer is fitted (by the subclass: `quantize`, `prune`) so that Ŵ x̂ + b̂ comes near t.
-Where only a residual addition reads the layer, it also makes up for what the other side of the sum lost:
-t + (s_teacher − s_student).
-
-The pass goes through the whole network, or from one tensor of its trunk to another (`start`, `stop`).
+Node by node (`network_walk`) both networks run on the same inputs. A layer is fitted (by the subclass:
+`quantize`, `prune`, `residual_refit`) so that Ŵ x̂ + b̂ comes near t. Where only a residual addition reads
+the layer, it also makes up for what the other side of the sum lost: t + (s_teacher − s_student).
+Sources: layer-wise reconstruction, Horton et al. (arXiv 2011.09058) §3.3; the asymmetric target, Luo et
+al., ThiNet (ICCV 2017) and Dong et al. (NeurIPS 2017).
 
 With aligned statistics (`statistics_alignment`) both networks run with the same maps, y' = a y + b₀. A
 layer is fitted without them: the map of each channel is undone on both sides.
@@ -24,27 +23,15 @@ import torch
 from torch import Tensor
 
 from onnxcompress.errors import InputError, ModelError
-from onnxcompress.graph.query import data_input, is_op, is_output, node_label, value_readers
-from onnxcompress.graph.topology import Topology
-from onnxcompress.model import Model
-from onnxcompress.optimize.deterministic_threads import in_turn, one_thread_each
-from onnxcompress.optimize.executor import Executor
-from onnxcompress.optimize.executor.open_batch import split_images
-from onnxcompress.optimize.reconstruction.context import fixed_batch, live_floats, needs, nodes_between
-from onnxcompress.optimize.reconstruction.gptq import LayerMoments
+from onnxcompress.graph.query import is_op, is_output, value_readers
+from onnxcompress.optimize.deterministic_threads import in_turn
+from onnxcompress.optimize.executor.network_walk import Batch, NetworkWalk
+from onnxcompress.optimize.executor.walk_plan import Step
 from onnxcompress.optimize.reconstruction.patches import PLACES, Patches
+from onnxcompress.optimize.reconstruction.ridge import LayerMoments
 from onnxcompress.optimize.synthesis.statistics_alignment import StatisticsAlignment
-from onnxcompress.progress import Progress, silent
 from onnxcompress.quantization.qdq_plan import Plan, QuantizedLayer
 
-RIDGE = 1e-2
-"""λ as a share of the mean of the patches' second moments."""
-TARGET_ROWS = 4
-"""Patches per weight of an output that the least-squares target takes at least."""
-MEMORY = 3 << 30
-"""Bytes of the tensors that are held; fewer images are used where they would take more."""
-COPIES = 3
-"""Copies of each tensor that are held: the teacher's, the student's, and one in work."""
 ROWS, ROWS_EACH = 40_000, 100
 """Patches that are used: ROWS, or ROWS_EACH for each column of the matrix where that is more."""
 
@@ -62,228 +49,295 @@ class LayerwiseSettings:
 
 
 @dataclass
-class LayerwiseReconstruction(ABC):
-    """One pass over the network, whose subclass fits each layer."""
+class LayerwiseReconstruction(NetworkWalk, ABC):
+    """One walk through the network, whose subclass fits each layer."""
 
-    model: Model
     plan: Plan
+    """Layers of the student."""
     settings: LayerwiseSettings
-    twin: StatisticsAlignment = field(default_factory=StatisticsAlignment)
-    device: str = "cpu"
-    start: str | None = None
-    """Name of the tensor of the trunk that is fed; None: the network's one input."""
-    stop: str | None = None
-    """Name of the tensor of the trunk at which the pass ends; None: the end of the network."""
+    alignment: StatisticsAlignment = field(default_factory=StatisticsAlignment)
 
     def __post_init__(self) -> None:
-        self.executor = Executor.from_model(self.model, device=self.device)
-        self.topology = Topology(self.model)
-        self._teacher: dict[str, Tensor] = {}
-        self._student: dict[str, Tensor] = {}
-        self._own: dict[str, Tensor] = {}
-        self._count = 0
-        self._nodes = nodes_between(self.topology, self.start, self.stop)
-        self._needs_of = [needs(node, self.topology) for node in self._nodes]
-        for node, needed in zip(self._nodes, self._needs_of, strict=True):
-            if not needed:
-                raise ModelError(
-                    f"{self.model.name}: node {node_label(node)!r} ({node.op}) reads data only inside its "
-                    "body, where layers are not followed; export the network without control flow"
-                )
-        self._last = {name: place for place, needed in enumerate(self._needs_of) for name in needed}
+        self.batch = self.settings.batch
+        super().__post_init__()
         self._generator = torch.Generator().manual_seed(self.settings.seed)
+        self.maps = {n: self.alignment.align(n, self.executor.parameters[n]) for n in self.alignment.names}
+        self.own = dict(self.maps)
+        self._theirs = {n: step.node for step in self.steps for n in step.outputs}
 
-    @property
-    def source(self) -> str:
-        """The tensor that is fed."""
-        return str(data_input(self.model).name) if self.start is None else self.start
-
-    @one_thread_each()
-    def pass_through(
-        self, images: Tensor, stage: str, progress: Progress = silent, seen: Tensor | None = None
-    ) -> None:
-        """Run teacher and student through the network, and fit each layer on the way.
+    def teacher_node(self, node: gs.Node) -> gs.Node:
+        """Find the teacher's node that makes the same tensors as the student's.
 
         Args:
-            images: Inputs at `source`, (N, …).
-            stage: Name of the stage, for `progress`.
-            progress: Called with the stage, the nodes done and the nodes in all.
-            seen: Inputs of the student at `source`, (N, …); None: the same.
+            node: A node of the student.
 
-        Raises:
-            InputError: A tensor is not finite on these images.
-            ModelError: A layer gives values that are not finite, or a tensor does not hold one image after
-                the other.
+        Returns:
+            The node; the same one where both are one network.
         """
-        self._count = count = self.affordable(len(images))
-        self._teacher[self.source] = self._student[self.source] = images[:count]
-        if seen is not None:
-            self._student[self.source] = seen[:count]
-        mapped = (*self.twin.weights, *self.twin.biases)
-        self._maps = {n: self.twin.align(n, self.executor.parameters[n]) for n in mapped}
-        self._own.update(self._maps)
-        with torch.no_grad():
-            for place, node in enumerate(self._nodes):
-                self._step(node, self._needs_of[place])
-                for tensor in [
-                    t for t in self._teacher if self._last.get(t, -1) <= place and t != self.stop
-                ]:
-                    del self._teacher[tensor], self._student[tensor]
-                progress(stage, place + 1, len(self._nodes))
+        return self._theirs.get(node.outputs[0].name, node)
 
     @abstractmethod
-    def _fit_layer(self, layer: QuantizedLayer, x: Tensor, wanted: Tensor) -> None:
-        """Fit the layer and `_set` its parameters. x: the student's input; wanted: the teacher's output."""
+    def fit_layer(self, layer: QuantizedLayer) -> None:
+        """Fit the layer and `set_parameter` its parameters.
 
-    def _seen(self, node: gs.Node, index: int, name: str) -> Tensor:
-        """Return the student's tensor as the node reads it at that input."""
-        return self._student[name]
+        Args:
+            layer: The layer, whose inputs and targets `inputs` and `targets` give.
+        """
 
-    def _on_layer_fitted(self, layer: QuantizedLayer, wanted: Tensor, made: Tensor) -> None:
-        """Take note of the outputs of teacher (`wanted`) and student (`made`) once the layer is fitted."""
+    def on_layer_fitted(self, layer: QuantizedLayer) -> None:
+        """Take note of the outputs of both networks once the layer is fitted.
+
+        Args:
+            layer: The layer.
+        """
         return
 
-    def _step(self, node: gs.Node, needs: list[str]) -> None:
-        outputs = [t.name for t in node.outputs if not t.is_empty()]
-        layer = self.plan.layers.get(id(node))
-        if layer is not None:
-            self._check_finite(layer.linear.input_name)
-        theirs = self._run(outputs, {n: self._teacher[n] for n in needs}, self._maps)
-        if layer is not None and not _finite(theirs[outputs[0]]):
+    def visit(self, step: Step) -> None:
+        """Run a node of both networks, and fit it in between where it is a layer.
+
+        Args:
+            step: The node.
+
+        Raises:
+            InputError: What a layer reads is not finite on these images.
+            ModelError: A layer gives values that are not finite.
+        """
+        if not self.is_fitted(step):
+            super().visit(step)
+            return
+        layer = self.plan.layers[id(step.own)]
+        self.check_finite(layer.linear.input_name)
+        alike = self.reads_alike(step, self.batches[0])
+        self.each(lambda batch: self.run_teacher(step, batch))
+        if not all(self.each(lambda batch: _is_finite(batch.teacher[layer.linear.output_name]))):
             raise ModelError(
-                f"{self.model.name}: {node_label(node)!r} ({node.op}) gives values that are not finite; "
-                "correct its weights, or the inputs"
+                f"{self.model.name}: {layer.linear.label!r} ({layer.linear.node.op}) gives values that are "
+                "not finite; correct its weights, or the inputs"
             )
-        read = {n: self._student[n] for n in needs}
-        for index, tensor in enumerate(node.inputs):
-            if tensor.name in read:
-                read[tensor.name] = self._seen(node, index, tensor.name)
-        if layer is not None:
-            self._fit_layer(layer, read[layer.linear.input_name], theirs[outputs[0]])
-        ours = theirs if self._alike(node, read) else self._run(outputs, read, self._own)
-        self._teacher.update(theirs)
-        self._student.update(ours)
-        if layer is not None:
-            self._on_layer_fitted(layer, theirs[outputs[0]], ours[outputs[0]])
+        sum_of = self._sum_behind(layer)
+        if sum_of is not None and self._is_there(*sum_of):
+            self.prepare(*sum_of)
+        self.fit_layer(layer)
+        self.each(lambda batch: self.run_student(step, batch, alike))
+        self.on_layer_fitted(layer)
+        self.each(lambda batch: self.finish(step, batch))
 
-    def _alike(self, node: gs.Node, read: dict[str, Tensor]) -> bool:
-        """Return whether the student computes what the teacher did: nothing was changed up to here."""
-        names = [t.name for t in node.inputs]
-        return all(v is self._teacher[n] for n, v in read.items()) and all(
-            self._own.get(n) is self._maps.get(n) for n in names
-        )
+    def prepare(self, node: gs.Node, index: int) -> None:
+        """Get ready to `read` an input of a node.
 
-    def _run(
-        self, outputs: list[str], feeds: dict[str, Tensor], parameters: dict[str, Tensor]
-    ) -> dict[str, Tensor]:
-        """Run batch by batch, each on one thread: sums of a convolution depend on the number of threads."""
-        batches = {n: split_images(v, self._count, self.settings.batch) for n, v in feeds.items()}
+        Args:
+            node: The student's node.
+            index: Place among its inputs; the tensor is there.
+        """
+        return
 
-        def run(index: int) -> dict[str, Tensor]:
-            part = {n: of[index] for n, of in batches.items()}
-            size = min(self.settings.batch, self._count - index * self.settings.batch)
-            with torch.no_grad():  # of each thread
-                made = self.executor.run(part, outputs, parameters)
-            for name, value in made.items():
-                if not value.ndim or len(value) % size:
-                    raise ModelError(
-                        f"{self.model.name}: tensor {name!r} of shape {list(value.shape)} does not hold one"
-                        f" image after the other, of a batch of {size}: such networks are not handled"
-                    )
-            return made
+    def is_fitted(self, step: Step) -> bool:
+        """Return whether the node is a layer of the plan.
 
-        self.executor.needed(feeds, outputs)  # once, not by each thread
-        parts = list(in_turn(run, len(next(iter(batches.values())))))
-        return {n: torch.cat([part[n] for part in parts]) for n in outputs}
+        Args:
+            step: The node.
 
-    def _check_finite(self, name: str) -> None:
-        if not _finite(self._student[name]):
+        Returns:
+            Whether `fit_layer` is called for it.
+        """
+        return id(step.own) in self.plan.layers
+
+    def check_finite(self, name: str) -> None:
+        """Check that a tensor of the student is finite.
+
+        Args:
+            name: Its name.
+
+        Raises:
+            InputError: It is not.
+        """
+        if not all(self.each(lambda batch: _is_finite(batch.student[name]))):
             raise InputError(f"tensor {name!r} is not finite on these images; check --preprocess")
 
-    def _mean_error(self, layer: QuantizedLayer, x: Tensor, wanted: Tensor) -> Tensor:
-        """Return the mean error of the fitted layer's output, (outputs,), without aligned statistics."""
-        source = layer.linear.input_name
-        made = self._run([layer.linear.output_name], {source: x}, self._own)[layer.linear.output_name]
-        error = self._unmapped(layer, wanted) - self._unmapped(layer, made)
-        return error.mean([axis for axis in range(error.ndim) if axis != 1])
+    def input_of(self, layer: QuantizedLayer, batch: Batch) -> Tensor:
+        """Return what the student's layer reads.
 
-    def _set(self, name: str, value: Tensor) -> None:
-        self._own[name] = self.twin.align(name, value) if name in self._maps else value
+        Args:
+            layer: The layer.
+            batch: A batch in front of it.
 
-    def _unmapped(self, layer: QuantizedLayer, y: Tensor, offset: bool = True) -> Tensor:
-        """Return the layer's output without aligned statistics."""
-        if layer.linear.bias_name not in self.twin.biases:
+        Returns:
+            The values, (N, …).
+        """
+        return self.read(layer.linear.node, layer.linear.data_at, batch.student[layer.linear.input_name])
+
+    def target_of(self, layer: QuantizedLayer, batch: Batch) -> Tensor:
+        """Return what the layer is to give: the teacher's output, and what the other side of a sum lost.
+
+        Args:
+            layer: The layer.
+            batch: A batch that the teacher has run.
+
+        Returns:
+            The target without aligned statistics, (N, outputs, …).
+        """
+        y = self.unaligned(layer, batch.teacher[layer.linear.output_name])
+        lost = self._owed(layer, batch)
+        return y if lost is None or lost.shape != y.shape else y + self.unaligned(layer, lost, offset=False)
+
+    def unaligned(self, layer: QuantizedLayer, y: Tensor, offset: bool = True) -> Tensor:
+        """Convert outputs of a layer to those without aligned statistics.
+
+        Args:
+            layer: The layer.
+            y: Its outputs, (N, outputs, …).
+            offset: Whether they are values, and not differences of values.
+
+        Returns:
+            The outputs of the same shape.
+        """
+        if layer.linear.bias_name not in self.alignment.biases:
             return y
-        scale, shift = (along(part, y) for part in self.twin.biases[layer.linear.bias_name])
+        scale, shift = (along(part.to(y), y) for part in self.alignment.biases[layer.linear.bias_name])
         return (y - shift) / scale if offset else y / scale
 
-    def _wanted(self, layer: QuantizedLayer, y: Tensor) -> Tensor:
-        """Return the target of the layer: the teacher's output, and what the other side of a sum lost."""
-        lost = self._owed(layer)
-        y = self._unmapped(layer, y)
-        return y if lost is None or lost.shape != y.shape else y + self._unmapped(layer, lost, offset=False)
-
-    def _owed(self, layer: QuantizedLayer) -> Tensor | None:
+    def _owed(self, layer: QuantizedLayer, batch: Batch) -> Tensor | None:
         """Return what the other side of a residual addition lost, where nothing else reads the layer."""
+        sum_of = self._sum_behind(layer)
+        if sum_of is None:
+            return None
+        add, index = sum_of
+        if not self._is_there(add, index):
+            return self.lost_ahead(add, index, batch)
+        theirs = batch.teacher.get(self.teacher_node(add).inputs[index].name)
+        if theirs is None:
+            return None
+        ours = self.read(add, index, batch.student[add.inputs[index].name])
+        return None if ours is theirs else theirs - ours
+
+    def lost_ahead(self, add: gs.Node, index: int, batch: Batch) -> Tensor | None:
+        """Return what the student lost at an input of an addition that was not computed yet.
+
+        Args:
+            add: The addition.
+            index: Place among its inputs.
+            batch: A batch in front of it.
+
+        Returns:
+            The teacher's values less the student's; None: a later layer makes up for that.
+        """
+        return None
+
+    def _is_there(self, node: gs.Node, index: int) -> bool:
+        return node.inputs[index].name in self.batches[0].student
+
+    def _sum_behind(self, layer: QuantizedLayer) -> tuple[gs.Node, int] | None:
+        """Return the addition that alone reads the layer, with the place of its other input."""
         tensor = layer.linear.node.outputs[0]
         readers = value_readers(tensor)
         if len(readers) != 1 or is_output(self.model, tensor) or not is_op(readers[0], "Add"):
             return None
-        others = [(i, t) for i, t in enumerate(readers[0].inputs) if t is not tensor]
-        if len(others) != 1 or others[0][1].name not in self._student:
-            return None
-        index, other = others[0]
-        return self._teacher[other.name] - self._seen(readers[0], index, other.name)
+        index = 0 if readers[0].inputs[1] is tensor else 1
+        other = readers[0].inputs[index]
+        return None if other is tensor or isinstance(other, gs.Constant) else (readers[0], index)
 
-    def _moments(
-        self, layer: QuantizedLayer, cut: Patches, weight: Tensor, x: Tensor, wanted: Tensor
-    ) -> LayerMoments:
-        """Return the moments of input patches, and their cross moments with the residual of the layer."""
-        if layer.linear.bias_name is not None:
-            wanted = wanted - along(self.executor.parameters[layer.linear.bias_name], wanted)
-        reads, gives = (torch.split(t, self.settings.batch) for t in (x, wanted))
-        places = [cut.places(wanted, self._generator, self.settings.places) for _ in reads]
+    def set_parameter(self, name: str, value: Tensor) -> None:
+        """Give the student a fitted parameter.
+
+        Args:
+            name: Name of the initializer.
+            value: Its value without aligned statistics.
+        """
+        value = value.to(self.device)
+        self.own[name] = self.alignment.align(name, value) if name in self.maps else value
+
+    def mean_error(self, layer: QuantizedLayer) -> Tensor:
+        """Measure the mean error of the fitted layer's output.
+
+        Args:
+            layer: The layer, whose weight is set already.
+
+        Returns:
+            Target less output, without aligned statistics, (outputs,).
+        """
+
+        def sums(batch: Batch) -> tuple[Tensor, int]:
+            feeds = {layer.linear.input_name: self.input_of(layer, batch)}
+            made = self.own_executor.run(feeds, [layer.linear.output_name], self.own)[
+                layer.linear.output_name
+            ]
+            error = self.unaligned(layer, batch.teacher[layer.linear.output_name]) - self.unaligned(
+                layer, made
+            )
+            axes = [axis for axis in range(error.ndim) if axis != 1]
+            return error.double().sum(axes), error.numel() // error.shape[1]
+
+        totals, counts = zip(*self.each(sums), strict=True)
+        mean: Tensor = torch.stack(totals).sum(0) / sum(counts)
+        return mean.float()
+
+    def noise_of(self, layer: QuantizedLayer) -> float:
+        """Measure the squared error of the fitted layer's output, over the variance of the teacher's.
+
+        Args:
+            layer: The layer, which both networks have run.
+
+        Returns:
+            The ratio.
+        """
+
+        name = layer.linear.output_name
+
+        def sums(batch: Batch) -> Tensor:
+            wanted, made = batch.teacher[name].float(), batch.student[name].float()
+            norms = [torch.linalg.vector_norm(own).double().square() for own in (made - wanted, wanted)]
+            return torch.stack([*norms, wanted.sum().double(), norms[0].new_tensor(wanted.numel())])
+
+        error, second, first, count = torch.stack(self.each(sums)).sum(0).tolist()
+        return float(error / max(second - first**2 / count, 1e-12 * count))
+
+    def moments_of(self, layer: QuantizedLayer, cut: Patches, weight: Tensor) -> LayerMoments:
+        """Sum up the moments of input patches, and their cross moments with the residual of the layer.
+
+        Args:
+            layer: The layer.
+            cut: How its input is cut into patches.
+            weight: Its weight, (G, O, F).
+
+        Returns:
+            The moments.
+        """
+        bias = None if layer.linear.bias_name is None else self.executor.parameters[layer.linear.bias_name]
+        shape = self.batches[0].teacher[layer.linear.output_name]
+        places = [cut.places(shape, self._generator, self.settings.places) for _ in self.batches]
         rows = max(ROWS, ROWS_EACH * weight.shape[2])
-        enough = -(-rows // (self.settings.batch * len(places[0])))
+        enough = -(-rows // (self.batch * len(places[0])))
+        weight = weight.to(self.device)
+        moments = LayerMoments.empty(weight)
 
         def moments_of(index: int) -> LayerMoments:
-            own = LayerMoments.empty(weight)
-            with torch.no_grad():  # of each thread
-                a, y = cut.take(reads[index], gives[index], places[index])
+            own, batch = LayerMoments.empty(weight), self.batches[index]
+            with torch.no_grad():  # a setting of each thread
+                y = self.target_of(layer, batch)
+                a, y = cut.take(self.input_of(layer, batch), y, places[index])
+                if bias is not None:
+                    y = y - bias.reshape(weight.shape[0], -1, 1)
                 own.add(a, y - weight @ a)
             return own
 
-        moments = LayerMoments.empty(weight)
-        for own in in_turn(moments_of, min(len(reads), enough)):
+        for own in in_turn(moments_of, min(len(self.batches), enough), self.device):
             moments.merge(own)
         return moments
 
     def lost(self, name: str) -> Tensor:
-        """Compute the student's error at a tensor, after the pass.
+        """Compute the student's error at a tensor, after the walk.
 
         Args:
-            name: Name of a tensor that is still held: the one at which the pass stopped.
+            name: Name of the tensor at which the walk stopped.
 
         Returns:
             The student's values less the teacher's, (N, …).
         """
-        return self._student[name] - self._teacher[name]
-
-    def affordable(self, count: int) -> int:
-        """Count the images for which all tensors that are held at a time fit into MEMORY.
-
-        Args:
-            count: Images that there are.
-
-        Returns:
-            The number of images, a multiple of the batch that the file fixes.
-        """
-        live = live_floats(self.model, self._nodes, self._last, self.source)
-        whole = fixed_batch(self.model)
-        return max(1, min(count, MEMORY // (4 * COPIES * live)) // whole) * whole
+        there = [batch for batch in self.all_batches if name in batch.student]
+        return torch.cat([batch.student[name] - batch.teacher[name] for batch in there])
 
 
-def _finite(x: Tensor) -> bool:
+def _is_finite(x: Tensor) -> bool:
     """Return whether all values are finite; the extremes pass on a NaN, and take no memory."""
     return bool(torch.stack(torch.aminmax(x)).isfinite().all())
 

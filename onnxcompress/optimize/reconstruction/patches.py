@@ -79,7 +79,7 @@ class Patches:
 
 def _at(maps: Tensor, index: Tensor) -> Tensor:
     """(N, places, C): neighbours in memory where channels are last there, too."""
-    return maps.permute(0, 2, 3, 1).flatten(1, 2).index_select(1, index)
+    return maps.permute(0, 2, 3, 1).flatten(1, 2).index_select(1, index.to(maps.device))
 
 
 def patches_of(model: Model, layer: QuantizedLayer) -> Patches | None:

@@ -18,6 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -26,14 +27,14 @@ from torch import Tensor
 from onnxcompress.graph.query import producer
 from onnxcompress.optimize.deterministic_threads import in_turn
 from onnxcompress.optimize.reconstruction.admm_mask import MaskChoice, Problem
-from onnxcompress.optimize.reconstruction.gptq import LayerMoments, least_squares
-from onnxcompress.optimize.reconstruction.layerwise import (
-    RIDGE,
-    TARGET_ROWS,
-    LayerwiseReconstruction,
-    LayerwiseSettings,
-)
+from onnxcompress.optimize.reconstruction.layerwise import LayerwiseReconstruction, LayerwiseSettings
 from onnxcompress.optimize.reconstruction.patches import matrix, patches_of, stored
+from onnxcompress.optimize.reconstruction.ridge import (
+    TARGET_REAL,
+    TARGET_ROWS,
+    LayerMoments,
+    least_squares,
+)
 from onnxcompress.optimize.reconstruction.sparsity_pattern import UNSTRUCTURED, Pattern
 from onnxcompress.quantization.qdq_plan import QuantizedLayer
 
@@ -47,6 +48,8 @@ PROBES = 64
 """Backward passes with random v."""
 PROBED = 8
 """Images of a probe."""
+PROBE_BYTES = 3 << 26
+"""Memory of the tensors that a probe computes at once; it goes through the network in pieces if need be."""
 SPREAD = 20.0
 """Largest ratio of a row's weight to the layer's mean, and of the mean to a row's weight."""
 
@@ -67,6 +70,7 @@ class Trial:
 class Trials(LayerwiseReconstruction):
     """Tries LEVELS on the layers named, without changing the network."""
 
+    networks: ClassVar[int] = 1
     names: frozenset[str] = frozenset()
     found: dict[str, Trial] = field(default_factory=dict)
 
@@ -88,12 +92,17 @@ class Trials(LayerwiseReconstruction):
                 found[tensor.name] = None
         return list(found)
 
-    def _fit_layer(self, layer: QuantizedLayer, x: Tensor, wanted: Tensor) -> None:
+    def fit_layer(self, layer: QuantizedLayer) -> None:
+        """Try the sparsities on a layer.
+
+        Args:
+            layer: The layer.
+        """
         cut = patches_of(self.model, layer)
         if cut is None or layer.linear.weight_name not in self.names:
             return
         weight, shape = matrix(layer, self.executor.parameters[layer.linear.weight_name])
-        moments = self._moments(layer, cut, weight, x, self._unmapped(layer, wanted))
+        moments = self.moments_of(layer, cut, weight)
         goal, h = _quadratic(weight, moments, math.inf)
         problem = Problem.of(goal, h, torch.ones(weight.shape[:2]))
 
@@ -135,15 +144,17 @@ def output_costs(trials: Trials, images: Tensor, behind: Tensor | None = None) -
     Returns:
         The costs of the layers that were tried.
     """
-    executor, twin = trials.executor, trials.twin
+    executor = trials.executor
     layers = [layer for layer in trials.plan.layers.values() if layer.linear.weight_name in trials.found]
     sums = {n: torch.zeros(len(LEVELS), dtype=torch.float64) for n in trials.found}
     rows = {n: torch.zeros_like(t.error[0]) for n, t in trials.found.items()}
     names = [
         n for layer in layers for n in (layer.linear.weight_name, layer.linear.bias_name) if n is not None
     ]
-    maps = {n: twin.align(n, executor.parameters[n]) for n in (*twin.weights, *twin.biases)}
+    maps = trials.maps
     size = min(PROBED, len(images)) if trials.settings.batch >= PROBED else trials.settings.batch
+
+    piece = size if size < PROBED else max(1, PROBE_BYTES // (4 * sum(step.made for step in trials.steps)))
 
     def probed(probe: int) -> dict[str, Tensor]:
         def some(values: Tensor) -> Tensor:
@@ -152,18 +163,24 @@ def output_costs(trials: Trials, images: Tensor, behind: Tensor | None = None) -
 
         generator = torch.Generator().manual_seed(PROBES * trials.settings.seed + probe)
         leaves = {n: maps.get(n, executor.parameters[n]).detach().clone().requires_grad_() for n in names}
-        feeds, given = {trials.source: some(images)}, {**maps, **leaves}
-        if trials.stop is None or behind is None:
-            total = _random_sum(executor.run(feeds, trials.outputs, given), generator)
-        else:
-            place = some(behind).clone().requires_grad_()
-            made = _random_sum(executor.run({trials.stop: place}, trials.outputs), generator)
-            (slope,) = torch.autograd.grad(made, place)
-            total = (slope * executor.run(feeds, [trials.stop], given)[trials.stop]).sum()
-        found = torch.autograd.grad(total, list(leaves.values()), allow_unused=True, materialize_grads=True)
-        return dict(zip(leaves, found, strict=True))
+        given, slopes = {**maps, **leaves}, dict[str, Tensor]()
+        for part in range(0, size, piece):
+            feeds = {trials.source: some(images)[part : part + piece]}
+            if trials.stop is None or behind is None:
+                total = _random_sum(executor.run(feeds, trials.outputs, given), generator)
+            else:
+                place = some(behind)[part : part + piece].clone().requires_grad_()
+                made = _random_sum(executor.run({trials.stop: place}, trials.outputs), generator)
+                (slope,) = torch.autograd.grad(made, place)
+                total = (slope * executor.run(feeds, [trials.stop], given)[trials.stop]).sum()
+            found = torch.autograd.grad(
+                total, list(leaves.values()), allow_unused=True, materialize_grads=True
+            )
+            slopes = {
+                n: slopes[n] + own if n in slopes else own for n, own in zip(leaves, found, strict=True)
+            }
+        return slopes
 
-    executor.needed([trials.source], trials.outputs)  # once, not by each thread
     for slopes in in_turn(probed, PROBES):
         for layer in layers:
             trial = trials.found[layer.linear.weight_name]
@@ -190,9 +207,9 @@ def _random_sum(made: Mapping[str, Tensor], generator: torch.Generator) -> Tenso
 
 def _undone(trials: Trials, name: str, slope: Tensor) -> Tensor:
     """Convert a gradient of an aligned parameter to one of the network's own parameter."""
-    if name in trials.twin.weights:
-        return slope * trials.twin.weights[name]
-    return slope * trials.twin.biases[name][0] if name in trials.twin.biases else slope
+    if name in trials.alignment.weights:
+        return slope * trials.alignment.weights[name]
+    return slope * trials.alignment.biases[name][0] if name in trials.alignment.biases else slope
 
 
 def _worth(rows: Tensor) -> Tensor:
@@ -220,7 +237,12 @@ class Sparsifier(LayerwiseReconstruction):
     noise: dict[str, float] = field(default_factory=dict)
     """Name of the weight -> squared error of the layer's output, over its variance."""
 
-    def _fit_layer(self, layer: QuantizedLayer, x: Tensor, wanted: Tensor) -> None:
+    def fit_layer(self, layer: QuantizedLayer) -> None:
+        """Choose the layer's zeros, and refit what stays.
+
+        Args:
+            layer: The layer.
+        """
         weight, shape = matrix(layer, self.executor.parameters[layer.linear.weight_name])
         cut = patches_of(self.model, layer)
         share = self.settings.sparsity.get(layer.linear.weight_name)
@@ -229,13 +251,13 @@ class Sparsifier(LayerwiseReconstruction):
         if cut is None:
             new, shift = torch.where(choice.mask(weight.abs()), weight, 0.0), None
         else:
-            moments = self._moments(layer, cut, weight, x, self._wanted(layer, wanted))
+            moments = self.moments_of(layer, cut, weight)
             new = self._solved(layer, weight, moments, None if share is None else choice)
             shift = moments.shift(weight, new).float()
         self._note(layer.linear.weight_name, stored(layer, new.float(), shape))
         if layer.linear.bias_name is not None:
             bias = self.executor.parameters[layer.linear.bias_name]
-            off = self._mean_error(layer, x, wanted) if shift is None else shift.reshape(-1)
+            off = self.mean_error(layer) if shift is None else shift.reshape(-1)
             self._note(layer.linear.bias_name, bias + off)
 
     def _solved(
@@ -243,7 +265,7 @@ class Sparsifier(LayerwiseReconstruction):
     ) -> Tensor:
         """Return the least squares target, with the chosen weights at zero."""
         few = moments.rows < TARGET_ROWS * weight.shape[2]
-        goal, h = _quadratic(weight, moments, math.inf if few else RIDGE)
+        goal, h = _quadratic(weight, moments, math.inf if few else TARGET_REAL)
         if choice is None:
             return goal
         rows = self.settings.rows.get(layer.linear.weight_name)
@@ -251,11 +273,15 @@ class Sparsifier(LayerwiseReconstruction):
 
     def _note(self, name: str, value: Tensor) -> None:
         self.results[name] = value
-        self._set(name, value)
+        self.set_parameter(name, value)
 
-    def _on_layer_fitted(self, layer: QuantizedLayer, wanted: Tensor, made: Tensor) -> None:
-        error = (made - wanted).square().mean()
-        self.noise[layer.linear.weight_name] = float(error / wanted.var().clamp_min(1e-12))
+    def on_layer_fitted(self, layer: QuantizedLayer) -> None:
+        """Note the noise of the layer's output.
+
+        Args:
+            layer: The layer.
+        """
+        self.noise[layer.linear.weight_name] = self.noise_of(layer)
 
 
 def _quadratic(weight: Tensor, moments: LayerMoments, target: float) -> tuple[Tensor, Tensor]:
@@ -263,7 +289,7 @@ def _quadratic(weight: Tensor, moments: LayerMoments, target: float) -> tuple[Te
 
     On few patches (a classifier has one an image) a few wrong weights elsewhere can make the output right.
     """
-    goal, h = least_squares(weight, moments, ridge=RIDGE, target=target)
+    goal, h = least_squares(weight, moments, ridge=TARGET_REAL, target=target)
     fan = weight.shape[2]
     diagonal = torch.diag_embed(h.diagonal(dim1=1, dim2=2))
     return goal, h.lerp(diagonal, fan / (fan + moments.rows))

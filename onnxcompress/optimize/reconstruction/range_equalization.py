@@ -13,7 +13,7 @@ Sources: the scales of Xiao et al., SmoothQuant (ICML 2023), eq. 4 with all of t
 al., Data-Free Quantization (ICCV 2019), §4.1.
 
 All writers and readers of a residual stream (joined by Add) have the same factors, exactly.
-The record follows. Does not handle: streams that anything else writes or reads (pools, Slice, Concat).
+The record follows. Does not handle: groups that anything else writes or reads (pools, Slice, Concat).
 """
 
 from __future__ import annotations
@@ -30,7 +30,6 @@ from onnxcompress.graph.edit import set_values
 from onnxcompress.graph.query import data_input, is_op, is_output, producer, read, value_readers
 from onnxcompress.graph.shape_inference import tensor_shapes
 from onnxcompress.model import Model
-from onnxcompress.optimize.deterministic_threads import in_turn
 from onnxcompress.optimize.executor import Executor
 from onnxcompress.optimize.synthesis.statistics_alignment import StatisticsAlignment
 from onnxcompress.quantization.qdq_plan import Plan, QuantizedLayer
@@ -45,7 +44,7 @@ LARGEST = 64.0
 
 
 @dataclass
-class Stream:
+class ChannelGroup:
     """Tensors whose channels must have the same factors, and who writes and reads them."""
 
     tensors: list[str] = field(default_factory=list)
@@ -61,20 +60,28 @@ class Stream:
         return min(self.tops, default=None)
 
 
-def streams(model: Model, plan: Plan) -> list[Stream]:
-    """All streams between layers of the plan whose channels can be scaled, in its order."""
+def find_channel_groups(model: Model, plan: Plan) -> list[ChannelGroup]:
+    """Find the tensors between layers of a plan whose channels can be scaled.
+
+    Args:
+        model: The network.
+        plan: Its layers.
+
+    Returns:
+        Groups of tensors, in the order of the plan.
+    """
     found, seen = [], set[str]()
     for writer in plan.layers.values():
         if writer.linear.output_name not in seen:
-            stream = _stream(model, plan, writer.linear.node.outputs[0], seen)
-            if stream is not None and stream.readers and len(stream.tops) < 2:
-                found.append(stream)
+            group = _group_of(model, plan, writer.linear.node.outputs[0], seen)
+            if group is not None and group.readers and len(group.tops) < 2:
+                found.append(group)
     return found
 
 
-def _stream(model: Model, plan: Plan, start: gs.Tensor, seen: set[str]) -> Stream | None:
-    """The stream of a tensor; None where something else writes or reads it."""
-    stream, whole = Stream(), True
+def _group_of(model: Model, plan: Plan, start: gs.Tensor, seen: set[str]) -> ChannelGroup | None:
+    """Return the group of a tensor; None where something else writes or reads it."""
+    group, whole = ChannelGroup(), True
     pending = [start]
     shapes = tensor_shapes(model)
     while pending:
@@ -82,7 +89,7 @@ def _stream(model: Model, plan: Plan, start: gs.Tensor, seen: set[str]) -> Strea
         if tensor.name in seen:
             continue
         seen.add(tensor.name)
-        stream.tensors.append(tensor.name)
+        group.tensors.append(tensor.name)
         whole &= (
             not is_output(model, tensor)
             and shapes.get(tensor.name, ())[1:2] == shapes.get(start.name, ())[1:2]
@@ -90,23 +97,23 @@ def _stream(model: Model, plan: Plan, start: gs.Tensor, seen: set[str]) -> Strea
         for node in [*tensor.inputs, *value_readers(tensor)] or [None]:
             layer = None if node is None else plan.layers.get(id(node))
             if layer is not None and node is producer(tensor):
-                stream.writers.append(layer)
+                group.writers.append(layer)
                 whole &= layer.linear.bias_name is not None
             elif layer is not None:
-                stream.readers.append(layer)
-                stream.read.add(tensor.name)
+                group.readers.append(layer)
+                group.read.add(tensor.name)
                 whole &= node.inputs[layer.linear.data_at] is tensor
             elif is_op(node, "Add", "Relu", "Clip"):
                 pending += node.inputs[: 2 if is_op(node, "Add") else 1] + node.outputs
-                whole &= _scalable(model, node, stream)
+                whole &= _scalable(model, node, group)
             else:
                 whole = False
         whole &= bool(tensor.inputs)
-    return stream if whole else None
+    return group if whole else None
 
 
-def _scalable(model: Model, node: gs.Node, stream: Stream) -> bool:
-    """Whether factors pass the node; notes the end of a Clip."""
+def _scalable(model: Model, node: gs.Node, group: ChannelGroup) -> bool:
+    """Return whether factors pass the node; note the end of a Clip."""
     if is_op(node, "Add"):
         shapes = [tensor_shapes(model).get(t.name) for t in node.inputs]
         return shapes[0] is not None and shapes[0] == shapes[1]
@@ -114,7 +121,7 @@ def _scalable(model: Model, node: gs.Node, stream: Stream) -> bool:
         ends = [None if t.is_empty() else constant_value(model, t) for t in node.inputs[1:]]
         ends += [None] * (2 - len(ends))
         if ends[1] is not None:
-            stream.tops.add(float(ends[1].item()))
+            group.tops.add(float(ends[1].item()))
         return ends[0] is not None and float(ends[0].item()) == 0
     return True
 
@@ -123,34 +130,43 @@ def stretch(
     model: Model,
     plan: Plan,
     images: Tensor,
-    twin: StatisticsAlignment,
+    alignment: StatisticsAlignment,
     batch: int = 16,
     power: float = 1.0,
 ) -> int:
-    """Scale all streams in place, by their ranges on the images; how many there are.
+    """Bring the channels of each group of tensors to equal ranges, in place.
 
-    The twin's maps and the record follow. Layers of the plan must be made anew afterwards. power: exponent
-    of the factors (the α of SmoothQuant). Below 1 channels stay nearer to what they were, as made images
-    and weights with one scale want it, and none is taken to reach less far than RECORDED deviations.
+    The alignment's maps and the record follow. Layers of the plan must be made anew afterwards.
+
+    Args:
+        model: The network.
+        plan: Its layers.
+        images: Inputs by which ranges are measured, (N, …).
+        alignment: The alignment with which they run.
+        batch: Images that run at once.
+        power: Exponent of the factors (the α of SmoothQuant, Xiao et al., arXiv 2211.10438). Below 1
+            channels stay nearer to what they were, as made images and weights with one scale want it, and
+            none is taken to reach less far than RECORDED deviations.
+
+    Returns:
+        The number of groups.
     """
-    places = streams(model, plan)
+    places = find_channel_groups(model, plan)
     if not places:
         return 0
     executor = Executor.from_model(model)
-    names = [name for one in places for name in sorted(one.read)]
-    mapped = (*twin.weights, *twin.biases)
-    worn = {name: twin.align(name, executor.parameters[name]) for name in mapped}
     largest: dict[str, Tensor] = {}
-    parts = torch.split(images, batch)
-
-    def reach(index: int) -> dict[str, Tensor]:
-        with torch.no_grad():  # of each thread
-            values = executor.run({data_input(model).name: parts[index]}, names, worn)
-            return {name: value.abs().movedim(1, 0).flatten(1).amax(1) for name, value in values.items()}
-
-    for own in in_turn(reach, len(parts)):
-        for name, found in own.items():
-            largest[name] = torch.maximum(largest[name], found) if name in largest else found
+    reaches = executor.map_batches(
+        {data_input(model).name: images},
+        [name for one in places for name in sorted(one.read)],
+        lambda made: {name: made.pop(name).abs().movedim(1, 0).flatten(1).amax(1) for name in [*made]},
+        count=len(images),
+        batch=batch,
+        parameters={name: alignment.align(name, executor.parameters[name]) for name in alignment.names},
+    )
+    for reach in reaches:
+        for name, own in reach.items():
+            largest[name] = torch.maximum(largest[name], own) if name in largest else own
     record = read_record(model)
     for one in places:
         found = torch.stack([largest[name] for name in sorted(one.read)]).amax(0)
@@ -158,7 +174,7 @@ def stretch(
         for known in (record[name] for name in one.tensors if power < 1 and name in record):
             farthest = np.maximum(farthest, (np.abs(known.mean) + RECORDED * known.std) / MARGIN)
         scale = _scales(farthest, one.top) ** power
-        _apply(model, one, scale, twin, record)
+        _apply(model, one, scale, alignment, record)
     write_record(model, record)
     model.touch()
     return len(places)
@@ -173,9 +189,9 @@ def _scales(largest: np.ndarray, top: float | None) -> np.ndarray:
 
 def _apply(
     model: Model,
-    one: Stream,
+    one: ChannelGroup,
     scale: np.ndarray,
-    twin: StatisticsAlignment,
+    alignment: StatisticsAlignment,
     record: dict[str, ChannelStatistics],
 ) -> None:
     tensors = model.graph.tensors()
@@ -184,9 +200,9 @@ def _apply(
         assert writer.linear.bias_name is not None
         bias = tensors[writer.linear.bias_name]
         set_values(bias, (read(bias).astype(np.float64) * scale).astype(np.float32))
-        if writer.linear.bias_name in twin.biases:
-            factor, shift = twin.biases[writer.linear.bias_name]
-            twin.biases[writer.linear.bias_name] = factor, shift * torch.from_numpy(scale).to(shift)
+        if writer.linear.bias_name in alignment.biases:
+            factor, shift = alignment.biases[writer.linear.bias_name]
+            alignment.biases[writer.linear.bias_name] = factor, shift * torch.from_numpy(scale).to(shift)
     for reader in one.readers:
         _rescale(reader, tensors[reader.linear.weight_name], inputs=1 / scale)
     for name in record.keys() & set(one.tensors):

@@ -32,11 +32,11 @@ from onnxcompress.data.image_set import ImageSet
 from onnxcompress.errors import ModelError
 from onnxcompress.graph.query import data_input
 from onnxcompress.graph.shape_inference import tensor_shapes
-from onnxcompress.intermediate_results import Values, kept
 from onnxcompress.model import Model
 from onnxcompress.optimize.deterministic_threads import in_turn, one_thread_each
 from onnxcompress.optimize.device import autocast, fitting
 from onnxcompress.optimize.executor import Executor
+from onnxcompress.optimize.intermediate_results import Values, kept
 from onnxcompress.optimize.synthesis.statistics_mismatch import (
     Targets,
     moments_mismatch,

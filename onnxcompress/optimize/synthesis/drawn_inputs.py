@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -18,6 +19,9 @@ from onnxcompress.data.preprocess import Preprocess
 from onnxcompress.errors import require
 from onnxcompress.runtime.inference import random_values
 from onnxcompress.statistics.record import ChannelStatistics
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 LIGHT, CONTRAST = 0.45, 0.25
 """Mean and deviation of pixels that are made of noise, as shares of their range."""
@@ -91,6 +95,21 @@ class DrawnSet:
 
 Samples = ImageSet | DrawnSet
 """What a network is run on."""
+
+
+@dataclass(frozen=True)
+class NormalizedImages:
+    """Inputs whose slices are normalized when they are read, so that not all are held as floats."""
+
+    samples: Samples
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, part: slice) -> Tensor:
+        import torch
+
+        return torch.from_numpy(self.samples.normalized(part))
 
 
 def drawn_inputs(

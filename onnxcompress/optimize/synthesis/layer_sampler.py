@@ -23,10 +23,7 @@ make more calls with other seeds, not calls with more samples.
 
 from __future__ import annotations
 
-import threading
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from typing import TypeVar
 
@@ -37,6 +34,7 @@ from torch import Tensor
 from onnxcompress.errors import InputError, ModelError
 from onnxcompress.graph.shape_inference import tensor_shapes
 from onnxcompress.model import Model
+from onnxcompress.optimize.deterministic_threads import one_thread_each, run_jobs
 from onnxcompress.optimize.executor import Executor
 from onnxcompress.optimize.synthesis.colored_noise import Noise, draw, draw_input, generator, standardized
 from onnxcompress.optimize.synthesis.sampling_plan import Cut, Piece, cut, snapshot
@@ -84,7 +82,6 @@ class LayerSampler:
         self._nodes = snapshot(model)
         made = (name for node in self._nodes for name in node.makes)
         self._place = {name: at for at, name in enumerate((*self._inputs, *made))}
-        self._lock = threading.Lock()
         self._images = self._checked(images)
 
     def sources(self, tensor: str | Sequence[str]) -> tuple[str, ...]:
@@ -185,8 +182,6 @@ class LayerSampler:
             return {}
         feeds = {name: live[name] for name in piece.feeds}
         with torch.no_grad():
-            with self._lock:  # only one thread at a time may plan
-                self.executor.needed(feeds, piece.outputs)
             return self.executor.run(feeds, piece.outputs)
 
     def _fresh(self, name: str, plan: Cut, count: int, seed: int) -> Tensor:
@@ -289,23 +284,8 @@ def map_layers(
     Yields:
         The name and the result of `work`, in the order of the graph.
     """
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # for the whole process: torch has no setting per thread
-    pool = ThreadPoolExecutor(workers)
-    waiting: deque[tuple[str, Future[Result]]] = deque()
-    try:
-        for name, job in _jobs(sampler, tensors, count, seed, work):
-            waiting.append((name, pool.submit(job)))
-            del job  # it keeps the values in memory
-            if len(waiting) == workers:
-                first, future = waiting.popleft()
-                yield first, future.result()
-        while waiting:
-            first, future = waiting.popleft()
-            yield first, future.result()
-    finally:
-        pool.shutdown(cancel_futures=True)
-        torch.set_num_threads(threads)
+    with one_thread_each(workers):
+        yield from run_jobs(_jobs(sampler, tensors, count, seed, work))
 
 
 def _jobs(
@@ -314,17 +294,17 @@ def _jobs(
     count: int,
     seed: int,
     work: Callable[[str, Tensor], Result],
-) -> Iterator[tuple[str, Callable[[], Result]]]:
-    if not sampler.noise.depth:
-        for name, value in sampler.stream(tensors, count, seed):
-            yield name, partial(work, name, value)
-        return
+) -> Iterator[Callable[[], tuple[str, Result]]]:
+    def given(name: str, value: Tensor) -> tuple[str, Result]:
+        return name, work(name, value)
 
-    def alone(name: str) -> Result:
-        return work(name, sampler.sample(name, count, seed))
+    def alone(name: str) -> tuple[str, Result]:
+        return name, work(name, sampler.sample(name, count, seed))
 
-    for name in sampler.ordered(tensors):
-        yield name, partial(alone, name)
+    if sampler.noise.depth:
+        yield from (partial(alone, name) for name in sampler.ordered(tensors))
+    else:
+        yield from (partial(given, *drawn) for drawn in sampler.stream(tensors, count, seed))
 
 
 def sample_layers(

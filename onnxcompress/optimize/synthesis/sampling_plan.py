@@ -68,7 +68,7 @@ def snapshot(model: Model) -> list[Node]:
     Returns:
         The nodes in topological order.
     """
-    topology = Topology(model)
+    topology = model.analysis(Topology)
     found = []
     for node in topology.order:
         reads = tuple(t.name for t in node.inputs if id(t) in topology.dynamic and t.name)

@@ -1,0 +1,159 @@
+"""Ridge regression of a layer's weight on patches of its input: the one solver, and all its λ.
+
+A layer W, b (groups G, outputs O, inputs x taps F) reads x and should give t. With centred second moments
+
+    H = E[(x − x̄)(x − x̄)ᵀ]      C = E[(t − t̄ − W (x − x̄))(x − x̄)ᵀ]      W* = W + C (H + λ I)⁻¹
+
+W* is the least squares target: where inputs say little, it stays what W was. Its offset is b* = t̄ − W* x̄.
+Each λ is a share of the mean diagonal of H, the variance of what the layer reads; all were chosen on
+networks and inputs of their own, and none may be larger where inputs are real ones:
+
+| λ             | of what                                             | why so large                      |
+|---------------|-----------------------------------------------------|-----------------------------------|
+| TARGET_REAL   | target of pruning, and of refitting on real inputs  | numerics, and the patches' noise  |
+| TARGET_MADE   | target of refitting on inputs that are made         | they mislead where they vary less |
+| TARGET_4_BITS | target of rounding to 4 bits; doubled with each bit | as much misleads less to repair   |
+| ROUNDING      | H that weighs errors of rounding                    | other images have other moments   |
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from onnxcompress.optimize.deterministic_threads import one_thread
+
+TARGET_REAL = 1e-2
+TARGET_MADE = 0.3
+TARGET_4_BITS = 1.0
+ROUNDING = 0.1
+TARGET_ROWS = 4
+"""Patches per weight of an output that the target takes at least: with fewer it is the layer's own W."""
+DEAD = 1e-4
+"""Least mean diagonal of a group's H that the damping assumes, relative to the mean of all groups."""
+
+
+@dataclass
+class LayerMoments:
+    """First and second moments of a layer's input, and their cross moments with its residual; float64.
+
+    They are about `reference`, the mean of the first part that was added: a part is summed in float32,
+    where a channel that hardly varies about a large mean would lose its variance.
+    """
+
+    gram: Tensor
+    """Σ (x − reference)(x − reference)ᵀ, (G, F, F)"""
+    cross: Tensor
+    """Σ r (x − reference)ᵀ, (G, O, F), r = t − W x: as the layer is."""
+    inputs: Tensor
+    """Σ (x − reference), (G, F)"""
+    residual: Tensor
+    """Σ r, (G, O)"""
+    rows: int = 0
+    reference: Tensor | None = None
+    """(G, F)"""
+
+    @staticmethod
+    def empty(weight: Tensor) -> LayerMoments:
+        """Create moments of nothing.
+
+        Args:
+            weight: The layer's weight, (G, O, F).
+
+        Returns:
+            Moments of its shape, on its device.
+        """
+        groups, outputs, fan = weight.shape
+        zeros = torch.zeros(groups, fan, fan, dtype=torch.float64, device=weight.device)
+        cross = torch.zeros(groups, outputs, fan, dtype=torch.float64, device=weight.device)
+        return LayerMoments(zeros, cross, zeros[:, 0].clone(), cross[..., 0].clone())
+
+    def add(self, x: Tensor, residual: Tensor) -> None:
+        """Add patches and residuals.
+
+        Args:
+            x: Patches of the layer's input, (G, F, R).
+            residual: What the layer's output lacks there, r = t − W x, (G, O, R).
+        """
+        if self.reference is None:
+            self.reference = x.mean(2)
+        x = x - self.reference[..., None]
+        self.gram += x @ x.transpose(1, 2)  # in float32: a part has few rows
+        self.cross += residual @ x.transpose(1, 2)
+        self.inputs += x.sum(2)
+        self.residual += residual.sum(2)
+        self.rows += x.shape[2]
+
+    def merge(self, other: LayerMoments) -> None:
+        """Add the samples of other moments, which may be about another reference.
+
+        With d the difference of the references: Σ (x + d)(x + d)ᵀ.
+
+        Args:
+            other: The other moments, not empty.
+        """
+        assert other.reference is not None
+        if self.reference is None:
+            self.reference = other.reference
+        off = other.reference.double() - self.reference.double()
+        along = other.inputs + 0.5 * other.rows * off
+        both = along[..., None] * off[:, None]
+        self.gram += other.gram + both + both.transpose(1, 2)
+        self.cross += other.cross + other.residual[..., None] * off[:, None]
+        self.inputs += other.inputs + other.rows * off
+        self.residual += other.residual
+        self.rows += other.rows
+
+    @property
+    def mean(self) -> Tensor:
+        """Mean of the layer's input, (G, F)."""
+        off = self.inputs / max(self.rows, 1)
+        return off if self.reference is None else off + self.reference
+
+    def shift(self, weight: Tensor, new: Tensor) -> Tensor:
+        """Compute what to add to the bias when a new weight replaces the layer's own.
+
+        Args:
+            weight: The layer's weight, (G, O, F).
+            new: The new weight, (G, O, F).
+
+        Returns:
+            The change of the bias, (G, O).
+        """
+        change = new.double() - weight.double()
+        return self.residual / max(self.rows, 1) - torch.einsum("gof,gf->go", change, self.mean)
+
+
+def least_squares(
+    weight: Tensor, moments: LayerMoments, *, ridge: float, target: float, bias: bool = True
+) -> tuple[Tensor, Tensor]:
+    """Compute the least squares target of a layer's weight, and the damped second moments.
+
+    Args:
+        weight: The weight, (G, O, F).
+        moments: Moments of the layer's input and residual.
+        ridge: λ of H, as a share of its mean diagonal.
+        target: λ of the target, likewise; infinity: the target is the layer's own W.
+        bias: Whether the layer has an offset that is fitted, too; else moments are about 0.
+
+    Returns:
+        W*, (G, O, F), and H, (G, F, F); both float64.
+    """
+    rows = max(moments.rows, 1)
+    off = moments.inputs / rows
+    h = moments.gram / rows - off[:, :, None] * off[:, None]
+    c = moments.cross / rows - (moments.residual / rows)[..., None] * off[:, None]
+    if not bias:
+        h = h + moments.mean[:, :, None] * moments.mean[:, None]
+        c = c + (moments.residual / rows)[..., None] * moments.mean[:, None]
+    size = h.diagonal(dim1=1, dim2=2).mean(1)
+    size = size.clamp_min(DEAD * float(size.mean()) + 1e-12)  # groups that read nothing, too
+    w = weight.double()
+    if target != float("inf"):
+        damped = h + torch.diag_embed((target * size)[:, None].expand(-1, h.shape[1]))
+        with one_thread():
+            w = w + torch.linalg.solve(damped, c.transpose(1, 2)).transpose(1, 2)
+    h = h + torch.diag_embed((ridge * size)[:, None].expand(-1, h.shape[1]))
+    return w, h
