@@ -227,8 +227,13 @@ def _streams(model: Model, topology: Topology, plan: Plan) -> None:
 
 
 def _outputs(model: Model, plan: Plan, topology: Topology) -> None:
-    """Quantize the outputs of quantized nodes for all readers: their kernels then write integers."""
+    """Quantize the outputs of quantized nodes for all readers: their kernels then write integers.
+
+    Operators that have no such kernel, as HardSwish, compute in floats, and what they give stays float.
+    """
     for node in topology.order:
+        if id(node) not in plan.layers and not is_op(node, *ARITHMETIC, *MOVING, *FUSED):
+            continue
         if not any((id(node), index) in plan.edges for index in range(len(node.inputs))):
             continue
         for tensor in (behind_activation(model, t) for t in node.outputs):

@@ -28,6 +28,7 @@ from onnxcompress.optimize.reconstruction.feature_inputs import Stage, stages_of
 from onnxcompress.optimize.reconstruction.quantize import QuantizationResults, Quantizer, Settings
 from onnxcompress.optimize.reconstruction.range_equalization import stretch
 from onnxcompress.optimize.synthesis.statistics_alignment import StatisticsAlignment
+from onnxcompress.optimize.synthesis.synthetic_inputs import MADE_UP
 from onnxcompress.passes.base import PassResult
 from onnxcompress.passes.quantize.figures import QuantizedLayerRow, QuantizeFigures
 from onnxcompress.passes.quantize.mixed_precision import choose_bits
@@ -90,7 +91,8 @@ def quantize(
     if inputs.may_use_record and _rounds_weights_alone(options):
         stages = stages_of(context, seed=options.seed, device=device, progress=progress)
     staged = time.perf_counter()
-    results = _fit(options, replace(context, plan=plan), stages, work, repair, progress)
+    generic = not _few(options) and all(used.source in MADE_UP for used in inputs.sources)
+    results = _fit(options, replace(context, plan=plan), stages, work, repair, generic, progress)
     fitted = time.perf_counter()
     rows = _write(options, model, plan, results)
     made = (stage.used for stage in stages if stage.used)
@@ -156,6 +158,7 @@ def _fit(
     stages: Sequence[Stage],
     work: QuantizeWork,
     repair: bool,
+    generic_inputs: bool,
     progress: Progress,
 ) -> QuantizationResults:
     """Fit ranges, weights and biases layer by layer, stage by stage."""
@@ -166,6 +169,7 @@ def _fit(
         reconstruct=options.reconstruct,
         small_types=options.small_types,
         saturation_safe=options.saturation_safe,
+        generic_inputs=generic_inputs,
         minmax=options.ranges == "minmax",
         places=work.places,
         repair=repair,

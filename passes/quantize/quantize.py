@@ -18,7 +18,9 @@ residual sums (`quantization.qdq_plan`).
 
 Inputs: `auto` takes images if there are any; else, with 8 bits, procedural ones through the twin that has
 the recorded statistics (`layerwise`: made at once); with fewer distilled ones, which take longer and are
-better for EfficientNet-Lite0; without a record plain procedural ones.
+better for EfficientNet-Lite0; without a record plain procedural ones. Where `auto` took `layerwise` and an
+output falls below the guard's floor, the network sees other pictures than its record tells of (PP-LCNet
+learned on documents): procedural ones are tried, and the better result is kept.
 
 `overflow_safe`: without it, onnxruntime's result on a CPU with AVX2 and no VNNI is far from what the file
 says (`tests/benchmarks/overflow.py`). It costs next to nothing: no pair of weights is too large, but each
@@ -31,10 +33,11 @@ operators.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from onnxcompress.account import Figures, Refusal
+from onnxcompress.evaluation.guard import Floors
 from onnxcompress.model import Model
 from onnxcompress.optimize.calibration import assume_sizes
 from onnxcompress.passes.base import Pass, PassResult
@@ -94,6 +97,21 @@ class Quantize(QuantizeOptions, Pass):
         return at_opset(model, self.lowest_opset, lambda own: self._quantize(own, progress))
 
     def _quantize(self, model: Model, progress: Progress) -> PassResult[QuantizeFigures | None]:
+        """Quantize in place; with procedural inputs where those with the recorded statistics mislead."""
+        before = model.copy()
+        result = self._attempt(model, progress)
+        kept = _worst_db(result)
+        if self.inputs != "auto" or not _aligned(result) or kept >= Floors().warn_db:
+            return result
+        other = replace(self, inputs="procedural")._attempt(before, progress)
+        if other.measured is None or _worst_db(other) <= kept:
+            return result
+        model.become(before)
+        why = f"layer-wise ones, tried first, left {kept:.1f} dB of the outputs"
+        inputs = tuple(replace(used, why=why) for used in other.inputs)
+        return replace(other, measured=replace(other.measured, inputs=inputs))
+
+    def _attempt(self, model: Model, progress: Progress) -> PassResult[QuantizeFigures | None]:
         from onnxcompress.passes.quantize.engine import quantize
 
         assume_sizes(model, self.request)
@@ -134,3 +152,13 @@ class Quantize(QuantizeOptions, Pass):
         if self.per_channel:
             return OPSET
         return CLIP_OPSET if 0 < self.activation_bits < STREAM_BITS else QDQ_OPSET
+
+
+def _aligned(result: PassResult[QuantizeFigures | None]) -> bool:
+    """Return whether the pass learned from inputs with aligned statistics."""
+    return any(used.source == "layerwise" for used in result.inputs)
+
+
+def _worst_db(result: PassResult[QuantizeFigures | None]) -> float:
+    """Return the least signal to noise ratio of an output, on the inputs that the pass learned from."""
+    return min((result.figures.output_snr_db or {}).values(), default=float("inf"))

@@ -81,14 +81,14 @@ def accuracy(
         if real is not None:
             for per_channel in (False, True):
                 start = time.perf_counter()
-                _static(model, f"{folder}/peer.onnx", real.array(), per_channel)
+                onnxruntime_static(model, f"{folder}/peer.onnx", real.array(), per_channel)
                 name = f"onnxruntime W8A8 {'per channel' if per_channel else 'per tensor'}"
                 _row(name, f"{folder}/peer.onnx", images, exact, time.perf_counter() - start)
         chosen = [(*map(int, pair.split("/")), True) for pair in bits.split(",") if pair]
         for weight, activation, whole in chosen + ([(8, 8, False)] if per_tensor else []):
             own = {"weight_bits": weight, "activation_bits": activation % 32, "per_channel": whole}
             start = time.perf_counter()
-            measured = _quantized(model, f"{folder}/own.onnx", options | own)
+            measured = quantized(model, f"{folder}/own.onnx", options | own)
             name = f"W{weight}A{activation}{'' if whole else ' per tensor'}"
             seconds = time.perf_counter() - start
             _row(name, f"{folder}/own.onnx", images, exact, seconds, _account(measured))
@@ -106,7 +106,7 @@ def latency(model: str, preprocess: str, batch: int, threads: int, seconds: floa
 
     with tempfile.TemporaryDirectory() as folder:
         file = f"{folder}/own.onnx"
-        _quantized(model, file, {"preprocess": preprocess, "inputs": "procedural", "synthetic": 16})
+        quantized(model, file, {"preprocess": preprocess, "inputs": "procedural", "synthetic": 16})
         timed = benchmark(
             {"float": model, "W8A8": file}, provider="cpu", batch=batch, threads=threads, seconds=seconds
         )
@@ -116,7 +116,7 @@ def latency(model: str, preprocess: str, batch: int, threads: int, seconds: floa
     print(f"W8A8 / float: {share.value:.3f} (95 % interval {share.low:.3f} to {share.high:.3f})")
 
 
-def _quantized(model: str, target: str, options: dict[str, Any]) -> dict[str, Any]:
+def quantized(model: str, target: str, options: dict[str, Any]) -> dict[str, Any]:
     from onnxcompress.model import load, save
     from onnxcompress.passes.base import run
     from onnxcompress.passes.quantize import Quantize
@@ -150,7 +150,7 @@ def _row(
     return scores
 
 
-def _static(model: str, target: str, images: np.ndarray, per_channel: bool) -> None:
+def onnxruntime_static(model: str, target: str, images: np.ndarray, per_channel: bool) -> None:
     """onnxruntime's static quantization, on the network with BatchNorm folded."""
     from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import onnx
@@ -267,6 +268,32 @@ def test_a_second_run_changes_nothing_and_a_seed_gives_the_same_bytes() -> None:
     assert not result.modified
     assert "quantized already" in result.refusals[0].rule
     assert first.to_proto() == before
+
+
+@pytest.mark.parametrize(
+    ("ratios", "inputs", "source"),
+    [
+        ([3.0, 9.0], "auto", "procedural"),
+        ([3.0, 2.0], "auto", "layerwise"),
+        ([8.0], "auto", "layerwise"),
+        ([3.0], "layerwise", "layerwise"),
+    ],
+)
+def test_where_the_record_misleads_procedural_inputs_are_tried(
+    monkeypatch: pytest.MonkeyPatch, ratios: list[float], inputs: Literal["auto", "layerwise"], source: str
+) -> None:
+    """The better of both results is written; what was asked for is not second-guessed."""
+    left = iter(ratios)
+    monkeypatch.setattr("onnxcompress.passes.quantize.engine.output_snr", lambda *_: {"y": next(left)})
+    model, alone = small(), small()
+    (result,) = run([Quantize(inputs=inputs, synthetic=8)], model)
+    assert [used.source for used in result.inputs] == [source]
+    assert ("3.0 dB" in result.inputs[0].why) == (source == "procedural")
+    assert next(left, None) is None
+    monkeypatch.setattr("onnxcompress.passes.quantize.engine.output_snr", lambda *_: {"y": 9.0})
+    options: dict[str, Any] = {"inputs": source, "synthetic": 8}
+    run([Quantize(**options)], alone)
+    assert model.to_proto().graph == alone.to_proto().graph
 
 
 def test_what_cannot_be_quantized_is_refused_with_a_reason() -> None:

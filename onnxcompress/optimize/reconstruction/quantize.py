@@ -12,21 +12,34 @@ automatically: they are rounded to nearest, and their bias is corrected by the m
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import onnx_graphsurgeon as gs
+import torch
 from torch import Tensor
 
+from onnxcompress.graph.query import is_op, is_output, producer
+from onnxcompress.graph.self_gated import gated_output
+from onnxcompress.optimize.executor.network_walk import Batch
 from onnxcompress.optimize.executor.walk_plan import Step
 from onnxcompress.optimize.reconstruction.activation_range import fake, least_squares, samples
 from onnxcompress.optimize.reconstruction.gptq import RATIOS, SWEEPS, Rounded, nearest, reconstruct
 from onnxcompress.optimize.reconstruction.layerwise import LayerwiseReconstruction, LayerwiseSettings
 from onnxcompress.optimize.reconstruction.patches import matrix, patches_of, stored
+from onnxcompress.optimize.reconstruction.range_behind import (
+    IMAGES,
+    LOGIT,
+    ends_behind,
+    fit_ends,
+    headroom,
+    reaches_sigmoid,
+)
 from onnxcompress.optimize.reconstruction.ridge import ROUNDING, TARGET_4_BITS, TARGET_ROWS
 from onnxcompress.optimize.reconstruction.saturation import SaturationBounds
 from onnxcompress.progress import Progress, silent
 from onnxcompress.quantization.affine_grid import Grid, activation_grid
-from onnxcompress.quantization.qdq_plan import Key, QuantizedLayer
+from onnxcompress.quantization.qdq_plan import STREAM_BITS, Key, QuantizedLayer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +54,9 @@ class Settings(LayerwiseSettings):
     symmetric: bool = False
     saturation_safe: bool = False
     """Weights of 8 bits that cannot overflow 16-bit sums (`integers`)."""
+    generic_inputs: bool = False
+    """The inputs know nothing of the training data: a layer's errors on them are not made up for behind it,
+    and ranges have headroom (`range_behind`)."""
     minmax: bool = False
     """Ranges of activations: the samples' ends."""
     repair: bool = True
@@ -72,6 +88,16 @@ class Quantizer(LayerwiseReconstruction):
     settings: Settings
     results: QuantizationResults = field(default_factory=QuantizationResults)
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._read_by_teacher: dict[int, Tensor] = {}
+        self._tensors = self.model.graph.tensors()
+        self._depths, before = dict[str, float](), 0
+        for node in self.topology.order:
+            depth = before / max(len(self.plan.layers), 1)
+            self._depths.update((tensor.name, depth) for tensor in node.outputs)
+            before += id(node) in self.plan.layers
+
     def run(
         self, images: Tensor, progress: Progress = silent, seen: Tensor | None = None
     ) -> QuantizationResults:
@@ -96,7 +122,12 @@ class Quantizer(LayerwiseReconstruction):
         """
         for index in range(len(step.node.inputs)):
             self.prepare(step.node, index)
+        layer = self.plan.layers.get(id(step.own))
+        if layer is not None and self.settings.generic_inputs:
+            name = layer.linear.input_name
+            self._read_by_teacher = {id(batch): batch.teacher[name] for batch in self.batches}
         super().visit(step)
+        self._read_by_teacher = {}
 
     def prepare(self, node: gs.Node, index: int) -> None:
         """Fit the quantizer in front of a node, if there is one that nothing has read yet.
@@ -142,17 +173,87 @@ class Quantizer(LayerwiseReconstruction):
         """
         self.results.noise[id(layer.linear.node)] = self.noise_of(layer)
 
+    def input_of(self, layer: QuantizedLayer, batch: Batch) -> Tensor:
+        """Return what the layer is fitted on: with generic inputs what the teacher's layer reads.
+
+        Args:
+            layer: The layer.
+            batch: A batch in front of it.
+
+        Returns:
+            The values, (N, …).
+        """
+        if self.settings.generic_inputs:
+            return self._read_by_teacher[id(batch)]
+        return super().input_of(layer, batch)
+
+    def target_of(self, layer: QuantizedLayer, batch: Batch) -> Tensor:
+        """Return what the layer is to give: with generic inputs what the teacher's layer gives.
+
+        Args:
+            layer: The layer.
+            batch: A batch that the teacher has run.
+
+        Returns:
+            The target without aligned statistics, (N, outputs, …).
+        """
+        if self.settings.generic_inputs:
+            return self.unaligned(layer, batch.teacher[layer.linear.output_name])
+        return super().target_of(layer, batch)
+
     def _fit_grid(self, key: Key) -> None:
         """Choose a quantizer's grid by samples of its tensor. key: the quantizer that owns the grid."""
         self.check_finite(key[0])
-        s = self.settings
-        x = samples([batch.student[key[0]] for batch in self.batches], s.seed)
-        storage = s.storage.replace("8", "4") if s.small_types and key[1] <= 4 else s.storage
-        if s.minmax:
-            ends = float(x.amin()), float(x.amax())
-            self.results.grids[key] = activation_grid(*ends, key[1], storage=storage, symmetric=s.symmetric)
+        self.results.grids[key] = self._fitted_grid(*key)
+
+    def _fitted_grid(self, name: str, bits: int) -> Grid:
+        s, tensor = self.settings, self._tensors[name]
+        storage = s.storage.replace("8", "4") if s.small_types and bits <= 4 else s.storage
+
+        def grid(low: float, high: float) -> Grid:
+            return activation_grid(low, high, bits, storage=storage, symmetric=s.symmetric)
+
+        if bits == STREAM_BITS and is_op(producer(tensor), "Sigmoid", "HardSigmoid", "Softmax"):
+            return grid(0, 1)
+        x = samples([batch.student[name] for batch in self.batches], s.seed)
+        low, high = float(x.amin()), float(x.amax())
+        if s.minmax or (s.generic_inputs and not tensor.inputs):
+            return grid(low, high)
+        ends = ends_behind(self.model, self.plan, tensor)
+        gated = not is_output(self.model, tensor) and gated_output(tensor) is not None
+        if ends != [name] and (s.generic_inputs or gated):
+            low, high = self._ends(name, ends, grid, min(low, 0.0), max(high, 0.0))
         else:
-            self.results.grids[key] = least_squares(x, key[1], storage, s.symmetric)
+            found = least_squares(x, bits, storage, s.symmetric)
+            if not s.generic_inputs:
+                return found
+            low, high = found.bounds
+        if s.generic_inputs:
+            high *= headroom(self._depths[name])
+            if reaches_sigmoid(tensor):
+                low, high = min(low, -LOGIT), max(high, LOGIT)
+        return grid(low, high)
+
+    def _ends(
+        self, name: str, ends: list[str], grid: Callable[[float, float], Grid], low: float, high: float
+    ) -> tuple[float, float]:
+        """Return the ends with the least error behind the readers, on a few images."""
+        others = [end for end in ends if end != name]
+
+        def run(x: Tensor) -> list[Tensor]:
+            found = self.own_executor.run({name: x}, others, self.own)
+            return [x if end == name else found[end] for end in ends]
+
+        return fit_ends(self._few_values(name), grid, run, low, high)
+
+    def _few_values(self, name: str) -> Tensor:
+        """Return a tensor's values for a few images, evenly spread."""
+        values = [batch.student[name] for batch in self.batches]
+        step, start, parts = -(-sum(map(len, values)) // IMAGES), 0, []
+        for part in values:
+            parts.append(part[-start % step :: step])
+            start += len(part)
+        return torch.cat(parts)
 
     def fit_layer(self, layer: QuantizedLayer) -> None:
         """Round the layer's weight and correct its bias.
@@ -170,7 +271,7 @@ class Quantizer(LayerwiseReconstruction):
         else:
             moments = self.moments_of(layer, cut, weight)
             fewest = min(layer.weight_bits, 8 if layer.input is None else layer.input[1])
-            few = moments.rows < TARGET_ROWS * weight.shape[2]
+            few = s.generic_inputs or moments.rows < TARGET_ROWS * weight.shape[2]
             target = math.inf if few or not s.repair else TARGET_4_BITS * 2 ** (fewest - 4)
             if not s.repair:
                 moments.residual.zero_()

@@ -1,0 +1,149 @@
+"""Ranges of activations by the error behind the layers that read them.
+
+    min over low, high:   Σ_t mean_c E (t_c(x) − t_c(x̂))² / var t_c
+
+t_c: channels of the outputs of the readers' activations. Values beyond the range in which these change
+(HardSwish below -3, outliers that a SiLU or ReLU behind the next layer hides) cost nothing there, while the
+squared error of the tensor itself is mostly theirs.
+
+Images that are made without knowing the training data hold no objects: the deeper a feature, the further
+real images drive it beyond them. `headroom` widens the upper end, the more the deeper.
+
+YOLOv8n (nudenet) at 320 x 320, procedural inputs; class scores over 0.25 that stay, on 236 images of
+ImageNet: least squared error 81 %, smallest and largest value 72 %; behind the readers 73 %, with HEADROOM
+96 %.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import onnx_graphsurgeon as gs
+from torch import Tensor
+
+from onnxcompress.graph.query import is_op, is_output, value_readers
+from onnxcompress.graph.self_gated import gated_output
+from onnxcompress.model import Model
+from onnxcompress.optimize.reconstruction.activation_range import fake
+from onnxcompress.quantization.affine_grid import Grid
+from onnxcompress.quantization.qdq_plan import FUSED, MOVING, Plan, behind_activation
+
+IMAGES = 8
+"""Images on which the readers run."""
+SHARES = tuple(0.8**step for step in range(18))
+"""Shares of an end that are tried, down to 1/44."""
+MAPS = (*FUSED, "HardSigmoid", "Sigmoid", "AveragePool", "GlobalAveragePool", "MaxPool", "Identity")
+"""Operators of one data input that are passed on the way to the readers."""
+HEADROOM = 1.75
+LOGIT = 6.0
+"""Beyond it a Sigmoid is within half an 8-bit step of 0 or 1."""
+
+
+def ends_behind(model: Model, plan: Plan, tensor: gs.Tensor) -> list[str]:
+    """Find the tensors at which an error of a tensor is measured.
+
+    Args:
+        model: The model.
+        plan: Its linear layers.
+        tensor: The tensor.
+
+    Returns:
+        Names of the outputs of its readers' activations; the tensor itself, or what a gate makes of it,
+        where other nodes read that.
+    """
+    ends: list[str] = []
+    pending = [tensor]
+    while pending:
+        at = pending.pop()
+        gated = None if is_output(model, at) else gated_output(at)
+        if gated is not None:
+            pending.append(gated)
+            continue
+        if is_output(model, at):
+            ends.append(str(at.name))
+        for node in value_readers(at):
+            layer = plan.layers.get(id(node))
+            if layer is not None and node.inputs[layer.linear.data_at] is at:
+                output = node.outputs[0]
+                ends.append(str((gated_output(output) or behind_activation(model, output)).name))
+            elif is_op(node, *MAPS) or _by_constant(node):
+                pending.append(node.outputs[0])
+            else:
+                ends.append(str(at.name))
+    return list(dict.fromkeys(ends))
+
+
+def _by_constant(node: gs.Node) -> bool:
+    """Return whether the node multiplies by a constant."""
+    return is_op(node, "Mul") and any(isinstance(t, gs.Constant) for t in node.inputs)
+
+
+def fit_ends(
+    x: Tensor,
+    grid: Callable[[float, float], Grid],
+    run: Callable[[Tensor], Sequence[Tensor]],
+    low: float,
+    high: float,
+) -> tuple[float, float]:
+    """Choose the ends of a tensor's range with the least relative squared error behind its readers.
+
+    Args:
+        x: Values of the tensor, (N, …).
+        grid: Makes a grid of a low and a high end.
+        run: Computes the tensors of `ends_behind` from values of the tensor.
+        low: Smallest value, at most 0.
+        high: Largest value, at least 0.
+
+    Returns:
+        The low and the high end.
+    """
+    wanted = run(x)
+    units = [_channel_variance(t) for t in wanted]
+
+    def error(a: float, b: float) -> float:
+        found = run(fake(x, grid(a, b)))
+        parts = zip(found, wanted, units, strict=True)
+        return sum(float(((f - w).square() / unit).mean()) for f, w, unit in parts)
+
+    a, b = low, high
+    for _ in range(2 if low < -0.1 * high else 1):
+        if low < 0:
+            a = min((low * share for share in SHARES), key=lambda end: error(end, b))
+        b = min((high * share for share in SHARES), key=lambda end: error(a, end))
+    return a, b
+
+
+def _channel_variance(x: Tensor) -> Tensor:
+    """Return the variance of each channel, (1, C, 1, …); channels that hardly vary count as others do."""
+    variance = x.var([axis for axis in range(x.ndim) if axis != 1], keepdim=True)
+    return variance.clamp_min(1e-3 * float(variance.mean()) + 1e-12)
+
+
+def headroom(depth: float) -> float:
+    """Compute the factor of the upper end for inputs that know nothing of the training data.
+
+    Args:
+        depth: Share of the network's layers that come before the tensor, from 0 to 1.
+
+    Returns:
+        The factor, from 1 to HEADROOM, reached at three quarters of the network.
+    """
+    return 1 + min(HEADROOM - 1, depth)
+
+
+def reaches_sigmoid(tensor: gs.Tensor) -> bool:
+    """Tell whether a tensor holds logits: whether, moved or concatenated at most, a Sigmoid reads it.
+
+    Args:
+        tensor: The tensor.
+
+    Returns:
+        Whether it does; the Sigmoid of a SiLU does not count.
+    """
+    if gated_output(tensor) is not None:
+        return False
+    return any(
+        is_op(node, "Sigmoid")
+        or (is_op(node, "Concat", *MOVING) and any(map(reaches_sigmoid, node.outputs)))
+        for node in value_readers(tensor)
+    )
