@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -11,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from tests.helpers.brief import few_feature_inputs, few_rounds
 from tests.helpers.paths import MODELS
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported
@@ -64,16 +64,13 @@ def more_threads() -> Callable[[], AbstractContextManager[None]]:
 @pytest.fixture
 def quick_clock(monkeypatch: pytest.MonkeyPatch) -> None:
     """Latency from a few rounds, for tests of what is done with it."""
-    from onnxcompress.runtime import latency
+    few_rounds(monkeypatch)
 
-    original = latency.interleave
 
-    @functools.wraps(original)
-    def few(*args: Any, **options: Any) -> Any:
-        return original(*args, **(options | {"runs": 4}))
-
-    monkeypatch.setattr(latency, "interleave", few)
-    monkeypatch.setattr(latency, "_warm", lambda timed, seconds: None)
+@pytest.fixture
+def quick_features(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few inputs of the deep layers, for tests that do not judge what is learned from them."""
+    few_feature_inputs(monkeypatch)
 
 
 @pytest.fixture

@@ -60,12 +60,14 @@ COMMANDS: dict[str, list[str]] = {
     ],
 }
 """Name -> arguments, {seed} in place of the seed."""
+INT4 = ["quantize", NET, "int4.onnx", "-q", "--weight-bits", "4", "--synthetic", "16", *MADE]
+"""Makes what `correct-bias` corrects."""
 
 
 def made(name: str, seed: int, threads: int, folder: Path) -> str:
     """SHA-256 of what a process of that many threads writes."""
     if name == "correct-bias" and not (folder / "int4.onnx").exists():
-        run(["quantize", NET, "int4.onnx", "-q", "--weight-bits", "4", *MADE], 0, 1, folder)
+        run(INT4, 0, 1, folder)
     run(COMMANDS[name], seed, threads, folder)
     (out,) = [path for path in folder.iterdir() if path.name.startswith("out.")]
     sha = hashlib.sha256(out.read_bytes()).hexdigest()

@@ -29,6 +29,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import pytest
+
 from tests.helpers.paths import ROOT
 
 if TYPE_CHECKING:
@@ -53,8 +55,10 @@ NAMES = (
 )
 KINDS = ("ts-bn", "ts-folded", "dynamo-bn", "dynamo-folded")
 VARIANTS = tuple(f"{name}-{kind}" for name in NAMES for kind in KINDS)
-FAST = ("resnet20_cifar", "resnet18", "mobilenet_v2", "shufflenet_v2_x1_0")
-"""Small in time and on disk, and different in kind: for tests that need a few real networks."""
+LARGER = {"resnet34", "resnet50", "resnet101", "wide_resnet50_2"}
+"""Of a family that ResNet-18 and ResNeXt-50 stand for."""
+BOTH = {"resnet20_cifar", "resnet18", "mobilenet_v2", "mobilenet_v3_large", "shufflenet_v2_x1_0"}
+"""Exported by dynamo, too, in a plain run of the tests: small, and different in kind."""
 
 EXPECTED_BLOCKS = {  # parts the identity can replace; test_zoo.py counts them in the torch modules
     "resnet20_cifar": 7,  # 9 blocks, less 2 whose shortcut strides and pads channels
@@ -75,6 +79,13 @@ EXPECTED_BLOCKS = {  # parts the identity can replace; test_zoo.py counts them i
 }
 CLASSES = 10
 ZOO = ROOT / ".cache" / "zoo"
+
+
+def parameter(variant_or_name: str) -> Any:
+    """A test's parameter; those that a plain run leaves out are marked `larger`."""
+    name, *how = variant_or_name.split("-")
+    larger = name in LARGER or ("dynamo" in how and name not in BOTH)
+    return pytest.param(variant_or_name, marks=pytest.mark.larger if larger else ())
 
 
 def path(variant: str) -> Path:
@@ -126,13 +137,14 @@ def build(name: str) -> torch.nn.Module:
 
     with one_thread(), torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(0)
-        net = _architecture(name).eval()
+        net = architecture(name).eval()
         _randomize_norms(net)
         _randomize_weights(net, images(name, 4, seed=1))
     return net
 
 
-def _architecture(name: str) -> torch.nn.Module:
+def architecture(name: str) -> torch.nn.Module:
+    """The network as torchvision builds it, with CLASSES classes."""
     import torch
 
     if name == "resnet20_cifar":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,11 @@ from onnxcompress.runtime.latency import benchmark
 
 torch = pytest.importorskip("torch")
 
+from onnxcompress.optimize.block_drop.recoverability import Scorer  # noqa: E402
+from onnxcompress.optimize.block_drop.selection import choose as choose_blocks  # noqa: E402
+from onnxcompress.optimize.reconstruction.admm_mask import Problem  # noqa: E402
+from onnxcompress.optimize.reconstruction.global_tuning import finetune_sparse  # noqa: E402
+from onnxcompress.optimize.synthesis.distillation import distill  # noqa: E402
 from tests.helpers.pretended_card import pretended_card  # noqa: E402
 
 SOURCES = ("images", "distilled", "procedural", "layerwise")
@@ -54,15 +60,15 @@ def network(tmp_path_factory: pytest.TempPathFactory) -> Path:
         lines.append(f"{a}{b} = Add({a}, {b})")
         return relu(f"{a}{b}")
 
-    x = relu(layer("x", "a", 8, 3))
-    x = add(layer(relu(layer(x, "b", 8, 8)), "c", 8, 8), x)
-    inner = relu(layer(relu(layer(x, "d", 16, 8, 1)), "e", 16, 16, 3, 16))
+    x = relu(layer("x", "a", 4, 3))
+    x = add(layer(relu(layer(x, "b", 4, 4)), "c", 4, 4), x)
+    inner = relu(layer(relu(layer(x, "d", 8, 4, 1)), "e", 8, 8, 3, 8))
     lines += [f"m = GlobalAveragePool({inner})", "s = HardSigmoid(m)", f"p = Mul({inner}, s)"]
-    x = add(layer("p", "f", 8, 16, 1), x)
-    x = relu(layer(x, "g", 24, 8, stride=4))
+    x = add(layer("p", "f", 4, 8, 1), x)
+    x = relu(layer(x, "g", 12, 4, stride=4))
     for name in "hij":
-        x = relu(layer(x, name, 24, 24))
-    arrays |= {"v": rng.standard_normal((10, 24)), "k": rng.standard_normal(10)}
+        x = relu(layer(x, name, 12, 12))
+    arrays |= {"v": rng.standard_normal((10, 12)), "k": rng.standard_normal(10)}
     lines += [f"q = GlobalAveragePool({x})", "z = Flatten(q)", "y = Gemm<transB=1>(z, v, k)"]
     body = "\n".join(lines)
     header = '<ir_version: 8, opset_import: ["" : 17]>'
@@ -75,15 +81,25 @@ def network(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+FEWER = {"feature_inputs.COUNT": 64, "feature_inputs.STEPS": 2, "gptq.RATIOS": 3, "gptq.SWEEPS": 2,
+         "prune.TRIAL_STEPS": 3, "prune.TRIAL_REFITS": 2, "prune.PROBES": 4}  # fmt: skip
+"""Constants of `optimize.reconstruction`."""
+FEWER_STEPS: tuple[Any, ...] = (distill, Problem.solve, finetune_sparse, choose_blocks, Scorer.__init__)
+
+
 @pytest.fixture(autouse=True)
 def brief(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Less of what takes time and is no different on a card."""
+    """Less of what takes time and is no different on a card: each operator passes through Python."""
 
     def timed(*given: Any, **options: Any) -> Any:
         return benchmark(*given, **{**options, "seconds": 0.1})
 
     monkeypatch.setattr("onnxcompress.runtime.block_latency.benchmark", timed)
-    monkeypatch.setattr("onnxcompress.optimize.reconstruction.feature_inputs.COUNT", 64)
+    for name, count in FEWER.items():
+        monkeypatch.setattr(f"onnxcompress.optimize.reconstruction.{name}", count)
+    for function in FEWER_STEPS:
+        monkeypatch.setitem(inspect.unwrap(function).__kwdefaults__, "steps", 3)
+    monkeypatch.setitem(Problem.solve.__kwdefaults__, "refits", 2)
 
 
 REFUSED = {("calibrate", "layerwise")}

@@ -24,8 +24,10 @@ from onnxcompress.passes.base import run
 from onnxcompress.passes.drop_blocks import DropBlocks
 from onnxcompress.passes.fold_bn import FoldBatchNorm
 from onnxcompress.statistics.record import write_record
+from tests.helpers.brief import few_rounds
 
 torch = pytest.importorskip("torch")
+pytestmark = pytest.mark.usefixtures("quick_clock")
 
 
 @pytest.fixture(scope="session")
@@ -44,21 +46,10 @@ def scores(resnet: str, arguments: list[str], tmp_path_factory: pytest.TempPathF
     """Scores measured once, as a user would keep them."""
     folder = tmp_path_factory.mktemp("scores")
     file = folder / "scores.json"
-    assert (
-        main(
-            [
-                "drop-blocks",
-                resnet,
-                str(folder / "o.onnx"),
-                *arguments,
-                "--blocks",
-                "1",
-                "--scores",
-                str(file),
-            ]
-        )
-        == 0
-    )
+    command = ["drop-blocks", resnet, str(folder / "o.onnx"), *arguments, "--blocks", "1"]
+    with pytest.MonkeyPatch.context() as patch:
+        few_rounds(patch)
+        assert main([*command, "--scores", str(file)]) == 0
     return file
 
 
@@ -121,7 +112,7 @@ NO_DATA = {"preprocess": "fashion-mnist", "synthetic": 24, "steps": 2, "batch": 
     [("auto", True, "distilled"), ("auto", False, "procedural"), ("layerwise", True, "layerwise")],
 )
 def test_without_images_the_best_inputs_are_made(
-    resnet: str, asked: str, recorded: bool, source: str, quick_clock: None
+    resnet: str, asked: str, recorded: bool, source: str
 ) -> None:
     """What was learned from, how many, with which seed and why stands in the provenance."""
     model = load(resnet)
@@ -135,7 +126,7 @@ def test_without_images_the_best_inputs_are_made(
 
 
 @pytest.mark.slow
-def test_procedural_inputs_need_no_record(resnet: str, quick_clock: None) -> None:
+def test_procedural_inputs_need_no_record(resnet: str) -> None:
     """With BatchNorm in the file, and folded without a record, the same weights come out."""
     results = []
     for recorded in (True, False):
@@ -158,7 +149,7 @@ def test_layerwise_inputs_need_a_record(resnet: str) -> None:
 
 
 @pytest.mark.slow
-def test_real_and_made_images_together(resnet: str, models: Path, quick_clock: None) -> None:
+def test_real_and_made_images_together(resnet: str, models: Path) -> None:
     model = load(resnet)
     images = str(models / "fashion-tiny.npz")
     both = DropBlocks(images=images, count=8, inputs="procedural", **NO_DATA)  # type: ignore[arg-type]

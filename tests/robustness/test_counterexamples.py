@@ -126,7 +126,9 @@ def test_indices_of_one_image_run_at_its_batch() -> None:
     ],
     ids=["one pixel high", "nothing left to train"],
 )
-def test_drop_blocks_of_very_small_networks(signature: str, body: str, kind: str, why: str) -> None:
+def test_drop_blocks_of_very_small_networks(
+    signature: str, body: str, kind: str, why: str, quick_clock: None
+) -> None:
     found = through("drop-blocks", signature, body, {"w": weight(3, 3, 1, 1)})
     assert (found.kind, found.why, found.changed) == (kind, why, kind == "passed")
 

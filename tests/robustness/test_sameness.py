@@ -1,31 +1,60 @@
 """The same seed gives the same bytes in another process with another number of threads.
 
-`python tests/benchmarks/sameness.py` shows every pass that learns, on more seeds.
+`python tests/benchmarks/sameness.py` shows every pass that learns on more seeds, each in its own process.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
+import os
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from tests.benchmarks.sameness import made
+from tests.benchmarks.sameness import COMMANDS, INT4
+from tests.helpers.paths import ROOT
 
-pytestmark = pytest.mark.slow
+SEED = "1"
+PROCESS = """
+import json, sys
+from onnxcompress.runtime.cores import prepare_threads
+prepare_threads()
+import pytest
+from onnxcompress.cli.main import main
+from tests.helpers.brief import few_feature_inputs, few_rounds
+patch = pytest.MonkeyPatch()
+few_rounds(patch)
+few_feature_inputs(patch, 320)
+sys.exit(max(main(argv) for argv in json.loads(sys.argv[1])))
+"""
+"""Commands one after the other; 320 inputs of the deep layers are more than are optimized together."""
 
 
-@pytest.mark.parametrize(
-    ("name", "seed", "threads"),
-    [
-        ("synthesize", 0, (1, 2)),
-        ("prune", 1, (1, 2)),
-        ("quantize", 2, (1, 2)),
-        ("drop-blocks", 3, (1, 2)),
-        ("correct-bias", 4, (1, 2)),
-    ],
-)
-def test_another_process_makes_the_same_file(
-    name: str, seed: int, threads: tuple[int, int], tmp_path: Path
-) -> None:
-    first, second = (made(name, seed, count, tmp_path) for count in threads)
+def files(folder: Path, threads: int) -> dict[str, str]:
+    """SHA-256 of what each command writes, in a process of that many threads."""
+    folder.mkdir()
+    commands = [INT4, *([re.sub("^out", name, word) for word in argv] for name, argv in COMMANDS.items())]
+    calls = json.dumps([[word.format(seed=SEED) for word in argv] for argv in commands])
+    names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+    environment = os.environ | dict.fromkeys(names, str(threads)) | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", PROCESS, calls],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.iterdir())}
+
+
+@pytest.mark.slow
+def test_another_process_makes_the_same_files(tmp_path: Path) -> None:
+    first, second = (files(tmp_path / str(threads), threads) for threads in (1, 2))
+    assert {Path(name).stem for name in first} == {*COMMANDS, "int4"}
     assert first == second

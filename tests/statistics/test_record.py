@@ -81,7 +81,9 @@ def test_when_a_simplifier_folds_entries_go_or_stay_true(models: Path, tool: str
 
 
 @pytest.mark.slow
-def test_dropping_a_block_forgets_its_tensors_and_keeps_the_rest(models: Path, tmp_path: Path) -> None:
+def test_dropping_a_block_forgets_its_tensors_and_keeps_the_rest(
+    models: Path, tmp_path: Path, quick_clock: None
+) -> None:
     model = load(models / "resnet20-fashion.onnx")
     FoldBatchNorm().apply(model)
     before = read_record(model)
@@ -198,7 +200,11 @@ def test_what_is_written_to_a_copy_stays_in_the_copy() -> None:
     ids=lambda command: command[0],
 )
 def test_a_command_decodes_the_record_of_its_file_once(
-    command: tuple[str, ...], models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    command: tuple[str, ...],
+    models: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    quick_features: None,
 ) -> None:
     folded, out = tmp_path / "folded.onnx", tmp_path / "out.onnx"
     assert main(["fold-bn", str(models / "resnet20-fashion.onnx"), str(folded), "-q"]) == 0

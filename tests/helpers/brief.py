@@ -1,0 +1,29 @@
+"""Less of what takes time, for tests of something else."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import pytest
+
+
+def few_rounds(patch: pytest.MonkeyPatch, rounds: int = 4) -> None:
+    """Take latency from a few rounds, not from those of some seconds."""
+    from onnxcompress.runtime import latency
+
+    original = latency.interleave
+
+    @functools.wraps(original)
+    def few(*args: Any, **options: Any) -> Any:
+        return original(*args, **(options | {"runs": rounds}))
+
+    patch.setattr(latency, "interleave", few)
+    patch.setattr(latency, "_warm", lambda timed, seconds: None)
+
+
+def few_feature_inputs(patch: pytest.MonkeyPatch, count: int = 64) -> None:
+    """Synthesize `count` inputs for the deep layers, not 2048."""
+    from onnxcompress.optimize.reconstruction import feature_inputs
+
+    patch.setattr(feature_inputs, "COUNT", count)
