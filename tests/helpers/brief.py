@@ -27,3 +27,13 @@ def few_feature_inputs(patch: pytest.MonkeyPatch, count: int = 64) -> None:
     from onnxcompress.optimize.reconstruction import feature_inputs
 
     patch.setattr(feature_inputs, "COUNT", count)
+
+
+def few_adapter_steps(patch: pytest.MonkeyPatch, steps: int = 1) -> None:
+    """Score each block by adapters that are trained for fewer steps."""
+    from onnxcompress.optimize.block_drop.recoverability import Scorer
+    from onnxcompress.optimize.block_drop.selection import choose
+
+    functions: tuple[Any, ...] = (choose, Scorer.__init__)
+    for function in functions:
+        patch.setitem(function.__kwdefaults__, "steps", steps)
