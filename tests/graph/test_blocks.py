@@ -194,7 +194,7 @@ def all_dropped_runs(model: Model, found: Discovery, size: tuple[int, ...]) -> N
 
 
 @pytest.mark.zoo
-@pytest.mark.parametrize("variant", map(zoo.parameter, zoo.VARIANTS))
+@pytest.mark.parametrize("variant", zoo.parameters(zoo.VARIANTS))
 def test_all_and_only_the_right_blocks_of_real_networks(variant: str) -> None:
     name = variant.split("-")[0]
     model = load(zoo.path(variant))

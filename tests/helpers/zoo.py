@@ -21,7 +21,7 @@ import sys
 import time
 import types
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from importlib.metadata import version
@@ -81,11 +81,13 @@ CLASSES = 10
 ZOO = ROOT / ".cache" / "zoo"
 
 
-def parameter(variant_or_name: str) -> Any:
-    """A test's parameter; those that a plain run leaves out are marked `larger`."""
-    name, *how = variant_or_name.split("-")
-    larger = name in LARGER or ("dynamo" in how and name not in BOTH)
-    return pytest.param(variant_or_name, marks=pytest.mark.larger if larger else ())
+def parameters(values: Sequence[str]) -> list[Any]:
+    """A test's parameters, NAMES or VARIANTS; those that a plain run leaves out are marked `larger`."""
+
+    def larger(name: str, *how: str) -> bool:
+        return name in LARGER or ("dynamo" in how and name not in BOTH)
+
+    return [pytest.param(v, marks=pytest.mark.larger if larger(*v.split("-")) else ()) for v in values]
 
 
 def path(variant: str) -> Path:

@@ -25,7 +25,7 @@ TOLERANCE = 1e-5
 
 
 @pytest.mark.zoo
-@pytest.mark.parametrize("variant", map(zoo.parameter, zoo.VARIANTS))
+@pytest.mark.parametrize("variant", zoo.parameters(zoo.VARIANTS))
 def test_a_real_network_survives_everything(variant: str) -> None:
     """One test for one file: loading and running a network is what costs."""
     from onnxcompress.optimize.executor import Executor

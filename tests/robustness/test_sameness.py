@@ -25,10 +25,11 @@ from onnxcompress.runtime.cores import prepare_threads
 prepare_threads()
 import pytest
 from onnxcompress.cli.main import main
-from tests.helpers.brief import few_feature_inputs, few_rounds
+from tests.helpers.brief import few_adapter_steps, few_feature_inputs, few_rounds
 patch = pytest.MonkeyPatch()
 few_rounds(patch)
 few_feature_inputs(patch, 320)
+few_adapter_steps(patch, 4)
 sys.exit(max(main(argv) for argv in json.loads(sys.argv[1])))
 """
 """Commands one after the other; 320 inputs of the deep layers are more than are optimized together."""

@@ -34,7 +34,7 @@ def _one_thread() -> Iterator[None]:
         yield
 
 
-@pytest.mark.parametrize("variant", map(zoo.parameter, zoo.VARIANTS))
+@pytest.mark.parametrize("variant", zoo.parameters(zoo.VARIANTS))
 def test_file_is_valid_and_keeps_or_folds_batchnorm_as_named(variant: str) -> None:
     file = zoo.path(variant)
     onnx.checker.check_model(str(file), full_check=True)
@@ -46,7 +46,7 @@ def test_file_is_valid_and_keeps_or_folds_batchnorm_as_named(variant: str) -> No
     assert bool(norms) == (has_norms and (kind == "bn" or not folds_all))
 
 
-@pytest.mark.parametrize("variant", map(zoo.parameter, zoo.VARIANTS))
+@pytest.mark.parametrize("variant", zoo.parameters(zoo.VARIANTS))
 def test_output_matches_torch(variant: str) -> None:
     session = _session(variant)
     for batch, expected in _torch_outputs(variant.split("-")[0]).items():
@@ -57,7 +57,7 @@ def test_output_matches_torch(variant: str) -> None:
         assert np.abs(actual - expected).max() <= 2e-5 * np.abs(expected).max()
 
 
-@pytest.mark.parametrize("name", map(zoo.parameter, zoo.NAMES))
+@pytest.mark.parametrize("name", zoo.parameters(zoo.NAMES))
 def test_output_depends_on_the_input(name: str) -> None:
     outputs = _torch_outputs(name)[3]
     assert outputs.std(axis=0).mean() >= 0.01 * np.abs(outputs).mean()
