@@ -145,11 +145,17 @@ def test_the_script_for_ci(limit: str, code: int, folder: Path, tmp_path: Path) 
     """It compresses, judges, and archives whether the gates were kept or not."""
     (script,) = [text for text in blocks(PAGES[3], "bash") if text.startswith("#!")]
     (folder / "compress.sh").write_text(script)
+    brief = tmp_path / "onnxcompress"
+    brief.write_text(
+        f'#!/bin/sh\nPYTHONPATH="{ROOT}" exec "{sys.executable}" -m tests.helpers.brief "$@"\n'
+    )
+    brief.chmod(0o755)
+    path = {"PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}"}
     limits = {"MAX_SIZE": limit, "MAX_DROP": "100", "STEPS": "2", "OUT": "artifacts"}
     summary = tmp_path / "summary"
     done = subprocess.run(
         ["bash", "compress.sh"],
-        env=os.environ | limits | {"GITHUB_STEP_SUMMARY": str(summary)},
+        env=os.environ | limits | path | {"GITHUB_STEP_SUMMARY": str(summary)},
         capture_output=True,
         text=True,
         check=False,

@@ -1,8 +1,13 @@
-"""Less of what takes time, for tests of something else."""
+"""Less of what takes time, for tests of something else.
+
+`python -m tests.helpers.brief COMMAND ...` is `onnxcompress COMMAND ...` with less of it, as a process.
+"""
 
 from __future__ import annotations
 
 import functools
+import sys
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -37,3 +42,24 @@ def few_adapter_steps(patch: pytest.MonkeyPatch, steps: int = 1) -> None:
     functions: tuple[Any, ...] = (choose, Scorer.__init__)
     for function in functions:
         patch.setitem(function.__kwdefaults__, "steps", steps)
+
+
+def run(calls: Sequence[Sequence[str]]) -> int:
+    """Run command lines one after the other in this process; returns the last exit code."""
+    from onnxcompress.cli.main import main
+    from onnxcompress.runtime.cores import prepare_threads
+
+    prepare_threads()
+    patch, code = pytest.MonkeyPatch(), 0
+    few_rounds(patch)
+    few_feature_inputs(patch, 320)  # more than are optimized together
+    few_adapter_steps(patch, 4)
+    for argv in calls:
+        code = main(argv)
+        if code not in (0, 3):
+            break
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(run([sys.argv[1:]]))

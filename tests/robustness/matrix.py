@@ -153,11 +153,17 @@ RECIPES: Mapping[str, Apply] = {
 }
 
 
-def check(recipe: str, proto: onnx.ModelProto) -> Outcome | None:
+def subject_of(proto: onnx.ModelProto) -> Subject:
+    """A graph with inputs; several recipes may share it, and then its outputs are computed once."""
+    return Subject(Case("matrix", proto.graph.name, proto, feeds(proto)))
+
+
+def check(recipe: str, graph: onnx.ModelProto | Subject) -> Outcome | None:
     """One graph through one recipe; None: nothing computes its outputs. `changed`: by the last pass."""
+    subject = graph if isinstance(graph, Subject) else subject_of(graph)
+    proto = subject.case.model
     kind = onnx.helper.tensor_dtype_to_np_dtype(proto.graph.output[0].type.tensor_type.elem_type)
     tolerance = next(graphs.TOLERANCE[name] for name, one in graphs.TYPES.items() if one == kind)
-    subject = Subject(Case("matrix", recipe, proto, feeds(proto)))
     assert subject.valid, f"drew an invalid model: {invalid(proto)}\n{onnx.printer.to_text(proto)}"
     if subject.runs is None:
         return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from functools import cache
 from typing import Any
 
 import onnx
@@ -10,19 +11,32 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 
 from tests.helpers.graphs import graphs
-from tests.robustness.matrix import RECIPES, check
-from tests.robustness.through_passes import invalid
+from tests.robustness.matrix import RECIPES, check, subject_of
+from tests.robustness.through_passes import Subject, invalid
 
 pytestmark = pytest.mark.slow
 
 EXAMPLES = 200
-drawn = settings(
-    max_examples=EXAMPLES,
-    derandomize=True,  # the same graphs in each run; `python -m tests.robustness.matrix` draws others
-    database=None,
-    deadline=None,
-    suppress_health_check=list(HealthCheck),
-)
+
+
+@cache
+def drawn() -> list[Subject]:
+    """The same graphs for each recipe and in each run; `python -m tests.robustness.matrix` draws others."""
+    found: list[Subject] = []
+
+    @settings(
+        max_examples=EXAMPLES,
+        derandomize=True,
+        database=None,
+        deadline=None,
+        suppress_health_check=list(HealthCheck),
+    )
+    @given(graphs())
+    def keep(proto: onnx.ModelProto) -> None:
+        found.append(subject_of(proto))
+
+    keep()
+    return found
 
 
 CHANGED = {
@@ -44,30 +58,19 @@ CHANGED = {
 def test_outputs_stay(recipe: str) -> None:
     """And enough graphs are changed for that to say something."""
     changed = 0
-
-    @drawn
-    @given(graphs())
-    def look(proto: onnx.ModelProto) -> None:
-        nonlocal changed
-        found = check(recipe, proto)
-        assert found is None or found.kind == "passed", f"{found.why}\n{onnx.printer.to_text(proto)}"
+    for subject in drawn():
+        found = check(recipe, subject)
+        assert found is None or found.kind == "passed", f"{found.why}\n{subject.text}"
         changed += found is not None and found.changed
-
-    look()
     assert changed >= CHANGED[recipe]
 
 
 def test_the_graphs_are_valid_and_hold_the_grid() -> None:
     """What the issue asks of the grid is drawn, so that a pass that gets it wrong is seen."""
     seen: Counter[str] = Counter()
-
-    @drawn
-    @given(graphs())
-    def look(proto: onnx.ModelProto) -> None:
-        assert not invalid(proto)
-        seen.update(_traits(proto))
-
-    look()
+    for subject in drawn():
+        assert not invalid(subject.case.model)
+        seen.update(_traits(subject.case.model))
     rare = {trait: seen[trait] for trait in WANTED if not seen[trait]}
     assert not rare, rare
 

@@ -19,20 +19,7 @@ from tests.benchmarks.sameness import COMMANDS, INT4
 from tests.helpers.paths import ROOT
 
 SEED = "1"
-PROCESS = """
-import json, sys
-from onnxcompress.runtime.cores import prepare_threads
-prepare_threads()
-import pytest
-from onnxcompress.cli.main import main
-from tests.helpers.brief import few_adapter_steps, few_feature_inputs, few_rounds
-patch = pytest.MonkeyPatch()
-few_rounds(patch)
-few_feature_inputs(patch, 320)
-few_adapter_steps(patch, 4)
-sys.exit(max(main(argv) for argv in json.loads(sys.argv[1])))
-"""
-"""Commands one after the other; 320 inputs of the deep layers are more than are optimized together."""
+PROCESS = "import json, sys; from tests.helpers.brief import run; sys.exit(run(json.loads(sys.argv[1])))"
 
 
 def files(folder: Path, threads: int) -> dict[str, str]:

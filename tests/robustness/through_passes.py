@@ -106,6 +106,11 @@ class Subject:
     def __init__(self, case: Case) -> None:
         self.case = case
 
+    @property
+    def text(self) -> str:
+        """Its model, to read."""
+        return onnx.printer.to_text(self.case.model)
+
     @cached_property
     def valid(self) -> bool:
         """Whether onnx's checker accepts it, strict shape inference included."""
