@@ -26,6 +26,7 @@ import pytest
 from onnxcompress.cli.guide import GUIDES
 from onnxcompress.cli.main import COMMANDS, cli, main
 from onnxcompress.passes import CATALOGUE
+from tests.helpers.brief import COMMAND
 from tests.helpers.paths import ROOT
 
 PAGES = [ROOT / "README.md", *(ROOT / "onnxcompress" / "docs" / f"{name}.md" for name in GUIDES)]
@@ -146,9 +147,7 @@ def test_the_script_for_ci(limit: str, code: int, folder: Path, tmp_path: Path) 
     (script,) = [text for text in blocks(PAGES[3], "bash") if text.startswith("#!")]
     (folder / "compress.sh").write_text(script)
     brief = tmp_path / "onnxcompress"
-    brief.write_text(
-        f'#!/bin/sh\nPYTHONPATH="{ROOT}" exec "{sys.executable}" -m tests.helpers.brief "$@"\n'
-    )
+    brief.write_text(f'#!/bin/sh\nexec {shlex.join(COMMAND)} "$@"\n')
     brief.chmod(0o755)
     path = {"PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}"}
     limits = {"MAX_SIZE": limit, "MAX_DROP": "100", "STEPS": "2", "OUT": "artifacts"}

@@ -1,6 +1,6 @@
 """Less of what takes time, for tests of something else.
 
-`python -m tests.helpers.brief COMMAND ...` is `onnxcompress COMMAND ...` with less of it, as a process.
+`python tests/helpers/brief.py COMMAND ...` is `onnxcompress COMMAND ...` with less of it, as a process.
 """
 
 from __future__ import annotations
@@ -11,6 +11,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import pytest
+
+COMMAND = [sys.executable, __file__]
+"""Starts such a process."""
 
 
 def few_rounds(patch: pytest.MonkeyPatch, rounds: int = 4) -> None:

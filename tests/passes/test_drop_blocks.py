@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import signal
 import subprocess
-import sys
 import time
 from collections import Counter
 from pathlib import Path
@@ -24,7 +23,7 @@ from onnxcompress.passes.base import run
 from onnxcompress.passes.drop_blocks import DropBlocks
 from onnxcompress.passes.fold_bn import FoldBatchNorm
 from onnxcompress.statistics.record import write_record
-from tests.helpers.brief import few_rounds
+from tests.helpers.brief import COMMAND, few_rounds
 
 torch = pytest.importorskip("torch")
 pytestmark = pytest.mark.usefixtures("quick_clock")
@@ -261,7 +260,7 @@ def test_interrupted_while_tuning_nothing_is_left(
     resnet: str, arguments: list[str], tmp_path: Path
 ) -> None:
     out = tmp_path / "o.onnx"
-    command = [sys.executable, "-m", "onnxcompress.cli.main", "drop-blocks", resnet, str(out), *arguments]
+    command = [*COMMAND, "drop-blocks", resnet, str(out), *arguments]
     process = subprocess.Popen(
         [*command, "--drop", "blocks.1", "--steps", "100000"],
         stderr=subprocess.PIPE,

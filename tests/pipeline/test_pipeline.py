@@ -37,6 +37,7 @@ from onnxcompress.pipeline.cache_keys import step_key
 from onnxcompress.pipeline.pipeline import PipelineFigures
 from onnxcompress.progress import Progress, silent
 from onnxcompress.runtime.inference import random_feeds
+from tests.helpers.brief import COMMAND
 from tests.helpers.results import figures_of
 
 NET = "resnet20-fashion.onnx"
@@ -307,7 +308,7 @@ def test_killed_in_the_middle_it_resumes(models: Path, tmp_path: Path) -> None:
     out, kept = tmp_path / "o.onnx", ["--cache", str(tmp_path / "cache")]
     command = ["run", str(recipe), str(models / NET), str(out), *kept]
     killed = subprocess.Popen(
-        [sys.executable, "-m", "onnxcompress.cli.main", *command, "-D", "steps=1000000"],
+        [*COMMAND, *command, "-D", "steps=1000000"],
         stderr=subprocess.PIPE,
         text=True,
     )
