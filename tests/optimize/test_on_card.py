@@ -98,8 +98,10 @@ def brief(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, count in FEWER.items():
         monkeypatch.setattr(f"onnxcompress.optimize.reconstruction.{name}", count)
     for function in FEWER_STEPS:
-        monkeypatch.setitem(inspect.unwrap(function).__kwdefaults__, "steps", 3)
-    monkeypatch.setitem(Problem.solve.__kwdefaults__, "refits", 2)
+        unwrapped: Any = inspect.unwrap(function)
+        monkeypatch.setitem(unwrapped.__kwdefaults__, "steps", 3)
+    solve: Any = Problem.solve
+    monkeypatch.setitem(solve.__kwdefaults__, "refits", 2)
 
 
 REFUSED = {("calibrate", "layerwise")}
