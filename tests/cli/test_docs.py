@@ -1,8 +1,8 @@
 """Each command line and Python block of README.md and the guides runs, in order, in a folder with models/.
 
 What is shortened: the .npz files have their first IMAGES images, latency is taken from a few rounds, few
-inputs are made for deep layers, and what is in SHORT is appended to commands that have the option. A GPU's
-provider becomes the CPU's, and loses its options.
+inputs are made for deep layers, adapters are hardly trained, and what is in SHORT is appended to commands
+that have the option. A GPU's provider becomes the CPU's, and loses its options.
 Templates are lines with a word in capitals, which stands for a file: of them only the command is looked up.
 """
 
@@ -26,7 +26,7 @@ import pytest
 from onnxcompress.cli.guide import GUIDES
 from onnxcompress.cli.main import COMMANDS, cli, main
 from onnxcompress.passes import CATALOGUE
-from tests.helpers.brief import COMMAND
+from tests.helpers.brief import COMMAND, few_adapter_steps
 from tests.helpers.paths import ROOT
 
 PAGES = [ROOT / "README.md", *(ROOT / "onnxcompress" / "docs" / f"{name}.md" for name in GUIDES)]
@@ -87,6 +87,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def here(folder: Path, monkeypatch: pytest.MonkeyPatch, quick_clock: None, quick_features: None) -> None:
+    few_adapter_steps(monkeypatch)
     monkeypatch.chdir(folder)
     monkeypatch.setenv("ONNXCOMPRESS_CACHE", str(folder / "cache"))
     monkeypatch.setenv("PATH", str(Path(sys.executable).parent), prepend=os.pathsep)

@@ -185,6 +185,7 @@ def all_dropped_runs(model: Model, found: Discovery, size: tuple[int, ...]) -> N
         onnx.checker.check_model(proto)
         options = onnxruntime.SessionOptions()
         options.log_severity_level, options.intra_op_num_threads = 3, 1
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
         session = onnxruntime.InferenceSession(proto.SerializeToString(), options)
         for batch in (1, 3):
             (out, *_) = session.run(

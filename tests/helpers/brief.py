@@ -18,7 +18,7 @@ COMMAND = [sys.executable, __file__]
 
 def few_rounds(patch: pytest.MonkeyPatch, rounds: int = 4) -> None:
     """Take latency from a few rounds, not from those of some seconds."""
-    from onnxcompress.runtime import latency
+    from onnxcompress.runtime import bootstrap, latency
 
     original = latency.interleave
 
@@ -28,6 +28,7 @@ def few_rounds(patch: pytest.MonkeyPatch, rounds: int = 4) -> None:
 
     patch.setattr(latency, "interleave", few)
     patch.setattr(latency, "_warm", lambda timed, seconds: None)
+    patch.setattr(bootstrap, "RESAMPLES", 100)
 
 
 def few_feature_inputs(patch: pytest.MonkeyPatch, count: int = 64) -> None:
