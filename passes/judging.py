@@ -110,11 +110,12 @@ class Watch:
         return self.measure(_State(self._model), model, exact=self._exact)
 
     def _chosen(self) -> UnseenInputs:
-        from onnxcompress.optimize.unseen_inputs import random_inputs, sized, unseen_inputs
+        from onnxcompress.optimize.unseen_inputs import EXACT_RUNS, random_inputs, sized, unseen_inputs
 
         if self._inputs is None:
             if self._exact:
-                self._inputs = random_inputs(sized(self._model, self._learned, self._judged_by))
+                own = sized(self._model, self._learned, self._judged_by)
+                self._inputs = random_inputs(own, EXACT_RUNS)
             else:
                 self._inputs = unseen_inputs(self._model, self._learned, self._judged_by)
         return self._inputs

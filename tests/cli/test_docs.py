@@ -209,6 +209,7 @@ JSON = {
     "`run`": ["run", "j.yaml", NET, "j.onnx"],
     "with `--dry-run`": ["fold-bn", NET, "j.onnx", "--dry-run"],
     "`inspect`": ["inspect", NET],
+    "`cache`": ["cache"],
     "`benchmark`": ["benchmark", NET],
     "`evaluate`": ["evaluate", NET, "--images", "models/fashion-tiny.npz"],
     "`compare`": ["compare", NET, NET],
