@@ -179,8 +179,8 @@ def _against_onnxruntime(
     inputs = np.random.default_rng(0).normal(size=(IMAGES, *sizes)).astype(np.float32)
     np.save(folder / "inputs.npy", inputs)
     code = (
-        "import numpy as np; from tests.benchmarks.quantize import _static; "
-        f"_static({net!r}, 'peer.onnx', np.load('inputs.npy'), True)"
+        "import numpy as np; from tests.benchmarks.quantize import onnxruntime_static; "
+        f"onnxruntime_static({net!r}, 'peer.onnx', np.load('inputs.npy'), True)"
     )
     own = [*OWN, "quantize", net, "out.onnx", *how, "--effort", "fast", "--no-cache"]
     return [
