@@ -26,7 +26,7 @@ def exports_of_the_present() -> Iterator[None]:
 
     def checked(model: Model) -> Any:
         proto, tensors = kept(model)
-        now, values = model.exported()
+        now, values = model._new_export()
         assert proto == now, "an export of an earlier state"
         assert [t for t, _ in tensors] == [t for t, _ in values], "tensors of an earlier state"
         assert all(a is b for (_, a), (_, b) in zip(tensors, values, strict=True)), "earlier values"

@@ -5,7 +5,8 @@ envelope + nodes + initializers --export--> skeleton, tensors --with_values / wi
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from operator import is_not
 
 import onnx
 import onnx_graphsurgeon as gs
@@ -17,6 +18,8 @@ from onnxcompress.model.origins import NodeOrigin, TensorOrigin, export_node, ex
 
 Exported = tuple[onnx.ModelProto, list[tensor_storage.Stored]]
 """A model without initializers, and its initializers, each with raw data where its proto lacks it."""
+KeptExport = tuple[list[object], Exported]
+"""An export, and the `graph_parts` that it was made of."""
 
 
 def export(
@@ -76,6 +79,23 @@ def graph_parts(graph: gs.Graph) -> list[object]:
             if isinstance(tensor, gs.Constant):
                 parts.append(tensor._values)
     return parts
+
+
+def current(kept: KeptExport | None, graph: gs.Graph, make: Callable[[], Exported]) -> KeptExport:
+    """Return the export of a graph as it is now.
+
+    Args:
+        kept: An earlier export, if there is one.
+        graph: The graph.
+        make: Exports the graph.
+
+    Returns:
+        The kept export where the graph is still made of the same objects, else a new one.
+    """
+    parts = graph_parts(graph)
+    if kept is None or len(kept[0]) != len(parts) or any(map(is_not, kept[0], parts)):
+        return parts, make()
+    return kept
 
 
 def copy_exported(exported: Exported, metadata: Iterable[onnx.StringStringEntryProto]) -> Exported:

@@ -12,9 +12,7 @@ its original proto, and the export starts from that and writes only what a pass 
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from operator import is_not
 from typing import Any, TypeVar
 
 import numpy as np
@@ -25,19 +23,33 @@ from onnx_graphsurgeon.ir.tensor import LazyValues
 from onnxcompress.errors import ModelError
 from onnxcompress.model import tensor_storage
 from onnxcompress.model.envelope import open_unset_sizes, without_contents
-from onnxcompress.model.export import Exported, copy_exported, export, graph_parts, with_inputs, with_values
+from onnxcompress.model.export import (
+    Exported,
+    KeptExport,
+    copy_exported,
+    current,
+    export,
+    graph_parts,
+    with_inputs,
+    with_values,
+)
+from onnxcompress.model.file_metadata import FileMetadata
 from onnxcompress.model.gs_import import import_graph
-from onnxcompress.model.origins import export_node, node_origins, sparse_origins, tensor_origins
-from onnxcompress.model.provenance import PROVENANCE, parse_provenance
+from onnxcompress.model.origins import (
+    export_node,
+    node_origins,
+    sparse_origins,
+    tensor_names,
+    tensor_origins,
+)
 from onnxcompress.model.stored_values import StoredValues, check_tensors
 from onnxcompress.model.validation import check_graph
-from onnxcompress.version import __version__
 
 Shape = tuple[int | str | None, ...]
 Derived = TypeVar("Derived")
 
 
-class Model:
+class Model(FileMetadata):
     """An ONNX model in memory: `load` or `Model.from_proto` creates it, `save` writes it."""
 
     def __init__(
@@ -51,7 +63,7 @@ class Model:
         self.external_files = {v.file.path for v in external}
         self.input_digest: Callable[[], str] | None = None
         self._analyses: dict[Callable[[Model], Any], Any] = {}
-        self._exports: tuple[list[object], Exported] | None = None
+        self._kept_export: KeptExport | None = None
         self._parsed: dict[tuple[str, str | None], Any] = {}
         self.assumed: dict[str, Shape] = {}
         """Shapes of inputs with sizes in place of dimensions that the file leaves open; see `assume`."""
@@ -110,83 +122,19 @@ class Model:
     def names(self) -> set[str]:
         """Names of all tensors, past ones since the last `touch` included; add each name that you give."""
         if self._names is None:
-            self._names = set(self.graph.tensors()) | self.sparse_names
-            self._names |= {t.name for t in self.graph.inputs}
-            self._names |= {origin.constant.name for origin in self._tensors}
-            for subgraph in self.graph.subgraphs(recursive=True):
-                self._names |= set(subgraph.tensors())
+            self._names = tensor_names(self.graph, self._tensors) | self.sparse_names
         return self._names
 
     def in_body(self, node: gs.Node) -> bool:
-        """Return whether a node of the model is in a body of an If, Loop or Scan: never edited."""
-        return id(node) in self._inner
-
-    @property
-    def opset(self) -> int:
-        """Version of the default operator set; 1 where the file names none."""
-        versions = [o.version for o in self._envelope.opset_import if o.domain in ("", "ai.onnx")]
-        return max(versions, default=1)
-
-    @property
-    def ir_version(self) -> int:
-        """Version of ONNX's intermediate representation."""
-        return int(self._envelope.ir_version)
-
-    @property
-    def sparse_names(self) -> set[str]:
-        """Names of the sparse initializers."""
-        return {sparse.values.name for sparse in self._envelope.graph.sparse_initializer}
-
-    @property
-    def functions(self) -> Sequence[onnx.FunctionProto]:
-        """The model's local functions, as in the file."""
-        return list(self._envelope.functions)
-
-    @property
-    def producer(self) -> str:
-        """Name and version of the tool that exported the model."""
-        return f"{self._envelope.producer_name} {self._envelope.producer_version}".strip()
-
-    @property
-    def metadata(self) -> dict[str, str]:
-        """A copy of the model's metadata_props."""
-        return {p.key: p.value for p in self._envelope.metadata_props}
-
-    def set_metadata(self, key: str, value: str | None) -> None:
-        """Set or remove an entry of metadata_props.
+        """Return whether a node is inside the body of an If, Loop or Scan. Bodies are never edited.
 
         Args:
-            key: The entry's key.
-            value: Its value; None removes the entry.
-        """
-        if self.metadata.get(key) == value:
-            return
-        self.input_digest = None  # `save` would no longer write what was read
-        entries = self._envelope.metadata_props
-        for at in [i for i, p in enumerate(entries) if p.key == key][::-1]:
-            if value is None:
-                del entries[at]
-            else:
-                entries[at].value = value
-                return
-        if value is not None:
-            entries.add(key=key, value=value)
-
-    def parsed_metadata(self, key: str, parse: Callable[[str | None], Derived]) -> Derived:
-        """Parse an entry of metadata_props, each value once for the model and its copies.
-
-        Args:
-            key: The entry's key.
-            parse: A function of its value, None where there is none; always the same for a key.
+            node: Any node of the model.
 
         Returns:
-            What it returned; all callers share the object, so it must not be changed.
+            False for nodes of the main graph.
         """
-        value = self.metadata.get(key)
-        if (key, value) not in self._parsed:
-            self._parsed[key, value] = parse(value)
-        result: Derived = self._parsed[key, value]
-        return result
+        return id(node) in self._inner
 
     def touch(self) -> None:
         """Discard everything derived from the graph, after a change to it."""
@@ -255,12 +203,19 @@ class Model:
         twin.assumed = dict(self.assumed)
         twin.input_digest = self.input_digest
         twin._parsed = self._parsed
-        if edit is None and self._exports is not None:  # what the copy exports need not be made again
-            twin._exports = (graph_parts(twin.graph), self._exports[1])
+        if edit is None and self._kept_export is not None:  # what the copy exports need not be made again
+            twin._kept_export = (graph_parts(twin.graph), self._kept_export[1])
         return twin
 
     def same_state(self, other: Model) -> bool:
-        """Return whether this is a copy of another model, and neither was changed since."""
+        """Return whether this is a copy of another model, and neither was changed since.
+
+        Args:
+            other: The other model.
+
+        Returns:
+            Whether both write the same file, but for the metadata.
+        """
         return self._export_now() is other._export_now()
 
     def become(self, other: Model) -> None:
@@ -275,30 +230,6 @@ class Model:
         self.__dict__.update(other.__dict__ | kept)
         self.touch()
 
-    def provenance(self) -> list[dict[str, Any]]:
-        """Read from the metadata which passes made this model.
-
-        Returns:
-            Entries with `pass`, `options`, `version`, `input_sha256` and perhaps `inputs`, oldest first.
-        """
-        return parse_provenance(self.metadata.get(PROVENANCE, "[]"))
-
-    def add_provenance(
-        self, name: str, options: dict[str, Any], digest: str, inputs: Any | None = None
-    ) -> None:
-        """Append an entry to the provenance in the metadata.
-
-        Args:
-            name: The pass.
-            options: Its options, as JSON.
-            digest: SHA-256 of the model that it was given, in hexadecimal.
-            inputs: Source, count and seed of the inputs that it learned from, as JSON.
-        """
-        entry = {"pass": name, "options": options, "version": __version__, "input_sha256": digest}
-        if inputs is not None:
-            entry["inputs"] = inputs
-        self.set_metadata(PROVENANCE, json.dumps([*self.provenance(), entry]))
-
     def digest(self) -> str:
         """Compute the SHA-256 of the model as it was read or, once changed, as `save` would write it.
 
@@ -307,7 +238,7 @@ class Model:
         """
         if self.input_digest is not None:
             return self.input_digest()
-        return tensor_storage.digest(*self.exported())
+        return tensor_storage.digest(*self._new_export())
 
     def to_proto(self) -> onnx.ModelProto:
         """Export the complete model, with all weights in memory; from 2 GB on protobuf cannot serialize it.
@@ -328,7 +259,7 @@ class Model:
         """
         return with_inputs(*self._export())
 
-    def exported(self) -> Exported:
+    def _new_export(self) -> Exported:
         """Export the model as `save` writes it: the graph, and its initializers apart."""
         return export(self._envelope, self.graph, self._nodes, self._tensors, self._sparse)
 
@@ -338,11 +269,8 @@ class Model:
 
     def _export_now(self) -> Exported:
         """Return the export of this state of the graph; that it is of this state is checked each time."""
-        parts = graph_parts(self.graph)
-        kept = self._exports
-        if kept is None or len(kept[0]) != len(parts) or any(map(is_not, kept[0], parts)):
-            kept = self._exports = (parts, self.exported())
-        return kept[1]
+        self._kept_export = current(self._kept_export, self.graph, self._new_export)
+        return self._kept_export[1]
 
     def node_proto(self, node: gs.Node) -> onnx.NodeProto:
         """Export a node of the main graph.

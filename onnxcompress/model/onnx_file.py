@@ -61,5 +61,5 @@ def save(model: Model, path: str | os.PathLike[str]) -> None:
     Raises:
         ModelError: The folder cannot be written, or a file that holds weights was cut short.
     """
-    proto, tensors = model.exported()
+    proto, tensors = model._new_export()
     tensor_storage.save(Path(path), proto, tensors, external=model.external_data)

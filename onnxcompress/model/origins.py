@@ -57,6 +57,21 @@ def node_origins(graph: gs.Graph, proto: onnx.ModelProto) -> dict[int, NodeOrigi
     }
 
 
+def tensor_names(graph: gs.Graph, origins: list[TensorOrigin]) -> set[str]:
+    """Collect the names of tensors that a graph has, or had when it was read.
+
+    Args:
+        graph: The main graph.
+        origins: Origins of the file's initializers.
+
+    Returns:
+        The names, those inside bodies included.
+    """
+    names = set(graph.tensors()) | {t.name for t in graph.inputs}
+    names |= {origin.constant.name for origin in origins}
+    return names.union(*(body.tensors() for body in graph.subgraphs(recursive=True)))
+
+
 def tensor_origins(
     graph: gs.Graph, proto: onnx.ModelProto, stored: dict[int, LazyValues | np.ndarray]
 ) -> list[TensorOrigin]:

@@ -24,10 +24,24 @@ class ValueStore(Protocol):
     """Where values are kept."""
 
     def find_values(self, kind: str, parts: Mapping[str, Any]) -> Values | None:
-        """Look up values; None where they are missing or damaged."""
+        """Look up values.
+
+        Args:
+            kind: What they are.
+            parts: All that they depend on, as JSON values.
+
+        Returns:
+            The values; None where they are missing or damaged.
+        """
 
     def store_values(self, kind: str, parts: Mapping[str, Any], values: Values) -> None:
-        """Keep values, where that is possible."""
+        """Keep values, where that is possible.
+
+        Args:
+            kind: What they are.
+            parts: All that they depend on, as JSON values.
+            values: The values.
+        """
 
 
 _store: ContextVar[ValueStore | None] = ContextVar("store", default=None)

@@ -51,7 +51,7 @@ def test_a_graph_is_walked_once_for_each_state(
     """Blocks and features, the trial batch, scores, what is left after a drop, and the repair."""
     walked: list[Model] = []
     exported: list[Model] = []
-    make, export = Topology.__init__, Model.exported
+    make, export = Topology.__init__, Model._new_export
 
     def counted(self: Topology, model: Model) -> None:
         walked.append(model)
@@ -62,7 +62,7 @@ def test_a_graph_is_walked_once_for_each_state(
         return export(model)
 
     monkeypatch.setattr(Topology, "__init__", counted)
-    monkeypatch.setattr(Model, "exported", counted_export)
+    monkeypatch.setattr(Model, "_new_export", counted_export)
     monkeypatch.setattr(Model, "_export", Model._export.unchecked)  # type: ignore[attr-defined]
     net, out = models / "resnet20-fashion.onnx", tmp_path / "out.onnx"
     argv = ["drop-blocks", str(net), str(out), "--blocks", "1", "--steps", "0", "--synthetic", "8"]

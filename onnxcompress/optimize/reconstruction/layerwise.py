@@ -257,19 +257,15 @@ class LayerwiseReconstruction(NetworkWalk, ABC):
         """
 
         def sums(batch: Batch) -> tuple[Tensor, int]:
+            name = layer.linear.output_name
             feeds = {layer.linear.input_name: self.input_of(layer, batch)}
-            made = self.own_executor.run(feeds, [layer.linear.output_name], self.own)[
-                layer.linear.output_name
-            ]
-            error = self.unaligned(layer, batch.teacher[layer.linear.output_name]) - self.unaligned(
-                layer, made
-            )
+            made = self.own_executor.run(feeds, [name], self.own)[name]
+            error = self.unaligned(layer, batch.teacher[name]) - self.unaligned(layer, made)
             axes = [axis for axis in range(error.ndim) if axis != 1]
             return error.double().sum(axes), error.numel() // error.shape[1]
 
         totals, counts = zip(*self.each(sums), strict=True)
-        mean: Tensor = torch.stack(totals).sum(0) / sum(counts)
-        return mean.float()
+        return torch.stack(totals).sum(0).div(sum(counts)).float()
 
     def noise_of(self, layer: QuantizedLayer) -> float:
         """Measure the squared error of the fitted layer's output, over the variance of the teacher's.
@@ -280,7 +276,6 @@ class LayerwiseReconstruction(NetworkWalk, ABC):
         Returns:
             The ratio.
         """
-
         name = layer.linear.output_name
 
         def sums(batch: Batch) -> Tensor:

@@ -75,6 +75,7 @@ class ChannelGroup:
 
     @property
     def top(self) -> float | None:
+        """The lowest upper end of its Clips; None: it has none."""
         return min(self.tops, default=None)
 
 
