@@ -129,6 +129,17 @@ class Pass(ABC):
         """
         return
 
+    def is_repeatable(self, figures: Figures) -> bool:
+        """Return whether another run would come to the same result: a cache keeps no other.
+
+        Args:
+            figures: The figures of a result.
+
+        Returns:
+            False where a target was missed: the next run is to try again.
+        """
+        return not figures.target_missed
+
     @abstractmethod
     def apply(self, model: Model, progress: Progress = silent) -> PassResult[Figures | None]:
         """Transform `model` in place.

@@ -66,6 +66,20 @@ class DropBlocks(DropBlocksOptions, Pass):
     needs: ClassVar[tuple[str, ...]] = ("torch", "onnxruntime")
     floors: ClassVar[Floors] = LOSSY
 
+    def is_repeatable(self, figures: Figures) -> bool:
+        """Return whether another run would choose the same blocks.
+
+        Args:
+            figures: The figures of a result.
+
+        Returns:
+            False where the target was missed, or blocks were chosen by the latency of a disturbed clock.
+        """
+        if self.latency_reduction is not None and isinstance(figures, DropBlocksFigures):
+            disturbed = figures.clock == "processor" or figures.noisy_latency
+            return super().is_repeatable(figures) and not disturbed
+        return super().is_repeatable(figures)
+
     def apply(self, model: Model, progress: Progress = silent) -> PassResult[DropBlocksFigures]:
         """Drop blocks in place.
 

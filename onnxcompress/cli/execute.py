@@ -193,7 +193,9 @@ def _warn_few(run: Run) -> None:
         count = sum(source.count for source in step.result.inputs)
         learned = not step.pass_.preserves_function and step.pass_.name not in MEASURING
         measured = step.result.measured
-        learned &= measured is None or measured.effort != "fast"  # few inputs are enough for closed forms
+        given = (getattr(step.pass_, name, None) for name in ("synthetic", "images"))
+        if measured is not None and measured.effort is not None:  # its counts are enough for what it does
+            learned &= measured.effort != "fast" and any(given)
         if learned and step.result.modified and 0 < count < FEW:
             click.echo(
                 f"warning: {step.pass_.name} learned from {count} images and fits them better than others: "

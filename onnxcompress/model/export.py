@@ -67,7 +67,7 @@ def graph_parts(graph: gs.Graph) -> list[object]:
         graph: The graph.
 
     Returns:
-        Nodes, their operators, attributes and tensors, names of tensors, and values of constants, in order.
+        Nodes, their operators, attributes and tensors, with names, types, shapes and constants' values.
     """
     parts: list[object] = []
     for tensor in (*graph.inputs, *graph.outputs):
@@ -76,8 +76,7 @@ def graph_parts(graph: gs.Graph) -> list[object]:
         parts += (node, node.op, node.name, node.domain, *node.attrs, *node.attrs.values())
         for tensor in (*node.inputs, *node.outputs):
             parts += (tensor, tensor.name)
-            if isinstance(tensor, gs.Constant):
-                parts.append(tensor._values)
+            parts += (tensor._values,) if isinstance(tensor, gs.Constant) else (tensor.dtype, tensor.shape)
     return parts
 
 

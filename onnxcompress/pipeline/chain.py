@@ -153,7 +153,8 @@ class Chain:
         if result.modified:
             digest = self._digest = model.digest()
             model.input_digest = lambda: digest
-        self._cache.store(key, model, result, seconds)
+        if pass_.is_repeatable(result.figures):
+            self._cache.store(key, model, result, seconds)
 
 
 def named_progress(progress: Progress, pass_: Pass, count: int) -> Progress:

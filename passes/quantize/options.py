@@ -108,7 +108,8 @@ class QuantizeOptions(InputOptions):
         Returns:
             Options with their values, as on the command line.
         """
-        found = ["--weight-bits 8"] if self.weight_bits < 8 else []
+        found = ["--effort best"] if self.effort != "best" else []
+        found += ["--weight-bits 8"] if self.weight_bits < 8 else []
         if self.activation_bits:
             found.append("--activation-bits 8" if self.activation_bits < 8 else "--activation-bits 0")
         if not self.images:

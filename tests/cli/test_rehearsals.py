@@ -115,8 +115,9 @@ def test_few_images_are_warned_of(net: str, tmp_path: Path, capsys: pytest.Captu
     command = ["quantize", net, str(tmp_path / "out.onnx"), "--inputs", "procedural", "--quiet"]
     assert main([*command, "--synthetic", "8"]) == 0
     assert "warning: quantize learned from 8 images" in capsys.readouterr().err
-    assert main([*command, "--synthetic", "64"]) == 0
-    assert "warning" not in capsys.readouterr().err
+    for enough in (["--synthetic", "64"], ["--effort", "balanced"]):
+        assert main([*command, *enough]) == 0
+        assert "warning" not in capsys.readouterr().err
 
 
 def test_messages_name_the_stream_and_no_temporary_file(

@@ -4,25 +4,39 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
 
+from onnxcompress.account import Change, Figures
 from onnxcompress.cli.main import main
+from onnxcompress.graph.blocks import find_blocks
 from onnxcompress.model import Model, load
 from onnxcompress.optimize.block_drop import pipeline
+from onnxcompress.optimize.block_drop.figures import DropBlocksFigures
+from onnxcompress.optimize.block_drop.kept_scores import latency_shares
 from onnxcompress.optimize.block_drop.pipeline import Dropper
 from onnxcompress.optimize.block_drop.recoverability import Recovery, Scorer
 from onnxcompress.optimize.calibration import InputRequest, gather_inputs
 from onnxcompress.optimize.intermediate_results import keep, keeping, kept
 from onnxcompress.optimize.synthesis import distillation
+from onnxcompress.passes.base import Pass, PassResult
 from onnxcompress.pipeline.cache import VALUES, Cache
-from onnxcompress.runtime.block_latency import Stopwatch
+from onnxcompress.pipeline.pipeline import Pipeline
+from onnxcompress.progress import Progress, silent
+from onnxcompress.runtime.block_latency import LatencyChange, Share, Stopwatch
 from tests.optimize.test_block_drop import FAST, network
 
 NET = "resnet20-fashion.onnx"
+
+
+@pytest.fixture
+def undisturbed_clock(fixed_clock: Callable[..., None]) -> None:
+    """A clock whose latency shares are worth keeping."""
+    fixed_clock([10, 6, 9.5, 8], [10, 8])
 
 
 class Killed(Exception):
@@ -41,7 +55,7 @@ def kill(*arguments: Any, **options: Any) -> Any:
     raise Killed
 
 
-@pytest.mark.usefixtures("quick_clock")
+@pytest.mark.usefixtures("undisturbed_clock")
 def test_a_run_killed_after_scoring_repeats_without_scoring(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -60,7 +74,7 @@ def test_a_run_killed_after_scoring_repeats_without_scoring(
         dropped()
 
 
-@pytest.mark.usefixtures("quick_clock")
+@pytest.mark.usefixtures("undisturbed_clock")
 def test_a_run_killed_while_it_scores_scores_only_the_other_blocks(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -138,7 +152,7 @@ def test_what_is_kept_is_shown_bounded_and_deleted(
     assert [file.name for file in cache.folder.iterdir()] == ["mine.txt"]
 
 
-@pytest.mark.usefixtures("quick_clock")
+@pytest.mark.usefixtures("undisturbed_clock")
 def test_a_repeated_command_gives_the_result_that_was_kept(
     models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -153,3 +167,54 @@ def test_a_repeated_command_gives_the_result_that_was_kept(
     assert (first["cached"], again["cached"], run("--no-cache")["cached"]) == (False, True, False)
     assert first | {"cached": True} == again
     assert not run(*where, "--seed", "1")["cached"]
+
+
+@pytest.mark.parametrize(
+    ("jitter", "clock", "times"), [(0.0, "wall", 1), (0.9, "wall", 2), (0.0, "processor", 2)]
+)
+def test_shares_of_a_disturbed_clock_are_measured_again(
+    jitter: float, clock: str, times: int, tmp_path: Path
+) -> None:
+    measured: list[int] = []
+    blocks = find_blocks(network()).blocks
+
+    def measure() -> dict[str, Share]:
+        measured.append(1)
+        return {b.exit: Share(0.1, 0.1 - jitter / 2, 0.1 + jitter / 2) for b in blocks}
+
+    with keeping(Cache(tmp_path / "cache")):
+        for _ in range(2):
+            latency_shares(blocks, measure, lambda: clock == "wall", {"model": "m"}, silent)
+    assert len(measured) == times
+
+
+@dataclass(frozen=True)
+class Missing(Pass):
+    """Miss a target, and count how often that was tried."""
+
+    name: ClassVar[str] = "missing"
+    calls: ClassVar[list[str]] = []
+
+    def apply(self, model: Model, progress: Progress = silent) -> PassResult[Figures]:
+        self.calls.append(self.name)
+        model.set_metadata("missed", "yes")
+        return PassResult([Change("model", "marked")], measured=Figures(target_missed="try again"))
+
+
+def test_a_result_that_missed_its_target_is_not_kept(models: Path, tmp_path: Path) -> None:
+    for _ in range(2):
+        Pipeline([Missing()]).run(load(models / NET), cache=Cache(tmp_path / "cache"))
+    assert len(Missing.calls) == 2
+
+
+def test_blocks_chosen_by_a_disturbed_clock_are_chosen_again() -> None:
+    by_latency, by_count = replace(FAST, latency_reduction=20.0), replace(FAST, blocks=1)
+    calm = _figures()
+    assert by_latency.is_repeatable(calm)
+    for disturbed in (replace(calm, clock="processor"), replace(calm, noisy_latency=True)):
+        assert not by_latency.is_repeatable(disturbed)
+        assert by_count.is_repeatable(disturbed)
+
+
+def _figures() -> DropBlocksFigures:
+    return DropBlocksFigures("y", "", LatencyChange(2.0, 1.0, 0.5, 0.4, 0.6), "wall", ())

@@ -14,41 +14,45 @@ import numpy as np
 
 from onnxcompress.graph.blocks import Block
 from onnxcompress.optimize.block_drop.recoverability import Scorer
-from onnxcompress.optimize.intermediate_results import Parts, Values, find_kept, keep, kept
+from onnxcompress.optimize.intermediate_results import Parts, find_kept, keep
 from onnxcompress.progress import Progress
-from onnxcompress.runtime.block_latency import Share
+from onnxcompress.runtime.block_latency import Share, noisy
 
 
 def latency_shares(
     blocks: Sequence[Block],
     measure: Callable[[], Mapping[str, Share]],
+    undisturbed: Callable[[], bool],
     context: Mapping[str, Any],
     progress: Progress,
 ) -> dict[str, Share]:
     """Return the latency share of each block, measured now or earlier on this machine.
 
+    Shares of a disturbed clock are not kept: the next run is to measure anew.
+
     Args:
         blocks: The blocks.
         measure: Measures the shares, by exits of the blocks.
+        undisturbed: Whether, once they are measured, nothing else on the machine disturbed the clock.
         context: What they depend on: the model and how it runs, as JSON values.
         progress: Called with the stage, the steps done and the steps in all.
 
     Returns:
         The shares by exits.
     """
-    stage = "measuring latency shares"
-
-    def measured() -> Values:
-        progress(stage, 0, 1)
-        shares = measure()
-        progress(stage, 1, 1)
-        rows = [(share.value, share.low, share.high) for share in (shares[exit] for exit in exits)]
-        return {"rows": np.array(rows, np.float64)}
-
+    kind, stage = "latency shares", "measuring latency shares"
     exits = [block.exit for block in blocks]
-    parts = {**context, "blocks": exits, "machine": platform.node()}
-    rows = kept("latency shares", lambda: parts, measured)["rows"]
-    return {exit: Share(*row) for exit, row in zip(exits, rows.tolist(), strict=True)}
+    parts: Parts = partial(dict, context, blocks=exits, machine=platform.node())
+    found = find_kept(kind, parts)
+    if found is not None:
+        return {exit: Share(*row) for exit, row in zip(exits, found["rows"].tolist(), strict=True)}
+    progress(stage, 0, 1)
+    shares = dict(measure())
+    progress(stage, 1, 1)
+    if undisturbed() and not noisy(shares):
+        rows = [(share.value, share.low, share.high) for share in (shares[exit] for exit in exits)]
+        keep(kind, parts, {"rows": np.array(rows, np.float64)})
+    return shares
 
 
 def recoverabilities(

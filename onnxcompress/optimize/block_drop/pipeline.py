@@ -182,7 +182,9 @@ class Dropper:
             return
         blocks = self.discovery.blocks
         measure = partial(self.stopwatch.shares, self.model, blocks)
-        self.shares = latency_shares(blocks, measure, self._scores_of(), self.progress)
+        self.shares = latency_shares(
+            blocks, measure, lambda: self.stopwatch.clock == "wall", self._scores_of(), self.progress
+        )
         fitting("scoring", self.scoring_batch, self._recover)
         if file:
             write_scores(file, self._scores_of(), [as_json(row) for row in self._rows()])
