@@ -74,10 +74,29 @@ class Additivity:
     measured: Share
 
 
+def without_each_kind(model: Model, blocks: Sequence[Block]) -> dict[str, Model]:
+    """Copy the model without one block of each kind, since blocks of the same kind take the same time.
+
+    Args:
+        model: The whole model.
+        blocks: Blocks that can be dropped.
+
+    Returns:
+        The copies, by `Block.signature`.
+    """
+    variants: dict[str, Model] = {}
+    for block in blocks:
+        if block.signature not in variants:
+            variants[block.signature] = model.copy()
+            drop_block(variants[block.signature], block)
+    return variants
+
+
 def latency_shares(
     model: Model,
     blocks: Sequence[Block],
     *,
+    without: Mapping[str, Model] | None = None,
     provider: ProviderLike = "auto",
     batch: int = 1,
     threads: int = 0,
@@ -90,6 +109,7 @@ def latency_shares(
     Args:
         model: The whole model.
         blocks: Blocks that can be dropped.
+        without: What `without_each_kind` returns for them; None: they are made here.
         provider: The execution provider.
         batch: Images per run.
         threads: Threads of one operator; 0: all cores.
@@ -105,14 +125,9 @@ def latency_shares(
         ModelError: onnxruntime refuses the model.
         RuntimeUnavailable: The provider cannot start.
     """
-    kinds = list(dict.fromkeys(b.signature for b in blocks))
-    variants: dict[str, Model] = {"": model}
-    for kind in kinds:
-        twin = model.copy()
-        drop_block(twin, next(block for block in blocks if block.signature == kind))
-        variants[kind] = twin
+    variants = without_each_kind(model, blocks) if without is None else without
     timings = benchmark(
-        variants,
+        {"": model, **variants},
         provider=provider,
         batch=batch,
         threads=threads,
@@ -121,7 +136,7 @@ def latency_shares(
         seed=seed,
         clock=clock,
     )
-    shares = {kind: _share(ratio(timings[""], timings[kind])) for kind in kinds}
+    shares = {kind: _share(ratio(timings[""], timings[kind])) for kind in variants}
     return {b.exit: shares[b.signature] for b in blocks}
 
 
@@ -224,10 +239,11 @@ class Stopwatch:
         Raises:
             CompressError: As `latency_shares`.
         """
-        shares = latency_shares(model, blocks, **self._how())
+        without = without_each_kind(model, blocks)
+        shares = latency_shares(model, blocks, without=without, **self._how())
         if not noisy(shares) or not self._turn_to_processor():
             return shares
-        return latency_shares(model, blocks, **self._how())
+        return latency_shares(model, blocks, without=without, **self._how())
 
     def compare(self, before: Model, after: Model, seconds: float) -> LatencyChange:
         """Measure the ratio of the latencies of two models.
