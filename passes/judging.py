@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from onnxcompress.evaluation.fidelity import Fidelity
     from onnxcompress.optimize.calibration import InputRequest
-    from onnxcompress.optimize.unseen_inputs import UnseenInputs
+    from onnxcompress.runtime.random_inputs import UnseenInputs
 
 
 class Watch:
@@ -110,12 +110,17 @@ class Watch:
         return self.measure(_State(self._model), model, exact=self._exact)
 
     def _chosen(self) -> UnseenInputs:
-        from onnxcompress.optimize.unseen_inputs import EXACT_RUNS, random_inputs, sized, unseen_inputs
+        from onnxcompress.runtime.random_inputs import EXACT_ROWS, has_open_sizes, random_inputs
 
         if self._inputs is None:
+            if self._exact and not has_open_sizes(self._model):
+                self._inputs = random_inputs(self._model, EXACT_ROWS)
+                return self._inputs
+            from onnxcompress.optimize.unseen_inputs import sized, unseen_inputs
+
             if self._exact:
                 own = sized(self._model, self._learned, self._judged_by)
-                self._inputs = random_inputs(own, EXACT_RUNS)
+                self._inputs = random_inputs(own, EXACT_ROWS)
             else:
                 self._inputs = unseen_inputs(self._model, self._learned, self._judged_by)
         return self._inputs

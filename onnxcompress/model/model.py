@@ -12,6 +12,7 @@ its original proto, and the export starts from that and writes only what a pass 
 from __future__ import annotations
 
 import hashlib
+import io
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -250,6 +251,19 @@ class Model(FileMetadata):
             ModelError: A file that holds weights was cut short.
         """
         return with_values(*self._export())
+
+    def to_bytes(self) -> bytes:
+        """Serialize the complete model, with one copy of its weights in memory; it must be below 2 GB.
+
+        Returns:
+            A serialized ModelProto, as `save` writes it.
+
+        Raises:
+            ModelError: A file that holds weights was cut short.
+        """
+        buffer = io.BytesIO()
+        tensor_storage.write(buffer, *self._export())
+        return buffer.getvalue()
 
     def skeleton(self) -> onnx.ModelProto:
         """Export the model with its large initializers as graph inputs: a small, valid model to analyse.

@@ -219,7 +219,7 @@ def runnable(model: ModelLike) -> Iterator[str | bytes]:
             raise ModelError(f"{label(model)}: too large for memory; give its path") from error
         yield data
     elif weight_bytes(model) < _IN_MEMORY_LIMIT:
-        yield model.to_proto().SerializeToString()
+        yield model.to_bytes()
     else:
         with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
             path = os.path.join(folder, "model.onnx")

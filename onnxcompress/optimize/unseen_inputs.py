@@ -1,4 +1,4 @@
-"""Inputs that no pass of a chain learned from, to judge by what the chain makes.
+"""Choose inputs that no pass of a chain learned from, to judge by what the chain makes.
 
 | what                 | where                                                                       |
 |----------------------|-----------------------------------------------------------------------------|
@@ -10,8 +10,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -20,11 +20,11 @@ from onnxcompress.data.image_set import ImageSet, as_type, check_fits, image_cou
 from onnxcompress.data.preprocess import choose
 from onnxcompress.errors import CompressError, InputError, ModelError
 from onnxcompress.model import Model
-from onnxcompress.model.model_like import input_specs
 from onnxcompress.optimize.calibration import InputRequest, assume_sizes
 from onnxcompress.optimize.synthesis.drawn_inputs import Samples
 from onnxcompress.optimize.synthesis.synthetic_inputs import image_input, synthetic_images
-from onnxcompress.runtime.inference import random_feeds, unread_feeds
+from onnxcompress.runtime.inference import unread_feeds
+from onnxcompress.runtime.random_inputs import SEED, UnseenInputs, has_open_sizes, random_inputs
 
 COUNT = 16
 """Images to judge by, at most, but for a fixed batch."""
@@ -34,27 +34,6 @@ MANY = 160
 """Images of which 16 can be kept aside: what a pass learns from the others differs little."""
 BATCH = 4
 """Images that go through at once where the file leaves it open."""
-SEED = 7_919_001
-"""The first seed that is tried: far from those that people, and passes for their stages, take."""
-RANDOM_RUNS = 4
-EXACT_RUNS = 2
-"""Batches of random numbers, of two rows each where the file leaves the batch open; fewer show whether a
-network is still the same."""
-
-
-@dataclass(frozen=True)
-class UnseenInputs:
-    """Inputs, and where they came from."""
-
-    feeds: tuple[Mapping[str, np.ndarray], ...]
-    """One mapping for each run: input name -> value."""
-    description: str
-    """For a person: `16 images of photos that no pass learned from`."""
-
-    @property
-    def count(self) -> int:
-        """Rows of all runs."""
-        return sum(next((len(v) for v in feed.values() if v.ndim), 1) for feed in self.feeds)
 
 
 def kept_aside(images: str) -> int | None:
@@ -114,8 +93,7 @@ def sized(model: Model, learned: Sequence[InputRequest], judged_by: InputRequest
     Returns:
         A copy with assumed sizes, or the model itself where none is open or none are known.
     """
-    shapes = [spec.shape for spec in input_specs(model)]
-    if all(shape is not None and all(isinstance(d, int) for d in shape[1:]) for shape in shapes):
+    if not has_open_sizes(model):
         return model
     requests = [*learned, *([judged_by] if judged_by is not None else [])]
     said = [request for request in requests if request.input_shape is not None]
@@ -126,24 +104,6 @@ def sized(model: Model, learned: Sequence[InputRequest], judged_by: InputRequest
     except CompressError:  # random inputs say it better
         return model
     return own
-
-
-def random_inputs(model: Model, runs: int = RANDOM_RUNS) -> UnseenInputs:
-    """Random numbers for any inputs.
-
-    Args:
-        model: The model that will be run.
-        runs: Number of batches.
-
-    Returns:
-        The batches.
-
-    Raises:
-        CompressError: A dimension is open, or a type has no random values.
-    """
-    feeds = tuple(random_feeds(model, seed=SEED + run) for run in range(runs))
-    found = UnseenInputs(feeds, "")
-    return replace(found, description=f"{found.count} random inputs")
 
 
 def _images(

@@ -67,6 +67,8 @@ def session(
     if not optimize:
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     if not timed:
+        options.enable_cpu_mem_arena = False  # memory of one run goes back before the next model's
+        options.enable_mem_pattern = False
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         options.add_session_config_entry("session.inter_op.allow_spinning", "0")
     if interleaved:

@@ -71,7 +71,7 @@ def test_where_no_picture_fits_inputs_are_random() -> None:
     model = Model.from_proto(graph("(float[1,7] a, float[1,7] b) => (float[1,7] y)", body, {}))
     found = unseen_inputs(model, [])
     assert set(found.feeds[0]) == {"a", "b"}
-    assert found.description == "4 random inputs"
+    assert found.description == "8 random inputs"
 
 
 def test_left_out_images_are_the_rest(numbered: Path) -> None:
