@@ -193,7 +193,7 @@ class CorrectBias(InputOptions, Pass):
         if self.inputs == "record":
             return recorded_means(reference, layers), None, None
         inputs, kept = _kept_aside(gather_inputs(reference, self.request, progress=progress))
-        return measured_means(reference, layers, inputs, self.seed, progress), inputs, kept
+        return measured_means(reference, layers, inputs, progress), inputs, kept
 
 
 def _kept_aside(inputs: Inputs) -> tuple[Inputs, Samples | None]:

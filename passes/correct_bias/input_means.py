@@ -1,7 +1,7 @@
 """The mean input of each tap of layers: from the record, or measured on inputs. See `kernel_taps`.
 
-Measured: images go through the reference, or each layer's input is drawn from statistics
-(`optimize.synthesis.layer_sampler`); batches count by their number of samples, sums are in float64.
+Measured: inputs go through the reference, for `layerwise` as aligned with its recorded statistics
+(`optimize.synthesis.statistics_alignment`); batches count by their number of samples, sums are in float64.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from onnxcompress.model import Model
 from onnxcompress.optimize.calibration import Inputs
 from onnxcompress.optimize.synthesis.drawn_inputs import Samples
 from onnxcompress.passes.correct_bias.kernel_taps import Window, window
+from onnxcompress.passes.fold_bn import FoldBatchNorm
 from onnxcompress.progress import Progress
 from onnxcompress.statistics.propagation import MomentPropagation, UnknownMoments
 from onnxcompress.statistics.record import known_statistics
@@ -100,15 +101,15 @@ def _zeros(model: Model, node: gs.Node) -> tuple[int, ...] | None:
 
 
 def measured_means(
-    model: Model, layers: list[Linear], inputs: Inputs, seed: int, progress: Progress
+    model: Model, layers: list[Linear], inputs: Inputs, progress: Progress
 ) -> Mapping[str, np.ndarray | Refusal]:
     """Measure the mean input of each tap of layers.
 
     Args:
         model: The network.
         layers: The layers.
-        inputs: The inputs to measure on; each layer's own are drawn where they are `layerwise`.
-        seed: Random seed of what is drawn.
+        inputs: The inputs to measure on; where they are `layerwise`, in the network as aligned with its
+            recorded statistics.
         progress: Called with the stage, the inputs done and the inputs in all.
 
     Returns:
@@ -117,8 +118,6 @@ def measured_means(
     Raises:
         InputError: The inputs do not fill one batch that the file fixes.
     """
-    from onnxcompress.optimize.deterministic_threads import in_turn
-
     windows: dict[str, tuple[str, Window]] = {}
     found: dict[str, np.ndarray | Refusal] = {}
     for layer in layers:
@@ -129,37 +128,54 @@ def measured_means(
         except UnknownMoments as problem:
             rule = f"the mean of its input cannot be measured: {problem.rule}"
             found[name] = Refusal(layer.label, rule, problem.remedy)
-    tensors = sorted({source for source, _ in windows.values()})
-    if not tensors:
-        return found
-    sums = dict.fromkeys(windows, np.zeros(()))
-    total = len(inputs.images)
-    if inputs.layerwise:
-        batches, values_of = _drawn(model, tensors, total, seed)
-    else:
-        batches, values_of = _seen(model, tensors, inputs.images)
+    networks = [_aligned(model, inputs), model] if inputs.layerwise else [model]
+    for network in networks:
+        kept = network.graph.tensors()
+        here = {n: at for n, at in windows.items() if n not in found and at[0] in kept}
+        found |= _means(network, here, inputs.images, progress)
+    return found
+
+
+def _aligned(model: Model, inputs: Inputs) -> Model:
+    """Copy the network, with BatchNorm folded, and align it with its recorded statistics on the inputs."""
+    from onnxcompress.optimize.reconstruction.context import alignment_of, fixed_batch, whole_batches
+
+    twin = model.copy()
+    FoldBatchNorm().apply(twin)
+    alignment_of(twin, whole_batches(twin, inputs, fixed_batch(twin))).apply(twin)
+    return twin
+
+
+def _means(
+    model: Model, windows: Mapping[str, tuple[str, Window]], images: Samples, progress: Progress
+) -> dict[str, np.ndarray]:
+    """Return the mean of each tap over all images, by the keys of `windows`."""
+    from onnxcompress.optimize.deterministic_threads import in_turn
+
+    if not windows:
+        return {}
+    batches, values_of = _batches_of(model, sorted({source for source, _ in windows.values()}), images)
 
     def own_sums(index: int) -> dict[str, np.ndarray]:
         values = values_of(batches[index])
         size = len(batches[index])
         return {name: size * geometry.means(values[source]) for name, (source, geometry) in windows.items()}
 
+    sums = dict.fromkeys(windows, np.zeros(()))
     done = 0
     for batch, own in zip(batches, in_turn(own_sums, len(batches)), strict=True):
         for name, value in own.items():
             sums[name] = sums[name] + value
         done += len(batch)
-        progress("measuring means", done, total)
-    progress("measuring means", total, total)
-    return found | {name: value / done for name, value in sums.items()}
+        progress("measuring means", done, len(images))
+    progress("measuring means", len(images), len(images))
+    return {name: value / done for name, value in sums.items()}
 
 
-Values = Callable[[range], dict[str, np.ndarray]]
-"""Gives the values of the tensors, by name, for the samples with these numbers."""
-
-
-def _seen(model: Model, tensors: list[str], images: Samples) -> tuple[list[range], Values]:
-    """Return the batches, and what gives the values of the tensors in each."""
+def _batches_of(
+    model: Model, tensors: list[str], images: Samples
+) -> tuple[list[range], Callable[[range], dict[str, np.ndarray]]]:
+    """Return the batches, and what gives the values of the tensors, by name, in each."""
     import torch
 
     from onnxcompress.optimize.executor import Executor
@@ -180,23 +196,5 @@ def _seen(model: Model, tensors: list[str], images: Samples) -> tuple[list[range
             values = executor.run({source.name: torch.from_numpy(x)}, tensors)
         return {name: value.numpy() for name, value in values.items()}
 
-    return _batches(len(images) - len(images) % fixed if fixed else len(images), fixed or BATCH), values_of
-
-
-def _batches(count: int, size: int) -> list[range]:
-    return [range(start, min(start + size, count)) for start in range(0, count, size)]
-
-
-def _drawn(model: Model, tensors: list[str], count: int, seed: int) -> tuple[list[range], Values]:
-    import torch
-
-    from onnxcompress.optimize.synthesis.layer_sampler import LayerSampler
-
-    sampler = LayerSampler(model)
-
-    def values_of(batch: range) -> dict[str, np.ndarray]:
-        with torch.no_grad():  # of each thread
-            values = sampler.sample_all(tensors, len(batch), seed + batch.start // BATCH)
-        return {name: value.numpy() for name, value in values.items()}
-
-    return _batches(count, BATCH), values_of
+    count, size = len(images) - len(images) % (fixed or 1), fixed or BATCH
+    return [range(start, min(start + size, count)) for start in range(0, count, size)], values_of

@@ -11,7 +11,8 @@ from onnxcompress.data.image_set import ImageSet, image_count, load_images
 from onnxcompress.data.preprocess import Preprocess
 from onnxcompress.model import Model, load
 from onnxcompress.optimize.calibration import InputRequest, Inputs, gather_inputs
-from onnxcompress.optimize.unseen_inputs import COUNT, SEED, unseen_inputs
+from onnxcompress.optimize.unseen_inputs import COUNT, unseen_inputs
+from onnxcompress.runtime.random_inputs import SEED
 from tests.helpers.folding import graph
 
 

@@ -16,6 +16,7 @@ from onnxcompress.data.image_set import load_images
 from onnxcompress.data.preprocess import Preprocess
 from onnxcompress.errors import InputError, ModelError, OptionError
 from onnxcompress.model import Model, load, save
+from onnxcompress.optimize.calibration import InputRequest, gather_inputs
 from onnxcompress.optimize.statistics_estimation import estimate_statistics, measurable
 from onnxcompress.passes.base import run
 from onnxcompress.passes.calibrate import Calibrate, CalibrateFigures
@@ -185,11 +186,7 @@ def test_a_file_with_nothing_gets_a_record_from_nothing(models: Path) -> None:
     assert (used.source, used.count, used.seed) == ("procedural", 24, 0)
     assert {s.source for s in known_statistics(model).values()} == {"estimated: procedural 24, seed 0"}
     assert known_statistics(model).keys() == truth.keys() | {"input", "logits"}
-    from onnxcompress.optimize.synthesis.layer_sampler import LayerSampler
-
-    (conv,) = (n for n in model.graph.nodes if n.op == "Conv" and "blocks.4/conv2" in n.name)
-    samples = LayerSampler(model).sample(conv.inputs[0].name, 8, 0)
-    assert tuple(samples.shape) == (8, 32, 14, 14)
+    assert gather_inputs(model, InputRequest(inputs="layerwise", synthetic=2)).layerwise
     (again,) = run([procedural], model)  # not from images distilled from what it estimated itself
     assert not again.modified
     assert again.inputs == result.inputs

@@ -1,19 +1,23 @@
-"""correct-bias: means over batches of unlike size, draws that differ, integers with a zero point."""
+"""correct-bias: means over batches of unlike size, means of the record, integers with a zero point."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import onnx.reference
 import pytest
+from scipy.special import ndtr
 
 from onnxcompress.model import Model, load
-from onnxcompress.optimize.calibration import InputRequest, gather_inputs
+from onnxcompress.optimize.calibration import InputRequest, Inputs, gather_inputs
 from onnxcompress.passes.correct_bias import CorrectBias
-from onnxcompress.passes.correct_bias.input_means import BATCH, _drawn, measured_means
+from onnxcompress.passes.correct_bias.input_means import BATCH, measured_means
 from onnxcompress.passes.fold_bn import FoldBatchNorm
-from tests.helpers.folding import graph, weight
+from onnxcompress.progress import silent
+from onnxcompress.statistics.record import known_statistics
+from tests.helpers.folding import Arrays, graph, norm, weight
 from tests.passes.test_correct_bias import linear
 
 SIGNATURE = "(float[N,3,6,6] x) => (float[N,5,6,6] y)"
@@ -32,7 +36,7 @@ def test_means_are_over_images_whatever_the_batches(pictures: Path) -> None:
     model = Model.from_proto(graph(SIGNATURE, "y = Conv(x, w)", {"w": weight(5, 3, 1, 1)}))
     request = InputRequest(images=str(pictures), inputs="images", preprocess="unit")
     inputs = gather_inputs(model, request)
-    found = measured_means(model, [linear(model)], inputs, 0, lambda *_: None)
+    found = measured_means(model, [linear(model)], inputs, silent)
     assert BATCH == 16
     (mean,) = found.values()
     assert isinstance(mean, np.ndarray)
@@ -41,20 +45,55 @@ def test_means_are_over_images_whatever_the_batches(pictures: Path) -> None:
     assert len(inputs.images) == 20
 
 
-def test_batches_of_drawn_inputs_differ_and_follow_the_seed(models: Path) -> None:
+def test_layerwise_means_are_those_of_the_record(models: Path) -> None:
+    """Whether or not BatchNorm was folded before; procedural images alone are further from them."""
     model = load(models / "resnet20-fashion.onnx")
-    FoldBatchNorm().apply(model)
-    name = next(n.outputs[0].name for n in model.graph.nodes if n.op == "Relu")
+    folded = model.copy()
+    FoldBatchNorm().apply(folded)
+    recorded = known_statistics(folded)
+    inputs = gather_inputs(model, InputRequest(inputs="layerwise", synthetic=20))
+    aligned, also, plain = (
+        second_convolutions(net, replace(inputs, layerwise=layerwise))
+        for net, layerwise in ((model, True), (folded, True), (folded, False))
+    )
+    gaps = []
+    for block, means in aligned.items():
+        np.testing.assert_allclose(means, also[block], rtol=1e-3, atol=1e-5)
+        known = recorded[f"/blocks/{block}/conv1/bn/BatchNormalization_output_0"]
+        z = known.mean / known.std
+        rectified = known.mean * ndtr(z) + known.std * np.exp(-(z**2) / 2) / np.sqrt(2 * np.pi)
+        gaps.append([np.abs(m - rectified).mean() / known.std.mean() for m in (means, plain[block])])
+    near, far = np.mean(gaps, 0)
+    assert near < 0.07
+    assert near < 0.3 * far
 
-    def drawn(seed: int) -> list[tuple[int, np.ndarray]]:
-        batches, values_of = _drawn(model, [name], 2 * BATCH + 3, seed)
-        return [(len(batch), values_of(batch)[name]) for batch in batches]
 
-    first, again, other = drawn(0), drawn(0), drawn(7)
-    assert [(count, len(values)) for count, values in first] == [(16, 16), (16, 16), (3, 3)]
-    assert not np.array_equal(first[0][1], first[1][1])
-    assert all(np.array_equal(a[1], b[1]) for a, b in zip(first, again, strict=True))
-    assert not np.array_equal(first[0][1], other[0][1])
+def second_convolutions(model: Model, inputs: Inputs) -> dict[str, np.ndarray]:
+    """Mean input of the tap in the middle, (channels,), of each block's second convolution."""
+    outputs = {
+        node.name.split("/")[2]: node.outputs[0].name
+        for node in model.graph.nodes
+        if "conv2/conv/Conv" in node.name
+    }
+    found = measured_means(model, [linear(model, name) for name in outputs.values()], inputs, silent)
+    return {block: np.asarray(found[name])[:, 4] for block, name in outputs.items()}
+
+
+def test_a_layer_whose_batchnorm_goes_into_it_has_layerwise_means() -> None:
+    """The folded network has no such tensor: it is measured in the network as it is."""
+    arrays: Arrays = {"w": weight(4, 3, 1, 1), "v": weight(5, 4, 1, 1), **norm(4, "a"), **norm(4, "b")}
+    body = """
+        c = Conv(x, w)
+        n = BatchNormalization(c, ga, ba, ma, va)
+        r = Relu(n)
+        m = BatchNormalization(r, gb, bb, mb, vb)
+        y = Conv(m, v)
+    """
+    model = Model.from_proto(graph(SIGNATURE, body, arrays))
+    inputs = gather_inputs(model, InputRequest(inputs="layerwise", synthetic=8))
+    found = measured_means(model, [linear(model, name) for name in ("c", "y")], inputs, silent)
+    shapes = {name: np.asarray(means).shape for name, means in found.items()}
+    assert shapes == {"c": (3, 1), "y": (4, 1)}
 
 
 @pytest.mark.parametrize("zero", [0, 1000])

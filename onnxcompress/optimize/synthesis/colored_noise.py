@@ -11,8 +11,7 @@ whole draw. At the graph's input, z = √(1 − h) · z + √h · z' where z' is
 channels, because the channels of an image are similar. White noise (a = o = h = 0) is what Horton et al.
 draw (arXiv 2011.09058, §3.1); natural images have a ≈ 2 (Field, J. Opt. Soc. Am. A 1987).
 
-Does not handle: covariance between channels elsewhere (with `Noise.depth` the layers before create it), and
-distributions that are not Gaussian.
+Does not handle: covariance between channels, and distributions that are not Gaussian.
 """
 
 from __future__ import annotations
@@ -34,18 +33,15 @@ CONSTANT = 1e-6
 
 @dataclass(frozen=True)
 class Noise:
-    """The noise that is drawn, and how far before the wanted tensor.
+    """The noise that is drawn.
 
     The defaults were chosen by the error that is left on real inputs when half the weights of a layer are
-    pruned and the others refitted by least squares on drawn inputs: geometric mean of 12 layers, relative
-    to a refit on real inputs.
+    pruned and the others refitted by least squares on inputs that the network made of the noise: geometric
+    mean of 12 layers, relative to a refit on real inputs.
 
-        ResNet-56, EfficientNet-Lite0                 ResNet-56, EfficientNet-Lite0
-        not refitted                  5.81  3.40      a 1, o 0.1, depth 1                1.53  1.35
-        white, depth 0 (as published) 2.95  1.53      a 1, o 0.1, depth 4                1.36  1.20
-        a 1, o 0.1, depth 0           2.17  1.39      a 2, o 0.2, h 0, from the input    1.28  1.16
-        a 2, o 0.1, depth 0           1.93  1.40      a 3, o 0.3, h 0.8, from the input  1.15  1.15
-        dead leaves run as images     1.29  1.52      dead leaves in place of noise      1.13  1.10
+        ResNet-56, EfficientNet-Lite0        ResNet-56, EfficientNet-Lite0
+        not refitted        5.81  3.40       a 2, o 0.2, h 0      1.28  1.16
+        dead leaves         1.13  1.10       a 3, o 0.3, h 0.8    1.15  1.15
     """
 
     exponent: float = 3.0
@@ -54,8 +50,6 @@ class Noise:
     """o, 0 to 1: share of a channel's variance that lies between samples."""
     shared: float = 0.8
     """h, 0 to 1: share of the variance that the channels of the graph's input have in common."""
-    depth: int | None = None
-    """Recorded levels before the nearest one at which to draw; None: at the graph's input."""
 
     def __post_init__(self) -> None:
         for name in ("offset", "shared"):
@@ -63,14 +57,10 @@ class Noise:
                 raise OptionError(f"noise: {name} {getattr(self, name):g}; expected a share from 0 to 1")
         if not 0 <= self.exponent <= 8:
             raise OptionError(f"noise: exponent {self.exponent:g}; expected 0 (white) to 8")
-        if self.depth is not None and self.depth < 0:
-            raise OptionError(f"noise: depth {self.depth}; expected 0 or more, or None")
 
 
-WHITE = Noise(exponent=0.0, offset=0.0, shared=0.0, depth=0)
-"""As published by Horton et al.: independent numbers at the nearest tensors with known statistics."""
-COLOURED = Noise(exponent=2.0, offset=0.1, shared=0.8, depth=0)
-"""The best noise at the nearest tensors, before which nothing runs."""
+WHITE = Noise(exponent=0.0, offset=0.0, shared=0.0)
+"""As published by Horton et al.: independent numbers."""
 
 
 def generator(seed: int, name: str, count: int) -> torch.Generator:
@@ -103,7 +93,7 @@ def draw(
         The tensor, float32.
     """
     z = _field(tuple(shape), noise, stream)
-    return standardized(z, statistics) if z.numel() > z.shape[1] else _affine(z, statistics)
+    return _standardized(z, statistics) if z.numel() > z.shape[1] else _affine(z, statistics)
 
 
 def draw_input(
@@ -131,21 +121,14 @@ def draw_input(
         z = z.mul_((1 - noise.shared) ** 0.5).add_(common.mul_(noise.shared**0.5))
     if statistics is None:
         statistics = ChannelStatistics(np.zeros(channels), np.ones(channels))
-    z = standardized(z, statistics) if z.numel() > channels else _affine(z, statistics)
+    z = _standardized(z, statistics) if z.numel() > channels else _affine(z, statistics)
     return z.movedim(1, -1).contiguous() if last else z
 
 
-def standardized(x: Tensor, statistics: ChannelStatistics) -> Tensor:
-    """Bring each channel to the recorded mean and deviation over all samples and places.
+def _standardized(x: Tensor, statistics: ChannelStatistics) -> Tensor:
+    """Bring each channel of (N, C, …) to the recorded mean and deviation over all samples and places.
 
     A channel that is constant becomes its recorded mean, because nothing says how it would vary.
-
-    Args:
-        x: The values, (N, C, …).
-        statistics: The recorded mean and deviation of each channel.
-
-    Returns:
-        The new values, (N, C, …).
     """
     axes = [axis for axis in range(x.ndim) if axis != 1]
     variance, mean = torch.var_mean(x, axes, correction=0, keepdim=True)
