@@ -6,8 +6,9 @@ from importlib import import_module
 
 from onnxcompress.account import Change, Figures, InputSource, Refusal
 from onnxcompress.option_fields import option
-from onnxcompress.passes.base import Pass, PassResult, apply_to_proto, run
+from onnxcompress.passes.base import Pass, PassResult, run
 from onnxcompress.passes.catalogue import CATALOGUE, Entry
+from onnxcompress.passes.proto import apply_to_proto
 from onnxcompress.progress import Progress, silent
 
 __all__ = [

@@ -14,12 +14,11 @@ from onnxcompress.evaluation.guard import NAMED, Floors, Guard, GuardMeasurement
 from onnxcompress.progress import Progress, silent
 
 if TYPE_CHECKING:
-    import onnx
-
     from onnxcompress.data.image_set import ImageSet
     from onnxcompress.model import Model
     from onnxcompress.optimize.calibration import InputRequest
     from onnxcompress.passes.judging import Watch
+    from onnxcompress.runtime.block_latency import LatencyChange
 
 
 CONVERTED = "converted from opset"
@@ -43,6 +42,8 @@ class PassResult(Generic[F_co]):
     """How far the outputs are from what they were; None: nothing was changed, or nobody asked."""
     input_shape: Mapping[str, Sequence[int | str | None]] | None = None
     """Input -> shape that was assumed for it; None: the file leaves no size open but the batch."""
+    latency: LatencyChange | None = None
+    """Latency before and after, of a pass that is `timed`; None: it was not measured."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "changes", tuple(self.changes))
@@ -67,11 +68,11 @@ class PassResult(Generic[F_co]):
         """Convert the figures to JSON values.
 
         Returns:
-            The figures by name, and the `input_shape` where one was assumed.
+            The figures by name, the `input_shape` where one was assumed, the `latency` where it was timed.
         """
-        shape = {} if self.input_shape is None else {"input_shape": as_json(self.input_shape)}
+        more = {"input_shape": self.input_shape, "latency": self.latency}
         values: dict[str, Any] = as_json(self.figures)
-        return values | shape
+        return values | {name: as_json(value) for name, value in more.items() if value is not None}
 
     def verdict(self, pass_: Pass, guard: Guard) -> Verdict | None:
         """Whether the result may be written.
@@ -117,6 +118,9 @@ class Pass(ABC):
 
     composite: ClassVar[bool] = False
     """Whether it only applies other passes, each of which is noted in the provenance itself."""
+
+    timed: ClassVar[bool] = False
+    """Whether a pipeline measures the latency before and after: of passes that are to make it faster."""
 
     needs: ClassVar[tuple[str, ...]] = ()
     """Packages imported when the pass is applied; a pipeline looks for them before its first pass runs."""
@@ -176,6 +180,18 @@ class Pass(ABC):
             Options with their values, as on the command line.
         """
         return []
+
+    def no_gain_on(self, provider: str, batch: int) -> str:
+        """Say why the result is not expected to be faster, where that is known before the work.
+
+        Args:
+            provider: Short name of onnxruntime's execution provider.
+            batch: Images in a run.
+
+        Returns:
+            One sentence; empty where it may be faster.
+        """
+        return ""
 
     def options(self) -> dict[str, Any]:
         """Collect the options as JSON values, for the provenance.
@@ -313,31 +329,6 @@ def _learns_from(pass_: Pass) -> InputRequest | None:
     known = {"images", "preprocess", "count", "seed", "input_shape"}
     names = {f.name for f in dataclasses.fields(pass_)} & known
     return InputRequest(**{name: getattr(pass_, name) for name in names}) if names else None
-
-
-def apply_to_proto(
-    pass_: Pass, proto: onnx.ModelProto, progress: Progress = silent, *, guard: Guard | None = None
-) -> tuple[onnx.ModelProto, PassResult[Figures | None]]:
-    """Apply one pass to a ModelProto whose weights are in memory.
-
-    Args:
-        pass_: The pass.
-        proto: The model; it is not changed.
-        progress: Called with the stage, the steps done and the steps in all.
-        guard: How the result is judged; None: it is not.
-
-    Returns:
-        The new model and the result of the pass.
-
-    Raises:
-        ModelError: Weights lie in external data, or the result has 2 GB or more.
-        CompressError: The pass cannot handle the model.
-    """
-    from onnxcompress.model import Model
-
-    model = Model.from_proto(proto, proto.graph.name or "model")
-    (result,) = run([pass_], model, progress, guard=guard)
-    return model.to_proto(), result
 
 
 def _plain(value: Any) -> Any:

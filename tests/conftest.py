@@ -15,6 +15,7 @@ from tests.helpers.paths import MODELS
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported
 os.environ["ONNXCOMPRESS_CACHE"] = "none"  # a second run would not compute what a test compares
+os.environ["ONNXCOMPRESS_LATENCY"] = "off"  # seconds a command; tests of it switch it on
 
 
 @pytest.fixture(scope="session", autouse=True)

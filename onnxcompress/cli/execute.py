@@ -20,13 +20,16 @@ from onnxcompress.evaluation.gate_results import judge, summary
 from onnxcompress.evaluation.gates import Baseline
 from onnxcompress.optimize.intermediate_results import keeping
 from onnxcompress.pipeline import Run
+from onnxcompress.pipeline.timing import options_for
 from onnxcompress.progress import Progress, silent
+from onnxcompress.runtime.session import pick_provider
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from onnxcompress.model import Model
     from onnxcompress.passes.base import Pass
+    from onnxcompress.runtime.timing_options import TimingOptions
 
 
 FEW = 32
@@ -49,10 +52,13 @@ def execute(job: Job) -> None:
     if job.quiet and job.verbose:
         raise OptionError("--quiet and --verbose: give one of them")
     job.chain.check()
+    if job.timing is not None:
+        job.timing.check()
     if job.guard.verify:
         require("comparing the outputs (or give --no-verify)", "onnxruntime")
     with opened(job.source, job.target, as_json=job.as_json) as files:
         model = _load(files)
+        _hint(job)
         with _progress(job) as show:
             baseline = job.gates.prepare(files.source, show)
             outcome = None if job.dry_run else _work(job, files, model, baseline, show)
@@ -78,10 +84,29 @@ def _work(job: Job, files: Files, model: Model, baseline: Baseline, show: Progre
     gates = job.gates
     judged_by = InputRequest(gates.images, gates.preprocess, input_shape=job.input_shape)
     with keeping(job.cache):
-        run = job.chain.run(model, show, cache=job.cache, guard=job.guard, judged_by=judged_by)
+        run = job.chain.run(
+            model, show, cache=job.cache, guard=job.guard, judged_by=judged_by, timing=_seen_timing(job)
+        )
     save(run.model, files.target)
     verdicts = judge(job.gates.limits, job.gates.measure(baseline, files.target, show))
     return Outcome(run, files, verdicts, (model_bytes(files.source), model_bytes(files.target)))
+
+
+def _seen_timing(job: Job) -> TimingOptions | None:
+    """Return how to time passes; None where nobody would see it."""
+    return job.timing if job.as_json or job.report or not job.quiet else None
+
+
+def _hint(job: Job) -> None:
+    """Say before the work which passes will not make the network faster where it is to run."""
+    if job.timing is None or job.quiet:
+        return
+    for pass_ in job.chain.passes:
+        options = options_for(pass_, dataclasses.replace(job.timing, latency=True))
+        if options is not None:
+            chosen = pick_provider(options.runs_on) if job.timing.latency else options.runs_on
+            if text := pass_.no_gain_on(chosen.name, options.latency_batch):
+                click.echo(f"note: {pass_.name}: {text}", err=True)
 
 
 def _load(files: Files) -> Model:
@@ -117,6 +142,7 @@ def _tell(job: Job, found: Outcome) -> None:
     from onnxcompress.cli.console import show_verdicts, size
     from onnxcompress.cli.results.guard import show_guard, show_whole
     from onnxcompress.cli.results.show import show_result
+    from onnxcompress.runtime.block_latency import latency_text
 
     console = _console(found.files)
     steps = found.run.steps
@@ -128,8 +154,12 @@ def _tell(job: Job, found: Outcome) -> None:
             took = f"{step.seconds:.1f} s then; --no-cache computes it anew"
             console.print(f"the result is kept from an earlier run ({took})", markup=False)
         show_result(console, step.pass_, step.result, verbose=job.verbose)
+        if step.result.latency is not None:
+            console.print(latency_text(step.result.latency), markup=False)
         show_guard(console, step.pass_, step.result.guard, step.verdict)
     show_whole(console, found.run.guard, found.run.verdict)
+    if found.run.latency is not None:
+        console.print(f"all passes together: {latency_text(found.run.latency)}", markup=False)
     show_verdicts(console, found.verdicts)
     for text in dict.fromkeys(verdict.preprocess for verdict in found.verdicts if verdict.preprocess):
         console.print(f"images of the gates are {text}", markup=False)

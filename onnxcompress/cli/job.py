@@ -15,6 +15,7 @@ from onnxcompress.pipeline import Pipeline, Run
 
 if TYPE_CHECKING:
     from onnxcompress.pipeline.cache import Cache
+    from onnxcompress.runtime.timing_options import TimingOptions
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,8 @@ class Job:
     verbose: bool = False
     dry_run: bool = False
     report: str | None = None
+    timing: TimingOptions | None = None
+    """How the latency before and after is measured; None: no pass of the chain is to be timed."""
     recipe: str | None = None
     """The recipe file that the chain was read from."""
 

@@ -33,6 +33,7 @@ from onnxcompress.cli.options import (
     split,
 )
 from onnxcompress.cli.report_option import report_option
+from onnxcompress.cli.timing_options import timing_of, timing_options
 from onnxcompress.evaluation.gates import Gates
 from onnxcompress.option_fields import INPUT_SHAPE_HELP, INPUT_SHAPE_METAVAR, flag, is_required
 from onnxcompress.passes import load_pass
@@ -56,16 +57,17 @@ def command(name: str) -> click.Command:
     """
     cls = load_pass(name)
     hints = typing.get_type_hints(cls)
+    own = {f.name for f in dataclasses.fields(cls)}
     params: list[click.Parameter] = [
         click.Argument(["source"], metavar="IN", type=FILE),
         click.Argument(["target"], metavar="OUT", type=FILE),
         *(_option(f, hints[f.name]) for f in dataclasses.fields(cls)),
         *(cache_options() if _learns(cls) else []),
         *running_options(),
+        *(timing_options(without=own) if cls.timed else []),
         *guard_options(),
         *gate_options(),
     ]
-    own = {f.name for f in dataclasses.fields(cls)}
     if cls.preserves_function and "input_shape" not in own:
         option = click.Option(["--input-shape"], metavar=INPUT_SHAPE_METAVAR, help=INPUT_SHAPE_HELP)
         params.append(option)
@@ -78,11 +80,12 @@ def command(name: str) -> click.Command:
         shape = options.get("input_shape") if "input_shape" in own else options.pop("input_shape", None)
         gates, guard = gates_of(options, Gates(input_shape=shape)), guard_of(options)
         shared = {key: options.pop(key) for key in ("as_json", "quiet", "verbose", "dry_run", "report")}
+        timing = timing_of(options, without=own) if cls.timed else None
         kept = None
         if _learns(cls):
             kept = chosen_cache(options.pop("cache"), options.pop("no_cache"))
         chain = Pipeline([cls(**options)])
-        job = Job(source, target, chain, gates, pass_account, guard, kept, shape, **shared)
+        job = Job(source, target, chain, gates, pass_account, guard, kept, shape, timing=timing, **shared)
         execute(job)
 
     text = f"{inspect.cleandoc(cls.__doc__ or '')}\n\n{STREAMS_HELP}"

@@ -130,6 +130,7 @@ def write_report(
         steps=() if run is None else run.steps,
         guard=None if run is None else run.guard,
         verdict=None if run is None else run.verdict,
+        latency=None if run is None else run.latency,
         gates=gates,
         argv=context.find_root().obj or sys.argv[1:],
         created=now(),
@@ -204,12 +205,16 @@ def _compared(job: Job, outcome: Outcome, learned: Sequence[tuple[str, ImageSet]
 
 def _compare(job: Job, outcome: Outcome, images: ImageSet | None) -> Comparison:
     from onnxcompress.evaluation.compare import compare
+    from onnxcompress.pipeline.timing import options_for
     from onnxcompress.runtime.providers import Provider
 
-    gates = job.gates
+    gates, default = job.gates, {"provider": Provider(), "threads": 0, "batch": 1}
     timed = next((s.pass_ for s in outcome.run.steps if hasattr(s.pass_, "latency_batch")), None)
     runtime: dict[str, Any] = {"provider": gates.runs_on, "threads": gates.threads, "batch": gates.batch}
-    if timed is not None and runtime == {"provider": Provider(), "threads": 0, "batch": 1}:
+    if timed is None and job.timing is not None and runtime == default:
+        how = next((o for s in outcome.run.steps if (o := options_for(s.pass_, job.timing))), job.timing)
+        runtime = {"provider": how.runs_on, "threads": how.threads, "batch": how.latency_batch}
+    if timed is not None and runtime == default:
         options = timed.options()
         where = Provider.of(options["provider"], options["provider_options"])
         runtime = {"provider": where, "threads": options["threads"], "batch": options["latency_batch"]}

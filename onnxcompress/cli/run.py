@@ -7,6 +7,7 @@
                 own command; `seconds` are of the run that computed it, an earlier one where `cached`
     bytes       {before, after}
     guard       comparison of OUT with IN, as in a step; null: not compared, or a step has the same
+    latency     of IN and OUT, as `measured.latency` of a step; null: not measured, or a step has the same
     gates       [{gate, limit, measured, passed, text, preprocess}], one for each limit that was given
     provenance  all passes so far, oldest first
 
@@ -20,10 +21,12 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from onnxcompress.account import as_json
 from onnxcompress.cli.cache import cache_options, chosen_cache
 from onnxcompress.cli.gate_options import gate_options, gates_of, guard_of, guard_options
 from onnxcompress.cli.options import FILE, SectionedCommand, print_json
 from onnxcompress.cli.pass_commands import running_options
+from onnxcompress.cli.timing_options import timing_of, timing_options
 from onnxcompress.errors import OptionError
 
 if TYPE_CHECKING:
@@ -70,6 +73,7 @@ def _run(
         - drop-blocks:              # options as of `onnxcompress drop-blocks`, with _ for -
             images: ${images}
             latency_reduction: 20
+      timing: {provider: cuda}      # or --provider cuda: where latency is measured
       guard: {min_snr: 6}           # or --min-snr 6; the command line wins
       gates: {max_size: 5}          # or --max-size 5
 
@@ -89,12 +93,25 @@ def _run(
     kept = chosen_cache(cache, no_cache)
     read = read_recipe(recipe, variables)
     gates, guard = gates_of(options, read.gates), guard_of(options, read.guard)
+    timing = timing_of(options, read.timing)
 
     def account(found: Outcome) -> dict[str, Any]:
         return _account(recipe, found)
 
     chain = Pipeline(read.passes)
-    execute(Job(source, target, chain, gates, account, guard=guard, cache=kept, recipe=recipe, **options))
+    job = Job(
+        source,
+        target,
+        chain,
+        gates,
+        account,
+        guard=guard,
+        cache=kept,
+        recipe=recipe,
+        timing=timing,
+        **options,
+    )
+    execute(job)
 
 
 def _account(recipe: str, found: Outcome) -> dict[str, Any]:
@@ -108,6 +125,7 @@ def _account(recipe: str, found: Outcome) -> dict[str, Any]:
         "steps": [step.as_dict() for step in found.run.steps],
         "bytes": {"before": before, "after": after},
         "guard": guard_account(found.run.guard, found.run.verdict),
+        "latency": None if found.run.latency is None else as_json(found.run.latency),
         "gates": [dataclasses.asdict(v) for v in found.verdicts],
         "provenance": found.run.model.provenance(),
     }
@@ -138,6 +156,7 @@ run = SectionedCommand(
             help="Print the JSON Schema of recipes, for editors, and stop.",
         ),
         *running_options(),
+        *timing_options(),
         *guard_options(),
         *gate_options(),
     ],

@@ -12,7 +12,8 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from onnxcompress.account import Figures
-from onnxcompress.passes.base import Pass, PassResult, apply_to_proto
+from onnxcompress.passes.base import Pass, PassResult
+from onnxcompress.passes.proto import apply_to_proto
 
 
 class IrPass(ir.passes.FunctionalPass):

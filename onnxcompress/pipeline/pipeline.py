@@ -21,6 +21,7 @@ from onnxcompress.evaluation.guard import Floors, Guard, GuardMeasurements, Verd
 from onnxcompress.passes.base import Pass, PassResult, refuse, watch_over
 from onnxcompress.passes.base import run as run_passes
 from onnxcompress.pipeline.chain import Chain, Step, named_progress
+from onnxcompress.pipeline.timing import options_for, timed, whole_change
 from onnxcompress.progress import Progress, silent
 
 if TYPE_CHECKING:
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
     from onnxcompress.optimize.calibration import InputRequest
     from onnxcompress.passes.judging import Watch
     from onnxcompress.pipeline.cache import Cache
+    from onnxcompress.runtime.block_latency import LatencyChange
+    from onnxcompress.runtime.timing_options import TimingOptions
 
 
 @dataclass
@@ -40,6 +43,8 @@ class Run:
     """Comparison of the result with the chain's input; None where a step has the same comparison."""
     verdict: Verdict | None = None
     """The guard's verdict on that comparison."""
+    latency: LatencyChange | None = None
+    """Latency of the chain's input and of its result; None: not measured, or one step alone was timed."""
 
 
 @dataclass(frozen=True)
@@ -139,6 +144,7 @@ class Pipeline(Pass):
         cache: Cache | None = None,
         guard: Guard | None = None,
         judged_by: InputRequest | None = None,
+        timing: TimingOptions | None = None,
     ) -> Run:
         """Apply all passes to a copy of `model`.
 
@@ -148,6 +154,7 @@ class Pipeline(Pass):
             cache: Where results are looked up, and new ones stored.
             guard: Judges the result of each pass and of the whole chain; None: nothing is judged.
             judged_by: Images that are kept to judge by.
+            timing: How the latency before and after is measured; None: it is not.
 
         Returns:
             The new model, and one step for each pass.
@@ -164,11 +171,18 @@ class Pipeline(Pass):
         steps = []
         for at, pass_ in enumerate(passes):
             with self._placed(at):
-                step = chain.step(pass_, named_progress(progress, pass_, len(passes)))
+                clock = options_for(pass_, timing)
+                before = None if clock is None else chain.model().copy()
+                show = named_progress(progress, pass_, len(passes))
+                step = chain.step(pass_, show)
                 judged = step.result.verdict(pass_, judge) if judge.verify else None
                 refuse(judged)
+                if before is not None:
+                    timed_result = timed(step.result, before, chain.model(), clock, show)
+                    step = dataclasses.replace(step, result=timed_result)
                 steps.append(dataclasses.replace(step, verdict=judged))
         run = Run(chain.model(), steps)
+        run.latency = whole_change(steps, model, run.model, timing, progress)
         if watch is not None:
             _judge_whole(run, watch, judge)
         return run

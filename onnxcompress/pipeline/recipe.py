@@ -7,6 +7,8 @@
       - drop-blocks:
           images: ${images}
           blocks: 2
+    timing:                       # where latency is measured (`onnxcompress.runtime.timing_options`)
+      provider: cuda
     guard:                        # how much the outputs may change (`onnxcompress.evaluation.guard`)
       min_snr: 6
     gates:                        # conditions that the result must meet (`onnxcompress.evaluation.gates`)
@@ -39,10 +41,11 @@ from onnxcompress.passes import CATALOGUE, load_pass
 from onnxcompress.passes.base import Pass
 from onnxcompress.passes.plugins import plugins
 from onnxcompress.pipeline.recipe_yaml import Document, Place, dump, read_document, shown
+from onnxcompress.runtime.timing_options import TimingOptions
 
-SECTIONS = ("variables", "passes", "guard", "gates")
+SECTIONS = ("variables", "passes", "timing", "guard", "gates")
 _VARIABLE = re.compile(r"\$\$\{|\$\{([^}]*)\}")
-Built = TypeVar("Built", Pass, Gates, Guard)
+Built = TypeVar("Built", Pass, Gates, Guard, TimingOptions)
 
 
 class Given(str):
@@ -58,6 +61,7 @@ class Recipe:
     passes: tuple[Pass, ...]
     gates: Gates = field(default_factory=Gates)
     guard: Guard = field(default_factory=Guard)
+    timing: TimingOptions = field(default_factory=TimingOptions)
 
 
 def read_recipe(path: str | os.PathLike[str], variables: Mapping[str, str] | None = None) -> Recipe:
@@ -106,7 +110,12 @@ def write_recipe(recipe: Recipe, folder: str | os.PathLike[str] = ".") -> str:
         The text.
     """
     passes = [{p.name: o} if (o := _set_options(p, folder)) else p.name for p in recipe.passes]
-    sections = {"guard": _set_options(recipe.guard, folder), "gates": _set_options(recipe.gates, folder)}
+    parts: dict[str, TimingOptions | Guard | Gates] = {
+        "timing": recipe.timing,
+        "guard": recipe.guard,
+        "gates": recipe.gates,
+    }
+    sections = {name: _set_options(part, folder) for name, part in parts.items()}
     return dump({"passes": passes} | {name: values for name, values in sections.items() if values})
 
 
@@ -128,8 +137,9 @@ def _read(document: Document, variables: Mapping[str, str] | None) -> Recipe:
     passes = tuple(reader.read_pass(index, item) for index, item in enumerate(listed))
     guard = reader.build(Guard, top.get("guard"), ("guard",))
     gates = reader.build(Gates, top.get("gates"), ("gates",))
+    timing = reader.build(TimingOptions, top.get("timing"), ("timing",))
     reader.check_used()
-    return Recipe(passes, gates, guard)
+    return Recipe(passes, gates, guard, timing)
 
 
 class _Reader:
@@ -260,7 +270,9 @@ def _from_text(adapter: TypeAdapter[Any], text: str) -> Any:
     return adapter.validate_strings(str(text))
 
 
-def _set_options(one: Pass | Gates | Guard, folder: str | os.PathLike[str]) -> dict[str, Any]:
+def _set_options(
+    one: Pass | Gates | Guard | TimingOptions, folder: str | os.PathLike[str]
+) -> dict[str, Any]:
     """Collect the fields that differ from their defaults, as YAML values that read back the same."""
     values = {}
     for f in dataclasses.fields(one):

@@ -11,6 +11,7 @@ from onnxcompress.option_fields import is_required, option_adapter
 from onnxcompress.passes import load_pass
 from onnxcompress.passes.base import Pass
 from onnxcompress.pipeline.recipe import pass_names
+from onnxcompress.runtime.timing_options import TimingOptions
 
 
 def recipe_schema() -> dict[str, Any]:
@@ -37,6 +38,7 @@ def recipe_schema() -> dict[str, Any]:
                 "minItems": 1,
                 "items": {"anyOf": [{"enum": names}, step | {"minProperties": 1, "maxProperties": 1}]},
             },
+            "timing": {"anyOf": [_object_schema(TimingOptions), {"type": "null"}]},
             "guard": {"anyOf": [_object_schema(Guard), {"type": "null"}]},
             "gates": {"anyOf": [_object_schema(Gates), {"type": "null"}]},
         },
@@ -45,7 +47,7 @@ def recipe_schema() -> dict[str, Any]:
     }
 
 
-def _object_schema(cls: type[Pass] | type[Gates] | type[Guard]) -> dict[str, Any]:
+def _object_schema(cls: type[Pass] | type[Gates] | type[Guard] | type[TimingOptions]) -> dict[str, Any]:
     properties = {}
     for one in dataclasses.fields(cls):
         schema = option_adapter(cls, one.name).json_schema()

@@ -9,6 +9,7 @@ from typing import Any
 from onnxcompress.evaluation import gate_results
 from onnxcompress.evaluation.guard import GuardMeasurements, Verdict
 from onnxcompress.pipeline.chain import Step
+from onnxcompress.runtime.block_latency import LatencyChange
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,8 @@ class Material:
     """Comparison of the result of several passes with their input."""
     verdict: Verdict | None = None
     """The verdict on that comparison."""
+    latency: LatencyChange | None = None
+    """Latency of the input of several passes and of their result."""
     gates: Sequence[gate_results.Verdict] = ()
     argv: Sequence[str] = ()
     """The command line, without the program's name."""

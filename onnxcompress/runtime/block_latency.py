@@ -58,6 +58,12 @@ class LatencyChange:
     """Lower end of the ratio's 95 % interval."""
     high: float
     """Upper end of the ratio's 95 % interval."""
+    provider: str = ""
+    """The execution provider with its settings, such as `cuda (tf32 on)`."""
+    batch: int = 1
+    """Images in a run."""
+    clock: Clock = "wall"
+    """Clock by which they were measured: `wall`, or `processor` on a busy machine."""
 
     @property
     def saved(self) -> Share:
@@ -175,6 +181,32 @@ def additivity_text(found: Additivity) -> str:
     )
 
 
+def latency_text(change: LatencyChange) -> str:
+    """Describe a change of the latency, and say so where it is no gain.
+
+    Args:
+        change: The latencies before and after.
+
+    Returns:
+        One sentence.
+    """
+    share, *ends = (100 * value for value in change.saved)
+    word = "less" if share >= 0 else "more"
+    low, high = sorted(ends if share >= 0 else (-end for end in ends))
+    where = f" on {change.provider}" * bool(change.provider) + f", batch {change.batch}" * (
+        change.batch > 1
+    )
+    text = (
+        f"latency {change.before_ms:.2f} → {change.after_ms:.2f} ms in onnxruntime{where}: "
+        f"{abs(share):.1f} % {word} (95 % interval {low:.1f} to {high:.1f} %)"
+    )
+    if change.clock == "processor":
+        text += ", by processor time on one thread: the machine is too busy for a wall clock"
+    if change.low > 1:
+        return f"{text}; it is slower there, not faster"
+    return text if change.high < 1 else f"{text}; no gain there that could be measured"
+
+
 def noisy(shares: Mapping[str, Share]) -> bool:
     """Return whether the clock was too noisy to tell blocks apart.
 
@@ -225,6 +257,10 @@ class Stopwatch:
     seed: int = 0
     clock: Clock = "wall"
     """Becomes `processor` at the first measurement for which the wall clock is too noisy."""
+    warm_up: float = 3.0
+    """Seconds at most until all models run steadily."""
+    tolerance: float = 0.005
+    """Half width of the 95 % interval of a ratio at which a comparison ends early."""
 
     def shares(self, model: Model, blocks: Sequence[Block]) -> dict[str, Share]:
         """Measure the latency share of each block; see `latency_shares`.
@@ -267,10 +303,12 @@ class Stopwatch:
 
     def _compare(self, before: Model, after: Model, seconds: float) -> LatencyChange:
         models = {"before": before, "after": after}
-        timings = benchmark(models, seconds=seconds, tolerance=0.005, **self._how())
+        how = self._how() | {"warm_up": self.warm_up, "tolerance": self.tolerance}
+        timings = benchmark(models, seconds=seconds, **how)
         first, second = timings["before"], timings["after"]
         change = ratio(first, second)
-        return LatencyChange(first.median_ms, second.median_ms, change.value, change.low, change.high)
+        times = (first.median_ms, second.median_ms, change.value, change.low, change.high)
+        return LatencyChange(*times, first.device, self.batch, self.clock)
 
     def _turn_to_processor(self) -> bool:
         """Use the processor clock from now on; return whether that is possible and a change."""

@@ -73,6 +73,7 @@ class HalfPrecision(ImageOptions, Pass):
 
     name: ClassVar[str] = "fp16"
     figures: ClassVar[type[Figures]] = HalfPrecisionFigures
+    timed: ClassVar[bool] = True
 
     inputs: Literal["auto", "images", "distilled", "procedural"] = option(
         "auto", "What to measure on; auto: --images if given, else procedural ones, made at once."
@@ -166,6 +167,27 @@ class HalfPrecision(ImageOptions, Pass):
             inputs=tuple(map(self._explained, inputs.sources)),
         )
         return PassResult(changes, refusals + _kept(nodes, choice), figures, inputs.shown)
+
+    def no_gain_on(self, provider: str, batch: int) -> str:
+        """Say why the result is not expected to be faster, where that is known before the work.
+
+        Args:
+            provider: Short name of onnxruntime's execution provider.
+            batch: Images in a run.
+
+        Returns:
+            One sentence; empty where it may be faster.
+        """
+        if provider == "cpu":
+            return (
+                "a CPU computes float16 in float32, with Casts: the file is smaller, the network not faster"
+            )
+        if provider == "cuda" and batch == 1:
+            return (
+                "at batch 1 small networks on cuda wait for kernels to start, which float16 does not make "
+                "shorter (7 % slower on an H100); --latency-batch 8 shows what larger batches gain"
+            )
+        return ""
 
     def check(self) -> None:
         """Check all options.

@@ -25,12 +25,13 @@ from onnxcompress.evaluation.equivalence import difference
 from onnxcompress.model import Model, load, save
 from onnxcompress.option_fields import option
 from onnxcompress.passes import load_pass, plugins
-from onnxcompress.passes.base import Pass, PassResult, apply_to_proto
+from onnxcompress.passes.base import Pass, PassResult
 from onnxcompress.passes.base import run as run_passes
 from onnxcompress.passes.drop_blocks import DropBlocks
 from onnxcompress.passes.equalize import Equalize
 from onnxcompress.passes.equalize.equalize import EqualizeFigures
 from onnxcompress.passes.fold_bn import FoldBatchNorm
+from onnxcompress.passes.proto import apply_to_proto
 from onnxcompress.pipeline import Pipeline
 from onnxcompress.pipeline.cache import Cache
 from onnxcompress.pipeline.cache_keys import step_key

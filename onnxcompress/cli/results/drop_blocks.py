@@ -9,9 +9,7 @@ from rich.console import Console
 from onnxcompress.cli.console import learned_from, table
 from onnxcompress.optimize.block_drop.figures import BlockRow, DropBlocksFigures
 from onnxcompress.passes.base import PassResult
-from onnxcompress.runtime.block_latency import LatencyChange, additivity_text
-
-BUSY = "the machine was too busy for a wall clock: latency was taken as processor time on one thread"
+from onnxcompress.runtime.block_latency import additivity_text, latency_text
 
 
 def show_drop_blocks(console: Console, result: PassResult[DropBlocksFigures]) -> None:
@@ -31,15 +29,13 @@ def show_drop_blocks(console: Console, result: PassResult[DropBlocksFigures]) ->
         console.print(
             "the machine was too busy to tell blocks apart: τ is their share of multiply-accumulates"
         )
-    if measured.clock == "processor":
-        console.print(BUSY)
     dropped = sum(row.dropped for row in measured.blocks)
     console.print(
         f"dropped {dropped} blocks; features matched at {measured.feature!r}\n"
         + "\n".join(learned_from(result.inputs)),
         markup=False,
     )
-    _show_latency(console, measured.latency)
+    console.print(latency_text(measured.latency), markup=False)
     if measured.additivity is not None:
         console.print(additivity_text(measured.additivity), markup=False)
     error = measured.feature_error
@@ -64,12 +60,3 @@ def _row(row: BlockRow, order: Mapping[str, int]) -> list[str]:
         f"{row.score:.3f}",
         decision,
     ]
-
-
-def _show_latency(console: Console, latency: LatencyChange) -> None:
-    faster, low, high = (100 * value for value in latency.saved)
-    console.print(
-        f"latency {latency.before_ms:.2f} → {latency.after_ms:.2f} ms in onnxruntime: "
-        f"{faster:.1f} % less (95 % interval {low:.1f} to {high:.1f} %)",
-        markup=False,
-    )

@@ -17,6 +17,7 @@ from onnxcompress.passes.quantize.figures import QuantizeFigures
 from onnxcompress.pipeline.chain import Step
 from onnxcompress.report.elements import Code, Fold, Heading, Part, Prose, Section, Table, Terms
 from onnxcompress.report.run_data import Material
+from onnxcompress.runtime.block_latency import LatencyChange, latency_text
 
 SHOWN = 12
 """Rows of a table in view; the rest is folded away."""
@@ -46,6 +47,7 @@ def passes(material: Material) -> Section | None:
     for number, step in enumerate(steps, 1):
         parts += _account(number if len(steps) > 1 else 0, step)
     parts += _guard(material.guard, material.verdict, "All passes together: ")
+    parts += _latency(material.latency, "All passes together: ")
     return Section("passes", "What each pass did" if len(steps) > 1 else "What the pass did", parts)
 
 
@@ -60,8 +62,9 @@ def _account(number: int, step: Step) -> list[Part]:
         parts += left_alone(result.refusals)
     else:
         parts.append(Prose("Nothing was refused.", "quiet"))
-    parts += _guard(result.guard, step.verdict, "")
-    hidden = [name for kind in type(result.figures).__mro__ for name in ELSEWHERE.get(kind, ())]
+    parts += _guard(result.guard, step.verdict, "") + _latency(result.latency, "")
+    hidden = ["latency"] * (result.latency is not None)
+    hidden += [name for kind in type(result.figures).__mro__ for name in ELSEWHERE.get(kind, ())]
     terms = plain_terms({k: v for k, v in result.measured_json().items() if k not in hidden})
     more: list[Part] = [Terms(terms)] if terms else []
     options = json.dumps(step.pass_.options(), indent=2)
@@ -121,6 +124,15 @@ def _guard(measured: GuardMeasurements | None, verdict: Verdict | None, whose: s
     tone = "missed" if word else ""
     text = text if whose or word else text[:1].upper() + text[1:]
     return [Prose(f"{word}{whose}{text}{on}.", tone), *(Prose(f"{advice}.") for advice in verdict.advice)]
+
+
+def _latency(change: LatencyChange | None, whose: str) -> list[Part]:
+    """Say what the latency was and is, and where that is no gain."""
+    if change is None:
+        return []
+    text = latency_text(change)
+    text = text if whose else text[:1].upper() + text[1:]
+    return [Prose(f"{whose}{text}.", "" if change.high < 1 else "missed")]
 
 
 def plain_terms(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
