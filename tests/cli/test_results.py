@@ -1,0 +1,207 @@
+"""What the terminal says of fixed figures, word by word: every figure is another number."""
+
+from __future__ import annotations
+
+import io
+import math
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from onnxcompress.account import Figures, InputSource, Refusal
+from onnxcompress.cli.results.guard import show_guard, show_whole
+from onnxcompress.cli.results.sensitivity_plot import title
+from onnxcompress.cli.results.show import show_result
+from onnxcompress.evaluation.fidelity import Fidelity, OutputFidelity
+from onnxcompress.evaluation.guard import Floors, GuardMeasurements, verdict
+from onnxcompress.optimize.block_drop.figures import BlockRow, DropBlocksFigures
+from onnxcompress.passes import Pass, PassResult, load_pass
+from onnxcompress.passes.calibrate import Agreement, CalibrateFigures
+from onnxcompress.passes.fp16.figures import HalfPrecisionFigures, KeptNode, ProviderRun
+from onnxcompress.passes.quantize.figures import Budget, QuantizedLayerRow, QuantizeFigures
+from onnxcompress.quantization.ort_fusion import OptimizedNodes
+from onnxcompress.runtime.block_latency import Additivity, LatencyChange, Share
+from onnxcompress.sensitivity.rows import Kind, Row
+
+
+def shown(name: str, figures: Figures, *refusals: Refusal, **options: Any) -> list[str]:
+    """Lines at the terminal, cells of tables apart by one space."""
+    console = Console(file=io.StringIO(), width=300, highlight=False)
+    pass_: Any = object.__new__(load_pass(name))
+    show_result(console, pass_, PassResult(refusals=refusals, measured=figures), **options)
+    return lines_of(console)
+
+
+def lines_of(console: Console) -> list[str]:
+    assert isinstance(console.file, io.StringIO)
+    lines = console.file.getvalue().replace("┃", " ").replace("│", " ").splitlines()
+    return [" ".join(line.split()) for line in lines if any(letter.isalnum() for letter in line)]
+
+
+IMAGES = (InputSource("images", 48, 0, "photos/", "unit", "option"),)
+
+
+def dropped(**changed: Any) -> DropBlocksFigures:
+    rows = (
+        BlockRow("first", "e1", True, Share(0.2, 0.15, 0.27), 0.0301, 0.15),
+        BlockRow("second", "e2", False, Share(0.05, -0.01, 0.11), 0.4, 8.0),
+        BlockRow("third", "e3", True, Share(0.1, 0.09, 0.12), 0.02, 0.2),
+    )
+    values: dict[str, Any] = {
+        "feature": "relu",
+        "preprocess": "unit",
+        "latency": LatencyChange(10.0, 6.8, 0.68, 0.66, 0.71),
+        "clock": "wall",
+        "blocks": rows,
+        "order": ("third", "first"),
+        "feature_error": 0.0144,
+        "additivity": Additivity(Share(0.3, 0.24, 0.39), Share(0.32, 0.29, 0.34)),
+        "inputs": IMAGES,
+    }
+    return DropBlocksFigures(**(values | changed))
+
+
+def test_drop_blocks_shows_each_block_and_the_latency() -> None:
+    assert shown("drop-blocks", dropped())[2:] == [
+        "block recoverability R latency share τ 95 % interval score R/τ decision",
+        "first 0.0301 20.00 % 15.00 to 27.00 0.150 dropped 2.",
+        "second 0.4000 5.00 % -1.00 to 11.00 8.000 kept",
+        "third 0.0200 10.00 % 9.00 to 12.00 0.200 dropped 1.",
+        "dropped 2 blocks; features matched at 'relu'",
+        "learned from 48 images (photos/), preprocessed by unit (as asked for)",
+        "latency 10.00 → 6.80 ms in onnxruntime: 32.0 % less (95 % interval 29.0 to 34.0 %)",
+        "the blocks' shares τ add up to 30.0 % (24.0 to 39.0 %), measured are 32.0 % (29.0 to 34.0 %): "
+        "they add up, within the intervals",
+        "relative error of the features on the tuning's images: 0.120 (root mean square)",
+    ]
+
+
+def test_drop_blocks_says_which_clock_it_could_not_trust() -> None:
+    busy = ("the machine was too busy to tell", "the machine was too busy for a wall clock")
+    for noisy, clock in ((False, "wall"), (True, "wall"), (False, "processor")):
+        text = shown("drop-blocks", dropped(noisy_latency=noisy, clock=clock))
+        found = tuple(any(line.startswith(start) for line in text) for start in busy)
+        assert found == (noisy, clock == "processor")
+
+
+def quantized(**changed: Any) -> QuantizeFigures:
+    rows = tuple(
+        QuantizedLayerRow(f"l{at}", "Conv", 4, 8, (0.1, 0.2), 0.3, (-1.25, 6.5), 40.04 - at)
+        for at in range(15)
+    )
+    values: dict[str, Any] = {
+        "layers": (*rows, QuantizedLayerRow("alone", "Gemm", 2, 0, (0.1, 0.2), None, None, 11.26)),
+        "channel_ranges": 3,
+        "runtime": OptimizedNodes({"QLinearConv": 15}, {"Gemm": ("a", "b"), "Add": ("c",)}, 7),
+        "output_snr_db": {"y": 17.25, "z": 9.04},
+        "inputs": IMAGES,
+    }
+    return QuantizeFigures(**(values | changed))
+
+
+def test_quantize_shows_the_noisiest_layers_and_the_outputs() -> None:
+    text = shown("quantize", quantized())
+    assert text[:4] == [
+        "Layers with the most noise (12 of 16; all with --json)",
+        "layer weight input input range signal to noise",
+        "alone 2 bits float 11.3 dB",
+        "l14 4 bits 8 bits -1.25 to 6.5 26.0 dB",
+    ]
+    assert text[13] == "l4 4 bits 8 bits -1.25 to 6.5 36.0 dB"
+    assert text[15:] == [
+        "onnxruntime fuses: 15 QLinearConv",
+        "it computes with floats: 2 Gemm, 1 Add",
+        "output 'y': signal to noise 17.2 dB on those inputs",
+        "output 'z': signal to noise 9.0 dB on those inputs",
+    ]
+
+
+def test_quantize_shows_what_a_budget_gave() -> None:
+    budget = Budget("information", 4.21, 4.5, 1.234, {2: 1, 4: 15}, 0.5, "layers.json", 9.0)
+    text = shown("quantize", quantized(budget=budget))
+    assert text[15:18] == [
+        "bits of the layers' weights: 1 with 2, 15 with 4; sensitivities: layers.json",
+        "weights: 4.21 bits on average, 1.23 MB of information (budget 4.50 bits)",
+        "fewer bits are stored in 8-bit types: the file is smaller only with --small-types",
+    ]
+
+
+def test_fp16_shows_its_errors_in_percent_of_the_deviation() -> None:
+    figures = HalfPrecisionFigures(
+        0.0042, math.inf, 0.01, 17, (KeptNode("exp", "Exp", 0.3),), 2.0, ProviderRun("cpu", 0.0037),
+        inputs=IMAGES,
+    )
+    assert shown("fp16", figures) == [
+        "17 nodes compute in float16, 1 stay float32 to limit the error",
+        "error of the outputs: 0.42 %, at most 1 % asked; with all nodes in float16: infinite",
+        "measured on 48 images (photos/)",
+        "run on cpu: error 0.37 %; a CPU computes it in float32, the gain is on GPUs",
+    ]
+
+
+def test_calibrate_shows_how_far_estimates_are_from_what_is_known() -> None:
+    dead = {f"t{at}": tuple(range(at)) for at in range(1, 8)}
+    figures = CalibrateFigures(20, 13, 7, dead, Agreement(5, 0.034, 1.12), inputs=IMAGES)
+    assert shown("calibrate", figures) == [
+        "statistics of 20 tensors: 13 estimated, 7 kept from BatchNorm",
+        "estimated from 48 images (photos/), preprocessed by unit (as asked for)",
+        "compared with BatchNorm (5 tensors): means off by 0.034 standard deviations, standard deviations "
+        "1.12 times as large (medians over channels)",
+        *(f"{at} channels do not vary: t{at}" for at in (7, 6, 5, 4, 3)),
+        "channels of 2 more tensors do not vary (all with --json)",
+        "nothing to change",
+    ]
+
+
+def measured(*, exact: bool = False) -> GuardMeasurements:
+    outputs = (
+        OutputFidelity("near", 40.0, 38.0, 0.5, 0.01, 0.97),
+        OutputFidelity("far", 21.04, 16.06, 0.25, 0.02, 0.75),
+    )
+    return GuardMeasurements("16 images", 16, 1.0, Fidelity(outputs), max_rel=0.1 if exact else None)
+
+
+@pytest.mark.parametrize(
+    ("floors", "start"),
+    [
+        (Floors(7, 3), ""),
+        (Floors(17, 3), "WARNING: "),
+        (Floors(30, 20), "WARNING, written by --force: "),
+    ],
+)
+def test_the_guard_shows_the_worst_output_and_how_many_keep_their_class(
+    floors: Floors, start: str
+) -> None:
+    console = Console(file=io.StringIO(), width=300)
+    judged = verdict(measured(), floors, advice=("try less",), force=True)
+    show_whole(console, measured(), judged)
+    below = {"": "", "WARNING: ": ", below 17 dB"}.get(start, ", below 20 dB")
+    assert lines_of(console) == [
+        f"{start}all passes together: output 'far': variation to noise 16.1 dB (signal to noise 21.0 dB)"
+        f"{below}, the same class for 75 %, on 16 images",
+        *(["try less"] if start else []),
+    ]
+
+
+def test_a_pass_that_keeps_the_function_shows_the_largest_difference() -> None:
+    console = Console(file=io.StringIO(), width=300)
+    pass_: Any = object.__new__(load_pass("fold-bn"))
+    assert isinstance(pass_, Pass)
+    found = measured(exact=True)
+    show_guard(console, pass_, found, verdict(found, Floors()))
+    assert lines_of(console) == [
+        "largest output difference on 16 images: 2.50e-01 absolute, 2.00e-02 relative (output 'far')"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("kind", "value", "text"),
+    [
+        ("sparsity", 0.5, "50 % zeros"),
+        ("weight_bits", 4, "weight 4 bits"),
+        ("activation_bits", 8, "input 8 bits"),
+    ],
+)
+def test_changes_of_the_sensitivity_plot(kind: Kind, value: float, text: str) -> None:
+    assert title(Row("layer", "Conv", "w", 10, kind, value, 0.1, None)) == text
