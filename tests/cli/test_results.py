@@ -129,7 +129,13 @@ def test_quantize_shows_what_a_budget_gave() -> None:
 
 def test_fp16_shows_its_errors_in_percent_of_the_deviation() -> None:
     figures = HalfPrecisionFigures(
-        0.0042, math.inf, 0.01, 17, (KeptNode("exp", "Exp", 0.3),), 2.0, ProviderRun("cpu", 0.0037),
+        0.0042,
+        math.inf,
+        0.01,
+        17,
+        (KeptNode("exp", "Exp", 0.3),),
+        2.0,
+        ProviderRun("cpu", 0.0037),
         inputs=IMAGES,
     )
     assert shown("fp16", figures) == [
@@ -170,9 +176,7 @@ def measured(*, exact: bool = False) -> GuardMeasurements:
         (Floors(30, 20), "WARNING, written by --force: "),
     ],
 )
-def test_the_guard_shows_the_worst_output_and_how_many_keep_their_class(
-    floors: Floors, start: str
-) -> None:
+def test_the_guard_shows_the_worst_output_and_how_many_keep_their_class(floors: Floors, start: str) -> None:
     console = Console(file=io.StringIO(), width=300)
     judged = verdict(measured(), floors, advice=("try less",), force=True)
     show_whole(console, measured(), judged)

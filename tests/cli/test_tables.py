@@ -34,12 +34,10 @@ def timing(name: str, median: float, samples: tuple[float, ...] = (1.0,), batch:
 
 
 def comparison() -> Comparison:
-    sides = [
-        Side("net.onnx", 2_000_000, 500, 4000, timing("net.onnx", 4.0), 0.93),
-        Side("fast.onnx", 1_500_000, 400, 1000, timing("fast.onnx", 2.0), 0.91),
-    ]
+    a = Side("net.onnx", 2_000_000, 500, 4000, timing("net.onnx", 4.0), 0.93)
+    b = Side("fast.onnx", 1_500_000, 400, 1000, timing("fast.onnx", 2.0), 0.91)
     difference = Difference(0.125, 0.03, "y", {"y": (0.125, 0.03)})
-    return Comparison(*sides, Ratio(0.5, 0.4, 0.8), difference, 0.955, "200 images")
+    return Comparison(a, b, Ratio(0.5, 0.4, 0.8), difference, 0.955, "200 images")
 
 
 def printed(capsys: pytest.CaptureFixture[str]) -> list[str]:
@@ -63,9 +61,16 @@ def test_compare_shows_changes_over_what_was(capsys: pytest.CaptureFixture[str])
 
 
 def test_gates_judge_the_second_model_of_a_comparison() -> None:
-    facts = GateMeasurements.of(comparison(), "as they are")
+    facts = GateMeasurements.of(comparison(), "unit")
     assert facts == GateMeasurements(
-        1_500_000, "200 images", (0.93, 0.91), 0.955, 2.0, Ratio(0.5, 0.4, 0.8), "cpu, batch 2", "as they are"
+        1_500_000,
+        "200 images",
+        (0.93, 0.91),
+        0.955,
+        2.0,
+        Ratio(0.5, 0.4, 0.8),
+        "cpu, batch 2",
+        "unit",
     )
     limits = {"max_drop": 1.0, "min_agreement": 95, "max_latency": 1.5, "min_speedup": 2.0, "max_size": 1.6}
     verdicts = judge(limits, facts)
