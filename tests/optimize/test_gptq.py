@@ -99,6 +99,21 @@ def test_the_least_squares_target_is_the_solution_of_the_damped_system(target: f
     np.testing.assert_allclose(shift, lacking, rtol=1e-6)
 
 
+def test_without_an_offset_the_target_is_the_damped_solution_about_zero() -> None:
+    """A layer without bias cannot shift its output: its weights make up for the mean, too."""
+    rng = np.random.default_rng(1)
+    w, x = rng.normal(size=(1, 3, 5)), rng.normal(size=(1, 5, 300)) + 3
+    residual = rng.normal(size=(1, 3, 5)) @ x + 7
+    moments = LayerMoments.empty(torch.from_numpy(w))
+    moments.add(torch.from_numpy(x), torch.from_numpy(residual))
+    goal, h = least_squares(torch.from_numpy(w), moments, ridge=0.1, target=0.05, bias=False)
+    second = x[0] @ x[0].T / 300
+    size = np.trace(second) / 5
+    np.testing.assert_allclose(h[0], second + 0.1 * size * np.eye(5), rtol=1e-6)
+    step = residual[0] @ x[0].T / 300 @ np.linalg.inv(second + 0.05 * size * np.eye(5))
+    np.testing.assert_allclose(goal[0], w[0] + step, rtol=1e-6)
+
+
 def test_a_group_that_reads_nothing_is_damped_as_if_it_read_a_ten_thousandth_of_the_mean() -> None:
     x = torch.randn(2, 4, 500, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     x[1] = 0

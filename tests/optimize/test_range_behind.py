@@ -12,10 +12,15 @@ from onnxcompress.model import Model
 from onnxcompress.optimize.executor import Executor
 from onnxcompress.optimize.reconstruction.activation_range import fake, least_squares
 from onnxcompress.optimize.reconstruction.quantize import Quantizer, Settings
-from onnxcompress.optimize.reconstruction.range_behind import ends_behind, headroom, reaches_sigmoid
+from onnxcompress.optimize.reconstruction.range_behind import (
+    ends_behind,
+    fit_ends,
+    headroom,
+    reaches_sigmoid,
+)
 from onnxcompress.optimize.reconstruction.range_equalization import stretch
 from onnxcompress.optimize.synthesis.statistics_alignment import StatisticsAlignment
-from onnxcompress.quantization.affine_grid import Grid
+from onnxcompress.quantization.affine_grid import Grid, activation_grid
 from onnxcompress.quantization.qdq_plan import Bits, make_plan
 from tests.helpers.folding import Arrays, graph, weight
 
@@ -105,6 +110,46 @@ def test_ranges_of_images_are_what_they_are_and_headroom_grows_with_depth() -> N
     assert of(generic, "c").bounds[1] == pytest.approx(of(own, "c").bounds[1], rel=0.02)  # in front of all
     depth = 0.5  # behind one of two layers
     assert generic._depths["g"] == depth
+
+
+def test_headroom_widens_the_upper_end_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = network("g = HardSwish(c)")
+    wide = of(learned(model, generic_inputs=True), "g").bounds
+    monkeypatch.setattr("onnxcompress.optimize.reconstruction.quantize.headroom", lambda depth: 1.0)
+    plain = of(learned(model, generic_inputs=True), "g").bounds
+    assert wide[1] == pytest.approx(1.5 * plain[1], rel=0.02)
+    assert plain[0] <= wide[0] <= 0  # a whole number of the wider steps
+
+
+@pytest.mark.parametrize("op", ["Sigmoid", "HardSigmoid"])
+def test_what_lies_between_0_and_1_has_that_range(op: str) -> None:
+    """Whatever the samples reach: here they stay near a half."""
+    body = f"c = Conv(x, wc, bc) s = {op}(c) y = Conv(s, wd, bd)"
+    arrays = {"wc": 0.1 * weight(4, 3, 1, 1), "bc": 0.1 * weight(4, seed=5)}
+    arrays |= {"wd": weight(4, 4, 1, 1, seed=1), "bd": weight(4, seed=6)}
+    model = Model.from_proto(graph("(float[N,3,8,8] x) => (float[N,4,8,8] y)", body, arrays))
+    assert of(learned(model), "s").bounds == pytest.approx((0, 1), rel=1e-3)
+
+
+def two_ends(x: Tensor) -> list[Tensor]:
+    """Behind a reader: a strong channel that sees only what is small, and a weak one that sees all."""
+    return [torch.cat([1000 * x.clamp(0, 1), x], 1)]
+
+
+def test_errors_behind_count_by_the_variance_of_their_channel() -> None:
+    """The strong channel alone would have fine steps up to 1, where the weak one loses most of its values."""
+    x = 10 * torch.rand(8, 1, 16, 16, generator=torch.Generator().manual_seed(0)) ** 4
+    low, high = fit_ends(x, lambda a, b: activation_grid(a, b, 4), two_ends, 0.0, float(x.max()))
+    assert low == 0
+    assert high > 5
+    _, strong = fit_ends(
+        x,
+        lambda a, b: activation_grid(a, b, 4),
+        lambda v: two_ends(v)[0][:, :1].split(1),
+        0.0,
+        float(x.max()),
+    )
+    assert strong < 1.5
 
 
 @pytest.mark.parametrize(

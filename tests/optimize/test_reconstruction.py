@@ -264,6 +264,34 @@ def test_few_images_do_not_mislead_a_classifier() -> None:
     assert (pruned, quantized) == pytest.approx((0.0494, 0.0266), rel=0.05)
 
 
+@pytest.mark.parametrize(("count", "fitted"), [(100, False), (140, True)])
+def test_the_target_needs_four_patches_for_each_weight_of_an_output(count: int, fitted: bool) -> None:
+    """With fewer a layer that stays dense keeps its weights, whatever the student reads."""
+    model, x = few(count)
+    worker = Sparsifier(model, make_plan(model, FLOATS), PruneSettings())
+    worker.pass_through(x, "pruning", seen=0.7 * x)
+    change = worker.results["w"] - worker.executor.parameters["w"]
+    assert (float(change.abs().max()) > 0.1) == fitted
+    worked = Quantizer(model, make_plan(model, Bits(8, None, None)), Settings())
+    worked.run(x, seen=0.7 * x)
+    moved = float((worked.own["w"] - worker.executor.parameters["w"]).abs().max())
+    assert (moved > 0.05) == fitted
+
+
+@pytest.mark.parametrize("repair", [True, False])
+def test_without_repair_a_bias_makes_up_for_its_own_rounding_alone(repair: bool) -> None:
+    """The student reads 0.7 of what the teacher does; with repair its bias keeps the teacher's mean."""
+    model, x = few(200)
+    worker = Quantizer(model, make_plan(model, Bits(4, None, None)), Settings(repair=repair))
+    worker.run(x, seen=0.7 * x)
+    own, rounded = worker.executor.parameters["w"], worker.own["w"]
+    reads, bias = 0.7 * x.flatten(1).mean(0), worker.executor.parameters["b"]
+    wanted = bias + (own - rounded) @ reads
+    if repair:
+        wanted = bias + own @ x.flatten(1).mean(0) - rounded @ reads
+    torch.testing.assert_close(worker.own["b"], wanted, rtol=1e-3, atol=1e-3)
+
+
 def test_rows_of_more_worth_lose_less() -> None:
     model, x = few(400)
     plan = make_plan(model, FLOATS)

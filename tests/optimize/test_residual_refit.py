@@ -90,6 +90,41 @@ def test_refitting_recovers_what_it_did_with_all_layers_behind_the_block(
     assert loss(teacher, student, x[:2], new) == pytest.approx(today, rel=0.02)
 
 
+AHEAD = """a = Conv<pads=[1,1,1,1]>(x, w0, b0) r = Relu(a)
+    c = Conv<pads=[1,1,1,1]>(r, w1, b1) d = Relu(c) e = Conv<pads=[1,1,1,1]>(d, w2, b2)
+    s = Add(r, e) t = Relu(s)
+    p = Conv(t, w5, b5) g = Relu(t) h = Clip(g, low, high) y = Add(p, h)"""
+"""A projection that comes before the other side of its sum."""
+
+
+def test_a_projection_makes_up_for_what_the_other_side_will_lose() -> None:
+    """Its target is what the teacher computes there, and what the other side lacks."""
+    arrays = {"w0": weight(6, 3, 3, 3), "w5": weight(6, 6, 1, 1, seed=15), "b5": weight(6, seed=25)}
+    arrays |= {f"w{i}": 0.15 * weight(6, 6, 3, 3, seed=i) for i in (1, 2)}
+    arrays |= {f"b{i}": 0.2 * weight(6, seed=30 + i) for i in range(3)}
+    arrays |= {"low": np.float32(0.3).reshape(()), "high": np.float32(1).reshape(())}
+    teacher = Model.from_proto(graph("(float[N,3,8,8] x) => (float[N,6,8,8] y)", AHEAD, arrays))
+    student = teacher.copy()
+    drop_blocks(student, [find_blocks(teacher).blocks[0].exit])
+    x = torch.randn(40, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    found = refitted(teacher, student, x, ridge=0.05)
+    assert set(found) == {"w5", "b5"}
+    reads = values(student, "r", x).permute(1, 0, 2, 3).flatten(1).double().numpy()
+    theirs, lost = (
+        values(teacher, "p", x),
+        values(teacher, "h", x) - values(student, "h", x),
+    )
+    assert lost.square().mean() > 1e-3
+    wanted = (theirs + lost).permute(1, 0, 2, 3).flatten(1).double().numpy()
+    own, bias = (read(student.graph.tensors()[name]).astype(np.float64) for name in ("w5", "b5"))
+    own = own.reshape(6, 6)
+    rows = np.vstack([reads, np.ones(reads.shape[1])])
+    damping = 0.05 * reads.var(1).mean() * reads.shape[1] * np.diag([1.0] * 6 + [0.0])
+    delta = np.linalg.solve(rows @ rows.T + damping, rows @ (wanted - own @ reads - bias[:, None]).T).T
+    np.testing.assert_allclose(found["w5"].reshape(6, 6), own + delta[:, :-1], rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(found["b5"], bias + delta[:, -1], rtol=1e-3, atol=1e-4)
+
+
 def test_nothing_is_refitted_in_front_of_the_block() -> None:
     teacher, student, x = networks(BODY)
     assert {"w3", "w4"} <= set(refitted(teacher, student, x, "u")) <= {"w3", "b3", "w4", "b4"}
