@@ -73,6 +73,45 @@ def test_training_follows_its_seed() -> None:
     assert not torch.equal(first, other)
 
 
+def test_training_begins_with_the_values_that_are_given() -> None:
+    """A layer that was refitted, and the student's own where none was."""
+    given = {"w": torch.full((6, 3, 3, 3), 0.5)}
+    schedule = Schedule(steps=0, batch=8, learning_rate=0.02, seed=0)
+    student = executor(0.1)
+    values = finetune(student, executor(0.0), given, images(), "x", ("y", "y"), schedule)
+    assert values.keys() == {"w", "b", "v", "c"}
+    assert torch.equal(values["w"], given["w"])
+    assert torch.equal(values["v"], student.parameters["v"])
+
+
+def test_the_pieces_of_a_batch_count_as_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last piece is smaller; what stands in one piece alone would lead elsewhere."""
+    whole = trained(steps=4, batch=22)[0]
+    monkeypatch.setattr("onnxcompress.optimize.reconstruction.finetune.PIECE", 8)
+    pieces = trained(steps=4, batch=22)[0]
+    for name, value in whole.items():
+        torch.testing.assert_close(pieces[name], value, rtol=1e-3, atol=1e-4)
+
+
+def test_images_are_drawn_by_their_shares(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Images of one number each, which views do not change: 0, and half as often 1."""
+    x = torch.tensor([0.0, 1.0, 1.0]).reshape(3, 1, 1, 1).expand(3, 3, 8, 8).contiguous()
+    seen: list[Tensor] = []
+    teacher = executor(0.0)
+    original = teacher.run
+
+    def run(feeds: Any, *rest: Any) -> Any:
+        seen.append(feeds["x"])
+        return original(feeds, *rest)
+
+    monkeypatch.setattr(teacher, "run", run)
+    schedule = Schedule(steps=25, batch=16, learning_rate=1e-6, seed=0)
+    shares = torch.tensor([4.0, 1.0, 1.0])
+    finetune(executor(0.1), teacher, {}, x, "x", ("y", "y"), schedule, shares=shares)
+    assert sum(map(len, seen)) == 400
+    assert float(torch.cat(seen).mean()) == pytest.approx(1 / 3, abs=0.06)
+
+
 def ramp() -> Tensor:
     """Bright to the right and more so to the bottom; nothing alike anywhere."""
     rows, columns = torch.arange(16.0)[:, None], torch.arange(16.0)
