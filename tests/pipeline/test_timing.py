@@ -51,7 +51,7 @@ def test_all_timed_passes_are_tested() -> None:
 def test_a_pass_ends_with_the_latency_and_leaves_the_file_as_it_is(
     name: str, net: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    outputs = []
+    outputs: list[bytes] = []
     for more, keys in ((["--latency", "--latency-batch", "2"], KEYS), (["--no-latency"], None)):
         out = tmp_path / f"{len(outputs)}.onnx"
         assert main([name, net, str(out), *FEW[name], *more, "--json", "--no-verify"]) == 0
