@@ -226,6 +226,7 @@ class Executor:
         batch: int,
         parameters: Mapping[str, Tensor] | None = None,
         mixed: bool = False,
+        kept_as: torch.dtype | None = None,
     ) -> dict[str, Tensor]:
         """Run batch after batch, without gradients, and collect the outputs.
 
@@ -238,6 +239,7 @@ class Executor:
             batch: Images that run at once; the last batch may be smaller.
             parameters: Name -> value of initializers to replace.
             mixed: Whether to compute in the device's fast lower precision (`device.autocast`).
+            kept_as: Type in which outputs of floats are collected; None: their own.
 
         Returns:
             Name -> values of the outputs, (count times the rows of an image, …), on the device.
@@ -251,7 +253,8 @@ class Executor:
             for name in outputs:
                 part = made.pop(name)
                 if name not in found:
-                    found[name] = _room(part, count, min(batch, count))
+                    own = kept_as if part.is_floating_point() else None
+                    found[name] = _room(part, count, min(batch, count), own)
                 found[name][filled[name] : filled[name] + len(part)] = part
                 filled[name] += len(part)
         return found
@@ -309,12 +312,12 @@ class Executor:
         return self._binding.kinds.get(name) is Kind.CONSTANT
 
 
-def _room(part: Tensor, count: int, batch: int) -> Tensor:
-    """Return room for `count` images of a tensor of which `part` holds `batch`."""
+def _room(part: Tensor, count: int, batch: int, dtype: torch.dtype | None) -> Tensor:
+    """Return room for `count` images of a tensor of which `part` holds `batch`; None: of its own type."""
     shape = (len(part) // batch * count, *part.shape[1:])
     last = part.ndim == 4 and part.is_contiguous(memory_format=torch.channels_last)
     order = torch.channels_last if last else torch.contiguous_format
-    return torch.empty(shape, dtype=part.dtype, device=part.device, memory_format=order)
+    return torch.empty(shape, dtype=dtype or part.dtype, device=part.device, memory_format=order)
 
 
 def _execute(steps: Sequence[Step], values: list[Any]) -> None:

@@ -16,7 +16,7 @@ from onnxcompress.graph.shape_inference import tensor_shapes
 from onnxcompress.graph.topology import Topology
 from onnxcompress.model import Model, Shape
 
-MEMORY = 512 << 20
+MEMORY = 384 << 20
 """Bytes of the tensors that are held; where all images would need more, fewer go node by node."""
 HANDOVER = 0.4
 """Share of MEMORY that the tensors of all images may take between two sections."""

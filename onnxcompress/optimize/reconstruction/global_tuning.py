@@ -131,7 +131,9 @@ def finetune_sparse(
             own = index[half::HALVES]
             with autocast(executor.device):
                 made = executor.run({where.start: laid_out(seen[own])}, names, leaves)
-            errors = {n: (made[n].float() - wanted[n][own]).square().mean() / spread[n] for n in names}
+            errors = {
+                n: (made[n].float() - wanted[n][own].float()).square().mean() / spread[n] for n in names
+            }
             share = 1 / max(len(where.levels), 1)
             shares = {n: share if n in where.levels else 1.0 for n in names if made[n].requires_grad}
             if not shares:  # behind an ArgMax, say
@@ -154,5 +156,13 @@ def finetune_sparse(
 
 
 def _wanted(executor: Executor, start: str, values: Tensor, names: list[str]) -> dict[str, Tensor]:
-    made = executor.run_batched({start: values}, names, count=len(values), batch=BATCH)
-    return {n: v for n, v in made.items() if v.is_floating_point()}
+    """Compute the teacher's tensors, in float16 where that holds them: they take most of the memory."""
+
+    def computed(names: list[str], kept_as: torch.dtype) -> dict[str, Tensor]:
+        made = executor.run_batched({start: values}, names, count=len(values), batch=BATCH, kept_as=kept_as)
+        return {n: v for n, v in made.items() if v.is_floating_point()}
+
+    found = computed(names, torch.float16)
+    if large := [n for n, v in found.items() if not v.isfinite().all()]:
+        found |= computed(large, torch.float32)
+    return found
