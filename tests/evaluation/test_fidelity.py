@@ -38,6 +38,36 @@ def test_what_is_the_same_for_all_inputs_hides_no_noise() -> None:
     assert same.variation_db == same.snr_db == pytest.approx(20)
 
 
+def test_differences_are_relative_to_the_largest_magnitude_before() -> None:
+    y = np.array([[1.0, -4.0], [2.0, 3.0]])
+    found = compared(y, 1.5 * y)
+    assert (found.max_abs, found.max_rel) == (2.0, 0.5)
+    assert compared(0 * y, y).max_rel == np.inf
+    classes = compared(np.array([[4], [2]]), np.array([[1], [2]]))
+    assert (classes.max_abs, classes.max_rel, classes.agreement) == (3.0, 0.75, 0.5)
+
+
+@pytest.mark.parametrize(("noise", "judged"), [(0.0316, 30), (0.0562, None)])
+def test_from_30_dB_on_variation_does_not_count(noise: float, judged: float | None) -> None:
+    """Of an output of ones that hardly varies: below it its small variation is what counts."""
+    rng = np.random.default_rng(0)
+    y = np.ones((400, 1, 5)) + 0.02 * rng.normal(size=(400, 1, 5))
+    found = compared(y, y + noise * rng.choice([-1.0, 1.0], size=y.shape))
+    expected = 20 * np.log10(0.02 / noise) if judged is None else judged
+    assert found.judged_db == pytest.approx(expected, abs=0.3)
+
+
+def test_parts_are_told_by_the_root_mean_square_of_their_values() -> None:
+    sign = np.where(np.arange(8)[:, None] % 2, 1.0, -1.0)
+    y = np.concatenate([100 * sign, 100 * sign, 2 * sign, 2 * sign], axis=1)
+    off = np.array([1.0, 1.0, 0.5, 0.5])
+    part = compared(y, y + off).worst_part
+    assert part is not None
+    assert part.rms == pytest.approx(2)
+    assert part.snr_db == pytest.approx(10 * np.log10(16))
+    assert part.text == "2 channels from 2 on of dimension 1 (values near 2)"
+
+
 def test_next_to_no_variation_is_no_fault_where_next_to_nothing_changes() -> None:
     rest = np.random.default_rng(0).uniform(0, 1e-3, size=(8, 1))
     sure = np.concatenate([1 - rest, rest], axis=1)
