@@ -198,14 +198,20 @@ def test_rows_are_worth_what_the_network_makes_of_them() -> None:
     assert float(rows.square().min()) == pytest.approx(1 / 20)
 
 
-def test_the_costs_of_sparsities_are_what_the_output_loses() -> None:
+@pytest.mark.parametrize("aligned", [False, True])
+def test_the_costs_of_sparsities_are_what_the_output_loses(aligned: bool) -> None:
     """Per image, in deviations of the output: measured by pruning each layer alone, of a linear network."""
     model = two_steps([3.0, *[1.0] * 7])
     model.graph.nodes.remove(next(n for n in model.graph.nodes if n.op == "Relu"))
     model.graph.nodes[-1].inputs[0] = model.graph.nodes[0].outputs[0]
     model.touch()
+    alignment = StatisticsAlignment()
+    if aligned:
+        scale = torch.linspace(0.3, 3, 8)
+        alignment = StatisticsAlignment({"wc": scale.reshape(-1, 1, 1, 1)}, {"bc": (scale, 1 - scale)})
     x = images(3) + torch.tensor([1.0, 2.0, 3.0]).reshape(3, 1, 1)
-    trials = Trials(model, make_plan(model, FLOATS), PruneSettings(), names=frozenset({"wc", "we"}))
+    names = frozenset({"wc", "we"})
+    trials = Trials(model, make_plan(model, FLOATS), PruneSettings(), alignment, names=names)
     trials.pass_through(x, "trying")
     each = []
     for seed in range(6):  # a probe is one sample, with an error as large as itself
@@ -213,14 +219,27 @@ def test_the_costs_of_sparsities_are_what_the_output_loses() -> None:
         each.append(output_costs(trials, x).levels)
     assert each[0] != each[1]
     own = trials.executor.parameters
+    whole = {name: alignment.align(name, own[name]) for name in alignment.names}
     for name, bias in (("wc", "bc"), ("we", None)):
         trial = trials.found[name]
         for level in (1, 3, 5):
             changed = {name: own[name] + trial.weight[level].reshape(own[name].shape)}
             if bias is not None:
                 changed[bias] = own[bias] + trial.bias[level].reshape(-1)
-            lost = float(error(model, x, changed, {}).square().sum((1, 2, 3)).mean())
+            maps = {n: alignment.align(n, v) if n in alignment.names else v for n, v in changed.items()}
+            lost = float(error(model, x, whole | maps, whole).square().sum((1, 2, 3)).mean())
             assert sum(levels[name][level] for levels in each) / 6 == pytest.approx(lost, rel=0.2)
+
+
+def test_costs_are_weighed_as_the_deep_layers_own_inputs_weigh_them() -> None:
+    """Ten times as large inputs behind the split: an error there is a hundredth of the output's variance."""
+    model, x = two_steps([1.0] * 8), images(3)
+    settings, names = PruneSettings(), frozenset({"wc"})
+    trials = Trials(model, make_plan(model, FLOATS), settings, stop="c", names=names)
+    trials.pass_through(x, "trying")
+    c = trials.executor.run({"x": x}, ["c"])["c"].detach().abs()
+    near, far = (output_costs(trials, x, factor * c).levels["wc"] for factor in (1, 10))
+    assert far == pytest.approx([cost / 100 for cost in near], rel=1e-3)
 
 
 @pytest.mark.parametrize("groups", [1, 2])
