@@ -127,6 +127,15 @@ def test_a_branch_makes_up_for_what_the_other_one_lost() -> None:
     assert left == pytest.approx(1.1e-6, rel=0.3)  # 0.0156 where nothing is made up for
 
 
+def test_a_quantized_branch_makes_up_for_the_other_one_as_the_sum_reads_it() -> None:
+    """Behind its quantizer of 8 bits, whose range must be known by then."""
+    model = two_branches()
+    worker = Quantizer(model, make_plan(model, Bits(4, 4, None)), Settings())
+    assert list(worker.run(images(4)).noise.values()) == pytest.approx([0.00969, 0.0191], rel=0.05)
+    left = float(error(model, images(4), worker.own, {}).square().mean())
+    assert left == pytest.approx(0.00606, rel=0.05)
+
+
 def test_layers_learned_by_a_twin_come_back_as_the_networks_own() -> None:
     """With maps of channels, y' = a y + b: nothing pruned, nothing changes; and branches still make up."""
     model = two_branches()
