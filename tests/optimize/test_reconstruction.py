@@ -241,7 +241,7 @@ def test_the_costs_of_sparsities_are_what_the_output_loses(aligned: bool) -> Non
 
 
 def test_costs_are_weighed_as_the_deep_layers_own_inputs_weigh_them() -> None:
-    """Ten times as large inputs behind the split: an error there is a hundredth of the output's variance."""
+    """Ten times as large inputs behind the split: an error is a hundredth of the output's variance."""
     model, x = two_steps([1.0] * 8), images(3)
     settings, names = PruneSettings(), frozenset({"wc"})
     trials = Trials(model, make_plan(model, FLOATS), settings, stop="c", names=names)
