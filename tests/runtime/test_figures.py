@@ -1,0 +1,162 @@
+"""Figures of timings whose samples are known; what is asked for reaches the measurement."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+
+from onnxcompress.evaluation.compare import compare
+from onnxcompress.evaluation.gates import Gates
+from onnxcompress.runtime import latency
+from onnxcompress.runtime.bootstrap import half_width, ratio_of
+from onnxcompress.runtime.io_binding import bind
+from onnxcompress.runtime.latency import Timing, benchmark, precision, ratio
+
+Runs = Callable[..., None]
+
+
+def network(width: int = 4) -> onnx.ModelProto:
+    proto = onnx.parser.parse_model(
+        '<ir_version: 8, opset_import: ["" : 17]> net (float[N,3] x) => (float[N,W] y) { y = MatMul(x, w) }'
+    )
+    values = np.random.default_rng(width).normal(size=(3, width)).astype(np.float32)
+    proto.graph.initializer.append(onnx.numpy_helper.from_array(values, "w"))
+    return proto
+
+
+@pytest.fixture
+def known_runs(monkeypatch: pytest.MonkeyPatch) -> Runs:
+    """Runs that take known times: columns of milliseconds, one for each model in their order."""
+
+    def install(*columns: Any) -> None:
+        samples = np.array([np.asarray(column, float) for column in columns]).T
+        monkeypatch.setattr(latency, "interleave", lambda timed, **options: samples[:, : len(timed)])
+        monkeypatch.setattr(latency, "_warm", lambda timed, seconds: None)
+
+    return install
+
+
+def test_a_timing_has_the_figures_of_its_samples(known_runs: Runs) -> None:
+    """0 to 100 and an outlier of 1000 ms: percentiles are linear between samples."""
+    known_runs([*range(1, 101), 1000])
+    (found,) = benchmark({"net": network()}, provider="cpu", batch=8).values()
+    assert (found.median_ms, found.min_ms, found.runs, found.batch) == (51, 1, 101, 8)
+    assert found.mean_ms == pytest.approx(6050 / 101)
+    assert (found.p90_ms, found.p99_ms) == (91, 100)
+    assert found.throughput == pytest.approx(8 * 1000 / 51)
+    assert found.samples_ms[-1] == 1000
+
+
+def timing(name: str, samples: Any) -> Timing:
+    values = tuple(float(v) for v in samples)
+    middle = float(np.median(values))
+    return Timing(name, middle, middle, middle, middle, middle, len(values), 1, 1.0, "cpu", values)
+
+
+def test_a_ratio_is_the_second_models_time_over_the_firsts() -> None:
+    first = np.random.default_rng(0).uniform(1, 2, 60)
+    found = ratio(timing("a", first), timing("b", 0.8 * first))
+    assert (found.value, found.low, found.high) == pytest.approx((0.8, 0.8, 0.8))
+
+
+def noisy(rounds: int, spread: float, seed: int = 0) -> np.ndarray:
+    """Independent rounds of two models, with medians of 10 and 8."""
+    rng = np.random.default_rng(seed)
+    return np.array([10.0, 8.0]) * (1 + spread * rng.normal(size=(rounds, 2)))
+
+
+def test_the_half_width_is_that_of_the_ratios_interval() -> None:
+    """The median of n normal samples has a deviation of 1.2533 σ / √n; the ratio of two, √2 times that."""
+    found = half_width(noisy(400, 0.05))
+    assert found == pytest.approx(1.96 * 2**0.5 * 1.2533 * 0.05 / 400**0.5, rel=0.25)
+    interval = ratio_of(noisy(400, 0.05), 0.95)
+    assert found == pytest.approx((interval.high - interval.low) / 2 / interval.value, rel=0.25)
+
+
+def test_the_least_precise_model_says_how_precise_all_are() -> None:
+    samples = noisy(100, 0.05)
+    three = np.column_stack([samples, samples[:, 0] * 1.5])
+    assert half_width(three) == pytest.approx(half_width(samples), rel=0.2)
+    timings = {name: timing(name, column) for name, column in zip("abc", three.T, strict=True)}
+    assert precision(timings) == pytest.approx(half_width(three), rel=0.15)
+    alone = half_width(100 + samples[:, :1])
+    assert alone == pytest.approx(half_width(10 + samples[:, :1] / 10), rel=1e-6)  # of the median itself
+
+
+@pytest.mark.parametrize("confidence", [0.5, 0.9, 0.95])
+def test_an_interval_is_as_wide_as_its_confidence(confidence: float) -> None:
+    from scipy.stats import norm
+
+    found = ratio_of(noisy(400, 0.05), confidence)
+    wanted = float(norm.ppf(0.5 + confidence / 2)) * 2**0.5 * 1.2533 * 0.05 / 400**0.5
+    assert (found.high - found.low) / 2 / found.value == pytest.approx(wanted, rel=0.25)
+
+
+def test_rounds_end_once_the_interval_is_within_the_tolerance(monkeypatch: pytest.MonkeyPatch) -> None:
+    widths = iter([0.03, 0.011, 0.0099, 0.0])
+    monkeypatch.setattr(latency, "half_width", lambda samples: next(widths))
+    found = latency.interleave([lambda: 1.0] * 2, runs=None, seconds=None, tolerance=0.01, seed=0)
+    assert len(found) == 34  # after 20, 26 and 34
+    assert next(widths) == 0.0
+
+
+def test_options_reach_the_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Processor time is that of one thread; inputs follow the seed and the batch."""
+    seen: list[dict[str, Any]] = []
+
+    def bind_(name: str, model: Any, chosen: Any, threads: int, feeds: Any, **options: Any) -> Any:
+        seen.append({"threads": threads, "x": feeds["x"], **options})
+        return bind(name, model, chosen, threads, feeds, **options)
+
+    monkeypatch.setattr(latency, "bind", bind_)
+    asked: list[dict[str, Any]] = [
+        {},
+        {"seed": 1},
+        {"clock": "processor", "threads": 3},
+        {"threads": 3, "batch": 5},
+    ]
+    for options in asked:
+        benchmark({"net": network()}, provider="cpu", runs=1, warm_up=0.0, **options)
+    assert [one["threads"] for one in seen] == [0, 0, 1, 3]
+    assert [one["x"].shape for one in seen] == [(1, 3), (1, 3), (1, 3), (5, 3)]
+    assert np.array_equal(seen[0]["x"], seen[2]["x"])
+    assert not np.array_equal(seen[0]["x"], seen[1]["x"])
+    assert [one["clock"] for one in seen] == [
+        latency.CLOCKS[c] for c in ("wall", "wall", "processor", "wall")
+    ]
+
+
+def test_gates_measure_latency_as_they_are_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    seen: dict[str, Any] = {}
+
+    def measured(models: Any, **options: Any) -> dict[str, Timing]:
+        seen.update(options, models=list(models))
+        first = np.random.default_rng(0).uniform(3, 5, 40)
+        return {name: timing(name, first * (0.5 if name == "after" else 1)) for name in models}
+
+    monkeypatch.setattr(latency, "benchmark", measured)
+    gates = Gates(min_speedup=1.5, max_latency=3, batch=4, threads=2, provider="cpu")
+    found = gates.measure(gates.prepare(network()), network(2))
+    assert (seen["batch"], seen["threads"], seen["models"]) == (4, 2, ["before", "after"])
+    assert found.ratio is not None
+    assert found.ratio.value == pytest.approx(0.5)
+    assert found.latency_ms == pytest.approx(2, rel=0.1)
+    assert found.bytes == len(network(2).SerializeToString())
+
+
+def test_a_comparison_is_of_the_second_model_with_the_first(known_runs: Runs) -> None:
+    first = np.random.default_rng(0).uniform(3, 5, 40)
+    known_runs(first, 0.5 * first)
+    a, b = network(), network()
+    values = onnx.numpy_helper.to_array(b.graph.initializer[0]) * np.float32(1.25)
+    b.graph.initializer[0].CopyFrom(onnx.numpy_helper.from_array(values, "w"))
+    found = compare(a, b, provider="cpu")
+    assert found.latency.value == pytest.approx(0.5)
+    assert found.b.timing.median_ms == pytest.approx(0.5 * found.a.timing.median_ms)
+    assert found.difference.max_rel == pytest.approx(0.25, rel=1e-5)  # of the first one's magnitude
+    assert found.agreement == 1
