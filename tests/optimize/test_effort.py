@@ -16,6 +16,7 @@ from onnxcompress.optimize.effort import (
     PRUNE,
     QUANTIZE,
     Effort,
+    announce,
     choose_effort,
     computed_numbers,
 )
@@ -53,6 +54,57 @@ def test_auto_is_best_for_small_networks_only(pass_: str) -> None:
     assert choose_effort("auto", small, pass_, 128) == "best"
     assert choose_effort("auto", large, pass_, 128) == "balanced"
     assert choose_effort("fast", small, pass_, 128) == "fast"
+
+
+def test_the_numbers_that_a_network_computes_are_those_of_its_tensors() -> None:
+    """Of one image, whatever the batch; those of the input are not computed."""
+    model = network(8)
+    fixed = model.copy()
+    fixed.graph.inputs[0].shape = [4, 3, 8, 8]
+    fixed.touch()
+    maps, rest = 5 * 6 * 8 * 8, 6 + 6 + 4  # two convolutions, a norm, two Relus; pool, Flatten, Gemm
+    assert computed_numbers(model) == computed_numbers(fixed) == maps + rest
+
+
+@pytest.mark.parametrize(("pass_", "seconds"), [("quantize", 30), ("prune", 200), ("drop-blocks", 900)])
+def test_auto_is_best_where_that_takes_no_longer_than_it_may(
+    pass_: str, seconds: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At a thousand million numbers a second: 35, 95 and 115 times over the numbers of each input."""
+    times = {"quantize": 35, "prune": 95, "drop-blocks": 115}[pass_]
+    model = network()
+    for factor, effort in ((0.99, "best"), (1.01, "balanced")):
+        numbers = int(factor * seconds * 1e9 / times / 128)
+        monkeypatch.setattr("onnxcompress.optimize.effort.computed_numbers", lambda _, n=numbers: n)
+        assert choose_effort("auto", model, pass_, 128) == effort
+        assert choose_effort("balanced", model, pass_, 128) == "balanced"
+
+
+@pytest.mark.parametrize(("rate", "said"), [(1e9, 5), (1e6, 30), (1e5, 270)])
+def test_the_expected_time_is_the_work_over_the_rate(
+    rate: float, said: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Four seconds at least, in steps of five: here 35 times over 7600 numbers of 100 inputs."""
+    monkeypatch.setattr("onnxcompress.optimize.effort.measured_rate", lambda: rate)
+    monkeypatch.setattr("onnxcompress.optimize.effort.computed_numbers", lambda model: 7600)
+    told: list[str] = []
+    announce("quantize", "best", network(), 100, lambda stage, done, total: told.append(stage))
+    assert told == [f"best effort on 100 inputs, about {said} s"]
+
+
+@pytest.mark.parametrize(
+    ("pixels", "counts"),
+    [
+        (224 * 224, (8, 16, 128)),
+        (448 * 448, (8, 16, 128)),
+        (112 * 112, (32, 64, 128)),
+        (28 * 28, (128, 128, 128)),
+        (0, (8, 16, 128)),
+    ],
+)
+def test_small_images_are_made_in_greater_number(pixels: int, counts: tuple[int, ...]) -> None:
+    """As many as have the pixels of those of 224 x 224, up to 128; 0: no pictures."""
+    assert tuple(QUANTIZE[effort].count(pixels) for effort in EFFORTS) == counts
 
 
 @pytest.mark.parametrize("effort", EFFORTS)

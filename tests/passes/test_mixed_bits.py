@@ -215,6 +215,49 @@ def test_a_size_in_small_types_is_that_of_the_file() -> None:
         run([replace(one, size_budget=0.9 * megabytes)], small(opset=21))
 
 
+def test_a_budgets_figures_are_per_weight_and_in_millions_of_bytes() -> None:
+    """Of both budgets the smaller one counts."""
+    sizes = [32 * 27, 32 * 32 * 9, 8 * 32]
+    one = Quantize(inputs="procedural", synthetic=8, bits_budget=4.5, size_budget=1.0)
+    (result,) = run([one], small())
+    figures = figures_of(result, QuantizeFigures)
+    budget, bits = budget_of(result), [row.weight_bits for row in figures.layers]
+    total = sum(b * n for b, n in zip(bits, sizes, strict=True))
+    assert budget.budget_bits == pytest.approx(4.5)
+    assert budget.average_bits == pytest.approx(total / sum(sizes))
+    assert budget.megabytes == pytest.approx(total / 8e6)
+    assert budget.layers_by_bits == {4: 1, 8: 2}
+    assert 0 < budget.estimated_error < 0.1
+    small_one = replace(one, bits_budget=8.0, size_budget=4.5 * sum(sizes) / 8e6)
+    (result,) = run([small_one], small())
+    assert budget_of(result).budget_bits == pytest.approx(4.5)
+    assert budget_of(result).layers_by_bits == {4: 1, 8: 2}
+
+
+def test_the_estimated_error_is_the_sum_of_what_each_layer_costs(tmp_path: Path) -> None:
+    path, model = tmp_path / "rows.json", small()
+    curve = {2: 0.5, 4: 0.04, 8: 0.001}
+    convs = [node for node in model.graph.nodes if node.op == "Conv"]
+    rows = [
+        Row(n.name, "Conv", n.inputs[1].name, n.inputs[1].values.size, "weight_bits", bits, error, None)
+        for n in convs
+        for bits, error in curve.items()
+    ]
+    path.write_text(json.dumps({"rows": [vars(row) for row in rows], "sha256": model.digest()}))
+    one = Quantize(inputs="procedural", synthetic=8, bits_budget=4.0, first_last=0, sensitivity=str(path))
+    (result,) = run([one], model)
+    bits = [row.weight_bits for row in figures_of(result, QuantizeFigures).layers]
+    expected = sum(error_at({float(b): e for b, e in curve.items()}, b) for b in bits)
+    assert budget_of(result).estimated_error == pytest.approx(expected)
+    assert budget_of(result).sensitivity == str(path)
+
+
+def test_between_measured_bits_an_error_falls_by_the_same_factor_each() -> None:
+    assert error_at({2: 0.16, 4: 0.01, 8: 1e-4}, 3) == pytest.approx(0.04)
+    assert error_at({4: 1.0, 8: 1e-4}, 5) == pytest.approx(0.1)
+    assert error_at({4: 1.0, 8: 1e-4}, 8) == 1e-4
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
