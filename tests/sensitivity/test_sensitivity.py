@@ -67,6 +67,14 @@ def plain_error(model: Model, name: str, values: np.ndarray, x: np.ndarray) -> f
     return float(np.mean([np.square(after[n] - before[n]).mean() / before[n].var() for n in before]))
 
 
+def other_classes(model: Model, name: str, values: np.ndarray, x: np.ndarray) -> float:
+    """The share of inputs with another top-1 class."""
+    changed = model.copy()
+    set_values(changed.graph.tensors()[name], values)
+    before, after = (run_model(one.to_proto(), {"x": x})["y"].argmax(1) for one in (model, changed))
+    return float((before != after).mean())
+
+
 @pytest.mark.parametrize("kind", ["bits", "sparsity"])
 def test_a_layer_without_bias_costs_what_onnxruntime_says(kind: str) -> None:
     """A MatMul has no bias to correct: the error is of the rounded, or pruned, weight itself."""
@@ -89,8 +97,10 @@ def test_a_layer_without_bias_costs_what_onnxruntime_says(kind: str) -> None:
                 np.abs(own) > np.sort(np.abs(own).ravel())[round(0.4 * own.size) - 1], own, 0
             )
         expected = plain_error(model, layer.linear.weight_name, rounded, x)
+        row = found[layer.linear.weight_name]
         assert expected > 1e-4
-        assert found[layer.linear.weight_name].error == pytest.approx(expected, rel=1e-3)
+        assert row.error == pytest.approx(expected, rel=1e-3)
+        assert row.changed == other_classes(model, layer.linear.weight_name, rounded, x)
 
 
 def test_all_layers_of_a_branched_network_have_errors_that_fall_with_the_bits() -> None:
