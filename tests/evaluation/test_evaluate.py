@@ -159,3 +159,36 @@ def test_networks_of_the_repository_know_their_classes(file: Path) -> None:
     found = evaluate(file, held_out, provider="cpu", threads=1)
     assert found.top1 > 0.8
     assert found.top5 > 0.98
+
+
+# figures of known scores
+
+
+def test_of_equal_scores_the_lower_class_ranks_first() -> None:
+    scores = np.array([[1.0, 3, 3, 0], [3, 3, 3, 3], [5, 4, 3, 2]])
+    for y, top1 in (([1, 0, 0], 1.0), ([2, 0, 0], 2 / 3), ([2, 1, 1], 0.0)):
+        assert topk(scores, np.array(y))[0] == pytest.approx(top1)
+    equal = np.zeros((4, 8))
+    assert topk(equal, np.array([0, 3, 4, 5])) == (0.25, 0.75)
+
+
+@pytest.mark.parametrize(
+    ("right", "count", "low", "high"),
+    [(50, 100, 0.4038, 0.5962), (9, 10, 0.5958, 0.9821), (0, 20, 0.0, 0.1611), (200, 200, 0.9812, 1.0)],
+)
+def test_the_interval_of_an_accuracy_is_wilsons_at_95_percent(
+    right: int, count: int, low: float, high: float
+) -> None:
+    """(p + z²/2n ± z √(p(1 − p)/n + z²/4n²)) / (1 + z²/n) with z = 1.96."""
+    z, p, n = 1.959964, right / count, count
+    half, centre = z * (p * (1 - p) / n + z * z / 4 / n / n) ** 0.5, p + z * z / 2 / n
+    wanted = ((centre - half) / (1 + z * z / n), (centre + half) / (1 + z * z / n))
+    assert wanted == pytest.approx((low, high), abs=1e-3)
+    assert Accuracy(p, p, n, 0.0, "cpu").interval == pytest.approx(wanted, abs=1e-5)
+
+
+def test_agreement_is_the_share_of_the_same_best_class() -> None:
+    a = np.array([[1.0, 2, 3], [3, 1, 2], [1, 3, 2], [0, 1, 2]])
+    b = np.array([[2.0, 1, 3], [3, 2, 1], [3, 1, 2], [0, 1, 2]])
+    assert agreement(a, b) == 0.75
+    assert agreement(a, -a) == 0
