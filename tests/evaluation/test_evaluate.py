@@ -123,12 +123,6 @@ def test_agreement() -> None:
         agreement(a, a[:2])
 
 
-@pytest.mark.slow
-def test_interval() -> None:
-    assert Accuracy(0.5, 1, 100, 0, "cpu").interval == pytest.approx((0.4038, 0.5962), abs=1e-4)
-    assert Accuracy(1, 1, 10, 0, "cpu").interval[1] <= 1
-
-
 # the command
 
 
