@@ -74,6 +74,14 @@ def test_a_quota_of_version_2_counts_wherever_it_lies_above(folder: str, machine
     assert available_cores() == 2
 
 
+@pytest.mark.parametrize(("inner", "outer"), [(6, 3), (3, 6)])
+def test_of_several_quotas_the_least_counts(inner: int, outer: int, machine: Path) -> None:
+    (machine / "cgroup").write_text("0::/ours/inner\n")
+    for folder, number in (("groups/ours/inner", inner), ("groups/ours", outer)):
+        write(machine / folder / "cpu.max", f"{number}00000 100000\n")
+    assert available_cores() == 3
+
+
 @pytest.mark.parametrize(("quota", "expected"), [("150000", 1), ("400000", 4), ("-1", 8)])
 def test_a_quota_of_version_1_counts(quota: str, expected: int, machine: Path) -> None:
     (machine / "cgroup").write_text("5:memory:/other\n4:cpu,cpuacct:/docker/abc\n")
