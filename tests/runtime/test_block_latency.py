@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from onnxcompress.cli.main import main
+from onnxcompress.graph.block_removal import drop_block
 from onnxcompress.graph.blocks import Block, find_blocks
 from onnxcompress.model import Model, load
 from onnxcompress.optimize.block_drop.figures import DropBlocksFigures
@@ -93,6 +94,31 @@ def test_a_noisy_comparison_is_made_again_by_the_processors_clock(
     latency = Stopwatch("cpu").compare(resnet, resnet, 1.0)
     assert clocks == ["wall", "processor"]
     assert latency.ratio == pytest.approx(1, abs=0.01)
+
+
+def test_a_comparison_is_of_the_second_model_with_the_first(
+    resnet: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without one block there are two convolutions fewer; the interval of what is saved is in order."""
+    seen: dict[str, Any] = {}
+    timed = stub({"wall": 0.01}, [])
+
+    def watched(models: Mapping[str, Model], **options: Any) -> dict[str, Timing]:
+        seen.update(options)
+        return dict(timed(models))
+
+    monkeypatch.setattr(block_latency, "benchmark", watched)
+    smaller = resnet.copy()
+    drop_block(smaller, find_blocks(smaller).blocks[0])
+    found = Stopwatch("cpu", batch=4, threads=2, seed=3).compare(resnet, smaller, 1.5)
+    assert (seen["provider"], seen["batch"], seen["threads"]) == ("cpu", 4, 2)
+    assert (seen["seed"], seen["clock"], seen["seconds"]) == (3, "wall", 1.5)
+    assert found.before_ms == pytest.approx(cost(resnet), rel=0.01)
+    assert found.after_ms == pytest.approx(cost(resnet) - 2, rel=0.01)
+    assert found.ratio == pytest.approx(1 - 2 / cost(resnet), rel=0.01)
+    assert found.low < found.ratio < found.high
+    assert found.saved.value == pytest.approx(2 / cost(resnet), abs=0.01)
+    assert found.saved.low < found.saved.value < found.saved.high
 
 
 @pytest.mark.parametrize(("provider", "resolution"), [("cuda", 1e-9), ("cpu", 0.0156)])
