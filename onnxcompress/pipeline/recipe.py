@@ -64,12 +64,17 @@ class Recipe:
     timing: TimingOptions = field(default_factory=TimingOptions)
 
 
-def read_recipe(path: str | os.PathLike[str], variables: Mapping[str, str] | None = None) -> Recipe:
+def read_recipe(
+    path: str | os.PathLike[str],
+    variables: Mapping[str, str] | None = None,
+    folder: str | os.PathLike[str] = "",
+) -> Recipe:
     """Read and check a recipe file.
 
     Args:
         path: The file.
         variables: Values of its variables, as given with -D.
+        folder: Folder that paths in these values are relative to; empty: the current one.
 
     Returns:
         The recipe.
@@ -78,7 +83,42 @@ def read_recipe(path: str | os.PathLike[str], variables: Mapping[str, str] | Non
         OptionError: Something in the recipe is wrong; the message names the line.
         RuntimeUnavailable: The package of a pass cannot be imported.
     """
-    return _read(read_document(path), variables)
+    return _read(read_document(path), variables, folder)
+
+
+def variables_of(path: str | os.PathLike[str]) -> set[str]:
+    """List the variables that a recipe file declares or uses.
+
+    Args:
+        path: The file.
+
+    Returns:
+        Their names.
+
+    Raises:
+        OptionError: The file cannot be read, or is not plain YAML.
+    """
+    document = read_document(path)
+    top = document.mapping(document.value, (), "section", SECTIONS)
+    declared = document.mapping(top.get("variables"), ("variables",), "variable", None)
+    used = _VARIABLE.finditer(json.dumps(document.value, default=str))
+    return {*declared, *(found[1] for found in used if found[1])}
+
+
+def read_gates(document: Document, values: Any) -> Gates:
+    """Build gates from the section `gates` of another kind of file.
+
+    Args:
+        document: The file.
+        values: The section.
+
+    Returns:
+        The gates.
+
+    Raises:
+        OptionError: A key or a value is wrong.
+    """
+    return _Reader(document, None, {}, "").build(Gates, values, ("gates",))
 
 
 def parse_recipe(text: str, name: str = "recipe", variables: Mapping[str, str] | None = None) -> Recipe:
@@ -128,12 +168,14 @@ def pass_names() -> list[str]:
     return [entry.name for entry in CATALOGUE] + list(plugins())
 
 
-def _read(document: Document, variables: Mapping[str, str] | None) -> Recipe:
+def _read(
+    document: Document, variables: Mapping[str, str] | None, folder: str | os.PathLike[str] = ""
+) -> Recipe:
     top = document.mapping(document.value, (), "section", SECTIONS)
     listed = top.get("passes")
     if not isinstance(listed, list) or not listed:
         document.fail(("passes",), "passes: expected a list of passes, such as `- fold-bn`")
-    reader = _Reader(document, top.get("variables"), variables or {})
+    reader = _Reader(document, top.get("variables"), variables or {}, folder)
     passes = tuple(reader.read_pass(index, item) for index, item in enumerate(listed))
     guard = reader.build(Guard, top.get("guard"), ("guard",))
     gates = reader.build(Gates, top.get("gates"), ("gates",))
@@ -145,9 +187,12 @@ def _read(document: Document, variables: Mapping[str, str] | None) -> Recipe:
 class _Reader:
     """Builds passes and gates from the values of a document, with variables replaced."""
 
-    def __init__(self, document: Document, declared: Any, given: Mapping[str, str]) -> None:
+    def __init__(
+        self, document: Document, declared: Any, given: Mapping[str, str], folder: str | os.PathLike[str]
+    ) -> None:
         self.document = document
         self.given = given
+        self.folder = folder
         self.declared = document.mapping(declared, ("variables",), "variable", None)
         self.used: set[str] = set()
 
@@ -247,7 +292,7 @@ class _Reader:
 
     def _rebased(self, path: str) -> str:
         if isinstance(path, Given):
-            return path
+            return os.path.normpath(Path(self.folder) / path) if self.folder else path
         return os.path.normpath(Path(self.document.name).parent / path)
 
     def _checked(self, adapter: TypeAdapter[Any], value: Any, place: Place) -> Any:

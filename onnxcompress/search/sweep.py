@@ -1,0 +1,132 @@
+"""Carry out a plan: what is done is not done again, what fails is listed and gone on from.
+
+Plan --compress, several at once--> Results --time_result, one at a time--> table
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+from onnxcompress.errors import CompressError
+from onnxcompress.progress import Progress, silent
+from onnxcompress.search.plan import Plan
+from onnxcompress.search.results import Results
+from onnxcompress.search.trial import Result, Row, Trial, compress, time_result, verdicts
+from onnxcompress.search.workers import Workers
+
+Report = Callable[[list[Row]], None]
+"""Called with all rows as they are, each time one of them changes."""
+
+
+def sweep(
+    plan: Plan,
+    results: Results,
+    workers: Workers,
+    *,
+    cache: str | None = None,
+    report: Report = lambda rows: None,
+    progress: Progress = silent,
+) -> list[Row]:
+    """Carry out the runs of a plan that are not done.
+
+    Args:
+        plan: The plan.
+        results: Where results are kept, and found again.
+        workers: Where the runs take place.
+        cache: Folder that keeps results of passes; None: nothing is kept.
+        report: Called after each run, so that a table is never far behind.
+        progress: Called with the stage, the runs done and the runs in all.
+
+    Returns:
+        A row for each run, in the plan's order; `status` is done, missed (a limit), failed or waiting.
+    """
+    found = [results.find(trial) for trial in plan.trials]
+    rows: list[Row] = [_row(t, row, results) for t, row in zip(plan.trials, found, strict=True)]
+    report(rows)
+
+    def keep(index: int, row: Row | None) -> None:
+        rows[index] = _row(plan.trials[index], row, results)
+        report(rows)
+
+    _compress(plan.trials, rows, results, workers, cache, keep, progress)
+    if plan.latency_seconds:
+        _time(plan, rows, results, workers, keep, progress)
+    return rows
+
+
+def preview(plan: Plan, results: Results | None) -> list[Row]:
+    """List the runs of a plan, and which of them are done.
+
+    Args:
+        plan: The plan.
+        results: Where results are kept; None: nowhere yet.
+
+    Returns:
+        A row for each run.
+
+    Raises:
+        CompressError: A pass cannot start: a file or a package is missing, or options contradict each
+            other.
+    """
+    from onnxcompress.pipeline import Pipeline
+
+    for trial in plan.trials:
+        Pipeline(trial.recipe.passes).check()
+    found = [None if results is None else results.find(trial) for trial in plan.trials]
+    return [_row(trial, row, results) for trial, row in zip(plan.trials, found, strict=True)]
+
+
+def _compress(
+    trials: Sequence[Trial],
+    rows: list[Row],
+    results: Results,
+    workers: Workers,
+    cache: str | None,
+    keep: Callable[[int, Row | None], None],
+    progress: Progress,
+) -> None:
+    todo = [index for index, row in enumerate(rows) if row["status"] == "waiting"]
+    calls = [partial(compress, trials[index], cache) for index in todo]
+    for done, (at, found) in enumerate(workers.run(calls), 1):
+        result = Result({"error": str(found)}) if isinstance(found, CompressError) else found
+        if "error" not in result.row:
+            results.store(trials[todo[at]], result)
+        keep(todo[at], result.row)
+        progress("runs", done, len(todo))
+
+
+def _time(
+    plan: Plan,
+    rows: list[Row],
+    results: Results,
+    workers: Workers,
+    keep: Callable[[int, Row | None], None],
+    progress: Progress,
+) -> None:
+    todo = [at for at, row in enumerate(rows) if row["status"] != "failed" and row.get("ratio") is None]
+    for done, index in enumerate(todo, 1):
+        trial = plan.trials[index]
+        file = results.path(trial)
+        call = partial(time_result, trial.model, file, trial.recipe.gates, plan.latency_seconds)
+        try:
+            keep(index, results.add(trial, workers.run_alone(call)))
+        except CompressError as error:
+            keep(index, {**rows[index], "error": f"latency: {error}"})
+        progress("latencies", done, len(todo))
+
+
+def _row(trial: Trial, figures: Row | None, results: Results | None) -> Row:
+    """A trial's row of the table."""
+    if figures is None or results is None:
+        return {**trial.labels, "status": "waiting"}
+    if "error" in figures:
+        return {**trial.labels, **figures, "status": "failed"}
+    output = str(results.path(trial))
+    try:
+        missed = [verdict.text for verdict in verdicts(figures, trial.recipe.gates) if not verdict.passed]
+    except CompressError as error:  # --max-drop on images without labels
+        return {**trial.labels, **figures, "output": output, "status": "failed", "error": str(error)}
+    missed += [figures["target_missed"]] if figures.get("target_missed") else []
+    status = "missed" if missed else "done"
+    return {**trial.labels, **figures, "output": output, "status": status, "missed": "; ".join(missed)}

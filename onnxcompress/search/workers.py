@@ -1,0 +1,168 @@
+"""Where trials run: in this process, or in processes of this machine (`ray_workers`: on a cluster).
+
+A worker that dies, for example for want of memory, costs its own task alone. What is timed runs on its own:
+no task runs beside it.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from typing import Any, Protocol, TypeVar
+
+from onnxcompress.errors import CompressError, OptionError
+
+Returned = TypeVar("Returned")
+Call = Callable[[], Returned]
+"""A function with its arguments, such as a `functools.partial`, that can be pickled."""
+THREADS = ("OMP_NUM_THREADS",)
+
+
+class WorkerDied(CompressError):
+    """The process that ran a task has ended, killed by the system or by a crash."""
+
+
+class Workers(Protocol):
+    """Where tasks run."""
+
+    jobs: int
+    """Tasks that run at a time."""
+
+    def run(self, calls: Sequence[Call[Returned]]) -> Iterator[tuple[int, Returned | WorkerDied]]:
+        """Run tasks, several at a time.
+
+        Args:
+            calls: The tasks.
+
+        Yields:
+            The index of a task and what it returned, in the order in which they end.
+        """
+
+    def run_alone(self, call: Call[Returned]) -> Returned:
+        """Run a task that times something, with no other task beside it.
+
+        Args:
+            call: The task.
+
+        Returns:
+            What it returned.
+        """
+
+
+class InProcess:
+    """Tasks run one after the other in this process."""
+
+    jobs = 1
+
+    def run(self, calls: Sequence[Call[Returned]]) -> Iterator[tuple[int, Returned | WorkerDied]]:
+        """Run tasks; see `Workers.run`.
+
+        Args:
+            calls: The tasks.
+
+        Yields:
+            The index of a task and what it returned.
+        """
+        for index, call in enumerate(calls):
+            yield index, call()
+
+    def run_alone(self, call: Call[Returned]) -> Returned:
+        """Run a task; see `Workers.run_alone`.
+
+        Args:
+            call: The task.
+
+        Returns:
+            What it returned.
+        """
+        return call()
+
+
+class Processes:
+    """Tasks run in processes of this machine, each of which shares the cores evenly with the others."""
+
+    def __init__(self, jobs: int) -> None:
+        """Start no process yet: each starts with its first task.
+
+        Args:
+            jobs: Processes at a time.
+
+        Raises:
+            OptionError: There are fewer than 1.
+        """
+        if jobs < 1:
+            raise OptionError(f"--jobs {jobs}: expected 1 or more")
+        self.jobs = jobs
+
+    def run(self, calls: Sequence[Call[Returned]]) -> Iterator[tuple[int, Returned | WorkerDied]]:
+        """Run tasks; see `Workers.run`.
+
+        Args:
+            calls: The tasks.
+
+        Yields:
+            The index of a task and what it returned, or that its process died.
+        """
+        todo = list(reversed(range(len(calls))))
+        idle = [self._process() for _ in range(min(self.jobs, len(calls)))]
+        running: dict[Future[Returned], tuple[int, ProcessPoolExecutor]] = {}
+        try:
+            while todo or running:
+                while todo and idle:
+                    index, process = todo.pop(), idle.pop()
+                    running[process.submit(calls[index])] = index, process
+                for future in wait(running, return_when=FIRST_COMPLETED).done:
+                    index, process = running.pop(future)
+                    try:
+                        found: Returned | WorkerDied = future.result()
+                        idle.append(process)
+                    except BrokenProcessPool:
+                        found = WorkerDied("its process died: out of memory, or killed")
+                        idle.append(self._process())
+                    yield index, found
+        finally:
+            for process in [*idle, *(process for _, process in running.values())]:
+                _stop(process)
+
+    def run_alone(self, call: Call[Returned]) -> Returned:
+        """Run a task in this process: no process that `run` started is still at work then.
+
+        Args:
+            call: The task.
+
+        Returns:
+            What it returned.
+        """
+        return call()
+
+    def _process(self) -> ProcessPoolExecutor:
+        """A pool of one process: where that dies, no other task is lost with it."""
+        threads = max(1, int(os.environ.get(THREADS[0], "1")) // self.jobs)
+        spawn = multiprocessing.get_context("spawn")
+        return ProcessPoolExecutor(1, spawn, _prepare, (threads,))
+
+
+def _prepare(threads: int) -> None:
+    """Prepare a worker: its share of the cores, and an end when its parent ends, even if that is killed."""
+    for name in THREADS:
+        os.environ[name] = str(threads)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
+
+
+def _stop(process: ProcessPoolExecutor) -> None:
+    """End a process at once: what it was at is given up."""
+    workers: dict[int, Any] = getattr(process, "_processes", None) or {}
+    for worker in list(workers.values()):
+        worker.terminate()
+    process.shutdown(wait=False, cancel_futures=True)
