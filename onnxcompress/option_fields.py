@@ -47,6 +47,7 @@ def option(
     file: Literal["read", "kept"] | None = None,
     advanced: bool = False,
     or_zero: bool = False,
+    lists: bool = False,
     **limits: float,
 ) -> Any:
     """Declare a field of a dataclass that is an option.
@@ -59,12 +60,13 @@ def option(
             written.
         advanced: Whether few have a reason to set it: the help lists it apart.
         or_zero: Whether 0 is allowed beside what the limits say.
+        lists: Whether its items may be `@FILE`, which stands for the lines of a file.
         limits: Limits of a number, named as pydantic names them: `ge`, `gt`, `le`, `lt`.
 
     Returns:
         A dataclass field.
     """
-    about = {"help": help, "metavar": metavar, "file": file, "advanced": advanced}
+    about = {"help": help, "metavar": metavar, "file": file, "advanced": advanced, "lists": lists}
     return field(default=default, metadata=about | {"limits": limits, "or_zero": or_zero})
 
 

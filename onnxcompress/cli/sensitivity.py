@@ -14,6 +14,7 @@ from onnxcompress.optimize.calibration import SOURCES, InputRequest
 
 if TYPE_CHECKING:
     from onnxcompress.sensitivity.analysis import Sensitivity
+    from onnxcompress.sensitivity.float_layers import FloatLayers
     from onnxcompress.sensitivity.rows import Row
 
 IMAGES = 96
@@ -101,6 +102,13 @@ def _numbers(kind: type[int] | type[float]) -> Any:
     show_default=True,
     help="Number of layers measured at once; 0: one per core. The result does not depend on it.",
 )
+@click.option(
+    "--max-loss",
+    type=float,
+    metavar="ERROR",
+    help="Print only the fewest layers that must stay as they are for the others' errors to add up to no "
+    "more than this (0.01: 20 dB), a list for --exclude @FILE; of several bits the first ones count.",
+)
 @click.option("--plot", metavar="OUT.png|svg|pdf", help="Draw the result; needs matplotlib.")
 @options.seed()
 @options.as_json()
@@ -114,6 +122,7 @@ def sensitivity(
     synthetic: int,
     seed: int,
     plot: str | None,
+    max_loss: float | None,
     as_json: bool,
     report: str | None,
     **chosen: Any,
@@ -128,6 +137,8 @@ def sensitivity(
       onnxcompress sensitivity net.onnx --weight-bits 8,4 --sparsity 0.5 --plot layers.png
       onnxcompress sensitivity net.onnx --weight-bits 2,4,8 --json > layers.json
       onnxcompress quantize net.onnx out.onnx --bits-budget 4.5 --sensitivity layers.json
+      onnxcompress sensitivity net.onnx --max-loss 0.002 > float.txt
+      onnxcompress quantize net.onnx out.onnx --exclude @float.txt
     """
     from onnxcompress.model import load
 
@@ -136,6 +147,7 @@ def sensitivity(
     from onnxcompress.cli.console import progress
     from onnxcompress.passes.fold_bn.fold_and_canonicalize import fold_and_canonicalize
     from onnxcompress.sensitivity import analysis as core
+    from onnxcompress.sensitivity.float_layers import float_layers
 
     request = InputRequest(
         images, preprocess, count, inputs, synthetic, seed, input_shape=chosen["input_shape"]
@@ -163,9 +175,25 @@ def sensitivity(
         write_plot(target, found.rows, Path(source).name)
     used = {name: chosen[name] for name in ("per_channel", "reconstruct", "stretch")}
     facts = {"model": source, "seed": seed, "options": used, "seconds": seconds}
-    account = {**facts, **core.account(found, model.digest())}
-    options.print_json(account) if as_json else _show(found, seconds, target)
+    chosen_layers = None if max_loss is None else float_layers(found.rows, max_loss)
+    exclude = None if chosen_layers is None else list(chosen_layers.names)
+    account = {**facts, **core.account(found, model.digest()), "exclude": exclude}
+    if as_json:
+        options.print_json(account)
+    elif chosen_layers is not None:
+        _list(chosen_layers, max_loss or 0.0)
+    else:
+        _show(found, seconds, target)
     report_option.write_report(report, account, [("model", source)])
+
+
+def _list(found: FloatLayers, allowed: float) -> None:
+    """Print the layers to exclude, one a line, below comments."""
+    click.echo(
+        f"# all layers changed: error {found.whole:.3g}; without these {found.left:.3g} <= {allowed:g}"
+    )
+    for name in found.names:
+        click.echo(name)
 
 
 def _target(source: Path, text: str) -> Path:

@@ -246,6 +246,8 @@ class _Reader:
             full = self._expanded(value, where)
             if fields[name].metadata.get("file") and isinstance(full, str) and full:
                 full = self._rebased(full)
+            if fields[name].metadata.get("lists") and isinstance(full, list):
+                full = [f"@{self._rebased(t[1:])}" if str(t).startswith("@") else t for t in full]
             values[name] = self._checked(option_adapter(cls, name), full, where)
         for name, one in fields.items():
             if name not in values and is_required(one):

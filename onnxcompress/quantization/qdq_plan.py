@@ -32,6 +32,7 @@ import onnx_graphsurgeon as gs
 from onnxcompress.account import Refusal
 from onnxcompress.graph.constant_folding import constant_value
 from onnxcompress.graph.linear_layer import BIAS_AT, LINEAR_OPS, Linear, as_linear
+from onnxcompress.graph.node_selection import EVERY_NODE, NodeSelection
 from onnxcompress.graph.query import (
     attribute,
     input_at,
@@ -122,6 +123,8 @@ class Bits:
     """Bits, at least, of weight and input in the first and the last layers; None: as in the others."""
     depthwise: int = 0
     """Bits, at least, of depthwise convolutions' weights where only weights are quantized."""
+    selection: NodeSelection = EVERY_NODE
+    """The nodes that may be quantized; others compute in floats (sums and pools also read floats)."""
 
 
 def make_plan(model: Model, bits: Bits, chosen: Mapping[str, int] | None = None) -> Plan:
@@ -143,6 +146,9 @@ def make_plan(model: Model, bits: Bits, chosen: Mapping[str, int] | None = None)
     linears = _linears(model, topology, plan)
     first, last = _ends(linears, topology) if bits.ends else (set(), set())
     for node, linear in linears:
+        if rule := bits.selection.refusal(linear.label, node.op):
+            plan.refusals.append(Refusal(linear.label, rule))
+            continue
         own = id(node) in first | last
         weight = max(bits.ends or 0, bits.weight) if own else bits.weight
         key = None
@@ -156,10 +162,11 @@ def make_plan(model: Model, bits: Bits, chosen: Mapping[str, int] | None = None)
         own_bits = (chosen or {}).get(linear.weight_name)
         plan.layers[id(node)] = layer if own_bits is None else replace(layer, weight_bits=own_bits)
     if bits.activation is not None and plan.layers:
-        _streams(model, topology, plan)
+        nodes = [node for node in topology.order if bits.selection.takes(node)]
+        _streams(model, nodes, topology, plan)
         if bits.activation == STREAM_BITS:
-            _outputs(model, plan, topology)
-        _moves(topology, plan)
+            _outputs(model, nodes, plan, topology)
+        _moves(nodes, topology, plan)
     return plan
 
 
@@ -216,9 +223,9 @@ def _ends(linears: list[tuple[gs.Node, Linear]], topology: Topology) -> tuple[se
     return {n for n, fed in below.items() if not fed}, linear - feeds
 
 
-def _streams(model: Model, topology: Topology, plan: Plan) -> None:
+def _streams(model: Model, nodes: list[gs.Node], topology: Topology, plan: Plan) -> None:
     """Let sums, products and pools of data read STREAM_BITS bits."""
-    for node in topology.order:
+    for node in nodes:
         if is_op(node, *ARITHMETIC) and all(
             id(t) in topology.data and _is_float(model, t) for t in node.inputs
         ):
@@ -226,12 +233,15 @@ def _streams(model: Model, topology: Topology, plan: Plan) -> None:
                 plan.edges[id(node), index] = (tensor.name, STREAM_BITS)
 
 
-def _outputs(model: Model, plan: Plan, topology: Topology) -> None:
+def _outputs(model: Model, nodes: list[gs.Node], plan: Plan, topology: Topology) -> None:
     """Quantize the outputs of quantized nodes for all readers: their kernels then write integers.
 
     Operators that have no such kernel, as HardSwish, compute in floats, and what they give stays float.
+    What is not among `nodes` computes in floats; a layer's float weight ensures that, and other operators
+    read floats, too: between two quantized tensors they would be fused all the same.
     """
-    for node in topology.order:
+    chosen = {id(node) for node in nodes}
+    for node in nodes:
         if id(node) not in plan.layers and not is_op(node, *ARITHMETIC, *MOVING, *FUSED):
             continue
         if not any((id(node), index) in plan.edges for index in range(len(node.inputs))):
@@ -240,13 +250,14 @@ def _outputs(model: Model, plan: Plan, topology: Topology) -> None:
             for reader in value_readers(tensor) if id(tensor) in topology.data else ():
                 for index, read in enumerate(reader.inputs):
                     quantizable = read is tensor and _is_float(model, tensor)  # no mask, no index
-                    if quantizable and not is_op(reader, *MOVING):
+                    floating = is_op(reader, *ARITHMETIC) and id(reader) not in chosen
+                    if quantizable and not floating and not is_op(reader, *MOVING):
                         plan.edges.setdefault((id(reader), index), (tensor.name, STREAM_BITS))
 
 
-def _moves(topology: Topology, plan: Plan) -> None:
+def _moves(nodes: list[gs.Node], topology: Topology, plan: Plan) -> None:
     """Quantize the inputs of operators that move numbers, with the grid of their readers."""
-    for node in reversed(topology.order):
+    for node in reversed(nodes):
         if not is_op(node, *MOVING) or id(node.inputs[0]) not in topology.data:
             continue
         read = {

@@ -17,6 +17,7 @@ from pathlib import Path
 import onnx
 
 from onnxcompress.errors import RuntimeUnavailable
+from onnxcompress.graph.node_selection import EVERY_NODE, NodeSelection
 from onnxcompress.graph.query import DEFAULT_DOMAINS
 
 FLOAT, HALF = onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16
@@ -65,11 +66,14 @@ def blocked_operators() -> frozenset[str]:
     return frozenset(module.DEFAULT_OP_BLOCK_LIST)
 
 
-def candidates(proto: onnx.ModelProto) -> tuple[list[Candidate], list[tuple[str, str]]]:
+def candidates(
+    proto: onnx.ModelProto, selection: NodeSelection = EVERY_NODE
+) -> tuple[list[Candidate], list[tuple[str, str]]]:
     """Find the nodes that can be computed in float16.
 
     Args:
         proto: The float32 model.
+        selection: The nodes that may be converted.
 
     Returns:
         The nodes, and (name, reason) of those that compute float32 and cannot be converted.
@@ -82,7 +86,7 @@ def candidates(proto: onnx.ModelProto) -> tuple[list[Candidate], list[tuple[str,
         if node.op_type == "Constant" or not any(types.get(name) == FLOAT for name in node.output):
             continue
         name = node.name or node.output[0]
-        why = _refusal(node, opset) or _unknown(node, types)
+        why = selection.refusal(name, node.op_type) or _refusal(node, opset) or _unknown(node, types)
         if why:
             cannot.append((name, why))
             continue

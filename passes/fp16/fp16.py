@@ -29,6 +29,7 @@ from onnxcompress.account import Change, Figures, InputSource, Refusal
 from onnxcompress.errors import InputError, ModelError
 from onnxcompress.evaluation.accuracy import image_input
 from onnxcompress.graph.edit import make_dense
+from onnxcompress.graph.node_selection import SelectionOptions
 from onnxcompress.graph.query import data_input
 from onnxcompress.graph.reshape_targets import batch_free_targets
 from onnxcompress.model import Model
@@ -60,7 +61,7 @@ IMAGES, BATCH = 16, 4
 
 
 @dataclass(frozen=True)
-class HalfPrecision(ImageOptions, Pass):
+class HalfPrecision(SelectionOptions, ImageOptions, Pass):
     """Compute in half precision (float16), but for the nodes that measurably suffer from it.
 
     Inputs and outputs stay float32. It is for GPUs: a CPU computes the result in float32 and is slower.
@@ -128,7 +129,8 @@ class HalfPrecision(ImageOptions, Pass):
         own = raised(model, OPSET)
         assume_sizes(own, self.request)
         make_dense(own)
-        nodes, cannot = candidates(own.to_proto())
+        self.selection.check(model, own)
+        nodes, cannot = candidates(own.to_proto(), self.selection)
         if nodes:
             check_inputs(own, self.request)
         return [Refusal(name, why) for name, why in cannot]
@@ -139,7 +141,8 @@ class HalfPrecision(ImageOptions, Pass):
         folded = model.copy()
         make_dense(folded)
         count = FoldBatchNorm().apply(folded).measured.folded
-        nodes, cannot = candidates(proto := folded.to_proto())
+        self.selection.check(model, folded)
+        nodes, cannot = candidates(proto := folded.to_proto(), self.selection)
         refusals = [Refusal(name, why) for name, why in cannot]
         if not nodes:
             return PassResult(refusals=refusals)

@@ -89,6 +89,7 @@ def prune(options: PruneOptions, model: Model, progress: Progress) -> PassResult
     """
     original, looked_at = model.copy(), model.copy()
     changes = fold_and_canonicalize(looked_at)
+    options.selection.check(original, looked_at)
     target = choose_target(options, looked_at)
     pruned = bool(target.layers) and is_pruned(target, options.sparsity)
     refusals, work = layers_of(options, looked_at, target)

@@ -6,12 +6,13 @@ from dataclasses import dataclass
 from typing import Literal
 
 from onnxcompress.errors import OptionError
+from onnxcompress.graph.node_selection import SelectionOptions
 from onnxcompress.optimize.input_options import InputOptions
 from onnxcompress.option_fields import option
 
 
 @dataclass(frozen=True)
-class PruneOptions(InputOptions):
+class PruneOptions(SelectionOptions, InputOptions):
     """What `prune` is asked for; its fields are the options of the command."""
 
     sparsity: float = option(

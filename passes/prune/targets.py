@@ -74,6 +74,9 @@ def choose_target(options: PruneOptions, model: Model) -> Target:
     }
     for layer in plan.layers.values():
         groups, _, inputs, _ = layer.linear.view(layer.linear.weight).shape
+        if rule := options.selection.refusal(layer.linear.label, layer.linear.node.op):
+            refusals.append(Refusal(layer.linear.label, rule))
+            continue
         if options.skip_first_last and layer.linear.weight_name in ends:
             continue
         if groups > 1 and inputs == 1 and not options.depthwise:
@@ -133,6 +136,8 @@ def what_allows_more(options: PruneOptions, target: Target) -> list[str]:
         hints.append("--depthwise prunes depthwise convolutions")
     if options.skip_first_last:
         hints.append("without --skip-first-last the ends are pruned")
+    if options.include or options.exclude:
+        hints.append("without --include and --exclude all layers are pruned")
     return hints
 
 

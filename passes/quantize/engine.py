@@ -217,7 +217,7 @@ def bits_of(options: QuantizeOptions) -> Bits:
         The bits of weights and activations.
     """
     weights, inputs = options.weight_bits, options.activation_bits or None
-    return Bits(weights, inputs, options.first_last or None, options.depthwise)
+    return Bits(weights, inputs, options.first_last or None, options.depthwise, options.selection)
 
 
 def layers_of(options: QuantizeOptions, model: Model) -> Plan:

@@ -6,12 +6,13 @@ from dataclasses import dataclass
 from typing import Literal
 
 from onnxcompress.errors import OptionError
+from onnxcompress.graph.node_selection import SelectionOptions
 from onnxcompress.optimize.input_options import InputOptions
 from onnxcompress.option_fields import option
 
 
 @dataclass(frozen=True)
-class QuantizeOptions(InputOptions):
+class QuantizeOptions(SelectionOptions, InputOptions):
     """What `quantize` is asked for; its fields are the options of the command."""
 
     weight_bits: int = option(
@@ -109,6 +110,7 @@ class QuantizeOptions(InputOptions):
             Options with their values, as on the command line.
         """
         found = ["--effort best"] if self.effort != "best" else []
+        found.append("--exclude with the layers that lose most")
         found += ["--weight-bits 8"] if self.weight_bits < 8 else []
         if self.activation_bits:
             found.append("--activation-bits 8" if self.activation_bits < 8 else "--activation-bits 0")

@@ -120,6 +120,7 @@ class Quantize(QuantizeOptions, Pass):
         assume_sizes(model, self.request)
         original = model.copy()
         changes = fold_and_canonicalize(model)
+        self.selection.check(original, model)
         return quantize(self, original, model, changes, progress)
 
     def no_gain_on(self, provider: str, batch: int) -> str:
@@ -163,6 +164,7 @@ class Quantize(QuantizeOptions, Pass):
         own = raised(model, self.lowest_opset)
         assume_sizes(own, self.request)
         fold_and_canonicalize(own)
+        self.selection.check(model, own)
         plan = layers_of(self, own)
         if plan.layers:
             check_inputs(own, self.request)
