@@ -96,6 +96,9 @@ def _numbers(kind: type[int] | type[float]) -> Any:
     help="Give channels between layers equal ranges first, as quantize does.",
 )
 @click.option(
+    "--copy-shared", is_flag=True, help="Measure layers that share a weight, too, as quantize does with it."
+)
+@click.option(
     "--workers",
     type=click.IntRange(0),
     default=0,
@@ -107,7 +110,7 @@ def _numbers(kind: type[int] | type[float]) -> Any:
     type=float,
     metavar="ERROR",
     help="Print only the fewest layers that must stay as they are for the others' errors to add up to no "
-    "more than this (0.01: 20 dB), a list for --exclude @FILE; of several bits the first ones count.",
+    "more than this (0.01: 20 dB), for `quantize --exclude @FILE`; of several bits the first ones count.",
 )
 @click.option("--plot", metavar="OUT.png|svg|pdf", help="Draw the result; needs matplotlib.")
 @options.seed()
@@ -154,7 +157,7 @@ def sensitivity(
     )
     start = time.perf_counter()
     canonical = model.copy()
-    fold_and_canonicalize(canonical)
+    fold_and_canonicalize(canonical, chosen["copy_shared"])
     with progress(lines=not as_json) as show:
         found = core.sensitivity(
             canonical,
@@ -173,7 +176,7 @@ def sensitivity(
         from onnxcompress.cli.results.sensitivity_plot import write_plot
 
         write_plot(target, found.rows, Path(source).name)
-    used = {name: chosen[name] for name in ("per_channel", "reconstruct", "stretch")}
+    used = {name: chosen[name] for name in ("per_channel", "reconstruct", "stretch", "copy_shared")}
     facts = {"model": source, "seed": seed, "options": used, "seconds": seconds}
     chosen_layers = None if max_loss is None else float_layers(found.rows, max_loss)
     exclude = None if chosen_layers is None else list(chosen_layers.names)

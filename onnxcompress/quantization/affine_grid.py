@@ -28,7 +28,7 @@ class Grid:
     low: int
     high: int
     storage: str
-    """ONNX type: `int8`, `uint8`, `int4` or `uint4`."""
+    """ONNX type: `int4`, `int8`, `int16`, or `uint` in place of `int`."""
 
     @property
     def narrow(self) -> bool:
@@ -51,7 +51,7 @@ def limits(storage: str) -> tuple[int, int]:
     """Look up the range of an integer type.
 
     Args:
-        storage: ONNX type: `int8`, `uint8`, `int4` or `uint4`.
+        storage: ONNX type: `int4`, `int8`, `int16`, or `uint` in place of `int`.
 
     Returns:
         Smallest and largest integer.
@@ -69,7 +69,7 @@ def activation_grid(
         low: Smallest value.
         high: Largest value.
         bits: Bits of the grid, at most those of the storage type.
-        storage: ONNX type: `int8` or `uint8`.
+        storage: ONNX type, such as `uint8`.
         symmetric: Use as many steps below zero as above it.
 
     Returns:

@@ -8,9 +8,9 @@ linear layer and of an element-wise or pooling operator, and behind the activati
 such a layer feeds, never before it. Operators that only move numbers (Reshape, MaxPool, Slice, …) have the
 same grid on both sides.
 
-With activations of 8 bits everything is 8 bits, and the output of a quantized node is quantized for all of
-its readers. With fewer, linear layers read that many bits; residual sums, pools and the like read 8: no
-integer kernel with fewer exists there, and a residual stream needs more precision than a layer.
+With activations of 8 bits (or 16) everything has these, and the output of a quantized node is quantized
+for all of its readers. With fewer, linear layers read that many bits; residual sums, pools and the like
+read 8: no integer kernel with fewer exists there, and a residual stream needs more precision than a layer.
 
 Legality of a layer (refused with the reason otherwise):
  1. a Conv, ConvTranspose, Gemm or MatMul on data, with a constant float32 weight (rules 6 and 7 of
@@ -46,6 +46,7 @@ from onnxcompress.graph.topology import Topology
 from onnxcompress.model import Model
 
 STREAM_BITS = 8
+"""Bits, at least, of what sums, pools and the like read."""
 ARITHMETIC = ("Add", "Mul", "Concat", "AveragePool", "GlobalAveragePool", "LeakyRelu", "Sigmoid")
 """Operators with an integer kernel of their own in onnxruntime."""
 MOVING = ("MaxPool", "Reshape", "Flatten", "Transpose", "Squeeze", "Unsqueeze", "Slice", "Gather",
@@ -126,6 +127,11 @@ class Bits:
     selection: NodeSelection = EVERY_NODE
     """The nodes that may be quantized; others compute in floats (sums and pools also read floats)."""
 
+    @property
+    def stream(self) -> int:
+        """Bits of what sums, products and pools read: as many as layers read, and STREAM_BITS at least."""
+        return max(self.activation or 0, STREAM_BITS)
+
 
 def make_plan(model: Model, bits: Bits, chosen: Mapping[str, int] | None = None) -> Plan:
     """Plan the quantization of a canonicalized model.
@@ -163,10 +169,10 @@ def make_plan(model: Model, bits: Bits, chosen: Mapping[str, int] | None = None)
         plan.layers[id(node)] = layer if own_bits is None else replace(layer, weight_bits=own_bits)
     if bits.activation is not None and plan.layers:
         nodes = [node for node in topology.order if bits.selection.takes(node)]
-        _streams(model, nodes, topology, plan)
-        if bits.activation == STREAM_BITS:
-            _outputs(model, nodes, plan, topology)
-        _moves(nodes, topology, plan)
+        _streams(model, nodes, topology, plan, bits.stream)
+        if bits.activation == bits.stream:
+            _outputs(model, nodes, plan, topology, bits.stream)
+        _moves(nodes, topology, plan, bits.stream)
     return plan
 
 
@@ -192,7 +198,7 @@ def _check(model: Model, linear: Linear) -> Refusal | None:
         return Refusal(label, f"its weight is {linear.weight.dtype}", "convert the model to float32")
     weight = node.inputs[linear.weight_at]
     if len(value_readers(weight)) > 1 or is_output(model, weight):
-        return Refusal(label, f"the weight {weight.name!r} is shared", "give each layer a copy of its own")
+        return Refusal(label, f"the weight {weight.name!r} is shared", "--copy-shared gives it a copy")
     bias = input_at(node, BIAS_AT) if linear.takes_bias else None
     value = None if bias is None else constant_value(model, bias)
     if value is not None and node.op != "Gemm":
@@ -223,17 +229,17 @@ def _ends(linears: list[tuple[gs.Node, Linear]], topology: Topology) -> tuple[se
     return {n for n, fed in below.items() if not fed}, linear - feeds
 
 
-def _streams(model: Model, nodes: list[gs.Node], topology: Topology, plan: Plan) -> None:
-    """Let sums, products and pools of data read STREAM_BITS bits."""
+def _streams(model: Model, nodes: list[gs.Node], topology: Topology, plan: Plan, bits: int) -> None:
+    """Let sums, products and pools of data read so many bits."""
     for node in nodes:
         if is_op(node, *ARITHMETIC) and all(
             id(t) in topology.data and _is_float(model, t) for t in node.inputs
         ):
             for index, tensor in enumerate(node.inputs):
-                plan.edges[id(node), index] = (tensor.name, STREAM_BITS)
+                plan.edges[id(node), index] = (tensor.name, bits)
 
 
-def _outputs(model: Model, nodes: list[gs.Node], plan: Plan, topology: Topology) -> None:
+def _outputs(model: Model, nodes: list[gs.Node], plan: Plan, topology: Topology, bits: int) -> None:
     """Quantize the outputs of quantized nodes for all readers: their kernels then write integers.
 
     Operators that have no such kernel, as HardSwish, compute in floats, and what they give stays float.
@@ -252,10 +258,10 @@ def _outputs(model: Model, nodes: list[gs.Node], plan: Plan, topology: Topology)
                     quantizable = read is tensor and _is_float(model, tensor)  # no mask, no index
                     floating = is_op(reader, *ARITHMETIC) and id(reader) not in chosen
                     if quantizable and not floating and not is_op(reader, *MOVING):
-                        plan.edges.setdefault((id(reader), index), (tensor.name, STREAM_BITS))
+                        plan.edges.setdefault((id(reader), index), (tensor.name, bits))
 
 
-def _moves(nodes: list[gs.Node], topology: Topology, plan: Plan) -> None:
+def _moves(nodes: list[gs.Node], topology: Topology, plan: Plan, bits: int) -> None:
     """Quantize the inputs of operators that move numbers, with the grid of their readers."""
     for node in reversed(nodes):
         if not is_op(node, *MOVING) or id(node.inputs[0]) not in topology.data:
@@ -267,9 +273,9 @@ def _moves(nodes: list[gs.Node], topology: Topology, plan: Plan) -> None:
             for index, one in enumerate(reader.inputs)
             if one is tensor and (id(reader), index) in plan.edges
         }
-        wide = [key for key in read if key[1] == STREAM_BITS]
+        wide = [key for key in read if key[1] == bits]
         if wide:
-            source = (node.inputs[0].name, STREAM_BITS)
+            source = (node.inputs[0].name, bits)
             plan.edges[id(node), 0] = source
             plan.like.update(dict.fromkeys(wide, source))
 

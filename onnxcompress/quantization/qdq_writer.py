@@ -1,7 +1,8 @@
 """Write a plan into the graph as QDQ, with standard QuantizeLinear and DequantizeLinear only.
 
     weight   int8 initializer -> DequantizeLinear(scale, axis) -> layer
-    bias     int32 initializer -> DequantizeLinear(s_x s_w) -> layer      where the layer reads integers
+    bias     int32 initializer -> DequantizeLinear(s_x s_w) -> layer      where the layer reads integers;
+             a float where that has 16 bits and the bias would overflow
     tensor   [-> Clip(low, high)] -> QuantizeLinear -> DequantizeLinear -> its readers
 
 The Clip is added where the grid has fewer integers than its type, so that every runtime computes the same.
@@ -22,7 +23,11 @@ from onnxcompress.model import Model
 from onnxcompress.quantization.affine_grid import Grid
 from onnxcompress.quantization.qdq_plan import Key, Plan, QuantizedLayer
 
-_TYPES = {"int8": np.int8, "uint8": np.uint8, "int4": ml_dtypes.int4, "uint4": ml_dtypes.uint4}
+_TYPES = {
+    "int8": np.int8, "uint8": np.uint8, "int4": ml_dtypes.int4, "uint4": ml_dtypes.uint4,
+    "int16": np.int16, "uint16": np.uint16,
+}  # fmt: skip
+LARGEST_BIAS = 2**31 - 1
 
 
 class Emitter:
@@ -143,13 +148,15 @@ def _bias(
     emitter: Emitter, layer: QuantizedLayer, bias: np.ndarray, weight: Grid, data: Grid | None
 ) -> None:
     base = layer.linear.bias_name or f"{layer.linear.output_name}_bias"
-    if data is None:
+    scale = None if data is None else (data.scale * weight.scale).astype(np.float32)
+    if data is None or scale is None or (data.bits > 8 and _overflows(bias, scale)):
         set_input(
             layer.linear.node, BIAS_AT, emitter.constant(f"{base}_corrected", bias.astype(np.float32))
         )
         return
-    scale = (data.scale * weight.scale).astype(np.float32)
-    integers = np.clip(np.rint(bias.astype(np.float64) / scale), -(2**31) + 1, 2**31 - 1).astype(np.int32)
+    integers = np.clip(np.rint(bias.astype(np.float64) / scale), -LARGEST_BIAS, LARGEST_BIAS).astype(
+        np.int32
+    )
     inputs = [
         emitter.constant(f"{base}_quantized", integers),
         emitter.constant(f"{base}_scale", scale),
@@ -157,6 +164,11 @@ def _bias(
     ]
     attrs = {"axis": 0} if scale.ndim else {}
     set_input(layer.linear.node, BIAS_AT, emitter.node("DequantizeLinear", inputs, f"{base}_dq", **attrs))
+
+
+def _overflows(bias: np.ndarray, scale: np.ndarray) -> bool:
+    """Return whether a bias is beyond int32: with 16 bits of data its scale is 256 times as fine."""
+    return bool((np.abs(bias.astype(np.float64)) > LARGEST_BIAS * scale.astype(np.float64)).any())
 
 
 def _activations(emitter: Emitter, plan: Plan, grids: dict[Key, Grid]) -> None:

@@ -20,7 +20,7 @@ class FloatLayers:
     """The layers to leave as they are, and what that saves."""
 
     names: tuple[str, ...]
-    """Names of the layers, the most costly first: patterns for `--exclude`."""
+    """Names of the layers, the most costly first: patterns for `quantize --exclude`."""
     whole: float
     """Error with all layers changed, as the sum of what each costs."""
     left: float

@@ -88,14 +88,14 @@ def prune(options: PruneOptions, model: Model, progress: Progress) -> PassResult
         CompressError: The inputs cannot be gathered.
     """
     original, looked_at = model.copy(), model.copy()
-    changes = fold_and_canonicalize(looked_at)
+    changes = fold_and_canonicalize(looked_at, options.copy_shared)
     options.selection.check(original, looked_at)
     target = choose_target(options, looked_at)
     pruned = bool(target.layers) and is_pruned(target, options.sparsity)
     refusals, work = layers_of(options, looked_at, target)
     if not work:
         return PassResult(refusals=refusals)
-    fold_and_canonicalize(model)
+    fold_and_canonicalize(model, options.copy_shared)
     target, done = choose_target(options, model), _Pruned()
     if not pruned:
         how = _reconstruct if options.reconstruct else _zero_smallest

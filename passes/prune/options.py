@@ -46,6 +46,11 @@ class PruneOptions(SelectionOptions, InputOptions):
         "Fit the weights that stay to the layer's output; else the smallest go and no inputs are needed.",
         advanced=True,
     )
+    copy_shared: bool = option(
+        False,
+        "Give layers that share a weight copies of their own, also where the file grows by more than 1 %.",
+        advanced=True,
+    )
     device: Literal["auto", "cpu", "cuda"] = option(
         "auto", "Device on which torch makes inputs and tunes layers.", advanced=True
     )

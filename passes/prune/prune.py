@@ -139,7 +139,7 @@ class Prune(PruneOptions, Pass):
 
         own = raised(model, self.lowest_opset)
         assume_sizes(own, self.request)
-        fold_and_canonicalize(own)
+        fold_and_canonicalize(own, self.copy_shared)
         self.selection.check(model, own)
         refusals, work = layers_of(self, own)
         if work and self.reconstruct:

@@ -19,7 +19,12 @@ class QuantizeOptions(SelectionOptions, InputOptions):
         8, "Bits of the weights; with a budget the most that a layer gets.", ge=2, le=8
     )
     activation_bits: int = option(
-        8, "Bits of what layers read; 0: only weights are quantized.", ge=2, le=8, or_zero=True
+        8,
+        "Bits of what layers read; 0: only weights are quantized; 16 as Qualcomm's processors take them "
+        "(opset 21).",
+        ge=2,
+        le=16,
+        or_zero=True,
     )
     bits_budget: float | None = option(
         None,
@@ -39,7 +44,9 @@ class QuantizeOptions(SelectionOptions, InputOptions):
     symmetric: bool = option(
         False, "Activations with the zero point in the middle, as TensorRT wants them (with int8)."
     )
-    activation_type: Literal["uint8", "int8"] = option("uint8", "Type in which activations are stored.")
+    activation_type: Literal["uint8", "int8"] = option(
+        "uint8", "Type in which activations are stored; beyond 8 bits uint16 or int16."
+    )
     first_last: int = option(
         8,
         "Bits of the first and the last layer, at least; 0: the same as the others.",
@@ -89,6 +96,11 @@ class QuantizeOptions(SelectionOptions, InputOptions):
         "where activations stay floats.",
         advanced=True,
     )
+    copy_shared: bool = option(
+        False,
+        "Give layers that share a weight copies of their own, also where the file grows by more than 1 %.",
+        advanced=True,
+    )
     device: Literal["auto", "cpu", "cuda"] = option(
         "auto", "Device on which torch computes.", advanced=True
     )
@@ -127,4 +139,6 @@ class QuantizeOptions(SelectionOptions, InputOptions):
     @property
     def saturation_safe(self) -> bool:
         """Whether pairs of 8-bit weights stay small (`optimize.reconstruction.saturation`)."""
+        if self.activation_bits > 8:  # computed with floats
+            return False
         return self.overflow_safe and (self.weight_type, self.activation_type) == ("int8", "uint8")

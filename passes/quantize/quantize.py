@@ -11,7 +11,7 @@
 Sources: Nagel et al., Data-Free Quantization (ICCV 2019); Horton et al. (arXiv 2011.09058) §3.4 for
 layer-wise reconstruction on generated inputs; GPTQ and QuantEase for its closed form (`gptq`).
 
-Bits: weights and activations have 2 to 8 each. onnxruntime has integer kernels for 8 only: with fewer the
+Bits: weights have 2 to 8, activations 2 to 16. onnxruntime has integer kernels for 8 only: with others the
 file is no faster. Fewer are held in 8-bit types, in the narrower range (`quantization.qdq_writer`), or with
 `small_types` in 4-bit ones. The first and last layer keep 8 bits unless told otherwise, as is usual; so do
 residual sums (`quantization.qdq_plan`).
@@ -54,7 +54,7 @@ OPSET = 13
 QDQ_OPSET, CLIP_OPSET = 10, 11
 """From which on there are QuantizeLinear, and Clip with bounds as inputs, which narrow ranges need."""
 SMALL_OPSET = 21
-"""From which on there are int4 and uint4."""
+"""From which on there are int4, uint4, int16 and uint16."""
 
 
 INTEGER_KERNELS = ("cpu", "tensorrt", "openvino")
@@ -119,7 +119,7 @@ class Quantize(QuantizeOptions, Pass):
 
         assume_sizes(model, self.request)
         original = model.copy()
-        changes = fold_and_canonicalize(model)
+        changes = fold_and_canonicalize(model, self.copy_shared)
         self.selection.check(original, model)
         return quantize(self, original, model, changes, progress)
 
@@ -140,8 +140,8 @@ class Quantize(QuantizeOptions, Pass):
             )
         if provider in INTEGER_KERNELS and not self.activation_bits:
             return "with weights alone quantized, layers compute with floats as before: smaller, not faster"
-        if provider in INTEGER_KERNELS and self.activation_bits < STREAM_BITS:
-            return f"{provider} has integer kernels of 8 bits only: fewer make it no faster"
+        if provider in INTEGER_KERNELS and self.activation_bits != STREAM_BITS:
+            return f"{provider} has integer kernels of 8 bits only: not faster with {self.activation_bits}"
         return ""
 
     def preview(self, model: Model) -> list[Refusal]:
@@ -163,7 +163,7 @@ class Quantize(QuantizeOptions, Pass):
 
         own = raised(model, self.lowest_opset)
         assume_sizes(own, self.request)
-        fold_and_canonicalize(own)
+        fold_and_canonicalize(own, self.copy_shared)
         self.selection.check(model, own)
         plan = layers_of(self, own)
         if plan.layers:
@@ -173,7 +173,7 @@ class Quantize(QuantizeOptions, Pass):
     @property
     def lowest_opset(self) -> int:
         """The lowest operator set that has what these options write."""
-        if self.small_types:
+        if self.small_types or self.activation_bits > STREAM_BITS:
             return SMALL_OPSET
         if self.per_channel:
             return OPSET

@@ -208,12 +208,13 @@ class Quantizer(LayerwiseReconstruction):
 
     def _fitted_grid(self, name: str, bits: int) -> Grid:
         s, tensor = self.settings, self._tensors[name]
-        storage = s.storage.replace("8", "4") if s.small_types and bits <= 4 else s.storage
+        width = "4" if s.small_types and bits <= 4 else "8" if bits <= 8 else "16"
+        storage = s.storage.replace("8", width)
 
         def grid(low: float, high: float) -> Grid:
             return activation_grid(low, high, bits, storage=storage, symmetric=s.symmetric)
 
-        if bits == STREAM_BITS and is_op(producer(tensor), "Sigmoid", "HardSigmoid", "Softmax"):
+        if bits >= STREAM_BITS and is_op(producer(tensor), "Sigmoid", "HardSigmoid", "Softmax"):
             return grid(0, 1)
         x = samples([batch.student[name] for batch in self.batches], s.seed)
         low, high = float(x.amin()), float(x.amax())
