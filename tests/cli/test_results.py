@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -39,6 +40,7 @@ def lines_of(console: Console) -> list[str]:
     return [" ".join(line.split()) for line in lines if any(letter.isalnum() for letter in line)]
 
 
+LATENCY = LatencyChange(10.0, 6.8, 0.68, 0.66, 0.71)
 IMAGES = (InputSource("images", 48, 0, "photos/", "unit", "option"),)
 
 
@@ -51,7 +53,7 @@ def dropped(**changed: Any) -> DropBlocksFigures:
     values: dict[str, Any] = {
         "feature": "relu",
         "preprocess": "unit",
-        "latency": LatencyChange(10.0, 6.8, 0.68, 0.66, 0.71),
+        "latency": LATENCY,
         "clock": "wall",
         "blocks": rows,
         "order": ("third", "first"),
@@ -78,11 +80,13 @@ def test_drop_blocks_shows_each_block_and_the_latency() -> None:
 
 
 def test_drop_blocks_says_which_clock_it_could_not_trust() -> None:
-    busy = ("the machine was too busy to tell", "the machine was too busy for a wall clock")
-    for noisy, clock in ((False, "wall"), (True, "wall"), (False, "processor")):
-        text = shown("drop-blocks", dropped(noisy_latency=noisy, clock=clock))
-        found = tuple(any(line.startswith(start) for line in text) for start in busy)
-        assert found == (noisy, clock == "processor")
+    for noisy in (False, True):
+        text = shown("drop-blocks", dropped(noisy_latency=noisy))
+        assert any(line.startswith("the machine was too busy to tell blocks") for line in text) == noisy
+    for clock in ("wall", "processor"):
+        text = shown("drop-blocks", dropped(latency=replace(LATENCY, clock=clock)))
+        (line,) = [line for line in text if line.startswith("latency 10.00")]
+        assert line.endswith("too busy for a wall clock") == (clock == "processor")
 
 
 def quantized(**changed: Any) -> QuantizeFigures:
