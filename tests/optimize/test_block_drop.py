@@ -231,3 +231,32 @@ def test_sets_that_promise_less_loss_are_scored_and_timed_as_a_whole(
     best = refinement.better(choice, 0.42)
     assert "".join(sorted(exits[b.exit] for b in best.dropped)) == expected
     assert {b.exit for b in find_blocks(best.model).blocks} == exits.keys() - {b.exit for b in best.dropped}
+
+
+@pytest.mark.parametrize("factor", [1.0, 0.1])
+def test_a_set_that_saves_too_little_gives_way_to_the_next(
+    factor: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Shares only say how blocks compare: what they add up to is what was measured."""
+    whole = network()
+    blocks = find_blocks(whole).blocks
+    exits = {b.exit: str(at + 1) for at, b in enumerate(blocks)}
+    losses = {"1": 0.3, "2": 0.1, "3": 0.15, "12": 0.5}
+    saves = {"": 0.0, "1": 0.19, "2": 0.1, "3": 0.23, "12": 0.42}
+    monkeypatch.setattr(FakeScorer, "losses", {frozenset(k): v for k, v in losses.items()})
+    monkeypatch.setattr(FakeScorer, "exits", exits)
+    monkeypatch.setattr(selection, "Scorer", FakeScorer)
+    probe = Probe("x", "y", torch.zeros(1, 3, 8, 8), torch.ones(1))
+    timed: list[str] = []
+
+    def saving(model: Model) -> float:
+        there = {b.exit for b in find_blocks(model).blocks}
+        timed.append("".join(name for exit, name in exits.items() if exit not in there))
+        return saves[timed[-1]]
+
+    shares = dict(zip(exits, (0.22 * factor, 0.2 * factor, 0.21 * factor), strict=True))
+    alone = {exit: losses[name] for exit, name in exits.items()}
+    refinement = Refinement(whole, blocks, alone, shares, 0.2, probe, saving, batch=1)
+    best = refinement.better(choose_these(whole.copy(), [blocks[0], blocks[1]], probe), 0.42)
+    assert [exits[b.exit] for b in best.dropped] == ["3"]
+    assert set(timed) == {"1", "2", "3"}
