@@ -176,10 +176,28 @@ def test_after_each_drop_what_is_left_is_scored_by_what_it_adds(
 
 
 def test_what_cannot_be_recovered_is_what_it_was(fixed_clock: Callable[..., None]) -> None:
-    """R of each block after 16 steps of its adapters, over the energy of the features."""
-    fixed_clock()
-    rows = drop(blocks=1).measured.blocks
-    assert [row.recoverability for row in rows] == pytest.approx([0.1134, 0.0109, 0.0755], rel=0.02)
+    """R of each block after 16 steps of its adapters, over the energy of the features.
+
+    A target in blocks takes the one that loses least, however little latency it has.
+    """
+    fixed_clock([10, 1, 9.9, 9], [10, 9.9])
+    found = drop(blocks=1, steps=0).measured
+    losses = [row.recoverability for row in found.blocks]
+    assert losses == pytest.approx([0.1134, 0.0109, 0.0755], rel=0.02)
+    assert [row.dropped for row in found.blocks] == [False, True, False]
+    assert found.choosing_loss == pytest.approx(losses[1])
+
+
+def test_what_a_target_in_latency_chose_is_told(fixed_clock: Callable[..., None]) -> None:
+    """The third block saves 40 % as measured, twice as much as its share said: it is enough alone."""
+    fixed_clock([10, 9, 9.5, 8], [10, 6])
+    found = drop(latency_reduction=20, steps=0).measured
+    assert found.order == (find_blocks(network()).blocks[2].name,)
+    assert found.choosing_loss == pytest.approx(found.blocks[2].recoverability)
+    assert found.additivity is not None
+    assert found.additivity.predicted.value == pytest.approx(0.2)
+    assert found.additivity.measured.value == pytest.approx(0.4)
+    assert found.latency.saved.value == pytest.approx(0.4)
 
 
 @pytest.mark.parametrize(("wide", "noisy"), [(0.019, False), (0.021, True)])
