@@ -180,7 +180,7 @@ def test_what_cannot_be_recovered_is_what_it_was(fixed_clock: Callable[..., None
 
     A target in blocks takes the one that loses least, however little latency it has.
     """
-    fixed_clock([10, 1, 9.9, 9], [10, 9.9])
+    fixed_clock([10, 9.5, 9.9, 1], [10, 9.9])
     found = drop(blocks=1, steps=0).measured
     losses = [row.recoverability for row in found.blocks]
     assert losses == pytest.approx([0.1134, 0.0109, 0.0755], rel=0.02)
