@@ -7,7 +7,10 @@ its float tensors t becomes
     t' = g_i ? float32(float16(t)) : t
 
 where the gate g_i is a further input of the graph. One session serves all choices of nodes; a gate is a
-bool. Sums inside an operator stay float32, as cuDNN and cuBLAS have them by default.
+bool. Sums inside an operator stay float32, as cuDNN and cuBLAS have them by default; but those of a mean or
+a norm count as float16, which overflow on some devices (REDUCTIONS):
+
+    mean = float16(Σ x) / float16(n)          norm = √ float16(Σ x²)
 
     error(S) = max over outputs y:  √( mean (y_S − y)² / var y )        infinite where y_S is not finite
 
@@ -34,6 +37,9 @@ from onnxcompress.runtime.inference import unread_feeds
 from onnxcompress.runtime.session import session
 
 _GATE = "onnxcompress.gate"
+REDUCTIONS = ("ReduceMean", "ReduceL2")
+"""Reductions that divide or take a root at their end. Kernels that add in float16 overflow before that: a
+mean is zero or NaN on CUDA (microsoft/onnxconverter-common issues 299 and 323)."""
 
 
 class Simulation:
@@ -238,13 +244,44 @@ def _gated_node(node: onnx.NodeProto, number: int, candidate: Candidate) -> Iter
         before += _rounded(node.input[i], own.input[i], number)
     for i in candidate.outputs:
         own.output[i] = f"{_GATE}{number}.out{i}"
-        after += _rounded(own.output[i], node.output[i], number)
+        half = own.output[i]
+        if node.op_type in REDUCTIONS:
+            half = f"{half}.reduced"
+            after += _reduced(own, half)
+        after += _rounded(own.output[i], node.output[i], number, half)
     return [*before, own, *after]
 
 
-def _rounded(source: str, target: str, number: int) -> list[onnx.NodeProto]:
+def _rounded(source: str, target: str, number: int, half: str = "") -> list[onnx.NodeProto]:
+    """Round a tensor where the gate is open; `half`: the tensor to round, where that is another one."""
+    return [
+        *_half(half or source, f"{target}.back"),
+        helper.make_node("Where", [f"{_GATE}{number}", f"{target}.back", source], [target]),
+    ]
+
+
+def _half(source: str, target: str) -> list[onnx.NodeProto]:
+    """Round a tensor to float16."""
     return [
         helper.make_node("Cast", [source], [f"{target}.half"], to=HALF),
-        helper.make_node("Cast", [f"{target}.half"], [f"{target}.back"], to=FLOAT),
-        helper.make_node("Where", [f"{_GATE}{number}", f"{target}.back", source], [target]),
+        helper.make_node("Cast", [f"{target}.half"], [target], to=FLOAT),
+    ]
+
+
+def _reduced(node: onnx.NodeProto, target: str) -> list[onnx.NodeProto]:
+    """Compute what a mean or a norm gives where its sum is float16, from its exact output."""
+    exact = node.output[0]
+    if node.op_type == "ReduceL2":
+        squares = helper.make_node("Mul", [exact, exact], [f"{target}.sum"])
+        root = helper.make_node("Sqrt", [f"{target}.rounded"], [target])
+        return [squares, *_half(f"{target}.sum", f"{target}.rounded"), root]
+    return [
+        helper.make_node("Size", [node.input[0]], [f"{target}.all"]),
+        helper.make_node("Size", [exact], [f"{target}.left"]),
+        helper.make_node("Div", [f"{target}.all", f"{target}.left"], [f"{target}.ratio"]),
+        helper.make_node("Cast", [f"{target}.ratio"], [f"{target}.count"], to=FLOAT),
+        helper.make_node("Mul", [exact, f"{target}.count"], [f"{target}.sum"]),
+        *_half(f"{target}.sum", f"{target}.rounded"),
+        *_half(f"{target}.count", f"{target}.count_rounded"),
+        helper.make_node("Div", [f"{target}.rounded", f"{target}.count_rounded"], [target]),
     ]
