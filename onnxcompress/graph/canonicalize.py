@@ -7,6 +7,7 @@
 3. A Reshape to (batch, everything else) whose shape is computed from its own input gets the constant
    shape [0, n]: otherwise that computation reads the float tensor, which prevents fusing its producer.
 4. Every layer that can have a bias gets one, so that it can be corrected.
+5. Hard sigmoids and HardSwish written out become what they are (`graph.hard_sigmoid`).
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from onnxcompress.account import Change
 from onnxcompress.graph import layer_params
 from onnxcompress.graph.constant_folding import constant_value
 from onnxcompress.graph.edit import lift_weights, remove_unread, set_input, unique_name
+from onnxcompress.graph.hard_sigmoid import fuse_hard_sigmoids
 from onnxcompress.graph.linear_layer import BIAS_AT, LINEAR_OPS, Linear, as_linear
 from onnxcompress.graph.query import attribute, input_at, is_op, is_output, value_readers
 from onnxcompress.graph.shape_inference import infer
@@ -40,6 +42,8 @@ def canonicalize(model: Model) -> list[Change]:
     padded = sum(_fold_pad(model, node) for node in list(model.graph.nodes) if is_op(node, "Pad"))
     if padded:
         changes.append(Change(model.name, f"{padded} Pads folded into convolutions"))
+    if gates := fuse_hard_sigmoids(model):
+        changes.append(Change(model.name, f"{gates} hard sigmoids written out became HardSigmoid"))
     shapes = infer(model, {}).shapes  # the written graph must not depend on sizes that are only assumed
     for node in list(model.graph.nodes):
         if is_op(node, "Reshape"):

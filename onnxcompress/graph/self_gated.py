@@ -1,7 +1,8 @@
 """Self-gated activations, y = x g(x) with a gate g from 0 to 1: HardSwish, GELU, Mish, SiLU as two nodes.
 
 They are the identity for large x, and nearly 0 below some value.
-Does not handle: HardSwish written as Add, Clip, Mul and Div, and GELU as Erf.
+HardSwish written as Add, Clip, Mul and Div is brought into that form first (`graph.hard_sigmoid`).
+Does not handle: GELU written out.
 """
 
 from __future__ import annotations
