@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from onnxcompress.errors import CompressError, ModelError
 from onnxcompress.evaluation.guard import EXACT_HALF_REL, EXACT_REL, GuardMeasurements
+from onnxcompress.graph.query import sigmoid_outputs
 from onnxcompress.model import Model, load
 
 if TYPE_CHECKING:
@@ -90,8 +91,9 @@ class Watch:
         from onnxcompress.evaluation.fidelity import fidelity
 
         try:
-            found = fidelity(was, now.runs(inputs))
-            old = fidelity(was, before.runs(inputs)) if reference is not None else None
+            answers = sigmoid_outputs(self._model)
+            found = fidelity(was, now.runs(inputs), answers)
+            old = fidelity(was, before.runs(inputs), answers) if reference is not None else None
         except CompressError as error:
             problem = str(error)
         self._state = None if problem else (model, now)

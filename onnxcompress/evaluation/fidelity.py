@@ -15,6 +15,10 @@ its boxes. So the channels (or columns) of an output are sorted by their root me
 the next one is ten times as large; each part has a signal to noise ratio of its own. The rows of a Softmax
 are not split: they are one distribution, in which small values matter little.
 
+What a Sigmoid gives are answers of yes or no, mostly no: a text detector gives 1e-6 wherever there is no
+text. Errors of such values count only as far as they exceed HALF_STEP, and where no value before exceeds
+it, the inputs tell nothing of the answers (`unseen`).
+
 Besides, an output that is no longer finite, or has become the same for all inputs, is a fault whatever its
 ratio. Integers and booleans (the index of a class) have no noise: the share of equal values is used.
 Does not handle: outputs whose shape depends on the values of the inputs, as after NonMaxSuppression.
@@ -22,7 +26,7 @@ Does not handle: outputs whose shape depends on the values of the inputs, as aft
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -44,6 +48,8 @@ FAITHFUL_DB = 30.0
 """Signal to noise ratio above which the variation between inputs is not considered."""
 NO_VARIATION = 1e-3
 """Share of an output's energy below which it does not vary between inputs: -30 dB."""
+HALF_STEP = 1 / 510
+"""Half a step of a probability with 8 bits."""
 CONSTANT = 1e-4
 """Share of the former variation between inputs below which an output has become constant."""
 
@@ -97,6 +103,8 @@ class OutputFidelity:
     """Elements that were finite before the pass and are not after it."""
     constant: bool = False
     """Whether the output depended on the input before the pass, and does not after it."""
+    unseen: bool = False
+    """Whether all its values are noes, in parts that a Sigmoid gives: the inputs tell nothing of a yes."""
 
     @property
     def judged_db(self) -> float:
@@ -136,12 +144,13 @@ class Fidelity:
         return min(shares, default=None)
 
 
-def fidelity(before: Runs, after: Runs) -> Fidelity:
+def fidelity(before: Runs, after: Runs, answers: Collection[str] = ()) -> Fidelity:
     """Compare the outputs of two models for the same inputs.
 
     Args:
         before: Outputs of the reference, by name.
         after: Outputs of the other model; matched by order where the names differ.
+        answers: Outputs that a Sigmoid gives, or that hold what it gives (`graph.query.sigmoid_outputs`).
 
     Returns:
         The figures of each output.
@@ -161,7 +170,7 @@ def fidelity(before: Runs, after: Runs) -> Fidelity:
             got = "shapes that differ between inputs" if b is None else f"{list(b.shape[1:])}"
             raise ModelError(f"output {name!r} had the shape {list(a.shape[1:])} and would have {got}")
         elif a.size:
-            outputs.append(_compared(name, a, b))
+            outputs.append(_compared(name, a, b, name in answers))
     return Fidelity(tuple(outputs), tuple(varying))
 
 
@@ -170,7 +179,7 @@ def _stacked(runs: Sequence[np.ndarray]) -> np.ndarray | None:
     return np.stack(runs) if len({run.shape for run in runs}) == 1 else None
 
 
-def _compared(name: str, a: np.ndarray, b: np.ndarray) -> OutputFidelity:
+def _compared(name: str, a: np.ndarray, b: np.ndarray, answers: bool) -> OutputFidelity:
     """Compare one output, (runs, *shape) before and after."""
     if a.dtype.kind in "iub":
         gap = np.abs(a.astype(np.float64) - b.astype(np.float64)).max()
@@ -182,6 +191,8 @@ def _compared(name: str, a: np.ndarray, b: np.ndarray) -> OutputFidelity:
     y, z = np.where(usable, y, 0.0), np.where(usable, z, 0.0)
     noise = z - y
     gap, top = np.abs(noise).max(), np.abs(y).max()
+    yes_or_no = _answers(y) if answers else np.zeros(y.shape, bool)
+    noise = np.where(yes_or_no, np.sign(noise) * np.maximum(np.abs(noise) - HALF_STEP, 0), noise)
     signal, wrong = float(np.square(y).sum()), float(np.square(noise).sum())
     return OutputFidelity(
         name,
@@ -192,8 +203,17 @@ def _compared(name: str, a: np.ndarray, b: np.ndarray) -> OutputFidelity:
         _agreement(y, z),
         _worst_part(y, noise),
         lost,
-        _is_constant(y, z),
+        _is_constant(y, y + noise),
+        bool(yes_or_no.any() and y[yes_or_no].max() < HALF_STEP),
     )
+
+
+def _answers(y: np.ndarray) -> np.ndarray:
+    """Find the values of channels that lie between 0 and 1, which may be what a Sigmoid gives."""
+    axis = _channel_axis(y.shape)
+    others = None if axis is None else tuple(a for a in range(y.ndim) if a != axis)
+    inside = (y.min(others, keepdims=True) >= 0) & (y.max(others, keepdims=True) <= 1)
+    return np.broadcast_to(inside, y.shape)
 
 
 def decibels(signal: float, noise: float) -> float:

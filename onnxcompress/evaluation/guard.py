@@ -166,6 +166,12 @@ def _complaints(measured: GuardMeasurements, floors: Floors) -> tuple[list[str],
         warnings.append(f"output {names} was not compared: its shape depends on the input's values")
     if not measured.fidelity.outputs:
         return faults, warnings
+    warnings += [
+        f"output {one.name!r} says no everywhere on these inputs, which tell nothing of a yes: compare the "
+        "files on --images of your own"
+        for one in measured.fidelity.outputs
+        if one.unseen and measured.max_rel is None
+    ]
     if measured.before is not None:
         before, after = measured.before.worst.judged_db, measured.fidelity.worst.judged_db
         lost = before - after

@@ -18,6 +18,18 @@ from onnxcompress.model import Model
 NAMED = 8
 """Nodes that a message names; more are counted."""
 DEFAULT_DOMAINS = (None, "", "ai.onnx")
+ARRANGING = (
+    "Reshape",
+    "Flatten",
+    "Transpose",
+    "Squeeze",
+    "Unsqueeze",
+    "Slice",
+    "Split",
+    "Identity",
+    "Cast",
+)
+"""Operators that arrange the values of their first input."""
 
 
 def is_op(node: gs.Node | None, *ops: str) -> TypeGuard[gs.Node]:
@@ -119,6 +131,32 @@ def is_output(model: Model, tensor: gs.Tensor) -> bool:
         True for the tensor itself, not for a copy of it.
     """
     return any(tensor is output for output in model.graph_outputs)
+
+
+def sigmoid_outputs(model: Model) -> frozenset[str]:
+    """Find the outputs that hold what a Sigmoid gives, alone or concatenated with other values.
+
+    Args:
+        model: The model.
+
+    Returns:
+        Their names.
+    """
+    found = set()
+    for output in model.graph_outputs:
+        pending, seen = [output], set[int]()
+        while pending:
+            node = producer(pending.pop())
+            if node is None or id(node) in seen:
+                continue
+            seen.add(id(node))
+            if is_op(node, "Sigmoid"):
+                found.add(str(output.name))
+            elif is_op(node, "Concat"):
+                pending += node.inputs
+            elif is_op(node, *ARRANGING):
+                pending.append(node.inputs[0])
+    return frozenset(found)
 
 
 def only_consumer(model: Model, tensor: gs.Tensor) -> gs.Node | None:

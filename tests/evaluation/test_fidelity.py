@@ -94,6 +94,40 @@ def test_scores_crushed_beside_boxes_are_seen(turned: bool) -> None:
     assert found.judged_db == found.worst_part.judged_db < 0
 
 
+def yes_or_no(scale: float, seed: int = 0) -> np.ndarray:
+    """What a Sigmoid gives for 8 inputs at 100 places each."""
+    return scale * np.random.default_rng(seed).uniform(size=(8, 1, 10, 10))
+
+
+def answered(a: np.ndarray, b: np.ndarray) -> OutputFidelity:
+    (found,) = fidelity({"y": np.split(a, 2)}, {"y": np.split(b, 2)}, ["y"]).outputs
+    return found
+
+
+def test_noise_among_noes_counts_only_beyond_half_a_step() -> None:
+    a, b = yes_or_no(1e-6), yes_or_no(1e-5, seed=1)
+    assert compared(a, b).judged_db < -10
+    found = answered(a, b)
+    assert found.judged_db == EQUAL_DB
+    assert found.unseen
+    assert not found.constant
+    wrong = answered(a, b + 0.1)
+    assert wrong.judged_db < -10
+    sure = answered(yes_or_no(0.9), yes_or_no(0.9, seed=1))
+    assert not sure.unseen
+    assert sure.judged_db < 0
+
+
+def test_only_values_between_0_and_1_are_answers() -> None:
+    a = np.concatenate([yes_or_no(300), yes_or_no(1e-6), yes_or_no(1e-6) - 1e-7], axis=1)
+    a = np.broadcast_to(a, (8, 3, 10, 10)).reshape(8, 3, 100)
+    assert answered(a, a + np.array([0, 1e-4, 0])[:, None]).judged_db == EQUAL_DB
+    assert answered(a, a + np.array([0, 0, 1e-4])[:, None]).judged_db < 0
+    gone = a.copy()
+    gone[:, 1] = 0.0
+    assert not answered(a, gone).constant
+
+
 def test_columns_of_a_like_size_and_probabilities_are_no_parts() -> None:
     rng = np.random.default_rng(0)
     logits = rng.normal(size=(8, 10)) + 2
