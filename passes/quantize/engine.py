@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -48,10 +48,19 @@ SHOWN = 32
 """Images on which the outputs of both networks are compared."""
 
 
+@dataclass(frozen=True)
+class Quantized:
+    """What quantizing a model came to."""
+
+    result: PassResult[QuantizeFigures | None]
+    images: Tensor | None
+    """What the layers were fitted on, (N, …); None where no layer was."""
+
+
 @one_thread_each()
 def quantize(
     options: QuantizeOptions, original: Model, model: Model, changes: list[Change], progress: Progress
-) -> PassResult[QuantizeFigures | None]:
+) -> Quantized:
     """Quantize a prepared model in place.
 
     Args:
@@ -62,7 +71,7 @@ def quantize(
         progress: Called with the stage, the steps done and the steps in all.
 
     Returns:
-        The changes, the layers that stay floats with the reasons, and the figures; none of these where no
+        The changes, the layers that stay floats with the reasons, and the figures; no figures where no
         layer can be quantized.
 
     Raises:
@@ -72,7 +81,7 @@ def quantize(
     """
     plan = layers_of(options, model)
     if not plan.layers:
-        return PassResult(changes, plan.refusals)
+        return Quantized(PassResult(changes, plan.refusals), None)
     start = time.perf_counter()
     device = pick_device(options.device)
     effort = choose_effort(options.effort, model, "quantize", QUANTIZE["best"].inputs)
@@ -110,7 +119,8 @@ def quantize(
         effort=effort,
     )
     changed = [Change(r.name, f"weight {r.weight_bits} bits, input {r.input_bits}") for r in rows]
-    return PassResult([*changes, *changed], plan.refusals, figures, inputs.shown)
+    result = PassResult([*changes, *changed], plan.refusals, figures, inputs.shown)
+    return Quantized(result, context.images)
 
 
 def _work(

@@ -26,7 +26,7 @@ class QuantizedLayerRow:
     input_range: tuple[float, float] | None
     """Smallest and largest value that the quantized input can have; None: it stays a float."""
     snr_db: float
-    """Signal to noise ratio of the layer's output, in decibels."""
+    """Signal to noise ratio of the layer's output, in decibels, before any tensor was left in floats."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +63,9 @@ class QuantizeFigures(Figures):
     """What onnxruntime makes of the result."""
     budget: Budget | None = None
     """What the budget gave; None: there was none."""
+    float_tensors: Mapping[str, float] | None = None
+    """Tensor that stays floats -> noise of the outputs over their variation if it alone were quantized;
+    None: none had to."""
 
     @property
     def layer_snr_db(self) -> dict[str, float]:

@@ -101,6 +101,12 @@ class QuantizeOptions(SelectionOptions, InputOptions):
         "Give layers that share a weight copies of their own, also where the file grows by more than 1 %.",
         advanced=True,
     )
+    float_tensors: bool = option(
+        True,
+        "Leave activations in floats, those that cost the outputs most and as few as possible, where the "
+        "guard would warn of the result else; with 8 bits.",
+        advanced=True,
+    )
     device: Literal["auto", "cpu", "cuda"] = option(
         "auto", "Device on which torch computes.", advanced=True
     )

@@ -19,8 +19,10 @@ residual sums (`quantization.qdq_plan`).
 Inputs: `auto` takes images if there are any; else, with 8 bits, procedural ones through the twin that has
 the recorded statistics (`layerwise`: made at once); with fewer distilled ones, which take longer and are
 better for EfficientNet-Lite0; without a record plain procedural ones. Where `auto` took `layerwise` and an
-output falls below the guard's floor, the network sees other pictures than its record tells of (PP-LCNet
-learned on documents): procedural ones are tried, and the better result is kept.
+output falls below the guard's floor on pictures that nothing was learned from, the network sees other
+pictures than its record tells of (PP-LCNet learned on documents): procedural ones are tried, and the
+better result is kept. Where that is too little, too, the tensors that cost most stay floats
+(`float_tensors`).
 
 `overflow_safe`: without it, onnxruntime's result on a CPU with AVX2 and no VNNI is far from what the file
 says (`tests/benchmarks/overflow.py`). It costs next to nothing: no pair of weights is too large, but each
@@ -33,11 +35,11 @@ operators.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from onnxcompress.account import Figures, Refusal
-from onnxcompress.evaluation.guard import Floors
 from onnxcompress.model import Model
 from onnxcompress.optimize.calibration import assume_sizes
 from onnxcompress.passes.base import Pass, PassResult
@@ -48,6 +50,10 @@ from onnxcompress.passes.quantize.figures import QuantizeFigures
 from onnxcompress.passes.quantize.options import QuantizeOptions
 from onnxcompress.progress import Progress, silent
 from onnxcompress.quantization.qdq_plan import STREAM_BITS, refuse_quantized
+
+if TYPE_CHECKING:
+    from onnxcompress.passes.quantize.engine import Quantized
+    from onnxcompress.passes.quantize.float_tensors import FloatTensor
 
 OPSET = 13
 """From which on scales may be per channel."""
@@ -100,21 +106,29 @@ class Quantize(QuantizeOptions, Pass):
         return at_opset(model, self.lowest_opset, lambda own: self._quantize(own, progress))
 
     def _quantize(self, model: Model, progress: Progress) -> PassResult[QuantizeFigures | None]:
-        """Quantize in place; with procedural inputs where those with the recorded statistics mislead."""
-        before = model.copy()
-        result = self._attempt(model, progress)
-        kept = _worst_db(result)
-        if self.inputs != "auto" or not _aligned(result) or kept >= Floors().warn_db:
-            return result
-        other = replace(self, inputs="procedural")._attempt(before, progress)
-        if other.measured is None or _worst_db(other) <= kept:
-            return result
-        model.become(before)
-        why = f"layer-wise ones, tried first, left {kept:.1f} dB of the outputs"
-        inputs = tuple(replace(used, why=why) for used in other.inputs)
-        return replace(other, measured=replace(other.measured, inputs=inputs))
+        """Quantize in place; by other inputs, or with some tensors in floats, where too little is kept."""
+        from onnxcompress.passes.quantize.float_tensors import FLOOR, Judge, leave_floats
 
-    def _attempt(self, model: Model, progress: Progress) -> PassResult[QuantizeFigures | None]:
+        before = model.copy()
+        made = self._attempt(model, progress)
+        if made.images is None or self.activation_bits != STREAM_BITS:
+            return made.result
+        assume_sizes(before, self.request)
+        judge = Judge(before, self.request)
+        kept = judge.kept_db(model)
+        if kept < FLOOR and self.inputs == "auto" and _aligned(made.result):
+            procedural = before.copy()
+            other = replace(self, inputs="procedural")._attempt(procedural, progress)
+            other_kept = judge.kept_db(procedural)
+            if other_kept > kept:
+                model.become(procedural)
+                made, kept = replace(other, result=_because(other.result, kept)), other_kept
+        if kept >= FLOOR or not self.float_tensors:
+            return made.result
+        tensors = leave_floats(model, judge, kept, progress)
+        return _with_floats(made, before, model, tensors) if tensors else made.result
+
+    def _attempt(self, model: Model, progress: Progress) -> Quantized:
         from onnxcompress.passes.quantize.engine import quantize
 
         assume_sizes(model, self.request)
@@ -185,6 +199,36 @@ def _aligned(result: PassResult[QuantizeFigures | None]) -> bool:
     return any(used.source == "layerwise" for used in result.inputs)
 
 
-def _worst_db(result: PassResult[QuantizeFigures | None]) -> float:
-    """Return the least signal to noise ratio of an output, on the inputs that the pass learned from."""
-    return min((result.figures.output_snr_db or {}).values(), default=float("inf"))
+def _because(
+    result: PassResult[QuantizeFigures | None], kept_db: float
+) -> PassResult[QuantizeFigures | None]:
+    """Say why inputs other than those with aligned statistics were taken."""
+    assert result.measured is not None
+    why = f"layer-wise ones, tried first, left {kept_db:.1f} dB of the outputs"
+    inputs = tuple(replace(used, why=why) for used in result.inputs)
+    return replace(result, measured=replace(result.measured, inputs=inputs))
+
+
+def _with_floats(
+    made: Quantized, original: Model, model: Model, tensors: Sequence[FloatTensor]
+) -> PassResult[QuantizeFigures | None]:
+    """Note which tensors stay floats, which layers read floats now, and what that gives."""
+    from onnxcompress.passes.quantize.engine import output_snr
+    from onnxcompress.passes.quantize.float_tensors import float_readers
+    from onnxcompress.quantization.ort_fusion import fused_counts
+
+    figures, floats = made.result.measured, float_readers(model)
+    assert figures is not None
+    assert made.images is not None
+    figures = replace(
+        figures,
+        layers=tuple(
+            replace(row, input_bits=0, input_scale=None, input_range=None) if row.name in floats else row
+            for row in figures.layers
+        ),
+        runtime=fused_counts(model),
+        float_tensors={one.name: one.noise for one in tensors},
+        output_snr_db=output_snr(original, model, made.images),
+    )
+    refusals = [*made.result.refusals, *(one.refusal for one in tensors)]
+    return replace(made.result, refusals=refusals, measured=figures)

@@ -23,16 +23,23 @@ import click
 import onnx
 
 QUICK = ["--effort", "fast"]
+PRUNED = ["prune", "IN", "MID", "--sparsity", "0.2", "--no-reconstruct", "--force"]
 COMMANDS: dict[str, list[str]] = {
     "inspect": ["inspect", "IN"],
     "fold-bn": ["fold-bn", "IN", "OUT"],
     "equalize": ["equalize", "IN", "OUT"],
+    "absorb-bias": ["absorb-bias", "IN", "OUT"],
     "calibrate": ["calibrate", "IN", "OUT", "--inputs", "procedural", *QUICK],
     "quantize": ["quantize", "IN", "OUT", *QUICK],
     "prune": ["prune", "IN", "OUT", "--sparsity", "0.3", *QUICK],
     "fp16": ["fp16", "IN", "OUT"],
     "drop-blocks": ["drop-blocks", "IN", "OUT", "--blocks", "1", "--steps", "0", *QUICK],
+    "correct-bias": ["correct-bias", "MID", "OUT", "--reference", "IN", "--inputs", "procedural", *QUICK],
+    "synthesize": ["synthesize", "IN", "NPZ", "--kind", "procedural", "--count", "4", "--no-sheet"],
+    "sensitivity": ["sensitivity", "IN", "--synthetic", "6", "--weight-bits", "8", "--no-reconstruct"],
 }
+BEFORE: dict[str, list[str]] = {"correct-bias": PRUNED}
+"""What is run first, to make MID."""
 DEFECT = "a defect of onnxcompress"
 
 
@@ -53,11 +60,16 @@ def attempt(file: Path, command: str, seconds: float) -> Attempt:
     """Run one command on one file in a process of its own."""
     start = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder) / "out.onnx"
-        words = [{"IN": str(file), "OUT": str(out)}.get(word, word) for word in COMMANDS[command]]
-        argv = [sys.executable, "-m", "onnxcompress.cli.main", *words]
+        places = {name: str(Path(folder) / f"{name.lower()}.onnx") for name in ("OUT", "MID")}
+        places |= {"IN": str(file), "NPZ": str(Path(folder) / "made.npz")}
+        out = Path(places["OUT"])
+        runs = [BEFORE[command]] if command in BEFORE else []
         try:
-            ended = subprocess.run(argv, capture_output=True, text=True, timeout=seconds)
+            for words in [*runs, COMMANDS[command]]:
+                argv = [sys.executable, "-m", "onnxcompress.cli.main", *(places.get(w, w) for w in words)]
+                ended = subprocess.run(argv, capture_output=True, text=True, timeout=seconds)
+                if ended.returncode not in (0, 3):
+                    break
         except subprocess.TimeoutExpired:
             return Attempt(file.name, command, "failed", "no end in time", seconds)
         lines = [line for line in ended.stderr.strip().splitlines() if line]

@@ -277,7 +277,7 @@ def test_a_second_run_changes_nothing_and_a_seed_gives_the_same_bytes() -> None:
     [
         ([3.0, 9.0], "auto", "procedural"),
         ([3.0, 2.0], "auto", "layerwise"),
-        ([8.0], "auto", "layerwise"),
+        ([9.0], "auto", "layerwise"),
         ([3.0], "layerwise", "layerwise"),
     ],
 )
@@ -286,13 +286,14 @@ def test_where_the_record_misleads_procedural_inputs_are_tried(
 ) -> None:
     """The better of both results is written; what was asked for is not second-guessed."""
     left = iter(ratios)
-    monkeypatch.setattr("onnxcompress.passes.quantize.engine.output_snr", lambda *_: {"y": next(left)})
+    kept = "onnxcompress.passes.quantize.float_tensors.Judge.kept_db"
+    monkeypatch.setattr(kept, lambda *_: next(left))
     model, alone = small(), small()
-    (result,) = run([Quantize(inputs=inputs, synthetic=8)], model)
+    (result,) = run([Quantize(inputs=inputs, synthetic=8, float_tensors=False)], model)
     assert [used.source for used in result.inputs] == [source]
     assert ("3.0 dB" in result.inputs[0].why) == (source == "procedural")
     assert next(left, None) is None
-    monkeypatch.setattr("onnxcompress.passes.quantize.engine.output_snr", lambda *_: {"y": 9.0})
+    monkeypatch.setattr(kept, lambda *_: 12.0)
     options: dict[str, Any] = {"inputs": source, "synthetic": 8}
     run([Quantize(**options)], alone)
     assert model.to_proto().graph == alone.to_proto().graph
