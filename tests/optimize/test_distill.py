@@ -18,7 +18,13 @@ from onnxcompress.optimize.synthesis.distillation import distill
 from onnxcompress.optimize.synthesis.statistics_alignment import standardize
 from onnxcompress.optimize.synthesis.statistics_mismatch import mismatch
 from onnxcompress.passes.fold_bn import FoldBatchNorm
-from onnxcompress.statistics.record import known_statistics, read_record, write_record
+from onnxcompress.statistics.record import (
+    ChannelStatistics,
+    known_statistics,
+    read_record,
+    write_record,
+)
+from tests.helpers.folding import graph, norm, weight
 from tests.helpers.paths import MODELS
 
 FASHION = Preprocess.parse("fashion-mnist")
@@ -142,6 +148,49 @@ def test_pixels_move_by_the_rate_in_the_first_step_and_by_half_of_it_in_the_seco
     assert np.median(first) == 6
     assert first.max() == 6
     assert 7 < np.percentile(second, 90) <= 9
+
+
+def _small() -> Model:
+    body = "c = Conv<pads=[1,1,1,1]>(x, w) y = BatchNormalization(c, g, b, m, v)"
+    arrays = {"w": weight(6, 1, 3, 3), **norm(6)}
+    return Model.from_proto(graph("(float[N,1,28,28] x) => (float[N,6,28,28] y)", body, arrays))
+
+
+def test_pixels_stay_within_their_range() -> None:
+    """Black ones get a little brighter, white ones darker; none comes out at the other end."""
+    start = _blobs(6)
+    start.x[:3], start.x[3:] = 0, 255
+    made = distill(_small(), start, steps=2).x
+    assert made[:3].max() <= 10
+    assert made[3:].min() >= 245
+    assert not np.array_equal(made, start.x)
+
+
+def test_pieces_of_a_chunk_count_by_their_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 20 images in pieces of 16 and 4, as of one piece."""
+    start = _blobs(20)
+    whole = distill(_small(), start, steps=3).x
+    monkeypatch.setattr("onnxcompress.optimize.synthesis.distillation.PIECE", 16)
+    pieces = distill(_small(), start, steps=3).x
+    assert np.abs(whole.astype(int) - pieces).mean() < 0.02
+
+
+def test_the_statistics_that_are_given_are_matched() -> None:
+    """Those that a tensor has of darker images make images darker, those of brighter ones brighter."""
+    model, start, found = _small(), _blobs(8), []
+    for factor in (0.5, 1.5):
+        x = torch.from_numpy(replace(start, x=np.minimum(factor * start.x, 255).astype(np.uint8)).array())
+        c = Executor.from_model(model).run({"x": x}, ["c"])["c"].detach()
+        std, mean = torch.std_mean(c, (0, 2, 3))
+        given = {"c": ChannelStatistics(mean.numpy(), std.numpy())}
+        found.append(float(distill(model, start, statistics=given, steps=5).x.mean()))
+    assert found[0] + 10 < found[1]
+
+
+def test_twenty_steps_are_taken_unless_told() -> None:
+    told: list[tuple[int, int]] = []
+    distill(_small(), _blobs(4), progress=lambda stage, done, total: told.append((done, total)))
+    assert told == [(step, 20) for step in range(1, 21)]
 
 
 def test_means_and_deviations_count_alike_in_units_of_the_deviation() -> None:

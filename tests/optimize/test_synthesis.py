@@ -158,6 +158,17 @@ def test_channels_of_drawn_images_share_a_part() -> None:
     assert found[0, 1] == pytest.approx(0.6, abs=0.06)
 
 
+def test_a_part_of_the_variance_lies_between_samples() -> None:
+    """Beside what smooth noise has of its own: three tenths of all, as the mean of each image shows."""
+    shape, found = (512, 3, 16, 16), []
+    for offset in (0.0, 0.3):
+        noise = Noise(exponent=0.0 if offset == 0 else 1e-6, offset=offset, shared=0.0)
+        x = draw_input(shape, None, noise, generator(0, "x", shape[0]))
+        found.append(float(x.mean((2, 3)).var()))
+    assert found[0] == pytest.approx(1 / 256, rel=0.2)
+    assert found[1] == pytest.approx(0.3, rel=0.1)
+
+
 @pytest.fixture
 def pictures(tmp_path: Path) -> str:
     """Images of one number each."""
