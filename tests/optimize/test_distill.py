@@ -156,14 +156,20 @@ def _small() -> Model:
     return Model.from_proto(graph("(float[N,1,28,28] x) => (float[N,6,28,28] y)", body, arrays))
 
 
-def test_pixels_stay_within_their_range() -> None:
-    """Black ones get a little brighter, white ones darker; none comes out at the other end."""
-    start = _blobs(6)
-    start.x[:3], start.x[3:] = 0, 255
-    made = distill(_small(), start, steps=2).x
-    assert made[:3].max() <= 10
-    assert made[3:].min() >= 245
-    assert not np.array_equal(made, start.x)
+@pytest.mark.parametrize(("level", "beyond"), [(0, -2.0), (255, 5.0)])
+def test_pixels_stay_within_their_range(level: int, beyond: float) -> None:
+    """Where statistics ask for more than black or white, none comes out at the other end."""
+    model, start = _small(), _blobs(6)
+    start.x[:] = level
+    start.x[:, ::4] = 128
+    std, mean = torch.std_mean(
+        Executor.from_model(model).run({"x": torch.full((2, 1, 28, 28), beyond)}, ["c"])["c"].detach(),
+        (0, 2, 3),
+    )
+    given = {"c": ChannelStatistics(mean.numpy(), std.numpy())}
+    made = distill(model, start, statistics=given, steps=3).x.astype(int)
+    assert (np.abs(made[start.x == level] - level) <= 13).all()
+    assert (made[start.x == level] == level).mean() > 0.5
 
 
 def test_pieces_of_a_chunk_count_by_their_images(monkeypatch: pytest.MonkeyPatch) -> None:
