@@ -131,6 +131,17 @@ def test_as_many_weights_are_zero_as_asked_for(
     assert not again.modified
 
 
+def test_rows_that_matter_more_behind_the_layer_keep_more_weights() -> None:
+    """The first channel reaches the output ten times as strong as most, the last a tenth."""
+    factors = np.array([10.0, *[1.0] * 6, 0.1], np.float32).reshape(8, 1, 1)
+    arrays = {"w": weight(8, 3, 3, 3), "b": weight(8, seed=5), "we": weight(6, 8, 1, 1, seed=2) * factors}
+    body = "c = Conv<pads=[1,1,1,1]>(x, w, b) r = Relu(c) y = Conv(r, we)"
+    model = Model.from_proto(graph("(float[N,3,8,8] x) => (float[N,6,8,8] y)", body, arrays))
+    run([replace(SMALL, sparsity=0.5, scope="layer")], model)
+    left = [np.count_nonzero(row) for row in read(model.graph.tensors()["w"])]
+    assert left[0] > 1.8 * left[7]  # 19 and 8; 13 and 10 where all are worth the same
+
+
 def test_two_of_four_inputs_stay_at_each_tap() -> None:
     model = small()
     (result,) = run([replace(SMALL, pattern="2:4", depthwise=True)], model)
