@@ -16,7 +16,7 @@ from onnxcompress.passes.base import Pass
 from onnxcompress.passes.calibrate import Calibrate
 from onnxcompress.pipeline import Pipeline, cache_keys
 from onnxcompress.pipeline.cache import Cache
-from onnxcompress.pipeline.cache_keys import content_digest, step_key
+from onnxcompress.pipeline.cache_keys import content_digest, step_key, values_key
 
 
 def other(kind: Any, value: Any) -> Any:
@@ -75,3 +75,35 @@ def test_a_large_folder_counts_by_sizes_and_times(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(cache_keys, "HASHED", 2)
     assert len({digest("one", 1), digest("one", 2), digest("three", 2)}) == 3
     assert digest("one", 1) == digest("one", 1)
+
+
+def test_names_in_a_folder_count(tmp_path: Path) -> None:
+    """As labels, say: the same pictures of other classes."""
+    digests = set()
+    for first, second in (("a", "b"), ("b", "a"), ("a", "c")):
+        folder = tmp_path / f"{first}{second}"
+        for name, text in ((first, "one"), (second, "two")):
+            (folder / name).mkdir(parents=True)
+            (folder / name / "0.png").write_text(text)
+        digests.add(content_digest(folder))
+    assert len(digests) == 3
+
+
+def test_keys_change_with_the_software_that_computes(monkeypatch: pytest.MonkeyPatch) -> None:
+    def keys() -> tuple[str, str]:
+        return step_key("digest", Calibrate()), values_key("kind", {"a": 1})
+
+    before = keys()
+    assert keys() == before
+    monkeypatch.setattr(cache_keys, "software", lambda cls: {"onnxcompress": "another"})
+    assert all(one != other for one, other in zip(keys(), before, strict=True))
+
+
+def test_values_are_kept_by_their_kind_and_all_that_they_depend_on() -> None:
+    keys = [
+        values_key(kind, parts)
+        for kind in ("shares", "scores")
+        for parts in ({"a": 1}, {"a": 2}, {"b": 1}, {"a": 1, "b": 1})
+    ]
+    assert len(set(keys)) == 8
+    assert values_key("scores", {"b": 1, "a": 1}) == keys[-1]
