@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 
 from onnxcompress.errors import OptionError
+from onnxcompress.sensitivity.bit_allocation import mixed_bits
+from onnxcompress.sensitivity.rows import Row
 from onnxcompress.sensitivity.sparsity_allocation import by_cost, by_magnitude, share_of, uniform
 
 LEVELS = (0.3, 0.5, 0.65, 0.8, 0.9, 0.95)
@@ -69,3 +71,30 @@ def test_layers_that_stay_dense_leave_more_zeros_to_the_others() -> None:
     assert by_magnitude(ranks, 600, 0.25) == pytest.approx({"a": 0.98, "b": 0.25}, abs=0.01)
     with pytest.raises(OptionError, match=r"only 300 of 400 weights may become 0; at most 0\.73 can"):
         share_of(300, 400, 0.74)
+
+
+def bits(errors: dict[str, dict[int, float]], sizes: dict[str, int], left: int) -> dict[str, int]:
+    """Bits of each weight where `left` bits remain beyond two for each element."""
+    rows = [
+        Row(name, "Conv", name, sizes[name], "weight_bits", amount, error, None)
+        for name, curve in errors.items()
+        for amount, error in curve.items()
+    ]
+    most = max(max(curve) for curve in errors.values())
+    budget = 2 * sum(sizes.values()) + left
+    return mixed_bits(rows, sizes, dict.fromkeys(sizes, 2), most, budget)
+
+
+def test_bits_go_where_they_gain_most_for_their_cost() -> None:
+    """Two small layers that gain 0.4 each, before one as large as both that gains 0.5."""
+    errors = {"large": {2: 1.0, 3: 0.5}, "one": {2: 1.0, 3: 0.6}, "two": {2: 1.0, 3: 0.6}}
+    sizes = {"large": 1000, "one": 500, "two": 500}
+    assert bits(errors, sizes, 1000) == {"large": 2, "one": 3, "two": 3}
+
+
+def test_a_step_that_does_not_fit_is_not_skipped_over() -> None:
+    """From 2 bits only 6 are worth their cost; where they do not fit, 7 do even less."""
+    curve = {2: 1.0, 3: 0.99, 4: 0.98, 5: 0.97, 6: 0.1, 7: 0.05, 8: 0.04}
+    assert bits({"a": curve}, {"a": 10}, 10) == {"a": 2}
+    assert bits({"a": curve}, {"a": 10}, 40) == {"a": 6}
+    assert bits({"a": curve}, {"a": 10}, 59) == {"a": 7}
