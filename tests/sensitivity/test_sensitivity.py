@@ -17,13 +17,16 @@ from onnxcompress.graph.edit import set_values
 from onnxcompress.graph.query import read
 from onnxcompress.model import Model, load
 from onnxcompress.optimize.calibration import InputRequest, gather_inputs
+from onnxcompress.optimize.reconstruction.context import CalibrationContext
 from onnxcompress.optimize.reconstruction.gptq import nearest
 from onnxcompress.optimize.reconstruction.saturation import SaturationBounds
+from onnxcompress.optimize.synthesis.statistics_alignment import StatisticsAlignment
 from onnxcompress.passes.fold_bn.fold_and_canonicalize import fold_and_canonicalize
 from onnxcompress.quantization.qdq_plan import Bits, make_plan
 from onnxcompress.runtime.inference import run as run_model
 from onnxcompress.sensitivity.analysis import Sensitivity, sensitivity
-from onnxcompress.sensitivity.rows import Row, read_rows
+from onnxcompress.sensitivity.layer_errors import Measuring, layer_errors
+from onnxcompress.sensitivity.rows import Row, make_variants, read_rows
 from tests.helpers.folding import Arrays, graph, norm, weight
 
 
@@ -133,6 +136,21 @@ def test_the_last_layer_moves_one_output_only() -> None:
     off -= off[:LEARNED].mean(0)  # as bias correction does
     off, before = off[LEARNED:], before[LEARNED:]
     assert rows["wg"].error == pytest.approx(np.square(off).mean() / before.var() / 2, rel=1e-3)
+
+
+def test_places_that_moments_are_taken_at_follow_the_seed() -> None:
+    """Of images of 20 x 20 pixels, of which 256 places are drawn."""
+    body = "c = Conv<pads=[1,1,1,1]>(x, w, b) y = Relu(c)"
+    arrays = {"w": weight(4, 3, 3, 3), "b": weight(4, seed=5)}
+    model = Model.from_proto(graph("(float[N,3,20,20] x) => (float[N,4,20,20] y)", body, arrays))
+    x = torch.randn(6, 3, 20, 20, generator=torch.Generator().manual_seed(0))
+    context = CalibrationContext(model, make_plan(model, Bits(8, None, None)), x, StatisticsAlignment(), 3)
+    variants = make_variants((2,), (), ())
+    first, again, other = (
+        layer_errors(context, variants, Measuring(seed=seed))[0].error for seed in (0, 0, 1)
+    )
+    assert first == again != other
+    assert other == pytest.approx(first, rel=0.1)
 
 
 @pytest.mark.slow
