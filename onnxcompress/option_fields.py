@@ -48,6 +48,7 @@ def option(
     advanced: bool = False,
     or_zero: bool = False,
     lists: bool = False,
+    alias: str | None = None,
     **limits: float,
 ) -> Any:
     """Declare a field of a dataclass that is an option.
@@ -61,12 +62,14 @@ def option(
         advanced: Whether few have a reason to set it: the help lists it apart.
         or_zero: Whether 0 is allowed beside what the limits say.
         lists: Whether its items may be `@FILE`, which stands for the lines of a file.
+        alias: Another name of the option on the command line, as `--for`.
         limits: Limits of a number, named as pydantic names them: `ge`, `gt`, `le`, `lt`.
 
     Returns:
         A dataclass field.
     """
     about = {"help": help, "metavar": metavar, "file": file, "advanced": advanced, "lists": lists}
+    about["alias"] = alias
     return field(default=default, metadata=about | {"limits": limits, "or_zero": or_zero})
 
 

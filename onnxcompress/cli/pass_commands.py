@@ -129,6 +129,8 @@ def _option(field: dataclasses.Field[Any], hint: Any) -> click.Option:
     if field.metadata.get("metavar"):
         settings["metavar"] = field.metadata["metavar"]
     names = [flag(field.name), field.name]
+    if field.metadata.get("alias"):
+        names.insert(0, field.metadata["alias"])
     inner, optional = inner_type(hint)
     if inner is bool and not optional:
         settings["is_flag"] = True

@@ -70,7 +70,7 @@ def activation_grid(
         high: Largest value.
         bits: Bits of the grid, at most those of the storage type.
         storage: ONNX type, such as `uint8`.
-        symmetric: Use as many steps below zero as above it.
+        symmetric: Use as many steps below zero as above it; of a whole type one more below.
 
     Returns:
         A grid with one scale.
@@ -81,7 +81,10 @@ def activation_grid(
     steps = 2**bits - 1
     if symmetric:
         scale = max(high, -low) / (steps // 2)
-        zero, first, last = (0, -(steps // 2), steps // 2) if signed else (first, first, first + steps)
+        zero = first + 2 ** (bits - 1)
+        ends = limits(storage)
+        whole = 2**bits == ends[1] - ends[0] + 1  # the type itself ends there: no Clip
+        first, last = (first, first + steps) if whole else (zero - steps // 2, zero + steps // 2)
     else:
         scale = (high - low) / steps
         last = first + steps

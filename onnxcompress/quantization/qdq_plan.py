@@ -39,16 +39,16 @@ from onnxcompress.graph.query import (
     is_op,
     is_output,
     only_consumer,
+    producer,
     value_readers,
 )
 from onnxcompress.graph.shape_inference import tensor_shapes, tensor_types
 from onnxcompress.graph.topology import Topology
 from onnxcompress.model import Model
+from onnxcompress.quantization.runtimes import RULES, Placement
 
 STREAM_BITS = 8
 """Bits, at least, of what sums, pools and the like read."""
-ARITHMETIC = ("Add", "Mul", "Concat", "AveragePool", "GlobalAveragePool", "LeakyRelu", "Sigmoid")
-"""Operators with an integer kernel of their own in onnxruntime."""
 MOVING = ("MaxPool", "Reshape", "Flatten", "Transpose", "Squeeze", "Unsqueeze", "Slice", "Gather",
           "Identity", "DepthToSpace", "SpaceToDepth", "Split", "Pad", "Dropout")  # fmt: skip
 """Operators whose outputs contain only values of their first input, and zeros."""
@@ -68,6 +68,8 @@ class QuantizedLayer:
     weight_bits: int
     input: Key | None
     """Quantizer of the input; None: it reads floats."""
+    by_channel: bool = True
+    """Whether the runtime takes a scale for each output channel of this operator."""
 
     def per_channel(self, wanted: bool) -> bool:
         """Return whether each output channel gets a scale of its own.
@@ -80,7 +82,11 @@ class QuantizedLayer:
         Returns:
             False where the layer gets one scale.
         """
-        return wanted and not (self.linear.node.op == "ConvTranspose" and self.linear.groups > 1)
+        return (
+            wanted
+            and self.by_channel
+            and not (self.linear.node.op == "ConvTranspose" and self.linear.groups > 1)
+        )
 
 
 @dataclass
@@ -127,6 +133,9 @@ class Bits:
     selection: NodeSelection = EVERY_NODE
     """The nodes that may be quantized; others compute in floats (sums and pools also read floats)."""
 
+    placement: Placement = RULES["cpu"].placement
+    """Where quantizers stand besides the inputs of layers."""
+
     @property
     def stream(self) -> int:
         """Bits of what sums, products and pools read: as many as layers read, and STREAM_BITS at least."""
@@ -162,16 +171,16 @@ def make_plan(model: Model, bits: Bits, chosen: Mapping[str, int] | None = None)
             amount = max(bits.ends or 0, bits.activation) if own else bits.activation
             key = (linear.input_name, amount)
             plan.edges[id(node), linear.data_at] = key
-        layer = QuantizedLayer(linear, weight, key)
+        layer = QuantizedLayer(linear, weight, key, node.op in bits.placement.by_channel)
         if linear.depthwise and key is None:
             layer = replace(layer, weight_bits=max(weight, bits.depthwise))
         own_bits = (chosen or {}).get(linear.weight_name)
         plan.layers[id(node)] = layer if own_bits is None else replace(layer, weight_bits=own_bits)
     if bits.activation is not None and plan.layers:
         nodes = [node for node in topology.order if bits.selection.takes(node)]
-        _streams(model, nodes, topology, plan, bits.stream)
-        if bits.activation == bits.stream:
-            _outputs(model, nodes, plan, topology, bits.stream)
+        _streams(model, nodes, topology, plan, bits)
+        if bits.activation == bits.stream and bits.placement.outputs:
+            _outputs(model, nodes, plan, topology, bits)
         _moves(nodes, topology, plan, bits.stream)
     return plan
 
@@ -229,26 +238,37 @@ def _ends(linears: list[tuple[gs.Node, Linear]], topology: Topology) -> tuple[se
     return {n for n, fed in below.items() if not fed}, linear - feeds
 
 
-def _streams(model: Model, nodes: list[gs.Node], topology: Topology, plan: Plan, bits: int) -> None:
-    """Let sums, products and pools of data read so many bits."""
+def _streams(model: Model, nodes: list[gs.Node], topology: Topology, plan: Plan, bits: Bits) -> None:
+    """Let sums, products and pools of data read the stream's bits."""
     for node in nodes:
-        if is_op(node, *ARITHMETIC) and all(
-            id(t) in topology.data and _is_float(model, t) for t in node.inputs
-        ):
-            for index, tensor in enumerate(node.inputs):
-                plan.edges[id(node), index] = (tensor.name, bits)
+        data = [t for t in node.inputs if not t.is_empty()]
+        known = all(id(t) in topology.data and _is_float(model, t) for t in data)
+        if not is_op(node, *bits.placement.operators) or not known:
+            continue
+        indices = list(range(len(node.inputs)))
+        if is_op(node, "Add") and bits.placement.residual_alone:
+            behind = [i for i in indices if _is_fused(model, node.inputs[i], plan)]
+            indices = [i for i in indices if i != behind[-1]] if behind else []
+        for index in indices:
+            plan.edges[id(node), index] = (node.inputs[index].name, bits.stream)
 
 
-def _outputs(model: Model, nodes: list[gs.Node], plan: Plan, topology: Topology, bits: int) -> None:
+def _is_fused(model: Model, tensor: gs.Tensor, plan: Plan) -> bool:
+    """Return whether a layer gives the tensor to one node alone, which can then be fused into the layer."""
+    source = producer(tensor)
+    return source is not None and id(source) in plan.layers and only_consumer(model, tensor) is not None
+
+
+def _outputs(model: Model, nodes: list[gs.Node], plan: Plan, topology: Topology, bits: Bits) -> None:
     """Quantize the outputs of quantized nodes for all readers: their kernels then write integers.
 
     Operators that have no such kernel, as HardSwish, compute in floats, and what they give stays float.
     What is not among `nodes` computes in floats; a layer's float weight ensures that, and other operators
     read floats, too: between two quantized tensors they would be fused all the same.
     """
-    chosen = {id(node) for node in nodes}
+    chosen, operators = {id(node) for node in nodes}, bits.placement.operators
     for node in nodes:
-        if id(node) not in plan.layers and not is_op(node, *ARITHMETIC, *MOVING, *FUSED):
+        if id(node) not in plan.layers and not is_op(node, *operators, *MOVING, *FUSED):
             continue
         if not any((id(node), index) in plan.edges for index in range(len(node.inputs))):
             continue
@@ -256,9 +276,9 @@ def _outputs(model: Model, nodes: list[gs.Node], plan: Plan, topology: Topology,
             for reader in value_readers(tensor) if id(tensor) in topology.data else ():
                 for index, read in enumerate(reader.inputs):
                     quantizable = read is tensor and _is_float(model, tensor)  # no mask, no index
-                    floating = is_op(reader, *ARITHMETIC) and id(reader) not in chosen
+                    floating = is_op(reader, *operators) and id(reader) not in chosen
                     if quantizable and not floating and not is_op(reader, *MOVING):
-                        plan.edges.setdefault((id(reader), index), (tensor.name, bits))
+                        plan.edges.setdefault((id(reader), index), (tensor.name, bits.stream))
 
 
 def _moves(nodes: list[gs.Node], topology: Topology, plan: Plan, bits: int) -> None:
@@ -300,22 +320,3 @@ def behind_activation(model: Model, tensor: gs.Tensor) -> gs.Tensor:
         return tensor
     bounded = all(constant_value(model, t) is not None for t in node.inputs[1:] if not t.is_empty())
     return node.outputs[0] if bounded else tensor
-
-
-QDQ = ("QuantizeLinear", "DequantizeLinear")
-
-
-def refuse_quantized(model: Model, remedy: str) -> Refusal | None:
-    """Refuse a model that is quantized already.
-
-    Args:
-        model: The model that a pass was given.
-        remedy: What to do instead.
-
-    Returns:
-        The refusal; None where no node quantizes.
-    """
-    if not any(node.op in QDQ for node in model.graph.nodes):
-        return None
-    rule = "it is quantized already: it has QuantizeLinear or DequantizeLinear nodes"
-    return Refusal(model.name, rule, remedy)

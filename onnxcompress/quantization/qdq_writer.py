@@ -88,6 +88,7 @@ def emit(
     grids: dict[Key, Grid],
     weights: dict[int, tuple[np.ndarray, Grid]],
     biases: dict[int, np.ndarray],
+    integer_bias: bool = True,
 ) -> None:
     """Turn the float model into the quantized one, in place.
 
@@ -97,6 +98,7 @@ def emit(
         grids: Grids of the plan's root quantizers.
         weights: Integers in the initializer's layout, and their grid, by id of the node.
         biases: Float biases of shape (outputs,), by id of the node.
+        integer_bias: Whether a bias is stored as int32 where its layer reads integers.
     """
     emitter = Emitter(model)
     for layer in plan.layers.values():
@@ -104,7 +106,7 @@ def emit(
         integers, own = weights[id(layer.linear.node)]
         _weight(emitter, layer, integers, own)
         if id(layer.linear.node) in biases:
-            _bias(emitter, layer, biases[id(layer.linear.node)], own, grid)
+            _bias(emitter, layer, biases[id(layer.linear.node)], own, grid if integer_bias else None)
     _activations(emitter, plan, grids)
     model.graph.nodes.extend(emitter.added)
     model.touch()

@@ -8,7 +8,7 @@ value is stored in the type that its readers want.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec, module_from_spec, spec_from_file_location
@@ -80,24 +80,46 @@ def candidates(
     """
     types = element_types(proto)
     opset = max((o.version for o in proto.opset_import if o.domain in DEFAULT_DOMAINS), default=1)
+    dequantized = {n.output[0] for n in proto.graph.node if n.op_type == "DequantizeLinear"}
     can: list[Candidate] = []
     cannot: list[tuple[str, str]] = []
     for index, node in enumerate(proto.graph.node):
-        if node.op_type == "Constant" or not any(types.get(name) == FLOAT for name in node.output):
+        if node.op_type == "Constant" or not any(types.get(name) == FLOAT for name in _computed(node)):
             continue
         name = node.name or node.output[0]
-        why = selection.refusal(name, node.op_type) or _refusal(node, opset) or _unknown(node, types)
+        why = (
+            selection.refusal(name, node.op_type)
+            or _refusal(node, opset, dequantized)
+            or _unknown(node, types)
+        )
         if why:
             cannot.append((name, why))
             continue
         schema = onnx.defs.get_schema(node.op_type, opset, "")
         inputs = _halvable(schema.inputs, node.input, types)
         outputs = _halvable(schema.outputs, node.output, types)
-        if not outputs:
+        if not outputs and not quantizes(node):
             cannot.append((name, f"{node.op_type} has no float16 form in opset {opset}"))
         else:
             can.append(Candidate(index, name, node.op_type, inputs, outputs))
     return can, cannot
+
+
+def _computed(node: onnx.NodeProto) -> Sequence[str]:
+    """Return the tensors that are floats where a node computes with floats: of QuantizeLinear its input."""
+    return node.input[:1] if quantizes(node) else node.output
+
+
+def quantizes(node: onnx.NodeProto) -> bool:
+    """Return whether a node is ONNX's QuantizeLinear, which gives integers.
+
+    Args:
+        node: The node.
+
+    Returns:
+        Whether it is.
+    """
+    return node.op_type == "QuantizeLinear" and node.domain in DEFAULT_DOMAINS
 
 
 def element_types(proto: onnx.ModelProto) -> dict[str, int]:
@@ -129,13 +151,15 @@ def has_bodies(proto: onnx.ModelProto) -> bool:
     return bool(proto.functions) or any(a.type in kinds for n in proto.graph.node for a in n.attribute)
 
 
-def _refusal(node: onnx.NodeProto, opset: int) -> str:
+def _refusal(node: onnx.NodeProto, opset: int, dequantized: Collection[str]) -> str:
     if node.domain not in DEFAULT_DOMAINS:
         return f"{node.op_type} is of the domain {node.domain}"
     if node.op_type in blocked_operators():
         return f"onnxruntime's converter leaves {node.op_type} in float32: not every device has a kernel"
     if node.op_type in TYPED:
         return f"the type of what {node.op_type} gives is one of its attributes"
+    if node.op_type == "Concat" and node.input[0] in dequantized:
+        return "onnxruntime fuses a quantized Concat, and has no kernel for it with float16 scales"
     if not onnx.defs.has(node.op_type, opset, ""):
         return f"{node.op_type} is not known in opset {opset}"
     return ""

@@ -9,11 +9,13 @@
  6. the result runs in onnxruntime, on the provider that is named: its error there
 
 Inputs and outputs stay float32 unless `float16_io` is set, so that callers notice nothing. A GPU with
-tensor cores runs the result faster; a CPU computes it in float32, with Casts, and is slower. TensorRT
-chooses its own precisions with `--provider-options fp16=on`, this pass is for CUDA and other providers.
+tensor cores runs the result faster; a CPU computes it in float32, with Casts, and is slower. TensorRT 10
+chooses its own precisions with `--provider-options fp16=on`; TensorRT 11 takes them from the file.
 
-Does not handle: several inputs, or inputs that are no images; quantized models (QuantizeLinear wants
-float32 scales up to opset 18); bodies of If, Loop and Scan; models of 2 GB and more.
+A quantized model keeps its integers and gets float16 around them (`quantized`), in opset 19 or later.
+
+Does not handle: several inputs, or inputs that are no images; bodies of If, Loop and Scan; models of 2 GB
+and more.
 """
 
 from __future__ import annotations
@@ -42,10 +44,11 @@ from onnxcompress.passes.fp16.candidates import HALF, Candidate, candidates, ele
 from onnxcompress.passes.fp16.convert import convert
 from onnxcompress.passes.fp16.error_search import Float32Nodes, Simulation, choose, worst_error
 from onnxcompress.passes.fp16.figures import HalfPrecisionFigures, KeptNode, ProviderRun
+from onnxcompress.passes.fp16.quantized import MAX_ERROR, QUANTIZED_ERROR, fold_biases
 from onnxcompress.passes.opsets import at_opset
 from onnxcompress.passes.preview import check_inputs, raised
 from onnxcompress.progress import Progress, silent
-from onnxcompress.quantization.qdq_plan import QDQ
+from onnxcompress.quantization.quantized_models import is_quantized
 from onnxcompress.runtime.inference import unread_feeds
 from onnxcompress.runtime.providers import Provider
 
@@ -56,6 +59,8 @@ if TYPE_CHECKING:
 
 OPSET = 9
 """From which on there is Where, by which float16 is switched on and off when it is measured."""
+QDQ_OPSET = 19
+"""From which on scales of QuantizeLinear and DequantizeLinear may be float16."""
 IMAGES, BATCH = 16, 4
 """Images that are measured on, at most, and how many at once where the file leaves it open."""
 
@@ -79,9 +84,10 @@ class HalfPrecision(SelectionOptions, ImageOptions, Pass):
     inputs: Literal["auto", "images", "distilled", "procedural"] = option(
         "auto", "What to measure on; auto: --images if given, else procedural ones, made at once."
     )
-    max_error: float = option(
-        0.01,
-        "Error of an output, at most: root mean square of the difference over the output's deviation.",
+    max_error: float | None = option(
+        None,
+        "Error of an output, at most: root mean square of the difference over the output's deviation.  "
+        "[default: 0.01; of a quantized network 0.1]",
         gt=0,
         lt=1,
     )
@@ -109,7 +115,7 @@ class HalfPrecision(SelectionOptions, ImageOptions, Pass):
         self.check()
         if refusal := _whole(model):
             return PassResult(refusals=[refusal])
-        return at_opset(model, OPSET, lambda own: self._convert(own, progress))
+        return at_opset(model, _lowest_opset(model), lambda own: self._convert(own, progress))
 
     def preview(self, model: Model) -> list[Refusal]:
         """List the nodes that cannot be computed in float16, and check that inputs can be gathered.
@@ -126,9 +132,10 @@ class HalfPrecision(SelectionOptions, ImageOptions, Pass):
         self.check()
         if refusal := _whole(model):
             return [refusal]
-        own = raised(model, OPSET)
+        own = raised(model, _lowest_opset(model))
         assume_sizes(own, self.request)
         make_dense(own)
+        fold_biases(own)
         self.selection.check(model, own)
         nodes, cannot = candidates(own.to_proto(), self.selection)
         if nodes:
@@ -140,6 +147,7 @@ class HalfPrecision(SelectionOptions, ImageOptions, Pass):
         start = time.perf_counter()
         folded = model.copy()
         make_dense(folded)
+        fold_biases(folded)
         count = FoldBatchNorm().apply(folded).measured.folded
         self.selection.check(model, folded)
         nodes, cannot = candidates(proto := folded.to_proto(), self.selection)
@@ -149,7 +157,8 @@ class HalfPrecision(SelectionOptions, ImageOptions, Pass):
         inputs = gather_inputs(model, self.request, progress=progress)
         batches = _batches(model, inputs)
         simulation = Simulation(proto, nodes, batches, self.threads)
-        choice = choose(simulation, self.max_error, progress)
+        bound = self._bound(model)
+        choice = choose(simulation, bound, progress)
         kept = set(choice.kept)
         half = [c for i, c in enumerate(nodes) if i not in kept]
         changes = [Change(c.name, "computed in float16") for c in half]
@@ -162,7 +171,7 @@ class HalfPrecision(SelectionOptions, ImageOptions, Pass):
         figures = HalfPrecisionFigures(
             error=choice.error,
             all_float16=choice.whole,
-            max_error=self.max_error,
+            max_error=bound,
             converted=len(half),
             kept_float32=tuple(KeptNode(nodes[i].name, nodes[i].op, choice.alone[i]) for i in choice.kept),
             total_seconds=time.perf_counter() - start,
@@ -207,7 +216,11 @@ class HalfPrecision(SelectionOptions, ImageOptions, Pass):
         Returns:
             Options with their values, as on the command line.
         """
-        return [f"--max-error {self.max_error / 10:g}"]
+        return [f"--max-error {(self.max_error or MAX_ERROR) / 10:g}"]
+
+    def _bound(self, model: Model) -> float:
+        """Return the largest error of an output that is allowed."""
+        return self.max_error or (QUANTIZED_ERROR if is_quantized(model) else MAX_ERROR)
 
     @property
     def runs_on(self) -> Provider:
@@ -249,11 +262,13 @@ class HalfPrecision(SelectionOptions, ImageOptions, Pass):
         return ProviderRun(chosen.text, worst_error(exact, found))
 
 
+def _lowest_opset(model: Model) -> int:
+    """Return the lowest operator set that has what the pass writes, and what it measures with."""
+    return QDQ_OPSET if is_quantized(model) else OPSET
+
+
 def _whole(model: Model) -> Refusal | None:
     """Why nothing of the model is converted."""
-    if any(node.op in QDQ for node in model.graph.nodes):
-        rule = "it is quantized: it has QuantizeLinear or DequantizeLinear nodes"
-        return Refusal(model.name, rule, "take the float model; int8 and float16 do not add up")
     proto = model.skeleton()
     if has_bodies(proto):
         return Refusal(model.name, "it has functions, or bodies of If, Loop or Scan", "inline them first")

@@ -50,7 +50,7 @@ from onnxcompress.passes.preview import check_inputs, raised
 from onnxcompress.passes.prune.figures import PruneFigures
 from onnxcompress.passes.prune.options import PruneOptions
 from onnxcompress.progress import Progress, silent
-from onnxcompress.quantization.qdq_plan import refuse_quantized
+from onnxcompress.quantization.quantized_models import refuse_quantized
 
 SPARSE_OPSET = 11
 """Operator set from which on there is CumSum, which puts the zeros back."""

@@ -213,7 +213,7 @@ def _write(
     rows = tuple(
         _row(layer, results, weights[id(layer.linear.node)][1], plan) for layer in plan.layers.values()
     )
-    emit(model, plan, results.grids, weights, biases)
+    emit(model, plan, results.grids, weights, biases, options.placement.integer_bias)
     return rows
 
 
@@ -227,7 +227,9 @@ def bits_of(options: QuantizeOptions) -> Bits:
         The bits of weights and activations.
     """
     weights, inputs = options.weight_bits, options.activation_bits or None
-    return Bits(weights, inputs, options.first_last or None, options.depthwise, options.selection)
+    return Bits(
+        weights, inputs, options.first_last or None, options.depthwise, options.selection, options.placement
+    )
 
 
 def layers_of(options: QuantizeOptions, model: Model) -> Plan:

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, fields
+from typing import Any, Literal
 
 from onnxcompress.errors import OptionError
 from onnxcompress.graph.node_selection import SelectionOptions
 from onnxcompress.optimize.input_options import InputOptions
 from onnxcompress.option_fields import option
+from onnxcompress.quantization.runtimes import RULES, Placement, RuntimeRules
 
 
 @dataclass(frozen=True)
 class QuantizeOptions(SelectionOptions, InputOptions):
     """What `quantize` is asked for; its fields are the options of the command."""
 
+    for_runtime: Literal["cpu", "cuda", "tensorrt", "openvino", "qnn"] | None = option(
+        None,
+        "Write what this runtime fuses and accepts: types, symmetry, places of quantizers. Options "
+        "that are set count more.",
+        alias="--for",
+    )
     weight_bits: int = option(
         8, "Bits of the weights; with a budget the most that a layer gets.", ge=2, le=8
     )
@@ -136,6 +143,30 @@ class QuantizeOptions(SelectionOptions, InputOptions):
             found.append("--images with a hundred real ones")
             found += [f"--inputs {kind}" for kind in ("distilled", "procedural") if kind != self.inputs]
         return found
+
+    @property
+    def rules(self) -> RuntimeRules:
+        """What the runtime wants."""
+        return RULES[self.for_runtime or "cpu"]
+
+    @property
+    def placement(self) -> Placement:
+        """Where quantizers stand besides the inputs of layers."""
+        return self.rules.placement
+
+    def runtime_options(self) -> dict[str, Any]:
+        """Choose the values that the runtime wants, for options that are at their default.
+
+        Returns:
+            Values by name of the option.
+        """
+        rules, defaults = self.rules, {f.name: f.default for f in fields(self)}
+        wanted = {
+            "symmetric": rules.symmetric,
+            "activation_type": rules.activation_type,
+            "activation_bits": 8 if rules.activations else 0,
+        }
+        return {name: value for name, value in wanted.items() if getattr(self, name) == defaults[name]}
 
     @property
     def mixed(self) -> bool:

@@ -49,7 +49,8 @@ from onnxcompress.passes.preview import check_inputs, raised
 from onnxcompress.passes.quantize.figures import QuantizeFigures
 from onnxcompress.passes.quantize.options import QuantizeOptions
 from onnxcompress.progress import Progress, silent
-from onnxcompress.quantization.qdq_plan import STREAM_BITS, refuse_quantized
+from onnxcompress.quantization.qdq_plan import STREAM_BITS
+from onnxcompress.quantization.quantized_models import refuse_quantized
 
 if TYPE_CHECKING:
     from onnxcompress.passes.quantize.engine import Quantized
@@ -103,7 +104,16 @@ class Quantize(QuantizeOptions, Pass):
         self.check()
         if refusal := refuse_quantized(model, QUANTIZED):
             return PassResult(refusals=[refusal])
-        return at_opset(model, self.lowest_opset, lambda own: self._quantize(own, progress))
+        chosen = self.resolved()
+        return at_opset(model, chosen.lowest_opset, lambda own: chosen._quantize(own, progress))
+
+    def resolved(self) -> Quantize:
+        """Return the pass with the values that its runtime wants, where no option gives others.
+
+        Returns:
+            A pass whose options are what is done.
+        """
+        return replace(self, **self.runtime_options())
 
     def _quantize(self, model: Model, progress: Progress) -> PassResult[QuantizeFigures | None]:
         """Quantize in place; by other inputs, or with some tensors in floats, where too little is kept."""
@@ -147,6 +157,11 @@ class Quantize(QuantizeOptions, Pass):
         Returns:
             One sentence; empty where it may be faster.
         """
+        if self.for_runtime is not None and self.activation_bits:
+            return self.resolved()._without_gain(provider)
+        return self._without_gain(provider)
+
+    def _without_gain(self, provider: str) -> str:
         if provider == "cuda":
             return (
                 "onnxruntime fuses no integer layers on cuda: there a quantized network took 1.4 to 2.1 "
@@ -175,11 +190,12 @@ class Quantize(QuantizeOptions, Pass):
             return [refusal]
         from onnxcompress.passes.quantize.engine import layers_of
 
-        own = raised(model, self.lowest_opset)
+        chosen = self.resolved()
+        own = raised(model, chosen.lowest_opset)
         assume_sizes(own, self.request)
         fold_and_canonicalize(own, self.copy_shared)
         self.selection.check(model, own)
-        plan = layers_of(self, own)
+        plan = layers_of(chosen, own)
         if plan.layers:
             check_inputs(own, self.request)
         return plan.refusals
