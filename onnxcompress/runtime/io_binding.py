@@ -92,7 +92,10 @@ def bind(
 
     def run() -> float:
         start = clock()
-        opened.run_with_iobinding(binding)
+        try:
+            opened.run_with_iobinding(binding)
+        except Exception as error:  # onnxruntime's exceptions have no common base
+            raise ModelError(f"{label(model)}: the run failed ({one_line(error)})") from error
         return (clock() - start) / 1e6
 
     first = next(iter(feeds.values()), np.zeros(()))
@@ -125,8 +128,7 @@ def bound(opened: Any, feeds: Arrays, provider: Provider) -> Any:
     opened.run_with_iobinding(binding, first)
     binding.synchronize_outputs()
     values = binding.get_outputs()
-    if all(v.is_tensor() for v in values):
-        binding.clear_binding_outputs()
+    if all(v.is_tensor() for v in values):  # the values refer to the binding's own: do not clear it before
         for name, value in zip(names, values, strict=True):
             binding.bind_ortvalue_output(name, value)
     return binding
