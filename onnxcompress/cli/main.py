@@ -21,6 +21,7 @@ from onnxcompress.version import __version__
 
 COMMANDS: dict[str, tuple[str, str, str]] = {
     "run": ("Chain", "run", "Apply the passes of a recipe; resumable."),
+    "search": ("Chain", "search", "Find the best models under limits on speed, loss and size."),
     "sweep": ("Chain", "sweep", "Run recipes on models, with all values of their variables."),
     "cache": ("Chain", "cache", "Show how much kept results take, or delete them."),
     "inspect": ("Look", "inspect", "Show a model, its figures and the blocks that can be dropped."),

@@ -105,7 +105,7 @@ class Results:
         suffixes = sorted(result.files)
         write_files([(self.path(trial, suffix), _filler(result.files[suffix])) for suffix in suffixes])
         saved = {"key": trial.key, "suffixes": suffixes, "row": result.row}
-        write_files([(self.path(trial, ".json"), _filler(json.dumps(saved, indent=2).encode()))])
+        write_bytes(self.path(trial, ".json"), json.dumps(saved, indent=2).encode())
 
     def add(self, trial: Trial, figures: Row) -> Row:
         """Add figures to those of a trial that is done.
@@ -119,7 +119,7 @@ class Results:
         """
         saved = json.loads(self.path(trial, ".json").read_text("utf-8"))
         saved["row"] |= figures
-        write_files([(self.path(trial, ".json"), _filler(json.dumps(saved, indent=2).encode()))])
+        write_bytes(self.path(trial, ".json"), json.dumps(saved, indent=2).encode())
         row: Row = saved["row"]
         return row
 
@@ -159,7 +159,20 @@ def write_table(path: Path, columns: Sequence[str], rows: Sequence[Row]) -> None
         ".jsonl": lambda _, rows: "".join(json.dumps(row) + "\n" for row in rows).encode(),
         ".parquet": _parquet,
     }
-    write_files([(path, _filler(writers[path.suffix](columns, whole)))])
+    write_bytes(path, writers[path.suffix](columns, whole))
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write a file, completely or not at all.
+
+    Args:
+        path: The file.
+        data: Its content.
+
+    Raises:
+        ModelError: It cannot be written.
+    """
+    write_files([(path, _filler(data))])
 
 
 def _csv(columns: Sequence[str], rows: list[Row]) -> bytes:

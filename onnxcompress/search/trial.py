@@ -107,7 +107,26 @@ def time_result(model: str, result: str | Path, gates: Gates, seconds: float) ->
         seconds: Time limit.
 
     Returns:
-        The keys latency_ms, latency_before_ms, ratio, ratio_low, ratio_high (after over before), device.
+        As `time_together` for one result.
+
+    Raises:
+        CompressError: onnxruntime refuses a model.
+    """
+    return time_together(model, {"after": str(result)}, gates, seconds)["after"]
+
+
+def time_together(model: str, results: Mapping[str, str], gates: Gates, seconds: float) -> dict[str, Row]:
+    """Time results against the model that they were made from, all run by run.
+
+    Args:
+        model: Path of the model.
+        results: Paths of the results by name.
+        gates: How they are measured: provider, batch, threads, shapes.
+        seconds: Time limit.
+
+    Returns:
+        By name the keys latency_ms, latency_before_ms, ratio, ratio_low, ratio_high (after over before)
+        and device.
 
     Raises:
         CompressError: onnxruntime refuses a model.
@@ -115,23 +134,46 @@ def time_result(model: str, result: str | Path, gates: Gates, seconds: float) ->
     from onnxcompress.runtime.latency import benchmark, ratio
 
     timings = benchmark(
-        {"before": model, "after": result},
+        {"": model, **results},
         provider=gates.runs_on,
         batch=gates.batch,
         threads=gates.threads,
         shapes=gates.shapes,
         seconds=seconds,
     )
-    after = timings["after"]
-    found = ratio(timings["before"], after)
-    device = f"{after.device}, batch {after.batch}"
-    values = {"latency_ms": after.median_ms, "latency_before_ms": timings["before"].median_ms}
-    return values | {
-        "ratio": found.value,
-        "ratio_low": found.low,
-        "ratio_high": found.high,
-        "device": device,
-    }
+    before, rows = timings.pop(""), {}
+    for name, after in timings.items():
+        found = ratio(before, after)
+        rows[name] = {
+            "latency_ms": after.median_ms,
+            "latency_before_ms": before.median_ms,
+            "ratio": found.value,
+            "ratio_low": found.low,
+            "ratio_high": found.high,
+            "device": f"{after.device}, batch {after.batch}",
+        }
+    return rows
+
+
+def structure(file: str | Path) -> str:
+    """Identify a model by all but the values of its weights, on which its latency does not depend.
+
+    Args:
+        file: The model's file.
+
+    Returns:
+        A SHA-256 in hexadecimal.
+    """
+    import onnx
+
+    proto = onnx.load(file, load_external_data=False)
+    tensors = [*proto.graph.initializer, *(t.values for t in proto.graph.sparse_initializer)]
+    for tensor in tensors:
+        for name in ("raw_data", "float_data", "int32_data", "int64_data", "double_data", "external_data"):
+            tensor.ClearField(name)
+    for name in ("metadata_props", "doc_string"):
+        proto.ClearField(name)
+    return hashlib.sha256(proto.SerializeToString(deterministic=True)).hexdigest()
 
 
 def verdicts(row: Row, gates: Gates) -> list[Verdict]:
@@ -186,8 +228,11 @@ def _compressed(trial: Trial, cache: str | None) -> tuple[Row, dict[str, bytes]]
         sizes = {"bytes_before": model_bytes(trial.model), "bytes": model_bytes(file)}
         scores = {} if gates.images is None else _scores(trial.model, file, gates)
     sha = hashlib.sha256(b"".join(files[name] for name in sorted(files))).hexdigest()
-    missed = "; ".join(filter(None, (step.result.figures.target_missed for step in run.steps)))
-    return {"sha256": sha, **sizes, "target_missed": missed, **_noise(run), **scores}, files
+    figures = [step.result.figures for step in run.steps]
+    missed = "; ".join(filter(None, (one.target_missed for one in figures)))
+    dropped = [name for one in figures for name in getattr(one, "order", None) or ()]
+    row = {"sha256": sha, **sizes, "target_missed": missed, "dropped": dropped, **_noise(run), **scores}
+    return row, files
 
 
 def _noise(run: Run) -> Row:

@@ -1,0 +1,206 @@
+"""The outcome of a search for people: the page with the front, and a model card for each result."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from onnxcompress.evaluation.gates import Gates
+from onnxcompress.formatting import milliseconds, percent, size
+from onnxcompress.report.charts import Point, Scatter
+from onnxcompress.report.elements import Code, Fold, Plot, Prose, Section, Story, Table, Tile
+from onnxcompress.search.front import loss_name
+from onnxcompress.search.search import Found, Front
+from onnxcompress.search.trial import Row, Trial, verdicts
+from onnxcompress.version import __version__
+
+COLUMNS = ("point", "latency", "speedup", "95 % interval", "loss", "size", "limits")
+
+
+def front_page(front: Front, model: str, gates: Gates) -> Story:
+    """Build the content of a search's page.
+
+    Args:
+        front: The outcome.
+        model: Path of the model.
+        gates: The limits.
+
+    Returns:
+        The title, the outcome and the sections, ready to render.
+    """
+    rows = [found.row for found in front.found]
+    table = Table(
+        "The front, the fastest first",
+        COLUMNS,
+        [front_cells(found, gates) for found in front.found],
+        marked=frozenset() if front.picked is None else frozenset([front.picked]),
+    )
+    sections = [
+        Section("front", "Pareto front", [_chart(front), table, *_notes(front)]),
+        Section("repeat", "Make one of them again", [Code("\n".join(_commands(front, model)))]),
+        Section("proxies", "What was looked at", [_proxies(front)]),
+    ]
+    return Story(
+        title=f"{Path(model).name}: {len(front.found)} best models",
+        subtitle="onnxcompress search",
+        missed=[] if front.picked is not None or not gates.limits else [none_keeps(gates)],
+        lead=_lead(front, rows),
+        tiles=_tiles(rows[front.picked]) if front.picked is not None else [],
+        sections=sections,
+    )
+
+
+def none_keeps(gates: Gates) -> str:
+    """Say that no result keeps the limits.
+
+    Args:
+        gates: The limits.
+
+    Returns:
+        A sentence without its full stop.
+    """
+    limits = " ".join(f"--{name.replace('_', '-')} {limit:g}" for name, limit in gates.limits.items())
+    return f"no result keeps all limits: {limits}"
+
+
+def front_cells(found: Found, gates: Gates) -> list[str]:
+    """Format a point of the front as a row of `COLUMNS`.
+
+    Args:
+        found: The point.
+        gates: The limits.
+
+    Returns:
+        The cells.
+    """
+    row = found.row
+    missed = [verdict.gate for verdict in verdicts(row, gates) if not verdict.passed]
+    kept = f"misses {', '.join(missed)}" if missed else "kept"
+    return [
+        found.trial.name,
+        milliseconds(row["latency_ms"]),
+        f"{1 / row['ratio']:.2f}×",
+        f"{1 / row['ratio_high']:.2f} to {1 / row['ratio_low']:.2f}",
+        f"{row['loss']:.2f}",
+        size(row["bytes"]),
+        kept if gates.limits else "",
+    ]
+
+
+def model_card(trial: Trial, row: Row) -> str:
+    """Describe a result in Markdown: from what, by which passes, measured where, within which limits.
+
+    Args:
+        trial: The trial that it came of.
+        row: Its figures.
+
+    Returns:
+        The text.
+    """
+    lines = [f"# {trial.name}", "", f"Made from `{Path(trial.model).name}` by onnxcompress {__version__}."]
+    lines += ["", "## Passes", ""]
+    lines += [f"{at}. `{one.name}`{_options(one)}" for at, one in enumerate(trial.recipe.passes, 1)]
+    lines += ["", "## Figures", "", "| | before | after |", "|---|---|---|"]
+    lines.append(f"| size | {size(row['bytes_before'])} | {size(row['bytes'])} |")
+    if row.get("top1") is not None:
+        lines.append(f"| top-1 accuracy | {percent(row['top1_before'])} | {percent(row['top1'])} |")
+    if row.get("agreement") is not None:
+        lines.append(f"| same class as before | | {percent(row['agreement'])} |")
+    if row.get("latency_ms") is not None:
+        before, after = milliseconds(row["latency_before_ms"]), milliseconds(row["latency_ms"])
+        low, high = 1 / row["ratio_high"], 1 / row["ratio_low"]
+        lines.append(f"| median latency | {before} | {after} |")
+        lines.append(f"| speedup | | {1 / row['ratio']:.2f} (95 % interval {low:.2f} to {high:.2f}) |")
+    if row.get("inputs"):
+        lines += ["", f"Accuracy and agreement: {row['inputs']}, {row['preprocess']}."]
+    if row.get("device"):
+        lines += ["", f"Latency: onnxruntime, {row['device']}, run by run with the model before."]
+    judged = verdicts(row, trial.recipe.gates)
+    lines += ["", "## Limits", ""] if judged else []
+    lines += [f"- {'kept' if verdict.passed else 'MISSED'}: {verdict.text}" for verdict in judged]
+    lines += ["", f"SHA-256 of the files: `{row['sha256']}`. The recipe beside it makes the model again."]
+    return "\n".join(lines) + "\n"
+
+
+def _options(pass_: Any) -> str:
+    from dataclasses import fields
+
+    chosen = [
+        f"{field.name} {getattr(pass_, field.name)}"
+        for field in fields(pass_)
+        if getattr(pass_, field.name) != field.default
+    ]
+    return f": {', '.join(chosen)}" if chosen else ""
+
+
+def _chart(front: Front) -> Plot:
+    points = [
+        Point(
+            name=found.trial.name,
+            x=found.row["latency_ms"],
+            low=found.row["latency_before_ms"] * found.row["ratio_low"],
+            high=found.row["latency_before_ms"] * found.row["ratio_high"],
+            y=found.row["loss"],
+            picked=at == front.picked,
+        )
+        for at, found in enumerate(front.found)
+    ]
+    loss = loss_name(front.found[0].row)
+    chart = Scatter(
+        points, "median latency, ms", f"loss: {loss}", "keeps the limits, chosen", "on the front"
+    )
+    fast, slow = front.found[0], front.found[-1]
+    finding = (
+        f"From {fast.trial.name} ({1 / fast.row['ratio']:.2f} times as fast, loss {fast.row['loss']:.2f}) "
+        f"to {slow.trial.name} ({1 / slow.row['ratio']:.2f} times, {slow.row['loss']:.2f})."
+    )
+    return Plot("Latency against loss", finding, chart)
+
+
+def _notes(front: Front) -> list[Prose]:
+    row = front.found[0].row
+    texts = [f"Loss is {loss_name(row)}; all were timed together, on {row['device']}."]
+    others = ", ".join(found.trial.name for found in front.dominated)
+    texts += [f"Repaired, and beaten: {others}."] if others else []
+    return [Prose(text, "quiet") for text in texts]
+
+
+def _commands(front: Front, model: str) -> Sequence[str]:
+    for_all = []
+    for found in front.found:
+        recipe = Path(found.row["output"]).with_suffix(".yaml")
+        for_all.append(f"onnxcompress run {recipe} {model} {found.trial.name}.onnx")
+    return for_all
+
+
+def _proxies(front: Front) -> Fold:
+    rows = [
+        [
+            one.candidate.name,
+            f"{1 / one.row['ratio']:.2f}×",
+            f"{one.row['loss']:.2f}",
+            percent(one.row["size"], 0),
+        ]
+        for one in sorted(front.proxies, key=lambda one: one.row["ratio"])
+    ]
+    table = Table("Before repair", ["candidate", "speedup", "loss", "size"], rows)
+    failed = [Prose(f"Not made: {text}.", "quiet") for text in dict.fromkeys(front.failures)]
+    return Fold(f"{len(rows)} candidates, by closed forms on few inputs", [table, *failed])
+
+
+def _lead(front: Front, rows: Sequence[Row]) -> list[str]:
+    if front.picked is None:
+        return [f"{len(rows)} models, none of which another beats in latency, loss and size at once."]
+    name, row = front.found[front.picked].trial.name, rows[front.picked]
+    return [f"{name} keeps all limits: {1 / row['ratio']:.2f} times as fast, loss {row['loss']:.2f}."]
+
+
+def _tiles(row: Row) -> list[Tile]:
+    interval = f"{1 / row['ratio_high']:.2f} to {1 / row['ratio_low']:.2f}, 95 % interval"
+    tiles = [Tile("speed", f"{1 / row['ratio']:.2f}×", interval)]
+    if row.get("top1") is not None:
+        tiles.append(
+            Tile("top-1 accuracy", percent(row["top1"], 1), f"was {percent(row['top1_before'], 1)}")
+        )
+    return [*tiles, Tile("file", size(row["bytes"]), f"was {size(row['bytes_before'])}")]

@@ -1,0 +1,343 @@
+"""Search for the best models under limits: cheap proxies first, full repair for the few on the front.
+
+    Study --batch--> candidates --compress, fast--> proxies --latency of the structure--> tell   (many)
+    the front of the proxies --compress, in full--> results --timed together--> Front                  (few)
+
+The latency of a proxy is measured once for each structure, a graph without the values of its weights: how
+well weights are repaired changes no latency. What is on the way lies in `work` and is found again by a
+search that was killed; results of passes, scores and folded models are shared through the cache.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from onnxcompress.errors import CompressError, InputError, OptionError, RuntimeUnavailable
+from onnxcompress.evaluation.gates import Gates
+from onnxcompress.evaluation.guard import Guard
+from onnxcompress.progress import Progress, silent
+from onnxcompress.search.front import choose_for_repair, loss_of, pareto_front, pick, violations
+from onnxcompress.search.results import Results, write_bytes
+from onnxcompress.search.space import Candidate, count_blocks
+from onnxcompress.search.study import Study, Told
+from onnxcompress.search.trial import Result, Row, Trial, compress, structure, time_result, time_together
+from onnxcompress.search.workers import Workers
+
+PROXY_SHARE = 0.5
+"""Share of the time for proxies; the rest is for repair and the last timing."""
+HOPELESS = 50.0
+"""Loss from which on a proxy is of no use, and none that drops more blocks is looked at."""
+UNUSABLE = (InputError, OptionError, RuntimeUnavailable)
+"""Errors that every candidate would meet."""
+
+
+@dataclass(frozen=True)
+class Search:
+    """What to search for, and how long."""
+
+    model: str
+    folder: Path
+    gates: Gates = field(default_factory=Gates)
+    """Limits, and how results are measured."""
+    inputs: Mapping[str, Any] = field(default_factory=dict)
+    """Options that say what passes learn from, such as images and preprocess."""
+    trials: int = 40
+    """Proxies to look at."""
+    repairs: int = 6
+    """Candidates that are repaired in full."""
+    seconds: float | None = None
+    """Time for all of it; None: no limit."""
+    effort: str = "auto"
+    """Effort of full repair."""
+    latency_seconds: float = 2.0
+    """Time for the latency of a proxy's structure; the front's is measured for five times as long each."""
+    seed: int = 0
+
+    @property
+    def work(self) -> Path:
+        """Folder of what is on the way."""
+        return self.folder / "work"
+
+
+@dataclass(frozen=True)
+class Found:
+    """A fully repaired result."""
+
+    trial: Trial
+    row: Row
+
+
+@dataclass(frozen=True)
+class Front:
+    """The outcome of a search."""
+
+    found: tuple[Found, ...]
+    """The Pareto front of latency, loss and size, the fastest first."""
+    picked: int | None
+    """Index of the result to take; None: no limit was given, or none keeps all of them."""
+    proxies: tuple[Told, ...]
+    dominated: tuple[Found, ...] = ()
+    """Repaired results that others beat in everything."""
+    failures: tuple[str, ...] = ()
+
+
+def search(
+    asked: Search, workers: Workers, *, cache: str | None = None, progress: Progress = silent
+) -> Front:
+    """Search, or go on with a search that was killed.
+
+    Args:
+        asked: What to search for.
+        workers: Where candidates are made.
+        cache: Folder that keeps results of passes; None: nothing is kept.
+        progress: Called with the stage, the steps done and the steps in all.
+
+    Returns:
+        The front, whose files lie in `front` in the search's folder.
+
+    Raises:
+        OptionError: The folder holds another search, or a limit lacks the images that it needs.
+        RuntimeUnavailable: Optuna is not installed.
+        CompressError: The model cannot be handled, or no candidate could be made at all.
+    """
+    from onnxcompress.model import load
+
+    asked.gates.check()
+    most_blocks = count_blocks(load(asked.model))
+    _claim(asked)
+    study = Study(asked.work / "study.journal", asked.seed, most_blocks)
+    clock = _Clock(study)
+    _look_at_proxies(asked, study, workers, cache, clock, progress)
+    proxies = study.told()
+    if not proxies:
+        failures = study.failures()
+        raise CompressError(f"none of {len(failures)} candidates could be made, the first: {failures[0]}")
+    repaired, failures = _repair(asked, proxies, workers, cache, clock, progress)
+    front = _outcome(asked, proxies, _timed(asked, repaired, workers), [*study.failures(), *failures])
+    clock.note()
+    shutil.rmtree(asked.work / "proxies", ignore_errors=True)
+    return front
+
+
+class _Clock:
+    """The time that the search took, in earlier runs, too."""
+
+    def __init__(self, study: Study) -> None:
+        self._study, self._before, self._start = study, study.spent, time.monotonic()
+
+    @property
+    def spent(self) -> float:
+        return self._before + time.monotonic() - self._start
+
+    def note(self) -> None:
+        self._study.spent = self.spent
+
+
+def _look_at_proxies(
+    asked: Search,
+    study: Study,
+    workers: Workers,
+    cache: str | None,
+    clock: _Clock,
+    progress: Progress,
+) -> None:
+    results = Results(asked.work / "proxies")
+    while batch := study.batch(workers.jobs, asked.trials):
+        rows = _proxies(asked, study, [candidate for _, candidate in batch], results, workers, cache)
+        for (number, _), row in zip(batch, rows, strict=True):
+            missed = [] if "error" in row else violations(row, asked.gates, loss=False)
+            study.tell(number, row, missed)
+        clock.note()
+        progress("proxies", study.count(), asked.trials)
+        if asked.seconds is not None and clock.spent > PROXY_SHARE * asked.seconds:
+            return
+
+
+def _proxies(
+    asked: Search,
+    study: Study,
+    candidates: Sequence[Candidate],
+    results: Results,
+    workers: Workers,
+    cache: str | None,
+) -> list[Row]:
+    """Make candidates by closed forms on few inputs, and measure them."""
+    hopeless = {one.candidate for one in study.told() if one.row["loss"] > HOPELESS}
+    trials = [_trial(asked, one, effort="fast", repair=False) for one in candidates]
+    rows: list[Row] = [
+        {"error": "hopeless: it loses too much already with fewer blocks dropped"}
+        if hopeless.intersection(one.milder())
+        else {}
+        for one in candidates
+    ]
+    todo = [index for index, row in enumerate(rows) if not row]
+    made = _made([trials[index] for index in todo], results, workers, cache)
+    for index, row in zip(todo, made, strict=True):
+        rows[index] = row
+        if "error" not in row:
+            latency = _latency_of_structure(asked, results.path(trials[index]), workers)
+            rows[index] = _with_objectives(row | latency)
+    return rows
+
+
+def _made(trials: Sequence[Trial], results: Results, workers: Workers, cache: str | None) -> list[Row]:
+    """Figures of trials, made now or found from before."""
+    rows: list[Row | None] = [results.find(trial) for trial in trials]
+    todo = [index for index, row in enumerate(rows) if row is None]
+    calls = [partial(compress, trials[index], cache) for index in todo]
+    for at, returned in workers.run(calls):
+        result = Result({"error": str(returned)}) if isinstance(returned, CompressError) else returned
+        if result.files:
+            results.store(trials[todo[at]], result)
+        rows[todo[at]] = result.row
+    return [row or {} for row in rows]
+
+
+def _trial(
+    asked: Search, candidate: Candidate, *, effort: str, repair: bool, dropped: Sequence[str] = ()
+) -> Trial:
+    """A trial of a candidate; of a full repair, with the recipe that is read from its file."""
+    from onnxcompress.pipeline.recipe import Recipe, parse_recipe, write_recipe
+
+    inputs = {"seed": asked.seed, **asked.inputs}
+    passes = candidate.passes(inputs, effort=effort, repair=repair, dropped=tuple(dropped))
+    recipe = Recipe(passes, asked.gates, Guard(force=not repair))
+    if repair:
+        folder = asked.folder / "front"
+        recipe = parse_recipe(write_recipe(recipe, folder), str(folder / f"{candidate.name}.yaml"))
+    return Trial(candidate.name, asked.model, recipe, {"candidate": candidate.name})
+
+
+def _latency_of_structure(asked: Search, file: Path, workers: Workers) -> Row:
+    """Latency against the original: measured once for all models of one structure."""
+    memory = asked.work / "latencies.json"
+    known: dict[str, Row] = json.loads(memory.read_text()) if memory.exists() else {}
+    key = structure(file)
+    if key not in known:
+        call = partial(time_result, asked.model, str(file), asked.gates, asked.latency_seconds)
+        try:
+            known[key] = workers.run_alone(call)
+        except UNUSABLE:
+            raise
+        except CompressError as error:
+            return {"error": f"latency: {error}"}
+        _write(memory, json.dumps(known, indent=2))
+    return known[key]
+
+
+def _with_objectives(row: Row) -> Row:
+    if "error" in row:
+        return row
+    return row | {"loss": loss_of(row), "size": row["bytes"] / row["bytes_before"]}
+
+
+def _repair(
+    asked: Search,
+    proxies: Sequence[Told],
+    workers: Workers,
+    cache: str | None,
+    clock: _Clock,
+    progress: Progress,
+) -> tuple[list[Found], list[str]]:
+    """Repair the most promising proxies in full, as long as there is time, and one at least."""
+    chosen = choose_for_repair([one.row for one in proxies], asked.gates, asked.repairs)
+    trials = [
+        _trial(
+            asked,
+            proxies[index].candidate,
+            effort=asked.effort,
+            repair=True,
+            dropped=proxies[index].row["dropped"],
+        )
+        for index in chosen
+    ]
+    results = Results(asked.work / "repaired")
+    found: list[Found] = []
+    failures: list[str] = []
+    for start in range(0, len(trials), workers.jobs):
+        if found and asked.seconds is not None and clock.spent > asked.seconds:
+            break
+        batch = trials[start : start + workers.jobs]
+        for trial, row in zip(batch, _made(batch, results, workers, cache), strict=True):
+            if "error" in row:
+                failures.append(f"{trial.name}: {row['error']}")
+            else:
+                found.append(Found(trial, row))
+        clock.note()
+        progress("repairs", min(start + workers.jobs, len(trials)), len(trials))
+    if not found:
+        raise CompressError(f"no candidate could be repaired: {'; '.join(failures)}")
+    return found, failures
+
+
+def _timed(asked: Search, repaired: Sequence[Found], workers: Workers) -> list[Found]:
+    """Time all results together, run by run, unless that is done."""
+    results, memory = Results(asked.work / "repaired"), asked.work / "front-latency.json"
+    files = {found.trial.name: str(results.path(found.trial)) for found in repaired}
+    shas = {found.trial.name: found.row["sha256"] for found in repaired}
+    known = json.loads(memory.read_text()) if memory.exists() else {}
+    if known.get("files") != shas:
+        seconds = 5 * asked.latency_seconds * (len(files) + 1)
+        rows = workers.run_alone(partial(time_together, asked.model, files, asked.gates, seconds))
+        known = {"files": shas, "rows": rows}
+        _write(memory, json.dumps(known, indent=2))
+    return [
+        dataclasses.replace(found, row=_with_objectives(found.row | known["rows"][found.trial.name]))
+        for found in repaired
+    ]
+
+
+def _outcome(
+    asked: Search, proxies: Sequence[Told], repaired: Sequence[Found], failures: Sequence[str]
+) -> Front:
+    """Sort out the front, and put its files and recipes where the user finds them."""
+    from onnxcompress.pipeline.recipe import write_recipe
+
+    ordered = sorted(repaired, key=lambda found: (found.row["ratio"], found.row["loss"]))
+    values = [(f.row["ratio"], f.row["loss"], f.row["size"]) for f in ordered]
+    front = [ordered[index] for index in pareto_front(values)]
+    dominated = [found for found in ordered if found not in front]
+    source, target = Results(asked.work / "repaired"), Results(asked.folder / "front")
+    for old in target.folder.iterdir():
+        old.unlink()
+    placed = []
+    for found in front:
+        for file in source.folder.glob(f"{found.trial.name}.onnx*"):
+            shutil.copyfile(file, target.folder / file.name)
+        _write(target.path(found.trial, ".yaml"), write_recipe(found.trial.recipe, target.folder))
+        placed.append(Found(found.trial, found.row | {"output": str(target.path(found.trial))}))
+    picked = pick([found.row for found in placed], asked.gates)
+    return Front(tuple(placed), picked, tuple(proxies), tuple(dominated), tuple(failures))
+
+
+def _claim(asked: Search) -> None:
+    """Begin a search in its folder, or go on with the one that was begun there with the same question."""
+    from onnxcompress.pipeline.cache_keys import content_digest
+
+    file = asked.work / "question.json"
+    values = dataclasses.asdict(asked)
+    asked_about = {
+        name: values[name] for name in ("gates", "inputs", "effort", "latency_seconds", "seed")
+    } | {"model": content_digest(Path(asked.model))}
+    text = json.dumps(asked_about, indent=2, sort_keys=True, default=str)
+    if file.exists():
+        if file.read_text("utf-8") != text:
+            raise OptionError(
+                f"{asked.folder}: another search was begun here, with other limits or inputs; name another "
+                "folder, or delete this one"
+            )
+        return
+    Results(asked.work)
+    _write(file, text)
+
+
+def _write(path: Path, text: str) -> None:
+    write_bytes(path, text.encode())

@@ -1,0 +1,278 @@
+"""Search: the front and the choice from it, killed and undisturbed searches, and recipes that remake."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from onnxcompress.cli.main import main
+from onnxcompress.errors import OptionError
+from onnxcompress.evaluation.gates import Gates
+from onnxcompress.model import load
+from onnxcompress.search import search as searching
+from onnxcompress.search.front import choose_for_repair, loss_of, pareto_front, pick
+from onnxcompress.search.search import Front, Search, search
+from onnxcompress.search.space import QUANTIZED, Candidate, count_blocks, suggest
+from onnxcompress.search.trial import Result, Row, Trial, compress, structure
+from onnxcompress.search.workers import InProcess
+
+optuna = pytest.importorskip("optuna")
+
+NET = "resnet20-fashion.onnx"
+Compress = Callable[[Trial, str | None], Result]
+
+
+def row(ratio: float, drop: float, size: int = 50) -> Row:
+    """Figures of a result that lost `drop` points, of 100 bytes before."""
+    scores = {"inputs": "100 images", "top1_before": 0.9, "top1": 0.9 - drop / 100, "agreement": 0.9}
+    times = {"ratio": ratio, "ratio_low": ratio, "ratio_high": ratio, "latency_ms": ratio}
+    return {"bytes_before": 100, "bytes": size, "loss": drop, "size": size / 100, **scores, **times}
+
+
+def test_the_front_is_what_no_other_point_beats() -> None:
+    values = np.random.default_rng(0).integers(0, 6, (200, 3)).tolist()
+    front = pareto_front(values)
+    for index, own in enumerate(values):
+        beaten = any(all(a <= b for a, b in zip(v, own, strict=True)) and v != own for v in values)
+        assert beaten or own in [values[i] for i in front]
+        assert not (beaten and index in front)
+    assert len({tuple(values[i]) for i in front}) == len(front)
+
+
+@pytest.mark.parametrize(
+    ("limits", "expected"),
+    [
+        ({}, None),
+        ({"max_drop": 1.0}, 1),  # the fastest that loses no more
+        ({"min_speedup": 1.5}, 2),  # the least loss that is as fast
+        ({"min_speedup": 1.5, "max_drop": 3.0}, 2),
+        ({"min_speedup": 3.9, "max_drop": 3.0}, None),
+    ],
+)
+def test_the_choice_keeps_all_limits(limits: dict[str, float], expected: int | None) -> None:
+    rows = [row(0.25, 5), row(0.7, 0.9), row(0.6, 2), row(0.9, 0.1)]
+    assert pick(rows, Gates(images="x", **limits)) == expected  # type: ignore[arg-type]
+
+
+def test_what_keeps_exact_limits_and_promises_least_loss_is_repaired_first() -> None:
+    rows = [row(0.3, 4), row(0.4, 3), row(0.8, 1), row(0.9, 0.5), row(0.95, 9)]
+    chosen = choose_for_repair(rows, Gates(images="x", min_speedup=2, max_drop=1), 4)
+    assert chosen[:2] == [1, 0]  # both fast enough; the loss of a proxy decides nothing but the order
+    assert sorted(chosen) == [0, 1, 2, 3]  # the last is beaten
+    assert choose_for_repair(rows, Gates(), 3) == [0, 2, 3] or len(choose_for_repair(rows, Gates(), 3)) == 3
+
+
+def test_the_loss_is_the_best_that_was_measured() -> None:
+    assert loss_of(row(1, 2.0)) == pytest.approx(2)
+    assert loss_of({"agreement": 0.98, "noise": 0.5}) == pytest.approx(2)
+    assert loss_of({"noise": 0.05}) == pytest.approx(5)
+
+
+def test_every_point_of_the_space_is_a_chain_that_can_start(models: Path) -> None:
+    blocks = count_blocks(load(models / NET))
+    assert blocks == 7
+    study, seen = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0)), set()
+    for _ in range(60):
+        candidate = suggest(study.ask(), blocks)
+        for repair in (False, True):
+            for pass_ in candidate.passes({"inputs": "layerwise"}, effort="fast", repair=repair):
+                pass_.check()
+        names = [p.name for p in candidate.passes({}, effort="fast", repair=True)]
+        assert ("drop-blocks" in names) == (candidate.blocks > 0)
+        assert ("quantize" in names) == (candidate.weights in QUANTIZED)
+        seen.add((candidate.weights, candidate.equalize))
+    assert len(seen) >= 10
+
+
+def test_a_structure_is_a_graph_without_its_weights(models: Path, tmp_path: Path) -> None:
+    import onnx
+
+    proto = onnx.load(models / NET)
+    weight = max(proto.graph.initializer, key=lambda t: len(t.raw_data))
+    weight.raw_data = bytes(len(weight.raw_data))
+    onnx.save(proto, tmp_path / "other-weights.onnx")
+    proto.graph.node[0].name += "-renamed"
+    onnx.save(proto, tmp_path / "other-node.onnx")
+    assert structure(models / NET) == structure(tmp_path / "other-weights.onnx")
+    assert structure(models / NET) != structure(tmp_path / "other-node.onnx")
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Candidates are made by folding alone, with figures by formula; returns the names of what was made."""
+    made: list[str] = []
+
+    def compressed(trial: Trial, cache: str | None) -> Result:
+        made.append(trial.name)
+        fold = replace(trial, recipe=replace(trial.recipe, passes=trial.recipe.passes[:1]))
+        result = compress(fold, cache)
+        words = trial.name.split("-")
+        blocks, bits = int(words[0].removeprefix("drop")), {"int8": 2, "int4": 4}.get(words[1], 1)
+        noise = 0.004 * blocks**2 + 0.01 * bits * ("equalized" not in trial.name)
+        size = result.row["bytes"] // bits
+        return Result(result.row | {"noise": noise, "bytes": size, "dropped": ["a"] * blocks}, result.files)
+
+    def timed(model: str, results: dict[str, str], gates: Gates, seconds: float) -> dict[str, Row]:
+        ratio = {"ratio": 0.5, "ratio_low": 0.4, "ratio_high": 0.6}
+        return {
+            name: ratio | {"latency_ms": 1.0, "latency_before_ms": 2.0, "device": "cpu"} for name in results
+        }
+
+    monkeypatch.setattr(searching, "compress", compressed)
+    monkeypatch.setattr(searching, "time_together", timed)
+    monkeypatch.setattr(searching, "time_result", lambda m, r, g, s: timed(m, {"r": r}, g, s)["r"])
+    return made
+
+
+def now_compressing() -> Compress:
+    """The function that makes candidates, as `quick` has replaced it."""
+    function: Compress = vars(searching)["compress"]
+    return function
+
+
+def outcome(front: Front) -> Any:
+    return (
+        [(one.candidate, one.row["loss"]) for one in front.proxies],
+        [(found.trial.name, found.row["sha256"], found.row["loss"]) for found in front.found],
+        front.picked,
+    )
+
+
+@pytest.mark.parametrize("jobs", [1, 3])
+def test_a_search_killed_at_any_moment_ends_as_an_undisturbed_one(
+    jobs: int, quick: list[str], models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Several(InProcess):
+        pass
+
+    workers = Several()
+    workers.jobs = jobs
+    asked = Search(str(models / NET), tmp_path / "a", Gates(max_size=0.9), trials=14, repairs=3)
+    expected, count = outcome(search(asked, workers)), len(quick)
+    assert len(expected[0]) == 14
+    for at, moment in enumerate((1, count // 2, count - 1)):
+        again = replace(asked, folder=tmp_path / f"killed{at}")
+        with monkeypatch.context() as patch:
+            left, working = [moment], now_compressing()
+
+            def killed(
+                trial: Trial, cache: str | None, left: list[int] = left, working: Compress = working
+            ) -> Result:
+                left[0] -= 1
+                if left[0] < 0:
+                    raise KeyboardInterrupt
+                return working(trial, cache)
+
+            patch.setattr(searching, "compress", killed)
+            with pytest.raises(KeyboardInterrupt):
+                search(again, workers)
+        assert outcome(search(again, workers)) == expected
+    quick.clear()
+    assert outcome(search(asked, workers)) == expected
+    assert quick == []  # all of it was there
+
+
+def test_a_folder_with_another_search_is_refused(quick: list[str], models: Path, tmp_path: Path) -> None:
+    asked = Search(str(models / NET), tmp_path / "a", trials=2, repairs=1)
+    search(asked, InProcess())
+    search(replace(asked, trials=4), InProcess())
+    with pytest.raises(OptionError, match="another search was begun here"):
+        search(replace(asked, seed=1), InProcess())
+
+
+def test_a_failed_candidate_costs_itself_alone(
+    quick: list[str], models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    working = now_compressing()
+
+    def failing(trial: Trial, cache: str | None) -> Result:
+        return Result({"error": "no"}) if "float16" in trial.name else working(trial, cache)
+
+    monkeypatch.setattr(searching, "compress", failing)
+    front = search(Search(str(models / NET), tmp_path / "a", trials=9, repairs=2), InProcess())
+    assert 0 < len(front.proxies) < 9
+    assert set(front.failures) == {"no"}
+
+
+def test_more_blocks_than_are_hopeless_are_not_tried(
+    quick: list[str], models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(searching, "HOPELESS", 2.0)
+    front = search(Search(str(models / NET), tmp_path / "a", trials=30, repairs=1), InProcess())
+    tried = [one.candidate for one in front.proxies]
+    assert any("hopeless" in text for text in front.failures)
+    for at, one in enumerate(tried):
+        losses = [before.row["loss"] for before in front.proxies[:at] if before.candidate in one.milder()]
+        assert not losses or max(losses) <= 2.0
+
+
+def test_without_optuna_it_is_one_line(models: Path, tmp_path: Path) -> None:
+    code = (
+        "import sys\n"
+        "sys.modules['optuna'] = None\n"
+        "import importlib.util as u; find = u.find_spec\n"
+        "u.find_spec = lambda name, *a: None if name == 'optuna' else find(name, *a)\n"
+        "from onnxcompress.cli.main import main; sys.exit(main(sys.argv[1:]))"
+    )
+    command = [sys.executable, "-c", code, "search", str(models / NET), "--out", str(tmp_path / "o")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr.splitlines() == [
+        "error: search needs optuna, which is not installed here: pip install optuna"
+    ]
+
+
+@pytest.mark.parametrize("text", ["soon", "0m", "30"])
+def test_a_time_is_a_duration(text: str, models: Path, tmp_path: Path) -> None:
+    assert main(["search", str(models / NET), "--out", str(tmp_path / "o"), "--time", text]) == 2
+
+
+@pytest.mark.slow
+def test_the_command_writes_models_that_their_recipes_remake(
+    models: Path,
+    tmp_path: Path,
+    fixed_clock: Callable[..., None],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    shutil.copy(models / NET, tmp_path / NET)
+    archive = np.load(models / "fashion-test2k.npz")
+    np.savez(tmp_path / "few.npz", x=archive["x"][:64], y=archive["y"][:64])
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(searching, "choose_for_repair", lambda rows, gates, count: int8_of(rows))
+    monkeypatch.setattr("onnxcompress.search.workers.Processes", lambda jobs: InProcess())
+    fixed_clock([4.0, 2.0])
+    call = ["search", NET, "--out", "best", "--inputs", "procedural", "--gate-images", "few.npz"]
+    short = ["--trials", "4", "--effort", "fast", "--cache", str(tmp_path / "cache")]
+    first = {"blocks": 0, "weights": "int8", "activations": 8, "equalize": "no"}
+    monkeypatch.setattr("onnxcompress.search.study.first_points", lambda most: [first] * 4)
+    assert main([*call, *short, "--min-agreement", "90", "--min-speedup", "1.5", "--json"]) == 0
+    account = json.loads(capsys.readouterr().out)
+    (point,) = account["front"]
+    assert account["picked"] == point["candidate"] == "drop0-int8-a8"
+    assert (point["ratio"], point["picked"]) == (0.5, True)
+    assert main(["run", point["recipe"], NET, "again.onnx", "--no-cache", "--gate-images", "few.npz"]) == 0
+    assert Path("again.onnx").read_bytes() == Path(point["output"]).read_bytes()
+    for name in ("front.csv", "search.html", "front/drop0-int8-a8.md"):
+        assert "drop0-int8-a8" in Path("best", name).read_text("utf-8")
+    other = [*call[:3], "other", *call[4:]]
+    assert main([*other, *short, "--min-speedup", "3", "--quiet"]) == 3
+
+
+def int8_of(rows: Sequence[Row]) -> list[int]:
+    """The first of the given proxies."""
+    return [0]
+
+
+def test_a_candidate_is_named_by_what_it_is() -> None:
+    assert Candidate(2, "mixed", 8, budget=5.5, equalize="last").name == "drop2-mixed-a8-5.5-equalized-last"
+    assert Candidate(0, "sparse", sparsity=0.5).name == "drop0-sparse-0.5"
