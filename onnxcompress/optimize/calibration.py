@@ -65,7 +65,7 @@ class InputRequest:
     """Of the real images; None: all."""
     inputs: str = "auto"
     synthetic: int = SYNTHETIC
-    """Images, or samples of a layer, to make."""
+    """Images to make."""
     seed: int = 0
     why: str = "asked for"
     """Why `inputs` is what it is: the account says it. No option."""

@@ -55,7 +55,7 @@ class InputOptions(ImageOptions):
 
     inputs: Literal["auto", "images", "distilled", "procedural", "layerwise"] = option("auto", INPUTS_HELP)
     synthetic: int | None = option(
-        None, "Images (or samples of a layer) to make; default: by --effort.", metavar="N", ge=1
+        None, "Images to make; the default depends on --effort.", metavar="N", ge=1
     )
     effort: Literal["auto", "fast", "balanced", "best"] = effort_option()
 

@@ -23,6 +23,7 @@ import onnx
 import onnx_graphsurgeon as gs
 
 from onnxcompress.account import Refusal
+from onnxcompress.data.image_set import image_count
 from onnxcompress.evaluation.fidelity import EQUAL_DB, fidelity
 from onnxcompress.evaluation.guard import Floors
 from onnxcompress.graph.edit import remove_unread, replace_uses
@@ -78,7 +79,7 @@ class FloatTensor:
 
 
 class Judge:
-    """What the outputs of a network keep, on inputs that nothing was fitted on."""
+    """What a network's outputs keep: on the images that were given, else on made ones of another seed."""
 
     def __init__(self, original: Model, request: InputRequest) -> None:
         """Make the inputs, and run the network on them.
@@ -93,7 +94,8 @@ class Judge:
         if request.images is None:
             request = replace(request, inputs="procedural", synthetic=count, seed=request.seed + SEED)
         else:
-            request = replace(request, inputs="images", count=min(request.count or count, count))
+            given = request.count or image_count(request.images)
+            request = replace(request, inputs="images", count=min(given, count))
         x = gather_inputs(original, request).images.array()
         x = x[np.arange(count) % len(x)]
         others = unread_feeds(original)
