@@ -16,8 +16,8 @@ the next one is ten times as large; each part has a signal to noise ratio of its
 are not split: they are one distribution, in which small values matter little.
 
 What a Sigmoid gives are answers of yes or no, mostly no: a text detector gives 1e-6 wherever there is no
-text. Errors of such values count only as far as they exceed HALF_STEP, and where no value before exceeds
-it, the inputs tell nothing of the answers (`unseen`).
+text. Errors of such values count only as far as they exceed HALF_STEP. Where no value before exceeds it, the
+inputs tell nothing of a yes (`unseen`), and noise is held against answers of which a share of YES varies.
 
 Besides, an output that is no longer finite, or has become the same for all inputs, is a fault whatever its
 ratio. Integers and booleans (the index of a class) have no noise: the share of equal values is used.
@@ -50,6 +50,8 @@ NO_VARIATION = 1e-3
 """Share of an output's energy below which it does not vary between inputs: -30 dB."""
 HALF_STEP = 1 / 510
 """Half a step of a probability with 8 bits."""
+YES = 0.01
+"""Share of yes among answers, where the inputs show none."""
 CONSTANT = 1e-4
 """Share of the former variation between inputs below which an output has become constant."""
 
@@ -193,18 +195,22 @@ def _compared(name: str, a: np.ndarray, b: np.ndarray, answers: bool) -> OutputF
     gap, top = np.abs(noise).max(), np.abs(y).max()
     yes_or_no = _answers(y) if answers else np.zeros(y.shape, bool)
     noise = np.where(yes_or_no, np.sign(noise) * np.maximum(np.abs(noise) - HALF_STEP, 0), noise)
+    unseen = bool(yes_or_no.any() and y[yes_or_no].max() < HALF_STEP)
     signal, wrong = float(np.square(y).sum()), float(np.square(noise).sum())
+    varying = float(np.square(_varying(y)).sum())
+    if unseen and yes_or_no.all():
+        signal = varying = YES * y.size
     return OutputFidelity(
         name,
         decibels(signal, wrong),
-        _variation_db(signal, float(np.square(_varying(y)).sum()), wrong),
+        _variation_db(signal, varying, wrong),
         float(gap),
         _ratio(gap, top),
         _agreement(y, z),
         _worst_part(y, noise),
         lost,
         _is_constant(y, y + noise),
-        bool(yes_or_no.any() and y[yes_or_no].max() < HALF_STEP),
+        unseen,
     )
 
 

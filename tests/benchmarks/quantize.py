@@ -42,6 +42,8 @@ def cli() -> None:
 @click.option("--effort", default=None, help="Of quantize; default: its own.")
 @click.option("--per-tensor", is_flag=True, help="Also 8/8 with one scale per weight.")
 @click.option("--limit", type=int, help="Test on this many images only.")
+@click.option("--real", is_flag=True, help="quantize learns from the images of --split, too.")
+@click.option("--peer/--no-peer", default=True, help="Also onnxruntime's, where it has images.")
 @click.option("--seed", default=0)
 def accuracy(
     model: str,
@@ -56,6 +58,8 @@ def accuracy(
     effort: str | None,
     per_tensor: bool,
     limit: int | None,
+    real: bool,
+    peer: bool,
     seed: int,
 ) -> None:
     """Top-1 on TEST for each number of bits, and of onnxruntime with real images."""
@@ -64,12 +68,12 @@ def accuracy(
 
     parsed = Preprocess.parse(preprocess)
     images = load_images(test, preprocess=parsed, labels=True)
-    real = (
+    learned = (
         None if calibration is None else load_images(calibration, preprocess=parsed, count=count, seed=seed)
     )
     if split is not None:
-        real = load_images(test, preprocess=parsed, count=split, seed=seed)
-        taken = set(real.names)
+        learned = load_images(test, preprocess=parsed, count=split, seed=seed)
+        taken = set(learned.names)
         images = images.take([i for i, name in enumerate(images.names) if name not in taken])
     if limit is not None:
         images = images.take(np.random.default_rng(seed).permutation(len(images))[:limit])
@@ -77,11 +81,12 @@ def accuracy(
     options: dict[str, Any] = {"preprocess": preprocess, "seed": seed}
     asked = {"inputs": inputs, "synthetic": synthetic, "effort": effort}
     options |= {name: value for name, value in asked.items() if value is not None}
+    options |= {"images": test, "count": split} if real else {}
     with tempfile.TemporaryDirectory() as folder:
-        if real is not None:
+        if learned is not None and peer:
             for per_channel in (False, True):
                 start = time.perf_counter()
-                onnxruntime_static(model, f"{folder}/peer.onnx", real.array(), per_channel)
+                onnxruntime_static(model, f"{folder}/peer.onnx", learned.array(), per_channel)
                 name = f"onnxruntime W8A8 {'per channel' if per_channel else 'per tensor'}"
                 _row(name, f"{folder}/peer.onnx", images, exact, time.perf_counter() - start)
         chosen = [(*map(int, pair.split("/")), True) for pair in bits.split(",") if pair]

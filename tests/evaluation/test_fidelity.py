@@ -111,8 +111,10 @@ def test_noise_among_noes_counts_only_beyond_half_a_step() -> None:
     assert found.judged_db == EQUAL_DB
     assert found.unseen
     assert not found.constant
-    wrong = answered(a, b + 0.1)
-    assert wrong.judged_db < -10
+    few, many = b.copy(), b.copy()
+    few[0, 0, 0, 0], many[:, :, :3] = 0.3, 0.9
+    assert answered(a, few).judged_db > 15
+    assert answered(a, many).judged_db < -10
     sure = answered(yes_or_no(0.9), yes_or_no(0.9, seed=1))
     assert not sure.unseen
     assert sure.judged_db < 0
