@@ -81,9 +81,8 @@ class Watch:
         start = time.perf_counter()
         limit = exact_limit(model) if exact else None
         try:
-            inputs = self._chosen()
             basis = before if reference is None else _State(load(Path(reference)))
-            was = basis.runs(inputs)
+            inputs, was = self._first_runs(basis)
         except CompressError as error:
             return GuardMeasurements("", 0, time.perf_counter() - start, skipped=str(error))
         now, old, problem = _State(model), None, ""
@@ -99,6 +98,17 @@ class Watch:
         self._state = None if problem else (model, now)
         seconds = time.perf_counter() - start
         return GuardMeasurements(inputs.description, inputs.count, seconds, found, old, limit, problem)
+
+    def _first_runs(self, basis: _State) -> tuple[UnseenInputs, Mapping[str, Sequence[np.ndarray]]]:
+        """Run the basis of a comparison; one image at a time where it runs no more at once."""
+        inputs = self._chosen()
+        try:
+            return inputs, basis.runs(inputs)
+        except ModelError:
+            alone = inputs.one_by_one()
+            runs = basis.runs(alone)
+            self._inputs = alone
+            return alone, runs
 
     def whole(self, model: Model) -> GuardMeasurements:
         """Compare what a chain made with the model that it was given.
@@ -156,28 +166,9 @@ def outputs_of(model: Model, inputs: UnseenInputs) -> dict[str, list[np.ndarray]
     Raises:
         ModelError: onnxruntime refuses the model or the inputs.
     """
-    import onnxruntime as ort
+    from onnxcompress.runtime.inference import feeds_for, run_each
 
-    from onnxcompress.errors import one_line
-    from onnxcompress.runtime.inference import feeds_for
-    from onnxcompress.runtime.session import session
-
-    opened = session(model, provider="cpu", optimize=False)
-    names = [output.name for output in opened.get_outputs()]
-    silent = ort.RunOptions()
-    silent.log_severity_level = 4  # what it would print is in the error
-    runs: dict[str, list[np.ndarray]] = {name: [] for name in names}
-    for feeds in inputs.feeds:
-        fed = feeds_for(model, feeds)
-        try:
-            values = opened.run(names, fed, silent)
-        except Exception as error:  # onnxruntime's exceptions have no common base
-            raise ModelError(f"{model.name}: the run failed ({one_line(error)})") from error
-        for name, value in zip(names, values, strict=True):
-            if not hasattr(value, "dtype") or value.dtype.kind not in "fiub":
-                raise ModelError(f"{model.name}: output {name!r} is no tensor of numbers; not handled")
-            runs[name].append(value)
-    return runs
+    return run_each(model, [feeds_for(model, feeds) for feeds in inputs.feeds], optimize=False)
 
 
 def exact_limit(model: Model) -> float:

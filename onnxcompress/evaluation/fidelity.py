@@ -16,8 +16,8 @@ the next one is ten times as large; each part has a signal to noise ratio of its
 are not split: they are one distribution, in which small values matter little.
 
 What a Sigmoid gives are answers of yes or no, mostly no: a text detector gives 1e-6 wherever there is no
-text. Errors of such values count only as far as they exceed HALF_STEP. Where no value before exceeds it, the
-inputs tell nothing of a yes (`unseen`), and noise is held against answers of which a share of YES varies.
+text. Errors of such values count only as far as they exceed HALF_STEP. Where no value before exceeds it,
+the inputs tell nothing of a yes (`unseen`), and noise is held against answers of which a share YES varies.
 
 Besides, an output that is no longer finite, or has become the same for all inputs, is a fault whatever its
 ratio. Integers and booleans (the index of a class) have no noise: the share of equal values is used.

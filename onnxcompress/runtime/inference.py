@@ -157,6 +157,41 @@ def run(
     return dict(zip(names, values, strict=True))
 
 
+def run_each(
+    model: ModelLike, feeds: Sequence[Arrays], *, optimize: bool = True
+) -> dict[str, list[np.ndarray]]:
+    """Run a model on several inputs, one after the other, on the CPU.
+
+    Args:
+        model: The model.
+        feeds: For each run an array for each input, by name.
+        optimize: Let onnxruntime optimize the graph.
+
+    Returns:
+        Output name -> its value in each run.
+
+    Raises:
+        ModelError: onnxruntime refuses the model or its inputs, or an output is not a tensor of numbers.
+    """
+    import onnxruntime as ort
+
+    opened = session(model, provider="cpu", optimize=optimize)
+    names = [output.name for output in opened.get_outputs()]
+    silent = ort.RunOptions()
+    silent.log_severity_level = 4  # what it would print is in the error
+    runs: dict[str, list[np.ndarray]] = {name: [] for name in names}
+    for feed in feeds:
+        try:
+            values = opened.run(names, dict(feed), silent)
+        except Exception as error:  # onnxruntime's exceptions have no common base
+            raise ModelError(f"{label(model)}: the run failed ({one_line(error)})") from error
+        for name, value in zip(names, values, strict=True):
+            if not hasattr(value, "dtype") or value.dtype.kind not in "fiub":
+                raise ModelError(f"{label(model)}: output {name!r} is no tensor of numbers; not handled")
+            runs[name].append(value)
+    return runs
+
+
 def feeds_for(model: ModelLike, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Rename inputs of a reference to another model's input names, by order where the names differ.
 

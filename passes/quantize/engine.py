@@ -38,7 +38,7 @@ from onnxcompress.quantization.affine_grid import Grid, weight_limits
 from onnxcompress.quantization.ort_fusion import fused_counts
 from onnxcompress.quantization.qdq_plan import Bits, Plan, QuantizedLayer, make_plan
 from onnxcompress.quantization.qdq_writer import emit
-from onnxcompress.runtime.inference import unread_feeds
+from onnxcompress.runtime.inference import run_each, unread_feeds
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -296,18 +296,13 @@ def output_snr(original: Model, model: Model, images: Tensor) -> dict[str, float
     Raises:
         ModelError: An output was finite and is no longer, or onnxruntime cannot run a model.
     """
-    from onnxcompress.runtime.session import session
-
     name, batch, others = data_input(model).name, fixed_batch(original), unread_feeds(original)
     x = images[: max(batch, SHOWN // batch * batch)].numpy()
-    outputs: list[list[list[np.ndarray]]] = []
-    for each in (original, model):
-        opened = session(each, provider="cpu")
-        parts = [x[i : i + batch] for i in range(0, len(x), batch)]
-        outputs.append([opened.run(None, {name: part, **others}) for part in parts])
+    feeds = [{name: x[i : i + batch], **others} for i in range(0, len(x), batch)]
+    outputs = [run_each(each, feeds) for each in (original, model)]
     found = {}
-    for index, tensor in enumerate(model.graph.outputs):
-        a, b = (np.concatenate([run[index] for run in runs]).astype(np.float64) for runs in outputs)
+    for tensor in model.graph.outputs:
+        a, b = (np.concatenate(runs[tensor.name]).astype(np.float64) for runs in outputs)
         if np.isfinite(a).all() and not np.isfinite(b).all():
             raise ModelError(
                 f"{original.name}: output {tensor.name!r} would not be finite any more; ask for less"

@@ -33,7 +33,7 @@ from onnxcompress.optimize.calibration import InputRequest, gather_inputs
 from onnxcompress.optimize.effort import USUAL_PIXELS, pixels_of
 from onnxcompress.optimize.executor.open_batch import file_batch
 from onnxcompress.progress import Progress, silent
-from onnxcompress.runtime.inference import unread_feeds
+from onnxcompress.runtime.inference import or_one_by_one, run_each, unread_feeds
 from onnxcompress.runtime.session import session
 
 COUNT, FEWEST = 32, 8
@@ -87,6 +87,9 @@ class Judge:
         Args:
             original: The network before it is quantized.
             request: What the pass learns from.
+
+        Raises:
+            CompressError: No inputs can be made, or the network does not run on them.
         """
         name, batch = data_input(original).name, file_batch(original) or BATCH
         usual = COUNT * USUAL_PIXELS // max(pixels_of(original), USUAL_PIXELS)
@@ -99,10 +102,14 @@ class Judge:
         x = gather_inputs(original, request).images.array()
         x = x[np.arange(count) % len(x)]
         others = unread_feeds(original)
-        self.feeds = [{name: x[i : i + batch], **others} for i in range(0, count, batch)]
-        self.tried = max(TRIED // batch, 1)
         self.answers = sigmoid_outputs(original)
-        self.wanted = self.run(original, self.feeds)
+
+        def run(rows: int) -> dict[str, list[np.ndarray]]:
+            self.feeds = [{name: x[i : i + rows], **others} for i in range(0, count, rows)]
+            return run_each(original, self.feeds)
+
+        self.wanted = or_one_by_one(run, batch)
+        self.tried = max(TRIED // len(self.feeds[0][name]), 1)
 
     def kept_db(self, model: Model) -> float:
         """Measure what a quantized network keeps.
@@ -113,7 +120,7 @@ class Judge:
         Returns:
             Variation to noise of the output, or part of one, that keeps least, decibels.
         """
-        return self.compare(self.wanted, self.run(model, self.feeds))
+        return self.compare(self.wanted, run_each(model, self.feeds))
 
     def compare(self, before: Runs, after: Runs) -> float:
         """Compare outputs.
@@ -127,21 +134,6 @@ class Judge:
         """
         found = fidelity(before, after, self.answers).outputs
         return min((one.judged_db for one in found), default=EQUAL_DB)
-
-    def run(self, model: Model, feeds: Sequence[Mapping[str, np.ndarray]]) -> dict[str, list[np.ndarray]]:
-        """Run a network.
-
-        Args:
-            model: The network.
-            feeds: An array for each input, for each run.
-
-        Returns:
-            Output -> its value in each run.
-        """
-        opened = session(model, provider="cpu")
-        names = [output.name for output in opened.get_outputs()]
-        values = zip(*(opened.run(names, dict(feed)) for feed in feeds), strict=True)
-        return {name: list(value) for name, value in zip(names, values, strict=True)}
 
 
 def leave_floats(

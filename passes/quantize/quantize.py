@@ -40,6 +40,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar
 
 from onnxcompress.account import Figures, Refusal
+from onnxcompress.errors import CompressError
 from onnxcompress.model import Model
 from onnxcompress.optimize.calibration import assume_sizes
 from onnxcompress.passes.base import Pass, PassResult
@@ -124,7 +125,10 @@ class Quantize(QuantizeOptions, Pass):
         if made.images is None or self.activation_bits != STREAM_BITS:
             return made.result
         assume_sizes(before, self.request)
-        judge = Judge(before, self.request)
+        try:
+            judge = Judge(before, self.request)
+        except CompressError:  # onnxruntime does not run it: the guard says so
+            return made.result
         kept = judge.kept_db(model)
         if kept < FLOOR and self.inputs == "auto" and _aligned(made.result):
             procedural = before.copy()

@@ -100,6 +100,20 @@ def test_without_quantizers_the_network_gives_what_its_integer_weights_give() ->
     assert all(np.isfinite(run_model(proto, feeds(proto))["y"]).ravel())
 
 
+def test_a_batch_that_is_open_in_name_only_is_judged_image_by_image() -> None:
+    """Its Reshape has a literal batch of 1: four images at once do not run."""
+    arrays: Arrays = {"w": weight(6, 3, 3, 3), "k": np.array([1, 6]), "wg": weight(5, 6)}
+    body = """a = Conv<pads=[1,1,1,1]>(x, w) r = Relu(a) q = GlobalAveragePool(r) f = Reshape(q, k)
+        y = Gemm<transB=1>(f, wg)"""
+    model = Model.from_proto(graph("(float[N,3,8,8] x) => (float[M,5] y)", body, arrays))
+    (found,) = run([QUICK], model, guard=Guard())
+    assert found.modified
+    assert found.guard is not None
+    assert not found.guard.skipped
+    assert found.guard.count == 16
+    assert found.guard.fidelity is not None
+
+
 @pytest.mark.parametrize(
     ("body", "answers"),
     [
