@@ -2,7 +2,7 @@
 
     python -m tests.benchmarks.guard MODEL [RESULT.onnx …] [--preprocess TEXT] [--images DIR] [--reference]
 
-Printed: the seconds that the guard takes on MODEL (inputs, both sessions, both runs); the verdict on each
+Printed: the processor time that the guard takes on MODEL (inputs, both sessions, both runs); the verdict on each
 RESULT, by the floors of most passes; the verdict on each fault of `tests.helpers.faults` in each of a few
 layers. With --reference MODEL is what the first RESULT was made from, the others were repaired from that
 one by correct-bias, and are judged as its results.
@@ -38,9 +38,9 @@ def main(
     judged_by = None if images is None else InputRequest(images, preprocess)
     watch = Watch(network, [InputRequest(preprocess=preprocess)], judged_by=judged_by)
     before = watch.before(network)
-    start = time.perf_counter()
+    start = time.process_time()
     print(_verdict("itself", watch.measure(before, network.copy(), exact=False)))
-    print(f"the guard takes {time.perf_counter() - start:.1f} s on {model}")
+    print(f"the guard takes {time.process_time() - start:.1f} s of processor time on {model}")
     for at, result in enumerate(results):
         if reference and at == 0:
             before = watch.before(load(result))
