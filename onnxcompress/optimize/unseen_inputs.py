@@ -35,24 +35,6 @@ MANY = 160
 BATCH = 4
 """Images that go through at once where the file leaves it open."""
 
-    def one_by_one(self) -> UnseenInputs:
-        """Give each row a run of its own.
-
-        Returns:
-            The same inputs; arrays that have fewer rows than others stay whole.
-        """
-        feeds = []
-        for feed in self.feeds:
-            rows = max((len(value) for value in feed.values() if value.ndim), default=1)
-            feeds += [
-                {
-                    name: value[row : row + 1] if value.ndim and len(value) == rows else value
-                    for name, value in feed.items()
-                }
-                for row in range(rows)
-            ]
-        return replace(self, feeds=tuple(feeds))
-
 
 def kept_aside(images: str) -> int | None:
     """How many images a pass is to learn from, so that some of them are left out to judge by.

@@ -33,6 +33,24 @@ class UnseenInputs:
         """Rows of all runs."""
         return sum(next((len(v) for v in feed.values() if v.ndim), 1) for feed in self.feeds)
 
+    def one_by_one(self) -> UnseenInputs:
+        """Give each row a run of its own.
+
+        Returns:
+            The same inputs; arrays that have fewer rows than others stay whole.
+        """
+        feeds = []
+        for feed in self.feeds:
+            rows = max((len(value) for value in feed.values() if value.ndim), default=1)
+            feeds += [
+                {
+                    name: value[row : row + 1] if value.ndim and len(value) == rows else value
+                    for name, value in feed.items()
+                }
+                for row in range(rows)
+            ]
+        return replace(self, feeds=tuple(feeds))
+
 
 def has_open_sizes(model: Model) -> bool:
     """Return whether an input has an open dimension behind the first, which is taken as the batch.

@@ -291,7 +291,7 @@ def output_snr(original: Model, model: Model, images: Tensor) -> dict[str, float
         images: Inputs of both, (images, ...).
 
     Returns:
-        Output -> signal to noise ratio, in decibels.
+        Output -> signal to noise ratio, in decibels; not of outputs whose length depends on the values.
 
     Raises:
         ModelError: An output was finite and is no longer, or onnxruntime cannot run a model.
@@ -302,7 +302,10 @@ def output_snr(original: Model, model: Model, images: Tensor) -> dict[str, float
     outputs = [run_each(each, feeds) for each in (original, model)]
     found = {}
     for tensor in model.graph.outputs:
-        a, b = (np.concatenate(runs[tensor.name]).astype(np.float64) for runs in outputs)
+        runs = [each[tensor.name] for each in outputs]
+        if len({value.shape for each in runs for value in each}) > 1:
+            continue
+        a, b = (np.stack(each).astype(np.float64) for each in runs)
         if np.isfinite(a).all() and not np.isfinite(b).all():
             raise ModelError(
                 f"{original.name}: output {tensor.name!r} would not be finite any more; ask for less"

@@ -114,6 +114,18 @@ def test_a_batch_that_is_open_in_name_only_is_judged_image_by_image() -> None:
     assert found.guard.fidelity is not None
 
 
+def test_an_output_whose_length_depends_on_the_values_is_not_compared() -> None:
+    arrays: Arrays = {"w": weight(6, 3, 3, 3), "wg": weight(5, 6)}
+    body = """a = Conv<pads=[1,1,1,1]>(x, w) r = Relu(a) q = GlobalAveragePool(r) f = Flatten(q)
+        y = Gemm<transB=1>(f, wg) p = Greater(y, zero) z = NonZero(p)"""
+    signature = "(float[N,3,8,8] x) => (float[N,5] y, int64[2,K] z)"
+    arrays["zero"] = np.zeros((), np.float32)
+    model = Model.from_proto(graph(signature, body, arrays))
+    (found,) = run([QUICK], model, guard=Guard())
+    assert figures_of(found, QuantizeFigures).output_snr_db is not None
+    assert set(figures_of(found, QuantizeFigures).output_snr_db or {}) == {"y"}
+
+
 @pytest.mark.parametrize(
     ("body", "answers"),
     [
