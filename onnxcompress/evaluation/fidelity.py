@@ -166,11 +166,11 @@ def fidelity(before: Runs, after: Runs, answers: Collection[str] = ()) -> Fideli
     varying: list[str] = []
     for name, other in zip(before, before if set(before) == set(after) else after, strict=True):
         a, b = _stacked(before[name]), _stacked(after[other])
-        if a is None:
+        if a is None or b is None:
             varying.append(name)
-        elif b is None or a.shape != b.shape:
-            got = "shapes that differ between inputs" if b is None else f"{list(b.shape[1:])}"
-            raise ModelError(f"output {name!r} had the shape {list(a.shape[1:])} and would have {got}")
+        elif a.shape != b.shape:
+            shapes = list(a.shape[1:]), list(b.shape[1:])
+            raise ModelError(f"output {name!r} had the shape {shapes[0]} and would have {shapes[1]}")
         elif a.size:
             outputs.append(_compared(name, a, b, name in answers))
     return Fidelity(tuple(outputs), tuple(varying))

@@ -4,8 +4,8 @@
 
 Printed: the processor time that the guard takes on MODEL (inputs, both sessions, both runs); the verdict on
 each RESULT, by the floors of most passes; the verdict on each fault of `tests.helpers.faults` in each of a
-few layers. With --reference MODEL is what the first RESULT was made from, the others were repaired from that
-one by correct-bias, and are judged as its results.
+few layers. With --reference MODEL is what the first RESULT was made from, the others were repaired from
+that one by correct-bias, and are judged as its results.
 """
 
 from __future__ import annotations

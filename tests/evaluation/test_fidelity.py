@@ -192,6 +192,8 @@ def test_shapes_must_agree_unless_they_depend_on_the_inputs() -> None:
     )
     assert found.not_compared == ("y",)
     assert [one.name for one in found.outputs] == ["z"]
+    by_chance = fidelity({"y": [np.ones(2)] * 2}, {"y": [np.ones(2), np.ones(3)]})
+    assert by_chance.not_compared == ("y",)
     with pytest.raises(ModelError, match=r"output 'y' had the shape \[2\] and would have \[3\]"):
         fidelity({"y": [np.ones(2)] * 2}, {"y": [np.ones(3)] * 2})
     with pytest.raises(ModelError, match="had 1 outputs and would have 2"):
