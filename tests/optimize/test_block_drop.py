@@ -192,6 +192,9 @@ def test_what_a_target_in_latency_chose_is_told(fixed_clock: Callable[..., None]
     """The third block saves 40 % as measured, twice as much as its share said: it is enough alone."""
     fixed_clock([10, 9, 9.5, 8], [10, 6])
     found = drop(latency_reduction=20, steps=0).measured
+    for row, share in zip(found.blocks, (0.1, 0.05, 0.2), strict=True):
+        assert row.recoverability is not None
+        assert row.score == pytest.approx(row.recoverability / share)
     assert found.order == (find_blocks(network()).blocks[2].name,)
     assert found.choosing_loss == pytest.approx(found.blocks[2].recoverability)
     assert found.additivity is not None
