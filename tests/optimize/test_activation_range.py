@@ -57,3 +57,19 @@ def test_samples_are_drawn_by_the_seed_and_hold_the_ends() -> None:
     assert (float(first.min()), float(first.max())) == (0, 3 * SAMPLES - 1)
     assert 0.32 < float((first[:-2] < SAMPLES).float().mean()) < 0.35
     assert torch.equal(samples([x[:, :5]], 0), x[:, :5].reshape(-1))
+
+
+@pytest.mark.parametrize(("bits", "steps"), [(8, 127), (4, 7)])
+def test_a_symmetric_grid_reaches_as_far_below_zero_as_above(bits: int, steps: int) -> None:
+    found = activation_grid(-3.0, 2.0, bits, storage="int8", symmetric=True)
+    assert found.bounds == pytest.approx((-3, 3))
+    assert (found.zero_point, found.high - found.zero_point) == (0, steps)
+    assert float(found.scale) == pytest.approx(3 / steps)
+
+
+def test_a_grid_has_its_ends_and_zero() -> None:
+    """Zero is one of the numbers, so that the ends move by half a step at most."""
+    found = activation_grid(-1.0, 3.0, 8)
+    assert found.bounds == pytest.approx((-1, 3), abs=2 / 255)
+    assert float(found.scale) == pytest.approx(4 / 255)
+    assert activation_grid(1.0, 3.0, 4).bounds == pytest.approx((0, 3))

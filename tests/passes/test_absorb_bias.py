@@ -86,6 +86,27 @@ def test_by_hand() -> None:
     assert [(c.node, c.what) for c in result.changes] == [("z", "high biases given to 1 layer")]
 
 
+@pytest.mark.parametrize(
+    ("between", "std", "channels", "largest"),
+    [
+        ("Identity(z)", [2, 4, 1], 2, 37),  # 30 - 3 * 2 = 24, and -40 + 3 * 1
+        ("Relu(z)", [2, 4, 1], 1, 24),
+        ("Relu(z)", [9.9, 0.1, 1], 2, 0.3),  # 1 % of a mean is worth moving
+        ("Relu(z)", [9.995, 4, 1], 0, 0),  # half a thousandth is not
+    ],
+)
+def test_figures_count_channels_that_moved_and_by_how_much_at_most(
+    between: str, std: list[float], channels: int, largest: float
+) -> None:
+    arrays = {"w": weight(3, 4, 1, 1), "b": np.array([30, 0.5, -40], np.float32)}
+    arrays |= {"u": weight(2, 3, 1, 1, seed=1), "d": weight(2, seed=2)}
+    model = Model.from_proto(graph(IMAGE, f"z = Conv(x, w, b) r = {between} y = Conv(r, u, d)", arrays))
+    write_record(model, {"z": ChannelStatistics(RECORD.mean, np.array(std, np.float32))})
+    found = AbsorbBias().apply(model).measured
+    assert (found.layers, found.channels) == (int(channels > 0), channels)
+    assert found.largest == pytest.approx(largest, rel=1e-4)
+
+
 BETWEEN = {
     "relu": "r = Relu(z)",
     "leaky": "r = LeakyRelu(z)",
