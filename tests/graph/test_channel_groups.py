@@ -54,6 +54,20 @@ def test_a_concat_shifts_the_channels_of_its_reader() -> None:
     assert read_at["b"].tolist() == [[6], [7]]
 
 
+def test_channels_that_a_layer_reads_more_often_are_a_group_of_their_own() -> None:
+    """Two of four are read once more behind a pool: five times, the others four."""
+    arrays: Arrays = {"w": weight(4, 4, 3, 3), "parts": np.array([2, 2]), "u": weight(5, 4 * 16 + 2)}
+    body = (
+        "a = Conv(x, w) p = GlobalAveragePool(a) h, i = Split<axis = 1>(p, parts) f = Flatten(a) "
+        "g = Flatten(h) k = Concat<axis = 1>(f, g) y = Gemm<transB = 1>(k, u)"
+    )
+    _, groups = groups_of(VECTOR, body, arrays)
+    more, once = inner(groups)
+    assert [m.channels.shape for m in more.members] == [(2, 1), (2, 17)]
+    assert [m.channels.shape for m in once.members] == [(2, 1), (2, 16)]
+    assert more.members[1].channels[:, -1].tolist() == [64, 65]
+
+
 def test_a_gemm_behind_a_flatten_reads_each_channel_once_per_pixel() -> None:
     arrays = {"w": weight(3, 4, 3, 3), "u": weight(5, 3 * 4 * 4)}
     _, groups = groups_of(VECTOR, "a = Conv(x, w) f = Flatten(a) y = Gemm<transB = 1>(f, u)", arrays)
