@@ -17,7 +17,8 @@ Sources:
   into the convolution (TensorRT documentation, Explicit Quantization: Q/DQ Layer-Placement Recommendations;
   NVIDIA's ModelOpt leaves out the same input, `build_non_residual_input_map`). A bias that is dequantized
   from int32 is refused, "only activation types allowed as input to this layer" (microsoft/onnxruntime issue
-  14229, onnx/onnx-tensorrt issue 850).
+  14229, onnx/onnx-tensorrt issue 850). Where weights alone are integers they are int4, never int8 (TensorRT
+  documentation, Working with Quantized Types).
 - openvino: an operator is computed in integers where all its inputs are quantized, data and weights
   (OpenVINO documentation: Low Precision IR; Quantized models compute and restrictions).
 - qnn: by channel only Conv and ConvTranspose (`get_qnn_qdq_config` of `onnxruntime.quantization`); what is
@@ -67,6 +68,8 @@ class RuntimeRules:
     activation_type: Literal["uint8", "int8"] = "uint8"
     activations: bool = True
     """Whether activations are quantized at all."""
+    mixed_operands: bool = True
+    """Whether a layer whose weight is quantized may read floats."""
 
 
 RULES: dict[Runtime, RuntimeRules] = {
@@ -76,6 +79,7 @@ RULES: dict[Runtime, RuntimeRules] = {
         Placement(("Add", *POOLS), outputs=False, residual_alone=True, integer_bias=False),
         symmetric=True,
         activation_type="int8",
+        mixed_operands=False,
     ),
     "openvino": RuntimeRules(),
     "qnn": RuntimeRules(Placement(QNN, by_channel=("Conv", "ConvTranspose"))),

@@ -61,7 +61,9 @@ class ProviderOptions:
     nhwc: bool = _of(False, ("cuda",), "run convolutions in NHWC layout")
     memory: int | None = _of(None, ("cuda",), "limit of the GPU memory to use, MB (2²⁰ bytes)")
     cuda_graph: bool = _of(False, NVIDIA, "record a run once as a CUDA graph and replay it")
-    fp16: bool = _of(False, ("tensorrt",), "let TensorRT compute in half precision where it is faster")
+    fp16: bool = _of(
+        False, ("tensorrt",), "let TensorRT 10 compute in half precision; 11 takes types from the file"
+    )
     cache: str | None = _of(None, ("tensorrt",), "folder that keeps engines and timings")
     workspace: int | None = _of(None, ("tensorrt",), "limit of the memory for a layer's algorithm, MB")
 

@@ -165,6 +165,7 @@ class QuantizeOptions(SelectionOptions, InputOptions):
             "symmetric": rules.symmetric,
             "activation_type": rules.activation_type,
             "activation_bits": 8 if rules.activations else 0,
+            "float_tensors": rules.mixed_operands,
         }
         return {name: value for name, value in wanted.items() if getattr(self, name) == defaults[name]}
 

@@ -127,6 +127,12 @@ def test_int8_over_float16_in_one_file(name: str, models: Path) -> None:
     assert not HalfPrecision().apply(model).modified
 
 
+def test_for_tensorrt_no_layer_reads_floats_with_an_integer_weight() -> None:
+    """Where others leave tensors in floats whose quantization costs an output most."""
+    assert not Quantize(for_runtime="tensorrt").resolved().float_tensors
+    assert Quantize(for_runtime="openvino").resolved().float_tensors
+
+
 def test_what_breaks_the_rules_is_found() -> None:
     """The checker itself: a file for the CPU breaks most rules, float32 scales in half precision one."""
     model = residual()
