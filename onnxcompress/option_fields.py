@@ -26,7 +26,8 @@ PROVIDER_HELP = (
 )
 PROVIDER_OPTIONS_HELP = (
     "Settings of the provider. cuda: tf32=on|off, cudnn_search=exhaustive|heuristic|default, nhwc, memory "
-    "(MB); tensorrt: fp16 (of TensorRT 10), cache (folder), workspace (MB); both: device, cuda_graph."
+    "(MB); tensorrt: fp16 (of TensorRT 10), cache (folder), workspace (MB); both: device, cuda_graph. "
+    "Others: their own, or library=PATH where they are a library of its own."
 )
 
 

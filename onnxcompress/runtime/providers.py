@@ -1,6 +1,7 @@
 """onnxruntime's execution providers by their short names, with their options.
 
     --provider cuda --provider-options tf32=off,device=1      on every command line
+    --provider openvino --provider-options library=PATH       a plugin (`plugin_providers`)
     provider: cuda, provider_options: [tf32=off, device=1]    in recipes and in Python
 
 The short name is onnxruntime's own without `ExecutionProvider`, in lower case: openvino, coreml, dml. The
@@ -84,6 +85,10 @@ class Provider:
     options: ProviderOptions = field(default_factory=ProviderOptions)
     extra: tuple[tuple[str, str], ...] = ()
     """Options in onnxruntime's own names."""
+    library: str | None = None
+    """Library of a provider that onnxruntime does not have built in (`plugin_providers`)."""
+    device: int = 0
+    """Which of the devices that this library lists."""
 
     @classmethod
     def of(cls, name: str, texts: Iterable[str] = ()) -> Provider:
@@ -99,8 +104,14 @@ class Provider:
         Raises:
             OptionError: The name or an option does not exist, or a value is out of range.
         """
-        full_name(name)
         pairs = dict(_pair(text) for text in texts)
+        if "library" in pairs and name not in (*NVIDIA, "auto", "cpu"):
+            device = pairs.pop("device", "0")
+            if not device.isdecimal():
+                raise OptionError(f"provider option device={device}: expected a whole number")
+            library = pairs.pop("library")
+            return cls(name, extra=tuple(pairs.items()), library=library, device=int(device))
+        full_name(name)
         if name not in (*NVIDIA, "auto", "cpu"):
             return cls(name, extra=tuple(pairs.items()))
         taken = _taken("cuda" if name == "auto" else name)
@@ -118,7 +129,10 @@ class Provider:
         tf32: dict[str, bool | int | str] = {}
         if self.on_gpu:
             tf32 = {"tf32": self.options.tf32}  # TensorRT's own default, which onnxruntime cannot change
-        return tf32 | self.options.changed() | dict(self.extra)
+        library: dict[str, bool | int | str] = {}
+        if self.library is not None:
+            library = {"library": os.path.basename(self.library), "device": self.device}
+        return tf32 | self.options.changed() | library | dict(self.extra)
 
     @property
     def text(self) -> str:
@@ -183,6 +197,18 @@ def full_name(name: str) -> str:
     return known[name]
 
 
+def short_name(full: str) -> str:
+    """Return the short name of a provider.
+
+    Args:
+        full: onnxruntime's name.
+
+    Returns:
+        The name without its suffix, in lower case.
+    """
+    return full.removesuffix(_SUFFIX).lower()
+
+
 def remedy(name: str) -> str:
     """Return how to install a provider.
 
@@ -215,7 +241,7 @@ def _known() -> dict[str, str]:
     import onnxruntime as ort
 
     names = [*NAMED.values(), *ort.get_all_providers(), *ort.get_available_providers()]
-    return {name.removesuffix(_SUFFIX).lower(): name for name in names}
+    return {short_name(name): name for name in names}
 
 
 def _pair(text: str) -> tuple[str, str]:

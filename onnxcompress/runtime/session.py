@@ -168,6 +168,8 @@ def _cuda_driver() -> Any:
 def _open(source: str | bytes, options: Any, provider: Provider, name: str) -> Any:
     import onnxruntime as ort
 
+    if provider.library is not None:
+        return _open_plugin(source, options, provider, name)
     wanted = full_name(provider.name)
     if wanted not in ort.get_available_providers():
         raise RuntimeUnavailable(
@@ -189,6 +191,21 @@ def _open(source: str | bytes, options: Any, provider: Provider, name: str) -> A
     if opened.get_providers()[0] != wanted:
         raise _not_started(provider.name, _why_not(provider))
     return opened
+
+
+def _open_plugin(source: str | bytes, options: Any, provider: Provider, name: str) -> Any:
+    """Open a session on a provider that is a library of its own."""
+    import onnxruntime as ort
+
+    from onnxcompress.runtime.plugin_providers import plugin_device
+
+    device = plugin_device(provider.library or "", provider.name, provider.device)
+    options.add_provider_for_devices([device], dict(provider.extra))
+    try:
+        with _quiet(True):
+            return ort.InferenceSession(source, options)
+    except Exception as error:  # onnxruntime's exceptions have no common base
+        raise _explained(error, provider, name) from error
 
 
 def _explained(error: Exception, provider: Provider, name: str) -> CompressError:
