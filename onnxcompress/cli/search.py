@@ -24,6 +24,7 @@ import click
 from onnxcompress.cli.cache import cache_options, chosen_cache
 from onnxcompress.cli.gate_options import gate_options, take_gates
 from onnxcompress.cli.options import FILE, PREPROCESS_HELP, SectionedCommand, print_json, split
+from onnxcompress.cli.worker_options import WHERE, worker_options, workers
 from onnxcompress.errors import OptionError, TargetMissed, require
 from onnxcompress.option_fields import (
     INPUT_SHAPE_HELP,
@@ -41,7 +42,7 @@ _LEARNING = ("images", "preprocess", "count", "inputs", "input_shape")
 _MEASURING = ("preprocess", "provider", "provider_options", "threads", "batch", "input_shape")
 
 
-def _search(model: str, out: str, jobs: int, cache: str | None, no_cache: bool, **options: Any) -> None:
+def _search(model: str, out: str, cache: str | None, no_cache: bool, **options: Any) -> None:
     """Find the best models under limits: blocks dropped, bits, zeros, half precision, and their order.
 
     \b
@@ -61,19 +62,19 @@ def _search(model: str, out: str, jobs: int, cache: str | None, no_cache: bool, 
     from onnxcompress.cli.console import progress
     from onnxcompress.progress import silent
     from onnxcompress.search.search import search
-    from onnxcompress.search.workers import Processes
 
     dry_run, as_json, quiet = (options.pop(name) for name in ("dry_run", "as_json", "quiet"))
+    where = {name: options.pop(name) for name in WHERE}
     asked = _asked(model, out, options)
     require("search", "optuna")
     if dry_run:
         _preview(asked, as_json=as_json)
         return
     kept = chosen_cache(cache, no_cache)
-    with progress(lines=not as_json) as show:
+    with workers(**where) as chosen, progress(lines=not as_json) as show:
         front = search(
             asked,
-            Processes(jobs),
+            chosen,
             cache=None if kept is None else str(kept.folder),
             progress=silent if quiet else show,
         )
@@ -282,13 +283,7 @@ search = SectionedCommand(
             show_default=True,
             help="Images in a run when latency is measured.",
         ),
-        click.Option(
-            ["--jobs"],
-            type=click.IntRange(1),
-            default=1,
-            show_default=True,
-            help="Candidates made at a time, each in a process of its own.",
-        ),
+        *worker_options(),
         click.Option(["--seed"], type=click.IntRange(0), default=0, show_default=True, help="Random seed."),
         *cache_options(),
         click.Option(["--dry-run"], is_flag=True, help="Check everything, show where it begins, and stop."),

@@ -19,6 +19,7 @@ import click
 
 from onnxcompress.cli.cache import cache_options, chosen_cache
 from onnxcompress.cli.options import FILE, print_json
+from onnxcompress.cli.worker_options import worker_options, workers
 from onnxcompress.errors import CompressError, OptionError, TargetMissed, printable
 
 if TYPE_CHECKING:
@@ -30,12 +31,12 @@ def _sweep(
     plan: str,
     table: str,
     models: str | None,
-    jobs: int,
     cache: str | None,
     no_cache: bool,
     dry_run: bool,
     as_json: bool,
     quiet: bool,
+    **where: Any,
 ) -> None:
     """Run recipes on models, with all values of their variables.
 
@@ -60,7 +61,6 @@ def _sweep(
     from onnxcompress.search.plan import read_plan
     from onnxcompress.search.results import FIGURES, Results, check_table, write_table
     from onnxcompress.search.sweep import preview, sweep
-    from onnxcompress.search.workers import Processes
 
     target = Path(table)
     check_table(target)
@@ -71,11 +71,11 @@ def _sweep(
     rows = preview(read, Results(folder) if folder.is_dir() else None)
     if not dry_run:
         kept = chosen_cache(cache, no_cache)
-        with progress(lines=not as_json) as show:
+        with workers(**where) as chosen, progress(lines=not as_json) as show:
             rows = sweep(
                 read,
                 Results(folder),
-                Processes(jobs),
+                chosen,
                 cache=None if kept is None else str(kept.folder),
                 report=lambda rows: write_table(target, columns, rows),
                 progress=silent if quiet else show,
@@ -159,13 +159,7 @@ sweep = click.Command(
             type=FILE,
             help="Folder of the results.  [default: TABLE without its suffix]",
         ),
-        click.Option(
-            ["--jobs"],
-            type=click.IntRange(1),
-            default=1,
-            show_default=True,
-            help="Runs at a time, each in a process of its own; latency is measured with none at work.",
-        ),
+        *worker_options(),
         *cache_options(),
         click.Option(["--dry-run"], is_flag=True, help="Check the plan, list its runs, and stop."),
         click.Option(["--json", "as_json"], is_flag=True, help="Print one JSON object, nothing else."),

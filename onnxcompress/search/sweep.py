@@ -108,7 +108,7 @@ def _time(
     for done, index in enumerate(todo, 1):
         trial = plan.trials[index]
         file = results.path(trial)
-        call = partial(time_result, trial.model, file, trial.recipe.gates, plan.latency_seconds)
+        call = partial(time_result, trial.model, str(file), trial.recipe.gates, plan.latency_seconds)
         try:
             keep(index, results.add(trial, workers.run_alone(call)))
         except CompressError as error:
