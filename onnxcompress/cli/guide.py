@@ -6,7 +6,7 @@ from importlib.resources import files
 
 import click
 
-GUIDES = ("faster", "quantize", "ci", "terminal", "python", "json", "trust", "hostile")
+GUIDES = ("faster", "quantize", "ci", "terminal", "python", "json", "trust", "hostile", "search")
 
 
 @click.command()

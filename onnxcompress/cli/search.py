@@ -144,15 +144,17 @@ def _rows(front: Front, gates: Gates) -> list[dict[str, Any]]:
 def _write(front: Front, rows: list[dict[str, Any]], asked: Search) -> None:
     """Write the table, the page, and the model cards."""
     from onnxcompress.report.html import write_page
-    from onnxcompress.search.page import front_page, model_card
+    from onnxcompress.search.card import model_card
+    from onnxcompress.search.page import front_page
     from onnxcompress.search.results import FIGURES, write_bytes, write_table
 
     columns = ["candidate", "recipe", "picked", "limits_kept", "loss", "size", *FIGURES[3:]]
     write_table(asked.folder / "front.csv", columns, rows)
     write_page(asked.folder / "search.html", front_page(front, asked.model, asked.gates))
     for found in front.found:
-        card = Path(found.row["output"]).with_suffix(".md")
-        write_bytes(card, model_card(found.trial, found.row).encode())
+        file = Path(found.row["output"])
+        card = model_card(found.trial, found.row, f"`{file.stem}.yaml`")
+        write_bytes(file.with_name(f"{file.stem}.md"), card.encode())
 
 
 def _account(front: Front, rows: list[dict[str, Any]], asked: Search) -> dict[str, Any]:

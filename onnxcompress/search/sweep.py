@@ -7,11 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 
 from onnxcompress.errors import CompressError
 from onnxcompress.progress import Progress, silent
+from onnxcompress.search.card import model_card
 from onnxcompress.search.plan import Plan
-from onnxcompress.search.results import Results
+from onnxcompress.search.results import Results, write_bytes
 from onnxcompress.search.trial import Result, Row, Trial, compress, time_result, verdicts
 from onnxcompress.search.workers import Workers
 
@@ -43,12 +45,18 @@ def sweep(
     """
     found = [results.find(trial) for trial in plan.trials]
     rows: list[Row] = [_row(t, row, results) for t, row in zip(plan.trials, found, strict=True)]
-    report(rows)
 
     def keep(index: int, row: Row | None) -> None:
-        rows[index] = _row(plan.trials[index], row, results)
+        trial = plan.trials[index]
+        rows[index] = _row(trial, row, results)
+        if rows[index]["status"] != "failed":
+            write_bytes(results.path(trial, ".md"), _card(trial, rows[index]).encode())
         report(rows)
 
+    report(rows)
+    for index, row in enumerate(found):
+        if row is not None:  # judged anew
+            keep(index, row)
     _compress(plan.trials, rows, results, workers, cache, keep, progress)
     if plan.latency_seconds:
         _time(plan, rows, results, workers, keep, progress)
@@ -114,6 +122,14 @@ def _time(
         except CompressError as error:
             keep(index, {**rows[index], "error": f"latency: {error}"})
         progress("latencies", done, len(todo))
+
+
+def _card(trial: Trial, row: Row) -> str:
+    """The model card of a run; its recipe lies where the plan says."""
+    labels = dict(trial.labels)
+    recipe = f"`{Path(labels.pop('recipe')).name}`"
+    values = ", ".join(f"{name}={value}" for name, value in labels.items() if name != "model")
+    return model_card(trial, row, f"{recipe} with {values}" if values else recipe)
 
 
 def _row(trial: Trial, figures: Row | None, results: Results | None) -> Row:

@@ -210,6 +210,9 @@ def test_the_command_has_a_table_and_an_exit_code(
         (row,) = csv.DictReader(file)
     assert (row["agreement"], row["status"]) == ("1.0", "missed")
     assert (row["latency_ms"], row["ratio"]) == ("2.0", "0.5")
+    card = Path(row["output"]).with_suffix(".md").read_text("utf-8")
+    for text in ("1. `fold-bn`", "2.00 (95 % interval", "MISSED: ", row["sha256"], "`fold.yaml`"):
+        assert text in card
 
 
 def test_a_table_of_no_known_format_is_refused_first(folder: Path) -> None:
