@@ -1,4 +1,4 @@
-"""`onnxcompress inspect`: show a model, and which of its blocks can be dropped."""
+"""`onnxcompress inspect`: show a model, which of its blocks can be dropped, and which channels be cut."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from onnxcompress.graph.blocks import Discovery
+    from onnxcompress.graph.channel_groups.cut_tracer import CutGroups
     from onnxcompress.model import Model
 
 
@@ -29,21 +30,22 @@ if TYPE_CHECKING:
 def inspect(
     model: str, input_shape: str | None, statistics: bool, as_json: bool, report: str | None
 ) -> None:
-    """Show a model: inputs, size, operators, and each block that can be dropped.
+    """Show a model: inputs, size, operators, each block that can be dropped, and channels that can be cut.
 
     \b
     Example:
       onnxcompress inspect net.onnx
     """
     from onnxcompress.graph.blocks import find_blocks
+    from onnxcompress.graph.channel_groups.cut_tracer import find_cut_groups
     from onnxcompress.model import load
     from onnxcompress.optimize.calibration import InputRequest, assume_sizes
 
     loaded = load(model)
     if input_shape is not None or _is_handled(loaded):
         assume_sizes(loaded, InputRequest(input_shape=input_shape))
-    found = find_blocks(loaded)
-    facts = _facts(loaded, Path(model))
+    found, channels = find_blocks(loaded), find_cut_groups(loaded)
+    facts = _facts(loaded, Path(model)) | {"channel_groups": _channel_groups(channels)}
     report_option.write_report(report, facts | dataclasses.asdict(found), [("input", model)])
     if as_json:
         print_json(facts | {"statistics": _statistics(loaded)} | dataclasses.asdict(found))
@@ -53,6 +55,7 @@ def inspect(
     console = stdout()
     _show_facts(console, facts)
     _show_blocks(console, found, facts)
+    _show_channels(console, channels, facts)
     if statistics:
         _show_statistics(console, loaded, facts)
 
@@ -151,19 +154,29 @@ def _norms(facts: dict[str, Any]) -> str:
     return "none, and no statistics recorded: `onnxcompress calibrate` estimates them"
 
 
-def _show_blocks(console: Console, found: Discovery, facts: dict[str, Any]) -> None:
-    from onnxcompress.cli.console import number, show_refusals, table
+def _channel_groups(channels: CutGroups) -> list[dict[str, Any]]:
+    """List the groups of channels; `stays`: why none of a group can be cut, or null."""
+    return [
+        {
+            "name": group.name,
+            "channels": group.width,
+            "parameters": group.parameters,
+            "macs": group.macs,
+            "stays": None if group.refusal is None else str(group.refusal),
+        }
+        for group in channels.all
+    ]
 
-    total_macs, total = facts["macs"] or 0, facts["parameters"] or 1
+
+def _show_blocks(console: Console, found: Discovery, facts: dict[str, Any]) -> None:
+    from onnxcompress.cli.console import show_refusals, table
+
     rows = [
         [
             block.name,
             block.kind,
             "×".join(str(d) for d in block.shape[1:]),
-            number(block.parameters),
-            f"{100 * block.parameters / total:.1f} %",
-            number(block.macs),
-            f"{100 * block.macs / total_macs:.1f} %" if total_macs else "?",
+            *_amounts(block.parameters, block.macs, facts),
         ]
         for block in found.blocks
     ]
@@ -173,6 +186,30 @@ def _show_blocks(console: Console, found: Discovery, facts: dict[str, Any]) -> N
     else:
         console.print("no block can be dropped")
     show_refusals(console, list(found.near_misses), title="nearly a block, but not droppable")
+
+
+def _show_channels(console: Console, channels: CutGroups, facts: dict[str, Any]) -> None:
+    from onnxcompress.cli.console import show_refusals, table
+
+    rows = [
+        [group.name, str(group.width), *_amounts(group.parameters, group.macs, facts)]
+        for group in channels.free
+    ]
+    columns = ["group", "channels", "parameters", "of all", "MACs", "of all"]
+    if rows:
+        console.print(table(f"{len(rows)} groups of channels that can be cut", columns, rows))
+    else:
+        console.print("no channels can be cut")
+    show_refusals(console, list(channels.refusals), title="groups of channels that stay")
+
+
+def _amounts(parameters: int, macs: int, facts: dict[str, Any]) -> list[str]:
+    """Write parameters and MACs, each with its share of the network's."""
+    from onnxcompress.cli.console import number
+
+    total_macs, total = facts["macs"] or 0, facts["parameters"] or 1
+    of_macs = f"{100 * macs / total_macs:.1f} %" if total_macs else "?"
+    return [number(parameters), f"{100 * parameters / total:.1f} %", number(macs), of_macs]
 
 
 def _statistics(model: Model) -> dict[str, Any]:

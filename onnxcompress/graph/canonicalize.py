@@ -104,6 +104,7 @@ def _fix_reshape(model: Model, node: gs.Node, shapes: dict[str, tuple[int | str 
     old = node.inputs[1]
     name = unique_name(model, f"{node.outputs[0].name}_shape")
     node.inputs[1] = gs.Constant(name, np.array([0, math.prod(inner)], np.int64))
+    node.attrs.pop("allowzero", None)
     remove_unread(model, [old])
 
 

@@ -126,13 +126,40 @@ class Linear:
         """
         first, second, *kernel = weight.shape
         grouped = weight.reshape(self.groups, first // self.groups, second, math.prod(kernel))
+        return grouped.swapaxes(1, 2) if self._inputs_first else grouped
+
+    @property
+    def _inputs_first(self) -> bool:
         op, node = self.node.op, self.node
-        inputs_first = (
+        return (
             op == "ConvTranspose"
             or (op == "Gemm" and not attribute(node, "transB", 0))
             or (op == "MatMul" and self.weight_at == 1)
         )
-        return grouped.swapaxes(1, 2) if inputs_first else grouped
+
+    def cut(self, inputs: np.ndarray, outputs: np.ndarray) -> tuple[np.ndarray, int]:
+        """Take channels out of the weight.
+
+        Args:
+            inputs: Which input channels stay, bool, shape (input channels,).
+            outputs: Which output channels stay, bool, shape (output channels,).
+
+        Returns:
+            The weight as stored, and the number of groups that are left. Groups without any channel are
+            gone; all others must keep the same number of inputs, and of outputs.
+
+        Raises:
+            ValueError: They do not.
+        """
+        rows, columns = outputs.reshape(self.groups, -1), inputs.reshape(self.groups, -1)
+        left = np.flatnonzero(rows.any(1) | columns.any(1))
+        view = self.view(self.weight)
+        new = np.stack([view[g][rows[g]][:, columns[g]] for g in left])
+        if 0 in new.shape:
+            raise ValueError(f"{self.label!r} would be left without channels")
+        stored = new.swapaxes(1, 2) if self._inputs_first else new
+        shape = (stored.shape[0] * stored.shape[1], stored.shape[2], *self.weight.shape[2:])
+        return np.ascontiguousarray(stored.reshape(shape)), len(left)
 
     def scaled(self, *, outputs: np.ndarray | None = None, inputs: np.ndarray | None = None) -> np.ndarray:
         """Multiply the output or the input channels of the weight, in float64.

@@ -21,7 +21,9 @@ Does not handle: what Loop, Scan and If compute, and sequences; their tensors ca
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
+from typing import ClassVar
 
 import numpy as np
 import onnx_graphsurgeon as gs
@@ -36,7 +38,7 @@ from onnxcompress.graph.channel_groups.groups import (
     Unknown,
 )
 from onnxcompress.graph.channel_groups.labels import TensorLabels
-from onnxcompress.graph.channel_groups.rules import RULES
+from onnxcompress.graph.channel_groups.rules import RULES, Rule
 from onnxcompress.graph.linear_layer import LINEAR_OPS, as_linear
 from onnxcompress.graph.query import DEFAULT_DOMAINS, attribute, is_op, node_label
 from onnxcompress.model import Model
@@ -66,6 +68,10 @@ def find_channel_groups(model: Model, *, scale_clips: bool = False) -> ChannelGr
 class Tracer(TensorLabels):
     """Walk over the graph in topological order that applies the rule of each operator to its labels."""
 
+    rules: ClassVar[Mapping[str, Rule]] = RULES
+    """Rules by operator of the default domain."""
+    combines: ClassVar[tuple[str, ...]] = COMBINES
+
     def __init__(self, model: Model, scale_clips: bool) -> None:
         super().__init__(model, scale_clips)
         self._layers: list[LabelledLayer] = []
@@ -76,9 +82,9 @@ class Tracer(TensorLabels):
         for tensor in self.model.graph.inputs:
             self._set_unscalable(tensor, Refusal(tensor.name, "is an input of the model"))
         for node in self.topology.order:
-            if is_op(node, "Shape", "Size") or not any(self.carries(t) for t in node.inputs):
+            if not self._is_followed(node):
                 continue
-            rule = RULES.get(node.op) if node.domain in DEFAULT_DOMAINS else None
+            rule = self.rules.get(node.op) if node.domain in DEFAULT_DOMAINS else None
             try:
                 if is_op(node, *LINEAR_OPS):
                     self._linear(node)
@@ -87,13 +93,17 @@ class Tracer(TensorLabels):
                     raise Unknown(*_no_rule(node))
                 for tensor, labels in zip(node.outputs, rule(self, node), strict=False):
                     self._set(tensor, labels)
-                if node.op not in COMBINES:
+                if node.op not in self.combines:
                     self._mark_parameters(node, 0)
             except Unknown as problem:
                 self._stop_at(
                     node, Refusal(node_label(node), f"({node.op}) {problem.rule}", problem.remedy)
                 )
         self._mark_outside()
+
+    def _is_followed(self, node: gs.Node) -> bool:
+        """Return whether a node reads data, and not only its shape."""
+        return not is_op(node, "Shape", "Size") and any(self.carries(t) for t in node.inputs)
 
     def _set(self, tensor: gs.Tensor, labels: Labels) -> None:
         self._labels[id(tensor)] = self._tensors[tensor.name] = labels
