@@ -24,6 +24,7 @@ CATALOGUE: tuple[Entry, ...] = (
     Entry("absorb-bias", "absorb_bias", "AbsorbBias", "Move high biases into the next layers."),
     Entry("correct-bias", "correct_bias", "CorrectBias", "Correct biases for shifted output means."),
     Entry("drop-blocks", "drop_blocks", "DropBlocks", "Drop residual blocks to meet a latency target."),
+    Entry("drop-channels", "drop_channels", "DropChannels", "Cut channels to meet a latency target."),
     Entry("prune", "prune", "Prune", "Set weights to zero and refit the others."),
     Entry("quantize", "quantize", "Quantize", "Quantize weights and activations to few bits."),
     Entry("fp16", "fp16", "HalfPrecision", "Compute in half precision where accuracy allows."),

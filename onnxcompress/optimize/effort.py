@@ -34,7 +34,12 @@ if TYPE_CHECKING:
 Effort = Literal["fast", "balanced", "best"]
 Choice = Literal["auto", "fast", "balanced", "best"]
 
-PATIENCE: Mapping[str, float] = {"quantize": 30.0, "prune": 200.0, "drop-blocks": 900.0}
+PATIENCE: Mapping[str, float] = {
+    "quantize": 30.0,
+    "prune": 200.0,
+    "drop-blocks": 900.0,
+    "drop-channels": 900.0,
+}
 """Pass -> seconds at the nominal rate that `auto` lets `best` take. MobileNetV2 on images of 224 x 224 is
 still within that of `prune` and `drop-blocks`: what less work costs there was not measured."""
 NOMINAL_RATE = 1e9
@@ -110,7 +115,7 @@ PRUNE: Mapping[Effort, PruneWork] = {
 
 @dataclass(frozen=True)
 class DropBlocksWork:
-    """Counts of `drop-blocks`."""
+    """Counts of `drop-blocks` and of `drop-channels`."""
 
     inputs: int
     """Inputs to make."""
@@ -128,6 +133,7 @@ PASSES: Mapping[str, Mapping[Effort, float]] = {
     "quantize": {"fast": 25.0, "balanced": 30.0, "best": 35.0},
     "prune": {"fast": 60.0, "balanced": 95.0, "best": 95.0},
     "drop-blocks": {"fast": 40.0, "balanced": 110.0, "best": 115.0},
+    "drop-channels": {"fast": 40.0, "balanced": 110.0, "best": 115.0},
 }
 """Times that a pass goes over all numbers of an input, in element-wise operations."""
 

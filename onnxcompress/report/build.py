@@ -14,6 +14,7 @@ _SECTIONS = (
     model.model,
     passes.passes,
     layers.blocks,
+    layers.channels,
     measurements.latency,
     measurements.scores,
     layers.noise,

@@ -281,6 +281,25 @@ class Stopwatch:
             return shares
         return latency_shares(model, blocks, without=without, **self._how())
 
+    def savings(self, model: Model, variants: Mapping[str, Model]) -> dict[str, Share]:
+        """Measure the share of a model's latency that each of several variants saves.
+
+        Args:
+            model: The whole model.
+            variants: The variants, by a name other than "".
+
+        Returns:
+            The shares by name, negative for a variant that is slower.
+
+        Raises:
+            CompressError: As `latency.benchmark`.
+        """
+        while True:
+            timings = benchmark({"": model, **variants}, seconds=20.0, tolerance=0.003, **self._how())
+            shares = {name: _share(ratio(timings[""], timings[name])) for name in variants}
+            if not noisy(shares) or not self._turn_to_processor():
+                return shares
+
     def compare(self, before: Model, after: Model, seconds: float) -> LatencyChange:
         """Measure the ratio of the latencies of two models.
 

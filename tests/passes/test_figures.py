@@ -44,6 +44,9 @@ PUBLISHED = {
         {"feature", "preprocess", "latency", "clock", "blocks"},
         {"noisy_latency", "order", "choosing_loss", "feature_error", "additivity"},
     ),
+    "drop-channels": (
+        {"feature", "preprocess", "latency", "groups"}, {"macs", "parameters", "feature_error"}
+    ),
 }  # fmt: skip
 """Pass -> keys of its JSON that are always there, and keys that may be left out."""
 

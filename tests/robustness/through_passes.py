@@ -33,6 +33,7 @@ from onnxcompress.passes.base import Pass, run
 from onnxcompress.passes.calibrate import Calibrate
 from onnxcompress.passes.correct_bias import CorrectBias
 from onnxcompress.passes.drop_blocks import DropBlocks
+from onnxcompress.passes.drop_channels import DropChannels
 from onnxcompress.passes.equalize import Equalize
 from onnxcompress.passes.fold_bn import FoldBatchNorm
 from onnxcompress.passes.fp16 import HalfPrecision
@@ -77,6 +78,9 @@ MAKERS: Mapping[str, Callable[[Path], list[Pass]]] = {
     "prune 2:4 sparse": lambda _: [Prune(reconstruct=False, pattern="2:4", storage="sparse")],
     "quantize": lambda _: [Quantize(synthetic=IMAGES, inputs="procedural")],
     "fp16": lambda _: [HalfPrecision(inputs="procedural")],
+    "drop-channels": lambda _: [
+        DropChannels(macs_reduction=20, synthetic=IMAGES, inputs="procedural", steps=1)
+    ],
     "drop-blocks": lambda _: [DropBlocks(blocks=1, synthetic=IMAGES, inputs="procedural", steps=1)],
 }
 """Name -> the passes, given the file that they are applied to."""

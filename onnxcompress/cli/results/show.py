@@ -15,6 +15,7 @@ from onnxcompress.passes.base import CONVERTED, Pass, PassResult
 RENDERERS = {
     "calibrate": ("calibrate", "show_calibrate"),
     "drop-blocks": ("drop_blocks", "show_drop_blocks"),
+    "drop-channels": ("drop_channels", "show_drop_channels"),
     "fp16": ("fp16", "show_fp16"),
     "quantize": ("quantize", "show_quantize"),
 }

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -19,7 +20,6 @@ from onnxcompress.graph.edit import set_values
 from onnxcompress.graph.query import read
 from onnxcompress.graph.topology import Topology
 from onnxcompress.model import Model
-from onnxcompress.optimize.block_drop.options import DropBlocksOptions
 from onnxcompress.optimize.block_drop.recoverability import SCORING_IMAGES
 from onnxcompress.optimize.calibration import Inputs
 from onnxcompress.optimize.device import fitting
@@ -37,11 +37,35 @@ MAX_BATCH = 125
 """Images that run at once when nothing is trained, at most."""
 
 
+class TuningOptions(Protocol):
+    """The options of a pass that refits and fine-tunes a network."""
+
+    @property
+    def steps(self) -> int | None:
+        """Steps of fine-tuning."""
+
+    @property
+    def batch(self) -> int:
+        """Images in a step of fine-tuning."""
+
+    @property
+    def learning_rate(self) -> float:
+        """Peak rate of fine-tuning."""
+
+    @property
+    def seed(self) -> int:
+        """Random seed."""
+
+    @property
+    def capture(self) -> bool:
+        """Whether a GPU replays a recorded step."""
+
+
 @dataclass(frozen=True)
 class Repair:
     """Refits and fine-tunes a student, the network without its dropped blocks, to the teacher."""
 
-    options: DropBlocksOptions
+    options: TuningOptions
     model: Model
     """The student; `run` changes its weights in place."""
     whole: Model

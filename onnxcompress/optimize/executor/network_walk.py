@@ -15,7 +15,7 @@ network are fitted on fewer images than the last ones, which have far fewer plac
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
 from functools import partial
 from typing import ClassVar, TypeVar
@@ -109,6 +109,18 @@ class NetworkWalk:
             What is read, of the same shape.
         """
         return value
+
+    def teacher_value(self, name: str, values: Mapping[str, Tensor]) -> Tensor:
+        """Return what the student should have of a tensor of the teacher.
+
+        Args:
+            name: Name of the tensor.
+            values: The teacher's tensors.
+
+        Returns:
+            The tensor; a subclass whose student lacks channels leaves these out.
+        """
+        return values[name]
 
     def alters(self, node: gs.Node) -> bool:
         """Return whether `read` changes anything that a node reads.

@@ -176,7 +176,7 @@ class LayerwiseReconstruction(NetworkWalk, ABC):
         Returns:
             The target without aligned statistics, (N, outputs, …).
         """
-        y = self.unaligned(layer, batch.teacher[layer.linear.output_name])
+        y = self.unaligned(layer, self.teacher_value(layer.linear.output_name, batch.teacher))
         lost = self._owed(layer, batch)
         return y if lost is None or lost.shape != y.shape else y + self.unaligned(layer, lost, offset=False)
 
@@ -204,9 +204,10 @@ class LayerwiseReconstruction(NetworkWalk, ABC):
         add, index = sum_of
         if not self._is_there(add, index):
             return self.lost_ahead(add, index, batch)
-        theirs = batch.teacher.get(self.teacher_node(add).inputs[index].name)
-        if theirs is None:
+        name = self.teacher_node(add).inputs[index].name
+        if name not in batch.teacher:
             return None
+        theirs = self.teacher_value(name, batch.teacher)
         ours = self.read(add, index, batch.student[add.inputs[index].name])
         return None if ours is theirs else theirs - ours
 
@@ -297,7 +298,7 @@ class LayerwiseReconstruction(NetworkWalk, ABC):
         Returns:
             The moments.
         """
-        bias = None if layer.linear.bias_name is None else self.executor.parameters[layer.linear.bias_name]
+        bias = self.own_executor.parameters.get(layer.linear.bias_name or "")
         shape = self.batches[0].teacher[layer.linear.output_name]
         places = [cut.places(shape, self._generator, self.settings.places) for _ in self.batches]
         rows = max(ROWS, ROWS_EACH * weight.shape[2])
@@ -328,8 +329,7 @@ class LayerwiseReconstruction(NetworkWalk, ABC):
         Returns:
             The student's values less the teacher's, (N, …).
         """
-        there = [batch for batch in self.all_batches if name in batch.student]
-        return torch.cat([batch.student[name] - batch.teacher[name] for batch in there])
+        return torch.cat([b.student[name] - b.teacher[name] for b in self.all_batches if name in b.student])
 
 
 def _is_finite(x: Tensor) -> bool:

@@ -107,7 +107,7 @@ class ResidualRefit(LayerwiseReconstruction):
         linear = layer.linear
         cut = patches_of(self.model, layer)
         assert cut is not None
-        own = self.executor.parameters[linear.weight_name]
+        own = self.own_executor.parameters[linear.weight_name]
         weight, shape = matrix(layer, own)
         moments = self.moments_of(layer, cut, weight)
         weight = weight.to(own.device)
@@ -116,7 +116,7 @@ class ResidualRefit(LayerwiseReconstruction):
         )
         self._note(linear.weight_name, stored(layer, new.to("cpu", own.dtype), shape).to(own.device))
         if linear.bias_name is not None:
-            bias = self.executor.parameters[linear.bias_name]
+            bias = self.own_executor.parameters[linear.bias_name]
             self._note(linear.bias_name, bias + moments.shift(weight, new).reshape(-1).to(bias.dtype))
 
     def lost_ahead(self, add: gs.Node, index: int, batch: Batch) -> Tensor | None:
@@ -131,7 +131,7 @@ class ResidualRefit(LayerwiseReconstruction):
             The teacher's values less the student's.
         """
         theirs, ours = self.teacher_node(add).inputs[index].name, add.inputs[index].name
-        wanted = self.executor.run(batch.teacher, [theirs], self.maps)[theirs]
+        wanted = self.teacher_value(theirs, self.executor.run(batch.teacher, [theirs], self.maps))
         return wanted - self.own_executor.run(batch.student, [ours], self.own)[ours]
 
     def _note(self, name: str, value: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""Sections on blocks and layers: the results of `drop-blocks`, `quantize`, `prune` and `sensitivity`."""
+"""Sections on blocks and layers: the results of `drop-blocks`, `drop-channels`, `quantize`, …."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from onnxcompress.account import Figures, Refusal
-from onnxcompress.formatting import percent
+from onnxcompress.formatting import number, percent
 from onnxcompress.optimize.block_drop.figures import BlockRow, DropBlocksFigures
+from onnxcompress.optimize.channel_drop.figures import ChannelGroupRow, DropChannelsFigures
 from onnxcompress.passes.prune.figures import PruneFigures
 from onnxcompress.passes.quantize.figures import QuantizedLayerRow, QuantizeFigures
 from onnxcompress.quantization.ort_fusion import OptimizedNodes
@@ -16,7 +17,7 @@ from onnxcompress.report.charts import Bars, Point, Scatter
 from onnxcompress.report.elements import Fold, Part, Plot, Prose, Section, Table
 from onnxcompress.report.run_data import Material
 from onnxcompress.report.sections.passes import left_alone
-from onnxcompress.runtime.block_latency import Share, additivity_text
+from onnxcompress.runtime.block_latency import Share, additivity_text, latency_text
 
 DRAWN = 60
 """Largest number of layers in a chart."""
@@ -75,6 +76,34 @@ def _blocks(figures: DropBlocksFigures) -> list[Part]:
             )
         )
     return parts
+
+
+def channels(material: Material) -> Section | None:
+    """Show which channels were cut.
+
+    Args:
+        material: The facts about the run.
+
+    Returns:
+        The section; None where the run has nothing to show there.
+    """
+    parts: list[Part] = []
+    for step in material.steps:
+        figures = step.result.measured
+        if isinstance(figures, DropChannelsFigures):
+            parts += [Prose(f"{latency_text(figures.latency)}."), _groups(figures.groups)]
+    return Section("channels", "Channels", parts) if parts else None
+
+
+def _groups(rows: Sequence[ChannelGroupRow]) -> Table:
+    errors = ["–" if r.error is None else f"{r.error:.2g}" for r in rows]
+    cells = [
+        [r.name, str(r.channels), str(r.kept), number(r.parameters), number(r.macs), error]
+        for r, error in zip(rows, errors, strict=True)
+    ]
+    columns = ["group", "channels", "kept", "parameters", "multiply-adds", "predicted error"]
+    cut = frozenset(at for at, row in enumerate(rows) if row.kept < row.channels)
+    return Table("Groups of channels", columns, cells, marked=cut)
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from onnxcompress.account import Change, Figures, Refusal
 from onnxcompress.evaluation.guard import GuardMeasurements, Verdict
 from onnxcompress.formatting import percent
 from onnxcompress.optimize.block_drop.figures import DropBlocksFigures
+from onnxcompress.optimize.channel_drop.figures import DropChannelsFigures
 from onnxcompress.passes.fp16.figures import HalfPrecisionFigures
 from onnxcompress.passes.prune.figures import PruneFigures
 from onnxcompress.passes.quantize.figures import QuantizeFigures
@@ -24,6 +25,7 @@ SHOWN = 12
 ELSEWHERE: Mapping[type[Figures], tuple[str, ...]] = {
     Figures: ("inputs", "target_missed"),
     DropBlocksFigures: ("blocks", "latency", "order", "additivity", "clock"),
+    DropChannelsFigures: ("groups", "latency"),
     HalfPrecisionFigures: ("kept_float32",),
     PruneFigures: ("layers",),
     QuantizeFigures: ("layers",),

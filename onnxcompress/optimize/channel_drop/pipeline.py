@@ -1,0 +1,256 @@
+"""The steps of cutting channels, on one model: price, time widths, choose, cut, refit, tune, measure."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+
+import torch
+
+from onnxcompress.account import BeforeAfter, StageSeconds
+from onnxcompress.data.image_set import ImageSet
+from onnxcompress.errors import ModelError, OptionError
+from onnxcompress.graph.channel_groups.cut_tracer import CutGroup, CutGroups
+from onnxcompress.graph.channel_removal import Kept, cut_channels
+from onnxcompress.graph.macs import count_macs, count_parameters
+from onnxcompress.graph.query import data_input
+from onnxcompress.graph.topology import Topology
+from onnxcompress.model import Model
+from onnxcompress.optimize.block_drop.recoverability import BATCH
+from onnxcompress.optimize.calibration import gather_inputs
+from onnxcompress.optimize.channel_drop.figures import ChannelGroupRow, DropChannelsFigures
+from onnxcompress.optimize.channel_drop.options import DropChannelsOptions
+from onnxcompress.optimize.channel_drop.repair import ChannelRepair, with_kept_feature
+from onnxcompress.optimize.channel_drop.widths import (
+    choose_widths,
+    narrowings,
+    possible_widths,
+    signature,
+    thinned,
+)
+from onnxcompress.optimize.channel_drop.worth import (
+    Removal,
+    measure_readers,
+    removal_by_magnitude,
+    removal_by_refit,
+)
+from onnxcompress.optimize.device import pick_device, resident
+from onnxcompress.optimize.executor import Executor
+from onnxcompress.optimize.executor.open_batch import file_batch, images_at_once, small_batch
+from onnxcompress.progress import Progress
+from onnxcompress.runtime.block_latency import LatencyChange, Share, Stopwatch
+
+PRICING_IMAGES = 256
+"""Images that channels are priced on, at most."""
+PRICING_BATCH = 32
+"""Images that run at once when gradients are taken, at most."""
+PRICING_RIDGE = 1e-3
+"""λ of the second moments by which channels are priced, as a share of their mean diagonal."""
+VARIANTS, AT_ONCE = 128, 32
+"""Networks with one kind of group narrowed that are measured, and of these in one measurement."""
+LEAST_WIDTHS = 2
+"""Widths of a group that are measured, however many groups there are."""
+SURPLUS = 2.0
+"""Percent of the latency above the target from which on the account says that more was saved than asked."""
+
+
+class ChannelDropper:
+    """One run of the pass `drop-channels`. `model` is canonical and is changed in place."""
+
+    def __init__(
+        self,
+        options: DropChannelsOptions,
+        original: Model,
+        model: Model,
+        groups: CutGroups,
+        progress: Progress,
+    ) -> None:
+        self.options, self.original, self.model, self.progress = options, original, model, progress
+        self.groups = groups
+        self.by_name = {group.name: group for group in groups.free}
+        self.source = str(data_input(model).name)
+        found = model.analysis(Topology).feature()
+        self.tunes = options.feature is not None or found is not None
+        self.feature = options.feature or str((found or model.graph.outputs[0]).name)
+        if self.feature not in model.graph.tensors():
+            raise OptionError(f"--feature {self.feature!r}: the model has no such tensor")
+        self.device = pick_device(options.device)
+        batch = file_batch(original) or options.latency_batch
+        self.stopwatch = Stopwatch(options.runs_on, batch, options.threads, options.seed)
+        start = time.perf_counter()
+        self.inputs = gather_inputs(model, options.request, device=self.device, progress=progress)
+        self.seconds = StageSeconds(inputs=time.perf_counter() - start)
+        images = self.inputs.images
+        self.nhwc = isinstance(images, ImageSet) and images.preprocess.layout == "nhwc"
+        self.images = torch.from_numpy(images.array())
+        fixed = images_at_once(model, self.images)
+        if fixed is not None:
+            raise ModelError(
+                f"{model.name}: {fixed} images go through its graph at once and no other number, too few "
+                "to learn from; export it with an open batch"
+            )
+        if not self.nhwc and self.images.ndim == 4:  # depthwise ones are three times as fast on the CPU
+            self.images = self.images.contiguous(memory_format=torch.channels_last)
+        self.images = resident(self.images, self.device)
+        self.whole = model.copy()
+        self.widths: Mapping[str, int] = {}
+        self.kept: Mapping[str, Kept] = {}
+        self.removals: dict[str, Removal] = {}
+        self.feature_error: float | None = None
+
+    def run(self) -> DropChannelsFigures:
+        """Run all steps in order.
+
+        Returns:
+            What was measured.
+
+        Raises:
+            ModelError: The features are unusable, or a weight became infinite.
+            RuntimeUnavailable: The memory of the device does not hold even a few images.
+        """
+        named = self.options.kept()
+        self._price([self.by_name[name] for name in named] if named else list(self.groups.free))
+        self.widths = named or self._choose()
+        if self.widths:
+            self.kept = cut_channels(self.model, self.groups, self._gone(self.widths))
+            self._repair()
+        return self._measure()
+
+    def _price(self, groups: list[CutGroup]) -> None:
+        """Order the channels of each group by what they are worth."""
+        if self.options.criterion == "magnitude":
+            self.removals = {group.name: removal_by_magnitude(group.group) for group in groups}
+            return
+        readers = measure_readers(
+            self.model, self.groups, self.images[:PRICING_IMAGES], self.source, self.feature,
+            ridge=PRICING_RIDGE, batch=small_batch(self.model, PRICING_BATCH), seed=self.options.seed,
+            device=self.device, progress=self.progress,
+        )  # fmt: skip
+        for done, group in enumerate(groups, 1):
+            self.removals[group.name] = removal_by_refit(group.group, readers)
+            self.progress("ordering channels", done, len(groups))
+
+    def _choose(self) -> Mapping[str, int]:
+        """Choose widths that meet the target, at the least predicted error."""
+        costs = {name: removal.costs.tolist() for name, removal in self.removals.items()}
+        by_latency = self.options.latency_reduction is not None
+        target = (self.options.latency_reduction or self.options.macs_reduction or 0.0) / 100
+        saving = self._latency_saved if by_latency else self._macs_saved
+        return choose_widths(narrowings(costs, self._gains()), target, saving).kept
+
+    def _gains(self) -> dict[str, dict[int, float]]:
+        """Measure what each width of each group saves.
+
+        Groups of equal layers are narrowed together: their saving is easier to tell from noise.
+        """
+        alike: dict[object, list[CutGroup]] = {}
+        for group in self.groups.free:
+            alike.setdefault(signature(group), []).append(group)
+        most = max(LEAST_WIDTHS, VARIANTS // len(alike))
+        step = self.options.width_step
+        tried = [(own, w) for own in alike.values() for w in thinned(possible_widths(own[0], step), most)]
+        gains: dict[str, dict[int, float]] = {group.name: {} for group in self.groups.free}
+        for start in range(0, len(tried), AT_ONCE):
+            self.progress("measuring widths", start, len(tried))
+            part = tried[start : start + AT_ONCE]
+            variants = {f"{own[0].name}={w}": self._cut({g.name: w for g in own}) for own, w in part}
+            saved = self._savings(variants)
+            for own, width in part:
+                for group in own:
+                    gains[group.name][width] = saved[f"{own[0].name}={width}"] / len(own)
+        self.progress("measuring widths", len(tried), len(tried))
+        return gains
+
+    def _savings(self, variants: Mapping[str, Model]) -> dict[str, float]:
+        if self.options.macs_reduction is not None:
+            whole = count_macs(self.whole)
+            return {name: 1 - count_macs(model) / whole for name, model in variants.items()}
+        shares = self.stopwatch.savings(self.whole, variants)
+        return {name: _sure(share) for name, share in shares.items()}
+
+    def _macs_saved(self, widths: Mapping[str, int]) -> float:
+        return 1 - count_macs(self._cut(widths)) / count_macs(self.whole)
+
+    def _latency_saved(self, widths: Mapping[str, int]) -> float:
+        return self.stopwatch.compare(self.original, self._cut(widths), seconds=5.0).saved.value
+
+    def _cut(self, widths: Mapping[str, int]) -> Model:
+        """Return a copy of the whole network with these widths, not repaired."""
+        model = self.whole.copy()
+        cut_channels(model, self.groups, self._gone(widths))
+        return model
+
+    def _gone(self, widths: Mapping[str, int]) -> set[int]:
+        gone: set[int] = set()
+        for name, kept in widths.items():
+            labels = self.removals[name].labels
+            gone.update(labels[: len(labels) - kept].tolist())
+        return gone
+
+    def _repair(self) -> None:
+        """Refit and fine-tune what is left."""
+        whole, feature = with_kept_feature(self.whole, self.feature, self.kept)
+        options = self.options if self.tunes else replace(self.options, steps=0)
+        repair = ChannelRepair(
+            options, self.model, self.whole, Executor.from_model(whole, device=self.device), self.source,
+            self.feature, feature, self.inputs, self.images, self.nhwc, None, self.device, BATCH,
+            self.progress, self.kept,
+        )  # fmt: skip
+        self.feature_error = repair.run({})
+
+    def _measure(self) -> DropChannelsFigures:
+        self.progress("measuring the result", 0, 1)
+        latency = self.stopwatch.compare(self.original, self.model, seconds=8.0)
+        macs = self._macs_change()
+        missed = self._missed(latency, macs)
+        self.progress("measuring the result", 1, 1)
+        return DropChannelsFigures(
+            feature=self.feature,
+            preprocess=self.inputs.sources[0].preprocess,
+            latency=latency,
+            groups=tuple(self._row(group) for group in self.groups.free),
+            macs=macs,
+            parameters=BeforeAfter(count_parameters(self.whole), count_parameters(self.model)),
+            feature_error=self.feature_error,
+            inputs=self.inputs.sources,
+            seconds=self.seconds,
+            target_missed=f"{missed}; the file was written as it is" if missed else None,
+        )
+
+    def _row(self, group: CutGroup) -> ChannelGroupRow:
+        kept = self.widths.get(group.name, group.width)
+        cut = group.width - kept
+        error = float(self.removals[group.name].costs[cut]) if cut else None
+        return ChannelGroupRow(group.name, group.width, kept, group.parameters, group.macs, error)
+
+    def _macs_change(self) -> BeforeAfter | None:
+        try:
+            return BeforeAfter(count_macs(self.whole), count_macs(self.model))
+        except ModelError:  # of sizes that are open
+            return None
+
+    def _missed(self, latency: LatencyChange, macs: BeforeAfter | None) -> str:
+        """Say by how much the target is missed, where the interval does not explain it."""
+        options = self.options
+        if options.macs_reduction is not None and macs is not None:
+            saved = 100 * (1 - macs.after / macs.before)
+            return (
+                "" if saved >= options.macs_reduction else _sentence("work", saved, options.macs_reduction)
+            )
+        target = options.latency_reduction
+        if target is None:
+            return ""
+        saved, least, most = (100 * share for share in latency.saved)
+        if most < target or least > target + SURPLUS:
+            return _sentence("latency", saved, target)
+        return ""
+
+
+def _sure(share: Share) -> float:
+    """Return what a width saves; 0 where that is not sure."""
+    return share.value if share.low > 0 else 0.0
+
+
+def _sentence(what: str, saved: float, target: float) -> str:
+    return f"{what} is {saved:.1f} % lower, {target:g} % was asked for"

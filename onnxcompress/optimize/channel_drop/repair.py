@@ -1,0 +1,147 @@
+"""The repair of a network that lost channels: layers refitted in closed form, then all fine-tuned.
+
+As for a network that lost blocks (`block_drop.repair`), but every layer behind a cut is fitted to those of
+the whole network's outputs that are left, and the features are compared in the channels that are left. The
+layers behind the features are refitted once more when these have been fine-tuned.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+import onnx_graphsurgeon as gs
+import torch
+from torch import Tensor
+
+from onnxcompress.graph.channel_removal import Kept
+from onnxcompress.graph.edit import unique_name
+from onnxcompress.graph.topology import Topology
+from onnxcompress.model import Model
+from onnxcompress.optimize.block_drop.repair import MAX_BATCH, REFIT_IMAGES, Repair
+from onnxcompress.optimize.executor import Executor
+from onnxcompress.optimize.executor.open_batch import small_batch
+from onnxcompress.optimize.executor.walk_plan import Step
+from onnxcompress.optimize.reconstruction.patches import patches_of
+from onnxcompress.optimize.reconstruction.residual_refit import MAX_FAN_IN, RefitSettings, ResidualRefit
+from onnxcompress.optimize.reconstruction.ridge import TARGET_MADE, TARGET_REAL
+from onnxcompress.quantization.qdq_plan import Bits, Plan, QuantizedLayer, make_plan
+
+
+@dataclass
+class ChannelRefit(ResidualRefit):
+    """Refits a student to the teacher that it lacks channels of; both use the same names of tensors."""
+
+    kept: Mapping[str, Kept] = field(default_factory=dict)
+    """What the student has of the teacher's tensors, where it lacks channels."""
+
+    def is_fitted(self, step: Step) -> bool:
+        """Return whether the node is a layer behind the first cut.
+
+        Args:
+            step: The node.
+
+        Returns:
+            Whether what it reads differs from what the teacher's reads.
+        """
+        there = self.batches[0]
+        alike = all(there.student[name] is there.teacher[name] for name in step.reads)
+        return id(step.own) in self.plan.layers and not alike
+
+    def alters(self, node: gs.Node) -> bool:
+        """Return whether a node computes something else than the teacher's although it reads the same.
+
+        Args:
+            node: The student's node.
+
+        Returns:
+            Whether its output lost channels.
+        """
+        return any(tensor.name in self.kept for tensor in node.outputs)
+
+    def teacher_value(self, name: str, values: Mapping[str, Tensor]) -> Tensor:
+        """Return the channels of a tensor of the teacher that the student has.
+
+        Args:
+            name: Name of the tensor.
+            values: The teacher's tensors.
+
+        Returns:
+            The values, of the shape of the student's tensor.
+        """
+        stays = self.kept.get(name)
+        if stays is None:
+            return values[name]
+        return values[name].index_select(stays.axis, torch.from_numpy(stays.index).to(values[name].device))
+
+
+def refittable(model: Model) -> dict[int, QuantizedLayer]:
+    """Find the layers that can be refitted.
+
+    Args:
+        model: The student.
+
+    Returns:
+        Convolutions and matrix products with weights of their own, by id of the node.
+    """
+    return {
+        key: layer
+        for key, layer in make_plan(model, Bits(8, None, None)).layers.items()
+        if patches_of(model, layer) is not None
+        and layer.linear.view(layer.linear.weight)[0, 0].size <= MAX_FAN_IN
+    }
+
+
+@dataclass(frozen=True)
+class ChannelRepair(Repair):
+    """Refits and fine-tunes a student, the network without the channels that were cut."""
+
+    kept: Mapping[str, Kept]
+    """What is left of the tensors that lost channels."""
+
+    def _refit(self, batch: int) -> dict[str, Tensor]:
+        return self._refit_layers(batch, refittable(self.model))
+
+    def _finetune(self, student: Executor, start: dict[str, Tensor], batch: int) -> dict[str, Tensor]:
+        weights = start | super()._finetune(student, start, batch)
+        topology = self.model.analysis(Topology)
+        place = topology.position(self.model.graph.tensors()[self.student_feature])
+        self._store(weights)
+        behind = {k: x for k, x in refittable(self.model).items() if topology.index[k] > place}
+        if not behind:
+            return weights
+        return weights | self._refit_layers(small_batch(self.model, MAX_BATCH), behind)
+
+    def _refit_layers(self, batch: int, layers: dict[int, QuantizedLayer]) -> dict[str, Tensor]:
+        """Refit layers of the student, from the weights that the model has now."""
+        ridge = TARGET_REAL if self.inputs.real else TARGET_MADE
+        settings = RefitSettings(batch=batch, seed=self.options.seed, ridge=ridge)
+        refit = ChannelRefit(
+            self.whole, Plan(layers), settings, student=self.model, device=self.device, kept=self.kept
+        )
+        return refit.run(self.images[:REFIT_IMAGES], self.progress)
+
+
+def with_kept_feature(whole: Model, feature: str, kept: Mapping[str, Kept]) -> tuple[Model, str]:
+    """Give the whole network a tensor with the channels of its features that are left.
+
+    Args:
+        whole: The network with all its channels; it stays as it is.
+        feature: Name of the features.
+        kept: What is left of the tensors that lost channels.
+
+    Returns:
+        The network, a copy where the features lost channels, and the name of the tensor.
+    """
+    if feature not in kept:
+        return whole, feature
+    own = whole.copy()
+    stays, source = kept[feature], own.graph.tensors()[feature]
+    index = gs.Constant(unique_name(own, f"{feature}_kept"), stays.index.astype(np.int64))
+    target = gs.Variable(unique_name(own, f"{feature}_left"), source.dtype)
+    own.graph.nodes.append(
+        gs.Node("Gather", attrs={"axis": stays.axis}, inputs=[source, index], outputs=[target])
+    )
+    own.touch()
+    return own, str(target.name)

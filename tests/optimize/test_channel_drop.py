@@ -1,0 +1,159 @@
+"""What channels are worth, against the least squares that they stand for; which widths are chosen."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import pytest
+import torch
+
+from onnxcompress.graph.channel_groups.cut_tracer import CutGroup
+from onnxcompress.optimize.channel_drop.widths import (
+    Narrowing,
+    choose_widths,
+    narrowings,
+    possible_widths,
+    thinned,
+    widths_after,
+)
+from onnxcompress.optimize.channel_drop.worth import (
+    Reader,
+    measure_readers,
+    removal_by_magnitude,
+    removal_by_refit,
+)
+from onnxcompress.optimize.executor import Executor
+from tests.graph.test_channel_cuts import maker
+from tests.helpers.channel_cutting import with_groups
+
+RNG = np.random.default_rng(0)
+
+
+def group_of(name: str) -> CutGroup:
+    return with_groups(maker(name))[1].free[0]
+
+
+def reader_of(group: CutGroup, samples: np.ndarray, weight: np.ndarray) -> Reader:
+    second = samples.T @ samples / len(samples)
+    return Reader(group.group.labels.repeat(samples.shape[1] // group.width), weight, np.linalg.inv(second))
+
+
+def left_after(samples: np.ndarray, weight: np.ndarray, gone: np.ndarray) -> float:
+    """Mean squared error of the best fit of W x from the columns that are not gone, by least squares."""
+    rest = np.delete(samples, gone, axis=1)
+    target = samples @ weight.T
+    fitted = rest @ np.linalg.lstsq(rest, target, rcond=None)[0]
+    return float(np.square(target - fitted).sum() / len(samples))
+
+
+@pytest.mark.parametrize("taps", [1, 3])
+def test_costs_are_what_least_squares_leave(taps: int) -> None:
+    """Of each first part of the order, and the first channel is the cheapest of all."""
+    group = group_of("pair")
+    mix = RNG.normal(size=(12 * taps, 12 * taps))
+    samples, weight = RNG.normal(size=(400, 12 * taps)) @ mix, RNG.normal(size=(5, 12 * taps))
+    removal = removal_by_refit(group.group, [reader_of(group, samples, weight)])
+    assert sorted(removal.labels) == sorted(group.group.labels)
+    channels = [group.group.labels.tolist().index(label) for label in removal.labels]
+
+    def cost(some: list[int]) -> float:
+        columns = (np.array(some)[:, None] * taps + np.arange(taps)).reshape(-1)
+        return left_after(samples, weight, columns)
+
+    for count in (1, 2, 5, 11):
+        assert removal.costs[count] == pytest.approx(cost(channels[:count]), rel=1e-6)
+    assert removal.costs[1] == pytest.approx(min(cost([c]) for c in range(12)), rel=1e-6)
+
+
+def test_a_channel_that_others_can_replace_goes_first_and_costs_nothing() -> None:
+    """By the norm of its weights it would be the last to go."""
+    group = group_of("pair")
+    samples = RNG.normal(size=(300, 12))
+    samples[:, 7] = samples[:, :4].sum(axis=1)
+    weight = RNG.normal(size=(5, 12))
+    weight[:, 7] *= 100
+    reader = reader_of(group, samples + 1e-6 * RNG.normal(size=samples.shape), weight)
+    removal = removal_by_refit(group.group, [reader])
+    assert removal.labels[0] in group.group.labels[[0, 1, 2, 3, 7]]
+    assert removal.costs[1] < 1e-5 * removal.costs[2]
+
+
+def test_the_norm_of_a_channel_is_that_of_all_its_weights() -> None:
+    group = group_of("pair")
+    writer, reader = (member.layer.linear.weight for member in group.group.members)
+    norms = np.square(writer).sum(axis=(1, 2, 3)) + np.square(reader).sum(axis=(0, 2, 3))
+    removal = removal_by_magnitude(group.group)
+    assert removal.labels.tolist() == group.group.labels[np.argsort(norms)].tolist()
+    assert removal.costs[3] == pytest.approx(np.sort(norms)[:3].sum() / norms.mean(), rel=1e-5)
+
+
+def test_an_errors_cost_is_what_noise_does_to_the_features() -> None:
+    """Behind a linear layer exactly, in expectation: the reader's weighed rows against real noise."""
+    model, groups = with_groups(maker("pair"))
+    images = torch.from_numpy(RNG.normal(size=(64, 4, 8, 8)).astype(np.float32))
+    (reader,) = measure_readers(model, groups, images, "x", "y", ridge=1e-6, batch=16)
+    weight = groups.free[0].group.members[1].layer.linear.weight.reshape(5, 12)
+    features = Executor.from_model(model).run({"x": images}, ["y"])["y"]
+    energy = float(features.double().square().sum()) / (64 * 36)
+    found = np.square(reader.weight).sum() * energy / np.square(weight).sum()
+    assert found == pytest.approx(1.0, rel=0.1)  # the features are the layer's outputs
+
+
+def test_widths_are_multiples_of_a_step_that_leaves_a_few() -> None:
+    group = group_of("pair")
+    assert possible_widths(group) == [8, 4]
+    assert possible_widths(group, 5) == [10, 5]
+    assert possible_widths(group, 12) == []
+
+
+def test_of_many_widths_some_are_tried_evenly() -> None:
+    assert thinned([7, 6, 5, 4, 3, 2, 1], 3) == [6, 4, 2]
+    assert thinned([7, 6], 3) == [7, 6]
+
+
+COSTS = {"a": [0.0, 1, 2, 3, 10, 20], "b": [0.0, 2, 4, 9, 16, 30]}
+
+
+def test_groups_are_narrowed_in_order_of_cost_per_gain() -> None:
+    gains = {"a": {5: 0.1, 4: 0.11, 3: 0.2, 2: 0.2}, "b": {4: -0.1, 2: 0.3}}
+    steps = narrowings(COSTS, gains)
+    assert [(s.group, s.kept) for s in steps] == [("a", 5), ("a", 3), ("b", 2)]
+    assert (steps[1].cost, steps[1].gain) == pytest.approx((2.0, 0.1))
+    assert widths_after(steps) == {"a": 3, "b": 2}
+
+
+def test_a_width_that_gains_nothing_is_never_taken() -> None:
+    assert narrowings(COSTS, {"a": {5: 0.0, 4: -0.2, 3: 5e-5}}) == []
+
+
+@pytest.mark.parametrize("factor", [0.6, 1.0, 1.7])
+def test_the_smallest_part_that_saves_enough_is_found(factor: float) -> None:
+    """Whatever the whole saves of what its parts promise."""
+    steps = [Narrowing(f"g{i}", 8, cost=float(i), gain=0.03) for i in range(20)]
+    asked: list[int] = []
+
+    def saving(widths: Mapping[str, int]) -> float:
+        asked.append(len(widths))
+        return factor * 0.03 * len(widths)
+
+    choice = choose_widths(steps, 0.25, saving)
+    fewest = next(n for n in range(1, 21) if factor * 0.03 * n >= 0.25)
+    assert list(choice.kept) == [f"g{i}" for i in range(fewest)]
+    assert choice.saved == pytest.approx(factor * 0.03 * fewest)
+    assert len(asked) <= 6
+
+
+def test_all_steps_are_taken_where_they_do_not_save_enough() -> None:
+    steps = [Narrowing(f"g{i}", 8, cost=1.0, gain=0.1) for i in range(4)]
+    choice = choose_widths(steps, 0.5, lambda widths: 0.1 * len(widths))
+    assert len(choice.kept) == 4
+    assert choice.saved == pytest.approx(0.4)
+    assert choose_widths([], 0.5, lambda widths: 1.0).kept == {}
+
+
+def test_a_step_that_the_others_make_needless_is_taken_back() -> None:
+    steps = [Narrowing("small", 8, 1.0, 0.05), Narrowing("large", 8, 9.0, 0.3)]
+    gains = {"small": 0.05, "large": 0.3}
+    choice = choose_widths(steps, 0.28, lambda widths: sum(gains[name] for name in widths))
+    assert choice.kept == {"large": 8}
