@@ -20,7 +20,7 @@ from onnxcompress.optimize.block_drop.refinement import Refinement
 from onnxcompress.optimize.block_drop.selection import BlockSelection, choose, choose_these
 from onnxcompress.passes.base import PassResult
 from onnxcompress.passes.drop_blocks import DropBlocks
-from onnxcompress.runtime.block_latency import Share, usable
+from onnxcompress.runtime.block_latency import LatencyChange, Share, Stopwatch, usable
 from tests.helpers.folding import graph, weight
 
 BODY = """a = Conv<pads=[1,1,1,1]>(x, w0, b0) r = Relu(a)
@@ -124,6 +124,22 @@ def test_what_is_lost_with_a_block_is_what_it_was(
     name = find_blocks(network()).blocks[0].name
     found = drop(drop=(name,), steps=0, inputs=inputs, **images).measured.feature_error
     assert found == pytest.approx(today, rel=0.03)
+
+
+def test_what_is_saved_is_of_the_originals_latency(
+    fixed_clock: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a clock that counts convolutions, eight at first: two of them are a quarter."""
+
+    def compare(self: Any, before: Model, after: Model, seconds: float) -> LatencyChange:
+        costs = [sum(node.op == "Conv" for node in model.graph.nodes) for model in (before, after)]
+        return LatencyChange(*map(float, costs), *[costs[1] / costs[0]] * 3)
+
+    fixed_clock([10, 9, 9.5, 7.5])
+    monkeypatch.setattr(Stopwatch, "compare", compare)
+    found = drop(latency_reduction=20, steps=0).measured
+    assert found.order == (find_blocks(network()).blocks[2].name,)
+    assert (found.latency.before_ms, found.latency.after_ms) == (8, 6)
 
 
 class FakeScorer:
