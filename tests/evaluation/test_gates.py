@@ -199,7 +199,7 @@ def test_a_recipe_is_gated_and_the_command_line_wins(
     account = json.loads(capsys.readouterr().out)
     assert {g["gate"]: g["limit"] for g in account["gates"]} == {"max_size": 2.0, "max_drop": 1}
     assert set(account) == {
-        "recipe", "input", "output", "steps", "bytes", "guard", "gates", "provenance",
+        "recipe", "input", "output", "steps", "bytes", "guard", "latency", "gates", "provenance",
     }  # fmt: skip
 
 
