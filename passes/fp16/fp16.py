@@ -21,6 +21,7 @@ and more.
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -28,7 +29,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import numpy as np
 
 from onnxcompress.account import Change, Figures, InputSource, Refusal
-from onnxcompress.errors import InputError, ModelError
+from onnxcompress.errors import CompressWarning, InputError, ModelError
 from onnxcompress.evaluation.accuracy import image_input
 from onnxcompress.graph.edit import make_dense
 from onnxcompress.graph.node_selection import SelectionOptions
@@ -44,7 +45,7 @@ from onnxcompress.passes.fp16.candidates import HALF, Candidate, candidates, ele
 from onnxcompress.passes.fp16.convert import convert
 from onnxcompress.passes.fp16.error_search import Float32Nodes, Simulation, choose, worst_error
 from onnxcompress.passes.fp16.figures import HalfPrecisionFigures, KeptNode, ProviderRun
-from onnxcompress.passes.fp16.quantized import MAX_ERROR, QUANTIZED_ERROR, fold_biases
+from onnxcompress.passes.fp16.quantized import MAX_ERROR, MISCOMPUTED, QUANTIZED_ERROR, fold_biases
 from onnxcompress.passes.opsets import at_opset
 from onnxcompress.passes.preview import check_inputs, raised
 from onnxcompress.progress import Progress, silent
@@ -166,6 +167,8 @@ class HalfPrecision(SelectionOptions, ImageOptions, Pass):
         if half:
             converted = convert(proto, {c.index for c in half}, keep_io=not self.float16_io)
             runtime = self._runtime(converted, simulation.exact, batches)
+            if is_quantized(model) and runtime.error > 2 * bound:
+                warnings.warn(MISCOMPUTED.format(100 * runtime.error), CompressWarning, stacklevel=2)
             model.become(Model.from_proto(converted, model.name))
             changes += [Change(model.name, f"{count} BatchNorms folded")] * bool(count)
         figures = HalfPrecisionFigures(

@@ -22,6 +22,14 @@ from onnxcompress.model import Model
 MAX_ERROR, QUANTIZED_ERROR = 0.01, 0.1
 """Error of an output that is allowed where no option says so, of a float and of a quantized network."""
 
+MISCOMPUTED = (
+    "with its optimizations onnxruntime computes something else than the file says (error {:.3g} %): its "
+    "WeightBiasQuantization makes integers of float16 biases of quantized layers, which overflow. Other "
+    "runtimes are not concerned; in onnxruntime give InferenceSession "
+    "disabled_optimizers=['WeightBiasQuantization']"
+)
+"""Seen with onnxruntime 1.31 on EfficientNet-Lite0, which it computes rightly without that optimizer."""
+
 
 def fold_biases(model: Model) -> int:
     """Replace constants that are dequantized from int32 by float constants, in place.

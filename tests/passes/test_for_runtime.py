@@ -9,9 +9,10 @@ import numpy as np
 import onnx
 import pytest
 
-from onnxcompress.errors import OptionError
+from onnxcompress.errors import CompressWarning, OptionError
 from onnxcompress.model import Model, load
 from onnxcompress.passes.fp16 import HalfPrecision
+from onnxcompress.passes.fp16.figures import ProviderRun
 from onnxcompress.passes.quantize import Quantize
 from onnxcompress.pipeline.recipe import parse_recipe
 from onnxcompress.quantization.ort_fusion import fused_counts
@@ -154,6 +155,14 @@ def test_biases_of_a_cpu_file_become_floats_in_half_precision() -> None:
     feeds = random_feeds(before, batch=8)
     was, now = (run(one, feeds)["y"] for one in (before, model))
     assert np.abs(was - now).max() < 0.2 * was.std()
+
+
+def test_an_optimizer_that_computes_something_else_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = residual()
+    Quantize(for_runtime="tensorrt", **FEW).apply(model)
+    monkeypatch.setattr(HalfPrecision, "_runtime", lambda *_: ProviderRun("cpu", 2.0))
+    with pytest.warns(CompressWarning, match=r"error 200 %\).*WeightBiasQuantization"):
+        HalfPrecision(provider="cpu", threads=1).apply(model)
 
 
 def test_options_and_recipes_name_the_runtime() -> None:
