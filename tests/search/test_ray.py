@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Iterator
 from functools import partial
@@ -10,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from onnxcompress.cli.main import main
 from onnxcompress.errors import ModelError, RuntimeUnavailable
 from onnxcompress.evaluation.gates import Gates
 from onnxcompress.search.plan import Plan, read_plan
@@ -86,6 +88,17 @@ def test_latency_is_timed_on_the_reserved_node(workers: RayWorkers, models: Path
 def reserved() -> float:
     """Amount of the resource that the task has."""
     return float(ray.get_runtime_context().get_assigned_resources()[LATENCY])
+
+
+@pytest.mark.slow
+def test_the_command_runs_on_a_cluster(cluster: Any, tmp_path: Path, models: Path) -> None:
+    plan_of(tmp_path, models, 1, seconds=0.5)
+    call = ["sweep", str(tmp_path / "plan.yaml"), str(tmp_path / "t.jsonl"), "--cache", "none"]
+    assert main([*call, "--ray", cluster.address, "--task-cpus", "0.5", "--quiet"]) == 0
+    row = json.loads((tmp_path / "t.jsonl").read_text())
+    assert row["status"] == "done"
+    assert row["ratio"] > 0
+    assert not ray.is_initialized()
 
 
 @pytest.mark.slow

@@ -6,6 +6,9 @@ import csv
 import json
 import os
 import shutil
+import subprocess
+import sys
+import time
 from collections import Counter
 from collections.abc import Callable
 from functools import partial
@@ -186,6 +189,61 @@ def test_a_worker_that_dies_costs_its_task_alone() -> None:
     found = dict(Processes(2).run(calls))
     assert isinstance(found.pop(1), WorkerDied)
     assert found == {0: 1, 2: 2, 3: 3}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX")
+def test_workers_end_with_a_parent_that_is_killed(tmp_path: Path) -> None:
+    """Else each killed sweep would leave processes that go on for minutes."""
+    told = tmp_path / "pid"
+    code = (
+        "from functools import partial\n"
+        "from onnxcompress.search.workers import Processes\n"
+        "from tests.search.test_sweep import stay\n"
+        f"if __name__ == '__main__': list(Processes(1).run([partial(stay, {str(told)!r})]))"
+    )
+    (tmp_path / "parent.py").write_text(code)
+    parent = subprocess.Popen([sys.executable, str(tmp_path / "parent.py")])
+    try:
+        assert within(120, told.exists)
+    finally:
+        parent.kill()
+        parent.wait()
+    worker = int(told.read_text())
+    assert within(60, lambda: not is_alive(worker))
+
+
+def is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def stay(path: str) -> None:
+    partly = Path(path).with_suffix(".partly")
+    partly.write_text(str(os.getpid()))
+    partly.rename(path)
+    time.sleep(600)
+
+
+def within(seconds: float, holds: Callable[[], bool]) -> bool:
+    """Whether something comes true before the test gives up; nothing is timed."""
+    end = time.monotonic() + seconds
+    while not holds() and time.monotonic() < end:
+        time.sleep(0.1)
+    return holds()
+
+
+@pytest.mark.parametrize("option", [["--task-cpus", "2"], ["--jobs", "0"], ["--models", NET]])
+def test_a_wrong_option_is_refused_before_anything_runs(
+    option: list[str], folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(folder)
+    write(folder / "plan.yaml", f"models: [{NET}]\nrecipes: [fold.yaml]\nlatency_seconds: 0")
+    assert main(["sweep", "plan.yaml", "t.csv", *option]) == 2
+    assert not (folder / "t.csv").exists()
 
 
 def test_the_command_has_a_table_and_an_exit_code(
