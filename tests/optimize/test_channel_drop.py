@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import numpy as np
+import onnx_graphsurgeon as gs
 import pytest
 import torch
 
-from onnxcompress.graph.channel_groups.cut_tracer import CutGroup
+from onnxcompress.graph.channel_groups.cut_tracer import CutGroup, find_cut_groups
+from onnxcompress.graph.edit import set_values
 from onnxcompress.optimize.channel_drop.widths import (
     Narrowing,
     choose_widths,
@@ -88,16 +90,23 @@ def test_the_norm_of_a_channel_is_that_of_all_its_weights() -> None:
     assert removal.costs[3] == pytest.approx(np.sort(norms)[:3].sum() / norms.mean(), rel=1e-5)
 
 
-def test_an_errors_cost_is_what_noise_does_to_the_features() -> None:
-    """Behind a linear layer exactly, in expectation: the reader's weighed rows against real noise."""
+@pytest.mark.parametrize("larger", [1.0, 1000.0])
+def test_an_errors_cost_is_its_share_of_what_each_answer_is(larger: float) -> None:
+    """The features are the layer's outputs: an error costs the same beside answers that are far larger."""
     model, groups = with_groups(maker("pair"))
+    layer = groups.free[0].group.members[1].layer.linear
+    tensor = layer.node.inputs[1]
+    assert isinstance(tensor, gs.Constant)
+    weight = layer.weight * np.array([larger, 1, 1, 1, 1], np.float32).reshape(5, 1, 1, 1)
+    set_values(tensor, weight)
+    model.touch()
+    groups = find_cut_groups(model)
     images = torch.from_numpy(RNG.normal(size=(64, 4, 8, 8)).astype(np.float32))
-    (reader,) = measure_readers(model, groups, images, "x", "y", ridge=1e-6, batch=16)
-    weight = groups.free[0].group.members[1].layer.linear.weight.reshape(5, 12)
+    (reader,) = measure_readers(model, groups, images, "x", "y", ridge=1e-6, batch=64)
     features = Executor.from_model(model).run({"x": images}, ["y"])["y"]
-    energy = float(features.double().square().sum()) / (64 * 36)
-    found = np.square(reader.weight).sum() * energy / np.square(weight).sum()
-    assert found == pytest.approx(1.0, rel=0.1)  # the features are the layer's outputs
+    sizes = features.square().mean((0, 2, 3)).numpy()
+    expected = np.square(weight.reshape(5, 12)).sum(axis=1) / sizes / 5
+    np.testing.assert_allclose(np.square(reader.weight).sum(axis=1), expected, rtol=0.1)
 
 
 def test_widths_are_multiples_of_a_step_that_leaves_a_few() -> None:

@@ -10,6 +10,7 @@ updates the costs of channels that go one after the other add up to the cost of 
 the means. A group's cost is the sum over the layers that read it. Errors of different layers are compared
 by what they do to the features f: with random v, E_v[(∂ vᵀf/∂y · δ)²] = ‖∂f/∂y · δ‖², so that the mean
 squares of gradients say what an error of each output costs, those at different places taken as unrelated.
+Where the features are the network's own output, each of its channels is measured by its own size.
 
 A layer with more than MAX_FAN_IN columns, and one whose patches are not cut, is looked at as if it saw each
 tap of its kernel apart: with the second moments of its input's channels.
@@ -146,19 +147,33 @@ def measure_readers(
         [getattr(m.layer.linear, at) for m in layers] for at in ("input_name", "output_name")
     )
     generator = torch.Generator().manual_seed(seed)
-    energy = 0.0
+    energy, weights = 0.0, None
     for start in range(0, len(images), batch):
         x = images[start : start + batch].to(device).clone().requires_grad_()
         made = executor.run({source: x}, list(dict.fromkeys([*inputs, *outputs, feature])))
         wanted = made[feature]
-        energy += float(wanted.detach().double().square().sum())
-        signs = torch.randn(wanted.shape, generator=generator).to(device)
+        if weights is None:
+            weights = _weights(wanted.detach(), any(t.name == feature for t in model.graph.outputs))
+        energy += float((wanted.detach() * weights).double().square().sum())
+        signs = weights * torch.randn(wanted.shape, generator=generator).to(device)
         slopes = torch.autograd.grad((wanted * signs).sum(), [made[n] for n in outputs], allow_unused=True)
         with torch.no_grad():
             for m, name, output, slope in zip(layers, inputs, outputs, slopes, strict=True):
                 m.add(made.get(name, x).detach(), made[output].detach(), slope, generator)
         progress("measuring channels", min(start + batch, len(images)), len(images))
     return [reader for m in layers for reader in m.readers(max(energy, 1e-30), ridge)]
+
+
+def _weights(features: Tensor, answers: bool) -> Tensor:
+    """Weigh the features: where they are the network's answers, each of their channels counts alike.
+
+    In a detector's output scores lie beside boxes that are a thousand times as large.
+    """
+    if not answers or features.ndim < 2:
+        return features.new_ones(())
+    others = [axis for axis in range(features.ndim) if axis != 1]
+    sizes = features.square().mean(others, keepdim=True).sqrt()
+    return 1 / sizes.clamp_min(1e-6 * float(sizes.max()) + 1e-30)
 
 
 def _reads_some(layer: LabelledLayer, free: Labels) -> bool:
