@@ -35,6 +35,7 @@ from onnxcompress.optimize.device import fitting, pick_device, resident  # noqa:
 from onnxcompress.optimize.executor import Executor  # noqa: E402
 from onnxcompress.optimize.reconstruction.augment import augment, windows  # noqa: E402
 from onnxcompress.optimize.reconstruction.finetune import Schedule, _loss, finetune  # noqa: E402
+from onnxcompress.optimize.reconstruction.held_out import HeldOut  # noqa: E402
 
 GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU")
 
@@ -264,9 +265,11 @@ def test_fine_tuning_on_the_gpu_never_waits_and_gives_what_the_cpu_gives(
 
         with warnings.catch_warnings():
             warnings.simplefilter("error", CompressWarning)
+            aside = HeldOut(teacher, x, "input", feature)
+            names = (feature, feature)
             found[device] = finetune(
-                student, teacher, start, x, "input", (feature, feature), schedule, progress=progress
-            )
+                student, teacher, start, x, "input", names, schedule, aside, progress=progress
+            ).values
     for name, value in found["cpu"].items():
         assert torch.allclose(found["cuda"][name].cpu(), value, atol=0.02 * float(value.abs().max()) + 1e-3)
 

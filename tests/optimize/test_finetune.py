@@ -12,7 +12,8 @@ from torch import Tensor
 from onnxcompress.model import Model
 from onnxcompress.optimize.executor import Executor
 from onnxcompress.optimize.reconstruction.augment import augment
-from onnxcompress.optimize.reconstruction.finetune import Schedule, finetune
+from onnxcompress.optimize.reconstruction.finetune import CHECKS, PATIENCE, Finetuned, Schedule, finetune
+from onnxcompress.optimize.reconstruction.held_out import HeldOut
 from onnxcompress.optimize.synthesis.distillation import _drawn_view
 from tests.helpers.folding import graph, weight
 
@@ -32,11 +33,17 @@ def images(count: int = 32) -> Tensor:
     return torch.randn(count, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 
 
-def trained(**changed: Any) -> tuple[dict[str, Tensor], float]:
-    """Values after training, and their relative error."""
+def tuned(judged_by: Tensor | None = None, **changed: Any) -> Finetuned:
     schedule = Schedule(**({"steps": 40, "batch": 8, "learning_rate": 0.02, "seed": 0} | changed))
     student, teacher, x = executor(0.1), executor(0.0), images()
-    values = finetune(student, teacher, {}, x, "x", ("y", "y"), schedule)
+    aside = HeldOut(teacher, x if judged_by is None else judged_by, "x", "y")
+    return finetune(student, teacher, {}, x, "x", ("y", "y"), schedule, aside)
+
+
+def trained(**changed: Any) -> tuple[dict[str, Tensor], float]:
+    """Values after training, and their relative error."""
+    values, x = tuned(**changed).values, images()
+    student, teacher = executor(0.1), executor(0.0)
     with torch.no_grad():
         ours, wanted = student.run({"x": x}, ["y"], values)["y"], teacher.run({"x": x}, ["y"])["y"]
     return values, float((ours - wanted).square().mean() / wanted.square().mean())
@@ -65,6 +72,26 @@ def test_what_fine_tuning_leaves_is_what_it_was() -> None:
     _, after = trained()
     assert before == pytest.approx(0.0492, rel=0.05)
     assert after == pytest.approx(0.00094, rel=0.15)
+
+
+def test_what_is_kept_is_never_worse_than_the_start_and_has_the_error_that_the_outcome_says() -> None:
+    """At the higher rate the error goes up and down."""
+    for rate in (0.02, 0.3):
+        result = tuned(learning_rate=rate, steps=20)
+        error = HeldOut(executor(0.0), images(), "x", "y").error(executor(0.1), "y", result.values)
+        assert error == pytest.approx(result.outcome.error, rel=1e-5)
+        assert error <= result.outcome.error_before
+        assert result.outcome.held_out == 32
+
+
+def test_tuning_that_only_harms_is_discarded_and_ends_early() -> None:
+    """The rate is so high that no step leaves anything of the network."""
+    result = tuned(learning_rate=50.0, steps=40)
+    outcome, start = result.outcome, executor(0.1).parameters
+    assert outcome.discarded
+    assert outcome.error == outcome.error_before == pytest.approx(0.0492, rel=0.05)
+    assert outcome.steps == 40 * PATIENCE // CHECKS
+    assert all(torch.equal(result.values[name], start[name]) for name in start)
 
 
 def test_training_follows_its_seed() -> None:

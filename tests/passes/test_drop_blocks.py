@@ -340,6 +340,7 @@ def test_a_batch_norm_that_stays_keeps_its_statistics() -> None:
     """Training a variance would make it negative; only scale, offset and convolutions are trained."""
     from onnxcompress.optimize.executor import Executor
     from onnxcompress.optimize.reconstruction.finetune import Schedule, finetune
+    from onnxcompress.optimize.reconstruction.held_out import HeldOut
 
     text = """<ir_version: 8, opset_import: ["" : 17]> g (float[N,2,6,6] x) => (float[N,2,6,6] y)
     <float[2] s = {1, 1}, float[2] o = {0, 0}, float[2] m = {0, 0}, float[2] v = {0.001, 0.001}> {
@@ -352,6 +353,7 @@ def test_a_batch_norm_that_stays_keeps_its_statistics() -> None:
     teacher = Executor.from_model(Model.from_proto(proto))
     x = torch.randn(8, 2, 6, 6, generator=torch.Generator().manual_seed(0))
     schedule = Schedule(steps=5, batch=4, learning_rate=0.5, seed=0)
-    trained = finetune(student, teacher, {}, x, "x", ("y", "y"), schedule)
+    aside = HeldOut(teacher, x, "x", "y")
+    trained = finetune(student, teacher, {}, x, "x", ("y", "y"), schedule, aside).values
     assert set(trained) == {"s", "o", "w"}
     assert all(bool(value.isfinite().all()) for value in trained.values())

@@ -42,7 +42,7 @@ PUBLISHED = {
     ),
     "drop-blocks": (
         {"feature", "preprocess", "latency", "clock", "blocks"},
-        {"noisy_latency", "order", "choosing_loss", "feature_error", "additivity"},
+        {"noisy_latency", "order", "choosing_loss", "feature_error", "tuning", "additivity"},
     ),
     "drop-channels": (
         {"feature", "preprocess", "latency", "groups"}, {"macs", "parameters", "feature_error"}

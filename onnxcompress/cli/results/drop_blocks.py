@@ -8,6 +8,7 @@ from rich.console import Console
 
 from onnxcompress.cli.console import learned_from, table
 from onnxcompress.optimize.block_drop.figures import BlockRow, DropBlocksFigures
+from onnxcompress.optimize.reconstruction.tuning_outcome import tuning_text
 from onnxcompress.passes.base import PassResult
 from onnxcompress.runtime.block_latency import additivity_text, latency_text
 
@@ -41,8 +42,10 @@ def show_drop_blocks(console: Console, result: PassResult[DropBlocksFigures]) ->
     error = measured.feature_error
     if error is not None:
         console.print(
-            f"relative error of the features on the tuning's images: {error**0.5:.3f} (root mean square)"
+            f"relative error of the features on inputs kept aside: {error**0.5:.3f} (root mean square)"
         )
+    if measured.tuning is not None:
+        console.print(tuning_text(measured.tuning))
 
 
 def _row(row: BlockRow, order: Mapping[str, int]) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from onnxcompress.account import Figures
+from onnxcompress.optimize.reconstruction.tuning_outcome import TuningOutcome
 from onnxcompress.runtime.block_latency import Additivity, LatencyChange, Share
 from onnxcompress.runtime.latency import Clock
 
@@ -49,6 +50,9 @@ class DropBlocksFigures(Figures):
     choosing_loss: float | None = None
     """Relative squared error of the features after the choice, before refitting."""
     feature_error: float | None = None
-    """Relative squared error of the features after refitting and fine-tuning; None: nothing was dropped."""
+    """Relative squared error of the features after refitting and fine-tuning, on inputs kept aside from
+    both; None: nothing was dropped."""
+    tuning: TuningOutcome | None = None
+    """Which state of fine-tuning was kept; None: there was none."""
     additivity: Additivity | None = None
     """Saving predicted from the latency shares; None: nothing was dropped, or no shares were measured."""

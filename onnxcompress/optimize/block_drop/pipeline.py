@@ -38,6 +38,8 @@ from onnxcompress.optimize.executor import Executor
 from onnxcompress.optimize.executor.open_batch import file_batch, images_at_once, small_batch
 from onnxcompress.optimize.executor.walk_plan import floats
 from onnxcompress.optimize.intermediate_results import array_digest
+from onnxcompress.optimize.reconstruction.held_out import keep_aside
+from onnxcompress.optimize.reconstruction.tuning_outcome import TuningOutcome
 from onnxcompress.optimize.synthesis.statistics_alignment import StatisticsAlignment, standardize
 from onnxcompress.progress import Progress
 from onnxcompress.runtime.block_latency import Additivity, Share, Stopwatch, added, usable
@@ -72,6 +74,7 @@ class Dropper:
         self.noisy_latency: bool | None = None
         self.choosing_loss: float | None = None
         self.feature_error: float | None = None
+        self.tuning: TuningOutcome | None = None
         self.stopwatch = Stopwatch(options.runs_on, self.latency_batch, options.threads, options.seed)
         self.saved = 0.0
         """Part of the latency that the blocks dropped so far save, as last measured."""
@@ -85,6 +88,9 @@ class Dropper:
         self._check_batch()
         if not self.nhwc and self.images.ndim == 4:  # depthwise ones are three times as fast on the CPU
             self.images = self.images.contiguous(memory_format=torch.channels_last)
+        self.images, self.aside, self.image_shares = keep_aside(
+            model, self.inputs, self.images, options.seed
+        )
         self.images = resident(self.images, self.device)
         self.scoring_batch = BATCH
         self.alignment: StatisticsAlignment | None = None
@@ -297,10 +303,10 @@ class Dropper:
             return
         repair = Repair(
             self.options, self.model, self.whole, self.teacher, self.source, self.student_feature,
-            self.feature, self.inputs, self.images, self.nhwc, self.alignment, self.device,
-            self.scoring_batch, self.progress,
+            self.feature, self.inputs.real, self.images, self.image_shares, self.aside, self.nhwc,
+            self.alignment, self.device, self.scoring_batch, self.progress,
         )  # fmt: skip
-        self.feature_error = repair.run(self.weights)
+        self.feature_error, self.tuning = repair.run(self.weights)
 
     def _measure(self) -> DropBlocksFigures:
         self.progress("measuring the result", 0, 1)
@@ -322,6 +328,7 @@ class Dropper:
             order=None if self.options.drop else tuple(b.name for b in self.dropped),
             choosing_loss=self.choosing_loss,
             feature_error=self.feature_error,
+            tuning=self.tuning,
             additivity=additivity,
             inputs=self.inputs.sources,
             seconds=self.seconds,

@@ -20,14 +20,14 @@ from onnxcompress.graph.edit import set_values
 from onnxcompress.graph.query import read
 from onnxcompress.graph.topology import Topology
 from onnxcompress.model import Model
-from onnxcompress.optimize.block_drop.recoverability import SCORING_IMAGES
-from onnxcompress.optimize.calibration import Inputs
 from onnxcompress.optimize.device import fitting
 from onnxcompress.optimize.executor import Executor
 from onnxcompress.optimize.executor.open_batch import small_batch
-from onnxcompress.optimize.reconstruction.finetune import Schedule, finetune
+from onnxcompress.optimize.reconstruction.finetune import Finetuned, Schedule, finetune
+from onnxcompress.optimize.reconstruction.held_out import HeldOut
 from onnxcompress.optimize.reconstruction.residual_refit import RefitSettings, ResidualRefit
 from onnxcompress.optimize.reconstruction.ridge import TARGET_MADE, TARGET_REAL
+from onnxcompress.optimize.reconstruction.tuning_outcome import TuningOutcome
 from onnxcompress.optimize.synthesis.statistics_alignment import StatisticsAlignment
 from onnxcompress.progress import Progress
 
@@ -78,9 +78,14 @@ class Repair:
     """The tensor of the student that is matched with `feature`."""
     feature: str
     """The tensor of the teacher whose values are the features."""
-    inputs: Inputs
+    real: bool
+    """Whether all inputs are real images."""
     images: Tensor
-    """The inputs as normalized values, (N, C, H, W), or (N, H, W, C) with `nhwc`."""
+    """The inputs to learn from as normalized values, (N, C, H, W), or (N, H, W, C) with `nhwc`."""
+    shares: Tensor | None
+    """How often each of them is drawn, relative to the others, (N,); None: equally often."""
+    aside: Tensor
+    """Inputs that nothing learned from, which decide what is kept."""
     nhwc: bool
     alignment: StatisticsAlignment | None
     """The alignment that both networks run with, which is taken back at the end; None: none."""
@@ -89,14 +94,15 @@ class Repair:
     """Images that run at once when nothing is trained."""
     progress: Progress
 
-    def run(self, adapted: Mapping[str, Tensor]) -> float:
+    def run(self, adapted: Mapping[str, Tensor]) -> tuple[float, TuningOutcome | None]:
         """Refit and fine-tune the student, and store its new weights in the model.
 
         Args:
             adapted: Initializer -> value with the adapters of the dropped blocks folded in.
 
         Returns:
-            The relative squared error of the features, on inputs that are not augmented.
+            The relative squared error of the features on the inputs kept aside, and the outcome of
+            fine-tuning; None: there was none.
 
         Raises:
             ModelError: A weight became infinite.
@@ -106,24 +112,34 @@ class Repair:
         weights = {n: w for n, w in adapted.items() if n in student.parameters}
         if [tensor.name for tensor in self.whole.analysis(Topology).trunk()[:1]] == [self.source]:
             weights = fitting("refitting layers", small_batch(self.model, MAX_BATCH), self._refit)
+        held_out = fitting("judging", self.scoring_batch, self._held_out)
+        outcome = None
         if self.options.steps and self.alignment is None:
-            weights = fitting(
-                "fine-tuning", self.options.batch, lambda batch: self._finetune(student, weights, batch)
+            tuned = fitting(
+                "fine-tuning",
+                self.options.batch,
+                lambda batch: self._finetune(student, weights, held_out, batch),
             )
+            weights, outcome = tuned.values, tuned.outcome
         self._store(weights)
-        error = self._feature_error()
+        error = held_out.error(Executor.from_model(self.model, device=self.device), self.student_feature)
         if self.alignment is not None:
             self.alignment.revert(self.model)
             self._store(self.alignment.restored(weights))
-        return error
+        return error, outcome
+
+    def _held_out(self, batch: int) -> HeldOut:
+        return HeldOut(self.teacher, self.aside, self.source, self.feature, batch=batch)
 
     def _refit(self, batch: int) -> dict[str, Tensor]:
-        ridge = TARGET_REAL if self.inputs.real else TARGET_MADE
+        ridge = TARGET_REAL if self.real else TARGET_MADE
         settings = RefitSettings(batch=batch, seed=self.options.seed, ridge=ridge)
         refit = ResidualRefit.of(self.whole, self.model, self.feature, settings, self.device)
         return refit.run(self.images[:REFIT_IMAGES], self.progress)
 
-    def _finetune(self, student: Executor, start: dict[str, Tensor], batch: int) -> dict[str, Tensor]:
+    def _finetune(
+        self, student: Executor, start: dict[str, Tensor], held_out: HeldOut, batch: int
+    ) -> Finetuned:
         schedule = Schedule(
             steps=self.options.steps or 0,
             batch=batch,
@@ -133,8 +149,8 @@ class Repair:
         )
         return finetune(
             student, self.teacher, start, self.images, self.source,
-            (self.student_feature, self.feature), schedule,
-            shares=self.inputs.shares(), nhwc=self.nhwc, progress=self.progress,
+            (self.student_feature, self.feature), schedule, held_out,
+            shares=self.shares, nhwc=self.nhwc, progress=self.progress,
         )  # fmt: skip
 
     def _store(self, weights: dict[str, Tensor]) -> None:
@@ -149,15 +165,3 @@ class Repair:
                 )
             set_values(tensors[name], np.ascontiguousarray(new))
         self.model.touch()
-
-    def _feature_error(self) -> float:
-        """Compute the relative squared error of the features on the images, without augmentation."""
-        student = Executor.from_model(self.model, device=self.device)
-        images = self.images[:SCORING_IMAGES].to(self.device)
-        wanted, got = (
-            executor.run_batched(
-                {self.source: images}, [name], count=len(images), batch=self.scoring_batch
-            )[name].double()
-            for executor, name in ((self.teacher, self.feature), (student, self.student_feature))
-        )
-        return float((got - wanted).square().sum()) / max(float(wanted.square().sum()), 1e-30)

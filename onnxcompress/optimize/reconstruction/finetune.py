@@ -6,6 +6,10 @@ from refitted layers on, with rates relative to each weight's size. Each step se
 (flips, shifts, and patches pasted from another image: no label to keep right); the teacher's answer to
 them is the target. All before the feature is trained, the classifier behind it has no gradient.
 
+What is kept is the state with the least error on inputs kept aside, which is looked at CHECKS times. The
+values at the start are the first candidate, so on these inputs the result is never worse than they are.
+Tuning ends early where PATIENCE looks in a row found nothing better.
+
 On a CPU a step takes its batch in pieces, each on one thread, and adds their gradients in order: the same
 whatever the number of threads.
 """
@@ -27,12 +31,27 @@ from onnxcompress.optimize.deterministic_threads import in_turn
 from onnxcompress.optimize.device import autocast, laid_out, resident
 from onnxcompress.optimize.executor import Executor
 from onnxcompress.optimize.reconstruction.augment import augment
+from onnxcompress.optimize.reconstruction.held_out import HeldOut
+from onnxcompress.optimize.reconstruction.tuning_outcome import TuningOutcome
 from onnxcompress.progress import Progress, silent
 
 PIECE = 16
 """Images of a batch that go through at once on a CPU."""
+CHECKS = 10
+"""How often the error on the inputs kept aside is looked at."""
+PATIENCE = 4
+"""Looks without a gain after which tuning ends."""
 Loss = Callable[..., Tensor]
 """(batch, *values) -> scalar."""
+
+
+@dataclass(frozen=True)
+class Finetuned:
+    """The result of fine-tuning."""
+
+    values: dict[str, Tensor]
+    """Initializer -> value at the step that was kept, float32."""
+    outcome: TuningOutcome
 
 
 @dataclass(frozen=True)
@@ -58,11 +77,12 @@ def finetune(
     source: str,
     feature: tuple[str, str],
     schedule: Schedule,
+    held_out: HeldOut,
     *,
     shares: Tensor | None = None,
     nhwc: bool = False,
     progress: Progress = silent,
-) -> dict[str, Tensor]:
+) -> Finetuned:
     """Train all parameters that the feature depends on, to the teacher's features.
 
     Source: PRACTISE (arXiv 2202.07861), §3.3.
@@ -75,20 +95,22 @@ def finetune(
         source: Name of the input.
         feature: Name of the feature tensor in the student's graph, and in the teacher's.
         schedule: How long and how fast to train.
+        held_out: Inputs kept aside, which decide what is kept.
         shares: How often each image is drawn, relative to the others, (N,); None: equally often.
         nhwc: Whether the network takes channels last.
         progress: Called with the stage, the steps done and the steps in all.
 
     Returns:
-        Initializer -> trained value, float32.
+        The values of the trained initializers with the least error on the inputs kept aside.
     """
     device = student.device
     images = resident(images, device)
     if nhwc:
         images = images.permute(0, 3, 1, 2)
     values, rates = _leaves(student, parameters, source, feature[0])
+    best = _Best(student, feature[0], held_out, {**parameters, **values})
     if not values:  # no layer is left in front of the feature: all blocks were dropped
-        return {}
+        return Finetuned({}, best.outcome(0))
     groups = [
         {"params": [v], "lr": schedule.learning_rate * r}
         for v, r in zip(values.values(), rates, strict=True)
@@ -97,7 +119,9 @@ def finetune(
     scheduler = torch.optim.lr_scheduler.LambdaLR(adam, lambda step: rate(step, schedule))
     generator = torch.Generator().manual_seed(schedule.seed)
     loss_of = _loss(student, teacher, list(values), source, feature)
-    for step in range(schedule.steps):
+    looks = {round((look + 1) * schedule.steps / CHECKS) for look in range(CHECKS)}
+    step = 0
+    while step < schedule.steps and best.missed < PATIENCE:
         x = augment(images, schedule.batch, generator, shares, device)
         if nhwc:
             x = x.permute(0, 2, 3, 1)
@@ -110,8 +134,37 @@ def finetune(
             loss_of(x, *values.values()).backward()  # type: ignore[no-untyped-call]
         adam.step()
         scheduler.step()
-        progress("fine-tuning", step + 1, schedule.steps)
-    return {name: value.detach() for name, value in values.items()}
+        step += 1
+        if step in looks:
+            best.look(step, values)
+        progress("fine-tuning", step, schedule.steps)
+    return Finetuned(best.values, best.outcome(step))
+
+
+class _Best:
+    """The values with the least error on the inputs kept aside, so far."""
+
+    def __init__(
+        self, student: Executor, feature: str, held_out: HeldOut, start: Mapping[str, Tensor]
+    ) -> None:
+        self.student, self.feature, self.held_out = student, feature, held_out
+        self.error = float("inf")
+        self.look(0, start)
+        self.before = self.error
+
+    def look(self, step: int, values: Mapping[str, Tensor]) -> None:
+        """Keep a copy of the values if they are better than all before."""
+        error = self.held_out.error(self.student, self.feature, values)
+        if step == 0 or error < self.error:
+            self.values = {name: value.detach().clone() for name, value in values.items()}
+            self.error, self.step, self.missed = error, step, 0
+        else:
+            self.missed += 1
+
+    def outcome(self, steps: int) -> TuningOutcome:
+        """Describe what was kept after so many steps."""
+        count = len(self.held_out.images)
+        return TuningOutcome(count, steps, self.step, self.before, self.error)
 
 
 def _loss(

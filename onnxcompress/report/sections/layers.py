@@ -10,6 +10,7 @@ from onnxcompress.account import Figures, Refusal
 from onnxcompress.formatting import number, percent
 from onnxcompress.optimize.block_drop.figures import BlockRow, DropBlocksFigures
 from onnxcompress.optimize.channel_drop.figures import ChannelGroupRow, DropChannelsFigures
+from onnxcompress.optimize.reconstruction.tuning_outcome import tuning_text
 from onnxcompress.passes.prune.figures import PruneFigures
 from onnxcompress.passes.quantize.figures import QuantizedLayerRow, QuantizeFigures
 from onnxcompress.quantization.ort_fusion import OptimizedNodes
@@ -72,9 +73,12 @@ def _blocks(figures: DropBlocksFigures) -> list[Part]:
         parts.append(
             Prose(
                 f"After tuning, the features differ from the original's by {percent(error**0.5, 1)} (root "
-                "of the relative squared error) on the images that it was tuned on."
+                "of the relative squared error) on inputs that nothing was tuned on."
             )
         )
+    if figures.tuning is not None:
+        text = tuning_text(figures.tuning)
+        parts.append(Prose(f"{text[0].upper()}{text[1:]}."))
     return parts
 
 
