@@ -2,10 +2,12 @@
 
     python tests/benchmarks/drop_blocks.py scoring  MODEL TRAIN.npz --preprocess TEXT
     python tests/benchmarks/drop_blocks.py accuracy MODEL TRAIN.npz TEST.npz --preprocess TEXT
+    python tests/benchmarks/drop_blocks.py tuning   MODEL TRAIN.npz TEST.npz --preprocess TEXT --drop NAME,…
 
 `scoring` scores all blocks with this tool and with the published procedure (tests/benchmarks/practise.py)
 in one run: seconds of each, and the rank correlation of R/τ, τ measured once for both. `accuracy` runs
-whole commands, one for each number of blocks and seed.
+whole commands, one for each number of blocks and seed. `tuning` drops the same blocks and learns from the
+same images with this tool and with the published fine-tuning (tests/benchmarks/practise_finetuning.py).
 """
 
 from __future__ import annotations
@@ -15,12 +17,16 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 import numpy as np
+import onnx_graphsurgeon as gs
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+if TYPE_CHECKING:
+    from onnxcompress.model import Model
 
 
 @click.group()
@@ -153,6 +159,83 @@ def accuracy(
             f"{number} blocks, {count} images: mean {np.mean(found):.2f} % of {len(found)} seeds",
             flush=True,
         )
+
+
+@cli.command()
+@click.argument("model")
+@click.argument("train")
+@click.argument("test")
+@click.option("--preprocess", required=True)
+@click.option("--drop", required=True, multiple=True, help="Blocks to drop, with commas; several times.")
+@click.option("--count", default=500)
+@click.option("--tested", type=int, help="Test on images of TEST that this --count leaves out.")
+@click.option("--steps", default=300)
+@click.option("--seeds", default="0")
+@click.option("--size", type=int, help="Side of the input, where the graph allows another than its own.")
+def tuning(
+    model: str,
+    train: str,
+    test: str,
+    preprocess: str,
+    drop: tuple[str, ...],
+    count: int,
+    tested: int | None,
+    steps: int,
+    seeds: str,
+    size: int | None,
+) -> None:
+    """Top-1, agreement with the float network, processor time: this tool and the published fine-tuning."""
+    import torch
+
+    from onnxcompress.data.image_set import load_images
+    from onnxcompress.data.preprocess import Preprocess
+    from onnxcompress.evaluation.accuracy import agreement, logits, topk
+    from onnxcompress.model import load
+    from onnxcompress.passes.drop_blocks import DropBlocks
+    from tests.benchmarks.practise_finetuning import published_finetuning
+
+    how = Preprocess.parse(preprocess)
+    network = load(model) if size is None else _resized(load(model), size)
+
+    def show(what: str, result: Model, start: float, note: str = "") -> None:
+        seconds = time.process_time() - start
+        scores = logits(result, judges, provider="cpu")
+        right, same = 100 * topk(scores, np.asarray(judges.y))[0], 100 * agreement(exact, scores)
+        print(f"  {what:30} {right:6.2f} {same:6.2f} {seconds:6.0f} {note}", flush=True)
+
+    for seed in map(int, seeds.split(",")):
+        judged = None if tested is None else count
+        judges = load_images(test, preprocess=how, seed=seed, count=judged, left_out=tested, labels=True)
+        exact = logits(network, judges, provider="cpu")
+        images = load_images(train, preprocess=how, count=count, seed=seed)
+        x = torch.from_numpy(images.array())
+        print(f"seed {seed}, {len(judges)} images: top-1 %, agreement %, processor seconds")
+        show("float", network, time.process_time())
+        for names in drop:
+            print(f" without {names}")
+            start = time.process_time()
+            tuned = published_finetuning(network, names.split(","), x, steps=steps, seed=seed)
+            show(f"published, {steps} steps", tuned, start)
+            for own in (0, steps):
+                start, ours = time.process_time(), network.copy()
+                options = DropBlocks(
+                    drop=tuple(names.split(",")), images=train, preprocess=preprocess, count=count,
+                    steps=own, seed=seed, provider="cpu",
+                )  # fmt: skip
+                figures = options.apply(ours).measured
+                kept = figures.tuning.kept_step if figures.tuning else 0
+                show(f"this tool, {own} steps", ours, start, f"step {kept} kept")
+
+
+def _resized(model: Model, side: int) -> Model:
+    """The network for square images of another size."""
+    source = model.graph.inputs[0]
+    source.shape = [*source.shape[:2], side, side]
+    for tensor in model.graph.tensors().values():
+        if isinstance(tensor, gs.Variable) and tensor is not source:
+            tensor.shape = None
+    model.touch()
+    return model
 
 
 def _plain(model: str, train: str, preprocess: str, count: int, seed: str, number: str) -> list[str]:

@@ -51,7 +51,7 @@ def published_recoverability(
     sgd = torch.optim.SGD(adapters.values(), lr=0.02, momentum=0.9, weight_decay=1e-4)
     schedule = torch.optim.lr_scheduler.MultiStepLR(sgd, [int(0.4 * steps)], gamma=0.1)
     for _ in range(steps):
-        x = _augmented(images, 64, generator)
+        x = augmented(images, 64, generator)
         with autocast(whole.device):
             with torch.no_grad():
                 wanted = whole.run({source: x}, [feature])[feature]
@@ -101,7 +101,7 @@ def _error(
     return lost / energy
 
 
-def _augmented(images: Tensor, batch: int, generator: torch.Generator) -> Tensor:
+def augmented(images: Tensor, batch: int, generator: torch.Generator) -> Tensor:
     """Random crops with a padding of 4 and flips, as the reference does."""
     index = torch.randint(len(images), (batch,), generator=generator)
     x = images[sent(index, images.device)]

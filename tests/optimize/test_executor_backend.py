@@ -31,7 +31,6 @@ OUT_OF_SCOPE: dict[str, str] = {
     r"test_(less|greater)(_equal)?_uint(16|32|64)(_expanded)?": _UNSIGNED,
     r"test_bitshift_(left|right)_uint(16|32|64)": _UNSIGNED,
     r"test_bitwise_not_3d": _UNSIGNED,
-    r"test_batchnorm_.*_training_mode": _TRAINING,
     r"test_training_dropout(_default)?(_mask)?": _TRAINING,
     r"test_not_[234]d": "opset below 7",
 }
@@ -75,7 +74,7 @@ IN_SCOPE = [name for name, case in cases().items() if reason(case) is None]
 
 def run(case: Any, inputs: list[Any]) -> list[Any]:
     graph = gs.import_onnx(case.model)
-    executor = Executor(graph, dtype=None)
+    executor = Executor(graph, dtype=None, training=True)
     feeds = {
         info.name: tensor_from(as_numpy(value))
         for info, value in zip(case.model.graph.input, inputs, strict=False)

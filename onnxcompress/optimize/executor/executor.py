@@ -11,8 +11,8 @@ tensors on the device have it: parameters, constants, feeds, and the results of 
 Under torch.autocast, feeds and parameters are taken as they are.
 
 Does not handle: control flow, recurrent layers, sequences (except for the pieces of a split), strings,
-training mode, custom domains, and element types that torch cannot compute with (8-bit floats, 4-bit
-integers).
+training mode (except BatchNormalization's, where it is asked for), custom domains, and element types that
+torch cannot compute with (8-bit floats, 4-bit integers).
 """
 
 from __future__ import annotations
@@ -69,6 +69,7 @@ class Executor:
         dtype: torch.dtype | None = torch.float32,
         opset: int | None = None,
         targets: Mapping[int, np.ndarray] | None = None,
+        training: bool = False,
     ) -> None:
         """Take a snapshot of the graph.
 
@@ -78,6 +79,8 @@ class Executor:
             dtype: Type of all floating tensors; None: the model's own types.
             opset: Operator set of the graph, from 7; None: as the graph says.
             targets: Targets of Reshape nodes, by id of the node, in place of the constants that they read.
+            training: Whether a BatchNormalization in training mode may run; its outputs depend on all of
+                the batch.
 
         Raises:
             UnsupportedOp: The operator set is below 7. Operators that cannot be run raise only when a run
@@ -95,7 +98,7 @@ class Executor:
         self._shape_feeds: ShapeFeeds | None = None
         # Tensors made under inference_mode could not take part in a later backward pass.
         with torch.inference_mode(False), torch.no_grad():
-            self._program = Program.of(graph, opset)
+            self._program = Program.of(graph, opset, training)
             self._program.reshape_to(targets or {})
             self._binding = Binding(self._program, self.device, dtype)
             self.parameters: dict[str, Tensor] = {
@@ -111,6 +114,7 @@ class Executor:
         *,
         device: str | torch.device = "cpu",
         dtype: torch.dtype | None = torch.float32,
+        training: bool = False,
     ) -> Executor:
         """Make the executor of a model's graph.
 
@@ -120,6 +124,7 @@ class Executor:
             model: The model.
             device: Where tensors lie, except shape arithmetic.
             dtype: Type of all floating tensors; None: the model's own types.
+            training: Whether a BatchNormalization in training mode may run.
 
         Returns:
             The executor.
@@ -128,7 +133,9 @@ class Executor:
             UnsupportedOp: The operator set is below 7.
         """
         targets = batch_free_targets(model)
-        executor = cls(model.graph, device=device, dtype=dtype, opset=model.opset, targets=targets)
+        executor = cls(
+            model.graph, device=device, dtype=dtype, opset=model.opset, targets=targets, training=training
+        )
         executor._shape_feeds = ShapeFeeds(executor._program, model, executor.run)
         return executor
 

@@ -78,14 +78,17 @@ class Program:
     """Names of the initializers that are parameters."""
     names: frozenset[str]
     opset: int
+    training: bool = False
+    """Whether nodes in training mode may run."""
 
     @staticmethod
-    def of(graph: gs.Graph, opset: int) -> Program:
+    def of(graph: gs.Graph, opset: int, training: bool = False) -> Program:
         """Take a snapshot of a graph.
 
         Args:
             graph: The graph.
             opset: Its operator set.
+            training: Whether nodes in training mode may run.
 
         Returns:
             The snapshot.
@@ -105,7 +108,7 @@ class Program:
             if value.is_floating_point() and value.ndim >= 1 and not only_static:
                 weights.add(name)
         names = {*producer, *constants, *(tensor.name for tensor in graph.inputs)}
-        return Program(nodes, producer, constants, frozenset(weights), frozenset(names), opset)
+        return Program(nodes, producer, constants, frozenset(weights), frozenset(names), opset, training)
 
     def reshape_to(self, targets: Mapping[int, np.ndarray]) -> None:
         """Give Reshape nodes constant targets.
@@ -271,6 +274,7 @@ class Binding:
             outputs=len(node.outputs),
             device=self.device if on_device else torch.device("cpu"),
             dtype=self.dtype if on_device else None,
+            training=self.program.training,
         )
 
 

@@ -12,16 +12,20 @@ from onnxcompress.optimize.executor.ops.registry import Kernel, Op, Site, axis_o
 
 
 def _batch_norm(site: Site) -> Kernel:
-    """Build the kernel of BatchNormalization in inference mode: (x − mean) / √(var + ε) · scale + bias.
+    """Build the kernel of BatchNormalization: (x − mean) / √(var + ε) · scale + bias.
 
-    torch's own function has no gradient for the statistics, so the formula is written out where one of them
-    requires it.
+    In inference mode torch's own function has no gradient for the statistics, so the formula is written out
+    where one of them requires it. In training mode (from opset 14 on) mean and variance are those of the
+    batch.
     """
-    if site.flag("training_mode") or (site.opset < 14 and site.outputs > 1):
+    training = site.flag("training_mode")
+    if (training and not site.training) or (site.opset < 14 and site.outputs > 1):
         raise site.unsupported("it is in training mode; export the model in inference mode")
     if site.opset < 9 and not site.flag("spatial", True):
         raise site.unsupported("spatial=0 (statistics per element) is not covered")
     epsilon = site.real("epsilon", 1e-5)
+    if training:
+        return _training_batch_norm(epsilon, site.real("momentum", 0.9), site.outputs)
 
     def kernel(x: Tensor, scale: Tensor, bias: Tensor, mean: Tensor, var: Tensor) -> Tensor:
         if mean.requires_grad or var.requires_grad:
@@ -29,6 +33,21 @@ def _batch_norm(site: Site) -> Kernel:
             gain = scale * torch.rsqrt(var + epsilon)
             return x * gain.reshape(shape) + (bias - mean * gain).reshape(shape)
         return F.batch_norm(x, mean, var, scale, bias, False, 0.0, epsilon)
+
+    return kernel
+
+
+def _training_batch_norm(epsilon: float, momentum: float, outputs: int) -> Kernel:
+    """Make the kernel of training mode; further outputs are the running mean and variance."""
+
+    def kernel(
+        x: Tensor, scale: Tensor, bias: Tensor, mean: Tensor, var: Tensor
+    ) -> Tensor | tuple[Tensor, ...]:
+        y = F.batch_norm(x, None, None, scale, bias, True, 0.0, epsilon)
+        if outputs == 1:
+            return y
+        spread, centre = torch.var_mean(x.detach().float(), (0, *range(2, x.ndim)), correction=0)
+        return y, mean * momentum + centre * (1 - momentum), var * momentum + spread * (1 - momentum)
 
     return kernel
 

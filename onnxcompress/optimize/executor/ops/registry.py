@@ -63,6 +63,8 @@ class Site:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     dtype: torch.dtype | None = None
     """Type of all floating tensors here; None: the model's own types."""
+    training: bool = False
+    """Whether nodes in training mode may run."""
 
     def has(self, index: int) -> bool:
         """Return whether an input is given.
