@@ -34,7 +34,7 @@ from onnxcompress.optimize.block_drop.recoverability import Scorer, probe  # noq
 from onnxcompress.optimize.device import fitting, pick_device, resident  # noqa: E402
 from onnxcompress.optimize.executor import Executor  # noqa: E402
 from onnxcompress.optimize.reconstruction.augment import augment, windows  # noqa: E402
-from onnxcompress.optimize.reconstruction.finetune import Schedule, _loss, finetune  # noqa: E402
+from onnxcompress.optimize.reconstruction.finetune import Matched, Schedule, _Objective, finetune  # noqa: E402
 from onnxcompress.optimize.reconstruction.held_out import HeldOut  # noqa: E402
 
 GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU")
@@ -195,7 +195,8 @@ def test_no_step_reads_back(pair: tuple[Model, Model, str]) -> None:
     teacher, student = Executor.from_model(model), Executor.from_model(pruned)
     used = {t.name for n in student.needed(["input"], [feature]) for t in n.inputs}
     values = {n: v.clone().requires_grad_() for n, v in student.parameters.items() if n in used}
-    loss_of = _loss(student, teacher, list(values), "input", (feature, feature))
+    matched = Matched("input", (feature, feature))
+    loss_of = _Objective(student, teacher, matched, list(values), [1.0]).loss
     blocks = find_blocks(model).blocks
     scorer = Scorer(model, blocks, probe(teacher, images(), "input", feature), executor=teacher, steps=3)
     assert scorer.probe.energy > 0  # known from here on
@@ -266,9 +267,9 @@ def test_fine_tuning_on_the_gpu_never_waits_and_gives_what_the_cpu_gives(
         with warnings.catch_warnings():
             warnings.simplefilter("error", CompressWarning)
             aside = HeldOut(teacher, x, "input", feature)
-            names = (feature, feature)
+            matched = Matched("input", (feature, feature))
             found[device] = finetune(
-                student, teacher, start, x, "input", names, schedule, aside, progress=progress
+                student, teacher, matched, x, schedule, aside, start=start, progress=progress
             ).values
     for name, value in found["cpu"].items():
         assert torch.allclose(found["cuda"][name].cpu(), value, atol=0.02 * float(value.abs().max()) + 1e-3)

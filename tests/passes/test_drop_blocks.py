@@ -339,7 +339,7 @@ def test_adapters_and_refitting_recover_features(resnet: str, models: Path) -> N
 def test_a_batch_norm_that_stays_keeps_its_statistics() -> None:
     """Training a variance would make it negative; only scale, offset and convolutions are trained."""
     from onnxcompress.optimize.executor import Executor
-    from onnxcompress.optimize.reconstruction.finetune import Schedule, finetune
+    from onnxcompress.optimize.reconstruction.finetune import Matched, Schedule, finetune
     from onnxcompress.optimize.reconstruction.held_out import HeldOut
 
     text = """<ir_version: 8, opset_import: ["" : 17]> g (float[N,2,6,6] x) => (float[N,2,6,6] y)
@@ -354,6 +354,6 @@ def test_a_batch_norm_that_stays_keeps_its_statistics() -> None:
     x = torch.randn(8, 2, 6, 6, generator=torch.Generator().manual_seed(0))
     schedule = Schedule(steps=5, batch=4, learning_rate=0.5, seed=0)
     aside = HeldOut(teacher, x, "x", "y")
-    trained = finetune(student, teacher, {}, x, "x", ("y", "y"), schedule, aside).values
+    trained = finetune(student, teacher, Matched("x", ("y", "y")), x, schedule, aside).values
     assert set(trained) == {"s", "o", "w"}
     assert all(bool(value.isfinite().all()) for value in trained.values())

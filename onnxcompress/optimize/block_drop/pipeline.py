@@ -301,9 +301,10 @@ class Dropper:
         """Refit and fine-tune what is left, where a block was dropped."""
         if not self.dropped:
             return
+        instead = drop_blocks(self.whole.copy(), [b.exit for b in self.dropped])
         repair = Repair(
             self.options, self.model, self.whole, self.teacher, self.source, self.student_feature,
-            self.feature, self.inputs.real, self.images, self.image_shares, self.aside, self.nhwc,
+            self.feature, instead, self.inputs.real, self.images, self.image_shares, self.aside, self.nhwc,
             self.alignment, self.device, self.scoring_batch, self.progress,
         )  # fmt: skip
         self.feature_error, self.tuning = repair.run(self.weights)

@@ -1,12 +1,15 @@
 """Fine-tune a student to a teacher's features on a few unlabelled images (PRACTISE, arXiv 2202.07861 §3.3).
 
-    loss = ‖s − t‖² / ‖t‖²        s, t: the feature tensor of student and teacher
+    loss = ‖s − t‖² / ‖t‖²  +  LEVELS · mean over levels of the same
 
-from refitted layers on, with rates relative to each weight's size. Each step sees newly augmented images
-(flips, shifts, and patches pasted from another image: no label to keep right); the teacher's answer to
-them is the target. All before the feature is trained, the classifier behind it has no gradient.
+s, t: the feature tensor of student and teacher; levels: narrower places on the way there, where a target
+leaves less to learn by heart than the features alone do. The publication has no levels.
 
-What is kept is the state with the least error on inputs kept aside, which is looked at CHECKS times. The
+From refitted layers on, with rates relative to each weight's size; a running average of the weights takes
+the place of a rate that falls. Each step sees newly augmented images; the teacher's answer to them is the
+target. All before the feature is trained, the classifier behind it has no gradient.
+
+What is kept is the average with the least error on inputs kept aside, which is looked at CHECKS times. The
 values at the start are the first candidate, so on these inputs the result is never worse than they are.
 Tuning ends early where PATIENCE looks in a row found nothing better.
 
@@ -18,7 +21,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import cast
 
 import onnx_graphsurgeon as gs
@@ -41,6 +44,10 @@ CHECKS = 10
 """How often the error on the inputs kept aside is looked at."""
 PATIENCE = 4
 """Looks without a gain after which tuning ends."""
+LEVELS = 8.0
+"""Weight of the levels' relative errors, their mean, against that of the features."""
+AVERAGED, YOUNG = 0.95, 10
+"""What the running average keeps of itself in a step; in step t no more than t / (t + YOUNG)."""
 Loss = Callable[..., Tensor]
 """(batch, *values) -> scalar."""
 
@@ -69,16 +76,31 @@ class Schedule:
     """On a GPU, record a step as a CUDA graph and replay it."""
 
 
+@dataclass(frozen=True)
+class Matched:
+    """The tensors that are brought together, by name in the student and in the teacher."""
+
+    source: str
+    """Name of the input."""
+    feature: tuple[str, str]
+    levels: tuple[tuple[str, str], ...] = ()
+    """Tensors on the way to the features."""
+
+    @property
+    def pairs(self) -> tuple[tuple[str, str], ...]:
+        """The features first."""
+        return (self.feature, *self.levels)
+
+
 def finetune(
     student: Executor,
     teacher: Executor,
-    parameters: Mapping[str, Tensor],
+    matched: Matched,
     images: Tensor,
-    source: str,
-    feature: tuple[str, str],
     schedule: Schedule,
     held_out: HeldOut,
     *,
+    start: Mapping[str, Tensor] | None = None,
     shares: Tensor | None = None,
     nhwc: bool = False,
     progress: Progress = silent,
@@ -90,12 +112,11 @@ def finetune(
     Args:
         student: The network to train.
         teacher: The network that gives the target.
-        parameters: Initializer -> value to start from, where it is not the student's own.
+        matched: The tensors that are brought together.
         images: Normalized images, (N, C, H, W), or (N, H, W, C) with `nhwc`.
-        source: Name of the input.
-        feature: Name of the feature tensor in the student's graph, and in the teacher's.
         schedule: How long and how fast to train.
         held_out: Inputs kept aside, which decide what is kept.
+        start: Initializer -> value to start from, where it is not the student's own.
         shares: How often each image is drawn, relative to the others, (N,); None: equally often.
         nhwc: Whether the network takes channels last.
         progress: Called with the stage, the steps done and the steps in all.
@@ -103,12 +124,12 @@ def finetune(
     Returns:
         The values of the trained initializers with the least error on the inputs kept aside.
     """
-    device = student.device
+    device, start = student.device, start or {}
     images = resident(images, device)
     if nhwc:
         images = images.permute(0, 3, 1, 2)
-    values, rates = _leaves(student, parameters, source, feature[0])
-    best = _Best(student, feature[0], held_out, {**parameters, **values})
+    values, rates = _leaves(student, start, matched)
+    best = _Best(student, matched.feature[0], held_out, {**start, **values})
     if not values:  # no layer is left in front of the feature: all blocks were dropped
         return Finetuned({}, best.outcome(0))
     groups = [
@@ -116,29 +137,47 @@ def finetune(
         for v, r in zip(values.values(), rates, strict=True)
     ]
     adam = torch.optim.Adam(groups, betas=(0.9, 0.98), fused=device.type == "cuda")
-    scheduler = torch.optim.lr_scheduler.LambdaLR(adam, lambda step: rate(step, schedule))
+    warm = max(1, round(schedule.warm_up * schedule.steps))
+    scheduler = torch.optim.lr_scheduler.LambdaLR(adam, lambda step: min(1.0, (step + 1) / warm))
     generator = torch.Generator().manual_seed(schedule.seed)
-    loss_of = _loss(student, teacher, list(values), source, feature)
+    objective = _Objective(student, teacher, matched, list(values), _scales(teacher, matched, held_out))
+    average = {name: value.detach().clone() for name, value in values.items()}
     looks = {round((look + 1) * schedule.steps / CHECKS) for look in range(CHECKS)}
-    step = 0
+    step, loss_of = 0, objective.loss
     while step < schedule.steps and best.missed < PATIENCE:
         x = augment(images, schedule.batch, generator, shares, device)
         if nhwc:
             x = x.permute(0, 2, 3, 1)
         if step == 0 and schedule.captured and device.type == "cuda":
-            loss_of = _captured(student, teacher, values, source, feature, x)
+            loss_of = _captured(objective, values, x)
         adam.zero_grad(set_to_none=True)
         if device.type == "cpu":
-            _add_slopes(student, teacher, values, source, feature, x)
+            _add_slopes(objective, values, x)
         else:
             loss_of(x, *values.values()).backward()  # type: ignore[no-untyped-call]
         adam.step()
         scheduler.step()
         step += 1
+        _follow(average, values, step)
         if step in looks:
-            best.look(step, values)
+            best.look(step, average)
         progress("fine-tuning", step, schedule.steps)
     return Finetuned(best.values, best.outcome(step))
+
+
+def _follow(average: Mapping[str, Tensor], values: Mapping[str, Tensor], step: int) -> None:
+    """Move the running average towards the values."""
+    new = 1 - min(AVERAGED, step / (step + YOUNG))
+    for name, value in values.items():
+        average[name].lerp_(value.detach(), new)
+
+
+def _scales(teacher: Executor, matched: Matched, held_out: HeldOut) -> list[float]:
+    """Weigh squared errors of each pair of tensors: weight over mean square of the teacher's."""
+    names = [theirs for _, theirs in matched.pairs]
+    sizes = held_out.mean_squares(teacher, names)
+    weights = [1.0, *[LEVELS / max(len(matched.levels), 1)] * len(matched.levels)]
+    return [w / max(size, 1e-12) for w, size in zip(weights, sizes, strict=True)]
 
 
 class _Best:
@@ -167,69 +206,54 @@ class _Best:
         return TuningOutcome(count, steps, self.step, self.before, self.error)
 
 
-def _loss(
-    student: Executor,
-    teacher: Executor,
-    names: Sequence[str],
-    source: str,
-    feature: tuple[str, str],
-    *,
-    cached: bool = True,
-) -> Loss:
-    """Return the loss as a pure function of a batch and the values of `names`."""
-    ours, theirs = feature
+@dataclass(frozen=True)
+class _Objective:
+    """The loss as a pure function of a batch and the values of `names`."""
 
-    def loss(x: Tensor, *values: Tensor) -> Tensor:
-        with autocast(student.device, cached=cached):
+    student: Executor
+    teacher: Executor
+    matched: Matched
+    names: Sequence[str]
+    scales: Sequence[float]
+    """Factor of the mean squared error of each pair of tensors."""
+    cached: bool = True
+    """Whether autocast casts weights once each."""
+
+    def loss(self, x: Tensor, *values: Tensor) -> Tensor:
+        """Compute the loss of a batch; its mean over batches is that of all their images."""
+        ours, theirs = zip(*self.matched.pairs, strict=True)
+        feeds = {self.matched.source: x}
+        with autocast(self.student.device, cached=self.cached):
             with torch.no_grad():
-                wanted = teacher.run({source: x}, [theirs])[theirs]
-            got = student.run({source: x}, [ours], dict(zip(names, values, strict=True)))[ours]
-        return _relative(got, wanted)
+                wanted = self.teacher.run(feeds, theirs)
+            got = self.student.run(feeds, ours, dict(zip(self.names, values, strict=True)))
+        errors = [
+            scale * (got[a].float() - wanted[b].float()).square().mean()
+            for a, b, scale in zip(ours, theirs, self.scales, strict=True)
+        ]
+        return torch.stack(errors).sum()
 
-    return loss
 
-
-def _add_slopes(
-    student: Executor,
-    teacher: Executor,
-    values: Mapping[str, Tensor],
-    source: str,
-    feature: tuple[str, str],
-    x: Tensor,
-) -> None:
+def _add_slopes(objective: _Objective, values: Mapping[str, Tensor], x: Tensor) -> None:
     """Give the values the gradients of the loss on a batch, taken piece by piece."""
     pieces = torch.split(x, PIECE)
-    ours, theirs = feature
 
     def slopes(index: int) -> tuple[Tensor, ...]:
-        """Return the gradients of the squared error, then the sum of squares that it is relative to."""
-        feeds = {source: pieces[index]}
-        with autocast(student.device):
-            with torch.no_grad():
-                wanted = teacher.run(feeds, [theirs])[theirs].float()
-            got = student.run(feeds, [ours], values)[ours]
-        error = (got.float() - wanted).square().sum()
-        found = torch.autograd.grad(error, list(values.values()), allow_unused=True, materialize_grads=True)
-        return *found, wanted.square().sum().clamp_min(1e-12 * wanted.numel())
+        share = len(pieces[index]) / len(x)
+        loss = share * objective.loss(pieces[index], *values.values())
+        return torch.autograd.grad(loss, list(values.values()), allow_unused=True, materialize_grads=True)
 
-    *columns, energy = zip(*in_turn(slopes, len(pieces)), strict=True)
+    columns = zip(*in_turn(slopes, len(pieces)), strict=True)
     for value, parts in zip(values.values(), columns, strict=True):
-        value.grad = torch.stack(parts).sum(0) / torch.stack(energy).sum()
+        value.grad = torch.stack(parts).sum(0)
 
 
-def _captured(
-    student: Executor,
-    teacher: Executor,
-    values: Mapping[str, Tensor],
-    source: str,
-    feature: tuple[str, str],
-    x: Tensor,
-) -> Loss:
+def _captured(objective: _Objective, values: Mapping[str, Tensor], x: Tensor) -> Loss:
     """Record the loss and its backward pass as CUDA graphs, once each, for batches of this shape.
 
     Where the recording fails (an operator that waits for the device), return the loss as it is, and warn.
     """
-    plain = _loss(student, teacher, list(values), source, feature, cached=False)
+    plain = replace(objective, cached=False).loss
     sample = (x.clone(), *values.values())
     try:
         made = torch.cuda.make_graphed_callables(plain, sample)
@@ -243,10 +267,11 @@ def _captured(
 
 
 def _leaves(
-    student: Executor, start: Mapping[str, Tensor], source: str, feature: str
+    student: Executor, start: Mapping[str, Tensor], matched: Matched
 ) -> tuple[dict[str, Tensor], list[float]]:
     """Trainable copies of the parameters that the feature depends on, and their scales."""
-    used = {t.name for node in student.needed([source], [feature]) for t in _trainable(node)}
+    needed = student.needed([matched.source], [matched.feature[0]])
+    used = {t.name for node in needed for t in _trainable(node)}
     values = {
         name: laid_out(start.get(name, value).detach().clone().float()).requires_grad_()
         for name, value in student.parameters.items()
@@ -266,25 +291,3 @@ def _trainable(node: gs.Node) -> list[gs.Tensor]:
     if is_op(node, "BatchNormalization"):
         return list(node.inputs[:3])
     return [] if is_op(node, "QuantizeLinear", "DequantizeLinear") else list(node.inputs)
-
-
-def rate(step: int, schedule: Schedule) -> float:
-    """Compute the relative learning rate: linear warm-up, then half a cosine to zero.
-
-    Args:
-        step: The step, from 0.
-        schedule: The schedule.
-
-    Returns:
-        The factor of the peak rate, from 0 to 1.
-    """
-    warm = max(1, round(schedule.warm_up * schedule.steps))
-    if step < warm:
-        return (step + 1) / warm
-    share = (step - warm) / max(1, schedule.steps - warm)
-    return 0.5 * (1 + float(torch.cos(torch.tensor(share * torch.pi))))
-
-
-def _relative(got: Tensor, wanted: Tensor) -> Tensor:
-    wanted = wanted.float()
-    return (got.float() - wanted).square().mean() / wanted.square().mean().clamp_min(1e-12)

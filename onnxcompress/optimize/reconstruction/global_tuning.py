@@ -26,11 +26,12 @@ from onnxcompress.optimize.deterministic_threads import in_turn, one_thread
 from onnxcompress.optimize.device import autocast, laid_out
 from onnxcompress.optimize.executor import Executor
 from onnxcompress.optimize.executor.walk_plan import floats
-from onnxcompress.optimize.reconstruction.finetune import Schedule, rate
 from onnxcompress.progress import Progress, silent
 from onnxcompress.quantization.qdq_plan import Plan
 
 STEPS, BATCH, LEARNING_RATE = 100, 64, 0.003
+WARM_UP = 0.05
+"""Share of the steps in which the rate rises."""
 HALVES = 2
 NARROW = 2
 """Largest size of a level, relative to the size of the first tensor."""
@@ -119,10 +120,9 @@ def finetune_sparse(
         return {}
     weights = {layer.linear.weight_name for layer in plan.layers.values()}
     masks = {n: v.detach() != 0 for n, v in leaves.items() if n in weights}
-    schedule = Schedule(steps, BATCH, LEARNING_RATE, seed)
     groups = [{"params": [v], "lr": LEARNING_RATE * sizes[n]} for n, v in leaves.items()]
     adam = torch.optim.Adam(groups, betas=(0.9, 0.98))
-    scheduler = torch.optim.lr_scheduler.LambdaLR(adam, lambda step: rate(step, schedule))
+    scheduler = torch.optim.lr_scheduler.LambdaLR(adam, lambda step: rate(step, steps))
     generator = torch.Generator().manual_seed(seed)
     for step in range(steps):
         index = torch.randint(len(values), (BATCH,), generator=generator)
@@ -166,3 +166,20 @@ def _wanted(executor: Executor, start: str, values: Tensor, names: list[str]) ->
     if large := [n for n, v in found.items() if not v.isfinite().all()]:
         found |= computed(large, torch.float32)
     return found
+
+
+def rate(step: int, steps: int) -> float:
+    """Compute the relative learning rate: linear warm-up, then half a cosine to zero.
+
+    Args:
+        step: The step, from 0.
+        steps: Steps in all.
+
+    Returns:
+        The factor of the peak rate, from 0 to 1.
+    """
+    warm = max(1, round(WARM_UP * steps))
+    if step < warm:
+        return (step + 1) / warm
+    share = (step - warm) / max(1, steps - warm)
+    return 0.5 * (1 + float(torch.cos(torch.tensor(share * torch.pi))))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -87,3 +87,21 @@ class HeldOut:
         made = student.run_batched(feeds, [feature], count=count, batch=self.batch, parameters=values)
         error = float((made[feature].double() - self.wanted.double()).square().sum()) / self.energy
         return error if error < float("inf") else float("inf")
+
+    def mean_squares(self, teacher: Executor, names: Sequence[str]) -> list[float]:
+        """Compute the mean square of some of the teacher's tensors.
+
+        Args:
+            teacher: The network that gives the target.
+            names: Names of tensors.
+
+        Returns:
+            One value for each.
+        """
+
+        def sums(made: dict[str, Tensor]) -> list[float]:
+            return [float(made[name].double().square().mean()) * len(made[name]) for name in names]
+
+        feeds, count = {self.source: self.images}, len(self.images)
+        parts = teacher.map_batches(feeds, names, sums, count=count, batch=self.batch)
+        return [sum(column) / count for column in zip(*parts, strict=True)]
