@@ -30,7 +30,7 @@ class DropBlocksOptions(InputOptions):
     feature: str | None = option(
         None, "Tensor to match; default: the one before the global pool.", advanced=True
     )
-    batch: int = option(64, "Images in a step of fine-tuning.", advanced=True, ge=1)
+    batch: int = option(32, "Images in a step of fine-tuning.", advanced=True, ge=1)
     learning_rate: float = option(
         0.005, "Peak rate of fine-tuning, relative to a weight's size.", advanced=True, gt=0
     )
