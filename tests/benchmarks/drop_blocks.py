@@ -21,7 +21,6 @@ from typing import TYPE_CHECKING, Any
 
 import click
 import numpy as np
-import onnx_graphsurgeon as gs
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
@@ -195,7 +194,7 @@ def tuning(
     from tests.benchmarks.practise_finetuning import published_finetuning
 
     how = Preprocess.parse(preprocess)
-    network = load(model) if size is None else _resized(load(model), size)
+    network = load(model) if size is None else _resized(model, size)
 
     def show(what: str, result: Model, start: float, note: str = "") -> None:
         seconds = time.process_time() - start
@@ -227,15 +226,17 @@ def tuning(
                 show(f"this tool, {own} steps", ours, start, f"step {kept} kept")
 
 
-def _resized(model: Model, side: int) -> Model:
+def _resized(path: str, side: int) -> Model:
     """The network for square images of another size."""
-    source = model.graph.inputs[0]
-    source.shape = [*source.shape[:2], side, side]
-    for tensor in model.graph.tensors().values():
-        if isinstance(tensor, gs.Variable) and tensor is not source:
-            tensor.shape = None
-    model.touch()
-    return model
+    import onnx
+
+    from onnxcompress.model import Model
+
+    proto = onnx.load(path)
+    for place in (2, 3):
+        proto.graph.input[0].type.tensor_type.shape.dim[place].dim_value = side
+    del proto.graph.value_info[:]
+    return Model.from_proto(proto)
 
 
 def _plain(model: str, train: str, preprocess: str, count: int, seed: str, number: str) -> list[str]:
