@@ -17,6 +17,7 @@ from onnxcompress.cli.results.show import show_result
 from onnxcompress.evaluation.fidelity import Fidelity, OutputFidelity
 from onnxcompress.evaluation.guard import Floors, GuardMeasurements, verdict
 from onnxcompress.optimize.block_drop.figures import BlockRow, DropBlocksFigures
+from onnxcompress.optimize.reconstruction.tuning_outcome import TuningOutcome
 from onnxcompress.passes import Pass, PassResult, load_pass
 from onnxcompress.passes.calibrate import Agreement, CalibrateFigures
 from onnxcompress.passes.fp16.figures import HalfPrecisionFigures, KeptNode, ProviderRun
@@ -58,6 +59,7 @@ def dropped(**changed: Any) -> DropBlocksFigures:
         "blocks": rows,
         "order": ("third", "first"),
         "feature_error": 0.0144,
+        "tuning": TuningOutcome(60, 30, 0, 0.0144, 0.0144),
         "additivity": Additivity(Share(0.3, 0.24, 0.39), Share(0.32, 0.29, 0.34)),
         "inputs": IMAGES,
     }
@@ -75,7 +77,8 @@ def test_drop_blocks_shows_each_block_and_the_latency() -> None:
         "latency 10.00 → 6.80 ms in onnxruntime: 32.0 % less (95 % interval 29.0 to 34.0 %)",
         "the blocks' shares τ add up to 30.0 % (24.0 to 39.0 %), measured are 32.0 % (29.0 to 34.0 %): "
         "they add up, within the intervals",
-        "relative error of the features on the tuning's images: 0.120 (root mean square)",
+        "relative error of the features on inputs kept aside: 0.120 (root mean square)",
+        "fine-tuning was discarded: none of 30 steps was better than the relative error 0.120",
     ]
 
 

@@ -38,6 +38,9 @@ def executor(noise: float) -> Executor:
     )
 
 
+MATCHED = Matched("x", ("y", "y"))
+
+
 def images(count: int = 32) -> Tensor:
     return torch.randn(count, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 
@@ -143,7 +146,9 @@ def test_training_begins_with_the_values_that_are_given() -> None:
     given = {"w": torch.full((6, 3, 3, 3), 0.5)}
     schedule = Schedule(steps=0, batch=8, learning_rate=0.02, seed=0)
     student = executor(0.1)
-    values = finetune(student, executor(0.0), given, images(), "x", ("y", "y"), schedule)
+    teacher = executor(0.0)
+    aside = HeldOut(teacher, images(), "x", "y")
+    values = finetune(student, teacher, MATCHED, images(), schedule, aside, start=given).values
     assert values.keys() == {"w", "b", "v", "c"}
     assert torch.equal(values["w"], given["w"])
     assert torch.equal(values["v"], student.parameters["v"])
@@ -169,10 +174,12 @@ def test_images_are_drawn_by_their_shares(monkeypatch: pytest.MonkeyPatch) -> No
         seen.append(feeds["x"])
         return original(feeds, *rest)
 
+    aside = HeldOut(executor(0.0), x, "x", "y")
     monkeypatch.setattr(teacher, "run", run)
+    monkeypatch.setattr(aside, "mean_squares", lambda *_: [1.0])  # they are taken of the teacher, too
     schedule = Schedule(steps=25, batch=16, learning_rate=1e-6, seed=0)
     shares = torch.tensor([4.0, 1.0, 1.0])
-    finetune(executor(0.1), teacher, {}, x, "x", ("y", "y"), schedule, shares=shares)
+    finetune(executor(0.1), teacher, MATCHED, x, schedule, aside, shares=shares)
     assert sum(map(len, seen)) == 400
     assert float(torch.cat(seen).mean()) == pytest.approx(1 / 3, abs=0.06)
 

@@ -21,7 +21,8 @@ from onnxcompress.optimize.block_drop.options import DropBlocksOptions
 from onnxcompress.optimize.block_drop.repair import Repair
 from onnxcompress.optimize.calibration import Inputs
 from onnxcompress.optimize.executor import Executor
-from onnxcompress.optimize.reconstruction.finetune import Schedule
+from onnxcompress.optimize.reconstruction.finetune import Finetuned, Schedule
+from onnxcompress.optimize.reconstruction.tuning_outcome import TuningOutcome
 from onnxcompress.optimize.synthesis.drawn_inputs import DrawnSet
 from onnxcompress.optimize.synthesis.statistics_alignment import StatisticsAlignment
 from onnxcompress.progress import silent
@@ -57,13 +58,14 @@ def repair(
     if alignment is not None:
         alignment.apply(teacher)
     student = teacher.copy()
-    drop_blocks(student, [find_blocks(teacher).blocks[0].exit])
+    instead = drop_blocks(student, [find_blocks(teacher).blocks[0].exit])
     sources = tuple(
         InputSource(kind, count, 0, "") for kind, count in (kinds or {"images": len(x)}).items()
     )
+    inputs = Inputs(DrawnSet(x.numpy()), sources)
     return Repair(
-        options, student, teacher, Executor.from_model(teacher), "x", "y", "y",
-        Inputs(DrawnSet(x.numpy()), sources), x, False, alignment, "cpu", 16, silent,
+        options, student, teacher, Executor.from_model(teacher), "x", "y", "y", instead,
+        inputs.real, x, inputs.shares(), x, False, alignment, "cpu", 16, silent,
     )  # fmt: skip
 
 
@@ -80,7 +82,7 @@ def lost(student: Tensor, teacher: Tensor) -> float:
 def test_the_error_is_what_the_repaired_network_lacks_of_the_whole_ones_features() -> None:
     one = repair()
     before = lost(features(one.model, one.images), features(one.whole, one.images))
-    found = one.run({})
+    found, _ = one.run({})
     assert found == pytest.approx(
         lost(features(one.model, one.images), features(one.whole, one.images)), rel=1e-5
     )
@@ -96,16 +98,16 @@ def test_layers_are_refitted_on_many_images() -> None:
 
 @pytest.mark.parametrize(("kind", "today"), [("images", 0.0464), ("distilled", 0.0505)])
 def test_made_inputs_damp_the_refitting_more_than_real_ones(kind: str, today: float) -> None:
-    assert repair(kinds={kind: 3}, x=images(3)).run({}) == pytest.approx(today, rel=0.03)
+    assert repair(kinds={kind: 3}, x=images(3)).run({})[0] == pytest.approx(today, rel=0.03)
 
 
 def test_what_is_asked_for_reaches_fine_tuning(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of 10 real and 30 made images each source is drawn as often as the other."""
     seen: dict[str, Any] = {}
 
-    def finetune(student: Any, teacher: Any, start: Any, x: Any, *given: Any, **named: Any) -> Any:
-        seen.update(named, start=start, images=x, schedule=given[2])
-        return start
+    def finetune(student: Any, teacher: Any, matched: Any, x: Any, *given: Any, **named: Any) -> Finetuned:
+        seen.update(named, images=x, schedule=given[0], aside=given[1].images)
+        return Finetuned(named["start"], TuningOutcome(40, 7, 7, 0.2, 0.1))
 
     monkeypatch.setattr(repair_module, "finetune", finetune)
     options = DropBlocksOptions(blocks=1, steps=7, batch=12, learning_rate=0.03, seed=5)
@@ -114,6 +116,7 @@ def test_what_is_asked_for_reaches_fine_tuning(monkeypatch: pytest.MonkeyPatch) 
     assert seen["schedule"] == Schedule(steps=7, batch=12, learning_rate=0.03, seed=5)
     assert seen["shares"][:10].sum() == pytest.approx(float(seen["shares"][10:].sum()))
     assert torch.equal(seen["images"], one.images)
+    assert torch.equal(seen["aside"], one.aside)
     assert {"w3", "b3", "w4", "b4"} <= seen["start"].keys()  # from refitted layers on
     repair(options).run({})
     assert seen["shares"] is None
@@ -128,7 +131,7 @@ def test_aligned_networks_come_back_as_the_networks_own() -> None:
     )
     one = repair(replace(NONE, steps=5), alignment=alignment)
     wanted = features(one.whole, one.images)
-    found = one.run({})
+    found, _ = one.run({})
     own, plain = one.model.graph.tensors(), whole().graph.tensors()
     for name in ("w0", "b0"):
         np.testing.assert_allclose(read(own[name]), read(plain[name]), rtol=1e-6)
