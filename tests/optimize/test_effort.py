@@ -23,8 +23,10 @@ from onnxcompress.optimize.effort import (
 from onnxcompress.optimize.reconstruction.gptq import nearest, reconstruct
 from onnxcompress.optimize.reconstruction.ridge import LayerMoments
 from onnxcompress.optimize.reconstruction.saturation import SaturationBounds
+from onnxcompress.passes.drop_blocks import DropBlocks
 from onnxcompress.passes.prune import Prune
 from onnxcompress.passes.quantize import Quantize
+from onnxcompress.progress import silent
 from tests.helpers.folding import graph, norm, weight
 
 EFFORTS: tuple[Effort, ...] = ("fast", "balanced", "best")
@@ -168,3 +170,10 @@ def test_without_sweeps_each_weight_is_rounded_to_its_nearest() -> None:
     np.testing.assert_allclose(found.shift[0], lost, atol=1e-6)
     swept = reconstruct(rows, moments, allowed, True, ridge=0.1, target=float("inf"), sweeps=1)
     assert swept.error < 1 == nearest(rows, allowed, True).error
+
+
+@pytest.mark.parametrize("effort", EFFORTS)
+def test_steps_of_fine_tuning_are_those_of_the_effort_unless_they_are_given(effort: Effort) -> None:
+    counted = DropBlocks(blocks=1)._with_counts(effort, network(), silent)
+    assert (counted.steps, counted.synthetic) == (DROP_BLOCKS[effort].steps, DROP_BLOCKS[effort].inputs)
+    assert DropBlocks(blocks=1, steps=7)._with_counts(effort, network(), silent).steps == 7

@@ -21,7 +21,9 @@ class DropBlocksOptions(InputOptions):
     )
     blocks: int | None = option(None, "Target, in blocks.", metavar="K", ge=1)
     drop: tuple[str, ...] = option((), "Names of the blocks to drop, with commas.", metavar="NAME,…")
-    steps: int = option(500, "Steps of fine-tuning; 0: none.", ge=0)
+    steps: int | None = option(
+        None, "Steps of fine-tuning; 0: none; the default depends on --effort.", metavar="N", ge=0
+    )
     provider: str = option("auto", PROVIDER_HELP, metavar="NAME")
     latency_batch: int = option(1, "Images in a run when latency is measured.", ge=1)
     scores: str | None = option(
