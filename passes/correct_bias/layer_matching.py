@@ -94,9 +94,9 @@ def _pair(layer: Linear, twin: gs.Node | None, model: Model) -> Pair | Refusal |
     if weight.shape != layer.weight.shape:
         found, wanted = list(weight.shape), list(layer.weight.shape)
         return Refusal(label, f"the model's weight has shape {found}, the reference's {wanted}", remedy)
-    change = float(np.linalg.norm(weight - layer.weight.astype(np.float64)))
-    if change == 0:
+    if np.array_equal(weight, layer.weight.astype(np.float64)):
         return None
+    change = float(np.linalg.norm(weight - layer.weight.astype(np.float64)))  # 0 below 1e-162
     if change > LARGEST_CHANGE * float(np.linalg.norm(layer.weight.astype(np.float64))):
         return Refusal(label, "its weights differ by more than their size", remedy)
     return Pair(layer, twin, weight, quantized)

@@ -15,11 +15,12 @@ from onnxcompress.passes.absorb_bias import AbsorbBias
 from onnxcompress.passes.base import PassResult, run
 from onnxcompress.passes.correct_bias import CorrectBias
 from onnxcompress.passes.correct_bias.correct_bias import CorrectBiasFigures
+from onnxcompress.passes.correct_bias.layer_matching import pairs_of
 from onnxcompress.passes.correct_bias.reference import scaled_apart
 from onnxcompress.passes.equalize import Equalize
 from onnxcompress.passes.fold_bn import FoldBatchNorm
 from onnxcompress.runtime.inference import run as outputs
-from tests.helpers.folding import graph, weight
+from tests.helpers.folding import Arrays, graph, weight
 from tests.helpers.results import figures_of
 from tests.passes.test_correct_bias import coarse, linear, rounded
 
@@ -188,3 +189,18 @@ def test_factors_of_channels_are_told_from_other_changes(change: str) -> None:
         "scaled inputs": coarse(w * np.array([0.8, 1.1, 1.3, 0.5]).reshape(1, 4, 1, 1), 8),
     }[change]
     assert scaled_apart(layer, made) == change.startswith("scaled")
+
+
+def test_the_smallest_change_of_a_weight_of_zeros_is_one() -> None:
+    """Its norm is 0 in double precision, as that of no change."""
+    arrays: Arrays = {"w": np.zeros((2, 3, 1, 1)), "b": np.ones(2)}
+    signature, body = "(double[N,3,4,4] x) => (double[N,2,4,4] y)", "y = Conv(x, w, b)"
+    reference = Model.from_proto(graph(signature, body, arrays))
+    same, other = (
+        Model.from_proto(graph(signature, body, arrays | {"w": value}))
+        for value in (arrays["w"], np.nextafter(arrays["w"], np.inf))
+    )
+    assert pairs_of(reference, same) == ([], [])
+    (pair,), refusals = pairs_of(reference, other)
+    assert not refusals
+    assert pair.layer.label == "y"
