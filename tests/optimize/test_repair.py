@@ -22,6 +22,7 @@ from onnxcompress.optimize.block_drop.repair import Repair
 from onnxcompress.optimize.calibration import Inputs
 from onnxcompress.optimize.executor import Executor
 from onnxcompress.optimize.reconstruction.finetune import Finetuned, Schedule
+from onnxcompress.optimize.reconstruction.levels import feature_levels
 from onnxcompress.optimize.reconstruction.tuning_outcome import TuningOutcome
 from onnxcompress.optimize.synthesis.drawn_inputs import DrawnSet
 from onnxcompress.optimize.synthesis.statistics_alignment import StatisticsAlignment
@@ -63,8 +64,9 @@ def repair(
         InputSource(kind, count, 0, "") for kind, count in (kinds or {"images": len(x)}).items()
     )
     inputs = Inputs(DrawnSet(x.numpy()), sources)
+    levels = tuple((instead.get(n, n), n) for n in feature_levels(teacher, "y"))
     return Repair(
-        options, student, teacher, Executor.from_model(teacher), "x", "y", "y", instead,
+        options, student, teacher, Executor.from_model(teacher), "x", "y", "y", levels,
         inputs.real, x, inputs.shares(), x, False, alignment, "cpu", 16, silent,
     )  # fmt: skip
 

@@ -105,7 +105,7 @@ def linear() -> Model:
 
 def test_refitting_brings_the_outputs_nearer(photos: str, monkeypatch: pytest.MonkeyPatch) -> None:
     refitted = relative_error(linear, named(a=9), photos)
-    monkeypatch.setattr(ChannelRepair, "run", lambda self, start: 0.0)
+    monkeypatch.setattr(ChannelRepair, "run", lambda self, start: (0.0, None))
     assert refitted < 0.1 * relative_error(linear, named(a=9), photos)
 
 

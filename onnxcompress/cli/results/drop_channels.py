@@ -6,6 +6,7 @@ from rich.console import Console
 
 from onnxcompress.cli.console import learned_from, number, table
 from onnxcompress.optimize.channel_drop.figures import ChannelGroupRow, DropChannelsFigures
+from onnxcompress.optimize.reconstruction.tuning_outcome import tuning_text
 from onnxcompress.passes.base import PassResult
 from onnxcompress.runtime.block_latency import latency_text
 
@@ -34,8 +35,10 @@ def show_drop_channels(console: Console, result: PassResult[DropChannelsFigures]
     error = measured.feature_error
     if error is not None:
         console.print(
-            f"relative error of the features on the tuning's images: {error**0.5:.3f} (root mean square)"
+            f"relative error of the features on inputs kept aside: {error**0.5:.3f} (root mean square)"
         )
+    if measured.tuning is not None:
+        console.print(tuning_text(measured.tuning))
 
 
 def _row(row: ChannelGroupRow) -> list[str]:

@@ -39,6 +39,7 @@ from onnxcompress.optimize.executor.open_batch import file_batch, images_at_once
 from onnxcompress.optimize.executor.walk_plan import floats
 from onnxcompress.optimize.intermediate_results import array_digest
 from onnxcompress.optimize.reconstruction.held_out import keep_aside
+from onnxcompress.optimize.reconstruction.levels import feature_levels
 from onnxcompress.optimize.reconstruction.tuning_outcome import TuningOutcome
 from onnxcompress.optimize.synthesis.statistics_alignment import StatisticsAlignment, standardize
 from onnxcompress.progress import Progress
@@ -88,9 +89,7 @@ class Dropper:
         self._check_batch()
         if not self.nhwc and self.images.ndim == 4:  # depthwise ones are three times as fast on the CPU
             self.images = self.images.contiguous(memory_format=torch.channels_last)
-        self.images, self.aside, self.image_shares = keep_aside(
-            model, self.inputs, self.images, options.seed
-        )
+        self.images, self.aside, self.draws = keep_aside(model, self.inputs, self.images, options.seed)
         self.images = resident(self.images, self.device)
         self.scoring_batch = BATCH
         self.alignment: StatisticsAlignment | None = None
@@ -121,7 +120,8 @@ class Dropper:
         else:
             self._score()
             self._choose()
-        self._repair()
+        if self.dropped:
+            self._repair()
         return self._measure()
 
     def _in_front(self, found: Discovery) -> Discovery:
@@ -298,13 +298,12 @@ class Dropper:
         return 1 - self.stopwatch.compare(self.original, model, seconds=5.0).ratio
 
     def _repair(self) -> None:
-        """Refit and fine-tune what is left, where a block was dropped."""
-        if not self.dropped:
-            return
+        """Refit and fine-tune what is left."""
         instead = drop_blocks(self.whole.copy(), [b.exit for b in self.dropped])
+        levels = tuple((instead.get(n, n), n) for n in feature_levels(self.whole, self.feature))
         repair = Repair(
             self.options, self.model, self.whole, self.teacher, self.source, self.student_feature,
-            self.feature, instead, self.inputs.real, self.images, self.image_shares, self.aside, self.nhwc,
+            self.feature, levels, self.inputs.real, self.images, self.draws, self.aside, self.nhwc,
             self.alignment, self.device, self.scoring_batch, self.progress,
         )  # fmt: skip
         self.feature_error, self.tuning = repair.run(self.weights)

@@ -25,7 +25,6 @@ from onnxcompress.optimize.executor import Executor
 from onnxcompress.optimize.executor.open_batch import small_batch
 from onnxcompress.optimize.reconstruction.finetune import Finetuned, Matched, Schedule, finetune
 from onnxcompress.optimize.reconstruction.held_out import HeldOut
-from onnxcompress.optimize.reconstruction.levels import feature_levels
 from onnxcompress.optimize.reconstruction.residual_refit import RefitSettings, ResidualRefit
 from onnxcompress.optimize.reconstruction.ridge import TARGET_MADE, TARGET_REAL
 from onnxcompress.optimize.reconstruction.tuning_outcome import TuningOutcome
@@ -79,8 +78,8 @@ class Repair:
     """The tensor of the student that is matched with `feature`."""
     feature: str
     """The tensor of the teacher whose values are the features."""
-    instead: Mapping[str, str]
-    """Tensor of the teacher that the student lacks -> the one that is read in its place."""
+    levels: tuple[tuple[str, str], ...]
+    """Tensors on the way to the features that are matched, too, by name in the student and the teacher."""
     real: bool
     """Whether all inputs are real images."""
     images: Tensor
@@ -150,8 +149,7 @@ class Repair:
             seed=self.options.seed,
             captured=self.options.capture,
         )
-        levels = tuple((self.instead.get(n, n), n) for n in feature_levels(self.whole, self.feature))
-        matched = Matched(self.source, (self.student_feature, self.feature), levels)
+        matched = Matched(self.source, (self.student_feature, self.feature), self.levels)
         return finetune(
             student, self.teacher, matched, self.images, schedule, held_out,
             start=start, shares=self.shares, nhwc=self.nhwc, progress=self.progress,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from onnxcompress.account import BeforeAfter, Figures
+from onnxcompress.optimize.reconstruction.tuning_outcome import TuningOutcome
 from onnxcompress.runtime.block_latency import LatencyChange
 
 
@@ -41,4 +42,7 @@ class DropChannelsFigures(Figures):
     """Multiply-accumulates for one image; None: sizes are open."""
     parameters: BeforeAfter | None = None
     feature_error: float | None = None
-    """Relative squared error of the features after refitting and fine-tuning; None: nothing was cut."""
+    """Relative squared error of the features after refitting and fine-tuning, on inputs kept aside from
+    both; None: nothing was cut."""
+    tuning: TuningOutcome | None = None
+    """Which state of fine-tuning was kept; None: there was none."""

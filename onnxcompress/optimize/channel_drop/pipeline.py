@@ -21,7 +21,7 @@ from onnxcompress.optimize.block_drop.recoverability import BATCH
 from onnxcompress.optimize.calibration import gather_inputs
 from onnxcompress.optimize.channel_drop.figures import ChannelGroupRow, DropChannelsFigures
 from onnxcompress.optimize.channel_drop.options import DropChannelsOptions
-from onnxcompress.optimize.channel_drop.repair import ChannelRepair, with_kept_feature
+from onnxcompress.optimize.channel_drop.repair import ChannelRepair, with_kept_channels
 from onnxcompress.optimize.channel_drop.widths import (
     choose_widths,
     narrowings,
@@ -38,6 +38,9 @@ from onnxcompress.optimize.channel_drop.worth import (
 from onnxcompress.optimize.device import pick_device, resident
 from onnxcompress.optimize.executor import Executor
 from onnxcompress.optimize.executor.open_batch import file_batch, images_at_once, small_batch
+from onnxcompress.optimize.reconstruction.held_out import keep_aside
+from onnxcompress.optimize.reconstruction.levels import feature_levels
+from onnxcompress.optimize.reconstruction.tuning_outcome import TuningOutcome
 from onnxcompress.progress import Progress
 from onnxcompress.runtime.block_latency import LatencyChange, Share, Stopwatch
 
@@ -92,12 +95,14 @@ class ChannelDropper:
             )
         if not self.nhwc and self.images.ndim == 4:  # depthwise ones are three times as fast on the CPU
             self.images = self.images.contiguous(memory_format=torch.channels_last)
+        self.images, self.aside, self.draws = keep_aside(model, self.inputs, self.images, options.seed)
         self.images = resident(self.images, self.device)
         self.whole = model.copy()
         self.widths: Mapping[str, int] = {}
         self.kept: Mapping[str, Kept] = {}
         self.removals: dict[str, Removal] = {}
         self.feature_error: float | None = None
+        self.tuning: TuningOutcome | None = None
 
     def run(self) -> DropChannelsFigures:
         """Run all steps in order.
@@ -190,14 +195,16 @@ class ChannelDropper:
 
     def _repair(self) -> None:
         """Refit and fine-tune what is left."""
-        whole, feature = with_kept_feature(self.whole, self.feature, self.kept)
+        levels = feature_levels(self.whole, self.feature)
+        whole, named = with_kept_channels(self.whole, [self.feature, *levels], self.kept)
         options = self.options if self.tunes else replace(self.options, steps=0)
         repair = ChannelRepair(
             options, self.model, self.whole, Executor.from_model(whole, device=self.device), self.source,
-            self.feature, feature, self.inputs, self.images, self.nhwc, None, self.device, BATCH,
-            self.progress, self.kept,
+            self.feature, named[self.feature], tuple((n, named[n]) for n in levels), self.inputs.real,
+            self.images, self.draws, self.aside, self.nhwc, None, self.device, BATCH, self.progress,
+            self.kept,
         )  # fmt: skip
-        self.feature_error = repair.run({})
+        self.feature_error, self.tuning = repair.run({})
 
     def _measure(self) -> DropChannelsFigures:
         self.progress("measuring the result", 0, 1)
@@ -213,6 +220,7 @@ class ChannelDropper:
             macs=macs,
             parameters=BeforeAfter(count_parameters(self.whole), count_parameters(self.model)),
             feature_error=self.feature_error,
+            tuning=self.tuning,
             inputs=self.inputs.sources,
             seconds=self.seconds,
             target_missed=f"{missed}; the file was written as it is" if missed else None,

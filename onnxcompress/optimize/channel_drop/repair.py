@@ -7,8 +7,8 @@ layers behind the features are refitted once more when these have been fine-tune
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import onnx_graphsurgeon as gs
@@ -23,6 +23,8 @@ from onnxcompress.optimize.block_drop.repair import MAX_BATCH, REFIT_IMAGES, Rep
 from onnxcompress.optimize.executor import Executor
 from onnxcompress.optimize.executor.open_batch import small_batch
 from onnxcompress.optimize.executor.walk_plan import Step
+from onnxcompress.optimize.reconstruction.finetune import Finetuned
+from onnxcompress.optimize.reconstruction.held_out import HeldOut
 from onnxcompress.optimize.reconstruction.patches import patches_of
 from onnxcompress.optimize.reconstruction.residual_refit import MAX_FAN_IN, RefitSettings, ResidualRefit
 from onnxcompress.optimize.reconstruction.ridge import TARGET_MADE, TARGET_REAL
@@ -103,19 +105,22 @@ class ChannelRepair(Repair):
     def _refit(self, batch: int) -> dict[str, Tensor]:
         return self._refit_layers(batch, refittable(self.model))
 
-    def _finetune(self, student: Executor, start: dict[str, Tensor], batch: int) -> dict[str, Tensor]:
-        weights = start | super()._finetune(student, start, batch)
+    def _finetune(
+        self, student: Executor, start: dict[str, Tensor], held_out: HeldOut, batch: int
+    ) -> Finetuned:
+        tuned = super()._finetune(student, start, held_out, batch)
+        weights = start | tuned.values
         topology = self.model.analysis(Topology)
         place = topology.position(self.model.graph.tensors()[self.student_feature])
         self._store(weights)
         behind = {k: x for k, x in refittable(self.model).items() if topology.index[k] > place}
-        if not behind:
-            return weights
-        return weights | self._refit_layers(small_batch(self.model, MAX_BATCH), behind)
+        if behind:
+            weights |= self._refit_layers(small_batch(self.model, MAX_BATCH), behind)
+        return replace(tuned, values=weights)
 
     def _refit_layers(self, batch: int, layers: dict[int, QuantizedLayer]) -> dict[str, Tensor]:
         """Refit layers of the student, from the weights that the model has now."""
-        ridge = TARGET_REAL if self.inputs.real else TARGET_MADE
+        ridge = TARGET_REAL if self.real else TARGET_MADE
         settings = RefitSettings(batch=batch, seed=self.options.seed, ridge=ridge)
         refit = ChannelRefit(
             self.whole, Plan(layers), settings, student=self.model, device=self.device, kept=self.kept
@@ -123,25 +128,30 @@ class ChannelRepair(Repair):
         return refit.run(self.images[:REFIT_IMAGES], self.progress)
 
 
-def with_kept_feature(whole: Model, feature: str, kept: Mapping[str, Kept]) -> tuple[Model, str]:
-    """Give the whole network a tensor with the channels of its features that are left.
+def with_kept_channels(
+    whole: Model, names: Iterable[str], kept: Mapping[str, Kept]
+) -> tuple[Model, dict[str, str]]:
+    """Give the whole network tensors with the channels of others that are left.
 
     Args:
         whole: The network with all its channels; it stays as it is.
-        feature: Name of the features.
+        names: Names of the tensors.
         kept: What is left of the tensors that lost channels.
 
     Returns:
-        The network, a copy where the features lost channels, and the name of the tensor.
+        The network, a copy where any of the tensors lost channels, and the name of each in it.
     """
-    if feature not in kept:
-        return whole, feature
+    found = {name: name for name in names}
+    if found.keys().isdisjoint(kept):
+        return whole, found
     own = whole.copy()
-    stays, source = kept[feature], own.graph.tensors()[feature]
-    index = gs.Constant(unique_name(own, f"{feature}_kept"), stays.index.astype(np.int64))
-    target = gs.Variable(unique_name(own, f"{feature}_left"), source.dtype)
-    own.graph.nodes.append(
-        gs.Node("Gather", attrs={"axis": stays.axis}, inputs=[source, index], outputs=[target])
-    )
-    own.touch()
-    return own, str(target.name)
+    for name in found.keys() & kept.keys():
+        stays, source = kept[name], own.graph.tensors()[name]
+        index = gs.Constant(unique_name(own, f"{name}_kept"), stays.index.astype(np.int64))
+        target = gs.Variable(unique_name(own, f"{name}_left"), source.dtype)
+        own.graph.nodes.append(
+            gs.Node("Gather", attrs={"axis": stays.axis}, inputs=[source, index], outputs=[target])
+        )
+        own.touch()
+        found[name] = str(target.name)
+    return own, found
