@@ -46,8 +46,7 @@ SEED = 1_000_003
 guard's."""
 FLOOR, GOAL = 9.0, 12.0
 """Decibels below which tensors are left in floats, and up to which. The guard warns below 7 on inputs of
-its own, where it may see 2 less. PP-LCNet without data: 7.1 dB, 89.5 % agreement on photographs; with 4
-tensors in floats 12.4 dB, 93.5 % (`tests/benchmarks/field_accuracy.py orientation`)."""
+its own, where it may see 2 less."""
 SHARE = 0.25
 """Share of the tensors, at most, where the guard would not warn without them."""
 TOGETHER = 4
