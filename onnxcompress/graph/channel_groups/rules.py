@@ -33,7 +33,7 @@ from onnxcompress.graph.channel_groups.groups import ACCURATE, Bounds, Labels, O
 from onnxcompress.graph.channel_groups.labels import TensorLabels
 from onnxcompress.graph.query import attribute, input_at, node_label
 
-Rule = Callable[["TensorLabels", gs.Node], Sequence[Labels]]
+Rule = Callable[[TensorLabels, gs.Node], Sequence[Labels]]
 
 BROADCASTS = 8
 """First operator set in which Max and Min accept a bound for each channel."""
