@@ -45,7 +45,7 @@ PUBLISHED = {
         {"noisy_latency", "order", "choosing_loss", "feature_error", "tuning", "additivity"},
     ),
     "drop-channels": (
-        {"feature", "preprocess", "latency", "groups"}, {"macs", "parameters", "feature_error"}
+        {"feature", "preprocess", "latency", "groups"}, {"macs", "parameters", "feature_error", "tuning"}
     ),
 }  # fmt: skip
 """Pass -> keys of its JSON that are always there, and keys that may be left out."""
