@@ -150,8 +150,10 @@ def sensitivity(
     from onnxcompress.cli.console import progress
     from onnxcompress.passes.fold_bn.fold_and_canonicalize import fold_and_canonicalize
     from onnxcompress.sensitivity import analysis as core
-    from onnxcompress.sensitivity.float_layers import float_layers
+    from onnxcompress.sensitivity.float_layers import check_allowed, float_layers
 
+    if max_loss is not None:
+        check_allowed(max_loss)
     request = InputRequest(
         images, preprocess, count, inputs, synthetic, seed, input_shape=chosen["input_shape"]
     )

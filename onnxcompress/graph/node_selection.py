@@ -108,8 +108,11 @@ class SelectionOptions:
     )
 
     def __post_init__(self) -> None:
+        given = self.include
         for name in ("include", "exclude"):
             object.__setattr__(self, name, read_patterns(getattr(self, name), f"--{name}"))
+        if given and not self.include:  # no pattern at all would let everything be changed
+            raise OptionError(f"--include {','.join(given)}: it has no pattern; leave the option out")
 
     @property
     def selection(self) -> NodeSelection:

@@ -27,6 +27,19 @@ class FloatLayers:
     """Error with these layers left as they are."""
 
 
+def check_allowed(allowed: float) -> None:
+    """Check the largest error of the outputs that is allowed.
+
+    Args:
+        allowed: The error: squared, over the outputs' variance.
+
+    Raises:
+        OptionError: It is not above 0.
+    """
+    if not allowed > 0:  # NaN is not, either
+        raise OptionError(f"--max-loss {allowed:g}: expected more than 0")
+
+
 def float_layers(rows: Sequence[Row], allowed: float) -> FloatLayers:
     """Choose the fewest layers to leave as they are.
 
@@ -40,8 +53,7 @@ def float_layers(rows: Sequence[Row], allowed: float) -> FloatLayers:
     Raises:
         OptionError: The allowed error is not above 0.
     """
-    if allowed <= 0:
-        raise OptionError(f"--max-loss {allowed:g}: expected more than 0")
+    check_allowed(allowed)
     first: dict[str, float] = {}
     costs: dict[str, float] = {}
     for row in rows:

@@ -227,3 +227,23 @@ def test_sensitivity_prints_a_list_that_quantize_takes(
     assert main(["quantize", net, out, "--exclude", f"@{tmp_path / 'float.txt'}", *few]) == 0
     assert quantized(Model.from_proto(onnx.load(out))) == ALL - set(names)
     assert main([*command[:-1], "0"]) == 2
+
+
+def test_an_empty_list_includes_nothing_and_is_refused(tmp_path: Path) -> None:
+    """With no pattern at all everything may be changed: the opposite of what an empty list says."""
+    (tmp_path / "empty.txt").write_text("# nothing\n")
+    with pytest.raises(OptionError, match="--include @.*empty.txt: it has no pattern"):
+        Quantize(include=(f"@{tmp_path / 'empty.txt'}",))
+    assert Quantize(exclude=(f"@{tmp_path / 'empty.txt'}",)).exclude == ()
+
+
+@pytest.mark.parametrize("allowed", ["0", "-1", "nan"])
+def test_a_loss_that_none_can_keep_is_refused_before_the_work(
+    allowed: str, models: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def never(*_: Any, **__: Any) -> None:
+        raise AssertionError("measured all the same")
+
+    monkeypatch.setattr("onnxcompress.sensitivity.analysis.sensitivity", never)
+    assert main(["sensitivity", str(models / "resnet20-fashion.onnx"), "--max-loss", allowed]) == 2
+    assert f"--max-loss {allowed}: expected more than 0" in capsys.readouterr().err

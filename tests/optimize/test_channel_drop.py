@@ -102,7 +102,7 @@ def test_an_errors_cost_is_its_share_of_what_each_answer_is(larger: float) -> No
     model.touch()
     groups = find_cut_groups(model)
     images = torch.from_numpy(RNG.normal(size=(64, 4, 8, 8)).astype(np.float32))
-    (reader,) = measure_readers(model, groups, images, "x", "y", ridge=1e-6, batch=64)
+    (reader,) = measure_readers(model, groups, images, "x", ["y"], ridge=1e-6, batch=64)
     features = Executor.from_model(model).run({"x": images}, ["y"])["y"]
     sizes = features.square().mean((0, 2, 3)).numpy()
     expected = np.square(weight.reshape(5, 12)).sum(axis=1) / sizes / 5

@@ -56,6 +56,20 @@ def test_the_work_is_cut_to_the_target_and_no_further() -> None:
     assert all(row.error is not None and row.error >= 0 for row in cut)
 
 
+def test_channels_of_the_features_and_of_each_output_are_worth_something() -> None:
+    """Features do not tell what their own channels are worth, nor one output what another reads."""
+    arrays = {f"w{i}": weight(8, 3 if i == 0 else 8, 3, 3, seed=i) for i in range(4)}
+    arrays |= {"v": weight(5, 8, seed=9)}
+    body = """a = Conv<pads=[1,1,1,1]>(x, w0) r = Relu(a) b = Conv<pads=[1,1,1,1]>(r, w1) s = Relu(b)
+        p = GlobalAveragePool(s) f = Flatten(p) y = Gemm<transB=1>(f, v)
+        c = Conv<pads=[1,1,1,1]>(r, w2) t = Relu(c) z = Conv<pads=[1,1,1,1]>(t, w3)"""
+    model = Model.from_proto(graph("(float[N,3,8,8] x) => (float[N,5] y, float[N,8,8,8] z)", body, arrays))
+    result = named(a=6, b=4, c=4).apply(model)
+    errors = {row.name: row.error for row in result.measured.groups}
+    assert errors.keys() == {"a", "b", "c"}
+    assert all(error is not None and error > 1e-5 for error in errors.values()), errors
+
+
 def test_named_groups_get_their_widths() -> None:
     model = network()
     result = named(c=3, f=5).apply(model)

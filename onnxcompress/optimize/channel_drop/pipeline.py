@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
+import numpy as np
 import torch
 
 from onnxcompress.account import BeforeAfter, StageSeconds
@@ -14,7 +15,7 @@ from onnxcompress.errors import ModelError, OptionError
 from onnxcompress.graph.channel_groups.cut_tracer import CutGroup, CutGroups
 from onnxcompress.graph.channel_removal import Kept, cut_channels
 from onnxcompress.graph.macs import count_macs, count_parameters
-from onnxcompress.graph.query import data_input
+from onnxcompress.graph.query import data_input, is_op, producer
 from onnxcompress.graph.topology import Topology
 from onnxcompress.model import Model
 from onnxcompress.optimize.block_drop.recoverability import BATCH
@@ -128,7 +129,8 @@ class ChannelDropper:
             self.removals = {group.name: removal_by_magnitude(group.group) for group in groups}
             return
         readers = measure_readers(
-            self.model, self.groups, self.images[:PRICING_IMAGES], self.source, self.feature,
+            self.model, self.groups, self.images[:PRICING_IMAGES], self.source,
+            _answers(self.model, self.feature),
             ridge=PRICING_RIDGE, batch=small_batch(self.model, PRICING_BATCH), seed=self.options.seed,
             device=self.device, progress=self.progress,
         )  # fmt: skip
@@ -142,20 +144,22 @@ class ChannelDropper:
         by_latency = self.options.latency_reduction is not None
         target = (self.options.latency_reduction or self.options.macs_reduction or 0.0) / 100
         saving = self._latency_saved if by_latency else self._macs_saved
-        return choose_widths(narrowings(costs, self._gains()), target, saving).kept
+        priced = [group for group in self.groups.free if costs[group.name][-1] > 0]
+        gains = self._gains(priced) if priced else {}
+        return choose_widths(narrowings(costs, gains), target, saving).kept
 
-    def _gains(self) -> dict[str, dict[int, float]]:
+    def _gains(self, groups: Sequence[CutGroup]) -> dict[str, dict[int, float]]:
         """Measure what each width of each group saves.
 
         Groups of equal layers are narrowed together: their saving is easier to tell from noise.
         """
         alike: dict[object, list[CutGroup]] = {}
-        for group in self.groups.free:
+        for group in groups:
             alike.setdefault(signature(group), []).append(group)
         most = max(LEAST_WIDTHS, VARIANTS // len(alike))
         step = self.options.width_step
         tried = [(own, w) for own in alike.values() for w in thinned(possible_widths(own[0], step), most)]
-        gains: dict[str, dict[int, float]] = {group.name: {} for group in self.groups.free}
+        gains: dict[str, dict[int, float]] = {group.name: {} for group in groups}
         for start in range(0, len(tried), AT_ONCE):
             self.progress("measuring widths", start, len(tried))
             part = tried[start : start + AT_ONCE]
@@ -253,6 +257,21 @@ class ChannelDropper:
         if most < target or least > target + SURPLUS:
             return _sentence("latency", saved, target)
         return ""
+
+
+def _answers(model: Model, feature: str) -> list[str]:
+    """Return the tensors at which errors of channels count: the outputs, before a softmax.
+
+    The features do not tell what their own channels are worth. They are taken where no output has
+    gradients; channels that then cost nothing are not chosen.
+    """
+    found = []
+    for tensor in model.graph.outputs:
+        if tensor.dtype is not None and np.dtype(tensor.dtype).kind == "f":
+            while is_op(maker := producer(tensor), "Softmax", "LogSoftmax", "Identity"):
+                tensor = maker.inputs[0]
+            found.append(str(tensor.name))
+    return found or [feature]
 
 
 def _sure(share: Share) -> float:

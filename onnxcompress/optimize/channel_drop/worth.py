@@ -112,7 +112,7 @@ def measure_readers(
     groups: CutGroups,
     images: Tensor,
     source: str,
-    feature: str,
+    features: Sequence[str],
     *,
     ridge: float,
     batch: int,
@@ -127,7 +127,7 @@ def measure_readers(
         groups: Its channels.
         images: Inputs as the network takes them, (N, …).
         source: Name of the input.
-        feature: Name of the tensor whose errors count.
+        features: Names of the tensors whose errors count, each as much as the others.
         ridge: λ of H, as a share of its mean diagonal.
         batch: Images that run at once.
         seed: Random seed of the places and of v.
@@ -147,16 +147,19 @@ def measure_readers(
         [getattr(m.layer.linear, at) for m in layers] for at in ("input_name", "output_name")
     )
     generator = torch.Generator().manual_seed(seed)
-    energy, weights = 0.0, None
+    energy, weights = 0.0, dict[str, Tensor]()
     for start in range(0, len(images), batch):
         x = images[start : start + batch].to(device).clone().requires_grad_()
-        made = executor.run({source: x}, list(dict.fromkeys([*inputs, *outputs, feature])))
-        wanted = made[feature]
-        if weights is None:
-            weights = _weights(wanted.detach(), any(t.name == feature for t in model.graph.outputs))
-        energy += float((wanted.detach() * weights).double().square().sum())
-        signs = weights * torch.randn(wanted.shape, generator=generator).to(device)
-        slopes = torch.autograd.grad((wanted * signs).sum(), [made[n] for n in outputs], allow_unused=True)
+        made = executor.run({source: x}, list(dict.fromkeys([*inputs, *outputs, *features])))
+        projected = x.new_zeros(())
+        for name in features:
+            wanted = made[name]
+            if name not in weights:
+                weights[name] = _weights(wanted.detach(), any(t.name == name for t in model.graph.outputs))
+            energy += float((wanted.detach() * weights[name]).double().square().sum())
+            signs = weights[name] * torch.randn(wanted.shape, generator=generator).to(device)
+            projected = projected + (wanted * signs).sum()
+        slopes = torch.autograd.grad(projected, [made[n] for n in outputs], allow_unused=True)
         with torch.no_grad():
             for m, name, output, slope in zip(layers, inputs, outputs, slopes, strict=True):
                 m.add(made.get(name, x).detach(), made[output].detach(), slope, generator)
@@ -165,15 +168,17 @@ def measure_readers(
 
 
 def _weights(features: Tensor, answers: bool) -> Tensor:
-    """Weigh the features: where they are the network's answers, each of their channels counts alike.
+    """Weigh a tensor so that its energy is 1 for an image; in an answer each of its channels counts alike.
 
     In a detector's output scores lie beside boxes that are a thousand times as large.
     """
-    if not answers or features.ndim < 2:
-        return features.new_ones(())
-    others = [axis for axis in range(features.ndim) if axis != 1]
-    sizes = features.square().mean(others, keepdim=True).sqrt()
-    return 1 / sizes.clamp_min(1e-6 * float(sizes.max()) + 1e-30)
+    weights = features.new_ones(())
+    if answers and features.ndim > 1:
+        others = [axis for axis in range(features.ndim) if axis != 1]
+        sizes = features.square().mean(others, keepdim=True).sqrt()
+        weights = 1 / sizes.clamp_min(1e-6 * float(sizes.max()) + 1e-30)
+    energy = float((features * weights).square().sum()) / len(features)
+    return torch.as_tensor(weights / max(energy, 1e-30) ** 0.5)
 
 
 def _reads_some(layer: LabelledLayer, free: Labels) -> bool:
