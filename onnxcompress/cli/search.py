@@ -25,7 +25,7 @@ from onnxcompress.cli.cache import cache_options, chosen_cache
 from onnxcompress.cli.gate_options import gate_options, take_gates
 from onnxcompress.cli.options import FILE, PREPROCESS_HELP, SectionedCommand, print_json, split
 from onnxcompress.cli.worker_options import WHERE, worker_options, workers
-from onnxcompress.errors import OptionError, TargetMissed, require
+from onnxcompress.errors import InputError, OptionError, TargetMissed, require
 from onnxcompress.option_fields import (
     INPUT_SHAPE_HELP,
     INPUT_SHAPE_METAVAR,
@@ -99,6 +99,8 @@ def _asked(model: str, out: str, options: dict[str, Any]) -> Search:
     gates = Gates(**judged, **measuring)
     gates.check()
     inputs = {name: options[name] for name in _LEARNING if options[name] is not None}
+    if "images" in inputs and not Path(inputs["images"]).exists():
+        raise InputError(f"--images {inputs['images']}: no such file or folder")
     names = ("trials", "repairs", "effort", "seed", "latency_seconds")
     return Search(
         model,
@@ -123,7 +125,7 @@ def _preview(asked: Search, *, as_json: bool) -> None:
     click.echo(
         f"{asked.model}: {blocks} blocks can be dropped; up to {asked.trials} candidates, the first:"
     )
-    for point in first:
+    for point in first[: asked.trials]:
         click.echo("  " + ", ".join(f"{name} {value}" for name, value in point.items()))
     for name, limit in asked.gates.limits.items():
         click.echo(f"limit --{name.replace('_', '-')} {limit:g}")

@@ -232,7 +232,7 @@ def test_sensitivity_prints_a_list_that_quantize_takes(
 def test_an_empty_list_includes_nothing_and_is_refused(tmp_path: Path) -> None:
     """With no pattern at all everything may be changed: the opposite of what an empty list says."""
     (tmp_path / "empty.txt").write_text("# nothing\n")
-    with pytest.raises(OptionError, match="--include @.*empty.txt: it has no pattern"):
+    with pytest.raises(OptionError, match=r"--include @.*empty\.txt: it has no pattern"):
         Quantize(include=(f"@{tmp_path / 'empty.txt'}",))
     assert Quantize(exclude=(f"@{tmp_path / 'empty.txt'}",)).exclude == ()
 

@@ -170,6 +170,7 @@ def test_widths_are_chosen_by_what_the_clock_says(monkeypatch: pytest.MonkeyPatc
         ({"latency_reduction": 20, "macs_reduction": 10}, "give one target"),
         ({"channels_kept": ("a",)}, "expected NAME=N"),
         ({"channels_kept": ("a=0",)}, "expected NAME=N"),
+        ({"channels_kept": ("a=2", "a=3")}, "stands there twice"),
         ({"channels_kept": ("conv=3",)}, "no such group"),
         ({"channels_kept": ("a=7",)}, "it has 6 channels"),
         ({"macs_reduction": 10, "inputs": "layerwise"}, "layerwise"),

@@ -268,6 +268,16 @@ def test_the_command_writes_models_that_their_recipes_remake(
     assert main([*other, *short, "--min-speedup", "3", "--quiet"]) == 3
 
 
+def test_missing_images_are_seen_before_the_search(
+    models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    call = ["search", str(models / NET), "--out", str(tmp_path / "best"), "--min-speedup", "1.5"]
+    for more in ([], ["--dry-run"]):
+        assert main([*call, "--images", str(tmp_path / "none"), *more]) == 1
+        assert "none: no such file or folder" in capsys.readouterr().err
+    assert not (tmp_path / "best").exists()
+
+
 def int8_of(rows: Sequence[Row]) -> list[int]:
     """The first of the given proxies."""
     return [0]

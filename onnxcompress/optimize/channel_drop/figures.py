@@ -22,7 +22,7 @@ class ChannelGroupRow:
     macs: int
     """Multiply-accumulates of the original network that belong to its channels."""
     error: float | None = None
-    """Relative error of the features that losing the cut channels was predicted to leave; with the
+    """Relative error of the outputs that losing the cut channels was predicted to leave; with the
     criterion `magnitude` the sum of the relative norms of their weights; None: none was cut."""
 
 

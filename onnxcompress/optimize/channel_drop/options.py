@@ -88,13 +88,15 @@ class DropChannelsOptions(InputOptions):
             Name of a group -> channels that it keeps.
 
         Raises:
-            OptionError: A part is not NAME=N with N at least 1.
+            OptionError: A part is not NAME=N with N at least 1, or a name stands there twice.
         """
-        found = {}
+        found: dict[str, int] = {}
         for part in self.channels_kept:
             name, _, number = part.rpartition("=")
             if not name or not number.isdecimal() or int(number) < 1:
                 raise OptionError(f"--channels-kept {part!r}: expected NAME=N, with N at least 1")
+            if name in found:
+                raise OptionError(f"--channels-kept {part!r}: {name!r} stands there twice")
             found[name] = int(number)
         return found
 

@@ -8,9 +8,9 @@ Taking the columns c of a channel away, with the others refitted to the least sq
 the structured form of Optimal Brain Surgeon (Hassibi & Stork, 1993; Meng et al., OSSCAR, 2024). With the
 updates the costs of channels that go one after the other add up to the cost of all of them. Biases take up
 the means. A group's cost is the sum over the layers that read it. Errors of different layers are compared
-by what they do to the features f: with random v, E_v[(∂ vᵀf/∂y · δ)²] = ‖∂f/∂y · δ‖², so that the mean
+by what they do to the outputs f: with random v, E_v[(∂ vᵀf/∂y · δ)²] = ‖∂f/∂y · δ‖², so that the mean
 squares of gradients say what an error of each output costs, those at different places taken as unrelated.
-Where the features are the network's own output, each of its channels is measured by its own size.
+Each channel of an output is measured by its own size.
 
 A layer with more than MAX_FAN_IN columns, and one whose patches are not cut, is looked at as if it saw each
 tap of its kernel apart: with the second moments of its input's channels.
