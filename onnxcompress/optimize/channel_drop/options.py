@@ -39,7 +39,7 @@ class DropChannelsOptions(InputOptions):
     width_step: int = option(
         0, "Groups keep multiples of this many channels; 0: 4 to 32 by width.", advanced=True, ge=0
     )
-    batch: int = option(64, "Images in a step of fine-tuning.", advanced=True, ge=1)
+    batch: int = option(32, "Images in a step of fine-tuning.", advanced=True, ge=1)
     learning_rate: float = option(
         0.005, "Peak rate of fine-tuning, relative to a weight's size.", advanced=True, gt=0
     )
