@@ -24,6 +24,7 @@ from onnxcompress.search.results import FIGURES, Results, write_table
 from onnxcompress.search.sweep import preview, sweep
 from onnxcompress.search.trial import Result, Row, Trial, compress
 from onnxcompress.search.workers import InProcess, Processes, WorkerDied
+from tests.helpers.paths import ROOT
 
 NET, OTHER = "resnet20-fashion.onnx", "mobilenetv2-fashion.onnx"
 FOLD = "passes: [fold-bn]"
@@ -203,7 +204,9 @@ def test_workers_end_with_a_parent_that_is_killed(tmp_path: Path) -> None:
         f"if __name__ == '__main__': list(Processes(1).run([partial(stay, {str(told)!r})]))"
     )
     (tmp_path / "parent.py").write_text(code)
-    parent = subprocess.Popen([sys.executable, str(tmp_path / "parent.py")])
+    parent = subprocess.Popen(
+        [sys.executable, str(tmp_path / "parent.py")], env={**os.environ, "PYTHONPATH": str(ROOT)}
+    )
     try:
         assert within(120, told.exists)
     finally:
