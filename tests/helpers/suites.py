@@ -14,6 +14,7 @@ import warnings
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -46,12 +47,17 @@ class Case:
     """Inputs by name; numpy arrays, and what onnx makes of sequences and optionals."""
 
 
-def backend_cases(suite: str) -> Iterator[Case]:
-    """The cases of one of BACKEND."""
+@cache
+def backend_tests(suite: str) -> list[Any]:
+    """One of BACKEND as onnx has it; `node` takes seconds to make."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        found = load_model_tests(kind=suite)
-    for case in found:
+        return load_model_tests(kind=suite)
+
+
+def backend_cases(suite: str) -> Iterator[Case]:
+    """The cases of one of BACKEND."""
+    for case in backend_tests(suite):
         folder = Path(case.model_dir or "")
         model = case.model if case.model is not None else onnx.load(folder / "model.onnx")
         inputs = case.data_sets[0][0] if case.data_sets else _stored_inputs(folder, model)
