@@ -32,7 +32,7 @@ from tests.helpers.paths import ROOT
 PAGES = [ROOT / "README.md", *(ROOT / "onnxcompress" / "docs" / f"{name}.md" for name in GUIDES)]
 NAMES = [*COMMANDS, *(entry.name for entry in CATALOGUE)]
 IMAGES = 32
-SHORT = {"--steps": "2", "--count": "16", "--synthetic": "8", "--seconds": "1"}
+SHORT = {"--steps": "2", "--count": "16", "--synthetic": "8", "--seconds": "1", "--effort": "fast"}
 LIMITS = ("--latency-reduction", "--min-", "--max-")
 """What a shortened run may miss: exit code 3."""
 PLACEHOLDER = re.compile(r"\b[A-Z]{2,}(\.\w+)?\b")
@@ -127,10 +127,10 @@ def test_every_command_line_and_python_block(page: Path, capsys: pytest.CaptureF
 
 
 def run_python(text: str) -> None:
-    """Passes get the options of SHORT; `torch_model` and `example` are the reader's."""
+    """Passes get the numbers of SHORT; `torch_model` and `example` are the reader's."""
     import torch
 
-    short = {name.strip("-"): value for name, value in SHORT.items()}
+    short = {name.strip("-"): value for name, value in SHORT.items() if value.isdigit()}
     for entry in CATALOGUE:
         cls = getattr(import_module(f"onnxcompress.passes.{entry.module}"), entry.cls)
         for name, value in short.items():
