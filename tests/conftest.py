@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.helpers.brief import few_feature_inputs, few_rounds
+from tests.helpers.brief import few_adapter_steps, few_feature_inputs, few_rounds
 from tests.helpers.paths import MODELS
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported
@@ -72,6 +72,12 @@ def quick_clock(monkeypatch: pytest.MonkeyPatch) -> None:
 def quick_features(monkeypatch: pytest.MonkeyPatch) -> None:
     """Few inputs of the deep layers, for tests that do not judge what is learned from them."""
     few_feature_inputs(monkeypatch)
+
+
+@pytest.fixture
+def quick_scores(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scores of blocks from adapters that are hardly trained, for tests that do not judge the choice."""
+    few_adapter_steps(monkeypatch)
 
 
 @pytest.fixture

@@ -48,6 +48,13 @@ def few_adapter_steps(patch: pytest.MonkeyPatch, steps: int = 1) -> None:
         patch.setitem(function.__kwdefaults__, "steps", steps)
 
 
+def few_tuning_steps(patch: pytest.MonkeyPatch, steps: int = 8) -> None:
+    """Tune the weights of a sparse network together for fewer steps."""
+    from onnxcompress.optimize.reconstruction.global_tuning import finetune_sparse
+
+    patch.setitem(finetune_sparse.__kwdefaults__, "steps", steps)
+
+
 def run(calls: Sequence[Sequence[str]]) -> int:
     """Run command lines one after the other in this process; returns the last exit code."""
     from onnxcompress.cli.main import main
@@ -58,6 +65,7 @@ def run(calls: Sequence[Sequence[str]]) -> int:
     few_rounds(patch)
     few_feature_inputs(patch, 320)  # more than are optimized together
     few_adapter_steps(patch, 4)
+    few_tuning_steps(patch)
     for argv in calls:
         code = main(argv)
         if code not in (0, 3):

@@ -224,7 +224,11 @@ def test_shares_add_up_with_their_intervals() -> None:
 
 @pytest.mark.slow
 def test_drop_blocks_tells_it_in_json_table_and_report(
-    models: Path, tmp_path: Path, quick_clock: None, capsys: pytest.CaptureFixture[str]
+    models: Path,
+    tmp_path: Path,
+    quick_clock: None,
+    quick_scores: None,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     page = tmp_path / "r.html"
     words = [w if w != "--drop" else "--blocks" for w in argv(models, tmp_path / "o.onnx")]
