@@ -47,6 +47,7 @@ def option(
     metavar: str | None = None,
     file: Literal["read", "kept"] | None = None,
     advanced: bool = False,
+    target: bool = False,
     or_zero: bool = False,
     lists: bool = False,
     alias: str | None = None,
@@ -61,6 +62,7 @@ def option(
         file: It names a file or folder. "read": it must be there; "kept": it is read where it exists, else
             written.
         advanced: Whether few have a reason to set it: the help lists it apart.
+        target: Whether it says what the result is to reach: the help lists it first.
         or_zero: Whether 0 is allowed beside what the limits say.
         lists: Whether its items may be `@FILE`, which stands for the lines of a file.
         alias: Another name of the option on the command line, as `--for`.
@@ -70,7 +72,7 @@ def option(
         A dataclass field.
     """
     about = {"help": help, "metavar": metavar, "file": file, "advanced": advanced, "lists": lists}
-    about["alias"] = alias
+    about |= {"alias": alias, "target": target}
     return field(default=default, metadata=about | {"limits": limits, "or_zero": or_zero})
 
 

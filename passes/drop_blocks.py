@@ -33,7 +33,6 @@ from onnxcompress.model import Model
 from onnxcompress.optimize.block_drop.figures import DropBlocksFigures
 from onnxcompress.optimize.block_drop.options import DropBlocksOptions
 from onnxcompress.optimize.calibration import assume_sizes
-from onnxcompress.optimize.effort import DROP_BLOCKS, Effort, announce, choose_effort
 from onnxcompress.passes.base import Pass, PassResult
 from onnxcompress.passes.fold_bn import FoldBatchNorm
 from onnxcompress.passes.opsets import at_opset
@@ -76,7 +75,7 @@ class DropBlocks(DropBlocksOptions, Pass):
             False where the target was missed, or blocks were chosen by the latency of a disturbed clock.
         """
         if self.latency_reduction is not None and isinstance(figures, DropBlocksFigures):
-            disturbed = figures.clock == "processor" or figures.noisy_latency
+            disturbed = figures.latency.clock == "processor" or figures.noisy_latency
             return super().is_repeatable(figures) and not disturbed
         return super().is_repeatable(figures)
 
@@ -130,22 +129,15 @@ class DropBlocks(DropBlocksOptions, Pass):
         from onnxcompress.optimize.block_drop.pipeline import Dropper
         from onnxcompress.optimize.deterministic_threads import one_thread_each
 
-        effort = choose_effort(self.effort, model, self.name, DROP_BLOCKS["best"].inputs)
         with one_thread_each():
-            work = Dropper(self._with_counts(effort, model, progress), original, model, found, progress)
+            effort, options = self.with_counts(self.name, model, progress)
+            work = Dropper(options, original, model, found, progress)
             figures = replace(work.run(), effort=effort)
         write_present(model, read_record(model))
         changes = [Change(b.name, f"{b.kind} block dropped") for b in work.dropped]
         if folded.measured.folded:
             changes.append(Change(model.name, f"{folded.measured.folded} BatchNorms folded"))
-        return PassResult(changes, work.discovery.near_misses, figures, work.inputs.shown)
-
-    def _with_counts(self, effort: Effort, model: Model, progress: Progress) -> DropBlocks:
-        """Return the pass with the counts that the effort stands for, where no option gives them."""
-        work = DROP_BLOCKS[effort]
-        count = self.synthetic or work.inputs
-        announce(self.name, effort, model, count, progress)
-        return replace(self, synthetic=count, steps=work.steps if self.steps is None else self.steps)
+        return PassResult(changes, work.discovery.near_misses, figures, work.inputs.gathered.shown)
 
     def _check_blocks(self, model: Model, found: Discovery) -> None:
         if not found.blocks:

@@ -29,7 +29,6 @@ from onnxcompress.model import Model
 from onnxcompress.optimize.calibration import assume_sizes
 from onnxcompress.optimize.channel_drop.figures import DropChannelsFigures
 from onnxcompress.optimize.channel_drop.options import DropChannelsOptions
-from onnxcompress.optimize.effort import DROP_BLOCKS, Effort, announce, choose_effort
 from onnxcompress.passes.base import Pass, PassResult
 from onnxcompress.passes.fold_bn import FoldBatchNorm
 from onnxcompress.passes.opsets import at_opset
@@ -120,9 +119,8 @@ class DropChannels(DropChannelsOptions, Pass):
         from onnxcompress.optimize.channel_drop.pipeline import ChannelDropper
         from onnxcompress.optimize.deterministic_threads import one_thread_each
 
-        effort = choose_effort(self.effort, model, self.name, DROP_BLOCKS["best"].inputs)
         with one_thread_each():
-            options = self._with_counts(effort, model, progress)
+            effort, options = self.with_counts(self.name, model, progress)
             work = ChannelDropper(options, original, model, groups, progress)
             figures = replace(work.run(), effort=effort)
         write_present(model, _kept_statistics(read_record(model), work.kept))
@@ -133,7 +131,7 @@ class DropChannels(DropChannelsOptions, Pass):
         ]
         if folded:
             changes.append(Change(model.name, f"{folded} BatchNorms folded"))
-        return PassResult(changes, groups.refusals, figures, work.inputs.shown)
+        return PassResult(changes, groups.refusals, figures, work.inputs.gathered.shown)
 
     def _prepare(self, model: Model) -> tuple[int, CutGroups]:
         """Fold BatchNorm, and find the channels; returns how many were folded."""
@@ -146,13 +144,6 @@ class DropChannels(DropChannelsOptions, Pass):
         groups = find_cut_groups(model)
         self._check_groups(model, groups)
         return folded.measured.folded, groups
-
-    def _with_counts(self, effort: Effort, model: Model, progress: Progress) -> DropChannels:
-        """Return the pass with the counts that the effort stands for, where no option gives them."""
-        work = DROP_BLOCKS[effort]
-        count = self.synthetic or work.inputs
-        announce(self.name, effort, model, count, progress)
-        return replace(self, synthetic=count, steps=work.steps if self.steps is None else self.steps)
 
     def _check_groups(self, model: Model, groups: CutGroups) -> None:
         if not groups.free:

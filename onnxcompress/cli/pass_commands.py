@@ -57,11 +57,12 @@ def command(name: str) -> click.Command:
     """
     cls = load_pass(name)
     hints = typing.get_type_hints(cls)
-    own = {f.name for f in dataclasses.fields(cls)}
+    fields = sorted(dataclasses.fields(cls), key=lambda f: not f.metadata.get("target"))
+    own = {f.name for f in fields}
     params: list[click.Parameter] = [
         click.Argument(["source"], metavar="IN", type=FILE),
         click.Argument(["target"], metavar="OUT", type=FILE),
-        *(_option(f, hints[f.name]) for f in dataclasses.fields(cls)),
+        *(_option(f, hints[f.name]) for f in fields),
         *(cache_options() if _learns(cls) else []),
         *running_options(),
         *(timing_options(without=own) if cls.timed else []),

@@ -23,15 +23,11 @@ import click
 
 from onnxcompress.cli.cache import cache_options, chosen_cache
 from onnxcompress.cli.gate_options import gate_options, take_gates
-from onnxcompress.cli.options import FILE, PREPROCESS_HELP, SectionedCommand, print_json, split
+from onnxcompress.cli.options import FILE, PREPROCESS_HELP, SectionedCommand, print_json
+from onnxcompress.cli.timing_options import timing_options
 from onnxcompress.cli.worker_options import WHERE, worker_options, workers
 from onnxcompress.errors import InputError, OptionError, TargetMissed, require
-from onnxcompress.option_fields import (
-    INPUT_SHAPE_HELP,
-    INPUT_SHAPE_METAVAR,
-    PROVIDER_HELP,
-    PROVIDER_OPTIONS_HELP,
-)
+from onnxcompress.option_fields import INPUT_SHAPE_HELP, INPUT_SHAPE_METAVAR
 
 if TYPE_CHECKING:
     from onnxcompress.evaluation.gates import Gates
@@ -265,21 +261,6 @@ search = SectionedCommand(
             show_default=True,
             help="Time for the latency of a candidate's structure; five times that for each of the front.",
         ),
-        click.Option(["--provider"], metavar="NAME", default="auto", show_default=True, help=PROVIDER_HELP),
-        click.Option(
-            ["--provider-options"],
-            metavar="NAME=VALUE,…",
-            default="",
-            callback=lambda context, parameter, value: split(value),
-            help=PROVIDER_OPTIONS_HELP,
-        ),
-        click.Option(
-            ["--threads"],
-            type=click.IntRange(0),
-            default=0,
-            show_default=True,
-            help="CPU threads of onnxruntime; 0: all cores.",
-        ),
         click.Option(
             ["--batch"],
             type=click.IntRange(1),
@@ -287,6 +268,7 @@ search = SectionedCommand(
             show_default=True,
             help="Images in a run when latency is measured.",
         ),
+        *timing_options(without=("latency", "latency_batch")),
         *worker_options(),
         click.Option(["--seed"], type=click.IntRange(0), default=0, show_default=True, help="Random seed."),
         *cache_options(),

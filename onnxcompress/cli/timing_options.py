@@ -13,7 +13,7 @@ from onnxcompress.cli.options import ADVANCED, SectionedOption, option_type, spl
 from onnxcompress.option_fields import flag
 from onnxcompress.runtime.timing_options import TimingOptions
 
-TIMING_HELP = "Latency before and after"
+TIMING_HELP = "Latency"
 VARIABLE = "ONNXCOMPRESS_LATENCY"
 """Environment variable that switches the measurement off, with the value `off`."""
 

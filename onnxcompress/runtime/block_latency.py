@@ -262,6 +262,14 @@ class Stopwatch:
     tolerance: float = 0.005
     """Half width of the 95 % interval of a ratio at which a comparison ends early."""
 
+    def check(self, model: Model) -> None:
+        """Run a model once: a provider or a batch that cannot be is an error now, not at the end.
+
+        Args:
+            model: The model. Raises CompressError as `latency.benchmark` does.
+        """
+        benchmark({"": model}, runs=1, **(self._how() | {"warm_up": 0}))
+
     def shares(self, model: Model, blocks: Sequence[Block]) -> dict[str, Share]:
         """Measure the latency share of each block; see `latency_shares`.
 
@@ -276,10 +284,10 @@ class Stopwatch:
             CompressError: As `latency_shares`.
         """
         without = without_each_kind(model, blocks)
-        shares = latency_shares(model, blocks, without=without, **self._how())
-        if not noisy(shares) or not self._turn_to_processor():
-            return shares
-        return latency_shares(model, blocks, without=without, **self._how())
+        while True:
+            shares = latency_shares(model, blocks, without=without, **self._how())
+            if not noisy(shares) or not self._turn_to_processor():
+                return shares
 
     def savings(self, model: Model, variants: Mapping[str, Model]) -> dict[str, Share]:
         """Measure the share of a model's latency that each of several variants saves.
@@ -314,11 +322,10 @@ class Stopwatch:
         Raises:
             CompressError: As `latency.benchmark`.
         """
-        change = self._compare(before, after, seconds)
-        unsure = (change.high - change.low) / 2 > UNSURE
-        if not unsure or not self._turn_to_processor():
-            return change
-        return self._compare(before, after, seconds)
+        while True:
+            change = self._compare(before, after, seconds)
+            if (change.high - change.low) / 2 <= UNSURE or not self._turn_to_processor():
+                return change
 
     def _compare(self, before: Model, after: Model, seconds: float) -> LatencyChange:
         models = {"before": before, "after": after}
@@ -337,10 +344,5 @@ class Stopwatch:
         return True
 
     def _how(self) -> dict[str, Any]:
-        return {
-            "provider": self.provider,
-            "batch": self.batch,
-            "threads": self.threads,
-            "seed": self.seed,
-            "clock": self.clock,
-        }
+        names = ("provider", "batch", "threads", "seed", "clock")
+        return {name: getattr(self, name) for name in names}

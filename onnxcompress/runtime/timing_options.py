@@ -1,4 +1,4 @@
-"""Where and how the latency before and after a pass is measured, as options of commands and recipes."""
+"""Where and how latency is measured, as options of commands and recipes."""
 
 from __future__ import annotations
 
@@ -9,12 +9,9 @@ from onnxcompress.runtime.providers import Provider
 
 
 @dataclass(frozen=True)
-class TimingOptions:
-    """How latency is measured. The fields are options of passes and keys of a recipe's `timing`."""
+class RuntimeOptions:
+    """What onnxruntime runs a network on when its latency is measured."""
 
-    latency: bool = option(
-        True, "Measure the latency before and after, interleaved, for some seconds; the file is the same."
-    )
     provider: str = option("auto", PROVIDER_HELP, metavar="NAME")
     latency_batch: int = option(1, "Images in a run when latency is measured.", ge=1)
     provider_options: tuple[str, ...] = provider_options_option()
@@ -24,6 +21,18 @@ class TimingOptions:
     def runs_on(self) -> Provider:
         """The execution provider. Raises OptionError for a wrong option."""
         return Provider.of(self.provider, self.provider_options)
+
+
+@dataclass(frozen=True)
+class TimingOptions(RuntimeOptions):
+    """Whether and how the latency before and after a pass is measured.
+
+    The fields are options of passes and keys of a recipe's `timing`.
+    """
+
+    latency: bool = option(
+        True, "Measure the latency before and after, interleaved, for some seconds; the file is the same."
+    )
 
     def check(self) -> None:
         """Check that latency can be measured on this machine.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -43,6 +44,21 @@ def test_interrupted_inside_exec_it_ends_with_130(tmp_path: Path) -> None:
 def test_each_command_has_help_with_an_example(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([name, "--help"]) == 0
     assert f"onnxcompress {name}" in capsys.readouterr().out.split("Example")[1]
+
+
+@pytest.mark.parametrize(
+    ("name", "targets"),
+    [
+        ("drop-blocks", ["latency-reduction", "blocks", "drop"]),
+        ("drop-channels", ["latency-reduction", "macs-reduction", "channels-kept"]),
+    ],
+)
+def test_the_help_begins_with_what_is_asked_for(
+    name: str, targets: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([name, "--help"]) == 0
+    options = re.findall(r"^  --([a-z-]+)", capsys.readouterr().out.split("\nOptions:")[1], re.MULTILINE)
+    assert options[: len(targets)] == targets
 
 
 def test_the_catalogue_names_its_passes() -> None:

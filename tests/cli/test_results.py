@@ -55,7 +55,6 @@ def dropped(**changed: Any) -> DropBlocksFigures:
         "feature": "relu",
         "preprocess": "unit",
         "latency": LATENCY,
-        "clock": "wall",
         "blocks": rows,
         "order": ("third", "first"),
         "feature_error": 0.0144,

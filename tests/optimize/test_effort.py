@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import astuple
+from dataclasses import astuple, replace
 
 import numpy as np
 import pytest
@@ -174,6 +174,9 @@ def test_without_sweeps_each_weight_is_rounded_to_its_nearest() -> None:
 
 @pytest.mark.parametrize("effort", EFFORTS)
 def test_steps_of_fine_tuning_are_those_of_the_effort_unless_they_are_given(effort: Effort) -> None:
-    counted = DropBlocks(blocks=1)._with_counts(effort, network(), silent)
+    options = DropBlocks(blocks=1, effort=effort)
+    resolved, counted = options.with_counts("drop-blocks", network(), silent)
+    assert resolved == effort
     assert (counted.steps, counted.synthetic) == (DROP_BLOCKS[effort].steps, DROP_BLOCKS[effort].inputs)
-    assert DropBlocks(blocks=1, steps=7)._with_counts(effort, network(), silent).steps == 7
+    given = replace(options, steps=7)
+    assert given.with_counts("drop-blocks", network(), silent)[1].steps == 7

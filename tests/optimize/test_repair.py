@@ -23,6 +23,7 @@ from onnxcompress.optimize.calibration import Inputs
 from onnxcompress.optimize.executor import Executor
 from onnxcompress.optimize.reconstruction.finetune import Finetuned, Schedule
 from onnxcompress.optimize.reconstruction.levels import feature_levels
+from onnxcompress.optimize.reconstruction.tuning_inputs import TuningInputs
 from onnxcompress.optimize.reconstruction.tuning_outcome import TuningOutcome
 from onnxcompress.optimize.synthesis.drawn_inputs import DrawnSet
 from onnxcompress.optimize.synthesis.statistics_alignment import StatisticsAlignment
@@ -67,7 +68,7 @@ def repair(
     levels = tuple((instead.get(n, n), n) for n in feature_levels(teacher, "y"))
     return Repair(
         options, student, teacher, Executor.from_model(teacher), "x", "y", "y", levels,
-        inputs.real, x, inputs.shares(), x, False, alignment, "cpu", 16, silent,
+        TuningInputs(inputs, x, x, inputs.shares()), alignment, "cpu", 16, silent,
     )  # fmt: skip
 
 
@@ -83,10 +84,10 @@ def lost(student: Tensor, teacher: Tensor) -> float:
 
 def test_the_error_is_what_the_repaired_network_lacks_of_the_whole_ones_features() -> None:
     one = repair()
-    before = lost(features(one.model, one.images), features(one.whole, one.images))
+    before = lost(features(one.model, one.inputs.images), features(one.whole, one.inputs.images))
     found, _ = one.run({})
     assert found == pytest.approx(
-        lost(features(one.model, one.images), features(one.whole, one.images)), rel=1e-5
+        lost(features(one.model, one.inputs.images), features(one.whole, one.inputs.images)), rel=1e-5
     )
     assert found < 0.5 * before
 
@@ -117,8 +118,8 @@ def test_what_is_asked_for_reaches_fine_tuning(monkeypatch: pytest.MonkeyPatch) 
     one.run({})
     assert seen["schedule"] == Schedule(steps=7, batch=12, learning_rate=0.03, seed=5)
     assert seen["shares"][:10].sum() == pytest.approx(float(seen["shares"][10:].sum()))
-    assert torch.equal(seen["images"], one.images)
-    assert torch.equal(seen["aside"], one.aside)
+    assert torch.equal(seen["images"], one.inputs.images)
+    assert torch.equal(seen["aside"], one.inputs.aside)
     assert {"w3", "b3", "w4", "b4"} <= seen["start"].keys()  # from refitted layers on
     repair(options).run({})
     assert seen["shares"] is None
@@ -132,10 +133,10 @@ def test_aligned_networks_come_back_as_the_networks_own() -> None:
         {f"b{i}": (scale.roll(i), shift) for i in (0, 3)},
     )
     one = repair(replace(NONE, steps=5), alignment=alignment)
-    wanted = features(one.whole, one.images)
+    wanted = features(one.whole, one.inputs.images)
     found, _ = one.run({})
     own, plain = one.model.graph.tensors(), whole().graph.tensors()
     for name in ("w0", "b0"):
         np.testing.assert_allclose(read(own[name]), read(plain[name]), rtol=1e-6)
     again = {n: alignment.align(n, torch.from_numpy(read(own[n]).copy())) for n in alignment.names}
-    assert lost(features(one.model, one.images, again), wanted) == pytest.approx(found, rel=1e-3)
+    assert lost(features(one.model, one.inputs.images, again), wanted) == pytest.approx(found, rel=1e-3)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from onnxcompress.cli.main import main
-from onnxcompress.errors import ModelError, OptionError
+from onnxcompress.errors import ModelError, OptionError, RuntimeUnavailable
 from onnxcompress.graph.macs import count_macs
 from onnxcompress.model import Model, load, save
 from onnxcompress.optimize.channel_drop.pipeline import ChannelDropper
@@ -187,6 +187,16 @@ def test_a_network_without_channels_to_cut_is_refused() -> None:
     model = Model.from_proto(graph(IMAGE, "y = Conv(x, w)", {"w": weight(3, 4, 1, 1)}))
     with pytest.raises(ModelError, match="no channels can be cut"):
         FAST.apply(model)
+
+
+def test_what_cannot_be_timed_is_told_before_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(watch: Stopwatch, model: Model) -> None:
+        raise RuntimeUnavailable(f"not on {watch.provider}")
+
+    monkeypatch.setattr(Stopwatch, "check", refuse)
+    monkeypatch.setattr(ChannelDropper, "run", lambda own: pytest.fail("it was begun"))
+    with pytest.raises(RuntimeUnavailable, match="not on"):
+        FAST.apply(network())
 
 
 def test_the_command_writes_shows_and_misses(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

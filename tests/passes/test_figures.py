@@ -41,7 +41,7 @@ PUBLISHED = {
         {"error", "all_float16", "max_error", "converted", "kept_float32", "seconds"}, {"runtime"}
     ),
     "drop-blocks": (
-        {"feature", "preprocess", "latency", "clock", "blocks"},
+        {"feature", "preprocess", "latency", "blocks"},
         {"noisy_latency", "order", "choosing_loss", "feature_error", "tuning", "additivity"},
     ),
     "drop-channels": (

@@ -195,7 +195,7 @@ def hostile() -> Material:
     )
     latency = LatencyChange(10.0, 9.0, 0.9, 0.8, 0.95)
     figures = DropBlocksFigures(
-        HOSTILE, HOSTILE, latency, "wall", rows, order=(HOSTILE,), output_snr_db={HOSTILE: 1.0}
+        HOSTILE, HOSTILE, latency, rows, order=(HOSTILE,), output_snr_db={HOSTILE: 1.0}
     )
     result = PassResult([Change(HOSTILE, "dropped")], [Refusal(HOSTILE, HOSTILE, HOSTILE)], figures)
     step = Step(DropBlocks(drop=(HOSTILE,)), result, 0.0)

@@ -151,8 +151,7 @@ def test_blocks_are_shown_with_their_shares_in_percent() -> None:
     figures = DropBlocksFigures(
         "f",
         "",
-        LatencyChange(10.0, 9.0, 0.9, 0.8, 0.95),
-        "processor",
+        LatencyChange(10.0, 9.0, 0.9, 0.8, 0.95, clock="processor"),
         (
             BlockRow("one", "e1", False, Share(0.2, 0.15, 0.27), 0.03, 0.15),
             BlockRow("two", "e2", True, Share(0.1, 0.05, 0.12), 0.02, 0.2),
@@ -307,7 +306,7 @@ def test_shares_of_blocks_are_of_all_parameters_and_of_all_work() -> None:
 
 def test_inputs_are_told_by_number_kind_reason_and_seed() -> None:
     used = InputSource("distilled", 48, 3, "no --images", "unit", "option")
-    figures = DropBlocksFigures("f", "", LatencyChange(1, 1, 1, 1, 1), "wall", (), inputs=(used,))
+    figures = DropBlocksFigures("f", "", LatencyChange(1, 1, 1, 1, 1), (), inputs=(used,))
     section = inputs(Material("drop-blocks", {}, [step_of(DropBlocks(blocks=1), figures)]))
     assert prose(section) == [
         "drop-blocks learned from 48 distilled images (no --images; seed 3), preprocessed by unit (as "

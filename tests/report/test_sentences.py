@@ -130,7 +130,7 @@ def test_the_block_that_costs_least_and_the_one_that_costs_most() -> None:
         for i, r in enumerate([0.3, 0.02, 0.5])
     )
     latency = LatencyChange(10.0, 9.0, 0.9, 0.8, 0.95)
-    figures = DropBlocksFigures("f", "", latency, "wall", rows, order=("block1",))
+    figures = DropBlocksFigures("f", "", latency, rows, order=("block1",))
     found = plot(blocks(Material("drop-blocks", {}, [step_of(DropBlocks(blocks=1), figures)])))
     assert "Least is lost without block1 (R 0.02), most without block2 (R 0.5)." in found.finding
     assert isinstance(found.chart, Scatter)

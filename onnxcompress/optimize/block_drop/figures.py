@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from onnxcompress.account import Figures
 from onnxcompress.optimize.reconstruction.tuning_outcome import TuningOutcome
 from onnxcompress.runtime.block_latency import Additivity, LatencyChange, Share
-from onnxcompress.runtime.latency import Clock
 
 
 @dataclass(frozen=True)
@@ -39,8 +38,6 @@ class DropBlocksFigures(Figures):
     """Preprocessing of the inputs; empty where they are no images."""
     latency: LatencyChange
     """Latency after dropping, against the original's."""
-    clock: Clock
-    """Clock by which latency was measured: `wall`, or `processor` on a busy machine."""
     blocks: tuple[BlockRow, ...]
     """All blocks, in the order of the network."""
     noisy_latency: bool | None = None

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import time
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from onnxcompress.account import Refusal, StageSeconds, as_json
-from onnxcompress.data.image_set import ImageSet
 from onnxcompress.errors import ModelError, OptionError
 from onnxcompress.graph.block_removal import drop_blocks
 from onnxcompress.graph.blocks import Block, Discovery
@@ -32,19 +29,17 @@ from onnxcompress.optimize.block_drop.selection import (
     choose,
     target_missed,
 )
-from onnxcompress.optimize.calibration import gather_inputs
-from onnxcompress.optimize.device import fitting, pick_device, resident
+from onnxcompress.optimize.device import fitting, pick_device
 from onnxcompress.optimize.executor import Executor
-from onnxcompress.optimize.executor.open_batch import file_batch, images_at_once, small_batch
+from onnxcompress.optimize.executor.open_batch import file_batch, small_batch
 from onnxcompress.optimize.executor.walk_plan import floats
 from onnxcompress.optimize.intermediate_results import array_digest
-from onnxcompress.optimize.reconstruction.held_out import keep_aside
 from onnxcompress.optimize.reconstruction.levels import feature_levels
+from onnxcompress.optimize.reconstruction.tuning_inputs import gather_tuning_inputs
 from onnxcompress.optimize.reconstruction.tuning_outcome import TuningOutcome
 from onnxcompress.optimize.synthesis.statistics_alignment import StatisticsAlignment, standardize
 from onnxcompress.progress import Progress
 from onnxcompress.runtime.block_latency import Additivity, Share, Stopwatch, added, usable
-from onnxcompress.runtime.latency import benchmark
 
 TAPS_BYTES = 2 << 30
 """Memory that the tensors kept for scoring may take; fewer images are used where they would need more."""
@@ -79,22 +74,12 @@ class Dropper:
         self.stopwatch = Stopwatch(options.runs_on, self.latency_batch, options.threads, options.seed)
         self.saved = 0.0
         """Part of the latency that the blocks dropped so far save, as last measured."""
-        self._check_runtime()
-        start = time.perf_counter()
-        self.inputs = gather_inputs(model, options.request, device=self.device, progress=progress)
-        self.seconds = StageSeconds(inputs=time.perf_counter() - start)
-        images = self.inputs.images
-        self.nhwc = isinstance(images, ImageSet) and images.preprocess.layout == "nhwc"
-        self.images = torch.from_numpy(images.array())
-        self._check_batch()
-        if not self.nhwc and self.images.ndim == 4:  # depthwise ones are three times as fast on the CPU
-            self.images = self.images.contiguous(memory_format=torch.channels_last)
-        self.images, self.aside, self.draws = keep_aside(model, self.inputs, self.images, options.seed)
-        self.images = resident(self.images, self.device)
+        self.stopwatch.check(original)
+        self.inputs = gather_tuning_inputs(model, options.request, self.device, progress)
         self.scoring_batch = BATCH
         self.alignment: StatisticsAlignment | None = None
-        if self.inputs.layerwise:
-            given = self.images[:SCORING_IMAGES].to(self.device)
+        if self.inputs.gathered.layerwise:
+            given = self.inputs.images[:SCORING_IMAGES].to(self.device)
             self.alignment = standardize(
                 model, given, self.feature, batch=small_batch(model, MAX_BATCH), device=self.device
             )
@@ -141,31 +126,10 @@ class Dropper:
             )
         return Discovery(left, (*found.near_misses, *(Refusal(b.name, rule, remedy) for b in behind)))
 
-    def _check_runtime(self) -> None:
-        """Run the original once: a provider or a batch that cannot be is an error now, not at the end."""
-        options = self.options
-        benchmark(
-            {"before": self.original},
-            provider=options.runs_on,
-            batch=self.latency_batch,
-            threads=options.threads,
-            runs=1,
-            warm_up=0,
-        )
-
-    def _check_batch(self) -> None:
-        """Raise ModelError for a graph through which images cannot go several at once."""
-        fixed = images_at_once(self.model, self.images)
-        if fixed is not None:
-            raise ModelError(
-                f"{self.model.name}: {fixed} images go through its graph at once and no other number, too "
-                "few to learn from; export it with an open batch"
-            )
-
     def _probe(self) -> Probe:
         shapes = tensor_shapes(self.model)
         each = sum(floats(shapes[b.entry]) * 2 for b in self.discovery.blocks) * 4
-        count = max(8, min(SCORING_IMAGES, len(self.images), TAPS_BYTES // max(each, 1)))
+        count = max(8, min(SCORING_IMAGES, len(self.inputs.images), TAPS_BYTES // max(each, 1)))
         made = fitting("scoring", self.scoring_batch, lambda batch: self._probed(count, batch))
         if not 0 < made.energy < float("inf"):
             raise ModelError(
@@ -176,7 +140,7 @@ class Dropper:
 
     def _probed(self, count: int, batch: int) -> Probe:
         self.scoring_batch = batch
-        return probe(self.teacher, self.images[:count], self.source, self.feature, batch=batch)
+        return probe(self.teacher, self.inputs.images[:count], self.source, self.feature, batch=batch)
 
     def _score(self) -> None:
         self.probe = self._probe()
@@ -203,7 +167,7 @@ class Dropper:
         context = {
             "model": self.original.digest(),
             "feature": self.feature,
-            "sources": [used.source for used in self.inputs.sources],
+            "sources": [used.source for used in self.inputs.gathered.sources],
             "inputs": digest,
             "run": [batch, self.device],
         }
@@ -232,7 +196,7 @@ class Dropper:
         return {
             "model_sha256": self.original.digest(),
             "feature": self.feature,
-            "preprocess": self.inputs.sources[0].preprocess,
+            "preprocess": self.inputs.gathered.sources[0].preprocess,
             "latency": [
                 options.provider,
                 self.latency_batch,
@@ -303,8 +267,8 @@ class Dropper:
         levels = tuple((instead.get(n, n), n) for n in feature_levels(self.whole, self.feature))
         repair = Repair(
             self.options, self.model, self.whole, self.teacher, self.source, self.student_feature,
-            self.feature, levels, self.inputs.real, self.images, self.draws, self.aside, self.nhwc,
-            self.alignment, self.device, self.scoring_batch, self.progress,
+            self.feature, levels, self.inputs, self.alignment, self.device, self.scoring_batch,
+            self.progress,
         )  # fmt: skip
         self.feature_error, self.tuning = repair.run(self.weights)
 
@@ -320,9 +284,8 @@ class Dropper:
         self.progress("measuring the result", 1, 1)
         return DropBlocksFigures(
             feature=self.feature,
-            preprocess=self.inputs.sources[0].preprocess,
+            preprocess=self.inputs.gathered.sources[0].preprocess,
             latency=latency,
-            clock=self.stopwatch.clock,
             blocks=self._rows(),
             noisy_latency=self.noisy_latency,
             order=None if self.options.drop else tuple(b.name for b in self.dropped),
@@ -330,8 +293,8 @@ class Dropper:
             feature_error=self.feature_error,
             tuning=self.tuning,
             additivity=additivity,
-            inputs=self.inputs.sources,
-            seconds=self.seconds,
+            inputs=self.inputs.gathered.sources,
+            seconds=StageSeconds(inputs=self.inputs.seconds),
             target_missed=f"{missed}; the file was written as it is" if missed else None,
         )
 

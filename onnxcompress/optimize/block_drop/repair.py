@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -27,38 +26,16 @@ from onnxcompress.optimize.reconstruction.finetune import Finetuned, Matched, Sc
 from onnxcompress.optimize.reconstruction.held_out import HeldOut
 from onnxcompress.optimize.reconstruction.residual_refit import RefitSettings, ResidualRefit
 from onnxcompress.optimize.reconstruction.ridge import TARGET_MADE, TARGET_REAL
+from onnxcompress.optimize.reconstruction.tuning_inputs import TuningInputs
 from onnxcompress.optimize.reconstruction.tuning_outcome import TuningOutcome
 from onnxcompress.optimize.synthesis.statistics_alignment import StatisticsAlignment
+from onnxcompress.optimize.tuning_options import TuningOptions
 from onnxcompress.progress import Progress
 
 REFIT_IMAGES = 500
 """Images that layers are refitted on, at most."""
 MAX_BATCH = 125
 """Images that run at once when nothing is trained, at most."""
-
-
-class TuningOptions(Protocol):
-    """The options of a pass that refits and fine-tunes a network."""
-
-    @property
-    def steps(self) -> int | None:
-        """Steps of fine-tuning."""
-
-    @property
-    def batch(self) -> int:
-        """Images in a step of fine-tuning."""
-
-    @property
-    def learning_rate(self) -> float:
-        """Peak rate of fine-tuning."""
-
-    @property
-    def seed(self) -> int:
-        """Random seed."""
-
-    @property
-    def capture(self) -> bool:
-        """Whether a GPU replays a recorded step."""
 
 
 @dataclass(frozen=True)
@@ -80,15 +57,7 @@ class Repair:
     """The tensor of the teacher whose values are the features."""
     levels: tuple[tuple[str, str], ...]
     """Tensors on the way to the features that are matched, too, by name in the student and the teacher."""
-    real: bool
-    """Whether all inputs are real images."""
-    images: Tensor
-    """The inputs to learn from as normalized values, (N, C, H, W), or (N, H, W, C) with `nhwc`."""
-    shares: Tensor | None
-    """How often each of them is drawn, relative to the others, (N,); None: equally often."""
-    aside: Tensor
-    """Inputs that nothing learned from, which decide what is kept."""
-    nhwc: bool
+    inputs: TuningInputs
     alignment: StatisticsAlignment | None
     """The alignment that both networks run with, which is taken back at the end; None: none."""
     device: str
@@ -131,13 +100,13 @@ class Repair:
         return error, outcome
 
     def _held_out(self, batch: int) -> HeldOut:
-        return HeldOut(self.teacher, self.aside, self.source, self.feature, batch=batch)
+        return HeldOut(self.teacher, self.inputs.aside, self.source, self.feature, batch=batch)
 
     def _refit(self, batch: int) -> dict[str, Tensor]:
-        ridge = TARGET_REAL if self.real else TARGET_MADE
+        ridge = TARGET_REAL if self.inputs.gathered.real else TARGET_MADE
         settings = RefitSettings(batch=batch, seed=self.options.seed, ridge=ridge)
         refit = ResidualRefit.of(self.whole, self.model, self.feature, settings, self.device)
-        return refit.run(self.images[:REFIT_IMAGES], self.progress)
+        return refit.run(self.inputs.images[:REFIT_IMAGES], self.progress)
 
     def _finetune(
         self, student: Executor, start: dict[str, Tensor], held_out: HeldOut, batch: int
@@ -151,8 +120,8 @@ class Repair:
         )
         matched = Matched(self.source, (self.student_feature, self.feature), self.levels)
         return finetune(
-            student, self.teacher, matched, self.images, schedule, held_out,
-            start=start, shares=self.shares, nhwc=self.nhwc, progress=self.progress,
+            student, self.teacher, matched, self.inputs.images, schedule, held_out,
+            start=start, shares=self.inputs.shares, nhwc=self.inputs.nhwc, progress=self.progress,
         )  # fmt: skip
 
     def _store(self, weights: dict[str, Tensor]) -> None:

@@ -6,29 +6,19 @@ from dataclasses import dataclass
 from typing import Literal
 
 from onnxcompress.errors import OptionError
-from onnxcompress.optimize.input_options import InputOptions
-from onnxcompress.option_fields import PROVIDER_HELP, option, provider_options_option
-from onnxcompress.runtime.providers import Provider
+from onnxcompress.optimize.tuning_options import TuningOptions
+from onnxcompress.option_fields import option
 
 
 @dataclass(frozen=True)
-class DropChannelsOptions(InputOptions):
+class DropChannelsOptions(TuningOptions):
     """The options of the command `drop-channels`."""
 
-    latency_reduction: float | None = option(
-        None, "Target, in percent of the latency.", metavar="PCT", gt=0, lt=100
-    )
     macs_reduction: float | None = option(
-        None, "Target, in percent of the multiply-accumulates.", metavar="PCT", gt=0, lt=100
+        None, "Target, in percent of the multiply-accumulates.", metavar="PCT", target=True, gt=0, lt=100
     )
     channels_kept: tuple[str, ...] = option(
-        (), "Channels that groups keep, with commas.", metavar="NAME=N,…"
-    )
-    steps: int | None = option(None, "Steps of fine-tuning; 0: none; default: by --effort.", ge=0)
-    provider: str = option("auto", PROVIDER_HELP, metavar="NAME")
-    latency_batch: int = option(1, "Images in a run when latency is measured.", ge=1)
-    feature: str | None = option(
-        None, "Tensor to match; default: the one before the global pool.", advanced=True
+        (), "Channels that groups keep, with commas.", metavar="NAME=N,…", target=True
     )
     criterion: Literal["refit", "magnitude"] = option(
         "refit",
@@ -38,18 +28,6 @@ class DropChannelsOptions(InputOptions):
     )
     width_step: int = option(
         0, "Groups keep multiples of this many channels; 0: 4 to 32 by width.", advanced=True, ge=0
-    )
-    batch: int = option(32, "Images in a step of fine-tuning.", advanced=True, ge=1)
-    learning_rate: float = option(
-        0.005, "Peak rate of fine-tuning, relative to a weight's size.", advanced=True, gt=0
-    )
-    provider_options: tuple[str, ...] = provider_options_option()
-    threads: int = option(0, "CPU threads of onnxruntime; 0: all cores.", advanced=True, ge=0)
-    device: Literal["auto", "cpu", "cuda"] = option(
-        "auto", "Device on which torch optimizes.", advanced=True
-    )
-    capture: bool = option(
-        False, "On a GPU, record a step of fine-tuning as a CUDA graph and replay it.", advanced=True
     )
     seed: int = option(
         0,
@@ -78,7 +56,6 @@ class DropChannelsOptions(InputOptions):
                 "--inputs layerwise: channels are judged on inputs that go through all layers"
             )
         super().check()
-        self.runs_on  # noqa: B018  it checks itself
         self.kept()
 
     def kept(self) -> dict[str, int]:
@@ -106,10 +83,4 @@ class DropChannelsOptions(InputOptions):
         Returns:
             Options with their values, as on the command line, or in words.
         """
-        found = ["a smaller reduction", f"--steps {2 * max(self.steps or 0, 500)}"]
-        return found + ([] if self.images else ["--images with a few hundred real ones"])
-
-    @property
-    def runs_on(self) -> Provider:
-        """The execution provider on which latency is measured. Raises OptionError for a wrong option."""
-        return Provider.of(self.provider, self.provider_options)
+        return ["a smaller reduction", *super().hints()]

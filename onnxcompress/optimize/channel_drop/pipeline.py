@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
-import torch
 
 from onnxcompress.account import BeforeAfter, StageSeconds
-from onnxcompress.data.image_set import ImageSet
 from onnxcompress.errors import ModelError, OptionError
 from onnxcompress.graph.channel_groups.cut_tracer import CutGroup, CutGroups
 from onnxcompress.graph.channel_removal import Kept, cut_channels
@@ -19,7 +16,6 @@ from onnxcompress.graph.query import data_input, is_op, producer
 from onnxcompress.graph.topology import Topology
 from onnxcompress.model import Model
 from onnxcompress.optimize.block_drop.recoverability import BATCH
-from onnxcompress.optimize.calibration import gather_inputs
 from onnxcompress.optimize.channel_drop.figures import ChannelGroupRow, DropChannelsFigures
 from onnxcompress.optimize.channel_drop.options import DropChannelsOptions
 from onnxcompress.optimize.channel_drop.repair import ChannelRepair, with_kept_channels
@@ -36,11 +32,11 @@ from onnxcompress.optimize.channel_drop.worth import (
     removal_by_magnitude,
     removal_by_refit,
 )
-from onnxcompress.optimize.device import pick_device, resident
+from onnxcompress.optimize.device import pick_device
 from onnxcompress.optimize.executor import Executor
-from onnxcompress.optimize.executor.open_batch import file_batch, images_at_once, small_batch
-from onnxcompress.optimize.reconstruction.held_out import keep_aside
+from onnxcompress.optimize.executor.open_batch import file_batch, small_batch
 from onnxcompress.optimize.reconstruction.levels import feature_levels
+from onnxcompress.optimize.reconstruction.tuning_inputs import gather_tuning_inputs
 from onnxcompress.optimize.reconstruction.tuning_outcome import TuningOutcome
 from onnxcompress.progress import Progress
 from onnxcompress.runtime.block_latency import LatencyChange, Share, Stopwatch
@@ -82,22 +78,8 @@ class ChannelDropper:
         self.device = pick_device(options.device)
         batch = file_batch(original) or options.latency_batch
         self.stopwatch = Stopwatch(options.runs_on, batch, options.threads, options.seed)
-        start = time.perf_counter()
-        self.inputs = gather_inputs(model, options.request, device=self.device, progress=progress)
-        self.seconds = StageSeconds(inputs=time.perf_counter() - start)
-        images = self.inputs.images
-        self.nhwc = isinstance(images, ImageSet) and images.preprocess.layout == "nhwc"
-        self.images = torch.from_numpy(images.array())
-        fixed = images_at_once(model, self.images)
-        if fixed is not None:
-            raise ModelError(
-                f"{model.name}: {fixed} images go through its graph at once and no other number, too few "
-                "to learn from; export it with an open batch"
-            )
-        if not self.nhwc and self.images.ndim == 4:  # depthwise ones are three times as fast on the CPU
-            self.images = self.images.contiguous(memory_format=torch.channels_last)
-        self.images, self.aside, self.draws = keep_aside(model, self.inputs, self.images, options.seed)
-        self.images = resident(self.images, self.device)
+        self.stopwatch.check(original)
+        self.inputs = gather_tuning_inputs(model, options.request, self.device, progress)
         self.whole = model.copy()
         self.widths: Mapping[str, int] = {}
         self.kept: Mapping[str, Kept] = {}
@@ -129,7 +111,7 @@ class ChannelDropper:
             self.removals = {group.name: removal_by_magnitude(group.group) for group in groups}
             return
         readers = measure_readers(
-            self.model, self.groups, self.images[:PRICING_IMAGES], self.source,
+            self.model, self.groups, self.inputs.images[:PRICING_IMAGES], self.source,
             _answers(self.model, self.feature),
             ridge=PRICING_RIDGE, batch=small_batch(self.model, PRICING_BATCH), seed=self.options.seed,
             device=self.device, progress=self.progress,
@@ -204,9 +186,8 @@ class ChannelDropper:
         options = self.options if self.tunes else replace(self.options, steps=0)
         repair = ChannelRepair(
             options, self.model, self.whole, Executor.from_model(whole, device=self.device), self.source,
-            self.feature, named[self.feature], tuple((n, named[n]) for n in levels), self.inputs.real,
-            self.images, self.draws, self.aside, self.nhwc, None, self.device, BATCH, self.progress,
-            self.kept,
+            self.feature, named[self.feature], tuple((n, named[n]) for n in levels), self.inputs,
+            None, self.device, BATCH, self.progress, self.kept,
         )  # fmt: skip
         self.feature_error, self.tuning = repair.run({})
 
@@ -218,15 +199,15 @@ class ChannelDropper:
         self.progress("measuring the result", 1, 1)
         return DropChannelsFigures(
             feature=self.feature,
-            preprocess=self.inputs.sources[0].preprocess,
+            preprocess=self.inputs.gathered.sources[0].preprocess,
             latency=latency,
             groups=tuple(self._row(group) for group in self.groups.free),
             macs=macs,
             parameters=BeforeAfter(count_parameters(self.whole), count_parameters(self.model)),
             feature_error=self.feature_error,
             tuning=self.tuning,
-            inputs=self.inputs.sources,
-            seconds=self.seconds,
+            inputs=self.inputs.gathered.sources,
+            seconds=StageSeconds(inputs=self.inputs.seconds),
             target_missed=f"{missed}; the file was written as it is" if missed else None,
         )
 

@@ -120,12 +120,12 @@ class ChannelRepair(Repair):
 
     def _refit_layers(self, batch: int, layers: dict[int, QuantizedLayer]) -> dict[str, Tensor]:
         """Refit layers of the student, from the weights that the model has now."""
-        ridge = TARGET_REAL if self.real else TARGET_MADE
+        ridge = TARGET_REAL if self.inputs.gathered.real else TARGET_MADE
         settings = RefitSettings(batch=batch, seed=self.options.seed, ridge=ridge)
         refit = ChannelRefit(
             self.whole, Plan(layers), settings, student=self.model, device=self.device, kept=self.kept
         )
-        return refit.run(self.images[:REFIT_IMAGES], self.progress)
+        return refit.run(self.inputs.images[:REFIT_IMAGES], self.progress)
 
 
 def with_kept_channels(

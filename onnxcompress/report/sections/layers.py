@@ -61,7 +61,7 @@ def _blocks(figures: DropBlocksFigures) -> list[Part]:
         parts.append(
             Prose("The machine was too busy to tell blocks apart: their share was taken by multiply-adds.")
         )
-    if figures.clock == "processor":
+    if figures.latency.clock == "processor":
         parts.append(
             Prose("The machine was too busy for a wall clock: latency is processor time on one thread.")
         )

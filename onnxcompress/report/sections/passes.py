@@ -24,7 +24,7 @@ SHOWN = 12
 """Rows of a table in view; the rest is folded away."""
 ELSEWHERE: Mapping[type[Figures], tuple[str, ...]] = {
     Figures: ("inputs", "target_missed"),
-    DropBlocksFigures: ("blocks", "latency", "order", "additivity", "clock"),
+    DropBlocksFigures: ("blocks", "latency", "order", "additivity"),
     DropChannelsFigures: ("groups", "latency"),
     HalfPrecisionFigures: ("kept_float32",),
     PruneFigures: ("layers",),

@@ -1,0 +1,77 @@
+"""Options of passes that make a network smaller, tune what is left to the original, and time it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal, TypeVar
+
+from onnxcompress.model import Model
+from onnxcompress.optimize.effort import DROP_BLOCKS, Effort, announce, choose_effort
+from onnxcompress.optimize.input_options import InputOptions
+from onnxcompress.option_fields import option
+from onnxcompress.progress import Progress
+from onnxcompress.runtime.timing_options import RuntimeOptions
+
+Options = TypeVar("Options", bound="TuningOptions")
+
+
+@dataclass(frozen=True)
+class TuningOptions(RuntimeOptions, InputOptions):
+    """How a smaller network is tuned to the original's features, and on what it is timed."""
+
+    latency_reduction: float | None = option(
+        None, "Target, in percent of the latency.", metavar="PCT", target=True, gt=0, lt=100
+    )
+    steps: int | None = option(
+        None, "Steps of fine-tuning; 0: none; the default depends on --effort.", metavar="N", ge=0
+    )
+    feature: str | None = option(
+        None, "Tensor to match; default: the one before the global pool.", advanced=True
+    )
+    batch: int = option(32, "Images in a step of fine-tuning.", advanced=True, ge=1)
+    learning_rate: float = option(
+        0.005, "Peak rate of fine-tuning, relative to a weight's size.", advanced=True, gt=0
+    )
+    device: Literal["auto", "cpu", "cuda"] = option(
+        "auto", "Device on which torch optimizes.", advanced=True
+    )
+    capture: bool = option(
+        False, "On a GPU, record a step of fine-tuning as a CUDA graph and replay it.", advanced=True
+    )
+
+    def check(self) -> None:
+        """Check that all values are in range, and that the provider is known.
+
+        Raises:
+            OptionError: They are not.
+        """
+        super().check()
+        self.runs_on  # noqa: B018  it checks itself
+
+    def hints(self) -> list[str]:
+        """Suggest options that leave more of the network as it is.
+
+        Returns:
+            Options with their values, as on the command line, or in words.
+        """
+        found = [f"--steps {2 * max(self.steps or 0, 500)}"]
+        return found + ([] if self.images else ["--images with a few hundred real ones"])
+
+    def with_counts(self: Options, name: str, model: Model, progress: Progress) -> tuple[Effort, Options]:
+        """Resolve the effort, and take the counts that it stands for where no option gives them.
+
+        Args:
+            name: Name of the pass.
+            model: The network.
+            progress: Called once with the effort and the expected time.
+
+        Returns:
+            The effort, and the options with all counts.
+        """
+        effort = choose_effort(self.effort, model, name, DROP_BLOCKS["best"].inputs)
+        work = DROP_BLOCKS[effort]
+        count = self.synthetic or work.inputs
+        announce(name, effort, model, count, progress)
+        return effort, replace(
+            self, synthetic=count, steps=work.steps if self.steps is None else self.steps
+        )
