@@ -23,8 +23,6 @@ from onnxcompress.account import Change, Figures, Refusal
 from onnxcompress.errors import ModelError, OptionError
 from onnxcompress.evaluation.guard import LOSSY, Floors
 from onnxcompress.graph.canonicalize import canonicalize
-from onnxcompress.graph.channel_groups.cut_tracer import CutGroups, find_cut_groups
-from onnxcompress.graph.channel_removal import OLDEST_OPSET, Kept
 from onnxcompress.model import Model
 from onnxcompress.optimize.calibration import assume_sizes
 from onnxcompress.optimize.channel_drop.figures import DropChannelsFigures
@@ -39,6 +37,9 @@ from onnxcompress.statistics.record import ChannelStatistics, read_record, write
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+
+    from onnxcompress.graph.channel_groups.cut_tracer import CutGroups
+    from onnxcompress.graph.channel_removal import Kept
 
 
 @dataclass(frozen=True)
@@ -93,6 +94,8 @@ class DropChannels(DropChannelsOptions, Pass):
             ModelError: The network has no channels that can be cut.
         """
         self.check()
+        from onnxcompress.graph.channel_removal import OLDEST_OPSET
+
         return at_opset(model, OLDEST_OPSET, lambda own: self._drop(own, progress))
 
     def preview(self, model: Model) -> list[Refusal]:
@@ -108,6 +111,8 @@ class DropChannels(DropChannelsOptions, Pass):
             CompressError: `apply` would fail on this model with these options.
         """
         self.check()
+        from onnxcompress.graph.channel_removal import OLDEST_OPSET
+
         own = raised(model, OLDEST_OPSET)
         groups = self._prepare(own)[1]
         check_inputs(own, self.request)
@@ -138,6 +143,8 @@ class DropChannels(DropChannelsOptions, Pass):
         quantized = refuse_quantized(model, "cut channels before quantizing")
         if quantized is not None:
             raise ModelError(f"{model.name}: {quantized}")
+        from onnxcompress.graph.channel_groups.cut_tracer import find_cut_groups
+
         assume_sizes(model, self.request)
         folded = FoldBatchNorm().apply(model)
         canonicalize(model)
