@@ -1,11 +1,16 @@
-"""Figures of drop-channels: accuracy against measured latency, beside blocks and channels by magnitude.
+"""Accuracy against measured latency: blocks dropped, channels cut, both, and channels by other criteria.
 
-    python tests/benchmarks/channels.py MODEL TRAIN.npz TEST.npz --preprocess TEXT --reductions 20,30
+    python -m tests.benchmarks.channels MODEL TRAIN.npz TEST.npz --preprocess TEXT --reductions 20,30
 
-For each reduction of the latency it runs whole commands with the same images, fine-tuning and seed:
-`drop-channels`, the same with `--criterion magnitude`, and `drop-blocks`. Then all results are timed
-against the original, interleaved in one measurement. It prints a table, and writes the plot where --plot
-names a file. With `--made` nothing is learned from TRAIN: the inputs are made.
+Every row is a whole command with the same images, seed and tuner; OPTIONS behind -- go to all of them. Rows
+with `uniform` keep the same share of every group, as Torch-Pruning does by default: the largest share that
+saves what was asked. Torch-Pruning acts on torch modules alone: its group norm (`--criterion group-norm`)
+is computed on the graph. At the end all networks are timed against the original, interleaved in one
+measurement. It prints a table, and draws it where --plot names a file. Networks stay in --out, and those
+that lie there are not made again.
+
+With `--macs` reductions are of the multiply-accumulates: for a look on a machine that is too busy to time.
+With `--made` nothing is learned from TRAIN: the inputs are made.
 """
 
 from __future__ import annotations
@@ -13,23 +18,33 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import tempfile
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import click
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from onnxcompress.graph.canonicalize import canonicalize
+from onnxcompress.graph.channel_groups.cut_tracer import find_cut_groups
+from onnxcompress.graph.channel_removal import cut_channels
+from onnxcompress.graph.macs import count_macs
+from onnxcompress.model import Model, load
+from onnxcompress.passes.fold_bn import FoldBatchNorm
+from onnxcompress.runtime.block_latency import Stopwatch
 
-KINDS: Mapping[str, Sequence[str]] = {
-    "channels": ("drop-channels",),
-    "magnitude": ("drop-channels", "--criterion", "magnitude"),
-    "blocks": ("drop-blocks",),
+ROWS = {
+    "blocks": "blocks",
+    "channels": "channels",
+    "both": "blocks, then channels",
+    "group-norm": "channels by group norm",
+    "magnitude": "channels by magnitude",
+    "uniform-group-norm": "uniform widths, group norm (Torch-Pruning)",
+    "uniform-magnitude": "uniform widths, magnitude",
 }
-"""Row -> command with its options."""
+"""Name of a row -> how the table calls it."""
+SHARES = [step / 40 for step in range(39, 9, -1)]
+"""Shares of its channels that a group keeps in uniform rows."""
 
 
 @dataclass(frozen=True)
@@ -38,12 +53,89 @@ class Row:
 
     kind: str
     asked: float
-    """Percent of the latency."""
+    """Percent of the latency, or of the multiply-accumulates."""
     top1: float
     """Percent."""
     file: Path
-    seconds: float
-    """Of the whole command."""
+
+
+@dataclass(frozen=True)
+class Bench:
+    """The network, and what all commands have in common."""
+
+    model: str
+    learned: Sequence[str]
+    judged: Sequence[str]
+    target: str
+    """Option that a reduction is given to."""
+    folder: Path
+
+    def accuracy(self, file: str | Path) -> float:
+        """Measure top-1 accuracy in percent."""
+        return 100 * float(command("evaluate", str(file), *self.judged)["top1"])
+
+    def row(self, kind: str, asked: float) -> Row:
+        """Make a network unless it lies there, and judge it."""
+        file = self.folder / f"{kind}-{asked:g}.onnx"
+        if not file.exists():
+            self._make(kind, asked, file)
+        return Row(kind, asked, self.accuracy(file), file)
+
+    def _make(self, kind: str, asked: float, file: Path) -> None:
+        target = (self.target, f"{asked:g}")
+        if kind == "blocks":
+            self._run("drop-blocks", self.model, file, "--latency-reduction", f"{asked:g}")
+        elif kind == "both":  # half of the reduction by blocks
+            whole, half = 1 - asked / 100, (1 - asked / 100) ** 0.5
+            between = file.with_suffix(".blocks.onnx")
+            self._run("drop-blocks", self.model, between, "--latency-reduction", f"{100 * (1 - half):g}")
+            saved = Stopwatch("cpu").compare(load(self.model), load(between), seconds=8.0).saved.value
+            rest = 100 * (1 - whole / (1 - saved))
+            self._run("drop-channels", str(between), file, self.target, f"{rest:g}")
+        elif kind.startswith("uniform-"):
+            widths = uniform_widths(
+                load(self.model), asked / 100, by_macs=self.target == "--macs-reduction"
+            )
+            criterion = ("--criterion", kind.removeprefix("uniform-"))
+            self._run("drop-channels", self.model, file, "--channels-kept", widths, *criterion)
+        elif kind == "channels":
+            self._run("drop-channels", self.model, file, *target)
+        else:
+            self._run("drop-channels", self.model, file, *target, "--criterion", kind)
+
+    def _run(self, name: str, source: str, file: Path, *options: str) -> None:
+        command(name, source, str(file), *options, *self.learned, "--force", "--no-cache")
+
+
+def uniform_widths(model: Model, target: float, *, by_macs: bool) -> str:
+    """Find the largest share of its channels that each group may keep; returns `--channels-kept`."""
+    whole = model.copy()
+    FoldBatchNorm().apply(whole)
+    canonicalize(whole)
+    groups = find_cut_groups(whole)
+    stopwatch = Stopwatch("cpu")
+    low, high = 0, len(SHARES) - 1  # of SHARES, `high` saves enough
+    while low < high:
+        place = (low + high) // 2
+        widths = {g.name: max(1, round(SHARES[place] * g.width)) for g in groups.free}
+        cut = whole.copy()
+        gone = [label for g in groups.free for label in g.group.labels[widths[g.name] :].tolist()]
+        cut_channels(cut, groups, set(gone))
+        saved = 1 - count_macs(cut) / count_macs(whole)
+        if not by_macs:
+            saved = stopwatch.compare(model, cut, seconds=5.0).saved.value
+        low, high = (low, place) if saved >= target else (place + 1, high)
+    return ",".join(f"{g.name}={max(1, round(SHARES[high] * g.width))}" for g in groups.free)
+
+
+def command(*argv: str) -> dict[str, Any]:
+    """Run a command of ours; returns its JSON."""
+    full = [sys.executable, "-m", "onnxcompress.cli.main", *argv, "--json"]
+    done = subprocess.run(full, capture_output=True, text=True, check=False)
+    if done.returncode not in (0, 3):  # 3: the target is missed, which the table shows
+        raise SystemExit(f"{' '.join(argv)}: {done.stderr}")
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
 
 
 @click.command()
@@ -52,10 +144,12 @@ class Row:
 @click.argument("test")
 @click.option("--preprocess", required=True)
 @click.option("--reductions", default="20,30", help="Percent of the latency.")
-@click.option("--kinds", default=",".join(KINDS))
+@click.option("--rows", default=",".join(ROWS))
 @click.option("--count", default=500)
 @click.option("--made", is_flag=True, help="Learn from made inputs instead of TRAIN.")
-@click.option("--plot", type=click.Path(path_type=Path))
+@click.option("--macs", is_flag=True, help="Reductions are of the multiply-accumulates.")
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder of the networks.")
+@click.option("--plot", type=click.Path(path_type=Path), help="An SVG file.")
 @click.argument("options", nargs=-1)
 def cli(
     model: str,
@@ -63,98 +157,75 @@ def cli(
     test: str,
     preprocess: str,
     reductions: str,
-    kinds: str,
+    rows: str,
     count: int,
     made: bool,
+    macs: bool,
+    out: Path,
     plot: Path | None,
     options: tuple[str, ...],
 ) -> None:
     """Accuracy on TEST against measured latency; OPTIONS go to every command (behind --)."""
-    learned = [] if made else ["--images", train, "--count", str(count)]
-    judged = ["--images", test, "--preprocess", preprocess, "--json"]
-    whole = 100 * _json(["evaluate", model, *judged])["top1"]
+    out.mkdir(parents=True, exist_ok=True)
+    images = [] if made else ["--images", train, "--count", str(count)]
+    bench = Bench(
+        model,
+        [*images, "--preprocess", preprocess, *options],
+        ["--images", test, "--preprocess", preprocess],
+        "--macs-reduction" if macs else "--latency-reduction",
+        out,
+    )
+    whole = bench.accuracy(model)
     print(f"{Path(model).name}: {whole:.2f} %", flush=True)
-    with tempfile.TemporaryDirectory() as folder:
-        rows = []
-        for asked in reductions.split(","):
-            for kind in kinds.split(","):
-                file = Path(folder) / f"{kind}-{asked}.onnx"
-                command = [
-                    KINDS[kind][0],
-                    model,
-                    str(file),
-                    *KINDS[kind][1:],
-                    *learned,
-                    "--force",
-                    "--json",
-                ]
-                command += [
-                    "--preprocess",
-                    preprocess,
-                    "--latency-reduction",
-                    asked,
-                    "--no-cache",
-                    *options,
-                ]
-                start = time.perf_counter()
-                measured = _json(command)["measured"]
-                seconds = time.perf_counter() - start
-                top1 = 100 * _json(["evaluate", str(file), *judged])["top1"]
-                rows.append(Row(kind, float(asked), top1, file, seconds))
-                saved = 100 * (1 - measured["latency"]["ratio"])
-                print(
-                    f"{kind}, {asked} %: {top1:.2f} %, latency {saved:.1f} % less, {seconds:.0f} s",
-                    flush=True,
-                )
-        _show(model, whole, rows, plot)
+    table = []
+    for asked in reductions.split(","):
+        for kind in rows.split(","):
+            table.append(bench.row(kind, float(asked)))
+            print(f"{ROWS[kind]}, {asked} %: {table[-1].top1:.2f} %", flush=True)
+    show(model, whole, table, plot)
 
 
-def _show(model: str, whole: float, rows: Sequence[Row], plot: Path | None) -> None:
+def show(model: str, whole: float, rows: Sequence[Row], plot: Path | None) -> None:
     """Time all networks together, and print the table."""
-    from onnxcompress.model import load
-    from onnxcompress.runtime.block_latency import Stopwatch
-
     stopwatch = Stopwatch("cpu")
-    saved = stopwatch.savings(load(model), {row.file.stem: load(row.file) for row in rows})
+    before = load(model)
+    saved = stopwatch.savings(before, {row.file.stem: load(row.file) for row in rows})
     print(f"all timed together, by the {stopwatch.clock} clock:")
-    print("| | asked | latency in onnxruntime | 95 % interval | accuracy | lost | whole command |")
+    print("| | asked | latency in onnxruntime | 95 % interval | MACs | accuracy | lost |")
     print("|---|---|---|---|---|---|---|")
     for row in rows:
         share, low, high = (100 * value for value in saved[row.file.stem])
+        macs = 100 * (1 - count_macs(load(row.file)) / count_macs(before))
         print(
-            f"| {row.kind} | {row.asked:g} % | {-share:.1f} % | {-high:.1f} to {-low:.1f} % | "
-            f"{row.top1:.2f} % | {whole - row.top1:.2f} | {row.seconds:.0f} s |"
+            f"| {ROWS[row.kind]} | {row.asked:g} % | {-share:.1f} % | {-high:.1f} to {-low:.1f} % | "
+            f"{-macs:.1f} % | {row.top1:.2f} % | {whole - row.top1:.2f} |"
         )
     if plot is not None:
-        _plot(plot, whole, [(row.kind, 100 * saved[row.file.stem].value, row.top1) for row in rows])
+        draw(plot, whole, [(row.kind, 100 * saved[row.file.stem].value, row.top1) for row in rows])
 
 
-def _plot(file: Path, whole: float, points: Sequence[tuple[str, float, float]]) -> None:
+def draw(file: Path, whole: float, points: Sequence[tuple[str, float, float]]) -> None:
+    """Draw accuracy against latency, with colours that are legible on light and on dark pages."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
+    grey = "#808080"
+    plt.rc("text", color=grey)
+    plt.rc("axes", labelcolor=grey, edgecolor=grey)
+    for axis in ("xtick", "ytick"):
+        plt.rc(axis, color=grey)
+    plt.rc("svg", fonttype="none", hashsalt=file.name)
+    _, axes = plt.subplots(figsize=(7.2, 4.2))
     for kind in dict.fromkeys(kind for kind, _, _ in points):
         own = sorted([(0.0, whole), *((x, y) for k, x, y in points if k == kind)])
-        plt.plot(*zip(*own, strict=True), marker="o", label=kind)
-    plt.xlabel("latency saved in onnxruntime, %")
-    plt.ylabel("accuracy, %")
-    plt.legend()
-    plt.savefig(file, bbox_inches="tight")
-
-
-def _json(command: Sequence[str]) -> dict[str, Any]:
-    done = subprocess.run(
-        [sys.executable, "-m", "onnxcompress.cli.main", *command],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if done.returncode not in (0, 3):  # 3: the target is missed, which the table shows
-        raise SystemExit(f"{' '.join(command)}: {done.stderr}")
-    found: dict[str, Any] = json.loads(done.stdout)
-    return found
+        style = "--" if "norm" in kind or "magnitude" in kind else "-"
+        axes.plot(*zip(*own, strict=True), marker="o", linestyle=style, label=ROWS[kind])
+    axes.set(xlabel="latency saved in onnxruntime, %", ylabel="accuracy, %")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    plt.savefig(file, bbox_inches="tight", transparent=True, metadata={"Date": None})
 
 
 if __name__ == "__main__":

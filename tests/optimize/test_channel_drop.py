@@ -22,7 +22,7 @@ from onnxcompress.optimize.channel_drop.widths import (
 from onnxcompress.optimize.channel_drop.worth import (
     Reader,
     measure_readers,
-    removal_by_magnitude,
+    removal_by_norm,
     removal_by_refit,
 )
 from onnxcompress.optimize.executor import Executor
@@ -81,11 +81,13 @@ def test_a_channel_that_others_can_replace_goes_first_and_costs_nothing() -> Non
     assert removal.costs[1] < 1e-5 * removal.costs[2]
 
 
-def test_the_norm_of_a_channel_is_that_of_all_its_weights() -> None:
+@pytest.mark.parametrize("readers", [True, False])
+def test_the_norm_of_a_channel_is_that_of_its_weights_and_may_be_that_of_its_readers(readers: bool) -> None:
     group = group_of("pair")
     writer, reader = (member.layer.linear.weight for member in group.group.members)
-    norms = np.square(writer).sum(axis=(1, 2, 3)) + np.square(reader).sum(axis=(0, 2, 3))
-    removal = removal_by_magnitude(group.group)
+    norms = np.square(writer).sum(axis=(1, 2, 3))
+    norms += np.square(reader).sum(axis=(0, 2, 3)) if readers else 0
+    removal = removal_by_norm(group.group, readers=readers)
     assert removal.labels.tolist() == group.group.labels[np.argsort(norms)].tolist()
     assert removal.costs[3] == pytest.approx(np.sort(norms)[:3].sum() / norms.mean(), rel=1e-5)
 

@@ -22,8 +22,8 @@ class ChannelGroupRow:
     macs: int
     """Multiply-accumulates of the original network that belong to its channels."""
     error: float | None = None
-    """Relative error of the outputs that losing the cut channels was predicted to leave; with the
-    criterion `magnitude` the sum of the relative norms of their weights; None: none was cut."""
+    """Relative error of the outputs that losing the cut channels was predicted to leave; with
+    another criterion than `refit` the sum of the relative norms of their weights; None: none was cut."""
 
 
 @dataclass(frozen=True)

@@ -20,10 +20,10 @@ class DropChannelsOptions(TuningOptions):
     channels_kept: tuple[str, ...] = option(
         (), "Channels that groups keep, with commas.", metavar="NAME=N,…", target=True
     )
-    criterion: Literal["refit", "magnitude"] = option(
+    criterion: Literal["refit", "group-norm", "magnitude"] = option(
         "refit",
-        "What a channel is worth: refit: the error that refitting its readers leaves; magnitude: the norm "
-        "of its weights.",
+        "What a channel is worth: refit: the error that refitting its readers leaves; group-norm: the norm "
+        "of all its weights; magnitude: that of the weights that compute it.",
         advanced=True,
     )
     width_step: int = option(

@@ -29,7 +29,7 @@ from onnxcompress.optimize.channel_drop.widths import (
 from onnxcompress.optimize.channel_drop.worth import (
     Removal,
     measure_readers,
-    removal_by_magnitude,
+    removal_by_norm,
     removal_by_refit,
 )
 from onnxcompress.optimize.device import pick_device
@@ -107,17 +107,18 @@ class ChannelDropper:
 
     def _price(self, groups: list[CutGroup]) -> None:
         """Order the channels of each group by what they are worth."""
-        if self.options.criterion == "magnitude":
-            self.removals = {group.name: removal_by_magnitude(group.group) for group in groups}
+        if self.options.criterion != "refit":
+            readers = self.options.criterion == "group-norm"
+            self.removals = {g.name: removal_by_norm(g.group, readers=readers) for g in groups}
             return
-        readers = measure_readers(
+        measured = measure_readers(
             self.model, self.groups, self.inputs.images[:PRICING_IMAGES], self.source,
             _answers(self.model, self.feature),
             ridge=PRICING_RIDGE, batch=small_batch(self.model, PRICING_BATCH), seed=self.options.seed,
             device=self.device, progress=self.progress,
         )  # fmt: skip
         for done, group in enumerate(groups, 1):
-            self.removals[group.name] = removal_by_refit(group.group, readers)
+            self.removals[group.name] = removal_by_refit(group.group, measured)
             self.progress("ordering channels", done, len(groups))
 
     def _choose(self) -> Mapping[str, int]:

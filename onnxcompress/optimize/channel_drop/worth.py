@@ -252,19 +252,21 @@ def removal_by_refit(group: ChannelGroup, readers: Sequence[Reader]) -> Removal:
     return Removal(group.labels[[*order, *left]], np.array(costs))
 
 
-def removal_by_magnitude(group: ChannelGroup) -> Removal:
-    """Order the channels of a group by the norm of all weights that belong to them.
+def removal_by_norm(group: ChannelGroup, *, readers: bool) -> Removal:
+    """Order the channels of a group by the squared norm of their weights, relative to its mean.
 
-    Source: the group norm of Torch-Pruning (Fang et al., DepGraph, CVPR 2023), relative to its mean.
+    With the readers this is the group norm of Torch-Pruning (Fang et al., DepGraph, CVPR 2023), on weights
+    that BatchNorm is folded into; without them the magnitude of filters (Li et al., ICLR 2017).
 
     Args:
         group: The group.
+        readers: Whether weights of the layers that read a channel count, or only those that compute it.
 
     Returns:
         The order, with the sums of relative norms as costs.
     """
     norms = np.zeros(len(group.labels))
-    for member in group.members:
+    for member in (m for m in group.members if readers or m.side == "outputs"):
         linear = member.layer.linear
         view = np.square(linear.view(linear.weight).astype(np.float64))
         axes = (2, 3) if member.side == "outputs" else (1, 3)
