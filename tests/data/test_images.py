@@ -218,6 +218,16 @@ def test_names_are_classes_in_sorted_order(tmp_path: Path) -> None:
     }
 
 
+def test_images_drawn_from_class_folders_keep_their_labels(tmp_path: Path) -> None:
+    for label in range(10):
+        picture(tmp_path / f"{label}" / "a.png", value=20 * label)
+    found = load_images(tmp_path, preprocess=UNIT, count=4, seed=1, labels=True)
+    assert found.y is not None
+    assert found.y.tolist() != [0, 1, 2, 3]
+    assert (20 * found.y).tolist() == found.x[:, 0, 0, 0].tolist()
+    assert [int(name[0]) for name in found.names] == found.y.tolist()
+
+
 def test_a_linked_folder_is_read_and_a_loop_ends(tmp_path: Path) -> None:
     picture(tmp_path / "data" / "a.png")
     (tmp_path / "set").mkdir()
@@ -295,6 +305,9 @@ def test_npz_floats_become_pixels(tmp_path: Path) -> None:
     pixels = np.arange(192, dtype=np.uint8).reshape(1, 8, 8, 3)
     file = pack(tmp_path / "a.npz", x=pixels / np.float32(255))
     assert np.array_equal(load_images(file, preprocess=UNIT).x, pixels)
+    for off in (-0.4, 0.4):  # the nearest pixel
+        near = np.clip((pixels + off) / np.float32(255), 0, 1)
+        assert np.array_equal(load_images(pack(file, x=near), preprocess=UNIT).x, pixels)
 
 
 def test_npz_is_cropped_and_converted_as_files_are(tmp_path: Path) -> None:

@@ -35,6 +35,15 @@ def folder(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return made
 
 
+@pytest.mark.parametrize(
+    ("dtype", "ends"), [(None, (0, 1)), ("float32", (0, 1)), ("uint8", (0, 255)), ("int8", (-128, 127))]
+)
+def test_black_and_white_by_the_type_of_the_input(dtype: str | None, ends: tuple[float, float]) -> None:
+    chosen = choose(None, {}, dtype=None if dtype is None else np.dtype(dtype)).preprocess
+    black_and_white = np.array([0, 255], np.uint8).reshape(1, 1, 2, 1)
+    assert chosen.normalize(black_and_white).ravel().tolist() == list(ends)
+
+
 def test_the_rule() -> None:
     said = {PREPROCESSING: "cifar10"}
     assert choose("raw", said).preprocess == PRESETS["raw"]

@@ -77,6 +77,26 @@ def test_progress_counts_to_the_end() -> None:
 # what they share with natural images
 
 
+@pytest.mark.parametrize(
+    ("index", "means", "deviation", "step"),
+    [
+        (1, (129.4, 140.4, 136.5), 47.3, 13.5),  # an object, the texture stripes
+        (2, (72.5, 78.5, 89.6), 34.9, 14.2),  # an object, the texture noise
+        (13, (170.5, 170.4, 173.8), 28.2, 13.4),  # leaves everywhere
+        (14, (139.8, 132.3, 112.1), 18.2, 5.2),  # a surface
+        (28, (190.0, 187.5, 167.4), 59.2, 30.8),  # leaves everywhere
+        (39, (140.7, 140.8, 153.0), 35.7, 18.3),  # leaves everywhere, the texture stripes
+    ],
+)
+def test_images_of_a_seed_stay_what_they_are(
+    colour: np.ndarray, index: int, means: tuple[float, ...], deviation: float, step: float
+) -> None:
+    """Networks that were repaired on them were judged with these; `step`: of the light of neighbours."""
+    np.testing.assert_allclose(colour[index].mean((0, 1)), means, atol=1)
+    assert colour[index].std() == pytest.approx(deviation, rel=0.04)
+    assert np.abs(np.diff(_light(colour[[index]]), axis=2)).mean() == pytest.approx(step, rel=0.04)
+
+
 @pytest.mark.parametrize(("side", "count"), [(32, 200), (96, 40)])
 def test_spectrum_and_neighbours_are_those_of_natural_images(side: int, count: int) -> None:
     """Photographs: power as f^-2 to f^-3.6; white noise has 0, a blur or a gradient alone far below -4."""
@@ -128,6 +148,15 @@ def test_small_images_are_enlarged_by_a_whole_factor() -> None:
     assert (sheet[:GAP] == 255).all()
     np.testing.assert_array_equal(sheet[GAP : GAP + 90 : 3, GAP : GAP + 90 : 3], images[0])
     np.testing.assert_array_equal(sheet[-GAP - 90 : -GAP : 3, -GAP - 90 : -GAP : 3], images[3])
+
+
+def test_a_sheet_is_read_line_by_line_and_about_as_wide_as_high() -> None:
+    """Five of 30x10 pixels, three times as large: four side by side, the fifth below the first."""
+    images = np.broadcast_to(40 * np.arange(5, dtype=np.uint8).reshape(5, 1, 1, 1), (5, 30, 10, 1))
+    sheet = np.asarray(contact_sheet(images))
+    assert sheet.shape == (2 * 90 + 3 * GAP, 4 * 30 + 5 * GAP)
+    middles = sheet[GAP + 45 :: 90 + GAP, GAP + 15 :: 30 + GAP]
+    assert middles.tolist() == [[0, 40, 80, 120], [160, 255, 255, 255]]
 
 
 def test_a_sheet_shows_the_first_and_fits_a_screen(tmp_path: Path) -> None:

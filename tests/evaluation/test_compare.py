@@ -64,6 +64,8 @@ CLASSIFIER_PARAMETERS = 4 * 27 + 20 + 5
         ("4,5,5] x", "ConvTranspose<strides=[2,2]>(x, w)", {"w": (4, 3, 2, 2)}, 4 * 25 * 12),
         ("7] x", "Gemm(x, w)", {"w": (7, 3)}, 21),
         ("7] x", "Gemm<transB=1>(x, w)", {"w": (3, 7)}, 21),
+        ("K] x", "Gemm(x, w)", {"w": (7, 3)}, 21),
+        ("K] x", "Gemm<transB=1>(x, w)", {"w": (3, 7)}, 21),
         ("6,7] x", "MatMul(x, w)", {"w": (7, 3)}, 6 * 21),
         ("2,6,7] x, float[N,2,7,5] z", "MatMul(x, z)", {}, 2 * 6 * 5 * 7),
         ("4,8,8] x", "Relu(x)", {}, 0),
@@ -72,6 +74,39 @@ CLASSIFIER_PARAMETERS = 4 * 27 + 20 + 5
 def test_macs(inputs: str, call: str, weights: dict[str, tuple[int, ...]], expected: int) -> None:
     proto = parse(f"net (float[N,{inputs}) => (float[] y) {{ y = {call} }}")
     assert count_macs(Model.from_proto(with_weights(proto, **weights))) == expected
+
+
+def test_macs_of_a_product_with_a_transposed_operand() -> None:
+    """(7, 6)ᵀ times (7, 3): 18 sums over 7."""
+    proto = parse("net (float[7,6] x) => (float[6,3] y) { y = Gemm<transA=1>(x, w) }")
+    model = Model.from_proto(with_weights(proto, w=(7, 3)))
+    assert node_macs(model.graph.nodes[0], tensor_shapes(model)) == 18 * 7
+
+
+@pytest.mark.parametrize(
+    ("inputs", "call", "weights", "work"),
+    [
+        ("4,8,8", "QLinearConv<pads=[1,1,1,1]>(x, s, z, w, s, z, s, z, b)", (6, 4, 3, 3), 6 * 64 * 36),
+        ("4,8,8", "ConvInteger<pads=[1,1,1,1]>(x, w, z, z)", (6, 4, 3, 3), 6 * 64 * 36),
+        ("5,7", "QLinearMatMul(x, s, z, w, s, z, s, z)", (7, 3), 5 * 7 * 3),
+        ("5,7", "MatMulInteger(x, w, z, z)", (7, 3), 5 * 7 * 3),
+    ],
+)
+def test_work_and_parameters_of_integer_operators(
+    inputs: str, call: str, weights: tuple[int, ...], work: int
+) -> None:
+    """The bias counts, scales and zero points do not."""
+    proto = parse(f"net (uint8[N,{inputs}] x) => (uint8[] y) {{ y = {call} }}")
+    arrays = {"w": np.ones(weights, np.uint8), "b": np.ones(6, np.int32)}
+    arrays |= {"s": np.ones((), np.float32), "z": np.zeros((), np.uint8)}
+    words = call.replace("(", " ").replace(")", " ").replace(",", " ").split()
+    if "Integer" in call:
+        proto.graph.output[0].type.tensor_type.elem_type = onnx.TensorProto.INT32
+    for name in set(arrays) & set(words):
+        proto.graph.initializer.append(onnx.numpy_helper.from_array(arrays[name], name))
+    model = Model.from_proto(proto)
+    assert count_macs(model) == work
+    assert count_parameters(model) == np.prod(weights) + (6 if "b" in words else 0)
 
 
 def test_macs_are_for_one_image_whatever_the_fixed_batch() -> None:
@@ -118,7 +153,7 @@ def test_shapes_scales_and_limits_are_no_parameters() -> None:
     proto = parse("""
         net (float[N,4] x) => (float[N,2,2] y)
         <int64[3] s = {0,2,2}, float low = {0}, float high = {6}>
-        { c = Clip(x, low, high)  y = Reshape(c, s) }
+        { c = Clip(x, low, high)  m = Mul(c, high)  y = Reshape(m, s) }
     """)
     assert count_parameters(Model.from_proto(proto)) == 0
 

@@ -11,6 +11,8 @@ import torch
 
 from onnxcompress.graph.channel_groups.cut_tracer import CutGroup, find_cut_groups
 from onnxcompress.graph.edit import set_values
+from onnxcompress.model import Model
+from onnxcompress.optimize.channel_drop import worth
 from onnxcompress.optimize.channel_drop.widths import (
     Narrowing,
     choose_widths,
@@ -26,8 +28,9 @@ from onnxcompress.optimize.channel_drop.worth import (
     removal_by_refit,
 )
 from onnxcompress.optimize.executor import Executor
-from tests.graph.test_channel_cuts import maker
+from tests.graph.test_channel_cuts import ARRAYS, IMAGE, maker
 from tests.helpers.channel_cutting import with_groups
+from tests.helpers.folding import graph, weight
 
 RNG = np.random.default_rng(0)
 
@@ -92,6 +95,70 @@ def test_the_norm_of_a_channel_is_that_of_its_weights_and_may_be_that_of_its_rea
     assert removal.costs[3] == pytest.approx(np.sort(norms)[:3].sum() / norms.mean(), rel=1e-5)
 
 
+def test_the_costs_of_all_readers_add_up() -> None:
+    group = group_of("pair")
+    channels, readers = RNG.normal(size=(300, 12)), []
+    weights = [RNG.normal(size=(outputs, 12)) for outputs in (5, 3)]
+    samples = [channels @ RNG.normal(size=(12, 12)) for _ in weights]
+    readers = [reader_of(group, x, w) for x, w in zip(samples, weights, strict=True)]
+    removal = removal_by_refit(group.group, readers)
+
+    def cost(labels: np.ndarray) -> float:
+        gone = np.flatnonzero(np.isin(group.group.labels, labels))
+        return sum(left_after(x, w, gone) for x, w in zip(samples, weights, strict=True))
+
+    assert removal.costs[4] == pytest.approx(cost(removal.labels[:4]), rel=1e-6)
+    assert removal.costs[1] == pytest.approx(min(cost(c) for c in group.group.labels[:, None]), rel=1e-6)
+
+
+def test_a_channel_is_priced_anew_when_its_twin_has_gone() -> None:
+    """Either of the two costs next to nothing; the one that is left costs more than any other."""
+    group = group_of("pair")
+    samples, weight = RNG.normal(size=(300, 12)), RNG.normal(size=(5, 12))
+    weight[:, [3, 8]] *= 10
+    samples[:, 8] = samples[:, 3] + 0.001 * RNG.normal(size=300)
+    order = removal_by_refit(group.group, [reader_of(group, samples, weight)]).labels.tolist()
+    assert {order[0], order[-1]} == set(group.group.labels[[3, 8]].tolist())
+
+
+@pytest.mark.parametrize(("limits", "close"), [({}, 1e-4), ({"PLACES": 9}, 0.3), ({"MAX_FAN_IN": 1}, 1e-4)])
+def test_what_a_reader_reads_is_measured_over_all_images(
+    limits: dict[str, int], close: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Centred, with the ridge as a share of the mean variance; of 36 places of an image, some suffice."""
+    for name, limit in limits.items():
+        monkeypatch.setattr(worth, name, limit)
+    model, groups = with_groups(maker("pair"))
+    images = torch.from_numpy(RNG.normal(size=(50, 4, 8, 8)).astype(np.float32))
+    images[:20] *= 3
+    (reader,) = measure_readers(model, groups, images, "x", ["y"], ridge=0.5, batch=20)
+    read = Executor.from_model(model).run({"x": images}, ["r"])["r"].movedim(1, 0).flatten(1).numpy()
+    second = np.cov(read.astype(np.float64), bias=True)
+    expected = second + 0.5 * second.trace() / 12 * np.eye(12)
+    found = np.linalg.inv(reader.inverse)
+    assert np.abs(found - expected).max() < close * expected.max()
+
+
+def test_an_error_in_front_of_other_layers_costs_what_they_make_of_it() -> None:
+    """‖∂y/∂b‖² of each channel, over batches: signs are drawn, so that outputs do not cancel each other."""
+    arrays = {key: ARRAYS[key] for key in "wov"}
+    arrays["v"] = np.array([[1.0], [-1], [1], [-1], [1]], np.float32).repeat(12, 1).reshape(5, 12, 1, 1)
+    arrays["v"] *= 1 + np.arange(12, dtype=np.float32).reshape(1, 12, 1, 1)
+    model = Model.from_proto(graph(IMAGE, "a = Conv(x, w) b = Conv(a, o) y = Conv(b, v)", arrays))
+    images = torch.from_numpy(RNG.normal(size=(64, 4, 8, 8)).astype(np.float32))
+    groups = find_cut_groups(model)
+    measured = [
+        measure_readers(model, groups, images, "x", ["y"], ridge=1e-6, batch=24, seed=seed)
+        for seed in (0, 1)
+    ]
+    sizes = Executor.from_model(model).run({"x": images}, ["y"])["y"].square().mean((0, 2, 3)).numpy()
+    jacobian = (arrays["v"].reshape(5, 12) ** 2 / sizes[:, None]).sum(0) / 5
+    expected = np.square(arrays["o"].reshape(12, 12)).sum(1) * jacobian
+    first, second = (np.square(readers[0].weight).sum(1) for readers in measured)
+    np.testing.assert_allclose(first, expected, rtol=0.15)
+    assert (first != second).all()  # of another seed
+
+
 @pytest.mark.parametrize("larger", [1.0, 1000.0])
 def test_an_errors_cost_is_its_share_of_what_each_answer_is(larger: float) -> None:
     """The features are the layer's outputs: an error costs the same beside answers that are far larger."""
@@ -116,6 +183,33 @@ def test_widths_are_multiples_of_a_step_that_leaves_a_few() -> None:
     assert possible_widths(group) == [8, 4]
     assert possible_widths(group, 5) == [10, 5]
     assert possible_widths(group, 12) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "widths", "by_six"),
+    [
+        ("grouped", [3, 2, 1], [2]),  # three channels of a group go together
+        ("depthwise, doubled", [10, 8, 6, 4, 2], [9, 6, 3]),
+        ("shuffled", [3, 2, 1], [3, 2, 1]),
+    ],
+)
+def test_a_step_counts_the_channels_that_go_together(
+    name: str, widths: list[int], by_six: list[int]
+) -> None:
+    """Steps of 4 channels, or of 6."""
+    group = group_of(name)
+    assert possible_widths(group) == widths
+    assert possible_widths(group, 6) == by_six
+
+
+@pytest.mark.parametrize(
+    ("channels", "step"), [(32, 4), (33, 8), (64, 8), (128, 16), (256, 32), (512, 64), (800, 96)]
+)
+def test_steps_grow_with_the_width(channels: int, step: int) -> None:
+    arrays = {"w": weight(channels, 4, 1, 1), "v": weight(5, channels, 1, 1)}
+    model = Model.from_proto(graph(IMAGE, "a = Conv(x, w) y = Conv(a, v)", arrays))
+    (group,) = find_cut_groups(model).free
+    assert possible_widths(group) == list(range((channels - 1) // step * step, 0, -step))
 
 
 def test_of_many_widths_some_are_tried_evenly() -> None:

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,13 +17,17 @@ import pytest
 
 from onnxcompress.cli.main import main
 from onnxcompress.errors import OptionError
+from onnxcompress.evaluation.fidelity import Fidelity, OutputFidelity
 from onnxcompress.evaluation.gates import Gates
+from onnxcompress.evaluation.guard import GuardMeasurements
 from onnxcompress.model import load
+from onnxcompress.runtime.latency import Timing
 from onnxcompress.search import search as searching
-from onnxcompress.search.front import choose_for_repair, loss_of, pareto_front, pick
+from onnxcompress.search import trial as trial_module
+from onnxcompress.search.front import choose_for_repair, loss_of, pareto_front, pick, violations
 from onnxcompress.search.search import Front, Search, search
-from onnxcompress.search.space import QUANTIZED, Candidate, count_blocks, suggest
-from onnxcompress.search.trial import Result, Row, Trial, compress, structure
+from onnxcompress.search.space import QUANTIZED, Candidate, count_blocks, first_points, suggest
+from onnxcompress.search.trial import Result, Row, Trial, compress, structure, time_together
 from onnxcompress.search.workers import InProcess
 
 optuna = pytest.importorskip("optuna")
@@ -69,6 +74,140 @@ def test_what_keeps_exact_limits_and_promises_least_loss_is_repaired_first() -> 
     assert chosen[:2] == [1, 0]  # both fast enough; the loss of a proxy decides nothing but the order
     assert sorted(chosen) == [0, 1, 2, 3]  # the last is beaten
     assert choose_for_repair(rows, Gates(), 3) == [0, 2, 3] or len(choose_for_repair(rows, Gates(), 3)) == 3
+
+
+def test_of_results_that_lose_the_same_the_fastest_is_chosen() -> None:
+    rows = [row(0.5, 1), row(0.4, 1), row(0.45, 1)]
+    assert pick(rows, Gates(images="x", min_speedup=1.5)) == 1
+
+
+def test_a_missed_limit_counts_by_how_far_it_is_missed() -> None:
+    """Twice as fast where 2.5 times is asked for; 3 points where 2 are; 80 bytes where there may be 100."""
+    gates = Gates(images="x", max_drop=2, min_speedup=2.5, max_size=1e-4, min_agreement=96)
+    missed = violations(row(0.5, 3, 80), gates, loss=True)
+    assert missed == pytest.approx([0.5, 6 / 96, 0.2, -0.2])
+    assert violations(row(0.5, 3, 80), gates, loss=False) == pytest.approx(missed[2:])
+
+
+def test_half_is_repaired_for_the_limits_and_half_over_all_latencies() -> None:
+    """Of the front, six keep the speed; those of them that lose least come first."""
+    rows = [row(0.1 * at, 10 - at) for at in range(1, 11)]
+    gates = Gates(images="x", min_speedup=1.6)
+    assert choose_for_repair(rows, gates, 4) == [5, 4, 0, 9]
+    assert choose_for_repair(rows, gates, 5) == [5, 4, 3, 0, 9]
+    assert choose_for_repair(rows, Gates(), 4) == [0, 3, 6, 9]
+    few = Gates(images="x", min_speedup=1.6, max_drop=6.5)  # the limit on the loss orders, too
+    assert choose_for_repair([row(0.1, 8), row(0.2, 7), row(0.7, 6)], few, 3) == [1, 0, 2]
+
+
+def test_what_is_timed_together_has_its_ratio_to_the_model_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: dict[str, Any] = {}
+    first = np.random.default_rng(0).uniform(3, 5, 40)
+
+    def timed(models: dict[str, Any], **options: Any) -> dict[str, Timing]:
+        seen.update(options, models=models)
+        samples = {"": first, "a": 0.5 * first, "b": 0.5 * first[::-1]}
+        return {
+            name: Timing(name, float(np.median(x)), 0, 0, 0, 0, 40, 4, 0, "cpu", tuple(x.tolist()))
+            for name, x in samples.items()
+        }
+
+    monkeypatch.setattr("onnxcompress.runtime.latency.benchmark", timed)
+    gates = Gates(provider="cpu", batch=4, threads=2, input_shape="x=1x3x8x8")
+    rows = time_together("net.onnx", {"a": "a.onnx", "b": "b.onnx"}, gates, 7.0)
+    assert seen["models"] == {"": "net.onnx", "a": "a.onnx", "b": "b.onnx"}
+    assert (seen["batch"], seen["threads"], seen["seconds"]) == (4, 2, 7.0)
+    assert (seen["shapes"], seen["provider"].name) == ({"x": (1, 3, 8, 8)}, "cpu")
+    middle = float(np.median(first))
+    for name in "ab":
+        assert (rows[name]["latency_ms"], rows[name]["latency_before_ms"]) == (0.5 * middle, middle)
+        assert rows[name]["ratio"] == pytest.approx(0.5)
+        assert rows[name]["device"] == "cpu, batch 4"
+    assert (rows["a"]["ratio_low"], rows["a"]["ratio_high"]) == pytest.approx((0.5, 0.5))
+    assert rows["b"]["ratio_low"] < 0.49 < 0.51 < rows["b"]["ratio_high"]
+
+
+def test_noise_is_that_of_the_worst_output_over_what_it_varies() -> None:
+    """10 dB are a tenth of the variation; of several passes the last measurement counts."""
+
+    def measured(*levels: float | None) -> GuardMeasurements:
+        outputs = [OutputFidelity(f"y{at}", db, db, 0.1, 0.1) for at, db in enumerate(levels)]
+        return GuardMeasurements("16 images", 16, 1.0, Fidelity(tuple(outputs)))
+
+    steps = [SimpleNamespace(result=SimpleNamespace(guard=found)) for found in (measured(3.0), None)]
+    together: Any = SimpleNamespace(steps=steps, guard=measured(30.0, 10.0, None))
+    assert trial_module._noise(together)["noise"] == pytest.approx(0.1)
+    together.guard = None
+    assert trial_module._noise(together)["noise"] == pytest.approx(10**-0.3)
+    together.steps = steps[1:]
+    assert trial_module._noise(together) == {}
+
+
+@pytest.mark.parametrize(
+    ("candidate", "chain"),
+    [
+        (Candidate(), [("fold-bn", {})]),
+        (
+            Candidate(2, "int8", 8, equalize="first"),
+            [
+                ("fold-bn", {}),
+                ("equalize", {}),
+                ("drop-blocks", {"blocks": 2, "steps": 0, "effort": "fast", "seed": 5}),
+                ("quantize", {"weight_bits": 8, "activation_bits": 8, "small_types": False, "seed": 5}),
+            ],
+        ),
+        (
+            Candidate(1, "int4", 0, equalize="last"),
+            [
+                ("fold-bn", {}),
+                ("drop-blocks", {"blocks": 1, "steps": 0, "seed": 5}),
+                ("equalize", {}),
+                ("quantize", {"weight_bits": 4, "activation_bits": 0, "small_types": True}),
+            ],
+        ),
+        (
+            Candidate(0, "mixed", 8, 5.5),
+            [("fold-bn", {}), ("quantize", {"bits_budget": 5.5, "small_types": True, "effort": "fast"})],
+        ),
+        (
+            Candidate(0, "sparse", sparsity=0.4),
+            [("fold-bn", {}), ("prune", {"sparsity": 0.4, "storage": "sparse", "effort": "fast", "seed": 5})],
+        ),
+        (Candidate(0, "float16"), [("fold-bn", {}), ("fp16", {"seed": 5})]),
+    ],
+)
+def test_a_candidate_is_made_by_these_passes(
+    candidate: Candidate, chain: list[tuple[str, dict[str, Any]]]
+) -> None:
+    made = candidate.passes({"seed": 5}, effort="fast", repair=False)
+    options = [p.options() for p in made]
+    assert [p.name for p in made] == [name for name, _ in chain]
+    for found, (_, expected) in zip(options, chain, strict=True):
+        assert {name: found[name] for name in expected} == expected
+
+
+def test_in_full_repair_the_same_blocks_are_dropped_and_fine_tuned() -> None:
+    chain = Candidate(2).passes({}, effort="balanced", repair=True, dropped=("a", "b"))
+    options = chain[1].options()
+    assert (options["drop"], options["blocks"], options["steps"]) == (["a", "b"], None, None)
+    assert options["effort"] == "balanced"
+
+
+def test_milder_candidates_drop_fewer_blocks() -> None:
+    own = Candidate(3, "int8", 8)
+    assert list(own.milder()) == [replace(own, blocks=blocks) for blocks in range(3)]
+
+
+def test_the_first_points_are_those_of_an_engineer() -> None:
+    points = [(p["blocks"], p["weights"]) for p in first_points(8)]
+    assert points == [
+        (2, "float32"), (4, "float32"), (0, "int8"), (2, "int8"), (4, "int8"), (0, "float16"), (0, "sparse")
+    ]  # fmt: skip
+    assert [(p["blocks"], p["weights"]) for p in first_points(0)] == [
+        (0, "int8"),
+        (0, "float16"),
+        (0, "sparse"),
+    ]
 
 
 def test_the_loss_is_the_best_that_was_measured() -> None:
