@@ -97,7 +97,7 @@ def test_work_and_parameters_of_integer_operators(
 ) -> None:
     """The bias counts, scales and zero points do not."""
     proto = parse(f"net (uint8[N,{inputs}] x) => (uint8[] y) {{ y = {call} }}")
-    arrays = {"w": np.ones(weights, np.uint8), "b": np.ones(6, np.int32)}
+    arrays: dict[str, np.ndarray] = {"w": np.ones(weights, np.uint8), "b": np.ones(6, np.int32)}
     arrays |= {"s": np.ones((), np.float32), "z": np.zeros((), np.uint8)}
     words = call.replace("(", " ").replace(")", " ").replace(",", " ").split()
     if "Integer" in call:

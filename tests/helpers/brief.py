@@ -52,7 +52,8 @@ def few_tuning_steps(patch: pytest.MonkeyPatch, steps: int = 8) -> None:
     """Tune the weights of a sparse network together for fewer steps."""
     from onnxcompress.optimize.reconstruction.global_tuning import finetune_sparse
 
-    patch.setitem(finetune_sparse.__kwdefaults__, "steps", steps)
+    function: Any = finetune_sparse
+    patch.setitem(function.__kwdefaults__, "steps", steps)
 
 
 def run(calls: Sequence[Sequence[str]]) -> int:

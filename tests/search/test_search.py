@@ -171,7 +171,10 @@ def test_noise_is_that_of_the_worst_output_over_what_it_varies() -> None:
         ),
         (
             Candidate(0, "sparse", sparsity=0.4),
-            [("fold-bn", {}), ("prune", {"sparsity": 0.4, "storage": "sparse", "effort": "fast", "seed": 5})],
+            [
+                ("fold-bn", {}),
+                ("prune", {"sparsity": 0.4, "storage": "sparse", "effort": "fast", "seed": 5}),
+            ],
         ),
         (Candidate(0, "float16"), [("fold-bn", {}), ("fp16", {"seed": 5})]),
     ],

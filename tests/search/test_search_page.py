@@ -27,7 +27,7 @@ GATES = Gates(images="x", max_drop=1.0, min_speedup=1.5)
 
 def figures(ratio: float, low: float, high: float, **others: Any) -> Row:
     """Of a result whose original takes 8 ms, has 2 MB, and is right for 90 of 100 images."""
-    row = {
+    row: dict[str, Any] = {
         "bytes_before": 2_000_000, "bytes": 1_500_000, "latency_before_ms": 8.0, "latency_ms": 8 * ratio,
         "ratio": ratio, "ratio_low": low, "ratio_high": high, "device": "cpu, batch 4", "top1_before": 0.9,
         "top1": 0.87, "agreement": 0.955, "inputs": "200 images", "preprocess": "unit", "sha256": "5a",
@@ -80,7 +80,9 @@ def test_the_page_has_each_figure_of_the_front() -> None:
     assert isinstance(chart, Plot)
     assert chart.finding == "From fast (2.50 times as fast, loss 3.00) to good (1.60 times, 0.50)."
     assert isinstance(chart.chart, Scatter)
-    points = [(p.name, p.x, p.low, p.high, p.y, p.picked) for p in chart.chart.points]
+    points: list[tuple[object, ...]] = [
+        (p.name, p.x, p.low, p.high, p.y, p.picked) for p in chart.chart.points
+    ]
     assert points == [
         ("fast", pytest.approx(3.2), pytest.approx(2.56), 4.0, pytest.approx(3), False),
         ("good", 4.9, 4.0, pytest.approx(5.12), pytest.approx(0.5), True),
@@ -153,7 +155,8 @@ def test_a_card_has_each_figure() -> None:
         "## Limits",
         "",
         "- MISSED: top-1 accuracy fell by 3.00 points (90.00% to 87.00% on 200 images), it may fall by 1",
-        "- kept: 2.500 times as fast (95 % interval 2.000 to 3.125; cpu, batch 4), at least 1.5 is asked for",
+        "- kept: 2.500 times as fast (95 % interval 2.000 to 3.125; cpu, batch 4), "
+        "at least 1.5 is asked for",
         "",
         "SHA-256 of the file: `5a`. Recipe: `small.yaml`.",
     ]
