@@ -314,7 +314,6 @@ def _steady(history: Sequence[float]) -> bool:
 @contextmanager
 def _without_gc() -> Iterator[None]:
     enabled = gc.isenabled()
-    gc.collect()
     gc.disable()
     try:
         yield
