@@ -171,6 +171,7 @@ def test_a_model_and_itself() -> None:
     assert "samples_ms" not in values["a"]["timing"]
 
 
+@pytest.mark.slow
 def test_two_models_on_labelled_images() -> None:
     rng = np.random.default_rng(0)
     x = rng.integers(0, 256, (10, 8, 8, 3)).astype(np.uint8)
@@ -250,6 +251,7 @@ def test_shape_with_an_equals_sign_in_the_name() -> None:
     assert parse_input_shapes("a=b=1x3") == {"a=b": (1, 3)}
 
 
+@pytest.mark.slow
 def test_compare_command(tmp_path: Path) -> None:
     paths = [str(tmp_path / name) for name in ("a.onnx", "b.onnx")]
     for path, width in zip(paths, (4, 2), strict=True):

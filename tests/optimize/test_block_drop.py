@@ -130,6 +130,7 @@ def test_what_is_lost_with_a_block_is_what_it_was(
     assert found == pytest.approx(today, rel=0.03)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("quick_scores")
 def test_what_is_saved_is_of_the_originals_latency(
     fixed_clock: Callable[..., None], monkeypatch: pytest.MonkeyPatch
@@ -196,6 +197,7 @@ def test_after_each_drop_what_is_left_is_scored_by_what_it_adds(
     assert sizes == [0.0, *(losses["".join(sorted(order[: n + 1]))] for n in range(3))]
 
 
+@pytest.mark.slow
 def test_what_cannot_be_recovered_is_what_it_was(fixed_clock: Callable[..., None]) -> None:
     """R of each block after 16 steps of its adapters, over the energy of the features.
 
@@ -209,6 +211,7 @@ def test_what_cannot_be_recovered_is_what_it_was(fixed_clock: Callable[..., None
     assert found.choosing_loss == pytest.approx(losses[1])
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("quick_scores")
 def test_what_a_target_in_latency_chose_is_told(fixed_clock: Callable[..., None]) -> None:
     """The third block saves 40 % as measured, twice as much as its share said: it is enough alone."""

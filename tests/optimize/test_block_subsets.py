@@ -25,6 +25,7 @@ def all_sets(
     return sorted((sum(losses[i] for i in s), s) for s in reach)
 
 
+@pytest.mark.slow
 @settings(max_examples=40, deadline=None)
 @given(st.lists(st.tuples(VALUE, VALUE), min_size=1, max_size=8), st.floats(0.05, 0.95))
 def test_the_sets_are_the_best_of_all_in_order(blocks: list[tuple[float, float]], part: float) -> None:

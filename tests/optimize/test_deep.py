@@ -213,6 +213,7 @@ def test_layers_tuned_together_err_less_and_keep_their_zeros(
     assert error(tuned) < 0.7 * error(pruned)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "today", "sure"), [(NETWORKS[0], 0.0050, 0.778), (NETWORKS[1], 0.00387, 0.805)]
 )

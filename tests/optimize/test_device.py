@@ -115,7 +115,8 @@ def test_fine_tuning_goes_on_with_fewer_images(
 def test_memory_that_runs_out_elsewhere_is_one_line(
     models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("onnxcompress.optimize.block_drop.pipeline.resident", lambda *_: limited(0)(1))
+    name = "onnxcompress.optimize.reconstruction.tuning_inputs.resident"
+    monkeypatch.setattr(name, lambda *_: limited(0)(1))
     assert main(argv(models, tmp_path / "o.onnx")) == 1
     last = capsys.readouterr().err.strip().splitlines()[-1]
     assert last.startswith("error: out of the GPU's memory; try a smaller --batch")

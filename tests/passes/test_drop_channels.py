@@ -42,6 +42,7 @@ def named(**kept: int) -> DropChannels:
     return replace(FAST, macs_reduction=None, channels_kept=chosen)
 
 
+@pytest.mark.slow
 def test_the_work_is_cut_to_the_target_and_no_further() -> None:
     model = network()
     before = count_macs(model)
@@ -57,6 +58,7 @@ def test_the_work_is_cut_to_the_target_and_no_further() -> None:
     assert all(row.error is not None and row.error >= 0 for row in cut)
 
 
+@pytest.mark.slow
 def test_channels_of_the_features_and_of_each_output_are_worth_something() -> None:
     """Features do not tell what their own channels are worth, nor one output what another reads."""
     arrays = {f"w{i}": weight(8, 3 if i == 0 else 8, 3, 3, seed=i) for i in range(4)}
@@ -71,6 +73,7 @@ def test_channels_of_the_features_and_of_each_output_are_worth_something() -> No
     assert all(error is not None and error > 1e-5 for error in errors.values()), errors
 
 
+@pytest.mark.slow
 def test_named_groups_get_their_widths() -> None:
     model = network()
     result = named(c=3, f=5).apply(model)
@@ -83,6 +86,7 @@ def test_named_groups_get_their_widths() -> None:
     assert tuple(weights["w2"]) == (6, 3, 3, 3)
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_file() -> None:
     first, second = network(), network()
     for model in (first, second):
@@ -118,6 +122,7 @@ def linear() -> Model:
     return Model.from_proto(graph(signature, "a = Conv(x, w) y = Conv(a, v)", arrays))
 
 
+@pytest.mark.slow
 def test_refitting_brings_the_outputs_nearer(photos: str, monkeypatch: pytest.MonkeyPatch) -> None:
     refitted = relative_error(linear, named(a=9), photos)
     monkeypatch.setattr(ChannelRepair, "run", lambda self, start: (0.0, None))
@@ -135,6 +140,7 @@ def test_channels_by_what_they_are_worth_lose_less_than_by_norms(
     assert by_worth < 0.2 * by_norm
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", ["several outputs", "u-net", "depthwise", "shuffled", "matrix by the last axis"]
 )
@@ -145,6 +151,7 @@ def test_networks_of_many_kinds_go_through(name: str) -> None:
     assert result.modified
 
 
+@pytest.mark.slow
 def test_the_record_loses_the_channels() -> None:
     model = network()
     write_record(model, {"c": ChannelStatistics(np.arange(6, dtype=np.float32), np.ones(6, np.float32))})
@@ -154,6 +161,7 @@ def test_the_record_loses_the_channels() -> None:
     assert left == sorted(left)
 
 
+@pytest.mark.slow
 def test_widths_are_chosen_by_what_the_clock_says(monkeypatch: pytest.MonkeyPatch) -> None:
     """Only the group `i` makes the network faster: no other is cut."""
 
@@ -203,6 +211,7 @@ def test_what_cannot_be_timed_is_told_before_the_work(monkeypatch: pytest.Monkey
         FAST.apply(network())
 
 
+@pytest.mark.slow
 def test_the_command_writes_shows_and_misses(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source, target = tmp_path / "in.onnx", tmp_path / "out.onnx"
     save(network(), source)

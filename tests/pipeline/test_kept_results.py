@@ -55,6 +55,7 @@ def kill(*arguments: Any, **options: Any) -> Any:
     raise Killed
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("undisturbed_clock")
 def test_a_run_killed_after_scoring_repeats_without_scoring(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -74,6 +75,7 @@ def test_a_run_killed_after_scoring_repeats_without_scoring(
         dropped()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("undisturbed_clock")
 def test_a_run_killed_while_it_scores_scores_only_the_other_blocks(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -152,6 +154,7 @@ def test_what_is_kept_is_shown_bounded_and_deleted(
     assert [file.name for file in cache.folder.iterdir()] == ["mine.txt"]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("undisturbed_clock")
 def test_a_repeated_command_gives_the_result_that_was_kept(
     models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -46,6 +46,7 @@ def test_all_timed_passes_are_tested() -> None:
     assert {e.name for e in CATALOGUE if load_pass(e.name).timed} == FEW.keys()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("quick_clock")
 @pytest.mark.parametrize("name", FEW)
 def test_a_pass_ends_with_the_latency_and_leaves_the_file_as_it_is(
@@ -95,6 +96,7 @@ def test_the_sentence_is_printed_and_the_pass_is_told_to_be_no_gain_before(
     assert "it is slower there" in page.read_text("utf-8").replace("\u00a0", " ")
 
 
+@pytest.mark.slow
 def test_a_busy_machine_is_timed_by_the_processors_clock(
     net: str, fixed_clock: Callable[..., None]
 ) -> None:
@@ -130,6 +132,7 @@ def test_a_result_that_cannot_be_timed_is_kept_with_a_note(
     assert run.steps[0].result.latency is None
 
 
+@pytest.mark.slow
 def test_chains_are_timed_step_by_step_and_as_a_whole_also_from_the_cache(
     net: str, tmp_path: Path, fixed_clock: Callable[..., None]
 ) -> None:
@@ -156,6 +159,7 @@ def test_nothing_is_timed_where_nobody_sees_it(
     assert result.latency is None
 
 
+@pytest.mark.slow
 def test_a_recipe_says_where_latency_is_measured(
     net: str, tmp_path: Path, fixed_clock: Callable[..., None], capsys: pytest.CaptureFixture[str]
 ) -> None:

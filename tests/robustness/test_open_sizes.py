@@ -25,6 +25,7 @@ def open_model() -> Model:
     return block_model("open")
 
 
+@pytest.mark.slow
 def test_open_sizes_are_said_aloud_and_stay_open() -> None:
     model = open_model()
     with pytest.warns(

@@ -55,6 +55,7 @@ def found(text: str, file: str) -> Iterator[str]:
                 yield ast.unparse(node)
 
 
+@pytest.mark.slow
 def test_nothing_in_the_package_runs_what_a_file_says() -> None:
     seen = set()
     for path in SOURCES:

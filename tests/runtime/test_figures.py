@@ -105,6 +105,7 @@ def test_rounds_end_once_the_interval_is_within_the_tolerance(monkeypatch: pytes
     assert next(widths) == 0.0
 
 
+@pytest.mark.slow
 def test_options_reach_the_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Processor time is that of one thread; inputs follow the seed and the batch."""
     seen: list[dict[str, Any]] = []

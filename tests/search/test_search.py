@@ -289,6 +289,7 @@ def outcome(front: Front) -> Any:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("jobs", [1, 3])
 def test_a_search_killed_at_any_moment_ends_as_an_undisturbed_one(
     jobs: int, quick: list[str], models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -345,6 +346,7 @@ def test_a_failed_candidate_costs_itself_alone(
     assert set(front.failures) == {"no"}
 
 
+@pytest.mark.slow
 def test_more_blocks_than_are_hopeless_are_not_tried(
     quick: list[str], models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

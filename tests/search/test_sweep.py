@@ -134,6 +134,7 @@ def test_a_failure_is_listed_and_the_others_are_done(folder: Path) -> None:
     assert all(Path(row["output"]).stat().st_size == row["bytes"] for row in rows[1::2])
 
 
+@pytest.mark.slow
 def test_what_is_done_is_done_again_only_where_it_depends_on_what_changed(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -249,6 +250,7 @@ def test_a_wrong_option_is_refused_before_anything_runs(
     assert not (folder / "t.csv").exists()
 
 
+@pytest.mark.slow
 def test_the_command_has_a_table_and_an_exit_code(
     folder: Path, fixed_clock: Callable[..., None], capsys: pytest.CaptureFixture[str], models: Path
 ) -> None:
