@@ -104,3 +104,15 @@ def fixed_clock(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
         monkeypatch.setattr(latency, "_warm", lambda timed, seconds: None)
 
     return install
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> str:
+    """Images of noise, each of another mean and contrast, as `--images`."""
+    import numpy as np
+
+    rng = np.random.default_rng(0)
+    mean, spread = rng.uniform(60, 190, (96, 1, 1, 3)), rng.uniform(10, 60, (96, 1, 1, 1))
+    pixels = rng.normal(mean, spread, (96, 8, 8, 3)).clip(0, 255).astype(np.uint8)
+    np.savez(tmp_path / "photos.npz", x=pixels)
+    return str(tmp_path / "photos.npz")

@@ -10,13 +10,14 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from onnxcompress.account import Figures, InputSource, Refusal
+from onnxcompress.account import BeforeAfter, Figures, InputSource, Refusal
 from onnxcompress.cli.results.guard import show_guard, show_whole
 from onnxcompress.cli.results.sensitivity_plot import title
 from onnxcompress.cli.results.show import show_result
 from onnxcompress.evaluation.fidelity import Fidelity, OutputFidelity
 from onnxcompress.evaluation.guard import Floors, GuardMeasurements, verdict
 from onnxcompress.optimize.block_drop.figures import BlockRow, DropBlocksFigures
+from onnxcompress.optimize.channel_drop.figures import ChannelGroupRow, DropChannelsFigures
 from onnxcompress.optimize.reconstruction.tuning_outcome import TuningOutcome
 from onnxcompress.passes import Pass, PassResult, load_pass
 from onnxcompress.passes.calibrate import Agreement, CalibrateFigures
@@ -63,6 +64,37 @@ def dropped(**changed: Any) -> DropBlocksFigures:
         "inputs": IMAGES,
     }
     return DropBlocksFigures(**(values | changed))
+
+
+def test_drop_channels_shows_each_group_and_what_became_less() -> None:
+    groups = (
+        ChannelGroupRow("stem", 32, 24, 1500, 250_000, 0.01234),
+        ChannelGroupRow("last", 64, 64, 40_000, 3_000_000),
+    )
+    figures = DropChannelsFigures(
+        "relu",
+        "unit",
+        LATENCY,
+        groups,
+        BeforeAfter(4_000_000, 3_200_000),
+        BeforeAfter(50_000, 45_000),
+        0.0144,
+        TuningOutcome(60, 30, 20, 0.0225, 0.0144),
+        inputs=IMAGES,
+    )
+    assert shown("drop-channels", figures) == [
+        "Groups of channels",
+        "group channels kept parameters MACs predicted error",
+        "stem 32 24 1.50 k 250 k 0.012",
+        "last 64 64 40.0 k 3.00 M",
+        "cut 1 of 2 groups; features matched at 'relu'",
+        "learned from 48 images (photos/), preprocessed by unit (as asked for)",
+        "latency 10.00 → 6.80 ms in onnxruntime: 32.0 % less (95 % interval 29.0 to 34.0 %)",
+        "MACs 4.00 M → 3.20 M: 20.0 % less",
+        "parameters 50.0 k → 45.0 k: 10.0 % less",
+        "relative error of the features on inputs kept aside: 0.120 (root mean square)",
+        "fine-tuning: relative error 0.150 before it, the weights of step 20 of 30 kept",
+    ]
 
 
 def test_drop_blocks_shows_each_block_and_the_latency() -> None:

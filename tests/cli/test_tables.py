@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from onnxcompress.cli import benchmark, evaluate, inspect, options, sensitivity
+from onnxcompress.account import Refusal
+from onnxcompress.cli import benchmark, evaluate, inspect, options, sensitivity, sweep
 from onnxcompress.cli import compare as compare_command
 from onnxcompress.data.preprocess import Preprocess, PreprocessingChoice
 from onnxcompress.evaluation.accuracy import Accuracy
@@ -16,6 +17,8 @@ from onnxcompress.evaluation.compare import Comparison, Side
 from onnxcompress.evaluation.equivalence import Difference
 from onnxcompress.evaluation.gate_results import GateMeasurements, judge
 from onnxcompress.graph.blocks import Block, Discovery
+from onnxcompress.graph.channel_groups.cut_tracer import CutGroup, CutGroups
+from onnxcompress.graph.channel_groups.groups import ChannelGroup, ChannelGroups
 from onnxcompress.runtime.bootstrap import Ratio
 from onnxcompress.runtime.io_binding import Placement
 from onnxcompress.runtime.latency import Timing
@@ -163,6 +166,35 @@ def test_inspect_shows_shares_of_parameters_and_of_work(capsys: pytest.CaptureFi
         "block kind shape parameters of all MACs of all",
         "b1 residual 8×4×4 250 25.0 % 1.50 k 75.0 %",
     ]
+
+
+def test_inspect_shows_groups_of_channels_and_why_others_stay(capsys: pytest.CaptureFixture[str]) -> None:
+    from onnxcompress.cli.console import stdout
+
+    stays = Refusal("y", "is an output of the model")
+    free, fixed = (ChannelGroup(np.arange(n), (), why) for n, why in ((8, None), (4, stays)))
+    found: tuple[CutGroup, ...] = (CutGroup("conv1", free, 250, 1500), CutGroup("last", fixed, 30, 70))
+    groups = CutGroups(ChannelGroups(), found)
+    assert inspect._channel_groups(groups) == [
+        {"name": "conv1", "channels": 8, "parameters": 250, "macs": 1500, "stays": None},
+        {"name": "last", "channels": 4, "parameters": 30, "macs": 70, "stays": str(stays)},
+    ]
+    inspect._show_channels(stdout(), groups, {"macs": 2000, "parameters": 1000})
+    lines = printed(capsys)
+    assert lines[:3] == [
+        "1 groups of channels that can be cut",
+        "group channels parameters of all MACs of all",
+        "conv1 8 250 25.0 % 1.50 k 75.0 %",
+    ]
+    assert "last" in lines[-1]
+
+
+def test_sweep_shows_the_figures_of_a_run() -> None:
+    row = {"status": "done", "bytes": 1_500_000, "agreement": 0.955, "top1": 0.91, "ratio": 0.8}
+    assert [cell.replace("\u00a0", " ") for cell in sweep.figures(row)] == [
+        "done", "1.50 MB", "95.50 %", "91.00 %", "1.25×"
+    ]  # fmt: skip
+    assert sweep.figures({"status": "failed"}) == ["failed", "", "", "", ""]
 
 
 def test_sensitivity_shows_the_most_costly_layers_first(capsys: pytest.CaptureFixture[str]) -> None:

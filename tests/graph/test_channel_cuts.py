@@ -169,17 +169,62 @@ def test_what_is_kept_of_each_tensor() -> None:
     assert kept["a"].axis == 1
 
 
-def test_parameters_and_work_of_a_group_are_those_that_go_with_it() -> None:
-    _, groups = with_groups(maker("pair"))
-    (group,) = groups.free
-    assert group.parameters == 12 * 4 * 9 + 5 * 12
-    assert group.macs == 36 * group.parameters
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [  # parameters and multiply-accumulates: at 36 places, behind a convolution of 3x3 at 16
+        ("pair", [(12 * 4 * 9 + 5 * 12, 36 * (12 * 4 * 9 + 5 * 12))]),
+        ("depthwise", [(12 * 4 * 9 + 12 * 9 + 5 * 12, 36 * (12 * 4 * 9 + 12 * 9 + 5 * 12))]),
+        (
+            "depthwise, doubled",
+            [(12 * 4 * 9 + 24 * 9 + 5 * 24, 36 * 12 * 4 * 9 + 16 * (24 * 9 + 5 * 24))],
+        ),
+        (
+            "vgg",
+            [
+                (12 * 4 * 9 + 12 * 12 * 9, 36 * (12 * 4 * 9 + 12 * 12 * 9)),
+                (12 * 12 * 9 + 5 * 12 * 36, 36 * 12 * 12 * 9 + 5 * 12 * 36),
+            ],
+        ),
+        ("split", [(5 * 4 * 9, 36 * 5 * 4 * 9), (7 * 4 * 9 + 5 * 7, 36 * (7 * 4 * 9 + 5 * 7))]),
+    ],
+)
+def test_parameters_and_work_of_a_group_are_those_that_go_with_it(
+    name: str, expected: list[tuple[int, int]]
+) -> None:
+    """A layer that both reads and writes them belongs to them once."""
+    _, groups = with_groups(maker(name))
+    assert [(group.parameters, group.macs) for group in groups.free] == expected
+    assert len({group.name for group in groups.all}) == len(groups.all)
 
 
-def test_a_depthwise_layer_belongs_to_the_channels_once() -> None:
-    _, groups = with_groups(maker("depthwise"))
-    (group,) = groups.free
-    assert group.parameters == 12 * 4 * 9 + 12 * 9 + 5 * 12
+def test_a_layer_that_reads_a_part_and_writes_all_belongs_to_the_channels_once() -> None:
+    """It also reads four channels of the input, which stay: its rows go all the same."""
+    arrays = {"w": ARRAYS["w"], "v": ARRAYS["v"], "u": weight(12, 16, 3, 3)}
+    body = (
+        f"a = Conv<{P}>(x, w) k = Concat<axis = 1>(x, a) d = Conv<{P}>(k, u) s = Add(a, d) y = Conv(s, v)"
+    )
+    (group,) = find_cut_groups(Model.from_proto(graph(IMAGE, body, arrays))).free
+    assert group.parameters == 12 * 4 * 9 + 12 * 16 * 9 + 5 * 12
+
+
+def test_a_shuffle_is_cut_along_its_longer_axis() -> None:
+    """Two groups of eight channels: the same of the eight goes in both."""
+    arrays = {"w": weight(16, 4, 3, 3), "g": weight(16, 8, 3, 3), "h": weight(16, 8, 3, 3, seed=1)}
+    arrays |= {"v": ARRAYS["grown"], "shuffle": ints(0, 2, 8, 6, 6), "shuffled": ints(0, 16, 6, 6)}
+    body = f"""a = Conv(x, w) d = Conv<group = 2, {P}>(a, g) p = Reshape(d, shuffle)
+        t = Transpose<perm = [0,2,1,3,4]>(p) q = Reshape(t, shuffled) e = Conv<group = 2, {P}>(q, h)
+        y = Conv(e, v)"""
+
+    def make() -> Model:
+        return Model.from_proto(graph(IMAGE, body, arrays))
+
+    assert [(group.name, group.width) for group in find_cut_groups(make()).free] == [("a", 8), ("d", 2)]
+    cut_agrees(make)
+
+
+def test_initializers_that_are_listed_as_inputs_have_their_new_sizes() -> None:
+    body = f"{STEM} y = Conv(r, v)"
+    cut_agrees(lambda: Model.from_proto(graph(IMAGE, body, {k: ARRAYS[k] for k in "wbv"}, ir=3)))
 
 
 def test_an_old_operator_set_is_refused() -> None:

@@ -18,6 +18,7 @@ from onnxcompress.optimize.channel_drop.widths import (
     choose_widths,
     narrowings,
     possible_widths,
+    signature,
     thinned,
     widths_after,
 )
@@ -159,6 +160,34 @@ def test_an_error_in_front_of_other_layers_costs_what_they_make_of_it() -> None:
     assert (first != second).all()  # of another seed
 
 
+def readers_of(name: str, features: list[str]) -> list[Reader]:
+    model, groups = with_groups(maker(name))
+    images = torch.from_numpy(np.random.default_rng(0).normal(size=(32, 4, 8, 8)).astype(np.float32))
+    return measure_readers(model, groups, images, "x", features, ridge=1e-3, batch=32)
+
+
+def test_each_of_several_outputs_counts_as_much_as_the_others() -> None:
+    """The layer that gives the first output: beside a second one its errors are half of the whole."""
+    alone, beside = (readers_of("several outputs", names)[0] for names in (["y"], ["y", "z"]))
+    np.testing.assert_allclose(np.square(beside.weight), np.square(alone.weight) / 2, rtol=0.1)
+    assert all((reader.weight != 0).all() for reader in readers_of("several outputs", ["y", "z"]))
+
+
+@pytest.mark.parametrize("name", ["depthwise", "grouped"])
+def test_a_layer_whose_groups_go_with_their_channels_does_not_read_them(name: str) -> None:
+    assert len(readers_of(name, ["y"])) == 1
+
+
+@pytest.mark.parametrize(("limit", "columns"), [(108, [108, 432]), (107, [12, 432])])
+def test_taps_are_told_apart_up_to_a_size(
+    limit: int, columns: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a 3x3 convolution; a matrix product reads 36 places of 12 channels as so many channels."""
+    assert worth.MAX_FAN_IN >= 128 * 9
+    monkeypatch.setattr(worth, "MAX_FAN_IN", limit)
+    assert [len(reader.labels) for reader in readers_of("vgg", ["y"])] == columns
+
+
 @pytest.mark.parametrize("larger", [1.0, 1000.0])
 def test_an_errors_cost_is_its_share_of_what_each_answer_is(larger: float) -> None:
     """The features are the layer's outputs: an error costs the same beside answers that are far larger."""
@@ -202,6 +231,14 @@ def test_a_step_counts_the_channels_that_go_together(
     assert possible_widths(group, 6) == by_six
 
 
+def test_the_step_of_channels_that_go_together_is_that_of_all_of_them() -> None:
+    """48 behind a depthwise convolution, two for each of the 24: steps of 8, four of the 24."""
+    arrays = {"w": weight(24, 4, 1, 1), "d": weight(48, 1, 1, 1), "v": weight(5, 48, 1, 1)}
+    body = "a = Conv(x, w) b = Conv<group = 24>(a, d) y = Conv(b, v)"
+    (group,) = find_cut_groups(Model.from_proto(graph(IMAGE, body, arrays))).free
+    assert possible_widths(group) == [20, 16, 12, 8, 4]
+
+
 @pytest.mark.parametrize(
     ("channels", "step"), [(32, 4), (33, 8), (64, 8), (128, 16), (256, 32), (512, 64), (800, 96)]
 )
@@ -226,6 +263,31 @@ def test_groups_are_narrowed_in_order_of_cost_per_gain() -> None:
     assert [(s.group, s.kept) for s in steps] == [("a", 5), ("a", 3), ("b", 2)]
     assert (steps[1].cost, steps[1].gain) == pytest.approx((2.0, 0.1))
     assert widths_after(steps) == {"a": 3, "b": 2}
+
+
+def test_what_costs_least_for_what_it_gains_comes_first() -> None:
+    """However little either is."""
+    steps = narrowings({"a": [0.0, 1.0], "b": [0.0, 2.0]}, {"a": {1: 0.005}, "b": {1: 0.3}})
+    assert [(s.group, s.cost / s.gain) for s in steps] == [("b", 2 / 0.3), ("a", 200)]
+
+
+def test_the_costliest_steps_are_taken_back_first() -> None:
+    """Either of the first two would do in place of both."""
+    steps = [Narrowing("a", 8, 9.0, 0.2), Narrowing("b", 8, 5.0, 0.2), Narrowing("c", 8, 1.0, 0.3)]
+    gains = {step.group: step.gain for step in steps}
+    choice = choose_widths(steps, 0.49, lambda widths: sum(gains[name] for name in widths))
+    assert choice.kept == {"b": 8, "c": 8}
+    assert choice.saved == pytest.approx(0.5)
+
+
+def test_equal_layers_have_equal_signatures() -> None:
+    arrays = {"w": weight(8, 4, 1, 1), "e": weight(5, 8, 1, 1)}
+    arrays |= {name: weight(8, 8, 1, 1, seed=at) for at, name in enumerate("uvo")}
+    body = "s = Conv(x, w) a = Conv(s, u) b = Conv(a, v) c = Conv(b, o) y = Conv(c, e)"
+    groups = find_cut_groups(Model.from_proto(graph(IMAGE, body, arrays))).free
+    kinds = {group.name: signature(group) for group in groups}
+    assert kinds["a"] == kinds["b"]
+    assert len(set(kinds.values())) == 3
 
 
 def test_a_width_that_gains_nothing_is_never_taken() -> None:

@@ -94,16 +94,6 @@ def test_the_same_seed_gives_the_same_file() -> None:
     assert first.to_proto() == second.to_proto()
 
 
-@pytest.fixture
-def photos(tmp_path: Path) -> str:
-    """Images of noise, each of another mean and contrast, as `--images`."""
-    rng = np.random.default_rng(0)
-    mean, spread = rng.uniform(60, 190, (96, 1, 1, 3)), rng.uniform(10, 60, (96, 1, 1, 1))
-    pixels = rng.normal(mean, spread, (96, 8, 8, 3)).clip(0, 255).astype(np.uint8)
-    np.savez(tmp_path / "photos.npz", x=pixels)
-    return str(tmp_path / "photos.npz")
-
-
 def relative_error(make: Callable[[], Model], cut: DropChannels, photos: str) -> float:
     """Of the output, on images like those that are learned from."""
     feeds = {"x": np.load(photos)["x"].astype(np.float32).transpose(0, 3, 1, 2) / 255}
@@ -163,11 +153,11 @@ def test_the_record_loses_the_channels() -> None:
 
 @pytest.mark.slow
 def test_widths_are_chosen_by_what_the_clock_says(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Only the group `i` makes the network faster: no other is cut."""
+    """Only the group `i` makes the network faster for sure: no other is cut."""
 
     def savings(self: object, model: Model, variants: dict[str, Model]) -> dict[str, Share]:
-        gains = {n: (0.3 if n == "i=4" else 0.0) for n in variants}
-        return {n: Share(g, g, g) for n, g in gains.items()}
+        sure, unsure = Share(0.21, 0.2, 0.22), Share(0.9, -0.01, 1.0)
+        return {n: sure if n == "i=4" else unsure for n in variants}
 
     monkeypatch.setattr(Stopwatch, "savings", savings)
     monkeypatch.setattr(ChannelDropper, "_latency_saved", lambda self, widths: 0.3 * len(widths))

@@ -13,8 +13,10 @@ from onnxcompress.evaluation.fidelity import Fidelity, OutputFidelity
 from onnxcompress.evaluation.guard import Floors, GuardMeasurements, verdict
 from onnxcompress.model import Model
 from onnxcompress.optimize.block_drop.figures import BlockRow, DropBlocksFigures
+from onnxcompress.optimize.channel_drop.figures import ChannelGroupRow, DropChannelsFigures
 from onnxcompress.optimize.reconstruction.tuning_outcome import TuningOutcome
 from onnxcompress.passes.drop_blocks import DropBlocks
+from onnxcompress.passes.drop_channels import DropChannels
 from onnxcompress.passes.quantize import Quantize
 from onnxcompress.passes.quantize.figures import QuantizedLayerRow, QuantizeFigures
 from onnxcompress.quantization.ort_fusion import OptimizedNodes
@@ -23,7 +25,7 @@ from onnxcompress.report.build import _lead
 from onnxcompress.report.charts import Bars, Intervals, Spread
 from onnxcompress.report.collect import layer_sizes
 from onnxcompress.report.elements import Fold, Part, Plot, Prose, Section, Table, Terms
-from onnxcompress.report.sections.layers import blocks, noise, sensitivity
+from onnxcompress.report.sections.layers import blocks, channels, noise, sensitivity
 from onnxcompress.report.sections.measurements import latency, scores
 from onnxcompress.report.sections.model import inputs, model, sizes
 from onnxcompress.report.sections.passes import _guard, plain_terms
@@ -177,6 +179,25 @@ def test_blocks_are_shown_with_their_shares_in_percent() -> None:
         "After tuning, the features differ from the original's by 12.0 % (root of the relative squared "
         "error) on inputs that nothing was tuned on.",
         "Fine-tuning: relative error 0.150 before it, the weights of step 20 of 30 kept.",
+    ]
+
+
+def test_channels_are_shown_by_group_with_the_latency() -> None:
+    groups = (
+        ChannelGroupRow("stem", 32, 24, 1500, 250_000, 0.01234),
+        ChannelGroupRow("last", 64, 64, 40_000, 3_000_000),
+    )
+    figures = DropChannelsFigures("relu", "unit", LatencyChange(10.0, 6.8, 0.68, 0.66, 0.71), groups)
+    section = channels(Material("drop-channels", {}, [step_of(DropChannels(macs_reduction=9), figures)]))
+    shown = table(section)
+    assert shown.columns == ["group", "channels", "kept", "parameters", "multiply-adds", "predicted error"]
+    assert [[cell.replace("\u00a0", " ") for cell in row] for row in shown.rows] == [
+        ["stem", "32", "24", "1.50 k", "250 k", "0.012"],
+        ["last", "64", "64", "40.0 k", "3.00 M", "–"],
+    ]
+    assert shown.marked == {0}
+    assert prose(section) == [
+        "latency 10.00 → 6.80 ms in onnxruntime: 32.0 % less (95 % interval 29.0 to 34.0 %)."
     ]
 
 

@@ -41,6 +41,7 @@ class DropChannelsFigures(Figures):
     macs: BeforeAfter | None = None
     """Multiply-accumulates for one image; None: sizes are open."""
     parameters: BeforeAfter | None = None
+    """Parameters of the model as it was given, and of the result."""
     feature_error: float | None = None
     """Relative squared error of the features after refitting and fine-tuning, on inputs kept aside from
     both; None: nothing was cut."""

@@ -71,6 +71,8 @@ class ChannelDropper:
         self.by_name = {group.name: group for group in groups.free}
         self.source = str(data_input(model).name)
         found = model.analysis(Topology).feature()
+        if found is not None and found.name == self.source:  # branches part at the input: it has no error
+            found = None
         self.tunes = options.feature is not None or found is not None
         self.feature = options.feature or str((found or model.graph.outputs[0]).name)
         if self.feature not in model.graph.tensors():
@@ -204,7 +206,7 @@ class ChannelDropper:
             latency=latency,
             groups=tuple(self._row(group) for group in self.groups.free),
             macs=macs,
-            parameters=BeforeAfter(count_parameters(self.whole), count_parameters(self.model)),
+            parameters=BeforeAfter(count_parameters(self.original), count_parameters(self.model)),
             feature_error=self.feature_error,
             tuning=self.tuning,
             inputs=self.inputs.gathered.sources,
