@@ -1,0 +1,184 @@
+"""What a search asks for at each of its steps: seeds, effort, counts, times, and what the sampler hears."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from onnxcompress.evaluation.gates import Gates
+from onnxcompress.evaluation.guard import Guard
+from onnxcompress.model import load, save
+from onnxcompress.passes.fold_bn import FoldBatchNorm
+from onnxcompress.pipeline.recipe import Recipe
+from onnxcompress.search import search as searching
+from onnxcompress.search.search import Search, search
+from onnxcompress.search.space import first_points
+from onnxcompress.search.study import Study
+from onnxcompress.search.trial import Result, Row, Trial, compress
+from onnxcompress.search.workers import InProcess
+
+pytest.importorskip("optuna")
+
+NET = "resnet20-fashion.onnx"
+
+
+class Recorded:
+    """Stands for what makes and times candidates, and keeps what it was asked for."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.made: list[tuple[Trial, str | None]] = []
+        self.timed: list[tuple[str, float]] = []
+        self.told: list[tuple[int, Row, list[float]]] = []
+        for name in ("compress", "time_result", "time_together"):
+            monkeypatch.setattr(searching, name, getattr(self, name))
+        monkeypatch.setattr(searching, "structure", lambda file: Path(file).stem)
+        tell = Study.tell
+
+        def told(study: Study, number: int, row: Row, violations: Any) -> None:
+            self.told.append((number, row, list(violations)))
+            tell(study, number, row, violations)
+
+        monkeypatch.setattr(Study, "tell", told)
+
+    def compress(self, trial: Trial, cache: str | None) -> Result:
+        self.made.append((trial, cache))
+        data = trial.name.encode()
+        blocks = int(trial.name.split("-")[0].removeprefix("drop"))
+        row: Row = {
+            "sha256": hashlib.sha256(data).hexdigest(),
+            "bytes_before": 400,
+            "bytes": 100 - 5 * blocks,
+        }
+        return Result(
+            row | {"noise": 0.01 * (blocks + 1), "dropped": list("abcdefg")[:blocks]}, {".onnx": data}
+        )
+
+    def time_result(self, model: str, result: str, gates: Gates, seconds: float) -> Row:
+        self.timed.append(("one", seconds))
+        return self.time_together(model, {"": result}, gates, seconds)[""]
+
+    def time_together(
+        self, model: str, results: Mapping[str, str], gates: Gates, seconds: float
+    ) -> dict[str, Row]:
+        self.timed.append((f"{len(results)}", seconds))
+        row = {
+            "ratio": 0.5,
+            "ratio_low": 0.4,
+            "ratio_high": 0.6,
+            "latency_ms": 1.0,
+            "latency_before_ms": 2.0,
+        }
+        return {name: row | {"device": "cpu"} for name in results}
+
+
+def test_candidates_are_made_and_timed_as_asked(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = Recorded(monkeypatch)
+    asked = Search(
+        str(models / NET), tmp_path / "out", Gates(min_speedup=4.0), {"inputs": "procedural"}, trials=8,
+        repairs=3, effort="balanced", latency_seconds=1.5, seed=7,
+    )  # fmt: skip
+    front = search(asked, InProcess(), cache="kept")
+    assert {cache for _, cache in seen.made} == {"kept"}
+    repaired = [one for one in seen.made if not one[0].recipe.guard.force]
+    proxies = seen.made[: -len(repaired)]
+    assert len(repaired) == 3
+    learning = [
+        [pass_.options() for pass_ in trial.recipe.passes if "effort" in pass_.options()]
+        for trial, _ in (*proxies, *repaired)
+    ]
+    assert {values["seed"] for chain in learning for values in chain} == {7}
+    assert {values["effort"] for chain in learning[: len(proxies)] for values in chain} == {"fast"}
+    assert {values["effort"] for chain in learning[len(proxies) :] for values in chain} == {"balanced"}
+    drops = [v for chain in learning for v in chain if "blocks" in v]
+    full = [v for v in drops if v["effort"] == "balanced"]
+    assert {v["steps"] for v in drops if v["effort"] == "fast"} == {0}
+    assert full
+    assert all((v["steps"], v["blocks"]) == (None, None) and v["drop"] for v in full)
+    assert all(trial.recipe.guard.force for trial, _ in proxies)
+    assert {seconds for kind, seconds in seen.timed if kind == "one"} == {1.5}
+    assert seen.timed[-1] == ("3", 5 * 1.5 * 4)  # three results and the original
+    for _, row, violations in seen.told:  # twice as fast, where four times is asked for
+        assert violations == pytest.approx([0.5])
+        assert (row["loss"], row["size"]) == (pytest.approx(100 * row["noise"]), row["bytes"] / 400)
+    assert len(seen.told) == len(front.proxies) == 8
+
+
+def test_a_search_ends_in_time(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half of the time is for proxies; one result is repaired in full whatever it takes."""
+    seen = Recorded(monkeypatch)
+    spent = iter([4.0, 6.0, 20.0, 20.0, 20.0])
+    monkeypatch.setattr(searching._Clock, "spent", property(lambda clock: next(spent)))
+    monkeypatch.setattr(searching._Clock, "note", lambda clock: None)
+    search(Search(str(models / NET), tmp_path / "out", trials=30, repairs=3, seconds=10.0), InProcess())
+    assert len(seen.told) == 2
+    assert len(seen.made) == 2 + 1
+
+
+def test_the_sampler_has_the_seed_and_learns_which_candidates_miss_limits(tmp_path: Path) -> None:
+    """Quantized ones are best in all objectives, and miss a limit: at random it would be half of them."""
+    studies = [Study(tmp_path / f"{seed}", seed, 4) for seed in (0, 1)]
+    quantized: list[bool] = []
+    for at in range(40):
+        ((number, candidate),) = studies[0].batch(1, 40)
+        quantized.append(candidate.weights in ("int8", "int4", "mixed"))
+        row = (
+            {"ratio": 0.2, "loss": 0.1, "size": 0.2}
+            if quantized[-1]
+            else {"ratio": 0.8, "loss": 0.1, "size": 0.9}
+        )
+        studies[0].tell(number, row, [1.0 if quantized[-1] else -1.0])
+        assert number == at
+    assert sum(quantized[20:]) <= 7
+    first = len(first_points(4))
+    batches = [[studies[1].batch(9, 9)], [Study(tmp_path / "again", 0, 4).batch(9, 9)]]
+    other, own = ([candidate for _, candidate in batch[first:]] for (batch,) in batches)
+    assert other != own
+
+
+def test_figures_of_a_result_are_those_of_its_file(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bytes and top-1 accuracy, of the model before and of the result."""
+    net = tmp_path / NET
+    save(load(models / NET), net)
+    scores = {"before": (0.9, 0.95), "after": (0.8, 0.85)}
+
+    def topk(logits: Any, y: Any, name: str = "") -> tuple[float, float]:
+        return scores[logits]
+
+    monkeypatch.setattr("onnxcompress.evaluation.accuracy.topk", topk)
+    monkeypatch.setattr(
+        "onnxcompress.evaluation.accuracy.agreement", lambda a, b: (a, b) == ("before", "after")
+    )
+    monkeypatch.setattr(
+        "onnxcompress.evaluation.accuracy.logits",
+        lambda model, images, **options: "before" if str(model) == str(net) else "after",
+    )
+    gates = Gates(images=str(models / "fashion-tiny.npz"), provider="cpu")
+    result = compress(Trial("a", str(net), Recipe((FoldBatchNorm(),), gates)))
+    row = result.row
+    assert "error" not in row, row
+    assert (row["top1_before"], row["top1"], row["agreement"]) == (0.9, 0.8, 1.0)
+    assert (row["bytes_before"], row["bytes"]) == (net.stat().st_size, len(result.files[".onnx"]))
+
+
+def test_a_trial_is_known_by_all_that_its_result_depends_on(models: Path) -> None:
+    """Not by limits, which only judge it."""
+    trial = Trial("a", str(models / NET), Recipe((FoldBatchNorm(),), Gates(batch=2)))
+    recipes = [
+        Recipe((FoldBatchNorm(copy_shared=True),), Gates(batch=2)),
+        Recipe((FoldBatchNorm(),), Gates(batch=4)),
+        Recipe((FoldBatchNorm(),), Gates(batch=2), Guard(force=True)),
+        Recipe((FoldBatchNorm(),), Gates(batch=2, images=str(models / "fashion-tiny.npz"))),
+    ]
+    keys = {trial.key, *(replace(trial, recipe=recipe).key for recipe in recipes)}
+    assert len(keys) == 1 + len(recipes)
+    limited = replace(trial, recipe=Recipe((FoldBatchNorm(),), Gates(batch=2, max_size=1.0)), name="b")
+    assert limited.key == trial.key
