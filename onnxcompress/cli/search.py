@@ -39,7 +39,7 @@ _MEASURING = ("preprocess", "provider", "provider_options", "threads", "batch", 
 
 
 def _search(model: str, out: str, cache: str | None, no_cache: bool, **options: Any) -> None:
-    """Find the best models under limits: blocks dropped, bits, zeros, half precision, and their order.
+    """Find the best models under limits: blocks, channels, bits, zeros, half precision, and their order.
 
     \b
     Many candidates are made by closed forms on few inputs; those on the front of latency, loss and size are
@@ -110,10 +110,10 @@ def _asked(model: str, out: str, options: dict[str, Any]) -> Search:
 
 def _preview(asked: Search, *, as_json: bool) -> None:
     from onnxcompress.model import load
-    from onnxcompress.search.space import count_blocks, first_points
+    from onnxcompress.search.space import extent_of, first_points
 
-    blocks = count_blocks(load(asked.model))
-    first = first_points(blocks)
+    extent = extent_of(load(asked.model))
+    first, blocks = first_points(extent), extent.blocks
     account = {"dry_run": True, "model": asked.model, "blocks": blocks, "first": first}
     if as_json:
         print_json(account | {"limits": asked.gates.limits})

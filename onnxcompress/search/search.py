@@ -26,7 +26,7 @@ from onnxcompress.evaluation.guard import Guard
 from onnxcompress.progress import Progress, silent
 from onnxcompress.search.front import choose_for_repair, loss_of, pareto_front, pick, violations
 from onnxcompress.search.results import Results, write_bytes
-from onnxcompress.search.space import Candidate, count_blocks
+from onnxcompress.search.space import Candidate, extent_of
 from onnxcompress.search.study import Study, Told
 from onnxcompress.search.trial import Result, Row, Trial, compress, structure, time_result, time_together
 from onnxcompress.search.workers import Workers
@@ -34,7 +34,7 @@ from onnxcompress.search.workers import Workers
 PROXY_SHARE = 0.5
 """Share of the time for proxies; the rest is for repair and the last timing."""
 HOPELESS = 50.0
-"""Loss from which on a proxy is of no use, and none that drops more blocks is looked at."""
+"""Loss from which on a proxy is of no use, and none that drops more is looked at."""
 UNUSABLE = (InputError, OptionError, RuntimeUnavailable)
 """Errors that every candidate would meet."""
 
@@ -111,9 +111,9 @@ def search(
     from onnxcompress.model import load
 
     asked.gates.check()
-    most_blocks = count_blocks(load(asked.model))
+    extent = extent_of(load(asked.model))
     _claim(asked)
-    study = Study(asked.work / "study.journal", asked.seed, most_blocks)
+    study = Study(asked.work / "study.journal", asked.seed, extent)
     clock = _Clock(study)
     _look_at_proxies(asked, study, workers, cache, clock, progress)
     proxies = study.told()
@@ -173,7 +173,7 @@ def _proxies(
     hopeless = {one.candidate for one in study.told() if one.row["loss"] > HOPELESS}
     trials = [_trial(asked, one, effort="fast", repair=False) for one in candidates]
     rows: list[Row] = [
-        {"error": "hopeless: it loses too much already with fewer blocks dropped"}
+        {"error": "hopeless: it loses too much already with less dropped"}
         if hopeless.intersection(one.milder())
         else {}
         for one in candidates

@@ -1,23 +1,25 @@
 """The space that `search` looks through: which passes are applied, how strongly, and in which order.
 
     blocks        residual blocks to drop, least recoverable last; which ones, `drop-blocks` chooses
+    channels      percent of the multiply-accumulates to cut with channels that `drop-channels` chooses
     weights       float32, float16, sparse (zeros left out of the file), int8, int4, mixed (by layer)
     activations   8 bits or float32, where weights are quantized
     budget        average bits of all weights, where they are mixed
     sparsity      share of zeros, where weights are sparse
     equalize      no, first (before blocks are dropped) or last (before quantization)
 
-Blocks are dropped before weights are pruned, quantized or halved: these passes refuse or undo each other
-the other way round. Zeros and quantization exclude each other: quantized zeros are no smaller, and leaving
-them out of the file makes it larger than int8 alone.
+Blocks are dropped before channels are cut, and both before weights are pruned, quantized or halved: these
+passes refuse or undo each other the other way round. Zeros and quantization exclude each other: quantized
+zeros are no smaller, and leaving them out of the file makes it larger than int8 alone.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 if TYPE_CHECKING:
     import optuna
@@ -28,8 +30,17 @@ if TYPE_CHECKING:
 Weights = Literal["float32", "float16", "sparse", "int8", "int4", "mixed"]
 WEIGHTS: tuple[Weights, ...] = ("float32", "float16", "sparse", "int8", "int4", "mixed")
 QUANTIZED = ("int8", "int4", "mixed")
-SPARSITIES, BUDGETS = (0.3, 0.8, 0.1), (4.5, 7.5, 0.5)
+SPARSITIES, BUDGETS, CHANNELS = (0.3, 0.8, 0.1), (4.5, 7.5, 0.5), (0, 40, 10)
 """Lowest and highest value, and the step between values."""
+
+
+class Extent(NamedTuple):
+    """How far a network's structure can be cut."""
+
+    blocks: int
+    """Blocks that can be dropped."""
+    channels: int
+    """Multiply-accumulates that are cut with channels at most, in percent; 0: no channel can be cut."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +53,7 @@ class Candidate:
     budget: float | None = None
     sparsity: float | None = None
     equalize: Literal["no", "first", "last"] = "no"
+    channels: int = 0
 
     @property
     def name(self) -> str:
@@ -49,16 +61,20 @@ class Candidate:
         words = [f"drop{self.blocks}", self.weights]
         words += [f"a{self.activations}"] if self.weights in QUANTIZED else []
         words += [f"{value:g}" for value in (self.budget, self.sparsity) if value is not None]
+        words += [f"cut{self.channels}"] if self.channels else []
         return "-".join(words + ([] if self.equalize == "no" else [f"equalized-{self.equalize}"]))
 
     def milder(self) -> Iterator[Candidate]:
-        """List the candidates that drop fewer blocks and are the same otherwise.
+        """List the candidates that drop fewer blocks or channels and are the same otherwise.
 
         Yields:
             The candidates.
         """
-        for blocks in range(self.blocks):
-            yield dataclasses.replace(self, blocks=blocks)
+        for blocks, channels in itertools.product(
+            range(self.blocks + 1), range(0, self.channels + 1, CHANNELS[2])
+        ):
+            if (blocks, channels) != (self.blocks, self.channels):
+                yield dataclasses.replace(self, blocks=blocks, channels=channels)
 
     def passes(
         self, inputs: Mapping[str, Any], *, effort: str, repair: bool, dropped: tuple[str, ...] = ()
@@ -79,10 +95,14 @@ class Candidate:
         learning = dict(inputs) | {"effort": effort}
         equalize = load_pass("equalize")()
         chain: list[Pass] = [load_pass("fold-bn")(), *([equalize] if self.equalize == "first" else [])]
+        steps = {} if repair else {"steps": 0}
         if self.blocks:
             target: dict[str, Any] = {"drop": dropped} if dropped else {"blocks": self.blocks}
-            steps = {} if repair else {"steps": 0}
             chain.append(load_pass("drop-blocks")(**learning, **target, **steps))
+        if self.channels:
+            through = {"inputs": "procedural"} if learning.get("inputs") == "layerwise" else {}
+            saved = {"macs_reduction": float(self.channels)}
+            chain.append(load_pass("drop-channels")(**learning | through, **saved, **steps))
         chain += [equalize] if self.equalize == "last" else []
         if self.weights == "sparse":
             zeros: dict[str, Any] = {"sparsity": self.sparsity, "storage": "sparse"}
@@ -102,58 +122,80 @@ class Candidate:
         return bits | {"activation_bits": self.activations}
 
 
-def suggest(trial: optuna.Trial, most_blocks: int) -> Candidate:
+def suggest(trial: optuna.Trial, extent: Extent) -> Candidate:
     """Let a sampler choose a point.
 
     Args:
         trial: The sampler's trial.
-        most_blocks: Blocks that can be dropped.
+        extent: How far the network can be cut.
 
     Returns:
         The point.
     """
-    blocks = trial.suggest_int("blocks", 0, most_blocks)
+    blocks = trial.suggest_int("blocks", 0, extent.blocks)
+    channels = trial.suggest_int("channels", 0, extent.channels, step=CHANNELS[2]) if extent.channels else 0
     weights: Weights = trial.suggest_categorical("weights", WEIGHTS)
     if weights == "sparse":
         low, high, step = SPARSITIES
         sparsity = trial.suggest_float("sparsity", low, high, step=step)
-        return Candidate(blocks, weights, sparsity=round(sparsity, 3))
+        return Candidate(blocks, weights, sparsity=round(sparsity, 3), channels=channels)
     if weights not in QUANTIZED:
-        return Candidate(blocks, weights)
+        return Candidate(blocks, weights, channels=channels)
     budget = None
     if weights == "mixed":
         low, high, step = BUDGETS
         budget = round(trial.suggest_float("budget", low, high, step=step), 3)
     activations = trial.suggest_categorical("activations", (8, 0))
     equalize = trial.suggest_categorical("equalize", ("no", "first", "last"))
-    return Candidate(blocks, weights, activations, budget, equalize=equalize)
+    return Candidate(blocks, weights, activations, budget, equalize=equalize, channels=channels)
 
 
-def first_points(most_blocks: int) -> list[dict[str, Any]]:
+def first_points(extent: Extent) -> list[dict[str, Any]]:
     """List the points that are looked at first, as an engineer would try them by hand.
 
     Args:
-        most_blocks: Blocks that can be dropped.
+        extent: How far the network can be cut.
 
     Returns:
         Values of the parameters for each.
     """
     int8 = {"weights": "int8", "activations": 8, "equalize": "no"}
     sparse = {"blocks": 0, "weights": "sparse", "sparsity": 0.5}
-    few = sorted({min(k, most_blocks) for k in (0, max(1, most_blocks // 4), max(1, most_blocks // 2))})
+    most = extent.blocks
+    few = sorted({min(k, most) for k in (0, max(1, most // 4), max(1, most // 2))})
     points = [{"blocks": k, "weights": "float32"} for k in few if k] + [{"blocks": k, **int8} for k in few]
-    return [*points, {"blocks": 0, "weights": "float16"}, sparse]
+    points += [{"blocks": 0, "weights": "float16"}, sparse]
+    if not extent.channels:
+        return points
+    cut = [{"blocks": k, "weights": "float32", "channels": 20} for k in few[:2]]
+    return [*({"channels": 0} | point for point in points), *cut]
 
 
-def count_blocks(model: Model) -> int:
-    """Count the blocks of a network that can be dropped.
+def extent_of(model: Model) -> Extent:
+    """Look how far a network's structure can be cut.
 
     Args:
         model: The network; it stays as it is.
 
     Returns:
-        Their number; 0 where `drop-blocks` cannot be applied at all.
+        The extent; 0 of what its pass cannot be applied to at all.
     """
+    from onnxcompress.errors import CompressError
+    from onnxcompress.graph.canonicalize import canonicalize
+    from onnxcompress.graph.channel_groups.cut_tracer import find_cut_groups
+    from onnxcompress.graph.macs import count_macs
+
+    own = model.copy()
+    try:
+        canonicalize(own)
+        count_macs(own)  # raises where sizes are open
+        free = find_cut_groups(own).free
+    except CompressError:
+        free = ()
+    return Extent(_count_blocks(model), CHANNELS[1] if free else 0)
+
+
+def _count_blocks(model: Model) -> int:
     from onnxcompress.errors import CompressError
     from onnxcompress.graph.blocks import find_blocks
     from onnxcompress.passes.fold_bn import FoldBatchNorm

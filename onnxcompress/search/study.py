@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from onnxcompress.errors import require
-from onnxcompress.search.space import Candidate, first_points, suggest
+from onnxcompress.search.space import Candidate, Extent, first_points, suggest
 from onnxcompress.search.trial import Row
 
 OBJECTIVES = ("ratio", "loss", "size")
@@ -37,13 +37,13 @@ class Told:
 class Study:
     """The trials of a search, in a file."""
 
-    def __init__(self, file: Path, seed: int, most_blocks: int) -> None:
+    def __init__(self, file: Path, seed: int, extent: Extent) -> None:
         """Open a study, or begin it.
 
         Args:
             file: The file that keeps it.
             seed: Random seed.
-            most_blocks: Blocks that can be dropped.
+            extent: How far the network can be cut.
 
         Raises:
             RuntimeUnavailable: Optuna is not installed.
@@ -53,7 +53,7 @@ class Study:
         from optuna.storages.journal import JournalFileBackend
 
         optuna.logging.set_verbosity(optuna.logging.WARNING)
-        self._seed, self._most = seed, most_blocks
+        self._seed, self._extent = seed, extent
         self._open: dict[int, optuna.Trial] = {}
         self._study = optuna.create_study(
             storage=optuna.storages.JournalStorage(JournalFileBackend(str(file))),
@@ -61,7 +61,7 @@ class Study:
             directions=["minimize"] * len(OBJECTIVES),
             load_if_exists=True,
         )
-        for point in first_points(most_blocks):
+        for point in first_points(extent):
             self._study.enqueue_trial(point, skip_if_exists=True)
 
     @property
@@ -132,7 +132,7 @@ class Study:
 
         state = optuna.trial.TrialState.COMPLETE
         return [
-            Told(suggest(optuna.trial.FixedTrial(t.params), self._most), t.user_attrs["row"])
+            Told(suggest(optuna.trial.FixedTrial(t.params), self._extent), t.user_attrs["row"])
             for t in self._study.trials
             if t.state == state
         ]
@@ -149,7 +149,7 @@ class Study:
     def _point(self, number: int, trial: Any) -> tuple[int, Candidate]:
         self._study.sampler = self._sampler(number)
         self._open[number] = trial
-        return number, suggest(trial, self._most)
+        return number, suggest(trial, self._extent)
 
     def _sampler(self, number: int) -> Any:
         import optuna

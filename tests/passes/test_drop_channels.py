@@ -12,7 +12,7 @@ import pytest
 
 from onnxcompress.cli.main import main
 from onnxcompress.errors import ModelError, OptionError, RuntimeUnavailable
-from onnxcompress.graph.macs import count_macs
+from onnxcompress.graph.macs import count_macs, count_parameters
 from onnxcompress.model import Model, load, save
 from onnxcompress.optimize.channel_drop.pipeline import ChannelDropper
 from onnxcompress.optimize.channel_drop.repair import ChannelRepair
@@ -56,6 +56,16 @@ def test_the_work_is_cut_to_the_target_and_no_further() -> None:
     cut = [row for row in result.measured.groups if row.kept < row.channels]
     assert [change.node for change in result.changes] == [row.name for row in cut]
     assert all(row.error is not None and row.error >= 0 for row in cut)
+
+
+@pytest.mark.slow
+def test_parameters_before_are_those_of_the_file_with_its_batch_norm(models: Path) -> None:
+    """As `inspect` counts them."""
+    model = load(models / "mobilenetv2-fashion.onnx")
+    count = count_parameters(model)
+    found = replace(FAST, steps=0, preprocess=None).apply(model).measured.parameters
+    assert found is not None
+    assert (found.before, found.after) == (count, count_parameters(model))
 
 
 @pytest.mark.slow

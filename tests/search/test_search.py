@@ -20,15 +20,16 @@ from onnxcompress.errors import OptionError
 from onnxcompress.evaluation.fidelity import Fidelity, OutputFidelity
 from onnxcompress.evaluation.gates import Gates
 from onnxcompress.evaluation.guard import GuardMeasurements
-from onnxcompress.model import load
+from onnxcompress.model import Model, load
 from onnxcompress.runtime.latency import Timing
 from onnxcompress.search import search as searching
 from onnxcompress.search import trial as trial_module
 from onnxcompress.search.front import choose_for_repair, loss_of, pareto_front, pick, violations
 from onnxcompress.search.search import Front, Search, search
-from onnxcompress.search.space import QUANTIZED, Candidate, count_blocks, first_points, suggest
+from onnxcompress.search.space import QUANTIZED, Candidate, Extent, extent_of, first_points, suggest
 from onnxcompress.search.trial import Result, Row, Trial, compress, structure, time_together
 from onnxcompress.search.workers import InProcess
+from tests.helpers.folding import graph, weight
 
 optuna = pytest.importorskip("optuna")
 
@@ -202,11 +203,11 @@ def test_milder_candidates_drop_fewer_blocks() -> None:
 
 
 def test_the_first_points_are_those_of_an_engineer() -> None:
-    points = [(p["blocks"], p["weights"]) for p in first_points(8)]
+    points = [(p["blocks"], p["weights"]) for p in first_points(Extent(8, 0))]
     assert points == [
         (2, "float32"), (4, "float32"), (0, "int8"), (2, "int8"), (4, "int8"), (0, "float16"), (0, "sparse")
     ]  # fmt: skip
-    assert [(p["blocks"], p["weights"]) for p in first_points(0)] == [
+    assert [(p["blocks"], p["weights"]) for p in first_points(Extent(0, 0))] == [
         (0, "int8"),
         (0, "float16"),
         (0, "sparse"),
@@ -220,19 +221,28 @@ def test_the_loss_is_the_best_that_was_measured() -> None:
 
 
 def test_every_point_of_the_space_is_a_chain_that_can_start(models: Path) -> None:
-    blocks = count_blocks(load(models / NET))
-    assert blocks == 7
+    extent = extent_of(load(models / NET))
+    assert extent == (7, 40)
     study, seen = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0)), set()
     for _ in range(60):
-        candidate = suggest(study.ask(), blocks)
+        candidate = suggest(study.ask(), extent)
         for repair in (False, True):
             for pass_ in candidate.passes({"inputs": "layerwise"}, effort="fast", repair=repair):
                 pass_.check()
         names = [p.name for p in candidate.passes({}, effort="fast", repair=True)]
         assert ("drop-blocks" in names) == (candidate.blocks > 0)
+        assert ("drop-channels" in names) == (candidate.channels > 0)
         assert ("quantize" in names) == (candidate.weights in QUANTIZED)
         seen.add((candidate.weights, candidate.equalize))
     assert len(seen) >= 10
+
+
+def test_a_network_without_channels_to_cut_has_none_in_its_space() -> None:
+    model = Model.from_proto(
+        graph("(float[N,4,8,8] x) => (float[N,3,8,8] y)", "y = Conv(x, w)", {"w": weight(3, 4, 1, 1)})
+    )
+    assert extent_of(model) == (0, 0)
+    assert not any("channels" in point for point in first_points(extent_of(model)))
 
 
 def test_a_structure_is_a_graph_without_its_weights(models: Path, tmp_path: Path) -> None:
@@ -259,7 +269,8 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         result = compress(fold, cache)
         words = trial.name.split("-")
         blocks, bits = int(words[0].removeprefix("drop")), {"int8": 2, "int4": 4}.get(words[1], 1)
-        noise = 0.004 * blocks**2 + 0.01 * bits * ("equalized" not in trial.name)
+        cut = next((int(word[3:]) for word in words if word.startswith("cut")), 0)
+        noise = 0.004 * blocks**2 + 0.002 * cut + 0.01 * bits * ("equalized" not in trial.name)
         size = result.row["bytes"] // bits
         return Result(result.row | {"noise": noise, "bytes": size, "dropped": ["a"] * blocks}, result.files)
 
@@ -431,3 +442,4 @@ def int8_of(rows: Sequence[Row]) -> list[int]:
 def test_a_candidate_is_named_by_what_it_is() -> None:
     assert Candidate(2, "mixed", 8, budget=5.5, equalize="last").name == "drop2-mixed-a8-5.5-equalized-last"
     assert Candidate(0, "sparse", sparsity=0.5).name == "drop0-sparse-0.5"
+    assert Candidate(1, "int8", 8, channels=20).name == "drop1-int8-a8-cut20"
