@@ -22,10 +22,9 @@ Does not handle: recurrent and attention operators, bodies of If, Loop and Scan.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 
@@ -142,13 +141,20 @@ class Bits:
         return max(self.activation or 0, STREAM_BITS)
 
 
-def make_plan(model: Model, bits: Bits, chosen: Mapping[str, int] | None = None) -> Plan:
+def make_plan(
+    model: Model,
+    bits: Bits,
+    chosen: Mapping[str, int] | None = None,
+    *,
+    types: Sequence[str] = ("float32",),
+) -> Plan:
     """Plan the quantization of a canonicalized model.
 
     Args:
         model: The model; see `graph.canonicalize`.
         bits: Bits of weights and activations.
         chosen: Bits of single layers' weights, by name of the weight; they override `bits`.
+        types: Types of weights that are planned; QuantizeLinear takes float32 alone.
 
     Returns:
         Everything that can be quantized, and refusals of what cannot.
@@ -158,7 +164,7 @@ def make_plan(model: Model, bits: Bits, chosen: Mapping[str, int] | None = None)
     """
     topology = Topology(model)
     plan = Plan()
-    linears = _linears(model, topology, plan)
+    linears = _linears(model, topology, plan, types)
     first, last = _ends(linears, topology) if bits.ends else (set(), set())
     for node, linear in linears:
         if rule := bits.selection.refusal(linear.label, node.op):
@@ -185,14 +191,16 @@ def make_plan(model: Model, bits: Bits, chosen: Mapping[str, int] | None = None)
     return plan
 
 
-def _linears(model: Model, topology: Topology, plan: Plan) -> list[tuple[gs.Node, Linear]]:
+def _linears(
+    model: Model, topology: Topology, plan: Plan, types: Sequence[str]
+) -> list[tuple[gs.Node, Linear]]:
     ranks = {name: len(shape) for name, shape in tensor_shapes(model).items()}
     found = []
     for node in topology.order:
         if not is_op(node, *LINEAR_OPS) or id(node.outputs[0]) not in topology.data:
             continue
         linear = as_linear(model, node, lambda t: ranks.get(t.name))
-        refusal = linear if isinstance(linear, Refusal) else _check(model, linear)
+        refusal = linear if isinstance(linear, Refusal) else _check(model, linear, types)
         if refusal is not None:
             plan.refusals.append(refusal)
         elif isinstance(linear, Linear):
@@ -200,10 +208,10 @@ def _linears(model: Model, topology: Topology, plan: Plan) -> list[tuple[gs.Node
     return found
 
 
-def _check(model: Model, linear: Linear) -> Refusal | None:
+def _check(model: Model, linear: Linear, types: Sequence[str]) -> Refusal | None:
     """Check rules 1 to 3."""
     node, label = linear.node, linear.label
-    if linear.weight.dtype != np.float32:
+    if linear.weight.dtype.name not in types:
         return Refusal(label, f"its weight is {linear.weight.dtype}", "convert the model to float32")
     weight = node.inputs[linear.weight_at]
     if len(value_readers(weight)) > 1 or is_output(model, weight):

@@ -30,6 +30,9 @@ from onnxcompress.optimize.reconstruction.residual_refit import MAX_FAN_IN, Refi
 from onnxcompress.optimize.reconstruction.ridge import TARGET_MADE, TARGET_REAL
 from onnxcompress.quantization.qdq_plan import Bits, Plan, QuantizedLayer, make_plan
 
+FLOATS = ("float16", "float32", "float64")
+"""Types of weights that are refitted."""
+
 
 @dataclass
 class ChannelRefit(ResidualRefit):
@@ -89,7 +92,7 @@ def refittable(model: Model) -> dict[int, QuantizedLayer]:
     """
     return {
         key: layer
-        for key, layer in make_plan(model, Bits(8, None, None)).layers.items()
+        for key, layer in make_plan(model, Bits(8, None, None), types=FLOATS).layers.items()
         if patches_of(model, layer) is not None
         and layer.linear.view(layer.linear.weight)[0, 0].size <= MAX_FAN_IN
     }

@@ -151,9 +151,9 @@ def measure_readers(
     for start in range(0, len(images), batch):
         x = images[start : start + batch].to(device).clone().requires_grad_()
         made = executor.run({source: x}, list(dict.fromkeys([*inputs, *outputs, *features])))
-        projected = x.new_zeros(())
+        projected = torch.zeros((), device=device)
         for name in features:
-            wanted = made[name]
+            wanted = made[name].float()  # sums of squares overflow in half precision
             if name not in weights:
                 weights[name] = _weights(wanted.detach(), any(t.name == name for t in model.graph.outputs))
             energy += float((wanted.detach() * weights[name]).double().square().sum())

@@ -301,9 +301,8 @@ class LayerwiseReconstruction(NetworkWalk, ABC):
         bias = self.own_executor.parameters.get(layer.linear.bias_name or "")
         shape = self.batches[0].teacher[layer.linear.output_name]
         places = [cut.places(shape, self._generator, self.settings.places) for _ in self.batches]
-        rows = max(ROWS, ROWS_EACH * weight.shape[2])
-        enough = -(-rows // (self.batch * len(places[0])))
-        weight = weight.to(self.device)
+        enough = -(-max(ROWS, ROWS_EACH * weight.shape[2]) // (self.batch * len(places[0])))
+        weight = weight.to(self.device, torch.promote_types(weight.dtype, torch.float32))
         moments = LayerMoments.empty(weight)
 
         def moments_of(index: int) -> LayerMoments:
@@ -311,6 +310,7 @@ class LayerwiseReconstruction(NetworkWalk, ABC):
             with torch.no_grad():  # a setting of each thread
                 y = self.target_of(layer, batch)
                 a, y = cut.take(self.input_of(layer, batch), y, places[index])
+                a, y = a.to(weight.dtype), y.to(weight.dtype)  # sums overflow in half precision
                 if bias is not None:
                     y = y - bias.reshape(weight.shape[0], -1, 1)
                 own.add(a, y - weight @ a)
