@@ -1,22 +1,26 @@
 """Files from the field through every command: done, refused with a reason, or failed.
 
-    python tests/benchmarks/field.py FILE… [--commands quantize,fp16] [--seconds 300] [--workers 1]
+    python tests/benchmarks/field.py FILE… [--commands quantize,fp16] [--seconds 900] [--results FILE.jsonl]
 
 FILE: .onnx files, or wheels of packages that ship some. A row for each file, a column for each command.
 `done`: a valid file was written. `refused`: one line with the reason, exit code 1 or 2, no file. `failed`:
-anything else, as a traceback, an invalid file, or no end in --seconds. Reasons are listed below the table.
+anything else, as a traceback, an invalid file, or no end in --seconds of processor time, which other
+programs on the machine do not lengthen. Reasons are listed below the table. With --results a run that was
+interrupted goes on where it was: the attempts in that file are not made again.
 """
 
 from __future__ import annotations
 
+import json
+import os
+import resource
+import signal
 import subprocess
 import sys
 import tempfile
-import time
 import zipfile
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import click
@@ -54,11 +58,12 @@ class Attempt:
     said: str
     """Last line on standard error."""
     seconds: float
+    """Processor time."""
 
 
 def attempt(file: Path, command: str, seconds: float) -> Attempt:
     """Run one command on one file in a process of its own."""
-    start = time.monotonic()
+    start = _processor_seconds()
     with tempfile.TemporaryDirectory() as folder:
         places = {name: str(Path(folder) / f"{name.lower()}.onnx") for name in ("OUT", "MID")}
         places |= {"IN": str(file), "NPZ": str(Path(folder) / "made.npz")}
@@ -66,8 +71,7 @@ def attempt(file: Path, command: str, seconds: float) -> Attempt:
         runs = [BEFORE[command]] if command in BEFORE else []
         try:
             for words in [*runs, COMMANDS[command]]:
-                argv = [sys.executable, "-m", "onnxcompress.cli.main", *(places.get(w, w) for w in words)]
-                ended = subprocess.run(argv, capture_output=True, text=True, timeout=seconds)
+                ended = _run([places.get(word, word) for word in words], seconds)
                 if ended.returncode not in (0, 3):
                     break
         except subprocess.TimeoutExpired:
@@ -75,9 +79,29 @@ def attempt(file: Path, command: str, seconds: float) -> Attempt:
         lines = [line for line in ended.stderr.strip().splitlines() if line]
         said = lines[-1] if lines else ""
         outcome = _outcome(ended.returncode, said, out, "OUT" in COMMANDS[command])
-    taken = time.monotonic() - start
+    taken = _processor_seconds() - start
+    if ended.returncode == -signal.SIGXCPU:
+        said = "no end in time"
     print(f"{outcome:8} {file.name} {command} {taken:.0f} s", file=sys.stderr, flush=True)
     return Attempt(file.name, command, outcome, said, taken)
+
+
+def _run(words: Sequence[str], seconds: float) -> subprocess.CompletedProcess[str]:
+    """Run a command for so many seconds of processor time, and four times as many by the clock, at most."""
+    limit = int(seconds)
+    return subprocess.run(
+        [sys.executable, "-m", "onnxcompress.cli.main", *words],
+        capture_output=True,
+        text=True,
+        timeout=4 * seconds,
+        env={**os.environ, "ONNXCOMPRESS_CACHE": "none"},
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_CPU, (limit, limit + 10)),
+    )
+
+
+def _processor_seconds() -> float:
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def _outcome(code: int, said: str, out: Path, writes: bool) -> str:
@@ -108,20 +132,31 @@ def files_of(paths: Sequence[str], folder: Path) -> Iterator[Path]:
 @click.command()
 @click.argument("paths", nargs=-1, required=True)
 @click.option("--commands", default=",".join(COMMANDS))
-@click.option("--seconds", default=300.0)
-@click.option("--workers", default=1)
-def main(paths: tuple[str, ...], commands: str, seconds: float, workers: int) -> None:
+@click.option("--seconds", default=900.0)
+@click.option("--results", type=click.Path(path_type=Path))
+def main(paths: tuple[str, ...], commands: str, seconds: float, results: Path | None) -> None:
     """Print the table, then what was refused and what failed."""
     names = commands.split(",")
-    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(workers) as pool:
+    lines = results.read_text().splitlines() if results and results.exists() else []
+    found = {(a.file, a.command): a for a in (Attempt(**json.loads(line)) for line in lines)}
+    with tempfile.TemporaryDirectory() as folder:
         files = list(files_of(paths, Path(folder)))
-        jobs = [(file, name) for file in files for name in names]
-        attempts = list(pool.map(lambda job: attempt(job[0], job[1], seconds), jobs))
-    found = {(a.file, a.command): a for a in attempts}
-    width = max(len(file.name) for file in files)
+        for name in names:
+            for file in files:
+                if (file.name, name) not in found:
+                    found[file.name, name] = tried = attempt(file, name, seconds)
+                    if results:
+                        with results.open("a") as stream:
+                            stream.write(json.dumps(asdict(tried)) + "\n")
+    _print_table([file.name for file in files], names, found)
+
+
+def _print_table(files: Sequence[str], names: Sequence[str], found: dict[tuple[str, str], Attempt]) -> None:
+    attempts = [found[file, name] for file in files for name in names]
+    width = max(map(len, files))
     print(" " * width, *(f"{name:>12}" for name in names))
     for file in files:
-        print(f"{file.name:{width}}", *(f"{found[file.name, name].outcome:>12}" for name in names))
+        print(f"{file:{width}}", *(f"{found[file, name].outcome:>12}" for name in names))
     counts = {o: sum(a.outcome == o for a in attempts) for o in ("done", "refused", "failed")}
     print(*(f"{count} {outcome}" for outcome, count in counts.items()), sep=", ")
     for a in attempts:
