@@ -237,7 +237,7 @@ def _check_scope(graph: onnx.GraphProto, outer: frozenset[str], where: str) -> N
         for name in filter(None, node.input):
             if name not in seen:
                 raise ModelError(f"{where}: {_name(node)} reads {shown(name)}, which no node produces")
-        for body in _own_bodies(node):
+        for body in node_bodies(node):
             _check_scope(body, seen, where)
     for output in graph.output:
         if output.name not in seen:
@@ -245,7 +245,15 @@ def _check_scope(graph: onnx.GraphProto, outer: frozenset[str], where: str) -> N
     _check_order(graph, where)
 
 
-def _own_bodies(node: onnx.NodeProto) -> Iterator[onnx.GraphProto]:
+def node_bodies(node: onnx.NodeProto) -> Iterator[onnx.GraphProto]:
+    """Iterate over the bodies of a node, without those inside them.
+
+    Args:
+        node: The node.
+
+    Yields:
+        The graphs in its attributes.
+    """
     for attribute in node.attribute:
         if attribute.type == AttributeProto.GRAPH:
             yield attribute.g
@@ -253,13 +261,20 @@ def _own_bodies(node: onnx.NodeProto) -> Iterator[onnx.GraphProto]:
             yield from attribute.graphs
 
 
-def _reads(node: onnx.NodeProto) -> Iterator[str]:
-    """Iterate over the names that a node reads, including what its bodies read from outside them."""
+def node_reads(node: onnx.NodeProto) -> Iterator[str]:
+    """Iterate over the names that a node reads, including what its bodies read from outside them.
+
+    Args:
+        node: The node.
+
+    Yields:
+        Names of tensors; one may come several times.
+    """
     yield from filter(None, node.input)
-    for body in _own_bodies(node):
+    for body in node_bodies(node):
         own = {n for inner in body.node for n in inner.output} | {i.name for i in body.input}
         own |= {i.name for i in body.initializer}
-        yield from (name for inner in body.node for name in _reads(inner) if name not in own)
+        yield from (name for inner in body.node for name in node_reads(inner) if name not in own)
 
 
 def _check_order(graph: onnx.GraphProto, where: str) -> None:
@@ -268,7 +283,7 @@ def _check_order(graph: onnx.GraphProto, where: str) -> None:
     waits: dict[int, Iterable[int]] = {}
     sorted_already = True
     for at, node in enumerate(graph.node):
-        waits[at] = [maker[name] for name in _reads(node) if name in maker]
+        waits[at] = [maker[name] for name in node_reads(node) if name in maker]
         sorted_already &= all(before < at for before in waits[at])
     if sorted_already:
         return

@@ -17,7 +17,7 @@ Legality of a layer (refused with the reason otherwise):
     `graph.linear_layer`);
  2. nothing else reads that weight; the bias is constant, one number for each channel;
  3. of a Gemm: not transposed input, alpha 1.
-Does not handle: recurrent and attention operators, bodies of If, Loop and Scan.
+Does not handle: recurrent and attention operators, layers in bodies of If, Loop and Scan: they stay floats.
 """
 
 from __future__ import annotations
@@ -29,14 +29,17 @@ import onnx
 import onnx_graphsurgeon as gs
 
 from onnxcompress.account import Refusal
+from onnxcompress.formatting import counted
 from onnxcompress.graph.constant_folding import constant_value
 from onnxcompress.graph.linear_layer import BIAS_AT, LINEAR_OPS, Linear, as_linear
 from onnxcompress.graph.node_selection import EVERY_NODE, NodeSelection
+from onnxcompress.graph.order import node_reads
 from onnxcompress.graph.query import (
     attribute,
     input_at,
     is_op,
     is_output,
+    node_label,
     only_consumer,
     producer,
     value_readers,
@@ -197,6 +200,9 @@ def _linears(
     ranks = {name: len(shape) for name, shape in tensor_shapes(model).items()}
     found = []
     for node in topology.order:
+        if count := _layers_inside(node):
+            rule = f"its bodies stay as they are, with {counted(count, 'layer')}"
+            plan.refusals.append(Refusal(node_label(node), rule))
         if not is_op(node, *LINEAR_OPS) or id(node.outputs[0]) not in topology.data:
             continue
         linear = as_linear(model, node, lambda t: ranks.get(t.name))
@@ -206,6 +212,11 @@ def _linears(
         elif isinstance(linear, Linear):
             found.append((node, linear))
     return found
+
+
+def _layers_inside(node: gs.Node) -> int:
+    """Count the layers in the bodies of a node, which are left alone."""
+    return sum(is_op(n, *LINEAR_OPS) for body in node.subgraphs(recursive=True) for n in body.nodes)
 
 
 def _check(model: Model, linear: Linear, types: Sequence[str]) -> Refusal | None:
@@ -235,7 +246,7 @@ def _ends(linears: list[tuple[gs.Node, Linear]], topology: Topology) -> tuple[se
     sources: dict[int, set[int]] = {}
     for node in topology.order:
         behind: set[int] = set()
-        for tensor in node.inputs:
+        for tensor in node_reads(node):
             behind |= sources.get(id(tensor), set()) if id(tensor) in topology.data else set()
         if id(node) in linear:
             below[id(node)] = bool(behind)
@@ -281,7 +292,8 @@ def _outputs(model: Model, nodes: list[gs.Node], plan: Plan, topology: Topology,
         if not any((id(node), index) in plan.edges for index in range(len(node.inputs))):
             continue
         for tensor in (behind_activation(model, t) for t in node.outputs):
-            for reader in value_readers(tensor) if id(tensor) in topology.data else ():
+            readers = value_readers(tensor) if id(tensor) in topology.data else ()
+            for reader in (one for one in readers if id(one) in topology.index):  # bodies stay as they are
                 for index, read in enumerate(reader.inputs):
                     quantizable = read is tensor and _is_float(model, tensor)  # no mask, no index
                     floating = is_op(reader, *operators) and id(reader) not in chosen

@@ -19,6 +19,7 @@ import onnx
 from onnxcompress.errors import RuntimeUnavailable
 from onnxcompress.graph.node_selection import EVERY_NODE, NodeSelection
 from onnxcompress.graph.query import DEFAULT_DOMAINS
+from onnxcompress.model.validation import node_bodies, node_reads
 
 FLOAT, HALF = onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16
 
@@ -77,6 +78,9 @@ def candidates(
 
     Returns:
         The nodes, and (name, reason) of those that compute float32 and cannot be converted.
+
+    Raises:
+        OptionError: Nodes could be converted, and the patterns leave none.
     """
     types = element_types(proto)
     opset = max((o.version for o in proto.opset_import if o.domain in DEFAULT_DOMAINS), default=1)
@@ -102,6 +106,7 @@ def candidates(
             cannot.append((name, f"{node.op_type} has no float16 form in opset {opset}"))
         else:
             can.append(Candidate(index, name, node.op_type, inputs, outputs))
+    selection.check_taken(len(can), lambda: len(candidates(proto)[0]), "computed in float16")
     return can, cannot
 
 
@@ -138,20 +143,27 @@ def element_types(proto: onnx.ModelProto) -> dict[str, int]:
     return types | {t.name: t.data_type for t in graph.initializer}
 
 
-def has_bodies(proto: onnx.ModelProto) -> bool:
-    """Return whether there are bodies of If, Loop or Scan, or functions: the converter is not safe there.
+def captured(proto: onnx.ModelProto) -> frozenset[str]:
+    """Find the names that bodies of If, Loop and Scan read; they mean the same type as before there.
 
     Args:
         proto: The model.
 
     Returns:
-        Whether there are any.
+        Names of tensors, those inside the bodies included.
     """
-    kinds = (onnx.AttributeProto.GRAPH, onnx.AttributeProto.GRAPHS)
-    return bool(proto.functions) or any(a.type in kinds for n in proto.graph.node for a in n.attribute)
+    return frozenset(
+        name
+        for node in proto.graph.node
+        for body in node_bodies(node)
+        for inner in body.node
+        for name in (*node_reads(inner), *(output.name for output in body.output))
+    )
 
 
 def _refusal(node: onnx.NodeProto, opset: int, dequantized: Collection[str]) -> str:
+    if any(node_bodies(node)):
+        return f"the bodies of {node.op_type} stay as they are"
     if node.domain not in DEFAULT_DOMAINS:
         return f"{node.op_type} is of the domain {node.domain}"
     if node.op_type in blocked_operators():

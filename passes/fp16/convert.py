@@ -3,14 +3,16 @@
 Each float32 tensor t has a version in the type that the node before it computes (native), and one in the
 other type where a reader wants that:
 
-    native    half: outputs of converted nodes; initializers and Constants that only half readers want;
+    native    half: outputs of converted nodes; initializers and Constants that only half readers want,
+              and no body of an If, Loop or Scan;
               inputs where the ends become float16. float: everything else
     wanted    half: inputs of converted nodes that their schema allows; float: all other inputs; graph
               outputs: float, or half where the ends become float16. Shape and Size take what there is
 
 The native version keeps the name t; the other one is a Cast behind it, placed before its first reader. A
-graph output keeps its name in the type that is wanted, whatever its maker's is then called. Tensors whose
-type is not known (other domains) are left alone: nodes that read one stay float32 (`fp16.candidates`).
+graph output keeps its name in the type that is wanted, whatever its maker's is then called; so does, as
+float, a tensor that a body reads. Tensors whose type is not known (other domains) are left alone: nodes
+that read one stay float32 (`fp16.candidates`).
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ from onnx import AttributeProto, helper, numpy_helper
 
 from onnxcompress.graph.query import DEFAULT_DOMAINS
 from onnxcompress.model.sparse_tensors import dense
-from onnxcompress.passes.fp16.candidates import FLOAT, HALF, candidates, element_types
+from onnxcompress.passes.fp16.candidates import FLOAT, HALF, candidates, captured, element_types
 
 SMALLEST, LARGEST = 5.96e-8, 65504.0
 """Magnitudes of float16; values that are not zero stay so, and finite values stay finite."""
@@ -54,8 +56,11 @@ class _Conversion:
         self.graph, self.ends = self.made.graph, ends
         self.types = element_types(proto)
         self.half = {c.index: c for c in candidates(proto)[0] if c.index in half}
-        self.outputs = {o.name for o in self.graph.output}
-        self.names = {n for node in proto.graph.node for n in (*node.input, *node.output)} | {*self.types}
+        bodies = captured(proto)
+        self.kept = {o.name: ends for o in self.graph.output} | dict.fromkeys(bodies, FLOAT)
+        """Tensors that keep their name, with the type that it stands for."""
+        self.names = {n for node in proto.graph.node for n in (*node.input, *node.output)}
+        self.names |= {*self.types, *bodies}
         self.labels = {node.name for node in proto.graph.node}
         self.wanted = self._wanted()
         self.native = self._native()
@@ -80,9 +85,9 @@ class _Conversion:
                 kind = self._wants(at, place, node)
                 if kind is not None and self.types.get(name) == FLOAT:
                     found[name].add(kind)
-        for name in self.outputs:
+        for name, kind in self.kept.items():
             if self.types.get(name) == FLOAT:
-                found[name].add(self.ends)
+                found[name].add(kind)
         return found
 
     def _native(self) -> dict[str, int]:
@@ -102,7 +107,7 @@ class _Conversion:
 
     def _name(self, tensor: str, kind: int) -> str:
         """Return the name of a tensor's version of this type."""
-        plain = self.ends if tensor in self.outputs else self.native[tensor]
+        plain = self.kept.get(tensor, self.native[tensor])
         if kind == plain:
             return tensor
         if (tensor, kind) not in self.called:
@@ -121,12 +126,12 @@ class _Conversion:
         """Set the types of inputs, outputs and value infos."""
         for value in (*self.graph.input, *self.graph.output, *self.graph.value_info):
             if self.types.get(value.name) == FLOAT:
-                kind = self.ends if value.name in self.outputs else self.native[value.name]
+                kind = self.kept.get(value.name, self.native[value.name])
                 value.type.tensor_type.elem_type = kind
 
     def _nodes(self) -> Iterator[onnx.NodeProto]:
         cast: set[str] = set()
-        loose = {t: k for t, k in self.native.items() if t in self.outputs and k != self.ends}
+        loose = {t: k for t, k in self.native.items() if self.kept.get(t, k) != k}
         computed = {name for node in self.graph.node for name in node.output}
         for name in loose.keys() - computed:
             yield from self._cast(name, loose[name], cast)

@@ -31,6 +31,7 @@ import numpy as np
 from onnxcompress.account import Change, Figures, InputSource, Refusal
 from onnxcompress.errors import CompressWarning, InputError, ModelError
 from onnxcompress.evaluation.accuracy import image_input
+from onnxcompress.formatting import counted
 from onnxcompress.graph.edit import make_dense
 from onnxcompress.graph.node_selection import SelectionOptions
 from onnxcompress.graph.query import data_input
@@ -41,7 +42,7 @@ from onnxcompress.optimize.input_options import ImageOptions
 from onnxcompress.option_fields import PROVIDER_HELP, option, provider_options_option
 from onnxcompress.passes.base import Pass, PassResult
 from onnxcompress.passes.fold_bn import FoldBatchNorm
-from onnxcompress.passes.fp16.candidates import HALF, Candidate, candidates, element_types, has_bodies
+from onnxcompress.passes.fp16.candidates import HALF, Candidate, candidates, element_types
 from onnxcompress.passes.fp16.convert import convert
 from onnxcompress.passes.fp16.error_search import Float32Nodes, Simulation, choose, worst_error
 from onnxcompress.passes.fp16.figures import HalfPrecisionFigures, KeptNode, ProviderRun
@@ -170,7 +171,7 @@ class HalfPrecision(SelectionOptions, ImageOptions, Pass):
             if is_quantized(model) and runtime.error > 2 * bound:
                 warnings.warn(MISCOMPUTED.format(100 * runtime.error), CompressWarning, stacklevel=2)
             model.become(Model.from_proto(converted, model.name))
-            changes += [Change(model.name, f"{count} BatchNorms folded")] * bool(count)
+            changes += [Change(model.name, f"{counted(count, 'BatchNorm')} folded")] * bool(count)
         figures = HalfPrecisionFigures(
             error=choice.error,
             all_float16=choice.whole,
@@ -273,8 +274,8 @@ def _lowest_opset(model: Model) -> int:
 def _whole(model: Model) -> Refusal | None:
     """Why nothing of the model is converted."""
     proto = model.skeleton()
-    if has_bodies(proto):
-        return Refusal(model.name, "it has functions, or bodies of If, Loop or Scan", "inline them first")
+    if proto.functions:
+        return Refusal(model.name, "it has functions of its own", "inline them first")
     halves = [name for name, kind in element_types(proto).items() if kind == HALF]
     if halves:
         return Refusal(model.name, f"it is in half precision already: {halves[0]!r} is float16")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -13,6 +14,7 @@ import numpy as np
 from torch import Tensor
 
 from onnxcompress.account import Change, InputSource, Refusal, StageSeconds, as_json
+from onnxcompress.errors import CompressWarning
 from onnxcompress.graph.edit import set_values
 from onnxcompress.graph.query import read
 from onnxcompress.model import Model
@@ -20,6 +22,7 @@ from onnxcompress.optimize.calibration import SMALL_PIXELS, gather_inputs, quick
 from onnxcompress.optimize.deterministic_threads import one_thread_each
 from onnxcompress.optimize.device import pick_device
 from onnxcompress.optimize.effort import PRUNE, announce, choose_effort, pixels_of
+from onnxcompress.optimize.executor.executor import UnsupportedOp
 from onnxcompress.optimize.reconstruction.context import CalibrationContext
 from onnxcompress.optimize.reconstruction.feature_inputs import BYTES, Stage, stages_of
 from onnxcompress.optimize.reconstruction.global_tuning import finetune_sparse, subnetwork_from
@@ -253,7 +256,12 @@ def _costs(
         )
         trials.pass_through(stage.inputs, "trying sparsities", progress)
         if trials.found:
-            own = output_costs(trials, stage.inputs, stages[-1].inputs if stage.stop else None)
+            try:
+                own = output_costs(trials, stage.inputs, stages[-1].inputs if stage.stop else None)
+            except UnsupportedOp as error:  # of no gradient
+                text = f"{error}: the layers' shares of zeros go by the size of their weights"
+                warnings.warn(text, CompressWarning, stacklevel=2)
+                return None
             found = Costs(found.levels | own.levels, found.rows | own.rows)
     return found if found.levels else None
 

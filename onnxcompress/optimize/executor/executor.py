@@ -10,9 +10,11 @@ Floating types: with dtype=None each tensor has the model's own type. With a dty
 tensors on the device have it: parameters, constants, feeds, and the results of casts to any floating type.
 Under torch.autocast, feeds and parameters are taken as they are.
 
-Does not handle: control flow, recurrent layers, sequences (except for the pieces of a split), strings,
-training mode (except BatchNormalization's, where it is asked for), custom domains, and element types that
-torch cannot compute with (8-bit floats, 4-bit integers).
+Operators without a kernel here (control flow, recurrent layers) are run in onnxruntime (`runtime_node`).
+
+Does not handle: sequences (except for the pieces of a split), strings, training mode (except
+BatchNormalization's, where it is asked for), custom domains, and element types that torch cannot compute
+with (8-bit floats, 4-bit integers).
 """
 
 from __future__ import annotations

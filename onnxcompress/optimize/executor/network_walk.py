@@ -300,7 +300,7 @@ class NetworkWalk:
     ) -> dict[str, Tensor]:
         made = executor.run(feeds, outputs, parameters)
         for name, value in made.items():
-            if not value.ndim or len(value) % images:
+            if images > 1 and (not value.ndim or len(value) % images):
                 raise ModelError(
                     f"{self.model.name}: tensor {name!r} of shape {list(value.shape)} does not hold one "
                     f"image after the other, of a batch of {images}: such networks are not handled"

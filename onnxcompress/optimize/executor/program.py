@@ -26,6 +26,7 @@ from onnxcompress.graph.query import read
 from onnxcompress.optimize.executor.ops import DOMAINS, TABLE
 from onnxcompress.optimize.executor.ops.dtypes import tensor_from
 from onnxcompress.optimize.executor.ops.registry import ExecutionError, Kernel, Op, Site, UnsupportedOp
+from onnxcompress.optimize.executor.runtime_node import captured, runtime_kernel
 
 
 class Kind(enum.Enum):
@@ -45,12 +46,13 @@ class Node:
     op: str
     domain: str
     inputs: tuple[str, ...]
+    """Inputs, and behind them what the bodies of If, Loop and Scan capture; "": left out."""
     outputs: tuple[str, ...]
     attributes: Mapping[str, Any]
 
     @property
     def definition(self) -> Op | None:
-        """How the operator is run; None where it cannot be run."""
+        """How the operator is run; None where onnxruntime has to run it, if it can."""
         return TABLE.get(self.op) if self.domain in DOMAINS else None
 
     def is_static(self, index: int) -> bool:
@@ -78,6 +80,8 @@ class Program:
     """Names of the initializers that are parameters."""
     names: frozenset[str]
     opset: int
+    domains: Mapping[str, int]
+    """Versions of the operator sets that the graph names, by domain."""
     training: bool = False
     """Whether nodes in training mode may run."""
 
@@ -108,7 +112,10 @@ class Program:
             if value.is_floating_point() and value.ndim >= 1 and not only_static:
                 weights.add(name)
         names = {*producer, *constants, *(tensor.name for tensor in graph.inputs)}
-        return Program(nodes, producer, constants, frozenset(weights), frozenset(names), opset, training)
+        domains = {entry.domain: entry.version for entry in graph.import_domains or ()}
+        return Program(
+            nodes, producer, constants, frozenset(weights), frozenset(names), opset, domains, training
+        )
 
     def reshape_to(self, targets: Mapping[int, np.ndarray]) -> None:
         """Give Reshape nodes constant targets.
@@ -131,7 +138,8 @@ def _snapshot(node: gs.Node) -> Node:
         outputs.pop()
     name = node.name or (outputs[0] if outputs else "")
     attributes = {k: list(v) if isinstance(v, list) else v for k, v in node.attrs.items()}
-    return Node(node, name, node.op, node.domain or "", tuple(inputs), tuple(outputs), attributes)
+    reads = (*inputs, *captured(node))
+    return Node(node, name, node.op, node.domain or "", reads, tuple(outputs), attributes)
 
 
 def _in_order(nodes: list[Node]) -> list[Node]:
@@ -251,8 +259,10 @@ class Binding:
             site = self._site(node)
             definition = node.definition
             if definition is None:
-                raise site.unsupported("no kernel for it")
-            self._kernels[at] = definition.build(site)
+                domains = self.program.domains
+                self._kernels[at] = runtime_kernel(node.source, site, node.inputs, domains)
+            else:
+                self._kernels[at] = definition.build(site)
         return self._kernels[at]
 
     def _site(self, node: Node) -> Site:

@@ -10,8 +10,8 @@ from dataclasses import dataclass, replace
 
 import onnx_graphsurgeon as gs
 
-from onnxcompress.errors import ModelError
-from onnxcompress.graph.query import data_input, node_label
+from onnxcompress.graph.order import node_reads
+from onnxcompress.graph.query import data_input
 from onnxcompress.graph.shape_inference import tensor_shapes
 from onnxcompress.graph.topology import Topology
 from onnxcompress.model import Model, Shape
@@ -109,8 +109,6 @@ def plan_steps(
     Returns:
         The nodes in topological order.
 
-    Raises:
-        ModelError: A node reads data only inside its body.
     """
     nodes = nodes_between(topology, start, stop)
     mine = {t.name: node for node in own.order for t in node.outputs if not t.is_empty()}
@@ -119,11 +117,6 @@ def plan_steps(
         outputs = [t.name for t in node.outputs if not t.is_empty()]
         other = node if own is topology else mine.get(outputs[0])
         reads = needs(node, topology)
-        if not reads:
-            raise ModelError(
-                f"{model.name}: node {node_label(node)!r} ({node.op}) reads data only inside its "
-                "body, where layers are not followed; export the network without control flow"
-            )
         own_reads = reads if other is node else needs(other, own) if other is not None else []
         pairs.append(Step(node, other, outputs, reads, own_reads))
     source = str(data_input(model).name) if start is None else start
@@ -179,7 +172,7 @@ def needs(node: gs.Node, topology: Topology) -> list[str]:
         Names of the tensors.
     """
     found: dict[str, None] = {}
-    pending, seen = list(node.inputs), set()
+    pending, seen = node_reads(node), set()
     while pending:
         tensor = pending.pop()
         if id(tensor) in seen or id(tensor) not in topology.dynamic:
@@ -188,7 +181,7 @@ def needs(node: gs.Node, topology: Topology) -> list[str]:
         if id(tensor) in topology.data:
             found[tensor.name] = None
         else:
-            pending += [t for maker in tensor.inputs for t in maker.inputs]
+            pending += [t for maker in tensor.inputs for t in node_reads(maker)]
     return list(found)
 
 
