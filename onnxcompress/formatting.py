@@ -27,6 +27,19 @@ def number(count: float) -> str:
     return _scaled(count, ("", " k", " M", " G"))
 
 
+def counted(count: int, noun: str) -> str:
+    """Format a number of things, such as 1 layer or 2 layers.
+
+    Args:
+        count: How many there are.
+        noun: What one of them is called.
+
+    Returns:
+        The number and the noun, with an s where the number is not 1.
+    """
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
 def _scaled(count: float, units: tuple[str, ...]) -> str:
     """Express a count with three digits, in the first unit that puts at most three before the point."""
     if count < 999.5:

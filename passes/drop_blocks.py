@@ -25,6 +25,7 @@ from typing import ClassVar
 from onnxcompress.account import Change, Figures, Refusal
 from onnxcompress.errors import ModelError, OptionError
 from onnxcompress.evaluation.guard import LOSSY, Floors
+from onnxcompress.formatting import counted
 from onnxcompress.graph.batch_norm import OLDEST_OPSET
 from onnxcompress.graph.blocks import Discovery, find_blocks
 from onnxcompress.graph.edit import lift_weights
@@ -136,7 +137,7 @@ class DropBlocks(DropBlocksOptions, Pass):
         write_present(model, read_record(model))
         changes = [Change(b.name, f"{b.kind} block dropped") for b in work.dropped]
         if folded.measured.folded:
-            changes.append(Change(model.name, f"{folded.measured.folded} BatchNorms folded"))
+            changes.append(Change(model.name, f"{counted(folded.measured.folded, 'BatchNorm')} folded"))
         return PassResult(changes, work.discovery.near_misses, figures, work.inputs.gathered.shown)
 
     def _check_blocks(self, model: Model, found: Discovery) -> None:

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, ClassVar
 from onnxcompress.account import Change, Figures, Refusal
 from onnxcompress.errors import ModelError, OptionError
 from onnxcompress.evaluation.guard import LOSSY, Floors
+from onnxcompress.formatting import counted
 from onnxcompress.graph.canonicalize import canonicalize
 from onnxcompress.model import Model
 from onnxcompress.optimize.calibration import assume_sizes
@@ -135,7 +136,7 @@ class DropChannels(DropChannelsOptions, Pass):
             if row.kept < row.channels
         ]
         if folded:
-            changes.append(Change(model.name, f"{folded} BatchNorms folded"))
+            changes.append(Change(model.name, f"{counted(folded, 'BatchNorm')} folded"))
         return PassResult(changes, groups.refusals, figures, work.inputs.gathered.shown)
 
     def _prepare(self, model: Model) -> tuple[int, CutGroups]:

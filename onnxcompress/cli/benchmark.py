@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from onnxcompress.cli import options, report_option
+from onnxcompress.formatting import milliseconds
 
 if TYPE_CHECKING:
     from onnxcompress.runtime.latency import Ratio, Timing
@@ -97,7 +98,11 @@ def _show(found: list[Timings], account: dict[str, Any]) -> None:
     rows = []
     for one in models:
         times = (one[key] for key in ("median_ms", "mean_ms", "min_ms", "p90_ms", "p99_ms"))
-        row = [one["name"], *(f"{ms:.3f}" for ms in times), f"{one['throughput']:.1f}"]
+        row = [
+            one["name"],
+            *(milliseconds(ms).removesuffix(" ms") for ms in times),
+            f"{one['throughput']:.1f}",
+        ]
         if ratios:
             row.append(ratio_text(Ratio(**ratios[one["name"]])) if one["name"] in ratios else "1")
         rows.append(row)

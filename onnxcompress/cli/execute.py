@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from onnxcompress.account import Figures
 from onnxcompress.cli.files import Files, check_external, check_target, opened
 from onnxcompress.cli.job import Job, Outcome
 from onnxcompress.cli.options import print_json
@@ -18,6 +19,7 @@ from onnxcompress.cli.report_option import write_job_report
 from onnxcompress.errors import ModelError, OptionError, TargetMissed, require
 from onnxcompress.evaluation.gate_results import judge, summary
 from onnxcompress.evaluation.gates import Baseline
+from onnxcompress.formatting import counted
 from onnxcompress.optimize.intermediate_results import keeping
 from onnxcompress.pipeline import Run
 from onnxcompress.pipeline.timing import options_for
@@ -67,6 +69,7 @@ def execute(job: Job) -> None:
             return
         _tell(job, outcome)
         _warn_few(outcome.run)
+        _warn_unchanged(outcome.run)
         files.send()
         write_job_report(job, outcome)
     steps = outcome.run.steps
@@ -225,10 +228,22 @@ def _warn_few(run: Run) -> None:
         measured = step.result.measured
         given = (getattr(step.pass_, name, None) for name in ("synthetic", "images"))
         if measured is not None and measured.effort is not None:  # its counts are enough for what it does
-            learned &= measured.effort != "fast" and any(given)
+            learned &= any(given)
         if learned and step.result.modified and 0 < count < FEW:
             click.echo(
-                f"warning: {step.pass_.name} learned from {count} images and fits them better than others: "
-                f"give it {FEW} or more (--synthetic, or more --images)",
+                f"warning: {step.pass_.name} learned from {counted(count, 'image')} and fits them "
+                f"better than others: give it {FEW} or more (--synthetic, or more --images)",
                 err=True,
             )
+
+
+def _warn_unchanged(run: Run) -> None:
+    """Warn on stderr of passes that were to change numbers and did not, with the first reason."""
+    for step in run.steps:
+        pass_, result = step.pass_, step.result
+        refused_whole = result.measured is None and pass_.figures is not Figures
+        if pass_.preserves_function or pass_.composite or (result.modified and not refused_whole):
+            continue
+        first, more = result.refusals[0], len(result.refusals) - 1
+        also = f" (and {more} more, with -v)" if more else ""
+        click.echo(f"warning: {pass_.name} did not change the network: {first}{also}", err=True)

@@ -12,6 +12,7 @@ import click
 from onnxcompress.cli import options, report_option
 from onnxcompress.cli.options import FILE, as_json, print_json
 from onnxcompress.errors import ModelError
+from onnxcompress.formatting import counted
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -148,9 +149,9 @@ def _work(macs: int | None) -> str:
 def _norms(facts: dict[str, Any]) -> str:
     norms, recorded = facts["batch_norms"], facts["recorded_tensors"]
     if recorded:
-        return f"{norms} nodes; statistics of {recorded} tensors are recorded in the file"
+        return f"{counted(norms, 'node')}; statistics of {counted(recorded, 'tensor')} in the file's record"
     if norms:
-        return f"{norms} nodes, no statistics recorded yet (fold-bn records them)"
+        return f"{counted(norms, 'node')}, no statistics recorded yet (fold-bn records them)"
     return "none, and no statistics recorded: `onnxcompress calibrate` estimates them"
 
 
@@ -182,7 +183,7 @@ def _show_blocks(console: Console, found: Discovery, facts: dict[str, Any]) -> N
     ]
     columns = ["block", "kind", "shape", "parameters", "of all", "MACs", "of all"]
     if rows:
-        console.print(table(f"{len(rows)} blocks that can be dropped", columns, rows, left=2))
+        console.print(table(f"{counted(len(rows), 'block')} that can be dropped", columns, rows, left=2))
     else:
         console.print("no block can be dropped")
     show_refusals(console, list(found.near_misses), title="nearly a block, but not droppable")
@@ -197,7 +198,7 @@ def _show_channels(console: Console, channels: CutGroups, facts: dict[str, Any])
     ]
     columns = ["group", "channels", "parameters", "of all", "MACs", "of all"]
     if rows:
-        console.print(table(f"{len(rows)} groups of channels that can be cut", columns, rows))
+        console.print(table(f"{counted(len(rows), 'group')} of channels that can be cut", columns, rows))
     else:
         console.print("no channels can be cut")
     show_refusals(console, list(channels.refusals), title="groups of channels that stay")
@@ -241,7 +242,8 @@ def _show_statistics(console: Console, model: Model, facts: dict[str, Any]) -> N
     ]  # fmt: skip
     columns = ["tensor", "known from", "channels", "mean", "std", "dead"]
     if rows:
-        title = f"Statistics of {len(rows)} tensors (in graph: a BatchNorm is there; else as recorded)"
+        title = f"Statistics of {counted(len(rows), 'tensor')}"
+        title += " (in graph: a BatchNorm is there; else as recorded)"
         console.print(table(title, columns, rows, left=2))
     for line in _advice(len(rows), facts):
         console.print(line, markup=False)

@@ -6,7 +6,7 @@ import os
 import signal
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib import import_module
 from typing import Any
 
@@ -151,7 +151,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(argv: Sequence[str] | None, signals: list[int]) -> int:
     try:
         with warnings.catch_warnings():
-            warnings.showwarning = _note
+            warnings.showwarning = _notes()
             cli.main(args=argv, prog_name="onnxcompress", standalone_mode=False, obj=argv and list(argv))
     except click.exceptions.NoArgsIsHelpError as error:
         error.show()
@@ -195,12 +195,18 @@ def _hint(error: click.ClickException) -> str:
     return f" See '{context.command_path} --help'."
 
 
-def _note(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
-    """Print the package's own warnings as notes on stderr, and others as Python does."""
-    if issubclass(category, CompressWarning):
-        click.echo(f"note: {message}", err=True)
-    else:
-        click.echo(warnings.formatwarning(message, category, *place[:2]), err=True, nl=False)
+def _notes() -> Callable[..., None]:
+    """Return what prints the package's own warnings as notes, each once, and others as Python does."""
+    shown = set()
+
+    def note(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
+        if not issubclass(category, CompressWarning):
+            click.echo(warnings.formatwarning(message, category, *place[:2]), err=True, nl=False)
+        elif str(message) not in shown:
+            shown.add(str(message))
+            click.echo(f"note: {message}", err=True)
+
+    return note
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from onnxcompress.errors import OptionError
+from onnxcompress.formatting import counted
 from onnxcompress.option_fields import INPUT_SHAPE_HELP as SHAPE_HELP
 from onnxcompress.option_fields import INPUT_SHAPE_METAVAR as METAVAR
 from onnxcompress.option_fields import PROVIDER_HELP, PROVIDER_OPTIONS_HELP
@@ -189,7 +190,10 @@ def warn_placements(placements: Sequence[tuple[str, Any]]) -> None:
         left = placement.computed_on_cpu
         if left:
             shown = ", ".join(left[:5]) + (", …" if len(left) > 5 else "")
-            click.echo(f"warning: {name}: {len(left)} nodes ran on the CPU, not the GPU: {shown}", err=True)
+            click.echo(
+                f"warning: {name}: {counted(len(left), 'node')} ran on the CPU, not the GPU: {shown}",
+                err=True,
+            )
         if placement.shapes_on_cpu:
             count = len(placement.shapes_on_cpu)
             text = f"note: {name}: {count} nodes that compute shapes ran on the CPU, as is usual"

@@ -34,6 +34,7 @@ from onnxcompress.cli.options import (
 )
 from onnxcompress.cli.report_option import report_option
 from onnxcompress.cli.timing_options import timing_of, timing_options
+from onnxcompress.errors import OptionError
 from onnxcompress.evaluation.gates import Gates
 from onnxcompress.option_fields import INPUT_SHAPE_HELP, INPUT_SHAPE_METAVAR, flag, is_required
 from onnxcompress.passes import load_pass
@@ -93,6 +94,14 @@ def command(name: str) -> click.Command:
     return SectionedCommand(name, callback=callback, params=params, help=text)
 
 
+def _parts(context: click.Context, parameter: click.Parameter, value: str | None) -> tuple[str, ...]:
+    """Split a list; one without any part is an error, for it would be taken as if it had not been given."""
+    parts = split(value or "")
+    if value is not None and not parts:
+        raise OptionError(f"{parameter.opts[0]} {value!r}: it is empty; leave the option out")
+    return parts
+
+
 def _learns(cls: type[Pass]) -> bool:
     """Return whether the pass optimizes something, which takes so long that its results are kept."""
     return "torch" in cls.needs
@@ -137,8 +146,8 @@ def _option(field: dataclasses.Field[Any], hint: Any) -> click.Option:
         settings["is_flag"] = True
         names[0] += f"/{flag('no_' + field.name)}" if default else ""
     elif typing.get_origin(inner) is tuple:
-        settings["default"] = None if default is None else ",".join(default)
-        settings |= {"type": str, "callback": lambda c, p, value: split(value or "")}
+        settings["default"] = ",".join(default or ()) or None
+        settings |= {"type": str, "callback": _parts}
     else:
         settings["type"] = FILE if field.metadata.get("file") else option_type(hint)
     option = SectionedOption(names, **settings)

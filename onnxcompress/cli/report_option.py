@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from onnxcompress.errors import CompressError, OptionError
+from onnxcompress.formatting import counted
 
 if TYPE_CHECKING:
     from onnxcompress.cli.job import Job, Outcome
@@ -191,11 +192,11 @@ def _compared(job: Job, outcome: Outcome, learned: Sequence[tuple[str, ImageSet]
     images, on = None, ""
     if job.gates.images is not None:
         images = _load(job.gates.images, job.gates.preprocess, outcome.files.source, job.gates.input_shape)
-        on = f"{len(images)} images that the gates judge by" if images else ""
+        on = f"{counted(len(images), 'image')} that the gates judge by" if images else ""
     elif learned:
         first = learned[0][1].spread(IMAGES)
         images = dataclasses.replace(first, y=None)  # accuracy on calibration images would mislead
-        on = f"{len(images)} images that it learned from"
+        on = f"{counted(len(images), 'image')} that it learned from"
     try:
         comparison = _compare(job, outcome, images)
     except CompressError as error:

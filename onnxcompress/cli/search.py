@@ -27,6 +27,7 @@ from onnxcompress.cli.options import FILE, PREPROCESS_HELP, SectionedCommand, pr
 from onnxcompress.cli.timing_options import timing_options
 from onnxcompress.cli.worker_options import WHERE, worker_options, workers
 from onnxcompress.errors import InputError, OptionError, TargetMissed, require
+from onnxcompress.formatting import counted
 from onnxcompress.option_fields import INPUT_SHAPE_HELP, INPUT_SHAPE_METAVAR
 
 if TYPE_CHECKING:
@@ -119,7 +120,7 @@ def _preview(asked: Search, *, as_json: bool) -> None:
         print_json(account | {"limits": asked.gates.limits})
         return
     click.echo(
-        f"{asked.model}: {blocks} blocks can be dropped; up to {asked.trials} candidates, the first:"
+        f"{asked.model}: {counted(blocks, 'block')} to drop; up to {asked.trials} candidates, the first:"
     )
     for point in first[: asked.trials]:
         click.echo("  " + ", ".join(f"{name} {value}" for name, value in point.items()))

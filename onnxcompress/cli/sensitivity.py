@@ -10,6 +10,7 @@ import click
 
 from onnxcompress.cli import options, report_option
 from onnxcompress.errors import ModelError, OptionError, RuntimeUnavailable
+from onnxcompress.formatting import counted
 from onnxcompress.optimize.calibration import SOURCES, InputRequest
 
 if TYPE_CHECKING:
@@ -234,7 +235,9 @@ def _show(found: Sensitivity, seconds: float, plot: Path | None) -> None:
     changed = "" if first[0].changed is None else ", and share of other top-1 classes"
     console = stdout()
     console.print(
-        table(f"Output error of {len(ranked)} layers, each changed alone{changed}", columns, cells)
+        table(
+            f"Output error of {counted(len(ranked), 'layer')}, each changed alone{changed}", columns, cells
+        )
     )
     for used in found.inputs:
         console.print(f"measured on {used.count} {used.source} ({used.why})", markup=False)

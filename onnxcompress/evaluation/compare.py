@@ -12,6 +12,7 @@ from onnxcompress.data.image_set import ImageSet, check_fits
 from onnxcompress.errors import ModelError
 from onnxcompress.evaluation.accuracy import agreement, image_input, logits, score_output, topk
 from onnxcompress.evaluation.equivalence import Difference, difference_of
+from onnxcompress.formatting import counted
 from onnxcompress.graph import macs
 from onnxcompress.model.model_like import (
     ModelLike,
@@ -197,7 +198,7 @@ def _on_images(
     if images.y is not None:
         top1 = topk(scores[0], images.y, label(a))[0], topk(scores[1], images.y, label(b))[0]
     same = agreement(scores[0], scores[1])
-    return _Outputs(difference, same, top1, f"{len(images)} images")
+    return _Outputs(difference, same, top1, counted(len(images), "image"))
 
 
 def _batch(a: ModelLike, b: ModelLike, default: int) -> int:

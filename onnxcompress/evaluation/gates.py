@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from onnxcompress.errors import OptionError
 from onnxcompress.evaluation.gate_results import GateMeasurements
+from onnxcompress.formatting import counted
 from onnxcompress.option_fields import INPUT_SHAPE_METAVAR, PROVIDER_HELP, option, provider_options_option
 from onnxcompress.progress import Progress, silent
 from onnxcompress.runtime.providers import Provider
@@ -170,7 +171,7 @@ class Gates:
         assert images is not None
         assert baseline.scores is not None
         scores = logits(after, images, provider=self.runs_on, threads=self.threads, progress=progress)
-        found: dict[str, Any] = {"inputs": f"{len(images)} images", "preprocess": baseline.preprocess}
+        found: dict[str, Any] = {"inputs": counted(len(images), "image"), "preprocess": baseline.preprocess}
         found["agreement"] = agreement(baseline.scores, scores)
         if baseline.top1 is not None:
             found["top1"] = baseline.top1, self._top1(scores, images)

@@ -9,13 +9,14 @@
 | `@FILE`             | the patterns in a file, one a line; `#` begins a comment                |
 
 `include` names what may be changed (nothing named: everything), `exclude` what may not. A pattern that
-fits no node is an error: it is a slip more often than not.
+fits no node, an empty one, and patterns that leave nothing to change are errors: they are slips more often
+than not.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
@@ -24,6 +25,7 @@ from pathlib import Path
 import onnx_graphsurgeon as gs
 
 from onnxcompress.errors import OptionError, one_line
+from onnxcompress.formatting import counted
 from onnxcompress.graph.query import node_label
 from onnxcompress.model import Model
 from onnxcompress.option_fields import option
@@ -87,6 +89,26 @@ class NodeSelection:
                 if not any(fits(pattern, *node) for node in nodes):
                     raise OptionError(f"{flag} {pattern!r}: no node fits{_near(pattern, sorted(nodes))}")
 
+    def check_taken(self, taken: int, all_nodes: Callable[[], int], change: str) -> None:
+        """Check that the patterns leave something to change.
+
+        Args:
+            taken: Number of nodes that can be changed and that the patterns take.
+            all_nodes: Counts the nodes that could be changed without any pattern; asked only where needed.
+            change: What is done to a node, as "quantized".
+
+        Raises:
+            OptionError: They take none, and there are some.
+        """
+        if taken or not (self.include or self.exclude) or not (count := all_nodes()):
+            return
+        given = [f"--{name} {','.join(patterns)}" for name in ("include", "exclude")
+                 if (patterns := getattr(self, name))]  # fmt: skip
+        raise OptionError(
+            f"{' '.join(given)}: nothing is left that can be {change}; without it there would be "
+            f"{counted(count, 'node')}"
+        )
+
 
 EVERY_NODE = NodeSelection()
 """All nodes may be changed."""
@@ -137,6 +159,8 @@ def read_patterns(given: Sequence[str], flag: str) -> tuple[str, ...]:
     for pattern in given:
         found += _lines(pattern[1:], flag) if pattern.startswith(FILE) else [pattern]
     for pattern in found:
+        if pattern in ("", REGEX, OPERATOR):
+            raise OptionError(f"{flag} {pattern!r}: it is empty; give {_NAMES}")
         if pattern.startswith(REGEX):
             try:
                 re.compile(pattern[len(REGEX) :])
@@ -164,6 +188,8 @@ def fits(pattern: str, name: str, op: str) -> bool:
 
 
 def _lines(path: str, flag: str) -> list[str]:
+    if not path:
+        raise OptionError(f"{flag} {FILE}: name a file after it, with one pattern a line")
     try:
         lines = Path(path).read_text("utf-8").splitlines()
     except (OSError, ValueError) as error:

@@ -23,6 +23,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+from onnxcompress.formatting import counted
 from onnxcompress.graph.query import data_input
 from onnxcompress.graph.shape_inference import tensor_shapes
 from onnxcompress.option_fields import option
@@ -181,7 +182,9 @@ def announce(pass_: str, effort: Effort, model: Model, inputs: int, progress: Pr
     """
     work = inputs * computed_numbers(model) * PASSES[pass_][effort]
     seconds = START + work / measured_rate()
-    progress(f"{effort} effort on {inputs} inputs, about {max(5, 5 * round(seconds / 5))} s", 0, 0)
+    progress(
+        f"{effort} effort on {counted(inputs, 'input')}, about {max(5, 5 * round(seconds / 5))} s", 0, 0
+    )
 
 
 def computed_numbers(model: Model) -> int:

@@ -19,6 +19,7 @@ import numpy as np
 from onnxcompress.data.image_set import ImageSet, as_type, check_fits, image_count, load_images
 from onnxcompress.data.preprocess import choose
 from onnxcompress.errors import CompressError, InputError, ModelError
+from onnxcompress.formatting import counted
 from onnxcompress.model import Model
 from onnxcompress.optimize.calibration import InputRequest, assume_sizes
 from onnxcompress.optimize.synthesis.drawn_inputs import Samples
@@ -117,9 +118,9 @@ def _images(
     if judged_by is not None and judged_by.images not in (None, *(one.images for one in real)):
         how = choose(judged_by.preprocess, model.metadata, model.name, dtype).preprocess
         kept = load_images(str(judged_by.images), preprocess=how).spread(COUNT)
-        return kept, f"{len(kept)} images of {judged_by.images} that the gates judge by"
+        return kept, f"{counted(len(kept), 'image')} of {judged_by.images} that the gates judge by"
     if real and (left := _left_out(model, dtype, real)) is not None:
-        return left, f"{len(left)} images of {real[0].images} that no pass learned from"
+        return left, f"{counted(len(left), 'image')} of {real[0].images} that no pass learned from"
     text = real[0].preprocess if real else next((one.preprocess for one in learned if one.preprocess), None)
     choice = choose(text, model.metadata, model.name, dtype)
     seed = next(s for s in range(SEED, SEED + len(learned) + 1) if all(s != one.seed for one in learned))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from onnxcompress.formatting import milliseconds, number, percent, points, size
+from onnxcompress.formatting import counted, milliseconds, number, percent, points, size
 from onnxcompress.report.elements import Prose, Section, Story, Table, Tile
 from onnxcompress.report.run_data import Material
 from onnxcompress.report.sections import layers, measurements, model, passes
@@ -98,7 +98,9 @@ def _lead(material: Material) -> list[str]:
             f"{count or 'no'} {what} be dropped."
         ]
     if "kind" in account and "count" in account:
-        return [f"{account['count']} {account['kind']} images were made in {account['seconds']:.1f} s."]
+        return [
+            f"{counted(account['count'], account['kind'] + ' image')} made in {account['seconds']:.1f} s."
+        ]
     if rows := account.get("rows"):
         worst = max(rows, key=lambda r: float(r["error"]))
         what = f"{worst['layer']} matters most: with {layers.words(worst)} alone"

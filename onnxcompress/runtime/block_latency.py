@@ -19,6 +19,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from onnxcompress.formatting import milliseconds
 from onnxcompress.graph.block_removal import drop_block
 from onnxcompress.graph.blocks import Block
 from onnxcompress.model import Model
@@ -197,7 +198,8 @@ def latency_text(change: LatencyChange) -> str:
         change.batch > 1
     )
     text = (
-        f"latency {change.before_ms:.2f} → {change.after_ms:.2f} ms in onnxruntime{where}: "
+        f"latency {milliseconds(change.before_ms).removesuffix(' ms')} → {milliseconds(change.after_ms)} "
+        f"in onnxruntime{where}: "
         f"{abs(share):.1f} % {word} (95 % interval {low:.1f} to {high:.1f} %)"
     )
     if change.clock == "processor":

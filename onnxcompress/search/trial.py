@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 from onnxcompress.errors import CompressError, one_line
 from onnxcompress.evaluation.gate_results import GateMeasurements, Verdict, judge
 from onnxcompress.evaluation.gates import LIMITS, Gates
+from onnxcompress.formatting import counted
 
 if TYPE_CHECKING:
     import numpy as np
@@ -251,7 +252,7 @@ def _scores(before: str, after: Path, gates: Gates) -> Row:
     measuring = dataclasses.replace(gates, **dict[str, Any](dict.fromkeys(LIMITS)))
     images, scores, preprocess = _baseline(before, measuring, _stamp(before))
     now = logits(after, images, provider=gates.runs_on, threads=gates.threads)
-    row: Row = {"inputs": f"{len(images)} images", "preprocess": preprocess}
+    row: Row = {"inputs": counted(len(images), "image"), "preprocess": preprocess}
     row["agreement"] = agreement(scores, now)
     if images.y is not None:
         row |= {"top1_before": topk(scores, images.y)[0], "top1": topk(now, images.y)[0]}

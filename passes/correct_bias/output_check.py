@@ -14,6 +14,7 @@ import numpy as np
 
 from onnxcompress.account import BeforeAfter
 from onnxcompress.errors import CompressError, ModelError
+from onnxcompress.formatting import counted
 from onnxcompress.model import Model
 from onnxcompress.model.model_like import InputSpec, input_specs
 from onnxcompress.optimize.synthesis.drawn_inputs import Samples
@@ -71,7 +72,7 @@ def _kinds(reference: Model, kept: Samples | None) -> Iterator[tuple[str, Feeds]
     fixed = specs[0].shape[0] if len(specs) == 1 and specs[0].shape else None
     size = fixed if isinstance(fixed, int) else SAMPLES
     if kept is not None and len(kept) >= (fixed if isinstance(fixed, int) else 1):
-        yield f"{len(kept)} images kept aside", _fed(specs[0], kept, size)
+        yield f"{counted(len(kept), 'image')} kept aside", _fed(specs[0], kept, size)
         return
     yield "random noise", _noise(reference)
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from onnxcompress.account import Change
+from onnxcompress.formatting import counted
 from onnxcompress.graph.canonicalize import canonicalize
 from onnxcompress.graph.shared_weights import copy_shared_weights
 from onnxcompress.model import Model
@@ -21,5 +22,5 @@ def fold_and_canonicalize(model: Model, copy_shared: bool = False) -> list[Chang
     """
     changes = copy_shared_weights(model, asked=copy_shared)
     folded = FoldBatchNorm().apply(model).measured.folded
-    changes += [Change(model.name, f"{folded} BatchNorms folded")] * bool(folded)
+    changes += [Change(model.name, f"{counted(folded, 'BatchNorm')} folded")] * bool(folded)
     return changes + canonicalize(model)

@@ -47,6 +47,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from onnxcompress.account import Change, Figures, Refusal
+from onnxcompress.formatting import counted
 from onnxcompress.graph.batch_norm import is_batch_norm, read_batch_norm
 from onnxcompress.graph.query import DEFAULT_DOMAINS, is_op, node_label, producer
 from onnxcompress.graph.shape_inference import tensor_shapes
@@ -123,7 +124,7 @@ class FoldBatchNorm(Pass):
         changes = work.changes
         figures = FoldBatchNormFigures(len(changes), len(refusals), len(record))
         if not changes and record.keys() != before.keys():
-            changes = [Change(model.name, f"recorded the statistics of {len(record)} tensors")]
+            changes = [Change(model.name, f"recorded the statistics of {counted(len(record), 'tensor')}")]
         return PassResult(changes, refusals, figures)
 
 

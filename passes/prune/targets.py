@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -63,6 +63,9 @@ def choose_target(options: PruneOptions, model: Model) -> Target:
 
     Returns:
         The layers, and those that stay dense, with the reasons.
+
+    Raises:
+        OptionError: Layers could be pruned, and the patterns leave none.
     """
     pattern = Pattern.parse(options.pattern) or UNSTRUCTURED
     plan = make_plan(model, FLOATS)
@@ -86,6 +89,11 @@ def choose_target(options: PruneOptions, model: Model) -> Target:
             refusals.append(Refusal(layer.linear.label, rule, "prune it with --pattern unstructured"))
             continue
         layers[layer.linear.weight_name] = layer
+
+    def all_layers() -> int:
+        return len(choose_target(replace(options, include=(), exclude=()), model).layers)
+
+    options.selection.check_taken(len(layers), all_layers, "pruned")
     return Target(model, plan, pattern, layers, refusals)
 
 

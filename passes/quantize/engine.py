@@ -11,6 +11,7 @@ import numpy as np
 
 from onnxcompress.account import Change, Refusal, StageSeconds
 from onnxcompress.errors import ModelError
+from onnxcompress.graph.node_selection import EVERY_NODE
 from onnxcompress.graph.query import data_input
 from onnxcompress.model import Model
 from onnxcompress.optimize.calibration import InputRequest, Inputs, gather_inputs, quick
@@ -241,8 +242,17 @@ def layers_of(options: QuantizeOptions, model: Model) -> Plan:
 
     Returns:
         The plan; where it has no layer, a refusal says so.
+
+    Raises:
+        OptionError: Layers could be quantized, and the patterns leave none.
     """
-    plan = make_plan(model, bits_of(options))
+    bits = bits_of(options)
+    plan = make_plan(model, bits)
+
+    def all_layers() -> int:
+        return len(make_plan(model, replace(bits, selection=EVERY_NODE)).layers)
+
+    options.selection.check_taken(len(plan.layers), all_layers, "quantized")
     if not plan.layers and not plan.refusals:
         rule = "no Conv, ConvTranspose, Gemm or MatMul of it reads data with a constant weight"
         plan.refusals.append(Refusal(model.name, rule))

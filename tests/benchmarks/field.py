@@ -94,7 +94,7 @@ def _run(words: Sequence[str], seconds: float) -> subprocess.CompletedProcess[st
         capture_output=True,
         text=True,
         timeout=4 * seconds,
-        env={**os.environ, "ONNXCOMPRESS_CACHE": "none"},
+        env={**os.environ, "ONNXCOMPRESS_CACHE": "none", "ONNXCOMPRESS_LATENCY": "off"},
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_CPU, (limit, limit + 10)),
     )
 

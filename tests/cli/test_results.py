@@ -105,7 +105,7 @@ def test_drop_blocks_shows_each_block_and_the_latency() -> None:
         "third 0.0200 10.00 % 9.00 to 12.00 0.200 dropped 1.",
         "dropped 2 blocks; features matched at 'relu'",
         "learned from 48 images (photos/), preprocessed by unit (as asked for)",
-        "latency 10.00 → 6.80 ms in onnxruntime: 32.0 % less (95 % interval 29.0 to 34.0 %)",
+        "latency 10.0 → 6.80 ms in onnxruntime: 32.0 % less (95 % interval 29.0 to 34.0 %)",
         "the blocks' shares τ add up to 30.0 % (24.0 to 39.0 %), measured are 32.0 % (29.0 to 34.0 %): "
         "they add up, within the intervals",
         "relative error of the features on inputs kept aside: 0.120 (root mean square)",
@@ -119,7 +119,7 @@ def test_drop_blocks_says_which_clock_it_could_not_trust() -> None:
         assert any(line.startswith("the machine was too busy to tell blocks") for line in text) == noisy
     for clock in ("wall", "processor"):
         text = shown("drop-blocks", dropped(latency=replace(LATENCY, clock=clock)))
-        (line,) = [line for line in text if line.startswith("latency 10.00")]
+        (line,) = [line for line in text if line.startswith("latency 10.0")]
         assert line.endswith("too busy for a wall clock") == (clock == "processor")
 
 

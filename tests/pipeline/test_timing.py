@@ -12,6 +12,7 @@ import pytest
 
 from onnxcompress.cli.main import main
 from onnxcompress.errors import CompressWarning, ModelError
+from onnxcompress.formatting import milliseconds
 from onnxcompress.model import load
 from onnxcompress.passes import CATALOGUE, load_pass
 from onnxcompress.passes.fp16 import HalfPrecision
@@ -81,7 +82,9 @@ def test_a_pass_ends_with_the_latency_and_leaves_the_file_as_it_is(
 def test_a_sentence_says_where_it_is_no_gain(after: float, low: float, high: float, words: str) -> None:
     change = LatencyChange(10.0, after, after / 10, low, high, "cuda (tf32 on)", 8)
     text = latency_text(change)
-    assert text == f"latency 10.00 → {after:.2f} ms in onnxruntime on cuda (tf32 on), batch 8: {words}"
+    assert (
+        text == f"latency 10.0 → {milliseconds(after)} in onnxruntime on cuda (tf32 on), batch 8: {words}"
+    )
 
 
 def test_the_sentence_is_printed_and_the_pass_is_told_to_be_no_gain_before(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from rich.console import Console
 
 from onnxcompress.cli.console import learned_from
+from onnxcompress.formatting import counted
 from onnxcompress.passes.base import PassResult
 from onnxcompress.passes.calibrate import CalibrateFigures
 
@@ -21,7 +22,7 @@ def show_calibrate(console: Console, result: PassResult[CalibrateFigures]) -> No
     """
     measured = result.measured
     console.print(
-        f"statistics of {measured.tensors} tensors: {measured.estimated} estimated, "
+        f"statistics of {counted(measured.tensors, 'tensor')}: {measured.estimated} estimated, "
         f"{measured.kept} kept from BatchNorm"
     )
     for line in learned_from(result.inputs, "estimated"):
@@ -29,7 +30,7 @@ def show_calibrate(console: Console, result: PassResult[CalibrateFigures]) -> No
     agreement = measured.agreement
     if agreement is not None:
         console.print(
-            f"compared with BatchNorm ({agreement.tensors} tensors): means off by "
+            f"compared with BatchNorm ({counted(agreement.tensors, 'tensor')}): means off by "
             f"{agreement.mean_error:.2g} standard deviations, standard deviations "
             f"{agreement.std_ratio:.2f} times as large (medians over channels)"
         )

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from rich.console import Console
 
 from onnxcompress.cli.console import learned_from, table
+from onnxcompress.formatting import counted
 from onnxcompress.optimize.block_drop.figures import BlockRow, DropBlocksFigures
 from onnxcompress.optimize.reconstruction.tuning_outcome import tuning_text
 from onnxcompress.passes.base import PassResult
@@ -32,7 +33,7 @@ def show_drop_blocks(console: Console, result: PassResult[DropBlocksFigures]) ->
         )
     dropped = sum(row.dropped for row in measured.blocks)
     console.print(
-        f"dropped {dropped} blocks; features matched at {measured.feature!r}\n"
+        f"dropped {counted(dropped, 'block')}; features matched at {measured.feature!r}\n"
         + "\n".join(learned_from(result.inputs)),
         markup=False,
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from rich.console import Console
 
 from onnxcompress.cli.console import learned_from, number, table
+from onnxcompress.formatting import counted
 from onnxcompress.optimize.channel_drop.figures import ChannelGroupRow, DropChannelsFigures
 from onnxcompress.optimize.reconstruction.tuning_outcome import tuning_text
 from onnxcompress.passes.base import PassResult
@@ -23,7 +24,7 @@ def show_drop_channels(console: Console, result: PassResult[DropChannelsFigures]
     console.print(table("Groups of channels", columns, [_row(row) for row in measured.groups]))
     cut = sum(row.kept < row.channels for row in measured.groups)
     console.print(
-        f"cut {cut} of {len(measured.groups)} groups; features matched at {measured.feature!r}\n"
+        f"cut {cut} of {counted(len(measured.groups), 'group')}; features matched at {measured.feature!r}\n"
         + "\n".join(learned_from(result.inputs)),
         markup=False,
     )

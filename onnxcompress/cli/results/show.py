@@ -60,7 +60,7 @@ def show_changes(console: Console, result: PassResult[Figures | None]) -> None:
     for change in result.changes:
         kinds[change.what] = kinds.get(change.what, 0) + 1
     for what, count in kinds.items():
-        console.print(f"{count} × {what}", markup=False)
+        console.print(what if count == 1 else f"{count} × {what}", markup=False)
     if not result.changes:
         console.print("nothing to change")
     for line in learned_from(result.inputs):

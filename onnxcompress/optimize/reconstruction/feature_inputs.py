@@ -31,6 +31,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from onnxcompress.account import InputSource
+from onnxcompress.formatting import counted
 from onnxcompress.graph.query import data_input, is_op, producer
 from onnxcompress.graph.shape_inference import tensor_shapes
 from onnxcompress.graph.topology import Topology
@@ -122,7 +123,7 @@ def stages_of(
     images = context.images if starts is None else starts()
     values = make_feature_inputs(context, start, images, seed=seed, device=device, progress=progress)
     made = len(values) - context.real
-    where = f"at {start!r}, where the deep layers begin; from {len(images)} images"
+    where = f"at {start!r}, where the deep layers begin; from {counted(len(images), 'image')}"
     used = InputSource("deep inputs", made, seed, where, "", "") if made else None
     return [
         Stage(context.images, context.alignment, stop=start),

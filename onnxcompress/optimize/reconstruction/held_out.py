@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from onnxcompress.data.image_set import ImageSet
+from onnxcompress.errors import CompressWarning
+from onnxcompress.formatting import counted
 from onnxcompress.model import Model
 from onnxcompress.optimize.calibration import Inputs
 from onnxcompress.optimize.executor import Executor
@@ -45,6 +48,12 @@ def keep_aside(
     every = max(EVERY, -(-count // MOST))
     aside = torch.arange(count) % every == every - 1
     if int(aside.sum()) < FEWEST:
+        warnings.warn(
+            f"{counted(count, 'input')} to learn from: too few to keep some of them aside; what is kept, "
+            f"and the error that is shown, go by {MADE} made images",
+            CompressWarning,
+            stacklevel=2,
+        )
         how = inputs.images.preprocess if isinstance(inputs.images, ImageSet) else None
         made = synthetic_images(model, "procedural", MADE, how, seed + SEED)
         return values, torch.from_numpy(made.array()), shares

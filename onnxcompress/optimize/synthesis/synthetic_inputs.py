@@ -8,6 +8,7 @@ from dataclasses import replace
 from onnxcompress.data.image_set import ImageSet, check_fits
 from onnxcompress.data.preprocess import Preprocess, base_for
 from onnxcompress.errors import ModelError
+from onnxcompress.formatting import counted
 from onnxcompress.graph.query import data_input
 from onnxcompress.model import Model
 from onnxcompress.model.model_like import InputSpec, dims, input_specs
@@ -38,7 +39,7 @@ def best_kind(model: Model) -> tuple[str, str]:
     known = known_statistics(model)
     real = [s for s in known.values() if not any(kind in s.source for kind in MADE_UP)]
     if real:
-        return "distilled", f"the file knows the statistics of {len(real)} tensors"
+        return "distilled", f"the file knows the statistics of {counted(len(real), 'tensor')}"
     if known:
         return "procedural", "the file's statistics were themselves taken of procedural images"
     return "procedural", "the file has neither BatchNorm nor recorded statistics"

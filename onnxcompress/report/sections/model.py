@@ -9,7 +9,7 @@ from typing import Any
 
 from onnxcompress.account import InputSource, Refusal
 from onnxcompress.data.preprocess import preprocess_text
-from onnxcompress.formatting import number, percent, size
+from onnxcompress.formatting import counted, number, percent, size
 from onnxcompress.report.charts import Bars
 from onnxcompress.report.elements import Code, Fold, Part, Picture, Plot, Prose, Section, Table, Terms
 from onnxcompress.report.run_data import Material
@@ -68,7 +68,7 @@ def _sizes(material: Material, pair: bool, count: int) -> str:
         gone = sum(r.layer and r.after is None for r in material.layers)
         after = sum(r.after or 0 for r in material.layers)
         text += f" before, {size(after)} after"
-        text += f"; {gone} layers are gone" if gone else ""
+        text += f"; gone: {counted(gone, 'layer')}" if gone else ""
     text += "."
     return text + (f" The {LARGEST} largest of {count} layers are drawn." if count > LARGEST else "")
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from onnxcompress.account import Change, Figures, Refusal
 from onnxcompress.evaluation.guard import GuardMeasurements, Verdict
-from onnxcompress.formatting import percent
+from onnxcompress.formatting import counted, percent
 from onnxcompress.optimize.block_drop.figures import DropBlocksFigures
 from onnxcompress.optimize.channel_drop.figures import DropChannelsFigures
 from onnxcompress.passes.fp16.figures import HalfPrecisionFigures
@@ -79,7 +79,7 @@ def _changes(changes: Sequence[Change]) -> list[Part]:
         return [Prose("It changed nothing.")]
     kinds = Counter(c.what for c in changes)
     if len(kinds) > SHOWN:
-        text = f"{len(changes)} changes, of {len(kinds)} kinds."
+        text = f"{counted(len(changes), 'change')}, of {counted(len(kinds), 'kind')}."
     else:
         text = "; ".join(what if n == 1 else f"{n} × {what}" for what, n in kinds.items()) + "."
     rows = [[c.node, c.what] for c in changes]
