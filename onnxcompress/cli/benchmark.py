@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from onnxcompress.cli import options, report_option
-from onnxcompress.formatting import milliseconds
 
 if TYPE_CHECKING:
     from onnxcompress.runtime.latency import Ratio, Timing
@@ -100,7 +99,7 @@ def _show(found: list[Timings], account: dict[str, Any]) -> None:
         times = (one[key] for key in ("median_ms", "mean_ms", "min_ms", "p90_ms", "p99_ms"))
         row = [
             one["name"],
-            *(milliseconds(ms).removesuffix(" ms") for ms in times),
+            *(f"{ms:.3f}" if ms >= 0.1 else f"{ms:#.3g}" for ms in times),
             f"{one['throughput']:.1f}",
         ]
         if ratios:

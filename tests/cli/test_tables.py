@@ -162,7 +162,7 @@ def test_inspect_shows_shares_of_parameters_and_of_work(capsys: pytest.CaptureFi
     block = Block("b1", "residual", "x", "y", ("N", 8, 4, 4), ("y",), 250, 1500, "s")
     inspect._show_blocks(stdout(), Discovery((block,), ()), {"macs": 2000, "parameters": 1000})
     assert printed(capsys) == [
-        "1 blocks that can be dropped",
+        "1 block that can be dropped",
         "block kind shape parameters of all MACs of all",
         "b1 residual 8×4×4 250 25.0 % 1.50 k 75.0 %",
     ]

@@ -274,7 +274,7 @@ def test_bytes_of_layers_are_shown_before_and_after() -> None:
     section = sizes(Material("prune", {}, layers=layers))
     (chart,) = plots(section)
     assert chart.finding.replace("\u00a0", " ") == (
-        "All weights together: 6.11 kB before, 1.61 kB after; 1 layers are gone."
+        "All weights together: 6.11 kB before, 1.61 kB after; gone: 1 layer."
     )
     assert isinstance(chart.chart, Bars)
     assert chart.chart.x_label == "weights, kB"
