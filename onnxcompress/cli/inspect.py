@@ -21,6 +21,10 @@ if TYPE_CHECKING:
     from onnxcompress.graph.channel_groups.cut_tracer import CutGroups
     from onnxcompress.model import Model
 
+NO_BLOCK = "no layers lie between two tensors of one shape through which all data goes"
+NO_LAYER = "no Conv, ConvTranspose, Gemm or MatMul outside of bodies reads data with a constant weight"
+"""Why there is none, where not even a near miss is."""
+
 
 @click.command()
 @click.argument("model", type=FILE)
@@ -184,8 +188,10 @@ def _show_blocks(console: Console, found: Discovery, facts: dict[str, Any]) -> N
     columns = ["block", "kind", "shape", "parameters", "of all", "MACs", "of all"]
     if rows:
         console.print(table(f"{counted(len(rows), 'block')} that can be dropped", columns, rows, left=2))
-    else:
+    elif found.near_misses:
         console.print("no block can be dropped")
+    else:
+        console.print(f"no block can be dropped: {NO_BLOCK}")
     show_refusals(console, list(found.near_misses), title="nearly a block, but not droppable")
 
 
@@ -199,8 +205,10 @@ def _show_channels(console: Console, channels: CutGroups, facts: dict[str, Any])
     columns = ["group", "channels", "parameters", "of all", "MACs", "of all"]
     if rows:
         console.print(table(f"{counted(len(rows), 'group')} of channels that can be cut", columns, rows))
-    else:
+    elif channels.refusals:
         console.print("no channels can be cut")
+    else:
+        console.print(f"no channels can be cut: {NO_LAYER}")
     show_refusals(console, list(channels.refusals), title="groups of channels that stay")
 
 

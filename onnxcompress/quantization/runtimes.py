@@ -70,6 +70,8 @@ class RuntimeRules:
     """Whether activations are quantized at all."""
     mixed_operands: bool = True
     """Whether a layer whose weight is quantized may read floats."""
+    most_activation_bits: int = 16
+    """Bits of activations, at most, that the runtime reads."""
 
 
 RULES: dict[Runtime, RuntimeRules] = {
@@ -80,6 +82,7 @@ RULES: dict[Runtime, RuntimeRules] = {
         symmetric=True,
         activation_type="int8",
         mixed_operands=False,
+        most_activation_bits=8,
     ),
     "openvino": RuntimeRules(),
     "qnn": RuntimeRules(Placement(QNN, by_channel=("Conv", "ConvTranspose"))),

@@ -125,6 +125,11 @@ class QuantizeOptions(SelectionOptions, InputOptions):
             OptionError: A value is out of range, or options contradict each other.
         """
         super().check()
+        if self.activation_bits > (most := self.rules.most_activation_bits):
+            raise OptionError(
+                f"--for {self.for_runtime} reads activations of {most} bits at most, got --activation-bits "
+                f"{self.activation_bits}"
+            )
         if self.sensitivity is not None and not self.mixed:
             raise OptionError("--sensitivity: give a budget with it, --bits-budget or --size-budget")
 

@@ -50,7 +50,7 @@ class CutGroup:
     """Label of the first layer that writes them; unique in the model."""
     group: ChannelGroup
     parameters: int
-    """Weights of the layers that belong to these channels."""
+    """Weights of the layers that belong to these channels; one that layers share counts once."""
     macs: int
     """Multiply-accumulates for one image that belong to these channels; 0 where sizes are open."""
 
@@ -206,9 +206,12 @@ def _named(model: Model, channels: ChannelGroups) -> Iterable[CutGroup]:
             side = member.layer.reads if member.side == "inputs" else member.layer.writes
             _, left = shares.get(id(member.layer), (member.layer, 1.0))
             shares[id(member.layer)] = member.layer, left * (1 - member.channels.size / len(side))
-        parameters = sum(layer.linear.weight.size * (1 - left) for layer, left in shares.values())
+        weights: dict[str, float] = {}  # layers may share one: it counts once
+        for layer, left in shares.values():
+            cut = layer.linear.weight.size * (1 - left)
+            weights[layer.linear.weight_name] = max(cut, weights.get(layer.linear.weight_name, 0.0))
         macs = sum(work[id(layer)] * (1 - left) for layer, left in shares.values())
-        yield CutGroup(name, group, round(parameters), round(macs))
+        yield CutGroup(name, group, round(sum(weights.values())), round(macs))
 
 
 def _macs(layer: LabelledLayer, shapes: Mapping[str, tuple[int | str | None, ...]]) -> int:
