@@ -187,13 +187,10 @@ def warn_placements(placements: Sequence[tuple[str, Any]]) -> None:
         placements: Pairs of a model's name and its `Placement`.
     """
     for name, placement in placements:
-        left = placement.computed_on_cpu
-        if left:
+        if left := placement.computed_on_cpu:
             shown = ", ".join(left[:5]) + (", …" if len(left) > 5 else "")
-            click.echo(
-                f"warning: {name}: {counted(len(left), 'node')} ran on the CPU, not the GPU: {shown}",
-                err=True,
-            )
+            nodes = counted(len(left), "node")
+            click.echo(f"warning: {name}: {nodes} ran on the CPU, not the GPU: {shown}", err=True)
         if placement.shapes_on_cpu:
             count = len(placement.shapes_on_cpu)
             text = f"note: {name}: {count} nodes that compute shapes ran on the CPU, as is usual"

@@ -242,17 +242,11 @@ def _costs(
     if target.pattern.group or options.sensitivity is not None:
         return None
     settings = Settings(batch=context.batch, seed=options.seed)
-    found = Costs({}, {})
+    found, names = Costs({}, {}), frozenset(target.layers)
     for stage in stages:
-        names = frozenset(target.layers)
+        start, stop = stage.start, stage.stop
         trials = Trials(
-            context.model,
-            context.plan,
-            settings,
-            stage.alignment,
-            start=stage.start,
-            stop=stage.stop,
-            names=names,
+            context.model, context.plan, settings, stage.alignment, start=start, stop=stop, names=names
         )
         trials.pass_through(stage.inputs, "trying sparsities", progress)
         if trials.found:

@@ -17,7 +17,7 @@ from onnxcompress.passes.fold_bn import FoldBatchNorm
 from onnxcompress.pipeline.recipe import Recipe
 from onnxcompress.search import search as searching
 from onnxcompress.search.search import Search, search
-from onnxcompress.search.space import first_points
+from onnxcompress.search.space import Extent, first_points
 from onnxcompress.search.study import Study
 from onnxcompress.search.trial import Result, Row, Trial, compress
 from onnxcompress.search.workers import InProcess
@@ -123,7 +123,7 @@ def test_a_search_ends_in_time(models: Path, tmp_path: Path, monkeypatch: pytest
 
 def test_the_sampler_has_the_seed_and_learns_which_candidates_miss_limits(tmp_path: Path) -> None:
     """Quantized ones are best in all objectives, and miss a limit: at random it would be half of them."""
-    studies = [Study(tmp_path / f"{seed}", seed, 4) for seed in (0, 1)]
+    studies = [Study(tmp_path / f"{seed}", seed, Extent(4, 0)) for seed in (0, 1)]
     quantized: list[bool] = []
     for at in range(40):
         ((number, candidate),) = studies[0].batch(1, 40)
@@ -136,8 +136,8 @@ def test_the_sampler_has_the_seed_and_learns_which_candidates_miss_limits(tmp_pa
         studies[0].tell(number, row, [1.0 if quantized[-1] else -1.0])
         assert number == at
     assert sum(quantized[20:]) <= 7
-    first = len(first_points(4))
-    batches = [[studies[1].batch(9, 9)], [Study(tmp_path / "again", 0, 4).batch(9, 9)]]
+    first = len(first_points(Extent(4, 0)))
+    batches = [[studies[1].batch(9, 9)], [Study(tmp_path / "again", 0, Extent(4, 0)).batch(9, 9)]]
     other, own = ([candidate for _, candidate in batch[first:]] for (batch,) in batches)
     assert other != own
 
