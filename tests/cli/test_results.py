@@ -89,7 +89,7 @@ def test_drop_channels_shows_each_group_and_what_became_less() -> None:
         "last 64 64 40.0 k 3.00 M",
         "cut 1 of 2 groups; features matched at 'relu'",
         "learned from 48 images (photos/), preprocessed by unit (as asked for)",
-        "latency 10.00 → 6.80 ms in onnxruntime: 32.0 % less (95 % interval 29.0 to 34.0 %)",
+        "latency 10.0 → 6.80 ms in onnxruntime: 32.0 % less (95 % interval 29.0 to 34.0 %)",
         "MACs 4.00 M → 3.20 M: 20.0 % less",
         "parameters 50.0 k → 45.0 k: 10.0 % less",
         "relative error of the features on inputs kept aside: 0.120 (root mean square)",
