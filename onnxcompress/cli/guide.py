@@ -6,7 +6,11 @@ from importlib.resources import files
 
 import click
 
-GUIDES = ("faster", "quantize", "ci", "terminal", "python", "json", "trust", "hostile", "search")
+GUIDES = (
+    "faster", "quantize", "ci", "terminal", "python", "json", "trust", "hostile", "search", "data-free",
+    "methods", "figures",
+)  # fmt: skip
+"""In the order of the help."""
 
 
 @click.command()
