@@ -33,6 +33,7 @@ class Recorded:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.made: list[tuple[Trial, str | None]] = []
         self.timed: list[tuple[str, float]] = []
+        self.seeds: set[int] = set()
         self.told: list[tuple[int, Row, list[float]]] = []
         for name in ("compress", "time_result", "time_together"):
             monkeypatch.setattr(searching, name, getattr(self, name))
@@ -41,6 +42,7 @@ class Recorded:
 
         def told(study: Study, number: int, row: Row, violations: Any) -> None:
             self.told.append((number, row, list(violations)))
+            self.seeds.add(study._seed)
             tell(study, number, row, violations)
 
         monkeypatch.setattr(Study, "tell", told)
@@ -93,7 +95,7 @@ def test_candidates_are_made_and_timed_as_asked(
         [pass_.options() for pass_ in trial.recipe.passes if "effort" in pass_.options()]
         for trial, _ in (*proxies, *repaired)
     ]
-    assert {values["seed"] for chain in learning for values in chain} == {7}
+    assert {values["seed"] for chain in learning for values in chain} == seen.seeds == {7}
     assert {values["effort"] for chain in learning[: len(proxies)] for values in chain} == {"fast"}
     assert {values["effort"] for chain in learning[len(proxies) :] for values in chain} == {"balanced"}
     drops = [v for chain in learning for v in chain if "blocks" in v]
