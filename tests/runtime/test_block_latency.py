@@ -18,7 +18,7 @@ from onnxcompress.model import Model, load
 from onnxcompress.optimize.block_drop.figures import DropBlocksFigures
 from onnxcompress.runtime import block_latency
 from onnxcompress.runtime.block_latency import LatencyChange, Share, Stopwatch, usable
-from onnxcompress.runtime.latency import Timing, benchmark
+from onnxcompress.runtime.latency import Ratio, Timing, benchmark
 from tests.helpers.brief import few_adapter_steps
 
 pytest.importorskip("torch")
@@ -119,6 +119,64 @@ def test_a_comparison_is_of_the_second_model_with_the_first(
     assert found.low < found.ratio < found.high
     assert found.saved.value == pytest.approx(2 / cost(resnet), abs=0.01)
     assert found.saved.low < found.saved.value < found.saved.high
+
+
+def test_what_decides_is_measured_long_and_precisely(
+    resnet: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Shares and savings until ratios are within 0.3 %, a comparison within 0.5 %, all as asked for."""
+    seen: list[dict[str, Any]] = []
+    timed = stub({"wall": 0.001}, [])
+
+    def watched(models: Mapping[str, Model], **options: Any) -> dict[str, Timing]:
+        seen.append(options)
+        return dict(timed(models))
+
+    monkeypatch.setattr(block_latency, "benchmark", watched)
+    stopwatch = Stopwatch("cpu", batch=4, threads=2, seed=3)
+    stopwatch.shares(resnet, find_blocks(resnet).blocks)
+    smaller = resnet.copy()
+    drop_block(smaller, find_blocks(smaller).blocks[0])
+    saved = stopwatch.savings(resnet, {"smaller": smaller})["smaller"]
+    stopwatch.compare(resnet, smaller, 5.0)
+    asked = {"provider": "cpu", "batch": 4, "threads": 2, "seed": 3, "clock": "wall"}
+    assert seen == [
+        asked | {"seconds": 8.0, "tolerance": 0.003},
+        asked | {"seconds": 20.0, "tolerance": 0.003},
+        asked | {"seconds": 5.0, "tolerance": 0.005, "warm_up": 3.0},
+    ]
+    assert saved.low < saved.value < saved.high
+    assert saved.value == pytest.approx(2 / cost(resnet), abs=0.002)
+
+
+def test_small_shares_count_as_a_tenth_of_the_largest(blocks: tuple[Block, ...]) -> None:
+    """Scores are divided by them; without macs of the whole, blocks are taken for half of it."""
+    values = [0.2, 0.1, 0.005, -0.01]
+    shares = {b.exit: Share(v, v - 0.001, v + 0.001) for b, v in zip(blocks, values, strict=True)}
+    found, noisy = usable(shares, blocks)
+    assert not noisy
+    assert [found[b.exit] for b in blocks] == pytest.approx([0.2, 0.1, 0.02, 0.02])
+    unsure = {b.exit: Share(0.01, -0.5, 0.5) for b in blocks}
+    assert sum(usable(unsure, blocks)[0].values()) == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize(("width", "noise"), [(0.9, False), (1.1, True)])
+def test_an_interval_wider_than_its_share_is_noise(
+    width: float, noise: bool, blocks: tuple[Block, ...]
+) -> None:
+    shares = {b.exit: Share(0.1, 0.1 - width * 0.05, 0.1 + width * 0.05) for b in blocks}
+    assert block_latency.noisy(shares) is noise
+
+
+@pytest.mark.parametrize(("half_width", "clocks"), [(0.019, ["wall"]), (0.021, ["wall", "processor"])])
+def test_a_ratio_within_two_percent_is_sure(
+    half_width: float, clocks: list[str], resnet: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = watch(monkeypatch, wall=0.0, processor=0.0)
+    monkeypatch.setattr(block_latency, "ratio", lambda a, b: Ratio(0.8, 0.8 - half_width, 0.8 + half_width))
+    found = Stopwatch("cpu", batch=4).compare(resnet, resnet, 1.0)
+    assert asked == clocks
+    assert (found.clock, found.batch, found.provider) == (clocks[-1], 4, "cpu")
 
 
 @pytest.mark.parametrize(("provider", "resolution"), [("cuda", 1e-9), ("cpu", 0.0156)])

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +105,66 @@ def test_rounds_end_once_the_interval_is_within_the_tolerance(monkeypatch: pytes
     found = latency.interleave([lambda: 1.0] * 2, runs=None, seconds=None, tolerance=0.01, seed=0)
     assert len(found) == 34  # after 20, 26 and 34
     assert next(widths) == 0.0
+
+
+def test_models_are_warmed_up_and_timed_while_no_garbage_is_collected(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seen: list[tuple[str, bool, dict[str, Any]]] = []
+
+    def warm(timed: Any, seconds: float) -> None:
+        seen.append(("warm", gc.isenabled(), {"seconds": seconds}))
+
+    def interleave(timed: Any, **options: Any) -> np.ndarray:
+        seen.append(("timed", gc.isenabled(), options))
+        return np.ones((3, len(timed)))
+
+    monkeypatch.setattr(latency, "_warm", warm)
+    monkeypatch.setattr(latency, "interleave", interleave)
+    benchmark({"net": network()}, provider="cpu", seed=4)
+    benchmark({"net": network()}, provider="cpu", runs=7, warm_up=0.5, tolerance=None)
+    assert [(kind, collects) for kind, collects, _ in seen] == [("warm", False), ("timed", False)] * 2
+    assert gc.isenabled()
+    options = [{k: o.get(k) for k in ("runs", "seconds", "tolerance", "seed")} for _, _, o in seen]
+    assert options[0]["seconds"] == 3.0
+    assert options[1] == {"runs": None, "seconds": 10.0, "tolerance": 0.01, "seed": 4}
+    assert options[2]["seconds"] == 0.5
+    assert options[3] == {"runs": 7, "seconds": None, "tolerance": None, "seed": 0}
+
+
+@pytest.mark.parametrize(
+    ("history", "steady"),
+    [
+        ([10.0] * 9, False),  # too few
+        ([10.0] * 10, True),
+        ([10.0] * 5 + [9.6] * 5, True),
+        ([10.0] * 5 + [9.4] * 5, False),
+        ([20.0, 10.0, 10.0, 10.0, 10.0, 10.4, 10.4, 10.4, 30.0, 10.4], True),  # medians of five
+    ],
+)
+def test_a_model_runs_steadily_once_its_runs_take_what_they_took(
+    history: list[float], steady: bool
+) -> None:
+    assert latency._steady(history) is steady
+
+
+def test_models_take_turns_in_a_new_order_each_round() -> None:
+    def orders(seed: int) -> list[list[int]]:
+        called: list[int] = []
+        timed = [partial(lambda at: called.append(at) or float(at), at) for at in range(4)]  # type: ignore[func-returns-value]
+        found = latency.interleave(timed, runs=12, seconds=None, tolerance=None, seed=seed)
+        assert (found == np.arange(4)).all()
+        return [called[start : start + 4] for start in range(0, 48, 4)]
+
+    first = orders(0)
+    assert all(sorted(order) == [0, 1, 2, 3] for order in first)
+    assert len({tuple(order) for order in first}) > 5
+    assert orders(0) == first != orders(1)
+
+
+def test_rounds_end_at_a_limit() -> None:
+    found = latency.interleave([lambda: 1.0], runs=None, seconds=None, tolerance=None, seed=0)
+    assert len(found) == 10_000
 
 
 @pytest.mark.slow
