@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ import pytest
 
 from onnxcompress.cli.main import main
 from onnxcompress.errors import OptionError
-from onnxcompress.runtime import timer_check
+from onnxcompress.runtime import gpu_clocks, timer_check
 from onnxcompress.runtime.gpu_clocks import Clocks, Reading, Watch, watching
 from onnxcompress.runtime.latency import benchmark, precision, ratio
 from onnxcompress.runtime.providers import Provider, ProviderOptions
@@ -97,7 +98,7 @@ def clocks(**changed: object) -> Clocks:
 
 def test_steady_clocks_are_no_drift() -> None:
     assert clocks().drift == ""
-    assert clocks(sm_mhz=(1950, 1980)).drift == ""
+    assert clocks(sm_mhz=(1925, 1980), celsius=(40, 48)).drift == ""
     assert clocks().text == "G: SM 1980 MHz, memory 2600 MHz, 40 to 44 °C (2 readings)"
 
 
@@ -106,7 +107,8 @@ def test_steady_clocks_are_no_drift() -> None:
     [
         ({"sm_mhz": (1410, 1980)}, "SM clock went between 1410 and 1980 MHz"),
         ({"memory_mhz": (1300, 2600)}, "memory clock went"),
-        ({"celsius": (40, 60)}, "temperature between 40 and 60"),
+        ({"sm_mhz": (1915, 1980)}, "SM clock went between 1915 and 1980 MHz"),
+        ({"celsius": (40, 49)}, "temperature between 40 and 49"),
         ({"throttled": ("power limit",)}, "lowered by its power limit"),
     ],
 )
@@ -127,6 +129,39 @@ def test_a_watch_looks_no_more_often_than_it_should() -> None:
     assert found is not None
     assert (found.samples, found.sm_mhz, found.celsius) == (3, (1000, 1020), (40, 42))
     assert found.throttled == ("power limit",)
+
+
+def test_a_watch_looks_twice_a_second() -> None:
+    ticks = iter(np.arange(0, 10, 0.3))
+    watch = Watch("G", lambda: Reading(1, 2, 3), clock=lambda: float(next(ticks)))
+    for _ in range(7):  # at 0.0, 0.6, 1.2 and 1.8 seconds
+        watch()
+    assert len(watch.readings) == 4
+
+
+@pytest.mark.parametrize(
+    ("reasons", "words"),
+    [
+        (0x01 | 0x02 | 0x10, ()),  # idle, or clocks that the user chose
+        (0x04 | 0x08 | 0x20 | 0x40 | 0x80, tuple(gpu_clocks._THROTTLED.values())),
+        (0x04, ("power limit",)),
+        (0x08, ("hardware slowdown",)),
+        (0x20, ("thermal limit",)),
+        (0x40, ("hardware thermal limit",)),
+        (0x80, ("power brake",)),
+    ],
+)
+def test_a_reading_has_what_the_driver_says(reasons: int, words: tuple[str, ...]) -> None:
+    """Bits by NVML's nvmlClocksEventReasons."""
+    nvml = SimpleNamespace(
+        NVML_CLOCK_SM=1,
+        NVML_CLOCK_MEM=2,
+        NVML_TEMPERATURE_GPU=0,
+        nvmlDeviceGetCurrentClocksThrottleReasons=lambda handle: reasons,
+        nvmlDeviceGetClockInfo=lambda handle, which: {1: 1980, 2: 2600}[which],
+        nvmlDeviceGetTemperature=lambda handle, which: 55,
+    )
+    assert gpu_clocks._read(nvml, "card") == Reading(1980, 2600, 55, words)
 
 
 @pytest.mark.skipif(cuda_devices() > 0, reason="there is a GPU")
