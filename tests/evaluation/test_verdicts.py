@@ -12,6 +12,7 @@ from onnxcompress.evaluation.fidelity import Fidelity, OutputFidelity, Part
 from onnxcompress.evaluation.guard import (
     LOSSY,
     Floors,
+    Guard,
     GuardMeasurements,
     Status,
     Verdict,
@@ -20,8 +21,10 @@ from onnxcompress.evaluation.guard import (
     verdict,
 )
 from onnxcompress.model import Model
-from onnxcompress.passes import CATALOGUE, load_pass
+from onnxcompress.passes import CATALOGUE, PassResult, load_pass
 from onnxcompress.passes.judging import exact_limit
+from onnxcompress.passes.prune import Prune
+from onnxcompress.passes.prune.figures import PrunedLayerRow, PruneFigures, WeightBytes
 from tests.helpers.folding import DTYPES, graph
 
 GOOD = OutputFidelity("good", 40.0, 38.0, 0.5, 0.01, 0.97)
@@ -98,6 +101,31 @@ def test_what_is_said_of_each_fault() -> None:
     )
     assert text(GOOD, problem="it does not run") == "it does not run"
     assert text(skipped="it never ran") == "outputs not compared: it never ran"
+
+
+def test_inputs_without_a_yes_are_a_warning_unless_the_function_is_kept() -> None:
+    unseen = replace(GOOD, name="text", unseen=True)
+    found = verdict(measured(unseen), Floors())
+    assert (found.status, found.text) == (
+        "warned",
+        "output 'text' says no everywhere on these inputs, which tell nothing of a yes: compare the files "
+        "on --images of your own",
+    )
+    assert verdict(measured(unseen, max_rel=0.1), Floors()).status == "kept"
+
+
+def test_a_warning_names_the_three_layers_that_lose_most() -> None:
+    rows = tuple(
+        PrunedLayerRow(f"layer{at}", "Conv", f"w{at}", 0.5, db)
+        for at, db in enumerate([9.0, 3.0, 7.0, 5.0, 8.0])
+    )
+    guard = measured(of_db(4.0))
+    result = PassResult(measured=PruneFigures(0.5, 10, 5, WeightBytes(10, 5), "", rows), guard=guard)
+    found = result.verdict(Prune(), Guard())
+    assert found is not None
+    assert found.advice[0] == (
+        "the layers that lose most: layer1 (3.0 dB), layer3 (5.0 dB), layer2 (7.0 dB)"
+    )
 
 
 @pytest.mark.parametrize(("kind", "limit"), [("float", 1e-4), ("float16", 5e-2)])
