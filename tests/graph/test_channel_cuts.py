@@ -207,18 +207,27 @@ def test_a_layer_that_reads_a_part_and_writes_all_belongs_to_the_channels_once()
     assert group.parameters == 12 * 4 * 9 + 12 * 16 * 9 + 5 * 12
 
 
-def test_a_shuffle_is_cut_along_its_longer_axis() -> None:
-    """Two groups of eight channels: the same of the eight goes in both."""
+@pytest.mark.parametrize(
+    ("sizes", "head", "tail", "expected"),
+    [
+        ((2, 8), "p = Reshape(a, to)", "y = Conv(q, v)", [("a", 8)]),
+        ((8, 2), "p = Reshape(a, to)", "y = Conv(q, v)", [("a", 8)]),
+        ((2, 8), f"d = Conv<group = 2, {P}>(a, g) p = Reshape(d, to)",
+         f"e = Conv<group = 2, {P}>(q, h) y = Conv(e, v)", [("a", 8), ("d", 2)]),
+    ],
+)  # fmt: skip
+def test_a_shuffle_is_cut_along_its_longer_axis(
+    sizes: tuple[int, int], head: str, tail: str, expected: list[tuple[str, int]]
+) -> None:
+    """The same of eight channels goes in both groups; those of a convolution's group go together."""
     arrays = {"w": weight(16, 4, 3, 3), "g": weight(16, 8, 3, 3), "h": weight(16, 8, 3, 3, seed=1)}
-    arrays |= {"v": ARRAYS["grown"], "shuffle": ints(0, 2, 8, 6, 6), "shuffled": ints(0, 16, 6, 6)}
-    body = f"""a = Conv(x, w) d = Conv<group = 2, {P}>(a, g) p = Reshape(d, shuffle)
-        t = Transpose<perm = [0,2,1,3,4]>(p) q = Reshape(t, shuffled) e = Conv<group = 2, {P}>(q, h)
-        y = Conv(e, v)"""
+    arrays |= {"v": ARRAYS["grown"], "to": ints(0, *sizes, 6, 6), "back": ints(0, 16, 6, 6)}
+    body = f"a = Conv(x, w) {head} t = Transpose<perm = [0,2,1,3,4]>(p) q = Reshape(t, back) {tail}"
 
     def make() -> Model:
         return Model.from_proto(graph(IMAGE, body, arrays))
 
-    assert [(group.name, group.width) for group in find_cut_groups(make()).free] == [("a", 8), ("d", 2)]
+    assert [(group.name, group.width) for group in find_cut_groups(make()).free] == expected
     cut_agrees(make)
 
 

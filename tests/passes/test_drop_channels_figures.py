@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import onnx_graphsurgeon as gs
 import pytest
 from torch import Tensor
 
@@ -109,21 +110,25 @@ def test_what_is_behind_the_features_is_fitted_to_what_tuning_made_of_them(
     """Fine-tuning doubles the features: the layer behind them takes them half, and nothing is lost."""
     feeds = {"x": np.load(photos)["x"].astype(np.float32).transpose(0, 3, 1, 2) / 255}
 
-    def doubled(repair: Repair, student: object, start: dict[str, Tensor], *rest: object) -> Finetuned:
-        layer = next(node for node in repair.model.graph.nodes if node.outputs[0].name == "c")
-        names = [tensor.name for tensor in layer.inputs[1:]]
-        return Finetuned({n: 2 * start[n] for n in names}, TuningOutcome(12, 7, 7, 0.1, 0.1))
+    def parameters(model: Model) -> list[gs.Constant]:
+        return list(next(node for node in model.graph.nodes if node.outputs[0].name == "c").inputs[1:])
 
-    def error(steps: int) -> float:
+    def doubled(repair: Repair, student: object, start: dict[str, Tensor], *rest: object) -> Finetuned:
+        values = {t.name: 2 * start[t.name] for t in parameters(repair.model)}
+        return Finetuned(values, TuningOutcome(12, 7, 7, 0.1, 0.1))
+
+    def repaired(steps: int) -> tuple[float, np.ndarray]:
         model, wanted = classifier(), outputs(classifier(), feeds)["y"]
         real = {"inputs": "images", "synthetic": None, "images": photos}
         replace(named(a=6, c=5), steps=steps, **real).apply(model)  # type: ignore[arg-type]
-        return float(np.square(outputs(model, feeds)["y"] - wanted).sum() / np.square(wanted).sum())
+        lost = np.square(outputs(model, feeds)["y"] - wanted).sum() / np.square(wanted).sum()
+        return float(lost), parameters(model)[0].values
 
     monkeypatch.setattr(Repair, "_finetune", doubled)
-    untuned = error(0)
+    (untuned, before), (tuned, after) = repaired(0), repaired(7)
     assert untuned == pytest.approx(8.46e-3, rel=0.1)
-    assert error(7) == pytest.approx(untuned, rel=0.1)
+    assert tuned == pytest.approx(untuned, rel=0.1)
+    np.testing.assert_allclose(after, 2 * before, rtol=1e-4)
 
 
 def test_without_features_nothing_is_fine_tuned() -> None:
