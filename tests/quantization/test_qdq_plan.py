@@ -11,7 +11,7 @@ from onnxcompress.model import Model
 from onnxcompress.quantization.affine_grid import Grid, activation_grid
 from onnxcompress.quantization.qdq_plan import Bits, Plan, make_plan
 from onnxcompress.quantization.qdq_writer import emit
-from onnxcompress.quantization.runtimes import RULES
+from onnxcompress.quantization.runtimes import RULES, Runtime
 from onnxcompress.runtime.inference import run as outputs
 from tests.helpers.folding import graph, weight
 
@@ -75,6 +75,37 @@ def test_layers_read_their_bits_and_sums_and_pools_eight(bits: Bits, expected: s
 def test_of_a_sum_that_is_fused_the_other_branch_alone_is_quantized() -> None:
     _, reads, _ = planned(Bits(8, 8, None, placement=RULES["tensorrt"].placement))
     assert (reads["t0"], reads.get("t1")) == ("m 8", None)
+
+
+@pytest.mark.parametrize(
+    ("bits", "runtime", "expected"),
+    [
+        (8, "cpu", {"a": "x 8", "s": "a 8", "b": "s 8"}),  # its kernel writes integers
+        (4, "cpu", {"a": "x 4", "b": "s 4"}),
+        (8, "tensorrt", {"a": "x 8", "b": "s 8"}),
+    ],
+)
+def test_what_a_layer_gives_is_quantized_for_all_readers(
+    bits: int, runtime: Runtime, expected: dict[str, str]
+) -> None:
+    arrays = {"w": weight(8, 3, 3, 3), "v": weight(4, 8, 1, 1)}
+    body = "a = Conv(x, w) s = Softplus(a) b = Conv(s, v) y = Softplus(b)"
+    model = Model.from_proto(graph("(float[N,3,8,8] x) => (float[N,4,6,6] y)", body, arrays))
+    plan = make_plan(model, Bits(bits, bits, None, placement=RULES[runtime].placement))
+    names = {id(node): str(node.outputs[0].name) for node in model.graph.nodes}
+    last = {"y": f"b {bits}"} if "s" in expected else {}
+    assert {names[node]: f"{t} {n}" for (node, _), (t, n) in plan.edges.items()} == expected | last
+
+
+def test_a_scale_for_each_channel_where_it_is_wanted_and_possible() -> None:
+    arrays = {"w": weight(6, 4, 3, 3), "u": weight(6, 2, 2, 2), "t": weight(4, 3, 2, 2), "e": weight(5, 3)}
+    body = """a = Conv(x, w) b = ConvTranspose<group = 2>(a, u) c = ConvTranspose(b, t)
+        p = GlobalAveragePool(c) f = Flatten(p) y = Gemm<transB = 1>(f, e)"""
+    model = Model.from_proto(graph("(float[N,4,8,8] x) => (float[N,5] y)", body, arrays))
+    for runtime, expected in (("cpu", [True, False, True, True]), ("qnn", [True, False, True, False])):
+        plan = make_plan(model, Bits(8, 8, None, placement=RULES[runtime].placement))  # type: ignore[index]
+        assert [layer.per_channel(wanted=True) for layer in plan.layers.values()] == expected
+        assert not any(layer.per_channel(wanted=False) for layer in plan.layers.values())
 
 
 def test_rules_of_runtimes() -> None:
