@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import onnx
@@ -15,7 +16,8 @@ from onnxcompress.cli.evaluate import evaluate as command
 from onnxcompress.data.image_set import ImageSet, load_images
 from onnxcompress.data.preprocess import Preprocess
 from onnxcompress.errors import InputError, ModelError, OptionError
-from onnxcompress.evaluation.accuracy import Accuracy, agreement, evaluate, logits, topk
+from onnxcompress.evaluation import accuracy
+from onnxcompress.evaluation.accuracy import Accuracy, agreement, evaluate, logits, preprocessing, topk
 from tests.helpers.paths import MODELS
 
 
@@ -113,6 +115,27 @@ def test_scores_of_any_monotone_normalization_rank_alike() -> None:
 
 def test_equal_scores_do_not_count_as_right() -> None:
     assert topk(np.zeros((6, 6)), np.arange(6)) == pytest.approx((1 / 6, 5 / 6))
+
+
+def test_the_time_is_that_of_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([100.0, 102.5])
+    monkeypatch.setattr(accuracy, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    assert evaluate(network(), images([0] * 7), provider="cpu").seconds == 2.5
+
+
+@pytest.mark.parametrize(
+    ("kind", "text", "given"),
+    [("3,H,W", None, "1x3x24x32"), ("H,W,3", "layout=nhwc", "1x24x32x3"), ("3,H,W", None, "x=4x3x24x32")],
+)
+def test_images_are_brought_to_the_height_and_width_of_a_given_shape(
+    kind: str, text: str | None, given: str
+) -> None:
+    proto = onnx.parser.parse_model(f"""
+        <ir_version: 8, opset_import: ["" : 17]>
+        net (float[N,{kind}] x) => (float[N,{kind}] y) {{ y = Relu(x) }}
+    """)
+    choice = preprocessing(proto, text, given)
+    assert (choice.preprocess.size, choice.source) == ((24, 32), "option")
 
 
 def test_agreement() -> None:
