@@ -108,6 +108,9 @@ class Judge:
             return run_each(original, self.feeds)
 
         self.wanted = or_one_by_one(run, batch)
+        same = fidelity(self.wanted, self.wanted, self.answers).outputs
+        self.unseen = any(one.unseen for one in same)
+        """Whether an output says no to all of these inputs, so that what it keeps of a yes is not seen."""
         self.tried = max(TRIED // len(self.feeds[0][name]), 1)
 
     def kept_db(self, model: Model) -> float:
@@ -120,6 +123,19 @@ class Judge:
             Variation to noise of the output, or part of one, that keeps least, decibels.
         """
         return self.compare(self.wanted, run_each(model, self.feeds))
+
+    def likeness_db(self, model: Model) -> float:
+        """Measure how alike a quantized network's outputs are, also where all that they say is no.
+
+        Args:
+            model: The network, quantized.
+
+        Returns:
+            Variation to noise of the output, or part of one, that keeps least, decibels. It compares two
+            results with each other; as such it counts differences that change no answer.
+        """
+        found = fidelity(self.wanted, run_each(model, self.feeds)).outputs
+        return min((one.judged_db for one in found), default=EQUAL_DB)
 
     def compare(self, before: Runs, after: Runs) -> float:
         """Compare outputs.

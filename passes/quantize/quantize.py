@@ -21,8 +21,9 @@ the recorded statistics (`layerwise`: made at once); with fewer distilled ones, 
 better for EfficientNet-Lite0; without a record plain procedural ones. Where `auto` took `layerwise` and an
 output falls below the guard's floor on pictures that nothing was learned from, the network sees other
 pictures than its record tells of (PP-LCNet learned on documents): procedural ones are tried, and the
-better result is kept. Where that is too little, too, the tensors that cost most stay floats
-(`float_tensors`).
+better result is kept; so they are where a detector finds nothing in those pictures, which then cannot tell
+whether it would find what there is (PP-OCR). Where that is too little, too, the tensors that cost most stay
+floats (`float_tensors`).
 
 `overflow_safe`: without it, onnxruntime's result on a CPU with AVX2 and no VNNI is far from what the file
 says (`tests/benchmarks/overflow.py`). It costs next to nothing: no pair of weights is too large, but each
@@ -130,13 +131,15 @@ class Quantize(QuantizeOptions, Pass):
         except CompressError:  # onnxruntime does not run it: the guard says so
             return made.result
         kept = judge.kept_db(model)
-        if kept < FLOOR and self.inputs == "auto" and _aligned(made.result):
+        if (kept < FLOOR or judge.unseen) and self.inputs == "auto" and _aligned(made.result):
             procedural = before.copy()
             other = replace(self, inputs="procedural")._attempt(procedural, progress)
-            other_kept = judge.kept_db(procedural)
-            if other_kept > kept:
+            was, now = kept, (other_kept := judge.kept_db(procedural))
+            if judge.unseen:
+                was, now = judge.likeness_db(model), judge.likeness_db(procedural)
+            if now > was:
                 model.become(procedural)
-                made, kept = replace(other, result=_because(other.result, kept)), other_kept
+                made, kept = replace(other, result=_because(other.result, was)), other_kept
         if kept >= FLOOR or not self.float_tensors:
             return made.result
         tensors = leave_floats(model, judge, kept, progress)
