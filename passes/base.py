@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from onnxcompress.runtime.block_latency import LatencyChange
 
 
-CONVERTED = "converted from opset"
-"""Beginning of the change that notes the conversion of an old operator set."""
+CONVERTED = "converted from"
+"""Beginning of the change that notes the conversion of an old operator set, or of functions."""
 
 F_co = TypeVar("F_co", bound=Figures | None, covariant=True)
 """The figures of a pass; None stands for a pass that measures nothing, or that may refuse a whole model."""

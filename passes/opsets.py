@@ -1,4 +1,4 @@
-"""A pass on a model whose operator set is too old for it: converted first, compared, and noted.
+"""A pass on a model with an operator set too old for it, or with functions: converted first, and noted.
 
     model --skeleton--> onnx.version_converter --changed nodes--> copy of the model --comparison--> pass
 
@@ -7,7 +7,7 @@ asked for. It also loses things: metadata, doc strings, names of nodes, value in
 the graph without its weights, and only what it changed in the nodes is taken over; everything else stays as
 the file has it. The converted model counts only where onnxruntime computes the same from both.
 
-Does not handle: nodes inside the bodies of functions, which import an operator set of their own.
+Functions of the file (torch's exporter leaves some) are replaced by their nodes: passes look at nodes.
 """
 
 from __future__ import annotations
@@ -17,10 +17,12 @@ from dataclasses import replace
 
 import numpy as np
 import onnx
+import onnx.inliner
 
 from onnxcompress.account import Change
 from onnxcompress.errors import CompressError, ModelError, one_line
 from onnxcompress.evaluation.equivalence import difference_of
+from onnxcompress.formatting import counted
 from onnxcompress.model import Model
 from onnxcompress.model.model_like import InputSpec, input_specs
 from onnxcompress.passes.base import CONVERTED, F_co, PassResult
@@ -50,15 +52,54 @@ def at_opset(model: Model, lowest: int, apply: Callable[[Model], PassResult[F_co
     Raises:
         ModelError: The model cannot be converted, or would compute something else; what the pass raises.
     """
-    if model.opset >= lowest:
-        return apply(model)
-    old, own = model.opset, converted(model, lowest)
+    own, noted = model, list[Change]()
+    if functions := len(model.skeleton().functions):
+        own = _inlined(own)
+        noted.append(Change(model.name, f"{CONVERTED} {counted(functions, 'function')} to their nodes"))
+    if own.opset < lowest:
+        noted.append(Change(model.name, f"{CONVERTED} opset {own.opset} to {lowest}"))
+        own = converted(own, lowest)
     result = apply(own)
-    if not result.modified:
+    if own is model or not result.modified:
         return result
     model.become(own)
-    noted = Change(model.name, f"{CONVERTED} {old} to {lowest}")
-    return replace(result, changes=(noted, *result.changes))
+    return replace(result, changes=(*noted, *result.changes))
+
+
+def without_functions(model: Model) -> Model:
+    """Replace the functions of a model by their nodes.
+
+    Args:
+        model: The model; it stays as it is.
+
+    Returns:
+        A copy; the model itself where it has no functions.
+
+    Raises:
+        ModelError: onnx cannot do that, or onnxruntime would compute something else.
+    """
+    return _inlined(model) if model.skeleton().functions else model
+
+
+def _inlined(model: Model) -> Model:
+    """Copy the model with the nodes of its functions in place of calls."""
+
+    def edit(proto: onnx.ModelProto) -> None:
+        graph = onnx.inliner.inline_local_functions(proto, convert_version=True).graph
+        domains = {function.domain for function in proto.functions}
+        del proto.graph.node[:], proto.functions[:]
+        proto.graph.node.extend(graph.node)
+        imports = [entry for entry in proto.opset_import if entry.domain not in domains]
+        del proto.opset_import[:]
+        proto.opset_import.extend(imports)
+
+    try:
+        new = model.copy(edit)
+        _compare(model, new)
+    except CompressError as error:
+        why = f"its functions cannot be replaced by their nodes ({error})"
+        raise ModelError(f"{model.name}: {why}") from error
+    return new
 
 
 def converted(model: Model, opset: int) -> Model:

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from onnxcompress.model import Model
 from onnxcompress.optimize.calibration import InputRequest, gather_inputs
-from onnxcompress.passes.opsets import converted
+from onnxcompress.passes.opsets import converted, without_functions
 from onnxcompress.statistics.record import known_statistics
 
 
@@ -18,12 +18,14 @@ def raised(model: Model, lowest: int) -> Model:
         lowest: The lowest version of the default operator set.
 
     Returns:
-        The copy.
+        The copy, without functions.
 
     Raises:
-        ModelError: The model has an older one and cannot be converted.
+        ModelError: The model has an older one, or functions, and cannot be converted.
     """
-    return model.copy() if model.opset >= lowest else converted(model, lowest)
+    own = without_functions(model)
+    own = model.copy() if own is model else own
+    return own if own.opset >= lowest else converted(own, lowest)
 
 
 def check_inputs(model: Model, request: InputRequest) -> None:

@@ -150,6 +150,7 @@ def sensitivity(
     model = load(source)
     from onnxcompress.cli.console import progress
     from onnxcompress.passes.fold_bn.fold_and_canonicalize import fold_and_canonicalize
+    from onnxcompress.passes.opsets import without_functions
     from onnxcompress.sensitivity import analysis as core
     from onnxcompress.sensitivity.float_layers import check_allowed, float_layers
 
@@ -159,7 +160,7 @@ def sensitivity(
         images, preprocess, count, inputs, synthetic, seed, input_shape=chosen["input_shape"]
     )
     start = time.perf_counter()
-    canonical = model.copy()
+    canonical = without_functions(model).copy()
     fold_and_canonicalize(canonical, chosen["copy_shared"])
     with progress(lines=not as_json) as show:
         found = core.sensitivity(

@@ -7,7 +7,8 @@
 3. A Reshape to (batch, everything else) whose shape is computed from its own input gets the constant
    shape [0, n]: otherwise that computation reads the float tensor, which prevents fusing its producer.
 4. Every layer that can have a bias gets one, so that it can be corrected.
-5. Hard sigmoids and HardSwish written out become what they are (`graph.hard_sigmoid`).
+5. Bounds written as Max and Min become a Clip (`graph.bounds`).
+6. Hard sigmoids and HardSwish written out become what they are (`graph.hard_sigmoid`).
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import onnx_graphsurgeon as gs
 
 from onnxcompress.account import Change
 from onnxcompress.graph import layer_params
+from onnxcompress.graph.bounds import fuse_bounds
 from onnxcompress.graph.constant_folding import constant_value
 from onnxcompress.graph.edit import lift_weights, remove_unread, set_input, unique_name
 from onnxcompress.graph.hard_sigmoid import fuse_hard_sigmoids
@@ -42,6 +44,8 @@ def canonicalize(model: Model) -> list[Change]:
     padded = sum(_fold_pad(model, node) for node in list(model.graph.nodes) if is_op(node, "Pad"))
     if padded:
         changes.append(Change(model.name, f"{padded} Pads folded into convolutions"))
+    if bounds := fuse_bounds(model):
+        changes.append(Change(model.name, f"{bounds} Max and Min became Relu and Clip"))
     if gates := fuse_hard_sigmoids(model):
         changes.append(Change(model.name, f"{gates} hard sigmoids written out became HardSigmoid"))
     shapes = infer(model, {}).shapes  # the written graph must not depend on sizes that are only assumed

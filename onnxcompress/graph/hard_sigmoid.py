@@ -6,8 +6,8 @@
 The gate is then seen as one (`graph.self_gated`), has the range 0 to 1, and costs two nodes less. b and h
 are 3 and 6 where a network has them. Division may be multiplication by 1/h.
 
-Does not handle: bounds or offsets that differ between channels; Min and Max in place of Clip; other types
-than float32, for which runtimes have no HardSigmoid.
+Does not handle: bounds or offsets that differ between channels; other types than float32, for which
+runtimes have no HardSigmoid. Min and Max are Clips by then (`graph.bounds`).
 """
 
 from __future__ import annotations

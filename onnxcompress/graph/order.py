@@ -23,7 +23,7 @@ def node_reads(node: gs.Node) -> list[gs.Tensor]:
     reads = [t for t in node.inputs if not t.is_empty()]
     for value in node.attrs.values():
         if isinstance(value, gs.Graph):
-            inner = {id(t) for n in value.nodes for t in n.outputs}
+            inner = {id(t) for t in value.inputs} | {id(t) for n in value.nodes for t in n.outputs}
             for one in value.nodes:
                 reads += [t for t in node_reads(one) if id(t) not in inner]
     return reads

@@ -23,6 +23,18 @@ from onnxcompress.model import Model, Shape
 ROUNDS = 50
 """Limit on rounds; each resolves one more computed shape, and ShuffleNetV2 has one in each unit."""
 
+KEEP_SHAPE = {
+    ("ai.onnx.ml", "Scaler"): "Cast",
+    ("ai.onnx.ml", "Normalizer"): "Cast",
+    ("ai.onnx.ml", "Imputer"): "Identity",
+    ("ai.onnx.ml", "Binarizer"): "Identity",
+    ("com.microsoft", "Gelu"): "Identity",
+    ("com.microsoft", "FastGelu"): "Identity",
+    ("com.microsoft", "QuickGelu"): "Identity",
+    ("com.microsoft", "BiasGelu"): "Identity",
+}
+"""Operators of other domains whose output has the shape of the first input: with its type, or floats."""
+
 
 def tensor_shapes(model: Model) -> dict[str, Shape]:
     """Infer the shapes of all tensors once per state of the graph (`infer_shapes`).
@@ -150,7 +162,7 @@ def _infer_once(model: Model, assumed: Mapping[str, Shape]) -> Inferred:
     order = [nodes[id(n)] for n in sorted_nodes(model)]  # inference reads the nodes in order, once
     keep = [n for n in order if not any(o in folded for o in n.output)]
     del proto.graph.node[:]
-    proto.graph.node.extend(keep)
+    proto.graph.node.extend(map(_stand_in, keep))
     proto.graph.initializer.extend(onnx.numpy_helper.from_array(v, n) for n, v in folded.items())
     try:
         inferred = onnx.shape_inference.infer_shapes(proto, data_prop=True)
@@ -165,6 +177,17 @@ def _infer_once(model: Model, assumed: Mapping[str, Shape]) -> Inferred:
             if info.type.tensor_type.HasField("shape"):
                 shapes[info.name] = _dims(info.type.tensor_type.shape)
     return Inferred(shapes, types)
+
+
+def _stand_in(node: onnx.NodeProto) -> onnx.NodeProto:
+    """Return what onnx's inference takes in place of a node of another domain that keeps the shape."""
+    op = KEEP_SHAPE.get((node.domain, node.op_type))
+    if op is None:
+        return node
+    new = onnx.helper.make_node(op, node.input[:1], node.output)
+    if op == "Cast":
+        new.attribute.append(onnx.helper.make_attribute("to", onnx.TensorProto.FLOAT))
+    return new
 
 
 def _fill_in(graph: onnx.GraphProto, assumed: Mapping[str, Shape]) -> None:

@@ -55,6 +55,7 @@ from onnxcompress.passes.correct_bias.input_means import measured_means, recorde
 from onnxcompress.passes.correct_bias.layer_matching import Pair, pairs_of, write_bias
 from onnxcompress.passes.correct_bias.output_check import check_nearer
 from onnxcompress.passes.correct_bias.reference import bring_along
+from onnxcompress.passes.opsets import at_opset, without_functions
 from onnxcompress.passes.preview import check_inputs
 from onnxcompress.progress import Progress, silent
 
@@ -114,7 +115,10 @@ class CorrectBias(InputOptions, Pass):
             InputError: The inputs cannot be used.
         """
         self.check()
-        given, before = load(Path(self.reference)), model.copy()
+        return at_opset(model, 0, lambda own: self._correct_all(own, progress))
+
+    def _correct_all(self, model: Model, progress: Progress) -> PassResult[CorrectBiasFigures | None]:
+        given, before = without_functions(load(Path(self.reference))), model.copy()
         reference = given.copy()
         if self.inputs != "record":
             assume_sizes(reference, self.request)

@@ -274,8 +274,6 @@ def _lowest_opset(model: Model) -> int:
 def _whole(model: Model) -> Refusal | None:
     """Why nothing of the model is converted."""
     proto = model.skeleton()
-    if proto.functions:
-        return Refusal(model.name, "it has functions of its own", "inline them first")
     halves = [name for name, kind in element_types(proto).items() if kind == HALF]
     if halves:
         return Refusal(model.name, f"it is in half precision already: {halves[0]!r} is float16")

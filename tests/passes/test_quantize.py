@@ -307,7 +307,12 @@ def test_procedural_inputs_are_tried_where_a_detector_finds_nothing_to_judge_by(
     left = iter(alike)
     judge = "onnxcompress.passes.quantize.float_tensors.Judge"
     monkeypatch.setattr(f"{judge}.likeness_db", lambda *_: next(left))
-    arrays = {"w": weight(8, 3, 3, 3), **norm(8, "n"), "v": weight(1, 8, 1, 1) / 99, "b": np.float32([-9])}
+    arrays = {
+        "w": weight(8, 3, 3, 3),
+        **norm(8, "n"),
+        "v": weight(1, 8, 1, 1) / 99,
+        "b": np.full(1, -9, np.float32),
+    }
     body = """c = Conv(x, w) n = BatchNormalization(c, gn, bn, mn, vn) r = Relu(n)
         d = Conv(r, v, b) y = Sigmoid(d)"""
     model = Model.from_proto(graph("(float[N,3,16,16] x) => (float[N,1,14,14] y)", body, arrays))

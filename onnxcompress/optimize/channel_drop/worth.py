@@ -146,11 +146,16 @@ def measure_readers(
     inputs, outputs = (
         [getattr(m.layer.linear, at) for m in layers] for at in ("input_name", "output_name")
     )
+    parameters = None
+    if not images.is_floating_point():  # then slopes begin at the weights
+        parameters = {n: p.clone().requires_grad_() for n, p in executor.parameters.items()}
     generator = torch.Generator().manual_seed(seed)
     energy, weights = 0.0, dict[str, Tensor]()
     for start in range(0, len(images), batch):
-        x = images[start : start + batch].to(device).clone().requires_grad_()
-        made = executor.run({source: x}, list(dict.fromkeys([*inputs, *outputs, *features])))
+        x = images[start : start + batch].to(device).clone()
+        if x.is_floating_point():
+            x.requires_grad_()
+        made = executor.run({source: x}, list(dict.fromkeys([*inputs, *outputs, *features])), parameters)
         projected = torch.zeros((), device=device)
         for name in features:
             wanted = made[name].float()  # sums of squares overflow in half precision

@@ -300,7 +300,8 @@ class NetworkWalk:
     ) -> dict[str, Tensor]:
         made = executor.run(feeds, outputs, parameters)
         for name, value in made.items():
-            if images > 1 and (not value.ndim or len(value) % images):
+            rows = isinstance(value, Tensor)  # pieces of a Split are not looked at
+            if rows and images > 1 and (not value.ndim or len(value) % images):
                 raise ModelError(
                     f"{self.model.name}: tensor {name!r} of shape {list(value.shape)} does not hold one "
                     f"image after the other, of a batch of {images}: such networks are not handled"
