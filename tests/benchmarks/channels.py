@@ -3,11 +3,12 @@
     python -m tests.benchmarks.channels MODEL TRAIN.npz TEST.npz --preprocess TEXT --reductions 20,30
 
 Every row is a whole command with the same images, seed and tuner; OPTIONS behind -- go to all of them. Rows
-with `uniform` keep the same share of every group, as Torch-Pruning does by default: the largest share that
-saves what was asked. Torch-Pruning acts on torch modules alone: its group norm (`--criterion group-norm`)
-is computed on the graph. At the end all networks are timed against the original, interleaved in one
-measurement. It prints a table, and draws it where --plot names a file. Networks stay in --out, and those
-that lie there are not made again.
+with `same` have the widths of the row `channels` and so its latency; they differ in which channels go. Rows
+with `uniform` keep the same share of every group, as Torch-Pruning does by default: the largest that saves
+what was asked, in multiples of ROUND_TO. Torch-Pruning acts on torch modules alone: its group norm
+(`--criterion group-norm`) is computed on the graph. At the end all networks are timed against the original,
+interleaved in one measurement. It prints a table, and draws it where --plot names a file. Networks stay in
+--out, and those that lie there are not made again.
 
 With `--macs` reductions are of the multiply-accumulates: for a look on a machine that is too busy to time.
 With `--made` nothing is learned from TRAIN: the inputs are made.
@@ -37,6 +38,8 @@ ROWS = {
     "blocks": "blocks",
     "channels": "channels",
     "both": "blocks, then channels",
+    "same-group-norm": "the same widths, by group norm",
+    "same-magnitude": "the same widths, by magnitude",
     "group-norm": "channels by group norm",
     "magnitude": "channels by magnitude",
     "uniform-group-norm": "uniform widths, group norm (Torch-Pruning)",
@@ -45,6 +48,8 @@ ROWS = {
 """Name of a row -> how the table calls it."""
 SHARES = [step / 40 for step in range(39, 9, -1)]
 """Shares of its channels that a group keeps in uniform rows."""
+ROUND_TO = 4
+"""Multiples of channels that uniform rows keep: as few as `drop-channels` keeps multiples of."""
 
 
 @dataclass(frozen=True)
@@ -98,13 +103,22 @@ class Bench:
             )
             criterion = ("--criterion", kind.removeprefix("uniform-"))
             self._run("drop-channels", self.model, file, "--channels-kept", widths, *criterion)
+        elif kind.startswith("same-"):
+            widths = self._widths(asked).read_text()
+            criterion = ("--criterion", kind.removeprefix("same-"))
+            self._run("drop-channels", self.model, file, "--channels-kept", widths, *criterion)
         elif kind == "channels":
-            self._run("drop-channels", self.model, file, *target)
+            groups = self._run("drop-channels", self.model, file, *target)["measured"]["groups"]
+            cut = [f"{g['name']}={g['kept']}" for g in groups if g["kept"] < g["channels"]]
+            self._widths(asked).write_text(",".join(cut))
         else:
             self._run("drop-channels", self.model, file, *target, "--criterion", kind)
 
-    def _run(self, name: str, source: str, file: Path, *options: str) -> None:
-        command(name, source, str(file), *options, *self.learned, "--force", "--no-cache")
+    def _widths(self, asked: float) -> Path:
+        return self.folder / f"channels-{asked:g}.widths"
+
+    def _run(self, name: str, source: str, file: Path, *options: str) -> dict[str, Any]:
+        return command(name, source, str(file), *options, *self.learned, "--force", "--no-cache")
 
 
 def uniform_widths(model: Model, target: float, *, by_macs: bool) -> str:
@@ -117,7 +131,7 @@ def uniform_widths(model: Model, target: float, *, by_macs: bool) -> str:
     low, high = 0, len(SHARES) - 1  # of SHARES, `high` saves enough
     while low < high:
         place = (low + high) // 2
-        widths = {g.name: max(1, round(SHARES[place] * g.width)) for g in groups.free}
+        widths = {g.name: rounded(SHARES[place] * g.width) for g in groups.free}
         cut = whole.copy()
         gone = [label for g in groups.free for label in g.group.labels[widths[g.name] :].tolist()]
         cut_channels(cut, groups, set(gone))
@@ -125,7 +139,12 @@ def uniform_widths(model: Model, target: float, *, by_macs: bool) -> str:
         if not by_macs:
             saved = stopwatch.compare(model, cut, seconds=5.0).saved.value
         low, high = (low, place) if saved >= target else (place + 1, high)
-    return ",".join(f"{g.name}={max(1, round(SHARES[high] * g.width))}" for g in groups.free)
+    return ",".join(f"{g.name}={min(g.width, rounded(SHARES[high] * g.width))}" for g in groups.free)
+
+
+def rounded(width: float) -> int:
+    """Round a width to a multiple of ROUND_TO, which it keeps at least."""
+    return max(1, round(width / ROUND_TO)) * ROUND_TO
 
 
 def command(*argv: str) -> dict[str, Any]:
