@@ -182,7 +182,7 @@ def test_inspect_shows_groups_of_channels_and_why_others_stay(capsys: pytest.Cap
     inspect._show_channels(stdout(), groups, {"macs": 2000, "parameters": 1000})
     lines = printed(capsys)
     assert lines[:3] == [
-        "1 groups of channels that can be cut",
+        "1 group of channels that can be cut",
         "group channels parameters of all MACs of all",
         "conv1 8 250 25.0 % 1.50 k 75.0 %",
     ]

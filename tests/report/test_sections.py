@@ -197,7 +197,7 @@ def test_channels_are_shown_by_group_with_the_latency() -> None:
     ]
     assert shown.marked == {0}
     assert prose(section) == [
-        "latency 10.00 → 6.80 ms in onnxruntime: 32.0 % less (95 % interval 29.0 to 34.0 %)."
+        "latency 10.0 → 6.80 ms in onnxruntime: 32.0 % less (95 % interval 29.0 to 34.0 %)."
     ]
 
 
