@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -16,11 +18,13 @@ from onnxcompress.data.image_set import ImageSet
 from onnxcompress.data.input_shapes import parse_input_shapes
 from onnxcompress.data.preprocess import Preprocess
 from onnxcompress.errors import ModelError, OptionError
+from onnxcompress.evaluation import compare as comparing
 from onnxcompress.evaluation.compare import compare
 from onnxcompress.graph.macs import count_macs, count_parameters, node_macs
 from onnxcompress.graph.shape_inference import tensor_shapes
 from onnxcompress.model import Model
 from onnxcompress.model.model_like import model_bytes
+from onnxcompress.runtime.latency import Timing
 
 
 def parse(text: str, opset: int = 17) -> onnx.ModelProto:
@@ -172,6 +176,37 @@ def test_a_model_and_itself() -> None:
 
 
 @pytest.mark.slow
+def test_what_is_asked_for_reaches_timing_and_random_inputs(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[dict[str, Any]] = []
+
+    def benchmark(models: Mapping[str, Any], **options: Any) -> dict[str, Timing]:
+        seen.append(options)
+        return {name: Timing(name, 1, 1, 1, 1, 1, 3, 1, 1, "cpu", (1.0, 1.0, 1.0)) for name in models}
+
+    monkeypatch.setattr(comparing, "benchmark", benchmark)
+    asked: dict[str, Any] = {"provider": "cpu", "batch": 2, "threads": 1, "runs": 3, "seconds": 2.0}
+    found = [
+        compare(classifier(4), classifier(6), **asked, tolerance=0.05, seed=seed).difference.max_abs
+        for seed in (3, 3, 4)
+    ]
+    assert found[0] == found[1] != found[2]
+    for name, value in (asked | {"tolerance": 0.05, "seed": 3}).items():
+        assert seen[0][name] == value
+
+
+def test_outputs_are_compared_on_different_images() -> None:
+    """The difference is that of the image on which it is largest: the last of three."""
+    x = np.zeros((3, 8, 8, 3), np.uint8)
+    x[2] = 255
+    images = ImageSet(x, None, ("",) * 3, Preprocess())
+    mean = "ReduceMean<axes=[2,3],keepdims=0>(x)"
+    own = parse(f"net (float[N,3,8,8] x) => (float[N,3] y) {{ y = {mean} }}")
+    other = parse(f"""
+        net (float[N,3,8,8] x) => (float[N,3] y) <float two = {{2}}> {{ m = {mean} y = Mul(m, two) }}
+    """)
+    assert compare(own, other, images=images, runs=3, threads=1).difference.max_abs == pytest.approx(1)
+
+
 def test_two_models_on_labelled_images() -> None:
     rng = np.random.default_rng(0)
     x = rng.integers(0, 256, (10, 8, 8, 3)).astype(np.uint8)
