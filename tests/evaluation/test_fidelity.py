@@ -198,3 +198,13 @@ def test_shapes_must_agree_unless_they_depend_on_the_inputs() -> None:
         fidelity({"y": [np.ones(2)] * 2}, {"y": [np.ones(3)] * 2})
     with pytest.raises(ModelError, match="had 1 outputs and would have 2"):
         fidelity({"y": []}, {"y": [], "z": []})
+
+
+@pytest.mark.parametrize(("share", "constant"), [(5e-5, True), (2e-4, False)])
+def test_an_output_that_hardly_varies_any_more_is_constant(share: float, constant: bool) -> None:
+    """Below a ten-thousandth of the energy with which it varied between inputs."""
+    before = 3 + np.random.default_rng(0).normal(size=(1, 16, 4))
+    middle = before.mean((0, 1), keepdims=True)
+    after = middle + share**0.5 * (before - middle)
+    (found,) = fidelity({"y": list(before)}, {"y": list(after)}).outputs
+    assert found.constant is constant
