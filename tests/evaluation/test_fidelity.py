@@ -208,3 +208,12 @@ def test_an_output_that_hardly_varies_any_more_is_constant(share: float, constan
     after = middle + share**0.5 * (before - middle)
     (found,) = fidelity({"y": list(before)}, {"y": list(after)}).outputs
     assert found.constant is constant
+
+
+def test_answers_may_be_off_by_half_a_step_of_eight_bits() -> None:
+    """A probability has 255 steps: errors up to 1/510 are none, what is beyond counts."""
+    before = np.tile([0.0, 0.8], (1, 4, 2))
+    for off, noise in ((1 / 510 - 1e-6, None), (0.01, 0.01 - 1 / 510)):
+        (found,) = fidelity({"y": list(before)}, {"y": list(before + off)}, ["y"]).outputs
+        expected = 200.0 if noise is None else 10 * np.log10(0.32 / noise**2)
+        assert found.snr_db == pytest.approx(expected)
