@@ -249,3 +249,17 @@ def test_the_latency_that_is_judged_is_that_of_the_output(
     command = ["fold-bn", str(net), str(tmp_path / "o.onnx"), "--quiet", "--no-verify"]
     assert main([*command, "--max-latency", str(limit)]) == code
     assert main([*command, "--max-latency", str(limit), "--min-speedup", "0.5"]) == code
+
+
+@pytest.mark.parametrize(
+    ("after", "start", "passed"),
+    [
+        (0.885, "fell by 1.50 points (90.00% to 88.50% on 200 images)", False),
+        (0.89, "fell by 1.00 points (90.00% to 89.00% on 200 images)", True),
+        (0.915, "rose by 1.50 points (90.00% to 91.50% on 200 images)", True),
+    ],
+)
+def test_accuracy_falls_or_rises_by_points(after: float, start: str, passed: bool) -> None:
+    (found,) = judge({"max_drop": 1.0}, GateMeasurements(1, "200 images", (0.9, after)))
+    assert (found.text, found.passed) == (f"top-1 accuracy {start}, it may fall by 1", passed)
+    assert found.measured == pytest.approx(100 * (0.9 - after))
