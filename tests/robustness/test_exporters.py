@@ -24,7 +24,9 @@ from onnxcompress.passes.drop_channels import DropChannels
 from onnxcompress.passes.fp16 import HalfPrecision
 from onnxcompress.passes.prune import Prune
 from onnxcompress.passes.quantize import Quantize
+from onnxcompress.passes.quantize.figures import QuantizeFigures
 from tests.helpers.folding import feeds, graph, outputs, weight
+from tests.helpers.results import figures_of
 
 FEW: dict[str, Any] = {"effort": "fast", "synthetic": 8}
 FUNCTIONS = """
@@ -100,7 +102,7 @@ def with_loop() -> Model:
             co = Identity(c)  e = Gather<axis=2>(t, i)  m = MatMul(s, r)  q = Add(m, e)  so = Tanh(q) }"""
     )
     arrays = {"w": weight(8, 3, 3, 3), "r": weight(8, 8, seed=1) / 4, "z": weight(5, 8, seed=2)}
-    arrays |= {"eight": np.array(8), "on": np.array(True), "zero": np.float32([0])}
+    arrays |= {"eight": np.array(8), "on": np.array(True), "zero": np.full(1, 0, np.float32)}
     text = """a = Conv<pads=[1,1,1,1]>(x, w)  b = Relu(a)  t = ReduceMean<axes=[2], keepdims=0>(b)
         u = ReduceMean<axes=[2], keepdims=0>(t)  s0 = Mul(u, zero)  last = Identity(s0)
         y = Gemm<transB=1>(last, z)"""
@@ -150,7 +152,12 @@ def test_channels_behind_an_input_of_integers_are_priced_and_cut() -> None:
 
 
 def bounded(body: str, arrays: dict[str, Any] | None = None, *, opset: int = 17) -> Model:
-    given = {"w": weight(4, 3, 1, 1), "zero": np.float32(0), "six": np.float32([6]), **(arrays or {})}
+    given = {
+        "w": weight(4, 3, 1, 1),
+        "zero": np.float32(0),
+        "six": np.full(1, 6, np.float32),
+        **(arrays or {}),
+    }
     used = {name: np.asarray(values) for name, values in given.items() if f"{name}" in body}
     return Model.from_proto(graph("(float[N,3,4,4] x) => (float[N,4,4,4] y)", body, used, opset=opset))
 
@@ -206,4 +213,4 @@ def test_shapes_behind_a_scaler_are_known_and_its_layers_are_quantized() -> None
     assert tensor_shapes(model)["s"] == ("N", 12)
     assert tensor_types(model)["s"] == onnx.TensorProto.FLOAT
     (result,) = run([Quantize(**FEW)], model, guard=Guard())
-    assert len(result.measured.layers) == 2
+    assert len(figures_of(result, QuantizeFigures).layers) == 2
