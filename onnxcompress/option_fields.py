@@ -10,6 +10,7 @@ The command line makes a flag of it, a recipe a key, its JSON Schema a property 
 from __future__ import annotations
 
 import dataclasses
+import re
 import typing
 from collections.abc import Callable
 from dataclasses import field
@@ -38,6 +39,25 @@ def provider_options_option() -> Any:
         A dataclass field.
     """
     return option((), PROVIDER_OPTIONS_HELP, metavar="NAME=VALUE,…", advanced=True)
+
+
+def parse_duration(name: str, text: str) -> float:
+    """Read a duration.
+
+    Args:
+        name: Name of the option, for messages.
+        text: Such as 90s, 30m or 2h.
+
+    Returns:
+        Seconds, above 0.
+
+    Raises:
+        OptionError: It is no duration.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([smh])", text.strip())
+    if match is None or float(match[1]) == 0:
+        raise OptionError(f"--{name} {text}: expected a duration such as 90s, 30m or 2h")
+    return float(match[1]) * {"s": 1.0, "m": 60.0, "h": 3600.0}[match[2]]
 
 
 def option(

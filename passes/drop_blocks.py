@@ -73,8 +73,11 @@ class DropBlocks(DropBlocksOptions, Pass):
             figures: The figures of a result.
 
         Returns:
-            False where the target was missed, or blocks were chosen by the latency of a disturbed clock.
+            False where the target was missed, blocks were chosen by the latency of a disturbed clock, or
+            steps by --time.
         """
+        if self.time is not None:
+            return False
         if self.latency_reduction is not None and isinstance(figures, DropBlocksFigures):
             disturbed = figures.latency.clock == "processor" or figures.noisy_latency
             return super().is_repeatable(figures) and not disturbed

@@ -74,8 +74,11 @@ class DropChannels(DropChannelsOptions, Pass):
             figures: The figures of a result.
 
         Returns:
-            False where the target was missed, or widths were chosen by the latency of a disturbed clock.
+            False where the target was missed, widths were chosen by the latency of a disturbed clock, or
+            steps by --time.
         """
+        if self.time is not None:
+            return False
         disturbed = isinstance(figures, DropChannelsFigures) and figures.latency.clock == "processor"
         return super().is_repeatable(figures) and not (disturbed and self.latency_reduction is not None)
 

@@ -15,7 +15,6 @@ and with --dry-run {dry_run, model, blocks, first, limits}.
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,15 +25,14 @@ from onnxcompress.cli.gate_options import gate_options, take_gates
 from onnxcompress.cli.options import FILE, PREPROCESS_HELP, SectionedCommand, print_json
 from onnxcompress.cli.timing_options import timing_options
 from onnxcompress.cli.worker_options import WHERE, worker_options, workers
-from onnxcompress.errors import InputError, OptionError, TargetMissed, require
+from onnxcompress.errors import InputError, TargetMissed, require
 from onnxcompress.formatting import counted
-from onnxcompress.option_fields import INPUT_SHAPE_HELP, INPUT_SHAPE_METAVAR
+from onnxcompress.option_fields import INPUT_SHAPE_HELP, INPUT_SHAPE_METAVAR, parse_duration
 
 if TYPE_CHECKING:
     from onnxcompress.evaluation.gates import Gates
     from onnxcompress.search.search import Front, Search
 
-_UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0}
 _LEARNING = ("images", "preprocess", "count", "inputs", "input_shape")
 _MEASURING = ("preprocess", "provider", "provider_options", "threads", "batch", "input_shape")
 
@@ -193,12 +191,7 @@ def _show(front: Front, asked: Search) -> None:
 
 
 def _duration(context: click.Context, parameter: click.Parameter, value: str | None) -> float | None:
-    if value is None:
-        return None
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)([smh])", value.strip())
-    if match is None or float(match[1]) == 0:
-        raise OptionError(f"--time {value}: expected a duration such as 90s, 30m or 2h")
-    return float(match[1]) * _UNITS[match[2]]
+    return None if value is None else parse_duration("time", value)
 
 
 def _gates() -> list[click.Option]:

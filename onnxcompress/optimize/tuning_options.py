@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal, TypeVar
 
+from onnxcompress.errors import OptionError
 from onnxcompress.model import Model
 from onnxcompress.optimize.effort import DROP_BLOCKS, Effort, announce, choose_effort
 from onnxcompress.optimize.input_options import InputOptions
-from onnxcompress.option_fields import option
+from onnxcompress.option_fields import option, parse_duration
 from onnxcompress.progress import Progress
 from onnxcompress.runtime.timing_options import RuntimeOptions
 
@@ -25,12 +26,17 @@ class TuningOptions(RuntimeOptions, InputOptions):
     steps: int | None = option(
         None, "Steps of fine-tuning; 0: none; the default depends on --effort.", metavar="N", ge=0
     )
+    time: str | None = option(
+        None,
+        "Time for fine-tuning, such as 90s or 5m, in place of --steps; the steps that fit are told.",
+        metavar="TIME",
+    )
     feature: str | None = option(
         None, "Tensor to match; default: the one before the global pool.", advanced=True
     )
     batch: int = option(32, "Images in a step of fine-tuning.", advanced=True, ge=1)
     learning_rate: float = option(
-        0.005, "Peak rate of fine-tuning, relative to a weight's size.", advanced=True, gt=0
+        0.015, "Peak rate of fine-tuning, relative to a weight's size.", advanced=True, gt=0
     )
     device: Literal["auto", "cpu", "cuda"] = option(
         "auto", "Device on which torch optimizes.", advanced=True
@@ -47,6 +53,13 @@ class TuningOptions(RuntimeOptions, InputOptions):
         """
         super().check()
         self.runs_on  # noqa: B018  it checks itself
+        if self.tuning_seconds is not None and self.steps is not None:
+            raise OptionError("give --steps or --time, not both")
+
+    @property
+    def tuning_seconds(self) -> float | None:
+        """Time for fine-tuning, where it is given. Raises OptionError for no duration."""
+        return None if self.time is None else parse_duration("time", self.time)
 
     def hints(self) -> list[str]:
         """Suggest options that leave more of the network as it is.
@@ -54,7 +67,7 @@ class TuningOptions(RuntimeOptions, InputOptions):
         Returns:
             Options with their values, as on the command line, or in words.
         """
-        found = [f"--steps {2 * max(self.steps or 0, 500)}"]
+        found = [f"--steps {2 * max(self.steps or 0, DROP_BLOCKS['best'].steps)}"]
         return found + ([] if self.images else ["--images with a few hundred real ones"])
 
     def with_counts(self: Options, name: str, model: Model, progress: Progress) -> tuple[Effort, Options]:

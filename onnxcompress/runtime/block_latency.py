@@ -272,12 +272,13 @@ class Stopwatch:
         """
         benchmark({"": model}, runs=1, **(self._how() | {"warm_up": 0}))
 
-    def shares(self, model: Model, blocks: Sequence[Block]) -> dict[str, Share]:
+    def shares(self, model: Model, blocks: Sequence[Block], seconds: float = 8.0) -> dict[str, Share]:
         """Measure the latency share of each block; see `latency_shares`.
 
         Args:
             model: The whole model.
             blocks: Blocks that can be dropped.
+            seconds: Time to measure for, at most, by one clock.
 
         Returns:
             τ by name of the block's exit tensor.
@@ -287,7 +288,7 @@ class Stopwatch:
         """
         without = without_each_kind(model, blocks)
         while True:
-            shares = latency_shares(model, blocks, without=without, **self._how())
+            shares = latency_shares(model, blocks, without=without, seconds=seconds, **self._how())
             if not noisy(shares) or not self._turn_to_processor():
                 return shares
 

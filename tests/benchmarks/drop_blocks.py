@@ -12,6 +12,7 @@ same images with this tool and with the published fine-tuning (tests/benchmarks/
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import tempfile
@@ -135,7 +136,7 @@ def accuracy(
         for seed in seeds.split(","):
             with tempfile.TemporaryDirectory() as folder:
                 out = str(Path(folder) / "out.onnx")
-                start = time.perf_counter()
+                start, busy = time.perf_counter(), _processor_seconds()
                 command = ["drop-blocks", model, out, "--images", train, "--preprocess", preprocess]
                 command += ["--count", str(count), "--seed", seed, "--json", *options]
                 if plain:
@@ -143,13 +144,14 @@ def accuracy(
                 else:
                     command += ["--blocks", number]
                 result = _json([*common, *command])
-                seconds = time.perf_counter() - start
+                seconds, busy = time.perf_counter() - start, _processor_seconds() - busy
                 command = ["evaluate", out, "--images", test, "--preprocess", preprocess, "--json"]
                 top1 = _json([*common, *command])["top1"]
             found.append(100 * top1)
             latency = result["measured"]["latency"]
             print(
-                f"{number} blocks, seed {seed}: {100 * top1:.2f} %, {seconds:.0f} s, latency "
+                f"{number} blocks, seed {seed}: {100 * top1:.2f} %, {seconds:.0f} s ({busy:.0f} s of "
+                f"processor time), latency "
                 f"{100 * (1 - latency['ratio']):.1f} % less: "
                 f"{' '.join(r['name'] for r in result['measured']['blocks'] if r['dropped'])}",
                 flush=True,
@@ -264,6 +266,11 @@ def _plain(model: str, train: str, preprocess: str, count: int, seed: str, numbe
     scorer = Scorer(network, blocks, probe(executor, x, source, feature.name), executor=executor, steps=0)
     damage = {b.name: scorer.recover(b).loss for b in blocks}
     return ["--drop", ",".join(sorted(damage, key=lambda name: damage[name])[: int(number)])]
+
+
+def _processor_seconds() -> float:
+    """Processor time of all commands that ended."""
+    return sum(os.times()[2:4])
 
 
 def _json(command: list[str]) -> dict[str, Any]:

@@ -59,7 +59,7 @@ def dropped(**changed: Any) -> DropBlocksFigures:
         "blocks": rows,
         "order": ("third", "first"),
         "feature_error": 0.0144,
-        "tuning": TuningOutcome(60, 30, 0, 0.0144, 0.0144),
+        "tuning": TuningOutcome(60, 30, 0, 0.0144, 0.0144, 75),
         "additivity": Additivity(Share(0.3, 0.24, 0.39), Share(0.32, 0.29, 0.34)),
         "inputs": IMAGES,
     }

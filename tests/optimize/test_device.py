@@ -197,13 +197,14 @@ def test_no_step_reads_back(pair: tuple[Model, Model, str]) -> None:
     used = {t.name for n in student.needed(["input"], [feature]) for t in n.inputs}
     values = {n: v.clone().requires_grad_() for n, v in student.parameters.items() if n in used}
     matched = Matched("input", (feature, feature))
-    loss_of = _Objective(student, teacher, matched, list(values), [1.0]).loss
+    loss_of = _Objective(student, matched, list(values), [1.0]).loss
+    wanted = teacher.run({"input": images()}, [feature])[feature]
     blocks = find_blocks(model).blocks
     scorer = Scorer(model, blocks, probe(teacher, images(), "input", feature), executor=teacher, steps=3)
     assert scorer.probe.energy > 0  # known from here on
     site = scorer.sites[blocks[1].exit]
     with _HostReads() as reads:
-        loss_of(images(), *values.values()).backward()  # type: ignore[no-untyped-call]
+        loss_of(images(), wanted, *values.values()).backward()  # type: ignore[no-untyped-call]
         scorer._train(blocks[1], site, site.adapters(teacher.device))
     assert reads.found == []
     with _HostReads() as reads:

@@ -65,7 +65,7 @@ def repair(
         InputSource(kind, count, 0, "") for kind, count in (kinds or {"images": len(x)}).items()
     )
     inputs = Inputs(DrawnSet(x.numpy()), sources)
-    levels = tuple((instead.get(n, n), n) for n in feature_levels(teacher, "y"))
+    levels = feature_levels(teacher, student, "y", instead)
     return Repair(
         options, student, teacher, Executor.from_model(teacher), "x", "y", "y", levels,
         TuningInputs(inputs, x, x, inputs.shares()), alignment, "cpu", 16, silent,
@@ -110,7 +110,7 @@ def test_what_is_asked_for_reaches_fine_tuning(monkeypatch: pytest.MonkeyPatch) 
 
     def finetune(student: Any, teacher: Any, matched: Any, x: Any, *given: Any, **named: Any) -> Finetuned:
         seen.update(named, images=x, schedule=given[0], aside=given[1].images)
-        return Finetuned(named["start"], TuningOutcome(40, 7, 7, 0.2, 0.1))
+        return Finetuned(named["start"], TuningOutcome(40, 7, 7, 0.2, 0.1, 7))
 
     monkeypatch.setattr(repair_module, "finetune", finetune)
     options = DropBlocksOptions(blocks=1, steps=7, batch=12, learning_rate=0.03, seed=5)

@@ -53,7 +53,7 @@ def test_adapters_are_trained_on_all_images_in_turn() -> None:
     model = network()
     scorer = Scorer(model, find_blocks(model).blocks, probed(model, 96), batch=8)
     losses = [recovery.loss for recovery in scorer.recover_each(find_blocks(model).blocks)]
-    assert losses == pytest.approx([0.1837, 0.01843, 0.1015], rel=0.015)
+    assert losses == pytest.approx([0.1961, 0.02206, 0.1205], rel=0.015)
 
 
 def test_a_loss_counts_what_earlier_drops_changed() -> None:

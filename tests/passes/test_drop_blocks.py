@@ -64,6 +64,8 @@ def scores(resnet: str, arguments: list[str], tmp_path_factory: pytest.TempPathF
     [
         ([], "give one target"),
         (["--blocks", "1", "--latency-reduction", "5"], "give one target"),
+        (["--blocks", "1", "--steps", "5", "--time", "5s"], "give --steps or --time"),
+        (["--blocks", "1", "--time", "5"], "expected a duration such as"),
         (["--blocks", "99"], "the network has 7"),
         (["--drop", "blocks.11"], "did you mean 'blocks.1'"),
         (["--latency-reduction", "120"], "expected more than 0 and less than 100"),

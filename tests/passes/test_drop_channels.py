@@ -191,6 +191,8 @@ def test_widths_are_chosen_by_what_the_clock_says(monkeypatch: pytest.MonkeyPatc
     [
         ({}, "give one target"),
         ({"latency_reduction": 20, "macs_reduction": 10}, "give one target"),
+        ({"macs_reduction": 10, "steps": 5, "time": "5s"}, "give --steps or --time"),
+        ({"macs_reduction": 10, "time": "soon"}, "expected a duration such as"),
         ({"channels_kept": ("a",)}, "expected NAME=N"),
         ({"channels_kept": ("a=0",)}, "expected NAME=N"),
         ({"channels_kept": ("a=2", "a=3")}, "stands there twice"),

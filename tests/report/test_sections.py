@@ -161,7 +161,7 @@ def test_blocks_are_shown_with_their_shares_in_percent() -> None:
         noisy_latency=True,
         order=("two",),
         feature_error=0.0144,
-        tuning=TuningOutcome(60, 30, 20, 0.0225, 0.0144),
+        tuning=TuningOutcome(60, 30, 20, 0.0225, 0.0144, 30),
         additivity=Additivity(Share(0.3, 0.24, 0.28), Share(0.32, 0.29, 0.34)),
     )
     section = blocks(Material("drop-blocks", {}, [step_of(DropBlocks(blocks=1), figures)]))

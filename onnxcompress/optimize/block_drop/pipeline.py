@@ -44,6 +44,9 @@ from onnxcompress.runtime.block_latency import Additivity, Share, Stopwatch, add
 TAPS_BYTES = 2 << 30
 """Memory that the tensors kept for scoring may take; fewer images are used where they would need more."""
 
+CHOSEN_SECONDS, SHOWN_SECONDS = 8.0, 2.0
+"""Time to measure shares for, where blocks are chosen by them, and where they are only shown."""
+
 
 class Dropper:
     """One run of the pass `drop-blocks`. `model` has BatchNorm folded and is changed in place."""
@@ -151,7 +154,8 @@ class Dropper:
             self.shares, self.scores = saved
             return
         blocks = self.discovery.blocks
-        measure = partial(self.stopwatch.shares, self.model, blocks)
+        seconds = SHOWN_SECONDS if self.options.latency_reduction is None else CHOSEN_SECONDS
+        measure = partial(self.stopwatch.shares, self.model, blocks, seconds)
         self.shares = latency_shares(
             blocks, measure, lambda: self.stopwatch.clock == "wall", self._scores_of(), self.progress
         )
@@ -264,7 +268,7 @@ class Dropper:
     def _repair(self) -> None:
         """Refit and fine-tune what is left."""
         instead = drop_blocks(self.whole.copy(), [b.exit for b in self.dropped])
-        levels = tuple((instead.get(n, n), n) for n in feature_levels(self.whole, self.feature))
+        levels = feature_levels(self.whole, self.model, self.feature, instead)
         repair = Repair(
             self.options, self.model, self.whole, self.teacher, self.source, self.student_feature,
             self.feature, levels, self.inputs, self.alignment, self.device, self.scoring_batch,

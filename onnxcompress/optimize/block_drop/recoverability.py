@@ -33,11 +33,11 @@ BATCH = 64
 """Images that run at once when nothing is trained."""
 SCORING_IMAGES = 128
 """Images that blocks are scored on, at most."""
-STEPS = 16
+STEPS = 8
 """Training steps of the adapters of a block."""
 TRAIN_BATCH = 32
 """Images in a training step."""
-RATE = 0.1
+RATE = 0.15
 """Initial learning rate of SGD on the relative squared error; it falls to zero."""
 
 

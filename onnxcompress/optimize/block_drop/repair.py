@@ -85,7 +85,7 @@ class Repair:
             weights = fitting("refitting layers", small_batch(self.model, MAX_BATCH), self._refit)
         held_out = fitting("judging", self.scoring_batch, self._held_out)
         outcome = None
-        if self.options.steps and self.alignment is None:
+        if (self.options.steps or self.options.tuning_seconds) and self.alignment is None:
             tuned = fitting(
                 "fine-tuning",
                 self.options.batch,
@@ -117,6 +117,7 @@ class Repair:
             learning_rate=self.options.learning_rate,
             seed=self.options.seed,
             captured=self.options.capture,
+            seconds=self.options.tuning_seconds,
         )
         matched = Matched(self.source, (self.student_feature, self.feature), self.levels)
         return finetune(

@@ -184,12 +184,14 @@ class ChannelDropper:
 
     def _repair(self) -> None:
         """Refit and fine-tune what is left."""
-        levels = feature_levels(self.whole, self.feature)
-        whole, named = with_kept_channels(self.whole, [self.feature, *levels], self.kept)
-        options = self.options if self.tunes else replace(self.options, steps=0)
+        levels = feature_levels(self.whole, self.model, self.feature)
+        names = [self.feature, *(name for _, name in levels)]
+        whole, named = with_kept_channels(self.whole, names, self.kept)
+        pairs = tuple((own, named[name]) for own, name in levels)
+        options = self.options if self.tunes else replace(self.options, steps=0, time=None)
         repair = ChannelRepair(
             options, self.model, self.whole, Executor.from_model(whole, device=self.device), self.source,
-            self.feature, named[self.feature], tuple((n, named[n]) for n in levels), self.inputs,
+            self.feature, named[self.feature], pairs, self.inputs,
             None, self.device, BATCH, self.progress, self.kept,
         )  # fmt: skip
         self.feature_error, self.tuning = repair.run({})

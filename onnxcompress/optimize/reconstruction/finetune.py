@@ -5,13 +5,13 @@
 s, t: the feature tensor of student and teacher; levels: narrower places on the way there, where a target
 leaves less to learn by heart than the features alone do. The publication has no levels.
 
-From refitted layers on, with rates relative to each weight's size; a running average of the weights takes
-the place of a rate that falls. Each step sees newly augmented images; the teacher's answer to them is the
-target. All before the feature is trained, the classifier behind it has no gradient.
+From refitted layers on, with rates relative to each weight's size that fall to zero (`descent`). Steps see
+augmented images; the teacher's answer to them is the target (`taught_views`). All before the feature is
+trained, the classifier behind it has no gradient.
 
-What is kept is the average with the least error on inputs kept aside, which is looked at CHECKS times. The
-values at the start are the first candidate, so on these inputs the result is never worse than they are.
-Tuning ends early where PATIENCE looks in a row found nothing better.
+What is kept is the running average of the weights with the least error on inputs kept aside, which is
+looked at CHECKS times. The values at the start are the first candidate, so on these inputs the result is
+never worse than they are. Tuning ends early where PATIENCE looks in a row found nothing better.
 
 On a CPU a step takes its batch in pieces, each on one thread, and adds their gradients in order: the same
 whatever the number of threads.
@@ -19,8 +19,9 @@ whatever the number of threads.
 
 from __future__ import annotations
 
+import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import cast
 
@@ -33,8 +34,9 @@ from onnxcompress.graph.query import is_op
 from onnxcompress.optimize.deterministic_threads import in_turn
 from onnxcompress.optimize.device import autocast, laid_out, resident
 from onnxcompress.optimize.executor import Executor
-from onnxcompress.optimize.reconstruction.augment import augment
+from onnxcompress.optimize.reconstruction.descent import Descent
 from onnxcompress.optimize.reconstruction.held_out import HeldOut
+from onnxcompress.optimize.reconstruction.taught_views import REPEATS, TaughtViews
 from onnxcompress.optimize.reconstruction.tuning_outcome import TuningOutcome
 from onnxcompress.progress import Progress, silent
 
@@ -44,12 +46,14 @@ CHECKS = 10
 """How often the error on the inputs kept aside is looked at."""
 PATIENCE = 4
 """Looks without a gain after which tuning ends."""
-LEVELS = 8.0
+LEVELS = 24.0
 """Weight of the levels' relative errors, their mean, against that of the features."""
 AVERAGED, YOUNG = 0.95, 10
 """What the running average keeps of itself in a step; in step t no more than t / (t + YOUNG)."""
+TRIED_STEPS = 2 * REPEATS
+"""Steps that are timed where a time is given: each view comes as often as later on."""
 Loss = Callable[..., Tensor]
-"""(batch, *values) -> scalar."""
+"""(batch, *the teacher's tensors, *values) -> scalar."""
 
 
 @dataclass(frozen=True)
@@ -66,14 +70,29 @@ class Schedule:
     """How long and how fast to train."""
 
     steps: int
+    """Number of steps; where `seconds` are given, as many as fit these take its place."""
     batch: int
     learning_rate: float
-    """Peak learning rate of Adam, relative to each parameter tensor's root mean square."""
+    """Peak learning rate, relative to each parameter tensor's root mean square."""
     seed: int
     warm_up: float = 0.05
-    """Share of the steps in which the rate rises."""
+    """Share of the steps in which the rate rises; from then on it falls to zero."""
     captured: bool = False
     """On a GPU, record a step as a CUDA graph and replay it."""
+    seconds: float | None = None
+    """Time to train for."""
+
+    def share(self, step: int) -> float:
+        """Compute the rate of a step.
+
+        Args:
+            step: Steps before it.
+
+        Returns:
+            The rate as a part of the peak rate.
+        """
+        warm = max(1, round(self.warm_up * self.steps))
+        return min(1.0, (step + 1) / warm) * (1 - step / self.steps)
 
 
 @dataclass(frozen=True)
@@ -129,40 +148,31 @@ def finetune(
     if nhwc:
         images = images.permute(0, 3, 1, 2)
     values, rates = _leaves(student, start, matched)
+    begin = time.perf_counter()
     best = _Best(student, matched.feature[0], held_out, {**start, **values})
     if not values:  # no layer is left in front of the feature: all blocks were dropped
-        return Finetuned({}, best.outcome(0))
-    groups = [
-        {"params": [v], "lr": schedule.learning_rate * r}
-        for v, r in zip(values.values(), rates, strict=True)
-    ]
-    adam = torch.optim.Adam(groups, betas=(0.9, 0.98), fused=device.type == "cuda")
-    warm = max(1, round(schedule.warm_up * schedule.steps))
-    scheduler = torch.optim.lr_scheduler.LambdaLR(adam, lambda step: min(1.0, (step + 1) / warm))
-    generator = torch.Generator().manual_seed(schedule.seed)
-    objective = _Objective(student, teacher, matched, list(values), _scales(teacher, matched, held_out))
+        return Finetuned({}, best.outcome(0, 0))
+    looking = CHECKS * (time.perf_counter() - begin)
+    theirs = [name for _, name in matched.pairs]
+    objective = _Objective(student, matched, list(values), _scales(teacher, matched, held_out))
+    views = TaughtViews(
+        teacher, matched.source, theirs, images, shares, schedule.batch, schedule.batch, nhwc
+    )
+    training = _Training(objective, views, rates, schedule)
+    if schedule.seconds is not None:
+        training = training.within(schedule.seconds - looking, values)
+        schedule = training.schedule
     average = {name: value.detach().clone() for name, value in values.items()}
     looks = {round((look + 1) * schedule.steps / CHECKS) for look in range(CHECKS)}
-    step, loss_of = 0, objective.loss
-    while step < schedule.steps and best.missed < PATIENCE:
-        x = augment(images, schedule.batch, generator, shares, device)
-        if nhwc:
-            x = x.permute(0, 2, 3, 1)
-        if step == 0 and schedule.captured and device.type == "cuda":
-            loss_of = _captured(objective, values, x)
-        adam.zero_grad(set_to_none=True)
-        if device.type == "cpu":
-            _add_slopes(objective, values, x)
-        else:
-            loss_of(x, *values.values()).backward()  # type: ignore[no-untyped-call]
-        adam.step()
-        scheduler.step()
-        step += 1
+    step = 0
+    for step in training.steps(values):
         _follow(average, values, step)
         if step in looks:
             best.look(step, average)
         progress("fine-tuning", step, schedule.steps)
-    return Finetuned(best.values, best.outcome(step))
+        if best.missed == PATIENCE:
+            break
+    return Finetuned(best.values, best.outcome(step, schedule.steps))
 
 
 def _follow(average: Mapping[str, Tensor], values: Mapping[str, Tensor], step: int) -> None:
@@ -200,18 +210,17 @@ class _Best:
         else:
             self.missed += 1
 
-    def outcome(self, steps: int) -> TuningOutcome:
-        """Describe what was kept after so many steps."""
+    def outcome(self, steps: int, planned: int) -> TuningOutcome:
+        """Describe what was kept after so many steps of those that were planned."""
         count = len(self.held_out.images)
-        return TuningOutcome(count, steps, self.step, self.before, self.error)
+        return TuningOutcome(count, steps, self.step, self.before, self.error, planned)
 
 
 @dataclass(frozen=True)
 class _Objective:
-    """The loss as a pure function of a batch and the values of `names`."""
+    """The loss as a pure function of a batch, the teacher's tensors of it, and the values of `names`."""
 
     student: Executor
-    teacher: Executor
     matched: Matched
     names: Sequence[str]
     scales: Sequence[float]
@@ -219,42 +228,89 @@ class _Objective:
     cached: bool = True
     """Whether autocast casts weights once each."""
 
-    def loss(self, x: Tensor, *values: Tensor) -> Tensor:
+    def loss(self, x: Tensor, *given: Tensor) -> Tensor:
         """Compute the loss of a batch; its mean over batches is that of all their images."""
-        ours, theirs = zip(*self.matched.pairs, strict=True)
-        feeds = {self.matched.source: x}
+        ours = [name for name, _ in self.matched.pairs]
+        wanted, values = given[: len(ours)], given[len(ours) :]
         with autocast(self.student.device, cached=self.cached):
-            with torch.no_grad():
-                wanted = self.teacher.run(feeds, theirs)
-            got = self.student.run(feeds, ours, dict(zip(self.names, values, strict=True)))
+            feeds, own = {self.matched.source: x}, dict(zip(self.names, values, strict=True))
+            got = self.student.run(feeds, ours, own)
         errors = [
-            scale * (got[a].float() - wanted[b].float()).square().mean()
-            for a, b, scale in zip(ours, theirs, self.scales, strict=True)
+            scale * _mean_square(got[name] - theirs)
+            for name, theirs, scale in zip(ours, wanted, self.scales, strict=True)
         ]
         return torch.stack(errors).sum()
 
 
-def _add_slopes(objective: _Objective, values: Mapping[str, Tensor], x: Tensor) -> None:
+def _mean_square(x: Tensor) -> Tensor:
+    """Sum up in 32 bits, without a copy of the values in 32 bits."""
+    norm: Tensor = torch.linalg.vector_norm(x, dtype=torch.float32)
+    return norm.square() / x.numel()
+
+
+@dataclass(frozen=True)
+class _Training:
+    """Steps along the gradient of an objective on views."""
+
+    objective: _Objective
+    views: TaughtViews
+    rates: Sequence[float]
+    schedule: Schedule
+
+    def steps(self, values: Mapping[str, Tensor]) -> Iterator[int]:
+        """Change the values step by step, and yield how many were taken."""
+        leaves, schedule = list(values.values()), self.schedule
+        descent = Descent(leaves, self.rates, schedule.learning_rate)
+        device, loss_of = leaves[0].device, self.objective.loss
+        for step, (x, wanted) in enumerate(self.views.batches(schedule.steps, schedule.seed)):
+            if step == 0 and schedule.captured and device.type == "cuda":
+                loss_of = _captured(self.objective, x, wanted, leaves)
+            for leaf in leaves:
+                leaf.grad = None
+            if device.type == "cpu":
+                _add_slopes(self.objective, x, wanted, leaves)
+            else:
+                loss_of(x, *wanted, *leaves).backward()  # type: ignore[no-untyped-call]
+            descent.step(schedule.share(step))
+            yield step + 1
+
+    def within(self, seconds: float, values: Mapping[str, Tensor]) -> _Training:
+        """Plan as many steps as fit into a time, by steps of copies of the values."""
+        copies = {name: value.detach().clone().requires_grad_() for name, value in values.items()}
+        for count in (1, TRIED_STEPS):  # the first step makes plans, which stay
+            begin = time.perf_counter()
+            for _ in replace(self, schedule=replace(self.schedule, steps=count)).steps(copies):
+                pass
+            if next(iter(copies.values())).device.type == "cuda":
+                torch.cuda.synchronize()
+            took = time.perf_counter() - begin
+        steps = max(CHECKS, int(seconds * TRIED_STEPS / took))
+        return replace(self, schedule=replace(self.schedule, steps=steps))
+
+
+def _add_slopes(
+    objective: _Objective, x: Tensor, wanted: Sequence[Tensor], leaves: Sequence[Tensor]
+) -> None:
     """Give the values the gradients of the loss on a batch, taken piece by piece."""
-    pieces = torch.split(x, PIECE)
+    pieces = list(zip(*(torch.split(part, PIECE) for part in (x, *wanted)), strict=True))
 
     def slopes(index: int) -> tuple[Tensor, ...]:
-        share = len(pieces[index]) / len(x)
-        loss = share * objective.loss(pieces[index], *values.values())
-        return torch.autograd.grad(loss, list(values.values()), allow_unused=True, materialize_grads=True)
+        share = len(pieces[index][0]) / len(x)
+        loss = share * objective.loss(*pieces[index], *leaves)
+        return torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)
 
     columns = zip(*in_turn(slopes, len(pieces)), strict=True)
-    for value, parts in zip(values.values(), columns, strict=True):
-        value.grad = torch.stack(parts).sum(0)
+    for leaf, parts in zip(leaves, columns, strict=True):
+        leaf.grad = torch.stack(parts).sum(0)
 
 
-def _captured(objective: _Objective, values: Mapping[str, Tensor], x: Tensor) -> Loss:
+def _captured(objective: _Objective, x: Tensor, wanted: Sequence[Tensor], leaves: Sequence[Tensor]) -> Loss:
     """Record the loss and its backward pass as CUDA graphs, once each, for batches of this shape.
 
     Where the recording fails (an operator that waits for the device), return the loss as it is, and warn.
     """
     plain = replace(objective, cached=False).loss
-    sample = (x.clone(), *values.values())
+    sample = (x.clone(), *(part.clone() for part in wanted), *leaves)
     try:
         made = torch.cuda.make_graphed_callables(plain, sample)
     except torch.OutOfMemoryError:

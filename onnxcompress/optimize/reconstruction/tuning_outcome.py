@@ -19,6 +19,8 @@ class TuningOutcome:
     """Relative squared error of the features before the first step, on the inputs kept aside."""
     error: float
     """The same of the weights that were kept."""
+    planned_steps: int
+    """Steps that rates were planned for: with the same seed, `--steps` of so many gives the same file."""
 
     @property
     def discarded(self) -> bool:
@@ -38,6 +40,8 @@ def tuning_text(outcome: TuningOutcome) -> str:
     before = f"relative error {outcome.error_before**0.5:.3f}"
     if outcome.discarded:
         return f"fine-tuning was discarded: none of {outcome.steps} steps was better than the {before}"
+    ended = f", planned for {outcome.planned_steps}" * (outcome.steps < outcome.planned_steps)
     return (
         f"fine-tuning: {before} before it, the weights of step {outcome.kept_step} of {outcome.steps} kept"
+        f"{ended}"
     )
