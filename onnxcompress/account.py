@@ -52,6 +52,8 @@ class StageSeconds:
     """Time for gathering or making the inputs."""
     layers: float | None = None
     """Time for fitting the layers, where the pass fits them one after the other."""
+    tuning: float | None = None
+    """Time for tuning the layers together, where the pass does so."""
 
 
 @dataclass(frozen=True)

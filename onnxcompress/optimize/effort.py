@@ -70,6 +70,8 @@ class QuantizeWork:
     """Clipping ratios that are tried for each scale of a weight."""
     sweeps: int
     """Sweeps of coordinate descent; 0: weights are rounded to nearest."""
+    steps: int = 0
+    """Steps of tuning all layers together, where activations have fewer bits than 8."""
     stretch: bool = True
     """Channels are brought to equal ranges: a few inputs do not tell how far each reaches."""
 
@@ -89,7 +91,7 @@ class QuantizeWork:
 QUANTIZE: Mapping[Effort, QuantizeWork] = {
     "fast": QuantizeWork(inputs=8, most_inputs=128, places=64, ratios=12, sweeps=0, stretch=False),
     "balanced": QuantizeWork(inputs=16, most_inputs=128, places=128, ratios=20, sweeps=1),
-    "best": QuantizeWork(inputs=128, most_inputs=128, places=256, ratios=30, sweeps=3),
+    "best": QuantizeWork(inputs=128, most_inputs=128, places=256, ratios=30, sweeps=3, steps=200),
 }
 
 
@@ -138,6 +140,8 @@ PASSES: Mapping[str, Mapping[Effort, float]] = {
 }
 """Times that a pass goes over all numbers of an input, in element-wise operations. Those of
 `drop-blocks` are right for ResNet-56 on two cores: steps of fine-tuning do not grow with the inputs."""
+TUNED = 20.0
+"""The same of an input in a step of tuning a quantized network."""
 
 
 def effort_option() -> Any:
@@ -171,7 +175,9 @@ def choose_effort(wanted: Choice, model: Model, pass_: str, inputs: int) -> Effo
     return "best" if seconds <= PATIENCE[pass_] else "balanced"
 
 
-def announce(pass_: str, effort: Effort, model: Model, inputs: int, progress: Progress) -> None:
+def announce(
+    pass_: str, effort: Effort, model: Model, inputs: int, progress: Progress, tuned: int = 0
+) -> None:
     """Report the effort and the expected time, before the work starts.
 
     Args:
@@ -180,8 +186,9 @@ def announce(pass_: str, effort: Effort, model: Model, inputs: int, progress: Pr
         model: The model.
         inputs: Inputs that the pass learns from.
         progress: Called once, with no steps.
+        tuned: Inputs of all steps of tuning together, where these are not part of the effort's passes.
     """
-    work = inputs * computed_numbers(model) * PASSES[pass_][effort]
+    work = (inputs * PASSES[pass_][effort] + tuned * TUNED) * computed_numbers(model)
     seconds = START + work / measured_rate()
     progress(
         f"{effort} effort on {counted(inputs, 'input')}, about {max(5, 5 * round(seconds / 5))} s", 0, 0

@@ -27,6 +27,13 @@ from onnxcompress.optimize.reconstruction.context import (
 )
 from onnxcompress.optimize.reconstruction.feature_inputs import Stage, stages_of
 from onnxcompress.optimize.reconstruction.quantize import QuantizationResults, Quantizer, Settings
+from onnxcompress.optimize.reconstruction.quantized_tuning import (
+    BATCH,
+    TuningData,
+    is_tunable,
+    tune_quantized,
+    tuning_data,
+)
 from onnxcompress.optimize.reconstruction.range_equalization import stretch
 from onnxcompress.optimize.synthesis.statistics_alignment import StatisticsAlignment
 from onnxcompress.optimize.synthesis.synthetic_inputs import MADE_UP
@@ -37,7 +44,7 @@ from onnxcompress.passes.quantize.options import QuantizeOptions
 from onnxcompress.progress import Progress
 from onnxcompress.quantization.affine_grid import Grid, weight_limits
 from onnxcompress.quantization.ort_fusion import fused_counts
-from onnxcompress.quantization.qdq_plan import Bits, Plan, QuantizedLayer, make_plan
+from onnxcompress.quantization.qdq_plan import STREAM_BITS, Bits, Plan, QuantizedLayer, make_plan
 from onnxcompress.quantization.qdq_writer import emit
 from onnxcompress.runtime.inference import run_each, unread_feeds
 
@@ -90,7 +97,8 @@ def quantize(
     inputs = gather_inputs(model, request, device=device, progress=progress)
     repair = _few(options) or inputs.real
     gathered = time.perf_counter()
-    context, channel_ranges = _prepare(options, model, plan, inputs, work.stretch, repair)
+    tuned = work.steps > 0 and is_tunable(model, inputs)
+    context, channel_ranges, data = _prepare(options, model, plan, inputs, work.stretch, repair, tuned)
     budget = None
     plan = context.plan
     if options.mixed:
@@ -104,6 +112,13 @@ def quantize(
     generic = not _few(options) and all(used.source in MADE_UP for used in inputs.sources)
     results = _fit(options, replace(context, plan=plan), stages, work, repair, generic, progress)
     fitted = time.perf_counter()
+    tuning = None
+    if data is not None:
+        context = replace(context, plan=plan)
+        results, tuning = tune_quantized(
+            context, results, data, steps=work.steps, seed=options.seed, device=device, progress=progress
+        )
+    ended = time.perf_counter()
     rows = _write(options, model, plan, results)
     made = (stage.used for stage in stages if stage.used)
     figures = QuantizeFigures(
@@ -115,9 +130,11 @@ def quantize(
         seconds=StageSeconds(
             inputs=gathered - start + staged - chosen,
             layers=fitted - staged + chosen - gathered - (budget.seconds if budget else 0.0),
+            tuning=ended - fitted if tuning is not None else None,
         ),
         output_snr_db=output_snr(original, model, context.images),
         effort=effort,
+        tuning=tuning,
     )
     changed = [Change(r.name, f"weight {r.weight_bits} bits, input {r.input_bits}") for r in rows]
     result = PassResult([*changes, *changed], plan.refusals, figures, inputs.shown)
@@ -130,8 +147,12 @@ def _work(
     """Return the inputs to gather, and the counts: with fewer bits than 8 those of a higher effort."""
     few = _few(options)
     work = QUANTIZE[effort if not few else "balanced" if effort == "fast" else "best"]
+    if not 0 < options.activation_bits < STREAM_BITS or not options.reconstruct:
+        work = replace(work, steps=0)
+    elif options.steps is not None:
+        work = replace(work, steps=options.steps)
     request = replace(options.request, synthetic=options.synthetic or work.count(pixels_of(model)))
-    announce("quantize", effort, model, request.synthetic, progress)
+    announce("quantize", effort, model, request.synthetic, progress, work.steps * BATCH)
     return request if few and effort != "fast" else quick(request, model), work
 
 
@@ -141,21 +162,31 @@ def _few(options: QuantizeOptions) -> bool:
 
 
 def _prepare(
-    options: QuantizeOptions, model: Model, plan: Plan, inputs: Inputs, equalize: bool, repair: bool
-) -> tuple[CalibrationContext, int]:
+    options: QuantizeOptions,
+    model: Model,
+    plan: Plan,
+    inputs: Inputs,
+    equalize: bool,
+    repair: bool,
+    tuned: bool,
+) -> tuple[CalibrationContext, int, TuningData | None]:
     """Align the statistics and equalize the channels' ranges, where that is asked for.
 
-    Returns the context of the fits, and the number of channel groups that were equalized.
+    Returns the context of the fits, the number of channel groups that were equalized, and what tuning needs
+    besides, where all is tuned together in the end.
     """
-    x = whole_batches(model, inputs, fixed_batch(model))
+    x, data = whole_batches(model, inputs, fixed_batch(model)), None
+    if tuned:
+        x, data = tuning_data(model, inputs, x, options.seed)
     batch = images_per_run(model, x)
     alignment = alignment_of(model, x) if inputs.layerwise else StatisticsAlignment()
     equalized = 0
     if equalize and options.stretch and options.activation_bits:  # what stays a float needs no room
         power = 1.0 if repair and options.per_channel else 0.5
-        equalized = stretch(model, plan, x, alignment, batch, power)
+        equalized = stretch(model, plan, x, alignment, batch, power, few_bits=_few(options))
         plan = make_plan(model, bits_of(options))
-    return CalibrationContext(model, plan, x, alignment, batch, min(inputs.real_count, len(x))), equalized
+    context = CalibrationContext(model, plan, x, alignment, batch, min(inputs.real_count, len(x)))
+    return context, equalized, data
 
 
 def _rounds_weights_alone(options: QuantizeOptions) -> bool:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from onnxcompress.account import Figures
+from onnxcompress.optimize.reconstruction.tuning_outcome import TuningOutcome
 from onnxcompress.quantization.ort_fusion import OptimizedNodes
 
 
@@ -26,7 +27,8 @@ class QuantizedLayerRow:
     input_range: tuple[float, float] | None
     """Smallest and largest value that the quantized input can have; None: it stays a float."""
     snr_db: float
-    """Signal to noise ratio of the layer's output, in decibels, before any tensor was left in floats."""
+    """Signal to noise ratio of the layer's output, in decibels, before all layers were tuned together
+    and any tensor was left in floats."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,9 @@ class QuantizeFigures(Figures):
     float_tensors: Mapping[str, float] | None = None
     """Tensor that stays floats -> noise of the outputs over their variation if it alone were quantized;
     None: none had to."""
+
+    tuning: TuningOutcome | None = None
+    """What tuning all layers together gave; its errors are those of the outputs. None: it was not done."""
 
     @property
     def layer_snr_db(self) -> dict[str, float]:

@@ -44,6 +44,13 @@ class QuantizeOptions(SelectionOptions, InputOptions):
     size_budget: float | None = option(
         None, "The same as a size: MB (10⁶ bytes) of all weights, scales not counted.", metavar="MB", ge=0
     )
+    steps: int | None = option(
+        None,
+        "Steps of tuning all layers together where activations have fewer bits than 8; 0: none; the "
+        "default depends on --effort.",
+        metavar="N",
+        ge=0,
+    )
     small_types: bool = option(
         False, "Store 4 bits and fewer as int4 and uint4 (opset 21 and later): half the size."
     )

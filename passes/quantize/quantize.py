@@ -5,8 +5,9 @@
  3. inputs: images distilled from the record, procedural ones, …             `optimize.calibration`
  4. layer by layer, the student reading its own earlier error: ranges of activations by least squares,
     weights rounded in closed form, biases corrected                         `reconstruction.quantize`
- 5. QuantizeLinear and DequantizeLinear are written                          `quantization.qdq_writer`
- 6. onnxruntime loads the result: what fused, and how far the outputs are    `quantization.ort_fusion`
+ 5. activations of fewer bits than 8: all layers are tuned together  `reconstruction.quantized_tuning`
+ 6. QuantizeLinear and DequantizeLinear are written                          `quantization.qdq_writer`
+ 7. onnxruntime loads the result: what fused, and how far the outputs are    `quantization.ort_fusion`
 
 Sources: Nagel et al., Data-Free Quantization (ICCV 2019); Horton et al. (arXiv 2011.09058) §3.4 for
 layer-wise reconstruction on generated inputs; GPTQ and QuantEase for its closed form (`gptq`).

@@ -40,6 +40,7 @@ def cli() -> None:
 @click.option("--inputs", default=None, help="Of quantize; default: its own.")
 @click.option("--synthetic", type=int, default=None, help="Of quantize; default: its own.")
 @click.option("--effort", default=None, help="Of quantize; default: its own.")
+@click.option("--steps", type=int, default=None, help="Of quantize; default: its own.")
 @click.option("--per-tensor", is_flag=True, help="Also 8/8 with one scale per weight.")
 @click.option("--limit", type=int, help="Test on this many images only.")
 @click.option("--real", is_flag=True, help="quantize learns from the images of --split, too.")
@@ -56,6 +57,7 @@ def accuracy(
     inputs: str | None,
     synthetic: int | None,
     effort: str | None,
+    steps: int | None,
     per_tensor: bool,
     limit: int | None,
     real: bool,
@@ -79,7 +81,7 @@ def accuracy(
         images = images.take(np.random.default_rng(seed).permutation(len(images))[:limit])
     exact = _row("float", model, images, None, None)
     options: dict[str, Any] = {"preprocess": preprocess, "seed": seed}
-    asked = {"inputs": inputs, "synthetic": synthetic, "effort": effort}
+    asked = {"inputs": inputs, "synthetic": synthetic, "effort": effort, "steps": steps}
     options |= {name: value for name, value in asked.items() if value is not None}
     options |= {"images": test, "count": split} if real else {}
     with tempfile.TemporaryDirectory() as folder:
@@ -135,8 +137,15 @@ def quantized(model: str, target: str, options: dict[str, Any]) -> dict[str, Any
 def _account(measured: dict[str, Any]) -> str:
     seconds = measured["seconds"]
     used = ", ".join(f"{u['count']} {u['source']}" for u in measured["inputs"])
+    tuning, outcome = seconds.get("tuning"), measured.get("tuning")
+    tuned = ""
+    if tuning is not None and outcome is not None:
+        before, after = outcome["error_before"] ** 0.5, outcome["error"] ** 0.5
+        tuned = f", tuning {tuning:.0f} s: error {before:.3f} to {after:.3f} on {outcome['held_out']} aside"
     fused = sum(measured["runtime"]["fused"].values())
-    return f"{used}; inputs {seconds['inputs']:.0f} s, layers {seconds['layers']:.0f} s; {fused} fused"
+    return (
+        f"{used}; inputs {seconds['inputs']:.0f} s, layers {seconds['layers']:.0f} s{tuned}; {fused} fused"
+    )
 
 
 def _row(

@@ -155,6 +155,13 @@ def test_quantize_shows_the_noisiest_layers_and_the_outputs() -> None:
     ]
 
 
+def test_quantize_shows_what_tuning_gave() -> None:
+    text = shown("quantize", quantized(tuning=TuningOutcome(12, 200, 160, 0.36, 0.0625)))
+    assert "fine-tuning: relative error 0.600 before it, the weights of step 160 of 200 kept" in text
+    assert "relative error of the outputs on 12 inputs kept aside: 0.250 (root mean square)" in text
+    assert not any("aside" in line for line in shown("quantize", quantized()))
+
+
 def test_quantize_shows_what_a_budget_gave() -> None:
     budget = Budget("information", 4.21, 4.5, 1.234, {2: 1, 4: 15}, 0.5, "layers.json", 9.0)
     text = shown("quantize", quantized(budget=budget))

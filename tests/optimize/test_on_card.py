@@ -27,6 +27,7 @@ SOURCES = ("images", "distilled", "procedural", "layerwise")
 COMMANDS: dict[str, dict[str, Any]] = {
     "quantize": {},
     "quantize --weight-bits 4 --activation-bits 0": {"weight_bits": 4, "activation_bits": 0},
+    "quantize --weight-bits 4 --activation-bits 4": {"weight_bits": 4, "activation_bits": 4, "steps": 2},
     "prune": {"sparsity": 0.5},
     "drop-blocks": {"blocks": 1, "steps": 2, "batch": 8},
     "calibrate": {},

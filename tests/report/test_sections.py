@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -215,7 +216,16 @@ def test_quantized_layers_are_shown_with_their_bits_and_what_the_runtime_makes_o
     ]
     (chart,) = plots(section)
     assert "b suffers most (12.5 dB). What is left at the outputs: y: 9.0 dB." in chart.finding
-    assert prose(section) == ["onnxruntime fuses 15 QLinearConv. It computes with floats: 2 Gemm, 1 Add."]
+    runtime_text = "onnxruntime fuses 15 QLinearConv. It computes with floats: 2 Gemm, 1 Add."
+    assert prose(section) == [runtime_text]
+    tuned = replace(figures, tuning=TuningOutcome(12, 200, 160, 0.36, 0.0625))
+    texts = prose(noise(Material("quantize", {}, [step_of(Quantize(), tuned)])))
+    assert [text.replace("\u00a0", " ") for text in texts] == [
+        runtime_text,
+        "Fine-tuning: relative error 0.600 before it, the weights of step 160 of 200 kept. The outputs "
+        "differ from the original's by 25.0 % (root of the relative squared error) on 12 inputs that "
+        "nothing was learned from.",
+    ]
 
 
 def test_latency_is_shown_with_each_of_its_figures() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from rich.console import Console
 
 from onnxcompress.cli.console import learned_from, table
+from onnxcompress.optimize.reconstruction.tuning_outcome import tuning_text
 from onnxcompress.passes.base import PassResult
 from onnxcompress.passes.quantize.figures import Budget, QuantizedLayerRow, QuantizeFigures
 from onnxcompress.quantization.ort_fusion import OptimizedNodes
@@ -34,6 +35,12 @@ def show_quantize(console: Console, result: PassResult[QuantizeFigures | None]) 
     if measured.budget is not None:
         _show_budget(console, measured.budget)
     _show_runtime(console, measured.runtime)
+    if measured.tuning is not None:
+        console.print(tuning_text(measured.tuning))
+        console.print(
+            f"relative error of the outputs on {measured.tuning.held_out} inputs kept aside: "
+            f"{measured.tuning.error**0.5:.3f} (root mean square)"
+        )
     for name, decibels in (measured.output_snr_db or {}).items():
         console.print(f"output {name!r}: signal to noise {decibels:.1f} dB on those inputs", markup=False)
 

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from onnxcompress.graph.order import topological_order
 from onnxcompress.graph.query import read
-from onnxcompress.optimize.executor.ops import DOMAINS, TABLE
+from onnxcompress.optimize.executor import ops
 from onnxcompress.optimize.executor.ops.dtypes import tensor_from
 from onnxcompress.optimize.executor.ops.registry import ExecutionError, Kernel, Op, Site, UnsupportedOp
 from onnxcompress.optimize.executor.runtime_node import captured, runtime_kernel
@@ -53,7 +53,7 @@ class Node:
     @property
     def definition(self) -> Op | None:
         """How the operator is run; None where onnxruntime has to run it, if it can."""
-        return TABLE.get(self.op) if self.domain in DOMAINS else None
+        return ops.definition(self.domain, self.op)
 
     def is_static(self, index: int) -> bool:
         """Return whether an input is read as numbers (a shape, axes, scales).

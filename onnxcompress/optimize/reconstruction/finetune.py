@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import cast
 
@@ -120,6 +120,7 @@ def finetune(
     held_out: HeldOut,
     *,
     start: Mapping[str, Tensor] | None = None,
+    frozen: Collection[str] = (),
     shares: Tensor | None = None,
     nhwc: bool = False,
     progress: Progress = silent,
@@ -136,6 +137,7 @@ def finetune(
         schedule: How long and how fast to train.
         held_out: Inputs kept aside, which decide what is kept.
         start: Initializer -> value to start from, where it is not the student's own.
+        frozen: Names of initializers that keep their values.
         shares: How often each image is drawn, relative to the others, (N,); None: equally often.
         nhwc: Whether the network takes channels last.
         progress: Called with the stage, the steps done and the steps in all.
@@ -147,7 +149,7 @@ def finetune(
     images = resident(images, device)
     if nhwc:
         images = images.permute(0, 3, 1, 2)
-    values, rates = _leaves(student, start, matched)
+    values, rates = _leaves(student, start, matched, frozen)
     begin = time.perf_counter()
     best = _Best(student, matched.feature[0], held_out, {**start, **values})
     if not values:  # no layer is left in front of the feature: all blocks were dropped
@@ -323,11 +325,11 @@ def _captured(objective: _Objective, x: Tensor, wanted: Sequence[Tensor], leaves
 
 
 def _leaves(
-    student: Executor, start: Mapping[str, Tensor], matched: Matched
+    student: Executor, start: Mapping[str, Tensor], matched: Matched, frozen: Collection[str]
 ) -> tuple[dict[str, Tensor], list[float]]:
     """Trainable copies of the parameters that the feature depends on, and their scales."""
     needed = student.needed([matched.source], [matched.feature[0]])
-    used = {t.name for node in needed for t in _trainable(node)}
+    used = {t.name for node in needed for t in _trainable(node)}.difference(frozen)
     values = {
         name: laid_out(start.get(name, value).detach().clone().float()).requires_grad_()
         for name, value in student.parameters.items()

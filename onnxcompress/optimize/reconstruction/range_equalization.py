@@ -42,6 +42,9 @@ from onnxcompress.statistics.record import ChannelStatistics, read_record, write
 
 MARGIN = 1.5
 """Largest values of other inputs are larger."""
+SPREAD = 4.0
+"""Root mean squares that a channel reaches where quantizers have few bits, before MARGIN. MobileNetV2, W4A4
+on 68 images, KL divergence on 32 others: 2.2 by largest values, 0.8 to 1.0 by 6 to 9 root mean squares."""
 RECORDED = 4.0
 """Recorded standard deviations that a channel reaches at least."""
 LARGEST = 64.0
@@ -157,6 +160,7 @@ def stretch(
     alignment: StatisticsAlignment,
     batch: int = 16,
     power: float = 1.0,
+    few_bits: bool = False,
 ) -> int:
     """Bring the channels of groups of tensors to equal ranges, in place.
 
@@ -171,6 +175,8 @@ def stretch(
         power: Exponent of the factors (the α of SmoothQuant, Xiao et al., arXiv 2211.10438). Below 1
             channels stay nearer to what they were, as made images and weights with one scale want it, and
             none is taken to reach less far than RECORDED deviations.
+        few_bits: Whether quantizers have so few steps that they cut off rare large values: a channel's
+            range then goes by its root mean square, not by its largest value.
 
     Returns:
         The number of groups that were scaled.
@@ -184,7 +190,7 @@ def stretch(
     reaches = executor.map_batches(
         {data_input(model).name: images},
         [name for one in places for name in sorted(one.read)],
-        lambda made: {name: _reach(made.pop(name), name in gated) for name in [*made]},
+        lambda made: {name: _reach(made.pop(name), name in gated, few_bits) for name in [*made]},
         count=len(images),
         batch=batch,
         parameters={name: alignment.align(name, executor.parameters[name]) for name in alignment.names},
@@ -210,12 +216,15 @@ def stretch(
     return scaled
 
 
-def _reach(x: Tensor, gated: bool) -> Tensor:
-    """Return the largest magnitude of each channel, (C,).
+def _reach(x: Tensor, gated: bool, few_bits: bool = False) -> Tensor:
+    """Return the largest magnitude of each channel, (C,), with few bits SPREAD root mean squares.
 
     Self-gated activations give little below 0: where that counts twice, the grid has half as many steps
-    below as above, and no channel uses fewer than half of all.
+    below as above, and no channel uses fewer than half of all. The root mean square is that of the image
+    with the largest one.
     """
+    if few_bits and x.ndim > 2:
+        return SPREAD * x.flatten(2).square().mean(2).sqrt().amax(0)
     rows = x.movedim(1, 0).flatten(1)
     return torch.maximum(rows.amax(1), -(2 if gated else 1) * rows.amin(1))
 

@@ -10,7 +10,7 @@ from onnxcompress.account import Figures, Refusal
 from onnxcompress.formatting import number, percent
 from onnxcompress.optimize.block_drop.figures import BlockRow, DropBlocksFigures
 from onnxcompress.optimize.channel_drop.figures import ChannelGroupRow, DropChannelsFigures
-from onnxcompress.optimize.reconstruction.tuning_outcome import tuning_text
+from onnxcompress.optimize.reconstruction.tuning_outcome import TuningOutcome, tuning_text
 from onnxcompress.passes.prune.figures import PruneFigures
 from onnxcompress.passes.quantize.figures import QuantizedLayerRow, QuantizeFigures
 from onnxcompress.quantization.ort_fusion import OptimizedNodes
@@ -173,11 +173,21 @@ def noise(material: Material) -> Section | None:
             rows = [_Noisy(r.name, r.snr_db, _quantized(r)) for r in figures.layers]
             columns = ["weight", "input", "input range"]
             parts += [*_noise(figures, rows, "quantization", columns), _runtime(figures.runtime)]
+            parts += [] if figures.tuning is None else [_tuning(figures.tuning)]
         elif isinstance(figures, PruneFigures):
             pruned = [r for r in figures.layers or () if r.snr_db is not None]
             rows = [_Noisy(r.name, r.snr_db or 0.0, [percent(r.sparsity, 1)]) for r in pruned]
             parts += _noise(figures, rows, "pruning", ["zeros"]) if rows else []
     return Section("layers", "Sensitivity per layer", parts) if parts else None
+
+
+def _tuning(outcome: TuningOutcome) -> Prose:
+    text = tuning_text(outcome)
+    return Prose(
+        f"{text[0].upper()}{text[1:]}. The outputs differ from the original's by "
+        f"{percent(outcome.error**0.5, 1)} (root of the relative squared error) on {outcome.held_out} "
+        "inputs that nothing was learned from."
+    )
 
 
 class _Noisy(NamedTuple):

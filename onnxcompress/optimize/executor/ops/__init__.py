@@ -31,18 +31,37 @@ TABLE: dict[str, Op] = {
 """Operators of the default domain (ai.onnx), opset 7 and later, by name."""
 
 DOMAINS = ("", "ai.onnx")
+OWN_DOMAIN = "onnxcompress"
+"""Domain of operators that only graphs in memory have."""
 
 __all__ = [
     "DOMAINS",
+    "OWN_DOMAIN",
     "TABLE",
     "ExecutionError",
     "Kernel",
     "Op",
     "Site",
     "UnsupportedOp",
+    "definition",
     "supported_ops",
     "unsupported",
 ]
+
+
+def definition(domain: str, op: str) -> Op | None:
+    """Look up how an operator is run.
+
+    Args:
+        domain: Its domain.
+        op: Its name.
+
+    Returns:
+        The definition; None where it cannot be run.
+    """
+    if domain == OWN_DOMAIN:
+        return convert.OWN_OPS.get(op)
+    return TABLE.get(op) if domain in DOMAINS else None
 
 
 def supported_ops() -> frozenset[str]:
@@ -68,5 +87,5 @@ def unsupported(graph: gs.Graph) -> list[str]:
     return [
         f"node {node.name!r}: {node.op} (domain {node.domain or 'ai.onnx'!r}, opset {graph.opset})"
         for node in graph.nodes
-        if node.op not in TABLE or (node.domain or "") not in DOMAINS
+        if definition(node.domain or "", node.op) is None
     ]

@@ -110,6 +110,48 @@ def _dequantize(site: Site) -> Kernel:
     return kernel
 
 
+class _Rounded(torch.autograd.Function):
+    """Round to multiples of a scale. Rounding passes the gradient on (a straight-through estimator)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: Tensor, low: int, high: int) -> Tensor:
+        """Round, and cut off what lies beyond low · scale and high · scale."""
+        y = x / scale
+        q = y.round().clamp_(low, high)
+        ctx.save_for_backward(y, q)
+        ctx.ends, ctx.scale = (low - 0.5, high + 0.5), (scale.shape, scale.dtype)
+        return q * scale
+
+    @staticmethod
+    def backward(ctx: Any, *slopes: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        """Give the input its gradient within the grid, the scale that of LSQ (Esser et al., eq. 3)."""
+        (y, q), (slope,), (shape, dtype) = ctx.saved_tensors, slopes, ctx.scale
+        inside = torch.ops.aten.hardtanh_backward(slope, y, *ctx.ends)
+        own = torch.addcmul(slope * q, inside, y, value=-1)
+        axes = [axis for axis in range(own.ndim) if not shape or shape[axis] == 1]
+        return inside, own.sum(axes, keepdim=bool(shape), dtype=dtype), None, None
+
+
+def _fake_quantize(site: Site) -> Kernel:
+    """Build the kernel of FakeQuantize: inputs x in units, factor of the scale, unit (1 if absent).
+
+    It gives round(x / factor) · factor · unit between the integers `low` and `high`; with an `axis` there
+    is a factor and a unit for each slice along it, else one.
+    """
+    low, high, axis = site.integer("low"), site.integer("high"), site.attributes.get("axis")
+
+    def shaped(values: Tensor, rank: int) -> Tensor:
+        return values.reshape(() if axis is None else [-1 if at == axis else 1 for at in range(rank)])
+
+    def kernel(x: Tensor, factor: Tensor, unit: Tensor | None = None) -> Tensor:
+        y: Tensor = _Rounded.apply(x, shaped(factor, x.ndim), low, high)  # type: ignore[no-untyped-call]
+        return y if unit is None else y * shaped(unit, x.ndim)
+
+    return kernel
+
+
+OWN_OPS: dict[str, Op] = {"FakeQuantize": Op(_fake_quantize)}
+"""Operators of the domain `onnxcompress`, which no file has."""
 OPS: dict[str, Op] = {
     "Cast": Op(_cast),
     "CastLike": Op(lambda site: _cast_like),
