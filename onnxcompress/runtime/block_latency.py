@@ -9,8 +9,7 @@ On a busy machine wall-clock times are noisy. Where they cannot tell blocks apar
 repeated with the processor time of one thread, which all later measurements use too (`Stopwatch`); where
 that cannot tell blocks apart either, the multiply-accumulates are taken as shares.
 
-Blocks are chosen on the assumption that shares add up; `drop-blocks` reports their sum (`added`) beside the
-measured latency of its result.
+Blocks are chosen as if shares added up; `drop-blocks` reports their sum (`added`) beside what is measured.
 """
 
 from __future__ import annotations

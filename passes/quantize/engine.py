@@ -97,8 +97,7 @@ def quantize(
     inputs = gather_inputs(model, request, device=device, progress=progress)
     repair = _few(options) or inputs.real
     gathered = time.perf_counter()
-    tuned = work.steps > 0 and is_tunable(model, inputs)
-    context, channel_ranges, data = _prepare(options, model, plan, inputs, work.stretch, repair, tuned)
+    context, channel_ranges, data = _prepare(options, model, plan, inputs, work, repair)
     budget = None
     plan = context.plan
     if options.mixed:
@@ -162,13 +161,7 @@ def _few(options: QuantizeOptions) -> bool:
 
 
 def _prepare(
-    options: QuantizeOptions,
-    model: Model,
-    plan: Plan,
-    inputs: Inputs,
-    equalize: bool,
-    repair: bool,
-    tuned: bool,
+    options: QuantizeOptions, model: Model, plan: Plan, inputs: Inputs, work: QuantizeWork, repair: bool
 ) -> tuple[CalibrationContext, int, TuningData | None]:
     """Align the statistics and equalize the channels' ranges, where that is asked for.
 
@@ -176,12 +169,12 @@ def _prepare(
     besides, where all is tuned together in the end.
     """
     x, data = whole_batches(model, inputs, fixed_batch(model)), None
-    if tuned:
+    if work.steps > 0 and is_tunable(model, inputs):
         x, data = tuning_data(model, inputs, x, options.seed)
     batch = images_per_run(model, x)
     alignment = alignment_of(model, x) if inputs.layerwise else StatisticsAlignment()
     equalized = 0
-    if equalize and options.stretch and options.activation_bits:  # what stays a float needs no room
+    if work.stretch and options.stretch and options.activation_bits:  # what stays a float needs no room
         power = 1.0 if repair and options.per_channel else 0.5
         equalized = stretch(model, plan, x, alignment, batch, power, few_bits=_few(options))
         plan = make_plan(model, bits_of(options))

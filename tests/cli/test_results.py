@@ -79,7 +79,7 @@ def test_drop_channels_shows_each_group_and_what_became_less() -> None:
         BeforeAfter(4_000_000, 3_200_000),
         BeforeAfter(50_000, 45_000),
         0.0144,
-        TuningOutcome(60, 30, 20, 0.0225, 0.0144),
+        TuningOutcome(60, 30, 20, 0.0225, 0.0144, 30),
         inputs=IMAGES,
     )
     assert shown("drop-channels", figures) == [
@@ -156,7 +156,7 @@ def test_quantize_shows_the_noisiest_layers_and_the_outputs() -> None:
 
 
 def test_quantize_shows_what_tuning_gave() -> None:
-    text = shown("quantize", quantized(tuning=TuningOutcome(12, 200, 160, 0.36, 0.0625)))
+    text = shown("quantize", quantized(tuning=TuningOutcome(12, 200, 160, 0.36, 0.0625, 200)))
     assert "fine-tuning: relative error 0.600 before it, the weights of step 160 of 200 kept" in text
     assert "relative error of the outputs on 12 inputs kept aside: 0.250 (root mean square)" in text
     assert not any("aside" in line for line in shown("quantize", quantized()))

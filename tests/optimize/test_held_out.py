@@ -98,7 +98,7 @@ def test_an_error_is_relative_to_all_features_and_of_the_values_that_are_tried()
 
 
 def test_tuning_is_discarded_where_no_step_was_better() -> None:
-    kept, discarded = (TuningOutcome(12, 70, step, 0.0225, 0.0144) for step in (1, 0))
+    kept, discarded = (TuningOutcome(12, 70, step, 0.0225, 0.0144, 70) for step in (1, 0))
     assert not kept.discarded
     assert tuning_text(kept) == (
         "fine-tuning: relative error 0.150 before it, the weights of step 1 of 70 kept"

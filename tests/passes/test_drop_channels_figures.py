@@ -115,7 +115,7 @@ def test_what_is_behind_the_features_is_fitted_to_what_tuning_made_of_them(
 
     def doubled(repair: Repair, student: object, start: dict[str, Tensor], *rest: object) -> Finetuned:
         values = {t.name: 2 * start[t.name] for t in parameters(repair.model)}
-        return Finetuned(values, TuningOutcome(12, 7, 7, 0.1, 0.1))
+        return Finetuned(values, TuningOutcome(12, 7, 7, 0.1, 0.1, 7))
 
     def repaired(steps: int) -> tuple[float, np.ndarray]:
         model, wanted = classifier(), outputs(classifier(), feeds)["y"]
@@ -269,11 +269,11 @@ def test_a_result_of_a_disturbed_clock_is_not_kept(
 def test_what_is_suggested_leaves_more_of_the_network() -> None:
     images = "--images with a few hundred real ones"
     assert DropChannels(steps=800).hints() == ["a smaller reduction", "--steps 1600", images]
-    assert DropChannels(images="x").hints() == ["a smaller reduction", "--steps 1000"]
+    assert DropChannels(images="x").hints() == ["a smaller reduction", "--steps 600"]
 
 
 def test_defaults_of_fine_tuning_are_those_that_were_measured() -> None:
     """As of `drop-blocks`, whose rate is the same."""
     channels, blocks = DropChannels(), DropBlocks()
-    assert (channels.batch, channels.learning_rate) == (32, 0.005)
-    assert (blocks.batch, blocks.learning_rate) == (32, 0.005)
+    assert (channels.batch, channels.learning_rate) == (32, 0.015)
+    assert (blocks.batch, blocks.learning_rate) == (32, 0.015)

@@ -40,10 +40,12 @@ def settings(monkeypatch: pytest.MonkeyPatch, **options: Any) -> tuple[Settings,
         seen["settings"] = settings
         raise Caught
 
-    def stretched(*given: Any, few_bits: bool) -> int:
-        powers.append(given[5])
+    def stretched(
+        model: Any, plan: Any, x: Any, alignment: Any, batch: int, power: float, few_bits: bool
+    ) -> int:
+        powers.append(power)
         assert few_bits == (options.get("weight_bits", 8) < 8 or options.get("activation_bits", 8) < 8)
-        return stretch(*given, few_bits=few_bits)
+        return stretch(model, plan, x, alignment, batch, power, few_bits=few_bits)
 
     monkeypatch.setattr(engine, "Quantizer", fitted)
     monkeypatch.setattr(engine, "stretch", stretched)

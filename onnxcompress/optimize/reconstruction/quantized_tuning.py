@@ -284,7 +284,7 @@ def with_values(
     weights, biases = dict(results.weights), dict(results.biases)
     for key, layer in plan.layers.items():
         name, bias = layer.linear.weight_name, layer.linear.bias_name
-        if bias in values and key in biases:
+        if bias is not None and bias in values and key in biases:
             biases[key] = values[bias].reshape(-1)
         if student.factors.get(name) not in values:
             continue
