@@ -6,7 +6,7 @@ s, t: the feature tensor of student and teacher; levels: narrower places on the 
 leaves less to learn by heart than the features alone do. The publication has no levels.
 
 From refitted layers on, with rates relative to each weight's size that fall to zero (`descent`). Steps see
-augmented images; the teacher's answer to them is the target (`taught_views`). All before the feature learns.
+augmented images, and the teacher's answers to them (`taught_views`). All before the feature is trained.
 
 What is kept is the running average of the weights with the least error on inputs kept aside, which is
 looked at CHECKS times. The values at the start are the first candidate, so on these inputs the result is
