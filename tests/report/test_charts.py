@@ -69,3 +69,8 @@ def test_outliers_among_the_slow_runs_are_not_drawn() -> None:
     assert both.limits == pytest.approx((4 - 0.954, 19.9 + 0.954))
     early = Spread([("a", [*np.linspace(10, 20, 101), *[45.0] * 4])], "ms")
     assert early.limits[1] == pytest.approx(20.6)
+
+
+def test_a_distribution_is_named_with_its_median() -> None:
+    axes = drawn(Spread([("net", [1.0, 2.0, 2.5, 3.0, 100.0])], "ms"))
+    assert [text.get_text().replace("\u00a0", " ") for text in axes.texts] == ["net: median 2.50 ms"]

@@ -7,15 +7,19 @@ from typing import Any
 
 import pytest
 
+from onnxcompress.account import Change, Refusal
 from onnxcompress.optimize.block_drop.figures import BlockRow, DropBlocksFigures
+from onnxcompress.passes import PassResult
 from onnxcompress.passes.drop_blocks import DropBlocks
 from onnxcompress.passes.prune import Prune
 from onnxcompress.passes.prune.figures import PrunedLayerRow, PruneFigures, WeightBytes
+from onnxcompress.pipeline import Step
 from onnxcompress.report import Material
 from onnxcompress.report.build import _lead, _smaller, _tiles
 from onnxcompress.report.charts import Bars, Scatter
-from onnxcompress.report.elements import Plot, Section
+from onnxcompress.report.elements import Fold, Heading, Plot, Prose, Section, Table
 from onnxcompress.report.sections.layers import blocks, noise, sensitivity
+from onnxcompress.report.sections.passes import passes
 from onnxcompress.runtime.block_latency import LatencyChange, Share
 from tests.helpers.results import step_of
 
@@ -48,6 +52,7 @@ def said(found: dict[str, Any]) -> str:
         (2_000_000, 1_500_000, "The file is 25.0 % smaller: 2.00 MB → 1.50 MB."),
         (1_500_000, 2_000_000, "The file is 33.3 % larger: 1.50 MB → 2.00 MB."),
         (1_000_000, 1_000_400, "The file is as large as it was: 1.00 MB."),
+        (1_000_000, 1_000_600, "The file is 0.1 % larger: 1.00 MB → 1.00 MB."),
     ],
 )
 def test_the_change_of_size_is_over_what_it_was(before: int, after: int, sentence: str) -> None:
@@ -86,6 +91,40 @@ def test_tiles_have_the_figures_after_and_before() -> None:
         "file 1.50 MB was 2.00 MB",
         "multiply-adds 600 was 1.00 k",
     ]
+
+
+def test_the_last_tile_has_the_parameters_where_the_work_is_the_same() -> None:
+    found = compared((0.5, 0.4, 0.8), b=side(1_500_000, None, 2.0) | {"parameters": 8})
+    tiles = _tiles(Material("compare", {}, comparison=found))
+    shown = [" ".join(vars(tile).values()).replace("\u00a0", " ") for tile in tiles]
+    assert shown[1:] == [
+        "same class 95.5 % of 200 images",
+        "file 1.50 MB was 2.00 MB",
+        "parameters 8 was 10",
+    ]
+
+
+def test_a_pass_tells_its_changes_its_time_and_what_it_left_alone() -> None:
+    """Of many refusals the first are in view, and all are there."""
+    changes = [Change("a", "folded"), Change("b", "folded"), Change("c", "moved")]
+    refusals = [Refusal(f"n{at}", "why") for at in range(15)]
+    latency = LatencyChange(10.0, 9.8, 0.98, 0.94, 1.02)
+    first = Step(Prune(), PassResult(changes, refusals, latency=latency), 12.34, cached=True)
+    gain = replace(latency, high=0.99)
+    second = Step(Prune(), PassResult(changes[2:], latency=gain), 0.56)
+    section = passes(Material("run", {}, [first, second]))
+    assert section is not None
+    headings = [(part.text, part.note) for part in section.parts if isinstance(part, Heading)]
+    assert headings == [("1. prune", "12.3 s, kept from an earlier run"), ("2. prune", "0.6 s")]
+    prose = [(part.text, part.tone) for part in section.parts if isinstance(part, Prose)]
+    assert prose[0] == ("2 × folded; moved.", "")
+    assert [tone for text, tone in prose if text.startswith("Latency")] == ["missed", ""]
+    (table,) = [part for part in section.parts if isinstance(part, Table)]
+    fold = next(part for part in section.parts if isinstance(part, Fold) and part.summary == "3 more")
+    (rest,) = fold.parts
+    assert isinstance(rest, Table)
+    assert [row[0] for row in (*table.rows, *rest.rows)] == [f"n{at}" for at in range(15)]
+    assert table.caption == "Left alone: 15"
 
 
 ROWS = tuple(
