@@ -293,12 +293,17 @@ def _outputs(model: Model, nodes: list[gs.Node], plan: Plan, topology: Topology,
             continue
         for tensor in (behind_activation(model, t) for t in node.outputs):
             readers = value_readers(tensor) if id(tensor) in topology.data else ()
-            for reader in (one for one in readers if id(one) in topology.index):  # bodies stay as they are
+            for reader in (one for one in readers if _reads_data(one, topology)):
                 for index, read in enumerate(reader.inputs):
                     quantizable = read is tensor and _is_float(model, tensor)  # no mask, no index
                     floating = is_op(reader, *operators) and id(reader) not in chosen
                     if quantizable and not floating and not is_op(reader, *MOVING):
                         plan.edges.setdefault((id(reader), index), (tensor.name, bits.stream))
+
+
+def _reads_data(node: gs.Node, topology: Topology) -> bool:
+    """Return whether a node is one of the main graph, and makes data of what it reads; bodies stay."""
+    return id(node) in topology.index and any(id(t) in topology.data for t in node.outputs)
 
 
 def _moves(nodes: list[gs.Node], topology: Topology, plan: Plan, bits: int) -> None:

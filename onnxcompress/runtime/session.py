@@ -63,7 +63,7 @@ def session(
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads or (0 if timed else thread_count())
     options.inter_op_num_threads = 1
-    options.log_severity_level = 3
+    options.log_severity_level = 4  # errors are raised, and told as ours
     if not optimize:
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     if not timed:

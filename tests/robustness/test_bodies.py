@@ -130,3 +130,19 @@ def test_an_output_that_a_body_reads_stays_float32() -> None:
     both = Model.from_proto(proto)
     applied(HalfPrecision(float16_io=True), both)
     assert {o.name: o.type.tensor_type.elem_type for o in both.to_proto().graph.output}["a"] == 1
+
+
+def test_a_reader_of_the_type_alone_is_no_reason_to_quantize() -> None:
+    """Only a body reads the values of `a`; a CastLike outside takes its type."""
+    body = """
+        a = Conv<pads=[1,1,1,1]>(x, w)  one = Constant<value_int=1>()  o = CastLike(one, a)
+        s = Shape(a)  rank = Size(s)  four = Constant<value_int=4>()  c = Equal(rank, four)
+        i = If(c) <
+            then_branch = t () => (float[N,8,8,8] ti) { ti = Add(a, o) },
+            else_branch = e () => (float[N,8,8,8] ei) { ei = Sub(a, o) }
+        >
+        y = Conv(i, v)
+    """
+    arrays = {"w": weight(8, 3, 3, 3), "v": weight(8, 8, 1, 1, seed=1)}
+    model = Model.from_proto(graph("(float[N,3,8,8] x) => (float[N,8,8,8] y)", body, arrays))
+    assert applied(Quantize(**FEW), model).modified
