@@ -51,6 +51,9 @@ SHARE = 0.25
 """Share of the tensors, at most, where the guard would not warn without them."""
 TOGETHER = 4
 """Tensors that are tried together first, and one by one only if they count."""
+SETS, ALONE = 64, 128
+"""Sets of tensors that are tried together, and tensors that are tried one by one, at most: so it ends soon
+on networks of hundreds of tensors, too. Of the others of a set each is taken to cost the same."""
 ROUNDS = 6
 """How often the noise that may stay is halved until the goal is reached."""
 SWITCHES = "onnxcompress_switches"
@@ -210,22 +213,27 @@ class _Trials:
         return {name: list(value) for name, value in zip(self._names, values, strict=True)}
 
     def costs(self, may_stay: float) -> np.ndarray:
-        """Measure the noise of each grid alone over the outputs' variation."""
+        """Measure the noise of each grid alone over the outputs' variation, by so many runs at most."""
         without = self.outputs(())
 
         def cost(active: Sequence[int]) -> float:
             return _ratio(self._judge.compare(without, self.outputs(active)))
 
         count = len(self.groups)
-        found = np.zeros(count)
-        for first in range(0, count, TOGETHER):
-            some = range(first, min(first + TOGETHER, count))
-            together = cost(some)
-            if together * count / TOGETHER < may_stay / TOGETHER:
-                found[list(some)] = together / len(some)
-            else:
-                found[list(some)] = [cost([group]) for group in some]
+        size = max(TOGETHER, -(-count // SETS))
+        sets = [list(range(first, min(first + size, count))) for first in range(0, count, size)]
+        found, left = np.zeros(count), ALONE
+        together = []
+        for some in sets:
+            together.append(cost(some))
             self._progress("looking for tensors that stay floats", some[-1] + 1, count)
+        for at in np.argsort(together)[::-1].tolist():
+            some = sets[at]
+            if together[at] * count / TOGETHER >= may_stay / TOGETHER and len(some) <= left:
+                left -= len(some)
+                found[some] = [cost([group]) for group in some]
+            else:
+                found[some] = together[at] / len(some)
         return found
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -14,7 +15,7 @@ from onnxcompress.model import Model
 from onnxcompress.passes import PassResult, run
 from onnxcompress.passes.quantize import Quantize
 from onnxcompress.passes.quantize.figures import QuantizeFigures
-from onnxcompress.passes.quantize.float_tensors import FLOOR, Judge, leave_floats
+from onnxcompress.passes.quantize.float_tensors import FLOOR, Judge, Runs, _Trials, leave_floats
 from onnxcompress.runtime.inference import run as run_model
 from tests.helpers.folding import Arrays, feeds, graph, weight
 from tests.helpers.results import figures_of
@@ -143,3 +144,27 @@ def test_outputs_that_hold_what_a_sigmoid_gives_are_found(body: str, answers: bo
         graph("(float[N,3,8,8] x) => (float[N,A,B,C] y)", f"c = Conv(x, w) {body}", arrays)
     )
     assert sigmoid_outputs(model) == (frozenset({"y"}) if answers else frozenset())
+
+
+@pytest.mark.parametrize(("sets", "alone"), [(1, 0), (2, 2), (2, 8)])
+def test_a_network_of_many_tensors_is_tried_by_so_many_runs_at_most(
+    monkeypatch: pytest.MonkeyPatch, sets: int, alone: int
+) -> None:
+    """The result keeps enough all the same: of tensors that were tried together, all stay floats."""
+    module = "onnxcompress.passes.quantize.float_tensors"
+    monkeypatch.setattr(f"{module}.SETS", sets)
+    monkeypatch.setattr(f"{module}.ALONE", alone)
+    monkeypatch.setattr(f"{module}.TOGETHER", 1)
+    runs, outputs = list[bool](), _Trials.outputs
+
+    def counted(trials: _Trials, active: Sequence[int], whole: bool = False) -> Runs:
+        runs.append(whole)
+        return outputs(trials, active, whole)
+
+    monkeypatch.setattr(_Trials, "outputs", counted)
+    model = network(3000.0)
+    judge = Judge(network(3000.0), QUICK.request)
+    found = quantized(model)
+    assert figures_of(found, QuantizeFigures).float_tensors
+    assert judge.kept_db(model) > FLOOR
+    assert runs.count(False) <= 1 + sets + alone  # on few inputs; the others choose
