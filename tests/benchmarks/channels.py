@@ -19,13 +19,17 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Sequence
+from bisect import bisect_left
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import click
+import onnx
 
+from onnxcompress.data.image_set import load_images
+from onnxcompress.data.preprocess import Preprocess
 from onnxcompress.graph.canonicalize import canonicalize
 from onnxcompress.graph.channel_groups.cut_tracer import find_cut_groups
 from onnxcompress.graph.channel_removal import cut_channels
@@ -44,10 +48,11 @@ ROWS = {
     "magnitude": "channels by magnitude",
     "uniform-group-norm": "uniform widths, group norm (Torch-Pruning)",
     "uniform-magnitude": "uniform widths, magnitude",
+    "onnxsim": "onnxsim's Wanda, no repair",
 }
 """Name of a row -> how the table calls it."""
 SHARES = [step / 40 for step in range(39, 9, -1)]
-"""Shares of its channels that a group keeps in uniform rows."""
+"""Shares of its channels that a group keeps in rows of one share."""
 ROUND_TO = 4
 """Multiples of channels that uniform rows keep: as few as `drop-channels` keeps multiples of."""
 
@@ -69,6 +74,8 @@ class Bench:
     """The network, and what all commands have in common."""
 
     model: str
+    images: str
+    preprocess: str
     learned: Sequence[str]
     judged: Sequence[str]
     target: str
@@ -98,11 +105,11 @@ class Bench:
             rest = 100 * (1 - whole / (1 - saved))
             self._run("drop-channels", str(between), file, self.target, f"{rest:g}")
         elif kind.startswith("uniform-"):
-            widths = uniform_widths(
-                load(self.model), asked / 100, by_macs=self.target == "--macs-reduction"
-            )
+            widths = self.uniform_widths(asked)
             criterion = ("--criterion", kind.removeprefix("uniform-"))
             self._run("drop-channels", self.model, file, "--channels-kept", widths, *criterion)
+        elif kind == "onnxsim":
+            onnx.save(self.onnxsim(asked), file)
         elif kind.startswith("same-"):
             widths = self._widths(asked).read_text()
             criterion = ("--criterion", kind.removeprefix("same-"))
@@ -120,26 +127,52 @@ class Bench:
     def _run(self, name: str, source: str, file: Path, *options: str) -> dict[str, Any]:
         return command(name, source, str(file), *options, *self.learned, "--force", "--no-cache")
 
+    def onnxsim(self, asked: float) -> onnx.ModelProto:
+        """Cut channels with onnxsim's Wanda, as few as save enough; it repairs no convolution."""
+        import onnxsim
 
-def uniform_widths(model: Model, target: float, *, by_macs: bool) -> str:
-    """Find the largest share of its channels that each group may keep; returns `--channels-kept`."""
-    whole = model.copy()
-    FoldBatchNorm().apply(whole)
-    canonicalize(whole)
-    groups = find_cut_groups(whole)
-    stopwatch = Stopwatch("cpu")
-    low, high = 0, len(SHARES) - 1  # of SHARES, `high` saves enough
-    while low < high:
-        place = (low + high) // 2
-        widths = {g.name: rounded(SHARES[place] * g.width) for g in groups.free}
-        cut = whole.copy()
-        gone = [label for g in groups.free for label in g.group.labels[widths[g.name] :].tolist()]
-        cut_channels(cut, groups, set(gone))
-        saved = 1 - count_macs(cut) / count_macs(whole)
-        if not by_macs:
-            saved = stopwatch.compare(model, cut, seconds=5.0).saved.value
-        low, high = (low, place) if saved >= target else (place + 1, high)
-    return ",".join(f"{g.name}={min(g.width, rounded(SHARES[high] * g.width))}" for g in groups.free)
+        whole = load(self.model)
+        FoldBatchNorm().apply(whole)
+        steps = Preprocess.parse(self.preprocess)
+        images = load_images(self.images, preprocess=steps, count=64).array()
+        feeds = [{whole.graph.inputs[0].name: images[start : start + 16]} for start in range(0, 64, 16)]
+
+        def cut(kept: float) -> onnx.ModelProto:
+            found: onnx.ModelProto = onnxsim.apply_structured_wanda_pruning_cpp(
+                whole.to_proto(), feeds, sparsity=1 - kept
+            )
+            return found
+
+        return cut(self.largest_share(asked, lambda kept: Model.from_proto(cut(kept))))
+
+    def uniform_widths(self, asked: float) -> str:
+        """Find the share of its channels that each group keeps; returns `--channels-kept`."""
+        whole = load(self.model)
+        FoldBatchNorm().apply(whole)
+        canonicalize(whole)
+        groups = find_cut_groups(whole)
+
+        def cut(share: float) -> Model:
+            own, gone = whole.copy(), set[int]()
+            for group in groups.free:
+                gone.update(group.group.labels[rounded(share * group.width) :].tolist())
+            cut_channels(own, groups, gone)
+            return own
+
+        share = self.largest_share(asked, cut)
+        return ",".join(f"{g.name}={min(g.width, rounded(share * g.width))}" for g in groups.free)
+
+    def largest_share(self, asked: float, cut: Callable[[float], Model]) -> float:
+        """Find the largest of SHARES with which a network saves enough, else the smallest."""
+        before, stopwatch = load(self.model), Stopwatch("cpu")
+
+        def enough(share: float) -> bool:
+            after = cut(share)
+            if self.target == "--macs-reduction":
+                return 1 - count_macs(after) / count_macs(before) >= asked / 100
+            return stopwatch.compare(before, after, seconds=5.0).saved.value >= asked / 100
+
+        return SHARES[min(bisect_left(SHARES, True, key=enough), len(SHARES) - 1)]
 
 
 def rounded(width: float) -> int:
@@ -189,6 +222,8 @@ def cli(
     images = [] if made else ["--images", train, "--count", str(count)]
     bench = Bench(
         model,
+        train,
+        preprocess,
         [*images, "--preprocess", preprocess, *options],
         ["--images", test, "--preprocess", preprocess],
         "--macs-reduction" if macs else "--latency-reduction",
