@@ -324,3 +324,17 @@ def test_a_step_that_the_others_make_needless_is_taken_back() -> None:
     gains = {"small": 0.05, "large": 0.3}
     choice = choose_widths(steps, 0.28, lambda widths: sum(gains[name] for name in widths))
     assert choice.kept == {"large": 8}
+
+
+@pytest.mark.parametrize(
+    ("gain", "kept"), [(0.1, {"first", "third", "fourth"}), (0.01, {"first", "second"})]
+)
+def test_a_step_that_saves_far_too_much_is_replaced_by_smaller_ones(gain: float, kept: set[str]) -> None:
+    """Unless these turn out to save too little."""
+    steps = [Narrowing("first", 8, 1.0, 0.2), Narrowing("second", 8, 9.0, 0.3)]
+    steps += [Narrowing("third", 8, 4.0, 0.1), Narrowing("fourth", 8, 4.1, 0.1)]
+    steps += [Narrowing("second", 4, 9.0, 0.2), Narrowing("fifth", 8, 9.5, 0.2)]
+    gains = {"first": 0.2, "second": 0.3, "third": gain, "fourth": gain, "fifth": gain}
+    choice = choose_widths(steps, 0.4, lambda widths: sum(gains[name] for name in widths))
+    assert choice.kept.keys() == kept
+    assert choice.saved == pytest.approx(sum(gains[name] for name in kept))

@@ -21,8 +21,8 @@ STEPS = (4, 8, 16, 32)
 """Multiples that groups may keep, the smallest that leaves WIDTHS of them."""
 WIDTHS = 8
 """Widths of a group that are tried, at most, where a step allows it."""
-TAKEN_BACK = 3
-"""Steps that are tried to be taken back, at most."""
+TRIED = 3
+"""Times that steps are tried to be taken back, or to be replaced by others, at most."""
 LEAST_GAIN = 1e-4
 """Part of the whole that a step must gain: less is noise."""
 
@@ -154,7 +154,9 @@ class WidthChoice:
 def choose_widths(
     steps: Sequence[Narrowing], target: float, saving: Callable[[Mapping[str, int]], float]
 ) -> WidthChoice:
-    """Find the smallest first part of the steps that saves enough, then take back what is not needed.
+    """Find the smallest first part of the steps that saves enough, then better its end.
+
+    The last step is replaced where later ones cost less, and what is not needed is taken back.
 
     Args:
         steps: Steps of all groups, in the order in which they are taken.
@@ -182,7 +184,36 @@ def choose_widths(
         else:
             low = number
         number = bisect_left(sums, target * sums[number - 1] / max(saved, 1e-3)) + 1
-    return _without_needless(steps[:high], measured[high], target, saving)
+    taken, saved = _with_smaller_end(steps, high, measured[high], target, saving)
+    return _without_needless(taken, saved, target, saving)
+
+
+def _with_smaller_end(
+    steps: Sequence[Narrowing],
+    number: int,
+    saved: float,
+    target: float,
+    saving: Callable[[Mapping[str, int]], float],
+) -> tuple[Sequence[Narrowing], float]:
+    """Replace the last of the first steps by later ones where these are enough and cost less together.
+
+    The last one may save far more than what the others lack, at a cost to match.
+    """
+    last, others = steps[number - 1], list(steps[: number - 1])
+    scale = saved / max(sum(step.gain for step in steps[:number]), 1e-9)
+    tried = 0
+    for step in steps[number:]:
+        if step.group == last.group:
+            continue
+        others.append(step)
+        if tried == TRIED or sum(s.cost for s in others[number - 1 :]) >= last.cost:
+            break
+        if scale * sum(s.gain for s in others) >= target:
+            tried += 1
+            smaller = saving(widths_after(others))
+            if smaller >= target:
+                return others, smaller
+    return steps[:number], saved
 
 
 def _without_needless(
@@ -198,7 +229,7 @@ def _without_needless(
     for step in sorted(taken, key=lambda s: -s.cost):
         rest = [s for s in taken if s is not step]
         last = all(s.kept > step.kept for s in rest if s.group == step.group)
-        if tried == TAKEN_BACK or not rest or not last or saved - scale * step.gain < target:
+        if tried == TRIED or not rest or not last or saved - scale * step.gain < target:
             continue
         tried += 1
         without = saving(widths_after(rest))
