@@ -79,3 +79,16 @@ def test_a_badly_scaled_problem_is_solved_in_few_steps() -> None:
         value.grad = (value.detach() - target) * scale**2
         descent.step(1 - step / 60)
     assert float((value.detach() - target).square().mean()) < 0.1
+
+
+def test_without_orthogonal_steps_all_are_those_of_adam() -> None:
+    value = torch.arange(12.0).reshape(3, 4).requires_grad_()
+    other = value.detach().clone().requires_grad_()
+    descent = Descent([value], [2.0], 0.01, orthogonal=False)
+    adam = torch.optim.Adam([other], lr=0.02, betas=(0.9, 0.98))
+    for scale in (1.0, -3.0):
+        for x in (value, other):
+            x.grad = scale * torch.linspace(-1, 1, 12).reshape(3, 4)
+        descent.step(1.0)
+        adam.step()
+    assert torch.equal(value, other)

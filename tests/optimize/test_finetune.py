@@ -290,3 +290,14 @@ def test_distilling_views_are_the_image_moved_around_its_edges(places: tuple[int
     assert {mirrored for mirrored, _, _ in moves} == {False, True}
     assert {down for _, down, _ in moves} == {-2, -1, 0, 1, 2}
     assert {across for _, _, across in moves} == {-1, 0, 1}
+
+
+def test_all_steps_are_taken_where_that_is_asked_for() -> None:
+    assert tuned(learning_rate=1e3, whole=True).outcome.steps == 40
+    assert tuned(learning_rate=1e3).outcome.steps < 40
+
+
+def test_what_is_frozen_keeps_its_values() -> None:
+    schedule, aside = Schedule(2, 4, 0.02, 0), HeldOut(executor(0.0), images(), "x", "y")
+    found = finetune(executor(0.1), executor(0.0), MATCHED, images(), schedule, aside, frozen={"w", "c"})
+    assert set(found.values) == {"b", "v"}

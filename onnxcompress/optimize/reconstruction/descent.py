@@ -44,19 +44,22 @@ class _Stack:
 class Descent:
     """Changes values along their gradients, each at a rate relative to its size."""
 
-    def __init__(self, values: Sequence[Tensor], sizes: Sequence[float], rate: float) -> None:
+    def __init__(
+        self, values: Sequence[Tensor], sizes: Sequence[float], rate: float, orthogonal: bool = True
+    ) -> None:
         """Sort the values into matrices and others.
 
         Args:
             values: Leaves of the graph of gradients; they are changed in place.
             sizes: Size of each, to which its rate is proportional.
             rate: Peak rate.
+            orthogonal: Whether steps of matrices are orthogonalized; otherwise all are steps of Adam.
         """
         self.device = values[0].device
         by_shape: dict[tuple[int, int], list[tuple[Tensor, float]]] = defaultdict(list)
         others = []
         for value, size in zip(values, sizes, strict=True):
-            if is_matrix(value):
+            if orthogonal and is_matrix(value):
                 by_shape[len(value), value[0].numel()].append((value, rate * size))
             else:
                 others.append({"params": [value], "lr": rate * size, "peak": rate * size})

@@ -76,6 +76,10 @@ class Schedule:
     seed: int
     warm_up: float = 0.05
     """Share of the steps in which the rate rises; from then on it falls to zero."""
+    whole: bool = False
+    """Whether all steps are taken, also where looks in a row found nothing better."""
+    orthogonal: bool = True
+    """Whether steps of matrices are orthogonalized; otherwise all are steps of Adam."""
     captured: bool = False
     """On a GPU, record a step as a CUDA graph and replay it."""
     seconds: float | None = None
@@ -171,7 +175,7 @@ def finetune(
         if step in looks:
             best.look(step, average)
         progress("fine-tuning", step, schedule.steps)
-        if best.missed == PATIENCE:
+        if best.missed == PATIENCE and not schedule.whole:
             break
     return Finetuned(best.values, best.outcome(step, schedule.steps))
 
@@ -236,17 +240,11 @@ class _Objective:
         with autocast(self.student.device, cached=self.cached):
             feeds, own = {self.matched.source: x}, dict(zip(self.names, values, strict=True))
             got = self.student.run(feeds, ours, own)
-        errors = [
-            scale * _mean_square(got[name] - theirs)
-            for name, theirs, scale in zip(ours, wanted, self.scales, strict=True)
-        ]
-        return torch.stack(errors).sum()
-
-
-def _mean_square(x: Tensor) -> Tensor:
-    """Sum up in 32 bits, without a copy of the values in 32 bits."""
-    norm: Tensor = torch.linalg.vector_norm(x, dtype=torch.float32)
-    return norm.square() / x.numel()
+        total = torch.zeros((), device=x.device)
+        for name, theirs, scale in zip(ours, wanted, self.scales, strict=True):
+            norm = torch.linalg.vector_norm(got[name] - theirs, dtype=torch.float32)  # no copy in 32 bits
+            total = total + scale * norm.square() / theirs.numel()
+        return total
 
 
 @dataclass(frozen=True)
@@ -261,7 +259,7 @@ class _Training:
     def steps(self, values: Mapping[str, Tensor]) -> Iterator[int]:
         """Change the values step by step, and yield how many were taken."""
         leaves, schedule = list(values.values()), self.schedule
-        descent = Descent(leaves, self.rates, schedule.learning_rate)
+        descent = Descent(leaves, self.rates, schedule.learning_rate, schedule.orthogonal)
         device, loss_of = leaves[0].device, self.objective.loss
         for step, (x, wanted) in enumerate(self.views.batches(schedule.steps, schedule.seed)):
             if step == 0 and schedule.captured and device.type == "cuda":

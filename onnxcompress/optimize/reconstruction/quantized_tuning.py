@@ -144,7 +144,9 @@ def tune_quantized(
         teacher,
         matched,
         context.images,
-        Schedule(steps=steps, batch=BATCH, learning_rate=LEARNING_RATE, seed=seed),
+        Schedule(
+            steps=steps, batch=BATCH, learning_rate=LEARNING_RATE, seed=seed, whole=True, orthogonal=False
+        ),
         HeldOut(teacher, data.aside, source, output, batch=context.batch),
         frozen=student.frozen,
         shares=data.shares,
