@@ -44,7 +44,7 @@ def settings(monkeypatch: pytest.MonkeyPatch, **options: Any) -> tuple[Settings,
         model: Any, plan: Any, x: Any, alignment: Any, batch: int, power: float, few_bits: bool
     ) -> int:
         powers.append(power)
-        assert few_bits == (options.get("weight_bits", 8) < 8 or options.get("activation_bits", 8) < 8)
+        assert few_bits == (options.get("activation_bits", 8) <= 4)
         return stretch(model, plan, x, alignment, batch, power, few_bits=few_bits)
 
     monkeypatch.setattr(engine, "Quantizer", fitted)
@@ -69,6 +69,7 @@ def real(tmp_path: Path) -> str:
         ({"inputs": "layerwise"}, False, False, 0.5),
         ({"inputs": "procedural", "weight_bits": 4}, True, False, 1.0),
         ({"inputs": "procedural", "activation_bits": 6}, True, False, 1.0),
+        ({"images": "real", "activation_bits": 4}, True, False, 1.0),
         ({"images": "real", "per_channel": False}, True, False, 0.5),
     ],
 )
