@@ -127,19 +127,6 @@ class Judge:
         """
         return self.compare(self.wanted, run_each(model, self.feeds))
 
-    def likeness_db(self, model: Model) -> float:
-        """Measure how alike a quantized network's outputs are, also where all that they say is no.
-
-        Args:
-            model: The network, quantized.
-
-        Returns:
-            Variation to noise of the output, or part of one, that keeps least, decibels. It compares two
-            results with each other; as such it counts differences that change no answer.
-        """
-        found = fidelity(self.wanted, run_each(model, self.feeds)).outputs
-        return min((one.judged_db for one in found), default=EQUAL_DB)
-
     def compare(self, before: Runs, after: Runs) -> float:
         """Compare outputs.
 

@@ -22,8 +22,9 @@ the recorded statistics (`layerwise`: made at once); with fewer distilled ones, 
 better for EfficientNet-Lite0; without a record plain procedural ones. Where `auto` took `layerwise` and an
 output falls below the guard's floor on pictures that nothing was learned from, the network sees other
 pictures than its record tells of (PP-LCNet learned on documents): procedural ones are tried, and the
-better result is kept; so they are where a detector finds nothing in those pictures, which then cannot tell
-whether it would find what there is (PP-OCR). Where that is too little, too, the tensors that cost most stay
+better result is kept. Where a detector finds nothing in those pictures, they cannot tell whether it would
+still find what there is, and procedural inputs are taken, which kept more of PP-OCR's masks
+(`tests.benchmarks.field_accuracy masks`). Where that is too little, too, the tensors that cost most stay
 floats (`float_tensors`).
 
 `overflow_safe`: without it, onnxruntime's result on a CPU with AVX2 and no VNNI is far from what the file
@@ -69,6 +70,8 @@ SMALL_OPSET = 21
 
 INTEGER_KERNELS = ("cpu", "tensorrt", "openvino")
 """Providers that fuse QDQ of 8 bits to integer kernels."""
+UNSEEN = "the network finds nothing in the pictures by which layer-wise ones could be judged"
+"""Why procedural inputs are taken although the file has statistics."""
 QUANTIZED = "start from the float model"
 """What to do with a model that is quantized already."""
 
@@ -135,12 +138,15 @@ class Quantize(QuantizeOptions, Pass):
         if (kept < FLOOR or judge.unseen) and self.inputs == "auto" and _aligned(made.result):
             procedural = before.copy()
             other = replace(self, inputs="procedural")._attempt(procedural, progress)
-            was, now = kept, (other_kept := judge.kept_db(procedural))
-            if judge.unseen:
-                was, now = judge.likeness_db(model), judge.likeness_db(procedural)
-            if now > was:
+            other_kept = judge.kept_db(procedural)
+            if other_kept > kept or judge.unseen:
+                why = (
+                    UNSEEN
+                    if judge.unseen
+                    else f"layer-wise ones, tried first, left {kept:.1f} dB of the outputs"
+                )
                 model.become(procedural)
-                made, kept = replace(other, result=_because(other.result, was)), other_kept
+                made, kept = replace(other, result=_because(other.result, why)), other_kept
         if kept >= FLOOR or not self.float_tensors:
             return made.result
         tensors = leave_floats(model, judge, kept, progress)
@@ -223,12 +229,9 @@ def _aligned(result: PassResult[QuantizeFigures | None]) -> bool:
     return any(used.source == "layerwise" for used in result.inputs)
 
 
-def _because(
-    result: PassResult[QuantizeFigures | None], kept_db: float
-) -> PassResult[QuantizeFigures | None]:
+def _because(result: PassResult[QuantizeFigures | None], why: str) -> PassResult[QuantizeFigures | None]:
     """Say why inputs other than those with aligned statistics were taken."""
     assert result.measured is not None
-    why = f"layer-wise ones, tried first, left {kept_db:.1f} dB of the outputs"
     inputs = tuple(replace(used, why=why) for used in result.inputs)
     return replace(result, measured=replace(result.measured, inputs=inputs))
 

@@ -2,12 +2,14 @@
 
     python -m tests.benchmarks.field_accuracy scores DETECTOR.onnx IMAGES [--inputs procedural] [--peer]
     python -m tests.benchmarks.field_accuracy orientation CLASSIFIER.onnx IMAGES [--result OWN.onnx]
+    python -m tests.benchmarks.field_accuracy masks TEXT_DETECTOR.onnx [--inputs layerwise] [--effort fast]
 
 `scores`: of the class scores over 0.25 that the float network gives (YOLOv8: output 1 x (4 + classes) x
 places), how many stay over 0.25 at their class and place. `orientation`: the share of images, each turned
-by 0, 90, 180 and 270 degrees, that keep their class. The network is quantized with the defaults, or
---result is measured instead. The peer is onnxruntime's static quantization with 64 images. Tested are
-images that those 64 leave out.
+by 0, 90, 180 and 270 degrees, that keep their class. `masks`: intersection over union of where a text
+detector (PP-OCR: output 1 x 1 x height x width) says yes on pages drawn with text. The network is
+quantized with the defaults, or --result is measured instead. The peer is onnxruntime's static quantization
+with 64 images. Tested are images that those 64 leave out.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from typing import Any
 
 import click
 import numpy as np
+from PIL import Image, ImageDraw, ImageFont
 
 from onnxcompress.data.image_set import load_images
 from onnxcompress.data.preprocess import Preprocess
@@ -31,6 +34,9 @@ SIDE = 320
 CALIBRATED = 64
 """Images that onnxruntime's static quantization takes."""
 BATCH = 8
+MASK = 0.3
+"""Probability from which on PP-OCR takes a place as text."""
+WORDS = "invoice total amount street number order closed water station library exit"
 
 
 @click.group()
@@ -82,6 +88,42 @@ def orientation(model: str, images: str, count: int, **how: Any) -> None:
         return f"{100 * same:5.1f} % of {len(tested)} turned images keep their class"
 
     _rows(row, model, learned, {"preprocess": "imagenet"}, **how)
+
+
+@cli.command()
+@click.argument("model")
+@click.option("--count", default=24, help="Pages to test on.")
+@click.option("--seed", default=0, help="Of quantize.")
+@click.option("--inputs", default="auto", help="Of quantize.")
+@click.option("--effort", default="best", help="Of quantize.")
+@click.option("--result", "results", multiple=True, help="Measure this file instead of quantizing.")
+def masks(model: str, count: int, effort: str, **how: Any) -> None:
+    """Overlap of a text detector's masks on drawn pages."""
+    preset = Preprocess.parse("imagenet")
+    pages = np.stack([_page(number) for number in range(count)]) / 255
+    tested = ((pages - preset.mean) / preset.std).transpose(0, 3, 1, 2).astype(np.float32)
+    before = _outputs(model, tested) > MASK
+
+    def row(file: str) -> str:
+        after = _outputs(file, tested) > MASK
+        both, either = (before & after).sum(), (before | after).sum()
+        return f"masks overlap by {both / either:.3f}, {100 * both / before.sum():.1f} % of text stay"
+
+    given = {"effort": effort}
+    _rows(row, model, tested, given, peer=False, **how)
+
+
+def _page(number: int) -> np.ndarray:
+    """Draw a page with a few lines of text, (height, width, 3) of 0 to 255."""
+    rng = np.random.default_rng(number)
+    paper, ink = rng.integers(120, 256, 3), rng.integers(0, 110, 3)
+    page = Image.new("RGB", (SIDE, SIDE), tuple(paper.tolist()))
+    draw = ImageDraw.Draw(page)
+    for _ in range(7):
+        font = ImageFont.load_default(int(rng.integers(14, 34)))
+        place = int(rng.integers(0, SIDE // 2)), int(rng.integers(0, SIDE - 30))
+        draw.text(place, " ".join(rng.choice(WORDS.split(), 3)), fill=tuple(ink.tolist()), font=font)
+    return np.asarray(page)
 
 
 def _photographs(images: str, preprocess: str, count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
