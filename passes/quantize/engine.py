@@ -176,8 +176,7 @@ def _prepare(
     equalized = 0
     if work.stretch and options.stretch and options.activation_bits:  # what stays a float needs no room
         power = 1.0 if repair and options.per_channel else 0.5
-        clips = options.activation_bits <= 4
-        equalized = stretch(model, plan, x, alignment, batch, power, few_bits=clips)
+        equalized = stretch(model, plan, x, alignment, batch, power, options.activation_bits <= 4)
         plan = make_plan(model, bits_of(options))
     context = CalibrationContext(model, plan, x, alignment, batch, min(inputs.real_count, len(x)))
     return context, equalized, data
