@@ -131,12 +131,12 @@ def run_python(text: str) -> None:
     import torch
 
     short = {name.strip("-"): value for name, value in SHORT.items() if value.isdigit()}
+    text = re.sub(rf"\b({'|'.join(short)})=\d+,? ?", "", text)
     for entry in CATALOGUE:
         cls = getattr(import_module(f"onnxcompress.passes.{entry.module}"), entry.cls)
-        for name, value in short.items():
-            if name in cls.__dataclass_fields__ and (name != "count" or "images=" in text):
-                text = re.sub(rf"\b{name}=\d+,? ?", "", text)
-                text = text.replace(f"{entry.cls}(", f"{entry.cls}({name}={value}, ")
+        names = [name for name in short if name in cls.__dataclass_fields__]
+        given = "".join(f"{n}={short[n]}, " for n in names if n != "count" or "images=" in text)
+        text = text.replace(f"{entry.cls}(", f"{entry.cls}({given}")
     net = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4))
     exec(compile(text, "block", "exec"), {"torch_model": net.eval(), "example": torch.zeros(1, 3, 8, 8)})
 

@@ -100,7 +100,7 @@ def test_fine_tuning_goes_on_with_fewer_images(
     models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
     quick_clock: None,
 ) -> None:  # fmt: skip
-    from onnxcompress.optimize.reconstruction import finetune as module
+    from onnxcompress.optimize.reconstruction import taught_views as module
 
     def small(x: Any, batch: int, *rest: Any) -> Any:
         return augment(x, limited(8)(batch), *rest)

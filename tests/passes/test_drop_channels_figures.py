@@ -174,7 +174,7 @@ def test_equal_groups_share_what_they_gain_together(monkeypatch: pytest.MonkeyPa
         y = Conv(c, e)"""
     model = Model.from_proto(graph("(float[N,3,8,8] x) => (float[N,4,6,6] y)", body, arrays))
     macs = replace(FAST, steps=0, width_step=1).apply(model).measured.macs
-    assert macs == BeforeAfter(15840, 11772)  # 25.7 % fewer: as few as there are widths for
+    assert macs == BeforeAfter(15840, 11880)  # 25.0 % fewer, as few as that
     (found,) = gains
     assert all(list(widths) == [7, 6, 5, 4, 3, 2, 1] for widths in found.values())
     whole = 8 * 27 + 3 * 64 + 32

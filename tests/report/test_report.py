@@ -264,7 +264,7 @@ COMMANDS = {
     ),
     "synthesize": (
         ["{net}", "{out}.npz", "--kind", "procedural", "--count", "3"],
-        "3 procedural images were made",
+        "3 procedural images made in",
         ["The images"],
     ),
     "fold-bn": (
