@@ -13,7 +13,7 @@ import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 
-from onnxcompress.graph.constant_folding import constant_value
+from onnxcompress.graph.constant_folding import scalar_operand
 from onnxcompress.graph.edit import remove_unread, unique_name
 from onnxcompress.graph.query import is_op, only_consumer
 from onnxcompress.graph.shape_inference import tensor_shapes, tensor_types
@@ -67,16 +67,9 @@ def _fuse(model: Model, node: gs.Node, types: dict[str, int]) -> bool:
 
 def _bound(model: Model, node: gs.Node, types: dict[str, int]) -> tuple[gs.Tensor, float] | None:
     """Return the tensor that a Max or Min with one number bounds, and the number."""
-    if len(node.inputs) != 2:
+    found = scalar_operand(model, node)
+    if found is None or np.isnan(found[1]) or types.get(found[0].name) != onnx.TensorProto.FLOAT:
         return None
-    values = [constant_value(model, tensor) for tensor in node.inputs]
-    if sum(value is not None for value in values) != 1:
-        return None
-    at = 0 if values[0] is None else 1
-    x, value = node.inputs[at], values[1 - at]
-    shape = tensor_shapes(model).get(x.name)
-    if value is None or value.size > 1 or np.isnan(value).any() or shape is None or len(shape) < value.ndim:
-        return None
-    if types.get(x.name) != onnx.TensorProto.FLOAT:
-        return None
-    return x, float(value.reshape(-1)[0])
+    shapes = tensor_shapes(model)
+    before, after = shapes.get(found[0].name), shapes.get(node.outputs[0].name)
+    return found if before is not None and after is not None and len(before) == len(after) else None

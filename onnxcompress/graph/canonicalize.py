@@ -19,6 +19,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from onnxcompress.account import Change
+from onnxcompress.formatting import counted
 from onnxcompress.graph import layer_params
 from onnxcompress.graph.bounds import fuse_bounds
 from onnxcompress.graph.constant_folding import constant_value
@@ -43,11 +44,15 @@ def canonicalize(model: Model) -> list[Change]:
     lift_weights(model, *LINEAR_OPS)
     padded = sum(_fold_pad(model, node) for node in list(model.graph.nodes) if is_op(node, "Pad"))
     if padded:
-        changes.append(Change(model.name, f"{padded} Pads folded into convolutions"))
+        changes.append(Change(model.name, f"{counted(padded, 'Pad')} folded into convolutions"))
     if bounds := fuse_bounds(model):
-        changes.append(Change(model.name, f"{bounds} Max and Min became Relu and Clip"))
+        changes.append(
+            Change(model.name, f"{counted(bounds, 'bound')} written as Max and Min became Relu and Clip")
+        )
     if gates := fuse_hard_sigmoids(model):
-        changes.append(Change(model.name, f"{gates} hard sigmoids written out became HardSigmoid"))
+        changes.append(
+            Change(model.name, f"{counted(gates, 'hard sigmoid')} written out became HardSigmoid")
+        )
     shapes = infer(model, {}).shapes  # the written graph must not depend on sizes that are only assumed
     for node in list(model.graph.nodes):
         if is_op(node, "Reshape"):

@@ -65,6 +65,36 @@ def constant_value(model: Model, tensor: gs.Tensor) -> np.ndarray | None:
     return known[tensor.name]
 
 
+def scalar_value(model: Model, tensor: gs.Tensor) -> float | None:
+    """Read a constant with one element, which broadcasts to anything.
+
+    Args:
+        model: The model.
+        tensor: The tensor.
+
+    Returns:
+        Its value; None where it is no constant, or has another number of elements.
+    """
+    value = constant_value(model, tensor)
+    return float(value.reshape(-1)[0]) if value is not None and value.size == 1 else None
+
+
+def scalar_operand(model: Model, node: gs.Node) -> tuple[gs.Tensor, float] | None:
+    """Tell a tensor from the number that a node of two inputs combines it with.
+
+    Args:
+        model: The model.
+        node: The node, of an operator such as Add or Max.
+
+    Returns:
+        The tensor and the number; None where not exactly one of two inputs is a number.
+    """
+    values = [scalar_value(model, tensor) for tensor in node.inputs]
+    if len(values) != 2 or sum(value is not None for value in values) != 1:
+        return None
+    return next((node.inputs[1 - at], value) for at, value in enumerate(values) if value is not None)
+
+
 def _operands(node: gs.Node) -> list[gs.Tensor]:
     """List the computed inputs that a node's value depends on; of a CastLike only the first."""
     sources = node.inputs[:1] if is_op(node, "CastLike") else node.inputs

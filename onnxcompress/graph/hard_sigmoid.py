@@ -18,7 +18,7 @@ import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 
-from onnxcompress.graph.constant_folding import constant_value
+from onnxcompress.graph.constant_folding import scalar_operand, scalar_value
 from onnxcompress.graph.edit import remove_unread
 from onnxcompress.graph.query import attribute, input_at, is_op, only_consumer, producer
 from onnxcompress.graph.shape_inference import tensor_shapes, tensor_types
@@ -49,12 +49,10 @@ def _fuse(model: Model, clip: gs.Node) -> bool:
     top, summed = _top(model, clip), producer(shifted)
     if top is None or not is_op(summed, "Add") or only_consumer(model, shifted) is not clip:
         return False
-    offsets = [_scalar(model, t) for t in summed.inputs]
-    if sum(value is not None for value in offsets) != 1:
+    terms = scalar_operand(model, summed)
+    if terms is None:
         return False
-    at = 0 if offsets[0] is None else 1
-    x, offset = summed.inputs[at], offsets[1 - at]
-    assert offset is not None
+    x, offset = terms
     known = tensor_shapes(model).get(x.name), tensor_types(model).get(x.name)
     reader = only_consumer(model, clipped)
     if reader is None or known[0] is None or known[1] != onnx.TensorProto.FLOAT:
@@ -82,7 +80,7 @@ def _become(node: gs.Node, op: str, inputs: list[gs.Tensor], **attrs: float) -> 
 def _top(model: Model, clip: gs.Node) -> float | None:
     """Return the upper bound of a Clip whose lower one is 0."""
     bounds = [
-        attribute(clip, key, None) if input_at(clip, at) is None else _scalar(model, clip.inputs[at])
+        attribute(clip, key, None) if input_at(clip, at) is None else scalar_value(model, clip.inputs[at])
         for at, key in ((1, "min"), (2, "max"))
     ]
     low, high = bounds
@@ -92,15 +90,9 @@ def _top(model: Model, clip: gs.Node) -> float | None:
 def _factor(model: Model, node: gs.Node, tensor: gs.Tensor) -> float:
     """Return the number that a node multiplies a tensor by; NaN where it does something else."""
     if is_op(node, "Div") and node.inputs[0] is tensor:
-        value = _scalar(model, node.inputs[1])
+        value = scalar_value(model, node.inputs[1])
         return 1 / value if value else math.nan
     if is_op(node, "Mul"):
-        values = [_scalar(model, t) for t in node.inputs if t is not tensor]
+        values = [scalar_value(model, t) for t in node.inputs if t is not tensor]
         return values[0] if len(values) == 1 and values[0] is not None else math.nan
     return math.nan
-
-
-def _scalar(model: Model, tensor: gs.Tensor) -> float | None:
-    """Return the value of a constant with one element, which broadcasts to anything."""
-    value = constant_value(model, tensor)
-    return float(value.reshape(-1)[0]) if value is not None and value.size == 1 else None

@@ -67,7 +67,8 @@ class TuningOptions(RuntimeOptions, InputOptions):
         Returns:
             Options with their values, as on the command line, or in words.
         """
-        found = [f"--steps {2 * max(self.steps or 0, DROP_BLOCKS['best'].steps)}"]
+        steps = 2 * max(self.steps or 0, DROP_BLOCKS["best"].steps)
+        found = [f"--steps {steps}" if self.time is None else "a longer --time"]
         return found + ([] if self.images else ["--images with a few hundred real ones"])
 
     def with_counts(self: Options, name: str, model: Model, progress: Progress) -> tuple[Effort, Options]:

@@ -9,7 +9,7 @@ import onnx
 import pytest
 import torch
 
-from onnxcompress.errors import CompressWarning
+from onnxcompress.errors import CompressError, CompressWarning
 from onnxcompress.evaluation.guard import Guard
 from onnxcompress.model import Model
 from onnxcompress.optimize.executor import Executor
@@ -146,3 +146,20 @@ def test_a_reader_of_the_type_alone_is_no_reason_to_quantize() -> None:
     arrays = {"w": weight(8, 3, 3, 3), "v": weight(8, 8, 1, 1, seed=1)}
     model = Model.from_proto(graph("(float[N,3,8,8] x) => (float[N,8,8,8] y)", body, arrays))
     assert applied(Quantize(**FEW), model).modified
+
+
+RANDOM_BODY = """If(d) <
+    then_branch = t () => (float[N,8,8,8] ti) { ti = RandomUniformLike(a) },
+    else_branch = e () => (float[N,8,8,8] ei) { ei = Identity(a) }
+>"""
+
+
+@pytest.mark.parametrize("op", ["RandomNormalLike(a)", "Bernoulli(h)", RANDOM_BODY])
+def test_random_numbers_are_refused(op: str) -> None:
+    """onnxruntime draws others in each process: the same seed would give another file."""
+    body = f"""a = Conv<pads=[1,1,1,1]>(x, w) h = Sigmoid(a) c = Constant<value_int=1>() d = Cast<to=9>(c)
+        n = {op} b = Add(a, n) y = Conv<pads=[1,1,1,1]>(b, v)"""
+    arrays = {"w": weight(8, 3, 3, 3), "v": weight(4, 8, 3, 3, seed=1)}
+    model = Model.from_proto(graph("(float[N,3,8,8] x) => (float[N,4,8,8] y)", body, arrays))
+    with pytest.raises(CompressError, match="it draws random numbers"):
+        run([Quantize(**FEW)], model)

@@ -5,8 +5,8 @@
 So a recurrent layer, an If with its bodies, or an operator of onnxruntime's own does not keep a network
 from being walked through: the layers around it are handled. No gradient goes through such a node.
 
-Does not handle: sequences and optional values, operators that onnxruntime does not know, and functions of
-the file.
+Does not handle: sequences and optional values, operators that onnxruntime does not know or that draw random
+numbers (the same seed gives the same file), and functions of the file.
 """
 
 from __future__ import annotations
@@ -31,6 +31,10 @@ from onnxcompress.runtime.session import session
 
 KNOWN_DOMAINS = ("com.microsoft", "ai.onnx.ml")
 """Further domains whose operators onnxruntime has."""
+RANDOM_OPS = frozenset(
+    {"Bernoulli", "Multinomial", "RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike"}
+)
+"""Operators whose values differ from one process to the next."""
 IR_VERSION = 10
 """The lowest that all operator sets up to 23 may be used with."""
 
@@ -63,12 +67,15 @@ def runtime_kernel(node: gs.Node, site: Site, inputs: Sequence[str], domains: Ma
         The kernel.
 
     Raises:
-        UnsupportedOp: onnxruntime does not know the operator.
+        UnsupportedOp: onnxruntime does not know the operator, or it draws random numbers.
     """
     domains = {name: version for name, version in domains.items() if name not in DEFAULT_DOMAINS}
     default = site.domain in DEFAULT_DOMAINS
     if not (onnx.defs.has(site.op, site.opset, "") if default else site.domain in KNOWN_DOMAINS):
         raise site.unsupported("no kernel for it")
+    inside = (inner for body in node.subgraphs(recursive=True) for inner in body.nodes)
+    if any(one.op in RANDOM_OPS for one in (node, *inside)):
+        raise site.unsupported("it draws random numbers, and a seed has to give the same file")
     return _RuntimeNode(node, site, inputs, domains | {"": site.opset})
 
 
