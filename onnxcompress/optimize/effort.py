@@ -38,8 +38,8 @@ Choice = Literal["auto", "fast", "balanced", "best"]
 PATIENCE: Mapping[str, float] = {
     "quantize": 30.0,
     "prune": 200.0,
-    "drop-blocks": 350.0,
-    "drop-channels": 350.0,
+    "drop-blocks": 587.0,
+    "drop-channels": 587.0,
 }
 """Pass -> seconds at the nominal rate that `auto` lets `best` take. MobileNetV2 on images of 224 x 224 is
 still within that of `prune` and `drop-blocks`: what less work costs there was not measured."""
@@ -135,13 +135,14 @@ DROP_BLOCKS: Mapping[Effort, DropBlocksWork] = {
 PASSES: Mapping[str, Mapping[Effort, float]] = {
     "quantize": {"fast": 25.0, "balanced": 30.0, "best": 35.0},
     "prune": {"fast": 60.0, "balanced": 95.0, "best": 95.0},
-    "drop-blocks": {"fast": 54.0, "balanced": 68.0, "best": 45.0},
-    "drop-channels": {"fast": 54.0, "balanced": 68.0, "best": 45.0},
+    "drop-blocks": {"fast": 240.0, "balanced": 135.0, "best": 75.0},
+    "drop-channels": {"fast": 240.0, "balanced": 135.0, "best": 75.0},
 }
-"""Times that a pass goes over all numbers of an input, in element-wise operations. Those of
-`drop-blocks` are right for ResNet-56 on two cores: steps of fine-tuning do not grow with the inputs."""
-TUNED = 20.0
-"""The same of an input in a step of tuning a quantized network."""
+"""Times that a pass goes over all numbers of an input, in element-wise operations, without tuning."""
+TUNED: Mapping[str, float] = {"quantize": 20.0, "drop-blocks": 10.0, "drop-channels": 10.0}
+"""The same of an input in a step of tuning."""
+TIMING = 10.0
+"""Seconds that the latencies of a network without parts of it take."""
 
 
 def effort_option() -> Any:
@@ -176,7 +177,14 @@ def choose_effort(wanted: Choice, model: Model, pass_: str, inputs: int) -> Effo
 
 
 def announce(
-    pass_: str, effort: Effort, model: Model, inputs: int, progress: Progress, tuned: int = 0
+    pass_: str,
+    effort: Effort,
+    model: Model,
+    inputs: int,
+    progress: Progress,
+    *,
+    tuned: int = 0,
+    known: float = 0.0,
 ) -> None:
     """Report the effort and the expected time, before the work starts.
 
@@ -186,10 +194,11 @@ def announce(
         model: The model.
         inputs: Inputs that the pass learns from.
         progress: Called once, with no steps.
-        tuned: Inputs of all steps of tuning together, where these are not part of the effort's passes.
+        tuned: Inputs of all steps of tuning together.
+        known: Seconds that are known beforehand.
     """
-    work = (inputs * PASSES[pass_][effort] + tuned * TUNED) * computed_numbers(model)
-    seconds = START + work / measured_rate()
+    work = (inputs * PASSES[pass_][effort] + tuned * TUNED.get(pass_, 0.0)) * computed_numbers(model)
+    seconds = START + known + work / measured_rate()
     progress(
         f"{effort} effort on {counted(inputs, 'input')}, about {max(5, 5 * round(seconds / 5))} s", 0, 0
     )

@@ -7,7 +7,7 @@ from typing import Literal, TypeVar
 
 from onnxcompress.errors import OptionError
 from onnxcompress.model import Model
-from onnxcompress.optimize.effort import DROP_BLOCKS, Effort, announce, choose_effort
+from onnxcompress.optimize.effort import DROP_BLOCKS, TIMING, Effort, announce, choose_effort
 from onnxcompress.optimize.input_options import InputOptions
 from onnxcompress.option_fields import option, parse_duration
 from onnxcompress.progress import Progress
@@ -85,7 +85,8 @@ class TuningOptions(RuntimeOptions, InputOptions):
         effort = choose_effort(self.effort, model, name, DROP_BLOCKS["best"].inputs)
         work = DROP_BLOCKS[effort]
         count = self.synthetic or work.inputs
-        announce(name, effort, model, count, progress)
-        return effort, replace(
-            self, synthetic=count, steps=work.steps if self.steps is None else self.steps
-        )
+        steps = work.steps if self.steps is None else self.steps
+        tuned = 0 if self.time else steps * self.batch
+        known = TIMING + (self.tuning_seconds or 0.0)
+        announce(name, effort, model, count, progress, tuned=tuned, known=known)
+        return effort, replace(self, synthetic=count, steps=steps)

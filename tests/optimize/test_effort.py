@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import astuple, replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -78,6 +79,23 @@ def test_auto_is_best_where_that_takes_no_longer_than_it_may(
         monkeypatch.setattr("onnxcompress.optimize.effort.computed_numbers", lambda _, n=numbers: n)
         assert choose_effort("auto", model, pass_, 128) == effort
         assert choose_effort("balanced", model, pass_, 128) == "balanced"
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [({}, 35), ({"steps": 0}, 20), ({"steps": 3000}, 175), ({"time": "5m"}, 320)],
+    ids=str,
+)
+def test_the_expected_time_has_the_steps_or_the_time_of_fine_tuning(
+    given: dict[str, Any], expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """4 s to start and 10 to time; 500 inputs 75 times over, 32 inputs a step 10 times over."""
+    told: list[str] = []
+    monkeypatch.setattr("onnxcompress.optimize.effort.computed_numbers", lambda model: 1000)
+    monkeypatch.setattr("onnxcompress.optimize.effort.measured_rate", lambda: 1000 * 500 * 75 / 6)
+    options = replace(DropBlocks(blocks=1, effort="best"), **given)
+    options.with_counts("drop-blocks", network(), lambda stage, done, total: told.append(stage))
+    assert told == [f"best effort on 500 inputs, about {expected} s"]
 
 
 @pytest.mark.parametrize(("rate", "said"), [(1e9, 5), (1e6, 30), (1e5, 270)])
