@@ -192,7 +192,7 @@ def test_images_are_drawn_by_their_shares(monkeypatch: pytest.MonkeyPatch) -> No
     """Images of one number each, which views do not change: 0, and half as often 1."""
     x = torch.tensor([0.0, 1.0, 1.0]).reshape(3, 1, 1, 1).expand(3, 3, 8, 8).contiguous()
     shares = torch.tensor([4.0, 1.0, 1.0])
-    views = TaughtViews(executor(0.0), "x", ["y"], x, shares, 16, 16)
+    views = TaughtViews(executor(0.0), "x", ["y"], x, shares, 16)
     seen = [batch for batch, _ in views.batches(25, 0)]
     assert sum(map(len, seen)) == 400
     assert float(torch.cat(seen).mean()) == pytest.approx(1 / 3, abs=0.1)
@@ -207,7 +207,7 @@ def test_views_come_again_with_the_teachers_tensors_of_them(
     each = 4 * (4 * 3 * 8 * 8 + 2 * 4 * 8 * 8)  # views in 32 bits, tensors in 16
     monkeypatch.setattr(f"{module}.STORE_BYTES", kept * each)
     teacher = executor(0.0)
-    views = TaughtViews(teacher, "x", ["y"], images(), None, 4, 4)
+    views = TaughtViews(teacher, "x", ["y"], images(), None, 4)
     batches = list(views.batches(count, 0))
     assert [len(x) for x, _ in batches] == [4] * count
     for x, (wanted,) in batches:
@@ -219,7 +219,7 @@ def test_views_come_again_with_the_teachers_tensors_of_them(
 
 def test_views_of_which_memory_holds_few_come_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("onnxcompress.optimize.reconstruction.taught_views.STORE_BYTES", 1)
-    batches = list(TaughtViews(executor(0.0), "x", ["y"], images(), None, 4, 4).batches(6, 0))
+    batches = list(TaughtViews(executor(0.0), "x", ["y"], images(), None, 4).batches(6, 0))
     assert len({view.numpy().tobytes() for x, _ in batches for view in x}) == 24
 
 

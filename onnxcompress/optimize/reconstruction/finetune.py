@@ -160,9 +160,7 @@ def finetune(
     looking = CHECKS * (time.perf_counter() - begin)
     theirs = [name for _, name in matched.pairs]
     objective = _Objective(student, matched, list(values), _scales(teacher, matched, held_out))
-    views = TaughtViews(
-        teacher, matched.source, theirs, images, shares, schedule.batch, schedule.batch, nhwc
-    )
+    views = TaughtViews(teacher, matched.source, theirs, images, shares, schedule.batch, nhwc)
     training = _Training(objective, views, rates, schedule)
     if schedule.seconds is not None:
         training = training.within(schedule.seconds - looking, values)

@@ -41,9 +41,7 @@ class TaughtViews:
     shares: Tensor | None
     """How often each image is drawn, relative to the others, (N,); None: equally often."""
     batch: int
-    """Views in a batch."""
-    piece: int
-    """Views that the teacher runs at once."""
+    """Views in a batch; the teacher runs as many at once."""
     nhwc: bool = False
     """Whether the network takes channels last."""
 
@@ -78,7 +76,7 @@ class TaughtViews:
     def _taught(self, views: Tensor) -> Batch:
         """Run the teacher on views; its tensors are kept in 16 bits."""
         made = self.teacher.run_batched(
-            {self.source: views}, self.names, count=len(views), batch=self.piece, mixed=True,
+            {self.source: views}, self.names, count=len(views), batch=self.batch, mixed=True,
             kept_as=torch.bfloat16,
         )  # fmt: skip
         return views, tuple(made[name] for name in self.names)
