@@ -3,30 +3,43 @@
 from __future__ import annotations
 
 from importlib import import_module
+from typing import TYPE_CHECKING
 
-from onnxcompress.account import Change, Figures, InputSource, Refusal
-from onnxcompress.option_fields import option
-from onnxcompress.passes.base import Pass, PassResult, run
 from onnxcompress.passes.catalogue import CATALOGUE, Entry
-from onnxcompress.passes.proto import apply_to_proto
-from onnxcompress.progress import Progress, silent
 
-__all__ = [
-    "CATALOGUE",
-    "Change",
-    "Entry",
-    "Figures",
-    "InputSource",
-    "Pass",
-    "PassResult",
-    "Progress",
-    "Refusal",
-    "apply_to_proto",
-    "load_pass",
-    "option",
-    "run",
-    "silent",
-]
+if TYPE_CHECKING:
+    from onnxcompress.account import Change as Change
+    from onnxcompress.account import Figures as Figures
+    from onnxcompress.account import InputSource as InputSource
+    from onnxcompress.account import Refusal as Refusal
+    from onnxcompress.option_fields import option as option
+    from onnxcompress.passes.base import Pass as Pass
+    from onnxcompress.passes.base import PassResult as PassResult
+    from onnxcompress.passes.base import run as run
+    from onnxcompress.passes.proto import apply_to_proto as apply_to_proto
+    from onnxcompress.progress import Progress as Progress
+    from onnxcompress.progress import silent as silent
+
+__all__ = ["CATALOGUE", "Entry", "load_pass"]
+
+_HOMES = {
+    "account": ("Change", "Figures", "InputSource", "Refusal"),
+    "option_fields": ("option",),
+    "passes.base": ("Pass", "PassResult", "run"),
+    "passes.proto": ("apply_to_proto",),
+    "progress": ("Progress", "silent"),
+}
+"""Module -> the names that this package gives of it, imported when they are asked for: a command line that
+only lists the passes needs none of them."""
+
+
+def __getattr__(name: str) -> object:
+    home = next((module for module, names in _HOMES.items() if name in names), None)
+    if home is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    found: object = getattr(import_module(f"onnxcompress.{home}"), name)
+    globals()[name] = found
+    return found
 
 
 def load_pass(name: str) -> type[Pass]:

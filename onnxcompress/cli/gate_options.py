@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import click
 
-from onnxcompress.cli.options import ADVANCED, SectionedOption, option_type, split
+from onnxcompress.cli.options import ADVANCED, SectionedOption, option_type
 from onnxcompress.evaluation.gates import LIMITS, Gates
 from onnxcompress.evaluation.guard import Guard
+from onnxcompress.option_fields import flag
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -19,17 +20,30 @@ GATES_HELP = "Gates (exit code 3 where the result is not worth it)"
 GUARD_HELP = "Guard (exit code 1, nothing written, where the outputs change too much)"
 
 
-def gate_options(*, measuring: bool = True) -> list[click.Option]:
-    """Create an option for each limit, and the options of the measurement.
+JUDGED = ("images", "preprocess")
+"""Fields of Gates that are options of their own, --gate-images and --gate-preprocess."""
+
+MEASURED = {
+    "provider": "provider",
+    "provider_options": "provider_options",
+    "threads": "threads",
+    "batch": "latency_batch",
+    "input_shape": "input_shape",
+}
+"""Field of Gates -> the command's option whose value it takes: gates measure as the command does."""
+
+
+def gate_options(judged: Sequence[str] = JUDGED) -> list[click.Option]:
+    """Create an option for each limit, and those of the images to judge by.
 
     Args:
-        measuring: Whether to include the options of the measurement (`--gate-…`).
+        judged: Which fields of `JUDGED` to include.
 
     Returns:
         The options.
     """
     hints = typing.get_type_hints(Gates)
-    fields = [f for f in dataclasses.fields(Gates) if measuring or f.name in LIMITS]
+    fields = [f for f in dataclasses.fields(Gates) if f.name in (*LIMITS, *judged)]
     return [_option(f, hints[f.name]) for f in fields]
 
 
@@ -42,7 +56,7 @@ def gated(command: Command) -> Command:
     Returns:
         The command.
     """
-    for option in reversed(gate_options(measuring=False)):
+    for option in reversed(gate_options(judged=())):
         command.__click_params__ = [*getattr(command, "__click_params__", []), option]  # type: ignore[attr-defined]
     return command
 
@@ -56,13 +70,13 @@ def take_gates(options: dict[str, Any]) -> dict[str, Any]:
     Returns:
         The options that were given, by field of `Gates`.
     """
-    names = {f.name: _name(f.name) for f in dataclasses.fields(Gates)}
+    names = {field: _name(field) for field in (*LIMITS, *JUDGED)}
     given = {field: options.pop(name) for field, name in names.items() if name in options}
     return {field: value for field, value in given.items() if value is not None}
 
 
 def gates_of(options: dict[str, Any], base: Gates | None = None) -> Gates:
-    """Build the gates of a command.
+    """Build the gates of a command, which measure with its own provider, batch, threads and shapes.
 
     Args:
         options: The arguments; what `gate_options` created is removed.
@@ -74,7 +88,8 @@ def gates_of(options: dict[str, Any], base: Gates | None = None) -> Gates:
     Raises:
         OptionError: A limit is out of range, or lacks the images that it needs.
     """
-    gates = dataclasses.replace(base or Gates(), **take_gates(options))
+    own = {field: options[name] for field, name in MEASURED.items() if options.get(name) is not None}
+    gates = dataclasses.replace(base or Gates(), **own, **take_gates(options))
     gates.check()
     return gates
 
@@ -110,10 +125,8 @@ def guard_of(options: dict[str, Any], base: Guard | None = None) -> Guard:
 
 
 def _guard_option(field: dataclasses.Field[Any], hint: Any) -> click.Option:
-    from onnxcompress.cli.options import option_type
-
-    flag = "--" + field.name.replace("_", "-")
-    names = [f"{flag}/--no-{field.name}", field.name] if field.default is True else [flag, field.name]
+    names = [flag(field.name), field.name]
+    names[0] += f"/{flag('no_' + field.name)}" if field.default is True else ""
     kind: dict[str, Any] = {"is_flag": True} if hint is bool else {"type": option_type(hint)}
     option = SectionedOption(
         names, default=None, metavar=field.metadata["metavar"], help=field.metadata["help"], **kind
@@ -128,16 +141,11 @@ def _name(field: str) -> str:
 
 def _option(field: dataclasses.Field[Any], hint: Any) -> click.Option:
     name = _name(field.name)
-    text = field.metadata["help"]
-    if field.default not in (None, ()):
-        text += f"  [default: {field.default}]"
-    several = typing.get_origin(hint) is tuple
     option = SectionedOption(
-        ["--" + name.replace("_", "-"), name],
+        [flag(name), name],
         type=option_type(hint),
-        callback=(lambda context, parameter, value: value and split(value)) if several else None,
         metavar=field.metadata["metavar"],
-        help=text,
+        help=field.metadata["help"],
     )
     option.section = ADVANCED if field.metadata["advanced"] else GATES_HELP
     return option

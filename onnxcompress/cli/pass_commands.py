@@ -35,7 +35,6 @@ from onnxcompress.cli.options import (
 from onnxcompress.cli.report_option import report_option
 from onnxcompress.cli.timing_options import timing_of, timing_options
 from onnxcompress.errors import OptionError
-from onnxcompress.evaluation.gates import Gates
 from onnxcompress.option_fields import INPUT_SHAPE_HELP, INPUT_SHAPE_METAVAR, flag, is_required
 from onnxcompress.passes import load_pass
 
@@ -66,7 +65,7 @@ def command(name: str) -> click.Command:
         *(_option(f, hints[f.name]) for f in fields),
         *(cache_options() if _learns(cls) else []),
         *running_options(),
-        *(timing_options(without=own) if cls.timed else []),
+        *timing_options(without=_own_timing(cls)),
         *guard_options(),
         *gate_options(),
     ]
@@ -79,15 +78,16 @@ def command(name: str) -> click.Command:
         from onnxcompress.cli.job import Job, pass_account
         from onnxcompress.pipeline import Pipeline
 
-        shape = options.get("input_shape") if "input_shape" in own else options.pop("input_shape", None)
-        gates, guard = gates_of(options, Gates(input_shape=shape)), guard_of(options)
+        gates, guard = gates_of(options), guard_of(options)
+        shape = gates.input_shape if "input_shape" in own else options.pop("input_shape", None)
         shared = {key: options.pop(key) for key in ("as_json", "quiet", "verbose", "dry_run", "report")}
-        timing = timing_of(options, without=own) if cls.timed else None
+        timing = timing_of(options, without=_own_timing(cls))
         kept = None
         if _learns(cls):
             kept = chosen_cache(options.pop("cache"), options.pop("no_cache"))
         chain = Pipeline([cls(**options)])
-        job = Job(source, target, chain, gates, pass_account, guard, kept, shape, timing=timing, **shared)
+        timed = timing if cls.timed else None
+        job = Job(source, target, chain, gates, pass_account, guard, kept, shape, timing=timed, **shared)
         execute(job)
 
     text = f"{inspect.cleandoc(cls.__doc__ or '')}\n\n{STREAMS_HELP}"
@@ -100,6 +100,11 @@ def _parts(context: click.Context, parameter: click.Parameter, value: str | None
     if value is not None and not parts:
         raise OptionError(f"{parameter.opts[0]} {value!r}: it is empty; leave the option out")
     return parts
+
+
+def _own_timing(cls: type[Pass]) -> set[str]:
+    """Return the options of timing that a command lacks: those that the pass has itself; --latency."""
+    return {f.name for f in dataclasses.fields(cls)} | (set() if cls.timed else {"latency"})
 
 
 def _learns(cls: type[Pass]) -> bool:

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from onnxcompress.cli.cache import cache_options, chosen_cache
-from onnxcompress.cli.gate_options import gate_options, take_gates
+from onnxcompress.cli.gate_options import gate_options, gates_of
 from onnxcompress.cli.options import FILE, PREPROCESS_HELP, SectionedCommand, print_json
 from onnxcompress.cli.timing_options import timing_options
 from onnxcompress.cli.worker_options import WHERE, worker_options, workers
@@ -34,7 +34,6 @@ if TYPE_CHECKING:
     from onnxcompress.search.search import Front, Search
 
 _LEARNING = ("images", "preprocess", "count", "inputs", "input_shape")
-_MEASURING = ("preprocess", "provider", "provider_options", "threads", "batch", "input_shape")
 
 
 def _search(model: str, out: str, cache: str | None, no_cache: bool, **options: Any) -> None:
@@ -89,10 +88,7 @@ def _asked(model: str, out: str, options: dict[str, Any]) -> Search:
     from onnxcompress.evaluation.gates import Gates
     from onnxcompress.search.search import Search
 
-    judged = take_gates(options)
-    measuring = {name: options[name] for name in _MEASURING if options[name] is not None}
-    gates = Gates(**judged, **measuring)
-    gates.check()
+    gates = gates_of(options, Gates(preprocess=options["preprocess"]))
     inputs = {name: options[name] for name in _LEARNING if options[name] is not None}
     if "images" in inputs and not Path(inputs["images"]).exists():
         raise InputError(f"--images {inputs['images']}: no such file or folder")
@@ -194,13 +190,6 @@ def _duration(context: click.Context, parameter: click.Parameter, value: str | N
     return None if value is None else parse_duration("time", value)
 
 
-def _gates() -> list[click.Option]:
-    """The limits, and the images to judge by; how results are measured has options of its own."""
-    return [
-        one for one in gate_options() if not str(one.name).startswith("gate_") or one.name == "gate_images"
-    ]
-
-
 search = SectionedCommand(
     "search",
     callback=_search,
@@ -255,20 +244,13 @@ search = SectionedCommand(
             show_default=True,
             help="Time for the latency of a candidate's structure; five times that for each of the front.",
         ),
-        click.Option(
-            ["--batch"],
-            type=click.IntRange(1),
-            default=1,
-            show_default=True,
-            help="Images in a run when latency is measured.",
-        ),
-        *timing_options(without=("latency", "latency_batch")),
+        *timing_options(without=("latency",)),
         *worker_options(),
         click.Option(["--seed"], type=click.IntRange(0), default=0, show_default=True, help="Random seed."),
         *cache_options(),
         click.Option(["--dry-run"], is_flag=True, help="Check everything, show where it begins, and stop."),
         click.Option(["--json", "as_json"], is_flag=True, help="Print one JSON object, nothing else."),
         click.Option(["--quiet", "-q"], is_flag=True, help="Print nothing but errors."),
-        *_gates(),
+        *gate_options(judged=("images",)),
     ],
 )

@@ -33,7 +33,10 @@ LIMITS = ("max_drop", "min_agreement", "max_latency", "min_speedup", "max_size")
 
 @dataclass(frozen=True)
 class Gates:
-    """Limits, none by default, and how to measure. Fields are options and keys of a recipe's `gates`."""
+    """Limits, none by default, and how to measure. Fields are keys of a recipe's `gates`.
+
+    On the command line the limits and the images are options, the rest is as the command's own options.
+    """
 
     max_drop: float | None = option(
         None, "Largest fall of top-1 accuracy, in points; needs labelled images.", metavar="POINTS"
@@ -100,9 +103,9 @@ class Gates:
             what = "labelled images" if "max_drop" in needing else "images"
             raise OptionError(f"{_flag(needing[0])} needs {what}: name them with {images} DIR|NPZ")
         self.runs_on, self.shapes  # noqa: B018  reading them checks the options
-        for name, least in (("threads", 0), ("batch", 1)):
+        for name, option_name, least in (("threads", "--threads", 0), ("batch", "--latency-batch", 1)):
             if getattr(self, name) < least:
-                raise OptionError(f"--gate-{name} {getattr(self, name)}: expected {least} or more")
+                raise OptionError(f"{option_name} {getattr(self, name)}: expected {least} or more")
 
     def prepare(self, before: ModelLike, progress: Progress = silent) -> Baseline:
         """Measure what the result will be compared with; all that can fail on the model before fails here.

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import ast
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from onnxcompress import passes
 from onnxcompress.cli.main import COMMANDS
 from onnxcompress.passes import CATALOGUE
 
@@ -55,6 +57,23 @@ def test_help_comes_at_once(name: str) -> None:
     heavy, count = imported(name, "--help")
     assert heavy == set()
     assert count < 500
+
+
+def test_the_list_of_commands_imports_no_part_of_a_pass() -> None:
+    """Names of `onnxcompress.passes` are imported when they are asked for, and all of them can be."""
+    code = (
+        "import sys, onnxcompress.cli.main as main; main.main(['--help'])\n"
+        "assert not {'onnxcompress.passes.base', 'onnxcompress.account', 'dataclasses'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
+    declared = ast.parse(Path(passes.__file__).read_text("utf-8"))
+    names = [
+        a.name for n in ast.walk(declared) if isinstance(n, ast.ImportFrom) for a in n.names if a.asname
+    ]
+    assert {"Pass", "PassResult", "option", "Refusal", "apply_to_proto"} <= set(names)
+    assert [name for name in names if not hasattr(passes, name)] == []
+    with pytest.raises(AttributeError, match="no attribute 'Passes'"):
+        passes.Passes  # noqa: B018
 
 
 def test_looking_needs_neither_torch_nor_onnxruntime(models: Path) -> None:

@@ -104,7 +104,7 @@ def test_each_limit_has_a_judge_and_a_range() -> None:
         ({"max_latency": 0.0}, "--max-latency 0: expected milliseconds, more than 0"),
         ({"max_size": float("nan")}, "--max-size nan"),
         ({"min_speedup": -1.0}, "--min-speedup -1: expected a factor"),
-        ({"batch": 0}, "--gate-batch 0"),
+        ({"batch": 0}, "--latency-batch 0"),
     ],
 )
 def test_limits_that_mean_nothing_are_refused(limits: dict[str, float], message: str) -> None:
@@ -153,10 +153,10 @@ def test_images_are_checked_before_the_work(
     fixed.graph.input[0].type.tensor_type.shape.dim[0].dim_value = 1
     onnx.save(fixed, tmp_path / "fixed.onnx")
     latency = [str(out), "--max-latency", "9"]
-    assert main(["fold-bn", str(tmp_path / "fixed.onnx"), *latency, "--gate-batch", "4"]) == 2
+    assert main(["fold-bn", str(tmp_path / "fixed.onnx"), *latency, "--latency-batch", "4"]) == 2
     assert "its batch is fixed to 1" in capsys.readouterr().err
     if not cuda_devices():
-        assert main(["fold-bn", str(net), *latency, "--gate-provider", "tensorrt"]) == 1
+        assert main(["fold-bn", str(net), *latency, "--provider", "tensorrt"]) == 1
         assert "provider tensorrt" in capsys.readouterr().err
     assert not out.exists()
 

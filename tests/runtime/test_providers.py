@@ -140,8 +140,8 @@ def test_one_spelling_for_every_command(
         "evaluate": [net, "--images", images, "--provider", "cuda", "--provider-options", "tf31=off"],
         "compare": [net, net, "--provider", "cuda", "--provider-options", "tf31=off"],
         "drop-blocks": [net, out, "--blocks", "1", "--provider", "cuda", "--provider-options", "tf31=off"],
-        "run": [str(recipe), net, out, "--gate-provider", "cuda", "--gate-provider-options", "tf31=off"],
-        "fold-bn": [net, out, "--gate-provider", "cuda", "--gate-provider-options", "tf31=off"],
+        "run": [str(recipe), net, out, "--provider", "cuda", "--provider-options", "tf31=off"],
+        "fold-bn": [net, out, "--provider", "cuda", "--provider-options", "tf31=off"],
     }
     assert main([command, *arguments[command]]) == 2
     assert "did you mean 'tf32'" in capsys.readouterr().err
