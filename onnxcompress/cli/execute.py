@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import click
 
 from onnxcompress.account import Figures
-from onnxcompress.cli.files import Files, check_external, check_target, opened
+from onnxcompress.cli.files import Files, opened
 from onnxcompress.cli.job import Job, Outcome
 from onnxcompress.cli.options import print_json
 from onnxcompress.cli.report_option import write_job_report
@@ -114,6 +114,7 @@ def _hint(job: Job) -> None:
 
 def _load(files: Files) -> Model:
     from onnxcompress.model import load
+    from onnxcompress.model.onnx_file import check_external, check_target
 
     check_target(files.source, files.target)
     model = load(files.source)

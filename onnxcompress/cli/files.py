@@ -6,7 +6,6 @@ must get a complete model. With OUT `-` only the model goes to standard output, 
 
 from __future__ import annotations
 
-import os
 import shutil
 import sys
 import tempfile
@@ -16,7 +15,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from onnxcompress.errors import CompressError, ModelError, OptionError
-from onnxcompress.model import Model
 
 STREAM = "-"
 PIECE = 1 << 20
@@ -132,36 +130,3 @@ def _lacks_weights(file: Path) -> bool:
         return False
     external = onnx.TensorProto.EXTERNAL
     return any(t.data_location == external for t in [*graph.initializer, *nested_tensors(graph)])
-
-
-def check_target(source: Path, target: Path) -> None:
-    """Refuse an output file before the work that could not be written after it.
-
-    Args:
-        source: The input.
-        target: The output.
-
-    Raises:
-        ModelError: The output is the input, no regular file, or not writable.
-    """
-    if target.exists() and source.exists() and os.path.samefile(source, target):
-        raise ModelError(f"{target}: the output would replace the input; name another file")
-    if target.exists() and not target.is_file() and not target.is_dir():
-        raise ModelError(f"{target}: no regular file; for standard output write -")
-    if target.is_dir() or not target.parent.is_dir() or not os.access(target.parent, os.W_OK):
-        raise ModelError(f"{target}: cannot be written; name a file in an existing, writable folder")
-
-
-def check_external(model: Model, target: Path) -> None:
-    """Refuse to overwrite a file that holds the input's weights.
-
-    Args:
-        model: The input.
-        target: The output.
-
-    Raises:
-        ModelError: The output, or its external data, is such a file.
-    """
-    for file in (target, target.with_name(target.name + ".data")):
-        if any(file.exists() and os.path.samefile(file, used) for used in model.external_files):
-            raise ModelError(f"{file}: it holds the input's weights; name another file or folder")

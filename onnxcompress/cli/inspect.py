@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections import Counter
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -17,6 +14,7 @@ from onnxcompress.formatting import counted
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from onnxcompress.evaluation.inspection import Inspection
     from onnxcompress.graph.blocks import Discovery
     from onnxcompress.graph.channel_groups.cut_tracer import CutGroups
     from onnxcompress.model import Model
@@ -41,26 +39,26 @@ def inspect(
     Example:
       onnxcompress inspect net.onnx
     """
-    from onnxcompress.graph.blocks import find_blocks
-    from onnxcompress.graph.channel_groups.cut_tracer import find_cut_groups
+    from onnxcompress.evaluation.inspection import inspect_model
     from onnxcompress.model import load
+    from onnxcompress.model.model_like import model_bytes
     from onnxcompress.optimize.calibration import InputRequest, assume_sizes
 
     loaded = load(model)
     if input_shape is not None or _is_handled(loaded):
         assume_sizes(loaded, InputRequest(input_shape=input_shape))
-    found, channels = find_blocks(loaded), find_cut_groups(loaded)
-    facts = _facts(loaded, Path(model)) | {"channel_groups": _channel_groups(channels)}
-    report_option.write_report(report, facts | dataclasses.asdict(found), [("input", model)])
+    found = inspect_model(loaded, model, model_bytes(model))
+    facts = found.as_dict()
+    report_option.write_report(report, facts, [("input", model)])
     if as_json:
-        print_json(facts | {"statistics": _statistics(loaded)} | dataclasses.asdict(found))
+        print_json(facts | {"statistics": _statistics(loaded)})
         return
     from onnxcompress.cli.console import stdout
 
     console = stdout()
     _show_facts(console, facts)
     _show_blocks(console, found, facts)
-    _show_channels(console, channels, facts)
+    _show_channels(console, found.channel_groups, facts)
     if statistics:
         _show_statistics(console, loaded, facts)
 
@@ -73,39 +71,6 @@ def _is_handled(model: Model) -> bool:
         return bool(input_specs(model))
     except ModelError:
         return False
-
-
-def _facts(model: Model, path: Path) -> dict[str, Any]:
-    from onnxcompress.graph.macs import count_macs, count_parameters
-    from onnxcompress.graph.shape_inference import infer
-    from onnxcompress.graph.topology import Topology
-    from onnxcompress.model.model_like import model_bytes
-    from onnxcompress.statistics.record import live_record, read_record
-
-    shapes = infer(model, {}).shapes
-    feature = Topology(model).feature()
-    try:
-        macs: int | None = count_macs(model)
-    except ModelError:  # an open image size, or an operator of another domain
-        macs = None
-    return {
-        "model": str(path),
-        "bytes": model_bytes(path),
-        "producer": model.producer,
-        "ir_version": model.ir_version,
-        "opset": model.opset,
-        "inputs": {t.name: list(shapes.get(t.name, ())) for t in model.graph.inputs},
-        "outputs": {t.name: list(shapes.get(t.name, ())) for t in model.graph.outputs},
-        "input_shape": {name: list(shape) for name, shape in model.assumed.items()},
-        "parameters": count_parameters(model),
-        "macs": macs,
-        "operators": dict(Counter(n.op for n in model.graph.nodes).most_common()),
-        "batch_norms": sum(n.op == "BatchNormalization" for n in model.graph.nodes),
-        "recorded_tensors": len(live_record(model)),
-        "recorded_tensors_gone": len(read_record(model)) - len(live_record(model)),
-        "feature": None if feature is None else feature.name,
-        "provenance": model.provenance(),
-    }
 
 
 def _show_facts(console: Console, facts: dict[str, Any]) -> None:
@@ -159,21 +124,7 @@ def _norms(facts: dict[str, Any]) -> str:
     return "none, and no statistics recorded: `onnxcompress calibrate` estimates them"
 
 
-def _channel_groups(channels: CutGroups) -> list[dict[str, Any]]:
-    """List the groups of channels; `stays`: why none of a group can be cut, or null."""
-    return [
-        {
-            "name": group.name,
-            "channels": group.width,
-            "parameters": group.parameters,
-            "macs": group.macs,
-            "stays": None if group.refusal is None else str(group.refusal),
-        }
-        for group in channels.all
-    ]
-
-
-def _show_blocks(console: Console, found: Discovery, facts: dict[str, Any]) -> None:
+def _show_blocks(console: Console, found: Discovery | Inspection, facts: dict[str, Any]) -> None:
     from onnxcompress.cli.console import show_refusals, table
 
     rows = [

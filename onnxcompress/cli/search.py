@@ -30,7 +30,6 @@ from onnxcompress.formatting import counted
 from onnxcompress.option_fields import INPUT_SHAPE_HELP, INPUT_SHAPE_METAVAR, parse_duration
 
 if TYPE_CHECKING:
-    from onnxcompress.evaluation.gates import Gates
     from onnxcompress.search.search import Front, Search
 
 _LEARNING = ("images", "preprocess", "count", "inputs", "input_shape")
@@ -55,6 +54,7 @@ def _search(model: str, out: str, cache: str | None, no_cache: bool, **options: 
     """
     from onnxcompress.cli.console import progress
     from onnxcompress.progress import silent
+    from onnxcompress.search.outcome import front_rows, write_outcome
     from onnxcompress.search.search import search
 
     dry_run, as_json, quiet = (options.pop(name) for name in ("dry_run", "as_json", "quiet"))
@@ -72,8 +72,8 @@ def _search(model: str, out: str, cache: str | None, no_cache: bool, **options: 
             cache=None if kept is None else str(kept.folder),
             progress=silent if quiet else show,
         )
-    rows = _rows(front, asked.gates)
-    _write(front, rows, asked)
+    rows = front_rows(front, asked.gates)
+    write_outcome(front, rows, asked)
     if as_json:
         print_json(_account(front, rows, asked))
     elif not quiet:
@@ -120,34 +120,6 @@ def _preview(asked: Search, *, as_json: bool) -> None:
         click.echo("  " + ", ".join(f"{name} {value}" for name, value in point.items()))
     for name, limit in asked.gates.limits.items():
         click.echo(f"limit --{name.replace('_', '-')} {limit:g}")
-
-
-def _rows(front: Front, gates: Gates) -> list[dict[str, Any]]:
-    from onnxcompress.search.trial import verdicts
-
-    rows = []
-    for at, found in enumerate(front.found):
-        kept = all(verdict.passed for verdict in verdicts(found.row, gates))
-        recipe = str(Path(found.row["output"]).with_suffix(".yaml"))
-        chosen = {"recipe": recipe, "picked": at == front.picked, "limits_kept": kept}
-        rows.append({**found.trial.labels, **chosen, **found.row})
-    return rows
-
-
-def _write(front: Front, rows: list[dict[str, Any]], asked: Search) -> None:
-    """Write the table, the page, and the model cards."""
-    from onnxcompress.report.html import write_page
-    from onnxcompress.search.card import model_card
-    from onnxcompress.search.page import front_page
-    from onnxcompress.search.results import FIGURES, write_bytes, write_table
-
-    columns = ["candidate", "recipe", "picked", "limits_kept", "loss", "size", *FIGURES[3:]]
-    write_table(asked.folder / "front.csv", columns, rows)
-    write_page(asked.folder / "search.html", front_page(front, asked.model, asked.gates))
-    for found in front.found:
-        file = Path(found.row["output"])
-        card = model_card(found.trial, found.row, f"`{file.stem}.yaml`")
-        write_bytes(file.with_name(f"{file.stem}.md"), card.encode())
 
 
 def _account(front: Front, rows: list[dict[str, Any]], asked: Search) -> dict[str, Any]:

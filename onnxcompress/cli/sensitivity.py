@@ -207,7 +207,7 @@ def _target(source: Path, text: str) -> Path:
     """Check where to draw. Raises OptionError for a wrong name, RuntimeUnavailable without matplotlib."""
     from importlib.util import find_spec
 
-    from onnxcompress.cli.files import check_target
+    from onnxcompress.model.onnx_file import check_target
 
     target = Path(text)
     if target.suffix.lower() not in PLOTS:

@@ -104,8 +104,8 @@ def synthesize(
 
 def _load(source: Path, files: list[Path]) -> Model:
     """Load the model. Raises ModelError where an output file is its own, or cannot be written."""
-    from onnxcompress.cli.files import check_external, check_target
     from onnxcompress.model import load
+    from onnxcompress.model.onnx_file import check_external, check_target
 
     for file in files:
         check_target(source, file)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from onnxcompress.account import Figures
+from onnxcompress.model.ir_model import proto_of
 from onnxcompress.passes.base import Pass, PassResult
 from onnxcompress.passes.proto import apply_to_proto
 
@@ -39,13 +40,5 @@ class IrPass(ir.passes.FunctionalPass):
         Raises:
             CompressError: The pass cannot handle the model.
         """
-        proto, self.last = apply_to_proto(self.pass_, ir.to_proto(_with_weights(model)))
+        proto, self.last = apply_to_proto(self.pass_, proto_of(model))
         return ir.passes.PassResult(ir.from_proto(proto), self.last.modified)
-
-
-def _with_weights(model: ir.Model) -> ir.Model:
-    """Return the model, or a copy with its external weights in memory."""
-    tensors = [v.const_value for v in model.graph.initializers.values()]
-    if not any(isinstance(t, ir.ExternalTensor) for t in tensors):
-        return model
-    return ir.external_data.load_to_model(model.clone())

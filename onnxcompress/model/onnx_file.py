@@ -63,3 +63,36 @@ def save(model: Model, path: str | os.PathLike[str]) -> None:
     """
     proto, tensors = model._new_export()
     tensor_storage.save(Path(path), proto, tensors, external=model.external_data)
+
+
+def check_target(source: Path, target: Path) -> None:
+    """Refuse an output file before the work that could not be written after it.
+
+    Args:
+        source: The input.
+        target: The output.
+
+    Raises:
+        ModelError: The output is the input, no regular file, or not writable.
+    """
+    if target.exists() and source.exists() and os.path.samefile(source, target):
+        raise ModelError(f"{target}: the output would replace the input; name another file")
+    if target.exists() and not target.is_file() and not target.is_dir():
+        raise ModelError(f"{target}: no regular file; for standard output write -")
+    if target.is_dir() or not target.parent.is_dir() or not os.access(target.parent, os.W_OK):
+        raise ModelError(f"{target}: cannot be written; name a file in an existing, writable folder")
+
+
+def check_external(model: Model, target: Path) -> None:
+    """Refuse to overwrite a file that holds the input's weights.
+
+    Args:
+        model: The input.
+        target: The output.
+
+    Raises:
+        ModelError: The output, or its external data, is such a file.
+    """
+    for file in (target, target.with_name(target.name + ".data")):
+        if any(file.exists() and os.path.samefile(file, used) for used in model.external_files):
+            raise ModelError(f"{file}: it holds the input's weights; name another file or folder")

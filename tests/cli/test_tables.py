@@ -16,6 +16,7 @@ from onnxcompress.evaluation.accuracy import Accuracy
 from onnxcompress.evaluation.compare import Comparison, Side
 from onnxcompress.evaluation.equivalence import Difference
 from onnxcompress.evaluation.gate_results import GateMeasurements, judge
+from onnxcompress.evaluation.inspection import group_rows
 from onnxcompress.graph.blocks import Block, Discovery
 from onnxcompress.graph.channel_groups.cut_tracer import CutGroup, CutGroups
 from onnxcompress.graph.channel_groups.groups import ChannelGroup, ChannelGroups
@@ -175,7 +176,7 @@ def test_inspect_shows_groups_of_channels_and_why_others_stay(capsys: pytest.Cap
     free, fixed = (ChannelGroup(np.arange(n), (), why) for n, why in ((8, None), (4, stays)))
     found: tuple[CutGroup, ...] = (CutGroup("conv1", free, 250, 1500), CutGroup("last", fixed, 30, 70))
     groups = CutGroups(ChannelGroups(), found)
-    assert inspect._channel_groups(groups) == [
+    assert group_rows(groups) == [
         {"name": "conv1", "channels": 8, "parameters": 250, "macs": 1500, "stays": None},
         {"name": "last", "channels": 4, "parameters": 30, "macs": 70, "stays": str(stays)},
     ]

@@ -1,0 +1,137 @@
+"""What a model is made of: figures, operators, blocks that can be dropped, channels that can be cut."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from onnxcompress.account import Refusal
+from onnxcompress.errors import ModelError
+from onnxcompress.graph.blocks import Block, find_blocks
+from onnxcompress.graph.channel_groups.cut_tracer import CutGroups, find_cut_groups
+from onnxcompress.graph.macs import count_macs, count_parameters
+from onnxcompress.graph.shape_inference import infer
+from onnxcompress.graph.topology import Topology
+from onnxcompress.model import Model
+from onnxcompress.statistics.record import live_record, read_record
+
+Shapes = Mapping[str, tuple[int | str | None, ...]]
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What a model is made of."""
+
+    model: str
+    bytes: int
+    """Size of the file, external data included."""
+    producer: str
+    ir_version: int
+    opset: int
+    inputs: Shapes
+    outputs: Shapes
+    input_shape: Shapes
+    """Sizes that were assumed for inputs which the file leaves open."""
+    parameters: int
+    macs: int | None
+    """Multiply-accumulates for an image; None where not all shapes are known."""
+    operators: Mapping[str, int]
+    batch_norms: int
+    recorded_tensors: int
+    """Tensors whose statistics the file's record holds."""
+    recorded_tensors_gone: int
+    """Tensors of the record that are no longer in the graph."""
+    feature: str | None
+    """The spatial tensor through which all data goes; None: there is none."""
+    provenance: tuple[Mapping[str, Any], ...]
+    channel_groups: CutGroups
+    blocks: tuple[Block, ...]
+    near_misses: tuple[Refusal, ...]
+    """What is nearly a block, and why it is none."""
+
+    def as_dict(self) -> dict[str, Any]:
+        """Convert it to JSON values.
+
+        Returns:
+            All fields, of groups of channels the name, channels, parameters, macs and why they stay.
+        """
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        for name in ("inputs", "outputs", "input_shape"):
+            values[name] = {tensor: list(shape) for tensor, shape in values[name].items()}
+        blocks = [dataclasses.asdict(block) for block in self.blocks]
+        missed = [dataclasses.asdict(refusal) for refusal in self.near_misses]
+        listed = {"operators": dict(self.operators), "provenance": list(self.provenance)}
+        return (
+            values
+            | listed
+            | {
+                "channel_groups": group_rows(self.channel_groups),
+                "blocks": blocks,
+                "near_misses": missed,
+            }
+        )
+
+
+def group_rows(groups: CutGroups) -> list[dict[str, Any]]:
+    """List groups of channels.
+
+    Args:
+        groups: The groups.
+
+    Returns:
+        Name, channels, parameters and macs of each; `stays`: why none of a group can be cut, or None.
+    """
+    return [
+        {
+            "name": group.name,
+            "channels": group.width,
+            "parameters": group.parameters,
+            "macs": group.macs,
+            "stays": None if group.refusal is None else str(group.refusal),
+        }
+        for group in groups.all
+    ]
+
+
+def inspect_model(model: Model, name: str, size: int) -> Inspection:
+    """Look at a model; it stays as it is.
+
+    Args:
+        model: The model; sizes that its inputs leave open may have been assumed.
+        name: Its name for people.
+        size: Bytes of its file.
+
+    Returns:
+        What it is made of.
+    """
+    shapes = infer(model, {}).shapes
+    feature = Topology(model).feature()
+    try:
+        macs: int | None = count_macs(model)
+    except ModelError:  # an open image size, or an operator of another domain
+        macs = None
+    found, live = find_blocks(model), len(live_record(model))
+    return Inspection(
+        model=name,
+        bytes=size,
+        producer=model.producer,
+        ir_version=model.ir_version,
+        opset=model.opset,
+        inputs={t.name: tuple(shapes.get(t.name, ())) for t in model.graph.inputs},
+        outputs={t.name: tuple(shapes.get(t.name, ())) for t in model.graph.outputs},
+        input_shape={name: tuple(shape) for name, shape in model.assumed.items()},
+        parameters=count_parameters(model),
+        macs=macs,
+        operators=dict(Counter(n.op for n in model.graph.nodes).most_common()),
+        batch_norms=sum(n.op == "BatchNormalization" for n in model.graph.nodes),
+        recorded_tensors=live,
+        recorded_tensors_gone=len(read_record(model)) - live,
+        feature=None if feature is None else feature.name,
+        provenance=tuple(model.provenance()),
+        channel_groups=find_cut_groups(model),
+        blocks=tuple(found.blocks),
+        near_misses=tuple(found.near_misses),
+    )
