@@ -56,8 +56,8 @@ def gated(command: Command) -> Command:
     Returns:
         The command.
     """
-    for option in reversed(gate_options(judged=())):
-        command.__click_params__ = [*getattr(command, "__click_params__", []), option]  # type: ignore[attr-defined]
+    params = getattr(command, "__click_params__", [])
+    command.__click_params__ = [*params, *reversed(gate_options(judged=()))]  # type: ignore[attr-defined]
     return command
 
 

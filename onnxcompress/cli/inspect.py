@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from onnxcompress.cli import options, report_option
+from onnxcompress.cli import options, report_option, timing_options
 from onnxcompress.cli.options import FILE, as_json, print_json
+from onnxcompress.cli.timing_options import timing_of
 from onnxcompress.errors import ModelError
 from onnxcompress.formatting import counted
 
@@ -18,26 +19,31 @@ if TYPE_CHECKING:
     from onnxcompress.graph.blocks import Discovery
     from onnxcompress.graph.channel_groups.cut_tracer import CutGroups
     from onnxcompress.model import Model
+    from onnxcompress.runtime.timing_options import TimingOptions
 
 NO_BLOCK = "no layers lie between two tensors of one shape through which all data goes"
 NO_LAYER = "no Conv, ConvTranspose, Gemm or MatMul outside of bodies reads data with a constant weight"
 """Why there is none, where not even a near miss is."""
 
 
-@click.command()
+@click.command(cls=options.SectionedCommand)
 @click.argument("model", type=FILE)
 @click.option("--statistics", is_flag=True, help="Also list the statistics of each tensor.")
 @options.input_shape()
+@timing_options.timed
 @as_json()
 @report_option.report()
 def inspect(
-    model: str, input_shape: str | None, statistics: bool, as_json: bool, report: str | None
+    model: str, input_shape: str | None, statistics: bool, as_json: bool, report: str | None, **chosen: Any
 ) -> None:
     """Show a model: inputs, size, operators, each block that can be dropped, and channels that can be cut.
+
+    With --report the network is drawn as the chain of its blocks, each as wide as its share of the latency.
 
     \b
     Example:
       onnxcompress inspect net.onnx
+      onnxcompress inspect net.onnx --report net.html --provider cuda
     """
     from onnxcompress.evaluation.inspection import inspect_model
     from onnxcompress.model import load
@@ -49,6 +55,8 @@ def inspect(
         assume_sizes(loaded, InputRequest(input_shape=input_shape))
     found = inspect_model(loaded, model, model_bytes(model))
     facts = found.as_dict()
+    if report is not None:
+        facts |= _chain(loaded, found, timing_of(chosen))
     report_option.write_report(report, facts, [("input", model)])
     if as_json:
         print_json(facts | {"statistics": _statistics(loaded)})
@@ -61,6 +69,18 @@ def inspect(
     _show_channels(console, found.channel_groups, facts)
     if statistics:
         _show_statistics(console, loaded, facts)
+
+
+def _chain(model: Model, found: Inspection, timing: TimingOptions) -> dict[str, Any]:
+    """Share out the latency over the blocks, or the work where latency is not to be measured."""
+    from onnxcompress.evaluation.inspection import chain_shares
+    from onnxcompress.runtime.block_latency import Stopwatch
+
+    timing.check()
+    clock = Stopwatch(timing.runs_on, timing.latency_batch, timing.threads) if timing.latency else None
+    if clock is not None and found.blocks:
+        click.echo("for the report: measuring the latency of its blocks", err=True)
+    return chain_shares(model, found, clock).as_dict(found.chain)
 
 
 def _is_handled(model: Model) -> bool:

@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from onnxcompress.account import Refusal
 from onnxcompress.errors import ModelError
 from onnxcompress.graph.blocks import Block, find_blocks
+from onnxcompress.graph.chain import Segment, chain
 from onnxcompress.graph.channel_groups.cut_tracer import CutGroups, find_cut_groups
 from onnxcompress.graph.macs import count_macs, count_parameters
 from onnxcompress.graph.shape_inference import infer
 from onnxcompress.graph.topology import Topology
 from onnxcompress.model import Model
+from onnxcompress.runtime.block_latency import Stopwatch, usable
+from onnxcompress.runtime.session import pick_provider
 from onnxcompress.statistics.record import live_record, read_record
+
+SECONDS = 6.0
+"""Time to measure shares of blocks for."""
 
 Shapes = Mapping[str, tuple[int | str | None, ...]]
 
@@ -51,6 +57,8 @@ class Inspection:
     blocks: tuple[Block, ...]
     near_misses: tuple[Refusal, ...]
     """What is nearly a block, and why it is none."""
+    chain: tuple[Segment, ...]
+    """The blocks and what lies between them, from the input to the output."""
 
     def as_dict(self) -> dict[str, Any]:
         """Convert it to JSON values.
@@ -73,6 +81,58 @@ class Inspection:
                 "near_misses": missed,
             }
         )
+
+
+@dataclass(frozen=True)
+class ChainShares:
+    """The share of each segment of a network's chain, from 0 to 1."""
+
+    shares: tuple[float, ...]
+    device: str | None
+    """What the latency was measured on; None: shares are of the multiply-accumulates."""
+    noisy: bool = False
+    """Whether the clock could not tell blocks apart: shares are of the multiply-accumulates then."""
+
+    def as_dict(self, chain: Sequence[Segment]) -> dict[str, Any]:
+        """Convert it to JSON values.
+
+        Args:
+            chain: The segments.
+
+        Returns:
+            `chain`, the segments with their `share`; `latency_on`; `latency_noisy`.
+        """
+        rows = [{**dataclasses.asdict(s), "share": v} for s, v in zip(chain, self.shares, strict=True)]
+        return {"chain": rows, "latency_on": self.device, "latency_noisy": self.noisy}
+
+
+def chain_shares(model: Model, found: Inspection, clock: Stopwatch | None) -> ChainShares:
+    """Share out the latency over a network's chain: to blocks as measured, to the rest by its work.
+
+    Args:
+        model: The model that `found` is of.
+        found: What it is made of.
+        clock: Measures the latency; None: shares are of the multiply-accumulates.
+
+    Returns:
+        The shares, which add up to 1.
+
+    Raises:
+        CompressError: The model cannot be run.
+    """
+    work = [segment.macs for segment in found.chain]
+    whole = max(sum(work), 1)
+    plain = tuple(count / whole for count in work)
+    if clock is None or not found.blocks:
+        return ChainShares(plain, None)
+    tau, is_noisy = usable(clock.shares(model, found.blocks, SECONDS), found.blocks, whole)
+    if is_noisy or sum(tau.values()) >= 1:
+        return ChainShares(plain, None, noisy=True)
+    rest = sum(s.macs for s in found.chain if not s.droppable)
+    left = max(0.0, 1 - sum(tau.values()))
+    shares = [tau[s.exit] if s.droppable else left * s.macs / max(rest, 1) for s in found.chain]
+    provider = pick_provider(clock.provider)
+    return ChainShares(tuple(shares), f"{provider.name}, batch {clock.batch}")
 
 
 def group_rows(groups: CutGroups) -> list[dict[str, Any]]:
@@ -134,4 +194,5 @@ def inspect_model(model: Model, name: str, size: int) -> Inspection:
         channel_groups=find_cut_groups(model),
         blocks=tuple(found.blocks),
         near_misses=tuple(found.near_misses),
+        chain=chain(model, found.blocks),
     )

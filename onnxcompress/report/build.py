@@ -11,6 +11,7 @@ from onnxcompress.report.run_data import Material
 from onnxcompress.report.sections import layers, measurements, model, passes
 
 _SECTIONS = (
+    model.chain,
     model.model,
     passes.passes,
     layers.blocks,
@@ -66,7 +67,8 @@ def _title(material: Material) -> str:
         return f"{_last(names.get('input', 'model'))} → {_last(names['output'])}"
     if material.comparison is not None:
         return f"{material.comparison['b']['name']} against {material.comparison['a']['name']}"
-    return ", ".join(_last(f.name) for f in material.files if f.role == "model") or material.command
+    shown = [_last(f.name) for f in material.files if f.role in ("model", "input")]
+    return ", ".join(shown) or material.command
 
 
 def _last(name: str) -> str:

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from onnxcompress.formatting import milliseconds
-from onnxcompress.report.label_layout import Named, name_points
+from onnxcompress.report.chain_chart import ChainChart
+from onnxcompress.report.label_layout import Named, elided, elided_apart, name_points
 from onnxcompress.report.svg import ACCENT, INK, MUTED, PAPER, SECOND, draw
 
 if TYPE_CHECKING:
@@ -237,7 +238,7 @@ class Intervals:
         _axes(axes, self.x_label, "", grid="x")
 
 
-Chart = Scatter | Bars | Spread | Intervals
+Chart = Scatter | Bars | Spread | Intervals | ChainChart
 
 
 def svgs(chart: Chart, name: str) -> tuple[str, str]:
@@ -257,43 +258,6 @@ def svgs(chart: Chart, name: str) -> tuple[str, str]:
         return draw(lambda a: chart.draw(a, narrow), width, chart.height(narrow), f"{name}{suffix}")
 
     return form(False), form(True)
-
-
-def elided(text: str, longest: int) -> str:
-    """Shorten a text in its middle: names of layers differ at both ends.
-
-    Args:
-        text: The text.
-        longest: Characters that are allowed.
-
-    Returns:
-        The text, with an ellipsis in place of its middle where it is too long.
-    """
-    if len(text) <= longest:
-        return text
-    tail = (longest - 1) * 3 // 5
-    return f"{text[: longest - 1 - tail]}…{text[-tail:]}"
-
-
-def elided_apart(names: Sequence[str], longest: int) -> list[str]:
-    """Shorten names so that those which would look alike begin where they differ.
-
-    Args:
-        names: The names.
-        longest: Characters that are allowed for each.
-
-    Returns:
-        A text for each name.
-    """
-    shown = [elided(name, longest) for name in names]
-    for text in {text for text in shown if shown.count(text) > 1}:
-        alike = [at for at, label in enumerate(shown) if label == text]
-        columns = zip(*(names[at] for at in alike), strict=False)
-        first = next((at for at, letters in enumerate(columns) if len(set(letters)) > 1), 0)
-        for at in alike:
-            rest = names[at][max(names[at].rfind("/", 0, first), 0) :]
-            shown[at] = "…" + (rest if len(rest) < longest else rest[: longest - 2] + "…")
-    return shown
 
 
 def _axes(axes: Axes, x_label: str, y_label: str, *, grid: Any) -> None:

@@ -94,3 +94,40 @@ def _placed(axes: Axes, point: Named, sides: Sequence[Side], taken: Sequence[Box
 
 def _overlap(a: Box, b: Box) -> bool:
     return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
+
+
+def elided(text: str, longest: int) -> str:
+    """Shorten a text in its middle: names of layers differ at both ends.
+
+    Args:
+        text: The text.
+        longest: Characters that are allowed.
+
+    Returns:
+        The text, with an ellipsis in place of its middle where it is too long.
+    """
+    if len(text) <= longest:
+        return text
+    tail = (longest - 1) * 3 // 5
+    return f"{text[: longest - 1 - tail]}…{text[-tail:]}"
+
+
+def elided_apart(names: Sequence[str], longest: int) -> list[str]:
+    """Shorten names so that those which would look alike begin where they differ.
+
+    Args:
+        names: The names.
+        longest: Characters that are allowed for each.
+
+    Returns:
+        A text for each name.
+    """
+    shown = [elided(name, longest) for name in names]
+    for text in {text for text in shown if shown.count(text) > 1}:
+        alike = [at for at, label in enumerate(shown) if label == text]
+        columns = zip(*(names[at] for at in alike), strict=False)
+        first = next((at for at, letters in enumerate(columns) if len(set(letters)) > 1), 0)
+        for at in alike:
+            rest = names[at][max(names[at].rfind("/", 0, first), 0) :]
+            shown[at] = "…" + (rest if len(rest) < longest else rest[: longest - 2] + "…")
+    return shown

@@ -29,7 +29,8 @@ from onnxcompress.passes.prune import Prune
 from onnxcompress.passes.prune.figures import PrunedLayerRow, PruneFigures, WeightBytes
 from onnxcompress.pipeline import Step
 from onnxcompress.report import LayerSize, Material, render, tell
-from onnxcompress.report.charts import Bars, Point, Scatter, elided_apart, svgs
+from onnxcompress.report.charts import Bars, Point, Scatter, svgs
+from onnxcompress.report.label_layout import elided_apart
 from onnxcompress.runtime.block_latency import LatencyChange, Share
 from tests.helpers.results import step_of
 
@@ -250,7 +251,11 @@ def test_sensitivity_has_a_chart() -> None:
 
 
 COMMANDS = {
-    "inspect": (["{net}"], "7 blocks can be dropped", ["Weights of each layer"]),
+    "inspect": (
+        ["{net}"],
+        "7 blocks can be dropped",
+        ["From the input to the output", "Weights of each layer"],
+    ),
     "benchmark": (["{net}", "{net}", "--runs", "9"], "takes", ["How long a run takes"]),
     "evaluate": (
         ["{net}", "--images", "{few}", "--preprocess", "fashion-mnist"],

@@ -10,6 +10,7 @@ from typing import Any
 from onnxcompress.account import InputSource, Refusal
 from onnxcompress.data.preprocess import preprocess_text
 from onnxcompress.formatting import counted, number, percent, size
+from onnxcompress.report.chain_chart import Box, ChainChart
 from onnxcompress.report.charts import Bars
 from onnxcompress.report.elements import Code, Fold, Part, Picture, Plot, Prose, Section, Table, Terms
 from onnxcompress.report.run_data import Material
@@ -111,6 +112,35 @@ def model(material: Material) -> Section | None:
         near_misses = [Refusal(**values) for values in facts["near_misses"]]
         parts += left_alone(near_misses, "Nearly a block, but not droppable")
     return Section("model", "The model", parts)
+
+
+def chain(material: Material) -> Section | None:
+    """Draw a network as the chain of its blocks, each as wide as its share of the latency or of the work.
+
+    Args:
+        material: The facts about the run.
+
+    Returns:
+        The section; None where the run has nothing to show there.
+    """
+    segments = material.account.get("chain")
+    if not segments:
+        return None
+    timed = material.account.get("latency_on")
+    total = sum(s["share"] for s in segments if s["droppable"])
+    what = "latency" if timed else "multiply-accumulates"
+    rows: list[tuple[str, list[Box]]] = []
+    for s in segments:
+        size = "×".join(str(d) for d in s["shape"][2:]) or "behind the global pool"
+        if not rows or rows[-1][0] != size:
+            rows.append((size, []))
+        rows[-1][1].append(Box(s["name"], 100 * s["share"], s["droppable"]))
+    text = f"Blocks that can be dropped have {percent(total, 1)} of the {what}"
+    text += f" on {timed}; what stays shares the rest by its multiply-accumulates." if timed else "."
+    if material.account.get("latency_noisy"):
+        text += " The machine was too busy to tell blocks apart: shares are of the multiply-accumulates."
+    chart = ChainChart(rows, f"share of the {what}, %")
+    return Section("chain", "Its blocks", [Plot("From the input to the output", text, chart)])
 
 
 def _shape(shape: list[Any]) -> str:
