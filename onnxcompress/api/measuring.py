@@ -12,7 +12,7 @@ from onnxcompress.api.models import like, model_of
 from onnxcompress.api.results import Accuracy, Benchmark, Comparison, Inspection, Sensitivity, shown
 from onnxcompress.evaluation import accuracy as accuracies
 from onnxcompress.evaluation.compare import compare as compare_models
-from onnxcompress.evaluation.inspection import inspect_model
+from onnxcompress.evaluation.inspection import chain_shares, inspect_model
 from onnxcompress.model.model_like import display_names, input_specs, label, model_bytes
 from onnxcompress.progress import Progress, silent
 from onnxcompress.report.run_data import File, Material
@@ -45,7 +45,8 @@ def inspect(model: Any, *, input_shape: str | None = None) -> Inspection:
     if input_shape is not None or fed:
         assume_sizes(read, InputRequest(input_shape=input_shape))
     found = inspect_model(read, _name(model), model_bytes(like(model)))
-    return shown(Inspection, found, _material("inspect", found.as_dict(), model))
+    account = found.as_dict() | chain_shares(read, found, None).as_dict(found.chain)
+    return shown(Inspection, found, _material("inspect", account, model))
 
 
 def benchmark(

@@ -54,9 +54,7 @@ def inspect(
     if input_shape is not None or _is_handled(loaded):
         assume_sizes(loaded, InputRequest(input_shape=input_shape))
     found = inspect_model(loaded, model, model_bytes(model))
-    facts = found.as_dict()
-    if report is not None:
-        facts |= _chain(loaded, found, timing_of(chosen))
+    facts = found.as_dict() | _chain(loaded, found, timing_of(chosen), measured=report is not None)
     report_option.write_report(report, facts, [("input", model)])
     if as_json:
         print_json(facts | {"statistics": _statistics(loaded)})
@@ -71,13 +69,15 @@ def inspect(
         _show_statistics(console, loaded, facts)
 
 
-def _chain(model: Model, found: Inspection, timing: TimingOptions) -> dict[str, Any]:
+def _chain(model: Model, found: Inspection, timing: TimingOptions, *, measured: bool) -> dict[str, Any]:
     """Share out the latency over the blocks, or the work where latency is not to be measured."""
     from onnxcompress.evaluation.inspection import chain_shares
     from onnxcompress.runtime.block_latency import Stopwatch
 
     timing.check()
-    clock = Stopwatch(timing.runs_on, timing.latency_batch, timing.threads) if timing.latency else None
+    clock = None
+    if measured and timing.latency:
+        clock = Stopwatch(timing.runs_on, timing.latency_batch, timing.threads)
     if clock is not None and found.blocks:
         click.echo("for the report: measuring the latency of its blocks", err=True)
     return chain_shares(model, found, clock).as_dict(found.chain)

@@ -64,9 +64,10 @@ class Inspection:
         """Convert it to JSON values.
 
         Returns:
-            All fields, of groups of channels the name, channels, parameters, macs and why they stay.
+            All fields but the chain (see `ChainShares.as_dict`), of groups of channels the name, channels,
+            parameters, macs and why they stay.
         """
-        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "chain"}
         for name in ("inputs", "outputs", "input_shape"):
             values[name] = {tensor: list(shape) for tensor, shape in values[name].items()}
         blocks = [dataclasses.asdict(block) for block in self.blocks]

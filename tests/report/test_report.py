@@ -250,12 +250,9 @@ def test_sensitivity_has_a_chart() -> None:
     assert "second matters most (10 %)" in words(page).replace("\u00a0", " ")
 
 
+CHARTS_OF_A_MODEL = ["From the input to the output", "Weights of each layer"]
 COMMANDS = {
-    "inspect": (
-        ["{net}"],
-        "7 blocks can be dropped",
-        ["From the input to the output", "Weights of each layer"],
-    ),
+    "inspect": (["{net}"], "7 blocks can be dropped", CHARTS_OF_A_MODEL),
     "benchmark": (["{net}", "{net}", "--runs", "9"], "takes", ["How long a run takes"]),
     "evaluate": (
         ["{net}", "--images", "{few}", "--preprocess", "fashion-mnist"],
