@@ -14,6 +14,7 @@ from onnxcompress.graph.blocks import find_blocks
 from onnxcompress.graph.query import read
 from onnxcompress.model import Model
 from onnxcompress.optimize.executor import Executor
+from onnxcompress.optimize.reconstruction import residual_refit
 from onnxcompress.optimize.reconstruction.residual_refit import RefitSettings, ResidualRefit
 from onnxcompress.optimize.reconstruction.ridge import TARGET_MADE, TARGET_REAL
 from tests.helpers.folding import graph, weight
@@ -78,9 +79,10 @@ def test_a_refitted_layer_is_the_ridge_regression_on_its_patches(batch: int) -> 
 
 @pytest.mark.parametrize(("ridge", "today"), [(TARGET_REAL, 0.0241), (TARGET_MADE, 0.0295)])
 def test_refitting_recovers_what_it_did_with_all_layers_behind_the_block(
-    ridge: float, today: float
+    ridge: float, today: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of two images, where it matters how much the regression is damped."""
+    monkeypatch.setattr(residual_refit, "choose_target", lambda *given, **named: 0.0)
     teacher, student, x = networks(BODY)
     new = refitted(teacher, student, x[:2], ridge=ridge)
     assert set(new) == {"w3", "b3", "w4", "b4", "w5", "b5"}
@@ -88,6 +90,18 @@ def test_refitting_recovers_what_it_did_with_all_layers_behind_the_block(
     assert all(not torch.equal(new[name], own[name]) for name in new)
     assert loss(teacher, student, x[:2], {}) == pytest.approx(0.0613, rel=0.02)
     assert loss(teacher, student, x[:2], new) == pytest.approx(today, rel=0.02)
+
+
+@pytest.mark.parametrize("ridge", [TARGET_REAL, 1e6])
+def test_few_images_are_not_learned_by_heart(ridge: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On images that were not seen, the λ chosen is better than the least and than none."""
+    teacher, student, _ = networks(BODY)
+    generator = torch.Generator().manual_seed(3)
+    smooth = torch.nn.functional.interpolate(torch.randn(70, 3, 2, 2, generator=generator), size=(8, 8))
+    x, unseen = smooth[:6], smooth[6:]
+    chosen = loss(teacher, student, unseen, refitted(teacher, student, x))
+    monkeypatch.setattr(residual_refit, "choose_target", lambda *given, **named: 0.0)
+    assert chosen < 0.95 * loss(teacher, student, unseen, refitted(teacher, student, x, ridge=ridge))
 
 
 AHEAD = """a = Conv<pads=[1,1,1,1]>(x, w0, b0) r = Relu(a)

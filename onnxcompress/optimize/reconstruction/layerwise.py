@@ -28,7 +28,7 @@ from onnxcompress.optimize.deterministic_threads import in_turn
 from onnxcompress.optimize.executor.network_walk import Batch, NetworkWalk
 from onnxcompress.optimize.executor.walk_plan import Step
 from onnxcompress.optimize.reconstruction.patches import PLACES, Patches
-from onnxcompress.optimize.reconstruction.ridge import LayerMoments
+from onnxcompress.optimize.reconstruction.ridge import LayerMoments, merged
 from onnxcompress.optimize.synthesis.statistics_alignment import StatisticsAlignment
 from onnxcompress.quantization.qdq_plan import Plan, QuantizedLayer
 
@@ -298,27 +298,45 @@ class LayerwiseReconstruction(NetworkWalk, ABC):
         Returns:
             The moments.
         """
+        return merged(self.fold_moments_of(layer, cut, weight, 1))
+
+    def fold_moments_of(
+        self, layer: QuantizedLayer, cut: Patches, weight: Tensor, folds: int
+    ) -> list[LayerMoments]:
+        """Sum up the same moments, those of one image in so many apart from those of the others.
+
+        Args:
+            layer: The layer.
+            cut: How its input is cut into patches.
+            weight: Its weight, (G, O, F).
+            folds: Number of parts; image i belongs to part i modulo it.
+
+        Returns:
+            The moments of each part; those of a part without an image are empty.
+        """
         bias = self.own_executor.parameters.get(layer.linear.bias_name or "")
         shape = self.batches[0].teacher[layer.linear.output_name]
         places = [cut.places(shape, self._generator, self.settings.places) for _ in self.batches]
         enough = -(-max(ROWS, ROWS_EACH * weight.shape[2]) // (self.batch * len(places[0])))
         weight = weight.to(self.device, torch.promote_types(weight.dtype, torch.float32))
-        moments = LayerMoments.empty(weight)
 
-        def moments_of(index: int) -> LayerMoments:
-            own, batch = LayerMoments.empty(weight), self.batches[index]
+        def moments_of(index: int) -> list[LayerMoments]:
+            batch = self.batches[index]
             with torch.no_grad():  # a setting of each thread
                 y = self.target_of(layer, batch)
                 a, y = cut.take(self.input_of(layer, batch), y, places[index])
                 a, y = a.to(weight.dtype), y.to(weight.dtype)  # sums overflow in half precision
                 if bias is not None:
                     y = y - bias.reshape(weight.shape[0], -1, 1)
-                own.add(a, y - weight @ a)
-            return own
+                if folds == 1:
+                    return [_moments(weight, a, y)]
+                count = a.shape[2] // len(places[index])
+                place = (index * self.batch + torch.arange(count, device=a.device)) % folds
+                of = place.repeat_interleave(len(places[index]))
+                return [_moments(weight, a[..., of == fold], y[..., of == fold]) for fold in range(folds)]
 
-        for own in in_turn(moments_of, min(len(self.batches), enough), self.device):
-            moments.merge(own)
-        return moments
+        found = in_turn(moments_of, min(len(self.batches), enough), self.device)
+        return [merged(parts) for parts in zip(*found, strict=True)]
 
     def lost(self, name: str) -> Tensor:
         """Compute the student's error at a tensor, after the walk.
@@ -330,6 +348,14 @@ class LayerwiseReconstruction(NetworkWalk, ABC):
             The student's values less the teacher's, (N, …).
         """
         return torch.cat([b.student[name] - b.teacher[name] for b in self.all_batches if name in b.student])
+
+
+def _moments(weight: Tensor, a: Tensor, y: Tensor) -> LayerMoments:
+    """Sum up patches a, (G, F, R), and outputs y, (G, O, R); there may be none."""
+    own = LayerMoments.empty(weight)
+    if a.shape[2]:
+        own.add(a, y - weight @ a)
+    return own
 
 
 def _is_finite(x: Tensor) -> bool:

@@ -22,7 +22,13 @@ from onnxcompress.optimize.executor.network_walk import Batch
 from onnxcompress.optimize.executor.walk_plan import Step
 from onnxcompress.optimize.reconstruction.layerwise import LayerwiseReconstruction, LayerwiseSettings
 from onnxcompress.optimize.reconstruction.patches import matrix, patches_of, stored
-from onnxcompress.optimize.reconstruction.ridge import TARGET_REAL, least_squares
+from onnxcompress.optimize.reconstruction.ridge import (
+    FOLDS,
+    TARGET_REAL,
+    choose_target,
+    least_squares,
+    merged,
+)
 from onnxcompress.progress import Progress, silent
 from onnxcompress.quantization.qdq_plan import Plan, QuantizedLayer
 
@@ -38,7 +44,7 @@ class RefitSettings(LayerwiseSettings):
 
     places: int = PLACES
     ridge: float = TARGET_REAL
-    """λ of the regression, as a share of the variance of what a layer reads."""
+    """λ of the regression, at least, as a share of the variance of what a layer reads."""
 
 
 @dataclass
@@ -109,11 +115,10 @@ class ResidualRefit(LayerwiseReconstruction):
         assert cut is not None
         own = self.own_executor.parameters[linear.weight_name]
         weight, shape = matrix(layer, own)
-        moments = self.moments_of(layer, cut, weight)
-        weight = weight.to(own.device)
-        new, _ = least_squares(
-            weight, moments, ridge=0.0, target=self.settings.ridge, bias=linear.bias_name is not None
-        )
+        folds = self.fold_moments_of(layer, cut, weight, FOLDS)
+        moments, weight, offset = merged(folds), weight.to(own.device), linear.bias_name is not None
+        target = max(self.settings.ridge, choose_target(weight, folds, bias=offset))
+        new, _ = least_squares(weight, moments, ridge=0.0, target=target, bias=offset)
         self._note(linear.weight_name, stored(layer, new.to("cpu", own.dtype), shape).to(own.device))
         if linear.bias_name is not None:
             bias = self.own_executor.parameters[linear.bias_name]

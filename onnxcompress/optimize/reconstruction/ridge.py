@@ -18,6 +18,7 @@ networks and inputs of their own, and none may be larger where inputs are real o
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -28,6 +29,12 @@ from onnxcompress.optimize.deterministic_threads import one_thread
 TARGET_REAL = 1e-2
 TARGET_MADE = 0.3
 TARGET_4_BITS = 1.0
+FOLDS = 4
+"""Parts of the images of which each is left out once, where λ is chosen by cross-validation."""
+LADDER = tuple(TARGET_REAL * 4**step for step in range(7))
+"""The λ that are tried."""
+MORE_ROWS = 0.5
+"""λ for a fit on all folds over the one chosen: the best λ falls with the number of rows."""
 ROUNDING = 0.1
 TARGET_ROWS = 4
 """Patches per weight of an output that the target takes at least: with fewer it is the layer's own W."""
@@ -126,6 +133,57 @@ class LayerMoments:
         return self.residual / max(self.rows, 1) - torch.einsum("gof,gf->go", change, self.mean)
 
 
+def merged(parts: Iterable[LayerMoments]) -> LayerMoments:
+    """Add up moments of parts of the samples, one after the other.
+
+    Args:
+        parts: The moments of the parts, at least one; they stay as they are.
+
+    Returns:
+        The moments of all samples.
+    """
+    first, *others = parts
+    whole = LayerMoments(
+        first.gram.clone(), first.cross.clone(), first.inputs.clone(), first.residual.clone(),
+        first.rows, first.reference,
+    )  # fmt: skip
+    for part in others:
+        if part.rows:
+            whole.merge(part)
+    return whole
+
+
+def choose_target(weight: Tensor, folds: Sequence[LayerMoments], *, bias: bool = True) -> float:
+    """Choose λ of the target by cross-validation over images.
+
+    A layer is fitted on all folds but one. With Δ = W* − W its error on the fold left out, less that of W,
+    is ⟨ΔH, Δ⟩ − 2⟨Δ, C⟩ with the fold's own moments: so λ = ∞, which keeps W, has 0. Patches of one image
+    are alike: a rule that takes them for independent, as generalized cross-validation does, finds far too
+    small a λ where images are few.
+
+    Args:
+        weight: The weight, (G, O, F).
+        folds: Moments of parts of the images.
+        bias: As for `least_squares`.
+
+    Returns:
+        λ for a fit on all folds, as a share of the mean diagonal of H.
+    """
+    held = [fold for fold in folds if fold.rows]
+    if len(held) < 2:
+        return TARGET_MADE
+    errors = torch.zeros(len(LADDER), dtype=torch.float64)
+    for fold in held:
+        rest = merged(other for other in held if other is not fold)
+        h, c = _centred(fold, bias=bias)
+        for at, target in enumerate(LADDER):
+            fitted, _ = least_squares(weight, rest, ridge=0.0, target=target, bias=bias)
+            change = fitted - weight.double()
+            errors[at] += ((change @ h) * change).sum().cpu() - 2 * (change * c).sum().cpu()
+    best = int(errors.argmin())
+    return MORE_ROWS * LADDER[best] if errors[best] < 0 else float("inf")
+
+
 def least_squares(
     weight: Tensor, moments: LayerMoments, *, ridge: float, target: float, bias: bool = True
 ) -> tuple[Tensor, Tensor]:
@@ -141,13 +199,7 @@ def least_squares(
     Returns:
         W*, (G, O, F), and H, (G, F, F); both float64.
     """
-    rows = max(moments.rows, 1)
-    off = moments.inputs / rows
-    h = moments.gram / rows - off[:, :, None] * off[:, None]
-    c = moments.cross / rows - (moments.residual / rows)[..., None] * off[:, None]
-    if not bias:
-        h = h + moments.mean[:, :, None] * moments.mean[:, None]
-        c = c + (moments.residual / rows)[..., None] * moments.mean[:, None]
+    h, c = _centred(moments, bias=bias)
     size = h.diagonal(dim1=1, dim2=2).mean(1)
     size = size.clamp_min(DEAD * float(size.mean()) + 1e-12)  # groups that read nothing, too
     w = weight.double()
@@ -157,3 +209,15 @@ def least_squares(
             w = w + torch.linalg.solve(damped, c.transpose(1, 2)).transpose(1, 2)
     h = h + torch.diag_embed((ridge * size)[:, None].expand(-1, h.shape[1]))
     return w, h
+
+
+def _centred(moments: LayerMoments, *, bias: bool) -> tuple[Tensor, Tensor]:
+    """Second moments H and C about the means, or about 0 for a layer without an offset."""
+    rows = max(moments.rows, 1)
+    off = moments.inputs / rows
+    h = moments.gram / rows - off[:, :, None] * off[:, None]
+    c = moments.cross / rows - (moments.residual / rows)[..., None] * off[:, None]
+    if bias:
+        return h, c
+    h = h + moments.mean[:, :, None] * moments.mean[:, None]
+    return h, c + (moments.residual / rows)[..., None] * moments.mean[:, None]
