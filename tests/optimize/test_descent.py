@@ -92,3 +92,26 @@ def test_without_orthogonal_steps_all_are_those_of_adam() -> None:
         descent.step(1.0)
         adam.step()
     assert torch.equal(value, other)
+
+
+def test_slowing_down_divides_the_rates_and_forgets_what_was_learned() -> None:
+    """A step after it is that of a new descent at the smaller rate."""
+    generator = torch.Generator().manual_seed(0)
+    slopes = [torch.randn(3, 4, generator=generator), torch.randn(4, generator=generator)]
+    found = []
+    for fresh in (False, True):
+        values = [torch.zeros(3, 4, requires_grad=True), torch.zeros(4, requires_grad=True)]
+        descent = Descent(values, [1.0, 2.0], 0.1 / 4 if fresh else 0.1)
+        if not fresh:
+            for value in values:
+                value.grad = torch.ones_like(value)
+            descent.step(1.0)
+            descent.slow_down(4.0)
+            for value in values:
+                value.data.zero_()
+        for value, slope in zip(values, slopes, strict=True):
+            value.grad = slope.clone()
+        descent.step(1.0)
+        found.append([value.detach().clone() for value in values])
+    assert all(torch.allclose(a, b) for a, b in zip(*found, strict=True))
+    assert all(value.abs().max() > 0 for value in found[0])

@@ -95,13 +95,29 @@ def test_what_is_kept_is_never_worse_than_the_start_and_has_the_error_that_the_o
 
 
 def test_tuning_that_only_harms_is_discarded_and_ends_early() -> None:
-    """The rate is so high that no step leaves anything of the network."""
-    result = tuned(learning_rate=50.0, steps=40)
+    """The rate is so high that even after it was divided no step leaves anything of the network."""
+    result = tuned(learning_rate=1e6, steps=40)
     outcome, start = result.outcome, executor(0.1).parameters
     assert outcome.discarded
     assert outcome.error == outcome.error_before == pytest.approx(0.0492, rel=0.05)
     assert outcome.steps == 40 * PATIENCE // CHECKS
     assert all(torch.equal(result.values[name], start[name]) for name in start)
+
+
+@pytest.mark.parametrize("orthogonal", [True, False])
+def test_too_high_a_rate_is_divided_from_the_start_on(orthogonal: bool) -> None:
+    """Where all steps are to be taken it is left as it is."""
+    high: dict[str, Any] = {"learning_rate": 20.0, "orthogonal": orthogonal}
+    saved, left = tuned(**high).outcome, tuned(**high, whole=True).outcome
+    assert not saved.discarded
+    assert saved.error < 0.5 * saved.error_before
+    assert saved.error < 0.5 * left.error
+    assert tuned(**high).values.keys() == executor(0.1).parameters.keys()
+
+
+def test_a_rate_that_helps_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Descent, "slow_down", lambda *given: pytest.fail("it was divided"))
+    assert tuned().outcome.kept_step == 40
 
 
 def test_a_time_gives_the_steps_that_fit_and_they_give_the_same_weights(

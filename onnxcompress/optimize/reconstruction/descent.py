@@ -84,6 +84,20 @@ class Descent:
         for _ in in_turn(lambda i: self._move(self._stacks[i], share), len(self._stacks), self.device):
             pass
 
+    def slow_down(self, factor: float) -> None:
+        """Divide all rates and forget the momentum, for values that were set back.
+
+        Args:
+            factor: What rates are divided by.
+        """
+        for stack in self._stacks:
+            stack.rates = [rate / factor for rate in stack.rates]
+            stack.momentum.zero_()
+        if self._adam is not None:
+            self._adam.state.clear()
+            for group in self._adam.param_groups:
+                group["peak"] /= factor
+
     @torch.no_grad()
     def _move(self, stack: _Stack, share: float) -> None:
         """Take a step of the matrices of one shape, with Nesterov's momentum."""

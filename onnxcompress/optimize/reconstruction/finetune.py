@@ -10,7 +10,9 @@ augmented images, and the teacher's answers to them (`taught_views`). All before
 
 What is kept is the running average of the weights with the least error on inputs kept aside, which is
 looked at CHECKS times. The values at the start are the first candidate, so on these inputs the result is
-never worse than they are. Tuning ends early where PATIENCE looks in a row found nothing better.
+never worse than they are. As long as no look found anything better, the next steps begin at the start
+again, at a SLOWER rate: depthwise networks and few images want a small one, where ResNets gain by a large
+one from the first look on. Tuning ends early where PATIENCE looks in a row found nothing better.
 
 On a CPU a step takes its batch in pieces, each on one thread, and adds their gradients in order: the same
 whatever the number of threads.
@@ -20,7 +22,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import cast
 
@@ -45,6 +47,10 @@ CHECKS = 10
 """How often the error on the inputs kept aside is looked at."""
 PATIENCE = 4
 """Looks without a gain after which tuning ends."""
+SLOWER = 4.0
+"""What rates are divided by where a look found the values worse than those at the start. EfficientNet-Lite0
+without two blocks, 88 images, error on 12 others (0.180 before): 0.160 at a quarter of the rate at which no
+step was better; ResNet-56 on 50 images 0.259 to 0.183 at the full one."""
 LEVELS = 24.0
 """Weight of the levels' relative errors, their mean, against that of the features."""
 AVERAGED, YOUNG = 0.95, 10
@@ -166,12 +172,16 @@ def finetune(
         training = training.within(schedule.seconds - looking, values)
         schedule = training.schedule
     average = {name: value.detach().clone() for name, value in values.items()}
+    descent = training.descent(values)
     looks = {round((look + 1) * schedule.steps / CHECKS) for look in range(CHECKS)}
     step = 0
-    for step in training.steps(values):
+    for step in training.steps(values, descent):
         _follow(average, values, step)
         if step in looks:
             best.look(step, average)
+            if best.step == 0 and not schedule.whole:
+                _set_back((values, average), best.values)
+                descent.slow_down(SLOWER)
         progress("fine-tuning", step, schedule.steps)
         if best.missed == PATIENCE and not schedule.whole:
             break
@@ -183,6 +193,14 @@ def _follow(average: Mapping[str, Tensor], values: Mapping[str, Tensor], step: i
     new = 1 - min(AVERAGED, step / (step + YOUNG))
     for name, value in values.items():
         average[name].lerp_(value.detach(), new)
+
+
+@torch.no_grad()
+def _set_back(values: Iterable[Mapping[str, Tensor]], start: Mapping[str, Tensor]) -> None:
+    """Give the values and their average those at the start again."""
+    for kept in values:
+        for name, value in kept.items():
+            value.copy_(start[name])
 
 
 def _scales(teacher: Executor, matched: Matched, held_out: HeldOut) -> list[float]:
@@ -254,10 +272,14 @@ class _Training:
     rates: Sequence[float]
     schedule: Schedule
 
-    def steps(self, values: Mapping[str, Tensor]) -> Iterator[int]:
+    def descent(self, values: Mapping[str, Tensor]) -> Descent:
+        """Prepare to change the values along their gradients."""
+        schedule = self.schedule
+        return Descent(list(values.values()), self.rates, schedule.learning_rate, schedule.orthogonal)
+
+    def steps(self, values: Mapping[str, Tensor], descent: Descent) -> Iterator[int]:
         """Change the values step by step, and yield how many were taken."""
         leaves, schedule = list(values.values()), self.schedule
-        descent = Descent(leaves, self.rates, schedule.learning_rate, schedule.orthogonal)
         device, loss_of = leaves[0].device, self.objective.loss
         for step, (x, wanted) in enumerate(self.views.batches(schedule.steps, schedule.seed)):
             if step == 0 and schedule.captured and device.type == "cuda":
@@ -276,7 +298,8 @@ class _Training:
         copies = {name: value.detach().clone().requires_grad_() for name, value in values.items()}
         for count in (1, TRIED_STEPS):  # the first step makes plans, which stay
             begin = time.perf_counter()
-            for _ in replace(self, schedule=replace(self.schedule, steps=count)).steps(copies):
+            tried = replace(self, schedule=replace(self.schedule, steps=count))
+            for _ in tried.steps(copies, tried.descent(copies)):
                 pass
             if next(iter(copies.values())).device.type == "cuda":
                 torch.cuda.synchronize()
