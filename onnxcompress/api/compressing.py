@@ -144,8 +144,8 @@ def _compressed(
 
 def _check_out(model: Any, before: Model, out: Path) -> None:
     """Refuse a file before the work that could not be written after it. Raises ModelError."""
-    source = Path(model) if isinstance(model, str | os.PathLike) else Path(before.name)
-    check_target(source, out)
+    from_file = isinstance(model, str | os.PathLike)  # a model in memory has no file that it could replace
+    check_target(Path(model) if from_file else None, out)
     check_external(before, out)
 
 

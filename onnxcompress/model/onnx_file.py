@@ -65,17 +65,17 @@ def save(model: Model, path: str | os.PathLike[str]) -> None:
     tensor_storage.save(Path(path), proto, tensors, external=model.external_data)
 
 
-def check_target(source: Path, target: Path) -> None:
+def check_target(source: Path | None, target: Path) -> None:
     """Refuse an output file before the work that could not be written after it.
 
     Args:
-        source: The input.
+        source: The input; None: it has no file.
         target: The output.
 
     Raises:
         ModelError: The output is the input, no regular file, or not writable.
     """
-    if target.exists() and source.exists() and os.path.samefile(source, target):
+    if source is not None and target.exists() and source.exists() and os.path.samefile(source, target):
         raise ModelError(f"{target}: the output would replace the input; name another file")
     if target.exists() and not target.is_file() and not target.is_dir():
         raise ModelError(f"{target}: no regular file; for standard output write -")

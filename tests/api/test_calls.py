@@ -106,6 +106,10 @@ def test_what_cannot_be_written_is_said_before_the_work(net: str, tmp_path: Path
     with pytest.raises(ResultRefused):
         oc.prune(net, out, sparsity=0.95, reconstruct=False, timing=None)
     assert not out.exists()
+    beside = tmp_path / NET  # the same name in another folder
+    beside.write_bytes(b"")
+    oc.fold_bn(load(net), beside)
+    assert beside.stat().st_size > 0
     forced = oc.prune(net, out, sparsity=0.95, reconstruct=False, timing=None, guard=Guard(force=True))
     assert forced.verdict is not None
     assert forced.verdict.status == "forced"
