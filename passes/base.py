@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from onnxcompress.model import Model
     from onnxcompress.optimize.calibration import InputRequest
     from onnxcompress.passes.judging import Watch
+    from onnxcompress.passes.several_inputs import Packed
     from onnxcompress.runtime.block_latency import LatencyChange
 
 
@@ -254,7 +256,7 @@ def run_pass(
     valid = fault(model) is None
     digest = model.digest()
     before = None if watch is None else watch.before(model)
-    result = _completed(pass_.apply(model, progress), pass_, model)
+    result = _completed(_applied(pass_, model, progress), pass_, model)
     model.assume({})
     if result.modified:
         model.touch()  # nothing that is compared or written rests on what a pass forgot to discard
@@ -274,6 +276,68 @@ def run_pass(
         result = replace(result, guard=measured)
         progress("comparing the outputs", 1, 1)
     return result
+
+
+def preview_pass(pass_: Pass, model: Model) -> list[Refusal]:
+    """List what a pass would leave unchanged, as `run_pass` would apply it.
+
+    Args:
+        pass_: The pass.
+        model: The model; it stays as it is.
+
+    Returns:
+        The refusals.
+
+    Raises:
+        CompressError: The pass cannot be applied at all.
+    """
+    from onnxcompress.graph.query import SeveralInputs
+
+    try:
+        return pass_.preview(model)
+    except SeveralInputs:
+        own, packed = _packed(pass_, model)
+        return _of_file(own.preview(packed.model))
+
+
+def _applied(pass_: Pass, model: Model, progress: Progress) -> PassResult[Figures | None]:
+    """Apply a pass; where it needs one input and the network reads several, to a form that reads one."""
+    from onnxcompress.graph.query import SeveralInputs, read_inputs
+
+    if len(read_inputs(model)) < 2:
+        return pass_.apply(model, progress)
+    own = model.copy()
+    try:
+        with warnings.catch_warnings(record=True) as noted:
+            warnings.simplefilter("always")
+            result = pass_.apply(own, progress)
+        for note in noted:
+            warnings.warn_explicit(note.message, note.category, note.filename, note.lineno)
+    except SeveralInputs:
+        packing, packed = _packed(pass_, model)
+        result = packing.apply(packed.model, progress)
+        result = replace(result, refusals=_of_file(result.refusals))
+        own = packed.unpacked() if result.modified else own
+    if result.modified:
+        model.become(own)
+    return result
+
+
+def _packed(pass_: Pass, model: Model) -> tuple[Pass, Packed]:
+    """Return the model with its inputs packed, and the pass without their shapes."""
+    from onnxcompress.optimize.calibration import InputRequest
+    from onnxcompress.passes.several_inputs import pack
+
+    packed = pack(model, _learns_from(pass_) or InputRequest())
+    known = {f.name for f in dataclasses.fields(pass_)} & {"input_shape"}
+    return replace(pass_, **dict.fromkeys(known)), packed
+
+
+def _of_file(refusals: Sequence[Refusal]) -> list[Refusal]:
+    """Leave out what was refused of nodes that are not in the file."""
+    from onnxcompress.passes.several_inputs import PREFIX
+
+    return [refusal for refusal in refusals if not refusal.node.startswith(PREFIX)]
 
 
 def _completed(result: PassResult[Figures | None], pass_: Pass, model: Model) -> PassResult[Figures | None]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,7 @@ import click
 from onnxcompress.cli import options, report_option
 from onnxcompress.errors import ModelError, OptionError, RuntimeUnavailable
 from onnxcompress.formatting import counted
+from onnxcompress.graph.query import read_inputs
 from onnxcompress.optimize.calibration import SOURCES, InputRequest
 
 if TYPE_CHECKING:
@@ -151,6 +153,7 @@ def sensitivity(
     from onnxcompress.cli.console import progress
     from onnxcompress.passes.fold_bn.fold_and_canonicalize import fold_and_canonicalize
     from onnxcompress.passes.opsets import without_functions
+    from onnxcompress.passes.several_inputs import pack
     from onnxcompress.sensitivity import analysis as core
     from onnxcompress.sensitivity.float_layers import check_allowed, float_layers
 
@@ -161,6 +164,8 @@ def sensitivity(
     )
     start = time.perf_counter()
     canonical = without_functions(model).copy()
+    if len(read_inputs(canonical)) > 1:
+        canonical, request = pack(canonical, request).model, replace(request, input_shape=None)
     fold_and_canonicalize(canonical, chosen["copy_shared"])
     with progress(lines=not as_json) as show:
         found = core.sensitivity(

@@ -115,7 +115,7 @@ def sized(
     if given is not None:
         if not spec.takes(given):
             raise OptionError(f"{where}: expected the shape {dims(spec.shape or ())}, got {dims(given)}")
-        return (spec.shape[0] if spec.shape else given[0], *given[1:])
+        return (spec.shape[0], *given[1:]) if spec.shape else tuple(given)
     if spec.shape is None:
         raise OptionError(f"{where}: its rank is not known; give --input-shape {spec.name}=1x3x224x224")
     places = [axis for axis in range(1, len(spec.shape)) if _is_open(spec.shape, axis)]

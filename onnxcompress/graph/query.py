@@ -98,6 +98,10 @@ def read_inputs(model: Model) -> list[gs.Tensor]:
     ]
 
 
+class SeveralInputs(ModelError):
+    """A network reads several inputs, where only one is handled."""
+
+
 def data_input(model: Model) -> gs.Tensor:
     """Return the only input that the network reads.
 
@@ -108,12 +112,14 @@ def data_input(model: Model) -> gs.Tensor:
         The input.
 
     Raises:
-        ModelError: The network reads none or several.
+        SeveralInputs: The network reads several.
+        ModelError: It reads none.
     """
     inputs = read_inputs(model)
     if len(inputs) != 1:
         names = ", ".join(t.name for t in inputs) or "none"
-        raise ModelError(
+        kind = SeveralInputs if inputs else ModelError
+        raise kind(
             f"{model.name}: only networks with one input are handled, this one reads {len(inputs)} "
             f"({names}); turn all but one into initializers with the values that they have in use"
         )

@@ -66,8 +66,9 @@ class Topology:
         """
         if self._trunk is None:
             last: dict[int, int] = {}
+            live = self._live()
             for place, node in enumerate(self.order):
-                if not is_op(node, "Shape", "Size"):  # a reader of the shape needs no data
+                if id(node) in live and not is_op(node, "Shape", "Size"):  # these need no data
                     last.update((id(tensor), place) for tensor in node_reads(node))
             ends = {id(t): len(self.order) for t in self.model.graph.outputs}
             trunk: list[gs.Tensor] = []
@@ -87,6 +88,15 @@ class Topology:
                     trunk.append(outputs[0])
             self._trunk = trunk
         return self._trunk
+
+    def _live(self) -> set[int]:
+        """Return the ids of the nodes that outputs depend on: exporters leave others."""
+        needed, live = {id(t) for t in self.model.graph.outputs}, set[int]()
+        for node in reversed(self.order):
+            if any(id(t) in needed for t in node.outputs):
+                live.add(id(node))
+                needed.update(map(id, node_reads(node)))
+        return live
 
     def between(self, entry: gs.Tensor, exit: gs.Tensor) -> tuple[gs.Node, ...]:
         """List the nodes between two neighbouring tensors of the trunk.

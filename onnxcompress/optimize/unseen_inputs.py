@@ -17,15 +17,18 @@ from typing import Any
 import numpy as np
 
 from onnxcompress.data.image_set import ImageSet, as_type, check_fits, image_count, load_images
+from onnxcompress.data.input_shapes import parse_input_shapes
 from onnxcompress.data.preprocess import choose
 from onnxcompress.errors import CompressError, InputError, ModelError
 from onnxcompress.formatting import counted
+from onnxcompress.graph.query import read_inputs
 from onnxcompress.model import Model
 from onnxcompress.optimize.calibration import InputRequest, assume_sizes
 from onnxcompress.optimize.synthesis.drawn_inputs import Samples
 from onnxcompress.optimize.synthesis.synthetic_inputs import image_input, synthetic_images
 from onnxcompress.runtime.inference import unread_feeds
 from onnxcompress.runtime.random_inputs import SEED, UnseenInputs, has_open_sizes, random_inputs
+from onnxcompress.runtime.several_inputs import shapes_that_run
 
 COUNT = 16
 """Images to judge by, at most, but for a fixed batch."""
@@ -101,7 +104,10 @@ def sized(model: Model, learned: Sequence[InputRequest], judged_by: InputRequest
     request = (said or [r for r in requests if r.images is not None] or requests or [InputRequest()])[0]
     own = model.copy()
     try:
-        assume_sizes(own, request)
+        if len(read_inputs(model)) > 1:
+            own.assume(shapes_that_run(model, parse_input_shapes(request.input_shape)))
+        else:
+            assume_sizes(own, request)
     except CompressError:  # random inputs say it better
         return model
     return own

@@ -7,9 +7,11 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from onnxcompress.graph.query import read_inputs
 from onnxcompress.model import Model
 from onnxcompress.model.model_like import input_specs
 from onnxcompress.runtime.inference import random_feeds
+from onnxcompress.runtime.several_inputs import several_feeds
 
 SEED = 7_919_001
 """The first seed that is tried: far from those that people, and passes for their stages, take."""
@@ -27,10 +29,14 @@ class UnseenInputs:
     """One mapping for each run: input name -> value."""
     description: str
     """For a person: `16 images of photos that no pass learned from`."""
+    single: bool = False
+    """Whether each run is of one input, whatever the first dimensions of its arrays are."""
 
     @property
     def count(self) -> int:
         """Rows of all runs."""
+        if self.single:
+            return len(self.feeds)
         return sum(next((len(v) for v in feed.values() if v.ndim), 1) for feed in self.feeds)
 
     def one_by_one(self) -> UnseenInputs:
@@ -39,6 +45,8 @@ class UnseenInputs:
         Returns:
             The same inputs; arrays that have fewer rows than others stay whole.
         """
+        if self.single:
+            return self
         feeds = []
         for feed in self.feeds:
             rows = max((len(value) for value in feed.values() if value.ndim), default=1)
@@ -78,8 +86,9 @@ def random_inputs(model: Model, rows: int = RANDOM_ROWS) -> UnseenInputs:
     Raises:
         CompressError: A dimension is open, or a type has no random values.
     """
-    drawn = UnseenInputs((), "")
+    drawn = UnseenInputs((), "", single=len(read_inputs(model)) > 1)
     while drawn.count < rows:
-        feeds = random_feeds(model, seed=SEED + len(drawn.feeds))
+        seed = SEED + len(drawn.feeds)
+        feeds = several_feeds(model, {}, seed) if drawn.single else random_feeds(model, seed=seed)
         drawn = replace(drawn, feeds=(*drawn.feeds, feeds))
     return replace(drawn, description=f"{drawn.count} random inputs")

@@ -57,6 +57,7 @@ from onnxcompress.passes.correct_bias.output_check import check_nearer
 from onnxcompress.passes.correct_bias.reference import bring_along
 from onnxcompress.passes.opsets import at_opset, without_functions
 from onnxcompress.passes.preview import check_inputs
+from onnxcompress.passes.several_inputs import packed_like
 from onnxcompress.progress import Progress, silent
 
 HOLD_OUT_EVERY, MIN_IMAGES_TO_HOLD_OUT = 4, 8
@@ -118,7 +119,7 @@ class CorrectBias(InputOptions, Pass):
         return at_opset(model, 0, lambda own: self._correct_all(own, progress))
 
     def _correct_all(self, model: Model, progress: Progress) -> PassResult[CorrectBiasFigures | None]:
-        given, before = without_functions(load(Path(self.reference))), model.copy()
+        given, before = packed_like(without_functions(load(Path(self.reference))), model), model.copy()
         reference = given.copy()
         if self.inputs != "record":
             assume_sizes(reference, self.request)
@@ -157,7 +158,7 @@ class CorrectBias(InputOptions, Pass):
             CompressError: `apply` would fail on this model with these options.
         """
         self.check()
-        reference, own = load(Path(self.reference)), model.copy()
+        reference, own = packed_like(load(Path(self.reference)), model), model.copy()
         if refusal := bring_along(reference, own):
             return [refusal]
         if self.inputs != "record":

@@ -19,7 +19,7 @@ from onnxcompress.model import Model
 from onnxcompress.model.model_like import InputSpec, input_specs
 from onnxcompress.optimize.synthesis.drawn_inputs import Samples
 from onnxcompress.optimize.synthesis.synthetic_inputs import synthetic_images
-from onnxcompress.runtime.inference import random_feeds
+from onnxcompress.runtime.inference import random_feeds, unread_feeds
 from onnxcompress.runtime.inference import run as run_model
 from onnxcompress.statistics.record import known_statistics
 
@@ -68,24 +68,25 @@ def check_nearer(reference: Model, before: Model, after: Model, kept: Samples | 
 
 def _kinds(reference: Model, kept: Samples | None) -> Iterator[tuple[str, Feeds]]:
     """Yield inputs, kind by kind, in batches that the file takes."""
-    specs = input_specs(reference)
+    specs = [spec for spec in input_specs(reference) if spec.read]
+    others = unread_feeds(reference)
     fixed = specs[0].shape[0] if len(specs) == 1 and specs[0].shape else None
     size = fixed if isinstance(fixed, int) else SAMPLES
     if kept is not None and len(kept) >= (fixed if isinstance(fixed, int) else 1):
-        yield f"{counted(len(kept), 'image')} kept aside", _fed(specs[0], kept, size)
+        yield f"{counted(len(kept), 'image')} kept aside", _fed(specs[0], kept, size, others)
         return
     yield "random noise", _noise(reference)
     try:
         made = synthetic_images(reference, "procedural", max(SAMPLES, size), None, SEED)
     except CompressError:  # the network takes no pictures
         return
-    yield "procedural images", _fed(specs[0], made, size)
+    yield "procedural images", _fed(specs[0], made, size, others)
 
 
-def _fed(spec: InputSpec, images: Samples, size: int) -> Feeds:
+def _fed(spec: InputSpec, images: Samples, size: int, others: Mapping[str, np.ndarray]) -> Feeds:
     """Images in batches; a fixed batch leaves the rest of them out."""
     batches = [x for x in images.batches(size) if spec.takes(x.shape)]
-    return [{spec.name: x.astype(spec.dtype)} for x in batches]
+    return [{spec.name: x.astype(spec.dtype), **others} for x in batches]
 
 
 def _noise(reference: Model) -> Feeds:

@@ -20,6 +20,7 @@ from onnxcompress.errors import RuntimeUnavailable
 from onnxcompress.graph.node_selection import EVERY_NODE, NodeSelection
 from onnxcompress.graph.query import DEFAULT_DOMAINS
 from onnxcompress.model.validation import node_bodies, node_reads
+from onnxcompress.passes.several_inputs import PREFIX
 
 FLOAT, HALF = onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16
 
@@ -162,6 +163,8 @@ def captured(proto: onnx.ModelProto) -> frozenset[str]:
 
 
 def _refusal(node: onnx.NodeProto, opset: int, dequantized: Collection[str]) -> str:
+    if node.name.startswith(PREFIX):
+        return "it makes an input of the network"
     if any(node_bodies(node)):
         return f"the bodies of {node.op_type} stay as they are"
     if node.domain not in DEFAULT_DOMAINS:

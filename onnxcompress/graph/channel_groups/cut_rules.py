@@ -35,7 +35,7 @@ COMBINES = ("Add", "And", "Div", "Equal", "Greater", "GreaterOrEqual", "Less", "
             "Min", "Mul", "Or", "Pow", "PRelu", "Sub", "Sum", "Where", "Xor")  # fmt: skip
 """Operators on single elements with several operands, which broadcast."""
 SINGLE = (
-    "Abs", "Cast", "CastLike", "Ceil", "Celu", "Clip", "Cos", "Dropout", "Elu", "Erf", "Exp", "Floor",
+    "Abs", "Cast", "CastLike", "Ceil", "Celu", "Clip", "Cos", "Elu", "Erf", "Exp", "Floor",
     "Gelu", "HardSigmoid", "HardSwish", "Identity", "LeakyRelu", "Log", "Mish", "Neg", "Not", "Reciprocal",
     "Relu",
     "Round", "Selu", "Shrink", "Sigmoid", "Sign", "Sin", "Softplus", "Softsign", "Sqrt", "Swish", "Tanh",
@@ -64,7 +64,22 @@ def _normalize(tracer: TensorLabels, node: gs.Node) -> Sequence[Labels]:
     """Label the output of a BatchNormalization, whose parameters must be constants."""
     if any(tracer.constant(tensor) is None for tensor in node.inputs[1:]):
         raise Unknown("has parameters that are not constants")
+    if any(not tensor.is_empty() for tensor in node.outputs[1:]):
+        raise Unknown("is in training mode", "export the model in inference mode")
     return _same(tracer, node)
+
+
+def _dropped(tracer: TensorLabels, node: gs.Node) -> Sequence[Labels]:
+    """Label the output of a Dropout, and its mask."""
+    return [*_same(tracer, node)] * 2
+
+
+def _max_pool(tracer: TensorLabels, node: gs.Node) -> Sequence[Labels]:
+    """Label the output of a MaxPool; its indices are counted over all channels, so these stay with them."""
+    labels = layout_rules.within_channels(tracer, node)
+    if any(not tensor.is_empty() for tensor in node.outputs[1:]):
+        tracer.mark_unscalable(labels[0], Refusal(node_label(node), "(MaxPool) gives indices, too"))
+    return labels
 
 
 def _instances(tracer: TensorLabels, node: gs.Node) -> Sequence[Labels]:
@@ -170,7 +185,7 @@ CUT_RULES: dict[str, Rule] = {
     **_all(_combine, *COMBINES),
     **_all(
         layout_rules.within_channels,
-        *("AveragePool", "GlobalAveragePool", "GlobalLpPool", "GlobalMaxPool", "LpPool", "MaxPool"),
+        *("AveragePool", "GlobalAveragePool", "GlobalLpPool", "GlobalMaxPool", "LpPool"),
     ),
     **_all(_along(-1), "Hardmax", "LayerNormalization", "LogSoftmax", "LpNormalization", "Softmax"),
     **_all(_reshape, "Flatten", "Reshape", "Squeeze", "Unsqueeze"),
@@ -181,7 +196,9 @@ CUT_RULES: dict[str, Rule] = {
     "Concat": layout_rules.concat,
     "DepthToSpace": _depth_to_space,
     "Gather": layout_rules.gather,
+    "Dropout": _dropped,
     "InstanceNormalization": _instances,
+    "MaxPool": _max_pool,
     "Pad": layout_rules.pad,
     "Slice": _slice,
     "SpaceToDepth": _space_to_depth,

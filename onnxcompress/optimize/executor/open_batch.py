@@ -15,7 +15,7 @@ from onnxcompress.graph.shape_inference import tensor_shapes
 from onnxcompress.graph.topology import Topology
 from onnxcompress.model import Model
 from onnxcompress.optimize.executor import Executor
-from onnxcompress.optimize.executor.executor import ExecutionError
+from onnxcompress.optimize.executor.executor import ExecutionError, UnsupportedOp
 from onnxcompress.optimize.executor.walk_plan import floats
 
 TRIED = 3
@@ -69,7 +69,7 @@ def images_at_once(model: Model, images: Tensor) -> int | None:
                 alone = executor.run({source: images[base * at : base * (at + 1)]}, names)
                 if not all(_agrees(whole[n], alone[n], at, count, n in outputs) for n in names):
                     return base
-    except ExecutionError:
+    except (ExecutionError, UnsupportedOp):  # where more images are what cannot be run
         return base
     return None
 
