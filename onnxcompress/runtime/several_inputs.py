@@ -114,8 +114,10 @@ def _shapes(
     shapes: dict[str, tuple[int, ...]] = {}
     for spec in read:
         behind = any(len(shape) > 1 for shape in shapes.values())
-        own = None if spec.shape is None else _own_shape(spec.shape, sizes, 1 if behind else length)
-        chosen = sized(replace(spec, shape=own), said.get(spec.name), model.name, metadata=model.metadata)
+        own, given = spec.shape, said.get(spec.name)
+        if own is not None and given is None:
+            own = _own_shape(own, sizes, 1 if behind else length)
+        chosen = sized(replace(spec, shape=own), given, model.name, metadata=model.metadata)
         shapes[spec.name] = shape = with_batch(chosen, 1)
         sizes |= {d: size for d, size in zip(spec.shape or (), shape, strict=False) if isinstance(d, str)}
     return shapes
