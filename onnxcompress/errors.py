@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 
 def require(who: str, *packages: str) -> None:
     """Check that packages are installed, without importing them.
@@ -59,7 +61,7 @@ class TargetMissed(CompressError):
 
 
 def one_line(error: BaseException) -> str:
-    """Shorten an exception's message to one line, without onnxruntime's prefix.
+    """Shorten an exception's message to one line, without onnxruntime's prefix and the path of a copy.
 
     Args:
         error: Any exception.
@@ -69,7 +71,7 @@ def one_line(error: BaseException) -> str:
     """
     text = " ".join(str(error).split())
     if text.startswith("[ONNXRuntimeError]"):
-        text = text.split(" : ", 3)[-1]
+        text = re.sub(r"^Load model from .* failed:", "", text.split(" : ", 3)[-1])
     return text if len(text) <= 300 else text[:297] + "..."
 
 

@@ -24,6 +24,8 @@ from onnxcompress.passes.several_inputs import PREFIX
 
 FLOAT, HALF = onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16
 
+FUSED = "onnxruntime joins it to the MatMul behind it, and has no float16 kernel for both on the CPU"
+
 TYPED = frozenset(
     {"Bernoulli", "EyeLike", "Multinomial", "RandomNormal", "RandomNormalLike", "RandomUniform",
      "RandomUniformLike"}
@@ -86,6 +88,7 @@ def candidates(
     types = element_types(proto)
     opset = max((o.version for o in proto.opset_import if o.domain in DEFAULT_DOMAINS), default=1)
     dequantized = {n.output[0] for n in proto.graph.node if n.op_type == "DequantizeLinear"}
+    fused = _fused_transposes(proto)
     can: list[Candidate] = []
     cannot: list[tuple[str, str]] = []
     for index, node in enumerate(proto.graph.node):
@@ -96,6 +99,7 @@ def candidates(
             selection.refusal(name, node.op_type)
             or _refusal(node, opset, dequantized)
             or _unknown(node, types)
+            or (FUSED if node.output[0] in fused else "")
         )
         if why:
             cannot.append((name, why))
@@ -178,6 +182,25 @@ def _refusal(node: onnx.NodeProto, opset: int, dequantized: Collection[str]) -> 
     if not onnx.defs.has(node.op_type, opset, ""):
         return f"{node.op_type} is not known in opset {opset}"
     return ""
+
+
+def _fused_transposes(proto: onnx.ModelProto) -> frozenset[str]:
+    """Find the outputs of Transposes that onnxruntime's optimizer joins to a MatMul over batches.
+
+    It does so where the first axis becomes one of the last two, and the others keep their order, also
+    through a Cast. The joint node has no float16 kernel on the CPU, where the session ends the process
+    (onnxruntime 1.31). From a float32 Transpose with a Cast behind it nothing is joined.
+    """
+    read = {name for node in proto.graph.node if node.op_type == "MatMul" for name in node.input}
+    read |= {n.input[0] for n in proto.graph.node if n.op_type == "Cast" and n.output[0] in read}
+    found = set()
+    for node in proto.graph.node:
+        axes = [list(a.ints) for a in node.attribute if node.op_type == "Transpose" and a.name == "perm"]
+        rest = list(range(1, len(axes[0]))) if axes else []
+        joined = len(rest) > 1 and axes[0] in ([*rest[:-1], 0, rest[-1]], [*rest, 0])
+        if joined and node.output[0] in read:
+            found.add(node.output[0])
+    return frozenset(found)
 
 
 def _unknown(node: onnx.NodeProto, types: dict[str, int]) -> str:

@@ -122,3 +122,19 @@ def test_outputs_of_another_length_are_no_small_error() -> None:
     exact, found = [[np.zeros(3)]], [[np.zeros(4)]]
     assert worst_error(exact, found) == float("inf")
     assert worst_error([[np.ones(3)], [np.arange(2.0)]], [[np.ones(3)], [np.arange(2.0)]]) == 0
+
+
+@pytest.mark.parametrize(("perm", "stays"), [((1, 0, 2), True), ((1, 2, 0), True), ((0, 2, 1), False)])
+def test_transposes_that_onnxruntime_would_join_to_a_product_over_batches_stay_float32(
+    perm: tuple[int, ...], stays: bool
+) -> None:
+    """The joint node ends the process on the CPU: heads of recurrent layers and of attention have it."""
+    body = f"t = Transpose<perm={list(perm)}>(x)  c = Cast<to=1>(t)  y = MatMul(c, w)"
+    text = f'<ir_version: 8, opset_import: ["": 17]> g (float[6,6,6] x) => (float[6,6,4] y) {{ {body} }}'
+    proto = onnx.parser.parse_model(text)
+    values = np.random.default_rng(0).normal(size=(6, 4)).astype(np.float32)
+    proto.graph.initializer.append(onnx.numpy_helper.from_array(values, "w"))
+    model = Model.from_proto(proto)
+    HalfPrecision().apply(model)
+    types = element_types(model.to_proto())
+    assert (types["t"] != HALF) == stays

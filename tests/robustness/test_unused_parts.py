@@ -1,0 +1,80 @@
+"""Parts of a file that nothing needs, or that only outputs need: dead nodes, masks, inputs nobody reads."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+
+from onnxcompress.graph.channel_groups.cut_tracer import find_cut_groups
+from onnxcompress.graph.edit import set_values
+from onnxcompress.graph.topology import Topology
+from onnxcompress.model import Model, save
+from onnxcompress.optimize.executor.open_batch import images_at_once
+from onnxcompress.passes.base import run
+from onnxcompress.passes.correct_bias import CorrectBias
+from onnxcompress.passes.drop_channels import DropChannels
+from tests.helpers.folding import graph, weight
+
+ARRAYS = {"w": weight(8, 3, 3, 3), "v": weight(8, 8, 3, 3, seed=1), "z": weight(5, 8, seed=2)}
+TAIL = """d = Conv<pads=[1,1,1,1]>(q, v)  e = Relu(d)
+    g = GlobalAveragePool(e)  f = Flatten(g)  y = Gemm<transB=1>(f, z)"""
+HEAD = "a = Conv<pads=[1,1,1,1]>(x, w)  r = Relu(a)"
+X = "float[N,3,8,8] x"
+
+
+@pytest.mark.parametrize(
+    ("node", "output"),
+    [
+        ("q, mask = Dropout(r)", "bool[N,8,8,8] mask"),
+        ("q, at = MaxPool<kernel_shape=[2,2]>(r)", "int64[N,8,7,7] at"),
+    ],
+)
+def test_channels_stay_where_a_second_output_leaves_the_network(node: str, output: str) -> None:
+    proto = graph(f"({X}) => (float[N,5] y, {output})", f"{HEAD}  {node}  {TAIL}", ARRAYS)
+    model = Model.from_proto(proto)
+    assert [group.name for group in find_cut_groups(model).free] == ["d"]
+    run([DropChannels(channels_kept=("d=4",), steps=0, effort="fast", synthetic=8)], model)
+    onnx.checker.check_model(model.to_proto(), full_check=True)
+    assert model.graph.tensors()["w"].shape[0] == 8
+
+
+def test_indices_stay_with_their_channels_where_something_reads_them() -> None:
+    body = f"{HEAD}  q, at = MaxPool<kernel_shape=[2,2]>(r)  i = Cast<to=1>(at)  p = Mul(q, i)  {TAIL}"
+    model = Model.from_proto(
+        graph(f"({X}) => (float[N,5] y)", body.replace("Conv<pads=[1,1,1,1]>(q", "Conv(p"), ARRAYS)
+    )
+    assert [group.name for group in find_cut_groups(model).free] == ["d"]
+
+
+def test_dead_nodes_do_not_end_the_trunk() -> None:
+    body = f"{HEAD}  q = Identity(r)  {TAIL}"
+    alive = Model.from_proto(graph(f"({X}) => (float[N,5] y)", body, ARRAYS))
+    dead = Model.from_proto(
+        graph(f"({X}) => (float[N,5] y)", f"{body}  o = Conv(r, v)  s = Shape(o)", ARRAYS)
+    )
+    trunks = [[t.name for t in model.analysis(Topology).trunk()] for model in (alive, dead)]
+    assert trunks[0] == trunks[1]
+    assert trunks[1][-2:] == ["f", "y"]
+
+
+def test_biases_are_corrected_where_an_input_is_read_by_nothing(tmp_path: Path) -> None:
+    signature = "(int64[K] nobody, float[N,3,8,8] x) => (float[N,5] y)"
+    model = Model.from_proto(graph(signature, f"{HEAD}  q = Identity(r)  {TAIL}", ARRAYS))
+    save(model, reference := tmp_path / "reference.onnx")
+    weights = model.graph.tensors()["v"]
+    set_values(weights, weights.values + np.float32(0.1))
+    (result,) = run([CorrectBias(reference=str(reference), inputs="procedural")], model)
+    assert any(change.what == "bias corrected" for change in result.changes)
+
+
+def test_images_go_alone_where_a_recurrent_layer_has_the_state_of_one() -> None:
+    body = """a = Flatten(x)  u = Unsqueeze(a, zero)  l, n = RNN<hidden_size=8>(u, s, o, , , h)
+        j = Squeeze(n, zero)  y = Gemm<transB=1>(j, z)"""
+    arrays = {"s": weight(1, 8, 12), "o": weight(1, 8, 8, seed=1), "h": weight(1, 1, 8, seed=2)}
+    arrays |= {"z": ARRAYS["z"], "zero": np.array([0])}
+    model = Model.from_proto(graph("(float[N,3,2,2] x) => (float[N,5] y)", body, arrays))
+    assert images_at_once(model, torch.randn(6, 3, 2, 2)) == 1
