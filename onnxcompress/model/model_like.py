@@ -256,7 +256,7 @@ def _proto(model: onnx.ModelProto | bytes | str | os.PathLike[str]) -> onnx.Mode
 def _proto_specs(proto: onnx.ModelProto, only: set[str] | None) -> list[InputSpec]:
     weights = {t.name for t in proto.graph.initializer}
     read = _names_read(proto.graph) | {o.name for o in proto.graph.output}
-    specs = []
+    specs, fixed = [], _fixed_sizes(proto)
     for value in proto.graph.input:
         if value.name in weights or (only is not None and value.name not in only):
             continue
@@ -264,11 +264,34 @@ def _proto_specs(proto: onnx.ModelProto, only: set[str] | None) -> list[InputSpe
         shape: Shape | None = None
         if tensor.HasField("shape"):
             shape = tuple(
-                d.dim_value if d.dim_value > 0 else (d.dim_param or None) for d in tensor.shape.dim
+                d.dim_value if d.dim_value > 0 else fixed.get(d.dim_param, d.dim_param or None)
+                for d in tensor.shape.dim
             )
         kind = type_name(tensor.elem_type).lower()
         specs.append(InputSpec(value.name, _dtype(kind, value.name), shape, value.name in read))
     return specs
+
+
+def _fixed_sizes(proto: onnx.ModelProto) -> dict[str, int]:
+    """Return the sizes of symbols that the file leaves open although it computes with one size alone.
+
+    These are the rows of what a Gemm gives where its bias has as many rows: they cannot be broadcast.
+    """
+    dims = {v.name: [d.dim_value for d in v.type.tensor_type.shape.dim] for v in proto.graph.input}
+    dims |= {t.name: list(t.dims) for t in proto.graph.initializer}
+    rows = {
+        node.input[0]: dims[node.input[2]][0]
+        for node in proto.graph.node
+        if node.op_type == "Gemm"
+        and len(dims.get("".join(node.input[2:]), ())) == 2
+        and not any(a.name == "transA" and a.i for a in node.attribute)
+    }
+    rows = {name: size for name, size in rows.items() if size > 1}
+    if not rows:
+        return {}
+    graph = onnx.shape_inference.infer_shapes(proto).graph
+    first = {v.name: v.type.tensor_type.shape.dim[:1] for v in (*graph.input, *graph.value_info)}
+    return {d.dim_param: size for name, size in rows.items() for d in first.get(name, ()) if d.dim_param}
 
 
 def _names_read(graph: onnx.GraphProto) -> set[str]:

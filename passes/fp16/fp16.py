@@ -34,7 +34,6 @@ from onnxcompress.evaluation.accuracy import image_input
 from onnxcompress.formatting import counted
 from onnxcompress.graph.edit import make_dense
 from onnxcompress.graph.node_selection import SelectionOptions
-from onnxcompress.graph.query import data_input
 from onnxcompress.graph.reshape_targets import batch_free_targets
 from onnxcompress.model import Model
 from onnxcompress.optimize.calibration import InputRequest, assume_sizes, gather_inputs
@@ -298,8 +297,8 @@ def _kept(nodes: Sequence[Candidate], choice: Float32Nodes) -> list[Refusal]:
 
 def _batches(model: Model, inputs: Inputs) -> list[np.ndarray]:
     """Some of the images, in whole batches. Raises InputError where there is none."""
-    shape = data_input(model).shape
-    fixed = int(shape[0]) if shape and isinstance(shape[0], int) else None
+    shape = image_input(model).shape
+    fixed = shape[0] if shape and isinstance(shape[0], int) else None
     size = fixed or (1 if batch_free_targets(model) else BATCH)
     images = inputs.images.spread(max(IMAGES, size))
     found = [x for x in images.batches(size) if fixed is None or len(x) == fixed]

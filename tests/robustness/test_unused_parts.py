@@ -3,26 +3,33 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
 import pytest
 import torch
 
+from onnxcompress.evaluation.guard import Guard
 from onnxcompress.graph.channel_groups.cut_tracer import find_cut_groups
 from onnxcompress.graph.edit import set_values
 from onnxcompress.graph.topology import Topology
 from onnxcompress.model import Model, save
+from onnxcompress.model.model_like import input_specs
 from onnxcompress.optimize.executor.open_batch import images_at_once
-from onnxcompress.passes.base import run
+from onnxcompress.passes.base import Pass, run
 from onnxcompress.passes.correct_bias import CorrectBias
 from onnxcompress.passes.drop_channels import DropChannels
+from onnxcompress.passes.fp16 import HalfPrecision
+from onnxcompress.passes.prune import Prune
+from onnxcompress.passes.quantize import Quantize
 from tests.helpers.folding import graph, weight
 
 ARRAYS = {"w": weight(8, 3, 3, 3), "v": weight(8, 8, 3, 3, seed=1), "z": weight(5, 8, seed=2)}
 TAIL = """d = Conv<pads=[1,1,1,1]>(q, v)  e = Relu(d)
     g = GlobalAveragePool(e)  f = Flatten(g)  y = Gemm<transB=1>(f, z)"""
 HEAD = "a = Conv<pads=[1,1,1,1]>(x, w)  r = Relu(a)"
+FEW: dict[str, Any] = {"effort": "fast", "synthetic": 8}
 X = "float[N,3,8,8] x"
 
 
@@ -37,6 +44,8 @@ def test_channels_stay_where_a_second_output_leaves_the_network(node: str, outpu
     proto = graph(f"({X}) => (float[N,5] y, {output})", f"{HEAD}  {node}  {TAIL}", ARRAYS)
     model = Model.from_proto(proto)
     assert [group.name for group in find_cut_groups(model).free] == ["d"]
+    if "mask" not in output:  # indices are counted over the images of a batch, too
+        return
     run([DropChannels(channels_kept=("d=4",), steps=0, effort="fast", synthetic=8)], model)
     onnx.checker.check_model(model.to_proto(), full_check=True)
     assert model.graph.tensors()["w"].shape[0] == 8
@@ -78,3 +87,29 @@ def test_images_go_alone_where_a_recurrent_layer_has_the_state_of_one() -> None:
     arrays |= {"z": ARRAYS["z"], "zero": np.array([0])}
     model = Model.from_proto(graph("(float[N,3,2,2] x) => (float[N,5] y)", body, arrays))
     assert images_at_once(model, torch.randn(6, 3, 2, 2)) == 1
+
+
+def with_bias_of_two_rows() -> Model:
+    body = "f = Flatten(x)  h = Gemm<transB=1>(f, a, b)  r = Relu(h)  y = Gemm<transB=1>(r, z, c)"
+    arrays = {"a": weight(8, 48), "b": weight(2, 8, seed=1), "z": ARRAYS["z"], "c": weight(1, 5)}
+    return Model.from_proto(graph("(float[N,3,4,4] x) => (float[N,5] y)", body, arrays))
+
+
+@pytest.mark.parametrize(
+    "pass_", [Quantize(**FEW), Prune(sparsity=0.2, scope="layer", **FEW), HalfPrecision()]
+)
+def test_a_bias_with_a_row_for_each_image_fixes_the_batch(pass_: Pass) -> None:
+    model = with_bias_of_two_rows()
+    assert input_specs(model)[0].shape == input_specs(model.to_proto())[0].shape == (2, 3, 4, 4)
+    (result,) = run([pass_], model, guard=Guard())
+    assert result.modified
+    assert result.guard is not None
+    assert result.guard.fidelity is not None
+    assert model.to_proto().graph.input[0].type.tensor_type.shape.dim[0].dim_param == "N"
+
+
+def test_a_bias_with_a_row_for_each_place_of_an_image_fixes_no_batch() -> None:
+    body = "f = Reshape(x, rows)  h = Gemm<transB=1>(f, a, b)  y = Reshape(h, whole)"
+    arrays = {"a": weight(8, 4), "b": weight(12, 8, seed=1), "rows": np.array([-1, 4])}
+    proto = graph("(float[N,3,4,4] x) => (float[M,96] y)", body, arrays | {"whole": np.array([-1, 96])})
+    assert input_specs(proto)[0].shape == ("N", 3, 4, 4)

@@ -14,6 +14,7 @@ from onnxcompress.graph.query import data_input
 from onnxcompress.graph.shape_inference import tensor_shapes
 from onnxcompress.graph.topology import Topology
 from onnxcompress.model import Model
+from onnxcompress.model.model_like import input_specs
 from onnxcompress.optimize.executor import Executor
 from onnxcompress.optimize.executor.executor import ExecutionError, UnsupportedOp
 from onnxcompress.optimize.executor.walk_plan import floats
@@ -40,7 +41,8 @@ def file_batch(model: Model) -> int | None:
     Returns:
         The batch; None where it is open.
     """
-    shape = data_input(model).shape
+    name = data_input(model).name
+    shape = next(spec.shape for spec in input_specs(model) if spec.name == name)
     return int(shape[0]) if shape and isinstance(shape[0], int) else None
 
 

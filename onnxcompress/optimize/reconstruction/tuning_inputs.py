@@ -13,7 +13,7 @@ from onnxcompress.errors import ModelError
 from onnxcompress.model import Model
 from onnxcompress.optimize.calibration import InputRequest, Inputs, gather_inputs
 from onnxcompress.optimize.device import resident
-from onnxcompress.optimize.executor.open_batch import images_at_once
+from onnxcompress.optimize.executor.open_batch import file_batch, images_at_once
 from onnxcompress.optimize.reconstruction.held_out import keep_aside
 from onnxcompress.progress import Progress
 
@@ -62,9 +62,14 @@ def gather_tuning_inputs(
     values = torch.from_numpy(gathered.images.array())
     fixed = images_at_once(model, values)
     if fixed is not None:
+        remedy = "export it with an open batch"
+        if file_batch(model) is None:
+            remedy = (
+                "part of it holds the images of a batch in another order, as recurrent layers read them"
+            )
         raise ModelError(
             f"{model.name}: {fixed} images go through its graph at once and no other number, too few to "
-            "learn from; export it with an open batch"
+            f"learn from; {remedy}"
         )
     if not _nhwc(gathered) and values.ndim == 4:  # depthwise ones are three times as fast on the CPU
         values = values.contiguous(memory_format=torch.channels_last)
