@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -19,7 +18,6 @@ if TYPE_CHECKING:
     from onnxcompress.model import Model
     from onnxcompress.optimize.calibration import InputRequest
     from onnxcompress.passes.judging import Watch
-    from onnxcompress.passes.several_inputs import Packed
     from onnxcompress.runtime.block_latency import LatencyChange
 
 
@@ -252,11 +250,12 @@ def run_pass(
         TypeError: The figures that the pass measured are not of the class that it names.
     """
     from onnxcompress.graph.validity import fault
+    from onnxcompress.passes.several_inputs import applied
 
     valid = fault(model) is None
     digest = model.digest()
     before = None if watch is None else watch.before(model)
-    result = _completed(_applied(pass_, model, progress), pass_, model)
+    result = _completed(applied(pass_, model, progress), pass_, model)
     model.assume({})
     if result.modified:
         model.touch()  # nothing that is compared or written rests on what a pass forgot to discard
@@ -276,68 +275,6 @@ def run_pass(
         result = replace(result, guard=measured)
         progress("comparing the outputs", 1, 1)
     return result
-
-
-def preview_pass(pass_: Pass, model: Model) -> list[Refusal]:
-    """List what a pass would leave unchanged, as `run_pass` would apply it.
-
-    Args:
-        pass_: The pass.
-        model: The model; it stays as it is.
-
-    Returns:
-        The refusals.
-
-    Raises:
-        CompressError: The pass cannot be applied at all.
-    """
-    from onnxcompress.graph.query import SeveralInputs
-
-    try:
-        return pass_.preview(model)
-    except SeveralInputs:
-        own, packed = _packed(pass_, model)
-        return _of_file(own.preview(packed.model))
-
-
-def _applied(pass_: Pass, model: Model, progress: Progress) -> PassResult[Figures | None]:
-    """Apply a pass; where it needs one input and the network reads several, to a form that reads one."""
-    from onnxcompress.graph.query import SeveralInputs, read_inputs
-
-    if len(read_inputs(model)) < 2:
-        return pass_.apply(model, progress)
-    own = model.copy()
-    try:
-        with warnings.catch_warnings(record=True) as noted:
-            warnings.simplefilter("always")
-            result = pass_.apply(own, progress)
-        for note in noted:
-            warnings.warn_explicit(note.message, note.category, note.filename, note.lineno)
-    except SeveralInputs:
-        packing, packed = _packed(pass_, model)
-        result = packing.apply(packed.model, progress)
-        result = replace(result, refusals=_of_file(result.refusals))
-        own = packed.unpacked() if result.modified else own
-    if result.modified:
-        model.become(own)
-    return result
-
-
-def _packed(pass_: Pass, model: Model) -> tuple[Pass, Packed]:
-    """Return the model with its inputs packed, and the pass without their shapes."""
-    from onnxcompress.optimize.calibration import InputRequest
-    from onnxcompress.passes.several_inputs import pack
-
-    packed = pack(model, _learns_from(pass_) or InputRequest())
-    known = {f.name for f in dataclasses.fields(pass_)} & {"input_shape"}
-    return replace(pass_, **dict.fromkeys(known)), packed
-
-
-def _of_file(refusals: Sequence[Refusal]) -> list[Refusal]:
-    """Leave out what was refused of nodes that are not in the file."""
-    from onnxcompress.passes.several_inputs import PREFIX
-
-    return [refusal for refusal in refusals if not refusal.node.startswith(PREFIX)]
 
 
 def _completed(result: PassResult[Figures | None], pass_: Pass, model: Model) -> PassResult[Figures | None]:
@@ -366,8 +303,9 @@ def watch_over(passes: Sequence[Pass], model: Model, judged_by: InputRequest | N
         The watch, for `run_pass`.
     """
     from onnxcompress.passes.judging import Watch
+    from onnxcompress.passes.several_inputs import learns_from
 
-    learned = [request for pass_ in passes if (request := _learns_from(pass_)) is not None]
+    learned = [request for pass_ in passes if (request := learns_from(pass_)) is not None]
     exact = all(pass_.preserves_function for pass_ in passes)
     return Watch(model, learned, exact=exact, judged_by=judged_by)
 
@@ -384,15 +322,6 @@ def refuse(judged: Verdict | None, whose: str = "") -> None:
     """
     if judged is not None and judged.status == "refused":
         raise ResultRefused(f"nothing is written: {whose}{judged.sentence}; --force writes it all the same")
-
-
-def _learns_from(pass_: Pass) -> InputRequest | None:
-    """Return what a pass learns from, by the names of its options."""
-    from onnxcompress.optimize.calibration import InputRequest
-
-    known = {"images", "preprocess", "count", "seed", "input_shape"}
-    names = {f.name for f in dataclasses.fields(pass_)} & known
-    return InputRequest(**{name: getattr(pass_, name) for name in names}) if names else None
 
 
 def _plain(value: Any) -> Any:

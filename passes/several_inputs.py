@@ -14,6 +14,7 @@ Does not handle: real images, and strings.
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -24,12 +25,14 @@ import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
+from onnxcompress.account import Refusal
 from onnxcompress.data.input_shapes import parse_input_shapes
 from onnxcompress.errors import CompressWarning, ModelError, OptionError
-from onnxcompress.graph.query import read_inputs
+from onnxcompress.graph.query import SeveralInputs, read_inputs
 from onnxcompress.model import Model
 from onnxcompress.model.model_like import InputSpec, dims
 from onnxcompress.optimize.calibration import InputRequest
+from onnxcompress.progress import Progress
 from onnxcompress.runtime.inference import INTEGER_RANGE
 from onnxcompress.runtime.several_inputs import read_specs, settings, shapes_that_run
 from onnxcompress.statistics.record import read_record, write_present
@@ -78,6 +81,86 @@ class Packed:
         del graph.value_info[:], graph.initializer[:]
         graph.value_info.extend(infos)
         graph.initializer.extend(weights)
+
+
+def applied(pass_: Any, model: Model, progress: Progress) -> Any:
+    """Apply a pass; where it needs one input and the network reads several, to a form that reads one.
+
+    Args:
+        pass_: The pass.
+        model: The model, changed in place.
+        progress: Called with the stage, the steps done and the steps in all.
+
+    Returns:
+        The pass's result, without what it refused of nodes that are not in the file.
+
+    Raises:
+        CompressError: The inputs cannot be packed; what the pass raises.
+    """
+    if len(read_inputs(model)) < 2:
+        return pass_.apply(model, progress)
+    own = model.copy()
+    try:
+        with warnings.catch_warnings(record=True) as noted:
+            warnings.simplefilter("always")
+            result = pass_.apply(own, progress)
+        for note in noted:
+            warnings.warn_explicit(note.message, note.category, note.filename, note.lineno)
+    except SeveralInputs:
+        packed, packing = _prepared(pass_, model)
+        result = packing.apply(packed.model, progress)
+        result = dataclasses.replace(result, refusals=_of_file(result.refusals))
+        own = packed.unpacked() if result.modified else own
+    if result.modified:
+        model.become(own)
+    return result
+
+
+def previewed(pass_: Any, model: Model) -> list[Refusal]:
+    """List what a pass would leave unchanged, where it is applied by `applied`.
+
+    Args:
+        pass_: The pass.
+        model: The model; it stays as it is.
+
+    Returns:
+        The refusals.
+
+    Raises:
+        CompressError: The pass cannot be applied at all.
+    """
+    try:
+        refusals: list[Refusal] = pass_.preview(model)
+        return refusals
+    except SeveralInputs:
+        packed, packing = _prepared(pass_, model)
+        return _of_file(packing.preview(packed.model))
+
+
+def learns_from(pass_: Any) -> InputRequest | None:
+    """Read what a pass learns from, by the names of its options.
+
+    Args:
+        pass_: The pass.
+
+    Returns:
+        The request; None where it learns from nothing.
+    """
+    known = {"images", "preprocess", "count", "seed", "input_shape"}
+    names = {f.name for f in dataclasses.fields(pass_)} & known
+    return InputRequest(**{name: getattr(pass_, name) for name in names}) if names else None
+
+
+def _prepared(pass_: Any, model: Model) -> tuple[Packed, Any]:
+    """Return the model with its inputs packed, and the pass without their shapes."""
+    packed = pack(model, learns_from(pass_) or InputRequest())
+    known = {f.name for f in dataclasses.fields(pass_)} & {"input_shape"}
+    return packed, dataclasses.replace(pass_, **dict.fromkeys(known))
+
+
+def _of_file(refusals: Iterable[Refusal]) -> list[Refusal]:
+    """Leave out what was refused of nodes that are not in the file."""
+    return [refusal for refusal in refusals if not refusal.node.startswith(PREFIX)]
 
 
 def pack(model: Model, request: InputRequest) -> Packed:

@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING, ClassVar
 from onnxcompress.account import Figures, Refusal
 from onnxcompress.errors import CompressError, InputError, RuntimeUnavailable, require
 from onnxcompress.evaluation.guard import Floors, Guard, GuardMeasurements, Verdict, verdict
-from onnxcompress.passes.base import Pass, PassResult, preview_pass, refuse, watch_over
+from onnxcompress.passes.base import Pass, PassResult, refuse, watch_over
 from onnxcompress.passes.base import run as run_passes
+from onnxcompress.passes.several_inputs import previewed
 from onnxcompress.pipeline.chain import Chain, Step, named_progress
 from onnxcompress.pipeline.timing import options_for, timed, whole_change
 from onnxcompress.progress import Progress, silent
@@ -232,7 +233,7 @@ class Pipeline(Pass):
         state, refusals = model.copy(), []
         for at, pass_ in enumerate(self.passes):
             with self._placed(at):
-                refusals.append(preview_pass(pass_, state))
+                refusals.append(previewed(pass_, state))
                 if not pass_.preserves_function or pass_.needs:
                     break
                 pass_.apply(state)

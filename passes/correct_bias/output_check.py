@@ -19,7 +19,7 @@ from onnxcompress.model import Model
 from onnxcompress.model.model_like import InputSpec, input_specs
 from onnxcompress.optimize.synthesis.drawn_inputs import Samples
 from onnxcompress.optimize.synthesis.synthetic_inputs import synthetic_images
-from onnxcompress.runtime.inference import random_feeds, unread_feeds
+from onnxcompress.runtime.inference import or_one_by_one, random_feeds, unread_feeds
 from onnxcompress.runtime.inference import run as run_model
 from onnxcompress.statistics.record import known_statistics
 
@@ -51,8 +51,9 @@ def check_nearer(reference: Model, before: Model, after: Model, kept: Samples | 
         ModelError: An output is further from the reference than it was, or none can be compared.
     """
     worst = BeforeAfter(EXACT, EXACT)
-    for kind, feeds in _kinds(reference, kept):
-        wanted, old, new = (_outputs(one, feeds) for one in (reference, before, after))
+    exactly = or_one_by_one(lambda batch: list(_exactly(reference, kept, batch)), SAMPLES)
+    for kind, feeds, wanted in exactly:
+        old, new = (_outputs(one, feeds) for one in (before, after))
         for name, exact in wanted.items():
             was, now = (_decibels(exact, _like(name, exact, values)) for values in (old, new))
             if now < was - SLACK:
@@ -66,16 +67,24 @@ def check_nearer(reference: Model, before: Model, after: Model, kept: Samples | 
     return worst
 
 
-def _kinds(reference: Model, kept: Samples | None) -> Iterator[tuple[str, Feeds]]:
+def _exactly(
+    reference: Model, kept: Samples | None, batch: int
+) -> Iterator[tuple[str, Feeds, dict[str, list[np.ndarray]]]]:
+    """Yield inputs, kind by kind, and the reference's outputs."""
+    for kind, feeds in _kinds(reference, kept, batch):
+        yield kind, feeds, _outputs(reference, feeds)
+
+
+def _kinds(reference: Model, kept: Samples | None, batch: int) -> Iterator[tuple[str, Feeds]]:
     """Yield inputs, kind by kind, in batches that the file takes."""
     specs = [spec for spec in input_specs(reference) if spec.read]
     others = unread_feeds(reference)
     fixed = specs[0].shape[0] if len(specs) == 1 and specs[0].shape else None
-    size = fixed if isinstance(fixed, int) else SAMPLES
+    size = fixed if isinstance(fixed, int) else batch
     if kept is not None and len(kept) >= (fixed if isinstance(fixed, int) else 1):
         yield f"{counted(len(kept), 'image')} kept aside", _fed(specs[0], kept, size, others)
         return
-    yield "random noise", _noise(reference)
+    yield "random noise", _noise(reference, batch)
     try:
         made = synthetic_images(reference, "procedural", max(SAMPLES, size), None, SEED)
     except CompressError:  # the network takes no pictures
@@ -89,13 +98,13 @@ def _fed(spec: InputSpec, images: Samples, size: int, others: Mapping[str, np.nd
     return [{spec.name: x.astype(spec.dtype), **others} for x in batches]
 
 
-def _noise(reference: Model) -> Feeds:
+def _noise(reference: Model, batch: int) -> Feeds:
     """Random inputs; those whose statistics the file knows have them."""
     known = known_statistics(reference)
     feeds: Feeds = []
     samples = 0
     while samples < SAMPLES:
-        drawn = random_feeds(reference, batch=SAMPLES, seed=SEED + len(feeds))
+        drawn = random_feeds(reference, batch=batch, seed=SEED + len(feeds))
         for name in drawn.keys() & known.keys():
             spread = (-1, *[1] * (drawn[name].ndim - 2))
             mean, std = (part.reshape(spread) for part in (known[name].mean, known[name].std))

@@ -50,7 +50,7 @@ from onnxcompress.passes.opsets import at_opset
 from onnxcompress.passes.preview import check_inputs, raised
 from onnxcompress.progress import Progress, silent
 from onnxcompress.quantization.quantized_models import is_quantized
-from onnxcompress.runtime.inference import unread_feeds
+from onnxcompress.runtime.inference import or_one_by_one, unread_feeds
 from onnxcompress.runtime.providers import Provider
 
 if TYPE_CHECKING:
@@ -156,8 +156,9 @@ class HalfPrecision(SelectionOptions, ImageOptions, Pass):
         if not nodes:
             return PassResult(refusals=refusals)
         inputs = gather_inputs(model, self.request, progress=progress)
-        batches = _batches(model, inputs)
-        simulation = Simulation(proto, nodes, batches, self.threads)
+        simulation = or_one_by_one(
+            lambda batch: Simulation(proto, nodes, _batches(model, inputs, batch), self.threads), BATCH
+        )
         bound = self._bound(model)
         choice = choose(simulation, bound, progress)
         kept = set(choice.kept)
@@ -166,7 +167,7 @@ class HalfPrecision(SelectionOptions, ImageOptions, Pass):
         runtime = None
         if half:
             converted = convert(proto, {c.index for c in half}, keep_io=not self.float16_io)
-            runtime = self._runtime(converted, simulation.exact, batches)
+            runtime = self._runtime(converted, simulation.exact, simulation.batches)
             if is_quantized(model) and runtime.error > 2 * bound:
                 warnings.warn(MISCOMPUTED.format(100 * runtime.error), CompressWarning, stacklevel=2)
             model.become(Model.from_proto(converted, model.name))
@@ -295,11 +296,11 @@ def _kept(nodes: Sequence[Candidate], choice: Float32Nodes) -> list[Refusal]:
     ]
 
 
-def _batches(model: Model, inputs: Inputs) -> list[np.ndarray]:
+def _batches(model: Model, inputs: Inputs, batch: int) -> list[np.ndarray]:
     """Some of the images, in whole batches. Raises InputError where there is none."""
     shape = image_input(model).shape
     fixed = shape[0] if shape and isinstance(shape[0], int) else None
-    size = fixed or (1 if batch_free_targets(model) else BATCH)
+    size = fixed or (1 if batch_free_targets(model) else batch)
     images = inputs.images.spread(max(IMAGES, size))
     found = [x for x in images.batches(size) if fixed is None or len(x) == fixed]
     if not found:

@@ -17,14 +17,14 @@ from onnxcompress.graph.edit import set_values
 from onnxcompress.graph.shape_inference import tensor_types
 from onnxcompress.model import Model, save
 from onnxcompress.optimize.calibration import InputRequest
-from onnxcompress.passes.base import Pass, preview_pass, run
+from onnxcompress.passes.base import Pass, run
 from onnxcompress.passes.calibrate import Calibrate
 from onnxcompress.passes.correct_bias import CorrectBias
 from onnxcompress.passes.drop_channels import DropChannels
 from onnxcompress.passes.fp16 import HalfPrecision
 from onnxcompress.passes.prune import Prune
 from onnxcompress.passes.quantize import Quantize
-from onnxcompress.passes.several_inputs import PREFIX, pack
+from onnxcompress.passes.several_inputs import PREFIX, pack, previewed
 from onnxcompress.runtime.random_inputs import random_inputs
 from onnxcompress.runtime.several_inputs import settings, shapes_that_run
 from tests.helpers.folding import graph, weight
@@ -149,7 +149,7 @@ def test_the_remedy_for_sizes_that_do_not_fit_is_an_option_that_exists() -> None
     with pytest.raises(ModelError, match=r"give the shapes .* --input-shape sound=1x4,state=1x1x8"):
         shapes_that_run(with_state(), {"sound": (1, 4)})
     with pytest.warns(CompressWarning, match=r"sound \(1x400\), state"):
-        preview_pass(Quantize(input_shape="sound=1x400,state=1x1x8", **FEW), with_state())
+        previewed(Quantize(input_shape="sound=1x400,state=1x1x8", **FEW), with_state())
 
 
 def test_images_tell_nothing_of_the_other_inputs(tmp_path: Path) -> None:

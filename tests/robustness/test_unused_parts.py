@@ -23,7 +23,7 @@ from onnxcompress.passes.drop_channels import DropChannels
 from onnxcompress.passes.fp16 import HalfPrecision
 from onnxcompress.passes.prune import Prune
 from onnxcompress.passes.quantize import Quantize
-from tests.helpers.folding import graph, weight
+from tests.helpers.folding import graph, norm, weight
 
 ARRAYS = {"w": weight(8, 3, 3, 3), "v": weight(8, 8, 3, 3, seed=1), "z": weight(5, 8, seed=2)}
 TAIL = """d = Conv<pads=[1,1,1,1]>(q, v)  e = Relu(d)
@@ -113,3 +113,33 @@ def test_a_bias_with_a_row_for_each_place_of_an_image_fixes_no_batch() -> None:
     arrays = {"a": weight(8, 4), "b": weight(12, 8, seed=1), "rows": np.array([-1, 4])}
     proto = graph("(float[N,3,4,4] x) => (float[M,96] y)", body, arrays | {"whole": np.array([-1, 96])})
     assert input_specs(proto)[0].shape == ("N", 3, 4, 4)
+
+
+@pytest.mark.parametrize(
+    "pass_", [Quantize(**FEW), Prune(sparsity=0.2, scope="layer", **FEW), HalfPrecision()]
+)
+def test_an_input_that_is_an_output_too(pass_: Pass) -> None:
+    body = f"a = Conv<pads=[1,1,1,1]>(x, w)  n = BatchNormalization(a, g1, b1, m1, v1)  q = Relu(n)  {TAIL}"
+    arrays = {**ARRAYS, **norm(8, "1")}
+    model = Model.from_proto(graph("(float[N,3,8,8] x) => (float[N,5] y, float[N,3,8,8] x)", body, arrays))
+    (result,) = run([pass_], model, guard=Guard())
+    assert result.modified
+    assert [output.name for output in model.graph.outputs] == ["y", "x"]
+
+
+def resized_one_by_one() -> Model:
+    """A batch that is open, and a Resize to the sizes of one image: it runs with no other batch."""
+    body = f'{HEAD}  u = Resize<mode="linear">(r, , , sizes)  q = Conv<pads=[1,1,1,1]>(u, t)  {TAIL}'
+    arrays = {**ARRAYS, "t": weight(8, 8, 3, 3, seed=3), "sizes": np.array([1, 8, 4, 4])}
+    return Model.from_proto(graph("(float[N,3,8,8] x) => (float[N,5] y)", body, arrays))
+
+
+def test_one_image_at_a_time_where_no_more_run(tmp_path: Path) -> None:
+    save(resized_one_by_one(), reference := tmp_path / "reference.onnx")
+    (half,) = run([HalfPrecision()], resized_one_by_one(), guard=Guard())
+    assert half.modified
+    model = resized_one_by_one()
+    weights = model.graph.tensors()["v"]
+    set_values(weights, weights.values + np.float32(0.1))
+    (corrected,) = run([CorrectBias(reference=str(reference), inputs="procedural")], model)
+    assert any(change.what == "bias corrected" for change in corrected.changes)

@@ -61,8 +61,10 @@ def sections(steps: list[Step], count: int, networks: int = 2) -> list[Section]:
         networks: Networks whose tensors are held.
 
     Returns:
-        The sections in order; one with all images where these fit everywhere.
+        The sections in order; one with all images where these fit everywhere, none without nodes.
     """
+    if not steps:
+        return []
     each = 4 * networks * count
     if each * max((step.held for step in steps), default=0) <= MEMORY:
         return [Section(steps, count)]
