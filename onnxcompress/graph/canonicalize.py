@@ -3,7 +3,8 @@
 1. Weights in Constant nodes become initializers.
 2. A zero Pad that only convolutions read becomes their `pads`:
        Conv(Pad(x, p), pads q) = Conv(x, pads p + q)
-   An integer kernel pads with the zero point, which stands for 0 exactly.
+   An integer kernel pads with the zero point, which stands for 0 exactly. Pads of some axes become those
+   of all first: onnxruntime's optimizer (1.31) cannot move a Pad with axes across a Transpose.
 3. A Reshape to (batch, everything else) whose shape is computed from its own input gets the constant
    shape [0, n]: otherwise that computation reads the float tensor, which prevents fusing its producer.
 4. Every layer that can have a bias gets one, so that it can be corrected.
@@ -27,7 +28,7 @@ from onnxcompress.graph.edit import lift_weights, remove_unread, set_input, uniq
 from onnxcompress.graph.hard_sigmoid import fuse_hard_sigmoids
 from onnxcompress.graph.linear_layer import BIAS_AT, LINEAR_OPS, Linear, as_linear
 from onnxcompress.graph.query import attribute, input_at, is_op, is_output, value_readers
-from onnxcompress.graph.shape_inference import infer
+from onnxcompress.graph.shape_inference import infer, tensor_shapes
 from onnxcompress.model import Model
 
 
@@ -42,6 +43,9 @@ def canonicalize(model: Model) -> list[Change]:
     """
     changes = []
     lift_weights(model, *LINEAR_OPS)
+    for node in model.graph.nodes:
+        if is_op(node, "Pad"):
+            _pad_all_axes(model, node)
     padded = sum(_fold_pad(model, node) for node in list(model.graph.nodes) if is_op(node, "Pad"))
     if padded:
         changes.append(Change(model.name, f"{counted(padded, 'Pad')} folded into convolutions"))
@@ -65,6 +69,22 @@ def canonicalize(model: Model) -> list[Change]:
                 _own_parameters(model, linear)
     model.touch()
     return changes
+
+
+def _pad_all_axes(model: Model, node: gs.Node) -> None:
+    """Give a Pad of some axes the pads of all axes (rule 2), where its constants are known."""
+    shape, given = tensor_shapes(model).get(node.inputs[0].name), input_at(node, 3)
+    if given is None or shape is None:
+        return
+    axes, pads = constant_value(model, given), constant_value(model, node.inputs[1])
+    if axes is None or pads is None:
+        return
+    whole = np.zeros((2, len(shape)), np.int64)
+    whole[:, axes.reshape(-1)] = pads.reshape(2, -1)
+    name = unique_name(model, f"{node.outputs[0].name}_pads")
+    before, node.inputs[1] = node.inputs[1], gs.Constant(name, whole.reshape(-1))
+    del node.inputs[3]
+    remove_unread(model, [before, given])
 
 
 def _fold_pad(model: Model, node: gs.Node) -> bool:
