@@ -87,13 +87,13 @@ def attempt(file: Path, command: str, seconds: float) -> Attempt:
 
 
 def _run(words: Sequence[str], seconds: float) -> subprocess.CompletedProcess[str]:
-    """Run a command for so many seconds of processor time, and four times as many by the clock, at most."""
+    """Run a command for so many seconds of processor time, and twenty times as many by the clock, at most."""
     limit = int(seconds)
     return subprocess.run(
         [sys.executable, "-m", "onnxcompress.cli.main", *words],
         capture_output=True,
         text=True,
-        timeout=4 * seconds,
+        timeout=20 * seconds,
         env={**os.environ, "ONNXCOMPRESS_CACHE": "none", "ONNXCOMPRESS_LATENCY": "off"},
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_CPU, (limit, limit + 10)),
     )
