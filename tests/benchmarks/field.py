@@ -87,7 +87,7 @@ def attempt(file: Path, command: str, seconds: float) -> Attempt:
 
 
 def _run(words: Sequence[str], seconds: float) -> subprocess.CompletedProcess[str]:
-    """Run a command for so many seconds of processor time, and twenty times as many by the clock, at most."""
+    """Run a command for so many seconds of processor time, at most; 20 times as many by the clock."""
     limit = int(seconds)
     return subprocess.run(
         [sys.executable, "-m", "onnxcompress.cli.main", *words],
