@@ -34,7 +34,8 @@ from onnxcompress.optimize.block_drop.recoverability import Scorer, probe  # noq
 from onnxcompress.optimize.device import fitting, pick_device, resident  # noqa: E402
 from onnxcompress.optimize.executor import Executor  # noqa: E402
 from onnxcompress.optimize.reconstruction.augment import augment, windows  # noqa: E402
-from onnxcompress.optimize.reconstruction.finetune import Matched, Schedule, _Objective, finetune  # noqa: E402
+from onnxcompress.optimize.reconstruction.feature_loss import Matched, Objective  # noqa: E402
+from onnxcompress.optimize.reconstruction.finetune import Schedule, finetune  # noqa: E402
 from onnxcompress.optimize.reconstruction.held_out import HeldOut  # noqa: E402
 
 GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU")
@@ -197,7 +198,7 @@ def test_no_step_reads_back(pair: tuple[Model, Model, str]) -> None:
     used = {t.name for n in student.needed(["input"], [feature]) for t in n.inputs}
     values = {n: v.clone().requires_grad_() for n, v in student.parameters.items() if n in used}
     matched = Matched("input", (feature, feature))
-    loss_of = _Objective(student, matched, list(values), [1.0]).loss
+    loss_of = Objective(student, matched, list(values), [1.0]).loss
     wanted = teacher.run({"input": images()}, [feature])[feature]
     blocks = find_blocks(model).blocks
     scorer = Scorer(model, blocks, probe(teacher, images(), "input", feature), executor=teacher, steps=3)

@@ -13,13 +13,13 @@ from onnxcompress.model import Model
 from onnxcompress.optimize.executor import Executor
 from onnxcompress.optimize.reconstruction.augment import augment
 from onnxcompress.optimize.reconstruction.descent import Descent
+from onnxcompress.optimize.reconstruction.feature_loss import Matched
 from onnxcompress.optimize.reconstruction.finetune import (
     AVERAGED,
     CHECKS,
     PATIENCE,
     YOUNG,
     Finetuned,
-    Matched,
     Schedule,
     finetune,
 )
@@ -198,7 +198,7 @@ def test_training_begins_with_the_values_that_are_given() -> None:
 def test_the_pieces_of_a_batch_count_as_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     """The last piece is smaller; what stands in one piece alone would lead elsewhere."""
     whole = trained(steps=4, batch=22)[0]
-    monkeypatch.setattr("onnxcompress.optimize.reconstruction.finetune.PIECE", 8)
+    monkeypatch.setattr("onnxcompress.optimize.reconstruction.feature_loss.PIECE", 8)
     pieces = trained(steps=4, batch=22)[0]
     for name, value in whole.items():
         torch.testing.assert_close(pieces[name], value, rtol=1e-3, atol=1e-4)

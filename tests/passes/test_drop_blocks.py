@@ -341,7 +341,8 @@ def test_adapters_and_refitting_recover_features(resnet: str, models: Path) -> N
 def test_a_batch_norm_that_stays_keeps_its_statistics() -> None:
     """Training a variance would make it negative; only scale, offset and convolutions are trained."""
     from onnxcompress.optimize.executor import Executor
-    from onnxcompress.optimize.reconstruction.finetune import Matched, Schedule, finetune
+    from onnxcompress.optimize.reconstruction.feature_loss import Matched
+    from onnxcompress.optimize.reconstruction.finetune import Schedule, finetune
     from onnxcompress.optimize.reconstruction.held_out import HeldOut
 
     text = """<ir_version: 8, opset_import: ["" : 17]> g (float[N,2,6,6] x) => (float[N,2,6,6] y)

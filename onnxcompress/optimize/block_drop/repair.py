@@ -22,7 +22,8 @@ from onnxcompress.model import Model
 from onnxcompress.optimize.device import fitting
 from onnxcompress.optimize.executor import Executor
 from onnxcompress.optimize.executor.open_batch import small_batch
-from onnxcompress.optimize.reconstruction.finetune import Finetuned, Matched, Schedule, finetune
+from onnxcompress.optimize.reconstruction.feature_loss import Matched
+from onnxcompress.optimize.reconstruction.finetune import Finetuned, Schedule, finetune
 from onnxcompress.optimize.reconstruction.held_out import HeldOut
 from onnxcompress.optimize.reconstruction.residual_refit import RefitSettings, ResidualRefit
 from onnxcompress.optimize.reconstruction.ridge import TARGET_MADE, TARGET_REAL

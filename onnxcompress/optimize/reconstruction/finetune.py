@@ -21,28 +21,23 @@ whatever the number of threads.
 from __future__ import annotations
 
 import time
-import warnings
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import cast
 
 import onnx_graphsurgeon as gs
 import torch
 from torch import Tensor
 
-from onnxcompress.errors import CompressError, CompressWarning, one_line
 from onnxcompress.graph.query import is_op
-from onnxcompress.optimize.deterministic_threads import in_turn
-from onnxcompress.optimize.device import autocast, laid_out, resident
+from onnxcompress.optimize.device import laid_out, resident
 from onnxcompress.optimize.executor import Executor
 from onnxcompress.optimize.reconstruction.descent import Descent
+from onnxcompress.optimize.reconstruction.feature_loss import Matched, Objective, add_slopes, captured
 from onnxcompress.optimize.reconstruction.held_out import HeldOut
 from onnxcompress.optimize.reconstruction.taught_views import REPEATS, TaughtViews
 from onnxcompress.optimize.reconstruction.tuning_outcome import TuningOutcome
 from onnxcompress.progress import Progress, silent
 
-PIECE = 16
-"""Images of a batch that go through at once on a CPU."""
 CHECKS = 10
 """How often the error on the inputs kept aside is looked at."""
 PATIENCE = 4
@@ -57,8 +52,6 @@ AVERAGED, YOUNG = 0.95, 10
 """What the running average keeps of itself in a step; in step t no more than t / (t + YOUNG)."""
 TRIED_STEPS = 2 * REPEATS
 """Steps that are timed where a time is given: each view comes as often as later on."""
-Loss = Callable[..., Tensor]
-"""(batch, *the teacher's tensors, *values) -> scalar."""
 
 
 @dataclass(frozen=True)
@@ -102,22 +95,6 @@ class Schedule:
         """
         warm = max(1, round(self.warm_up * self.steps))
         return min(1.0, (step + 1) / warm) * (1 - step / self.steps)
-
-
-@dataclass(frozen=True)
-class Matched:
-    """The tensors that are brought together, by name in the student and in the teacher."""
-
-    source: str
-    """Name of the input."""
-    feature: tuple[str, str]
-    levels: tuple[tuple[str, str], ...] = ()
-    """Tensors on the way to the features."""
-
-    @property
-    def pairs(self) -> tuple[tuple[str, str], ...]:
-        """The features first."""
-        return (self.feature, *self.levels)
 
 
 def finetune(
@@ -165,7 +142,7 @@ def finetune(
         return Finetuned({}, best.outcome(0, 0))
     looking = CHECKS * (time.perf_counter() - begin)
     theirs = [name for _, name in matched.pairs]
-    objective = _Objective(student, matched, list(values), _scales(teacher, matched, held_out))
+    objective = Objective(student, matched, list(values), _scales(teacher, matched, held_out))
     views = TaughtViews(teacher, matched.source, theirs, images, shares, schedule.batch, nhwc)
     training = _Training(objective, views, rates, schedule)
     if schedule.seconds is not None:
@@ -238,36 +215,10 @@ class _Best:
 
 
 @dataclass(frozen=True)
-class _Objective:
-    """The loss as a pure function of a batch, the teacher's tensors of it, and the values of `names`."""
-
-    student: Executor
-    matched: Matched
-    names: Sequence[str]
-    scales: Sequence[float]
-    """Factor of the mean squared error of each pair of tensors."""
-    cached: bool = True
-    """Whether autocast casts weights once each."""
-
-    def loss(self, x: Tensor, *given: Tensor) -> Tensor:
-        """Compute the loss of a batch; its mean over batches is that of all their images."""
-        ours = [name for name, _ in self.matched.pairs]
-        wanted, values = given[: len(ours)], given[len(ours) :]
-        with autocast(self.student.device, cached=self.cached):
-            feeds, own = {self.matched.source: x}, dict(zip(self.names, values, strict=True))
-            got = self.student.run(feeds, ours, own)
-        total = torch.zeros((), device=x.device)
-        for name, theirs, scale in zip(ours, wanted, self.scales, strict=True):
-            norm = torch.linalg.vector_norm(got[name] - theirs, dtype=torch.float32)  # no copy in 32 bits
-            total = total + scale * norm.square() / theirs.numel()
-        return total
-
-
-@dataclass(frozen=True)
 class _Training:
     """Steps along the gradient of an objective on views."""
 
-    objective: _Objective
+    objective: Objective
     views: TaughtViews
     rates: Sequence[float]
     schedule: Schedule
@@ -283,11 +234,11 @@ class _Training:
         device, loss_of = leaves[0].device, self.objective.loss
         for step, (x, wanted) in enumerate(self.views.batches(schedule.steps, schedule.seed)):
             if step == 0 and schedule.captured and device.type == "cuda":
-                loss_of = _captured(self.objective, x, wanted, leaves)
+                loss_of = captured(self.objective, x, wanted, leaves)
             for leaf in leaves:
                 leaf.grad = None
             if device.type == "cpu":
-                _add_slopes(self.objective, x, wanted, leaves)
+                add_slopes(self.objective, x, wanted, leaves)
             else:
                 loss_of(x, *wanted, *leaves).backward()  # type: ignore[no-untyped-call]
             descent.step(schedule.share(step))
@@ -306,40 +257,6 @@ class _Training:
             took = time.perf_counter() - begin
         steps = max(CHECKS, int(seconds * TRIED_STEPS / took))
         return replace(self, schedule=replace(self.schedule, steps=steps))
-
-
-def _add_slopes(
-    objective: _Objective, x: Tensor, wanted: Sequence[Tensor], leaves: Sequence[Tensor]
-) -> None:
-    """Give the values the gradients of the loss on a batch, taken piece by piece."""
-    pieces = list(zip(*(torch.split(part, PIECE) for part in (x, *wanted)), strict=True))
-
-    def slopes(index: int) -> tuple[Tensor, ...]:
-        share = len(pieces[index][0]) / len(x)
-        loss = share * objective.loss(*pieces[index], *leaves)
-        return torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)
-
-    columns = zip(*in_turn(slopes, len(pieces)), strict=True)
-    for leaf, parts in zip(leaves, columns, strict=True):
-        leaf.grad = torch.stack(parts).sum(0)
-
-
-def _captured(objective: _Objective, x: Tensor, wanted: Sequence[Tensor], leaves: Sequence[Tensor]) -> Loss:
-    """Record the loss and its backward pass as CUDA graphs, once each, for batches of this shape.
-
-    Where the recording fails (an operator that waits for the device), return the loss as it is, and warn.
-    """
-    plain = replace(objective, cached=False).loss
-    sample = (x.clone(), *(part.clone() for part in wanted), *leaves)
-    try:
-        made = torch.cuda.make_graphed_callables(plain, sample)
-    except torch.OutOfMemoryError:
-        raise
-    except (CompressError, RuntimeError, AssertionError) as error:
-        text = f"no CUDA graph of a step ({one_line(error)}): fine-tuning goes on without"
-        warnings.warn(text, CompressWarning, stacklevel=3)
-        return plain
-    return cast("Loss", made)
 
 
 def _leaves(

@@ -24,16 +24,11 @@ from torch import Tensor
 
 from onnxcompress.errors import InputError, ModelError
 from onnxcompress.graph.query import is_op, is_output, value_readers
-from onnxcompress.optimize.deterministic_threads import in_turn
 from onnxcompress.optimize.executor.network_walk import Batch, NetworkWalk
 from onnxcompress.optimize.executor.walk_plan import Step
-from onnxcompress.optimize.reconstruction.patches import PLACES, Patches
-from onnxcompress.optimize.reconstruction.ridge import LayerMoments, merged
+from onnxcompress.optimize.reconstruction.patches import PLACES
 from onnxcompress.optimize.synthesis.statistics_alignment import StatisticsAlignment
 from onnxcompress.quantization.qdq_plan import Plan, QuantizedLayer
-
-ROWS, ROWS_EACH = 40_000, 100
-"""Patches that are used: ROWS, or ROWS_EACH for each column of the matrix where that is more."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +55,7 @@ class LayerwiseReconstruction(NetworkWalk, ABC):
     def __post_init__(self) -> None:
         self.batch = self.settings.batch
         super().__post_init__()
-        self._generator = torch.Generator().manual_seed(self.settings.seed)
+        self.generator = torch.Generator().manual_seed(self.settings.seed)
         self.maps = {n: self.alignment.align(n, self.executor.parameters[n]) for n in self.alignment.names}
         self.own = dict(self.maps)
         self._theirs = {n: step.node for step in self.steps for n in step.outputs}
@@ -287,57 +282,6 @@ class LayerwiseReconstruction(NetworkWalk, ABC):
         error, second, first, count = torch.stack(self.each(sums)).sum(0).tolist()
         return float(error / max(second - first**2 / count, 1e-12 * count))
 
-    def moments_of(self, layer: QuantizedLayer, cut: Patches, weight: Tensor) -> LayerMoments:
-        """Sum up the moments of input patches, and their cross moments with the residual of the layer.
-
-        Args:
-            layer: The layer.
-            cut: How its input is cut into patches.
-            weight: Its weight, (G, O, F).
-
-        Returns:
-            The moments.
-        """
-        return merged(self.fold_moments_of(layer, cut, weight, 1))
-
-    def fold_moments_of(
-        self, layer: QuantizedLayer, cut: Patches, weight: Tensor, folds: int
-    ) -> list[LayerMoments]:
-        """Sum up the same moments, those of one image in so many apart from those of the others.
-
-        Args:
-            layer: The layer.
-            cut: How its input is cut into patches.
-            weight: Its weight, (G, O, F).
-            folds: Number of parts; image i belongs to part i modulo it.
-
-        Returns:
-            The moments of each part; those of a part without an image are empty.
-        """
-        bias = self.own_executor.parameters.get(layer.linear.bias_name or "")
-        shape = self.batches[0].teacher[layer.linear.output_name]
-        places = [cut.places(shape, self._generator, self.settings.places) for _ in self.batches]
-        enough = -(-max(ROWS, ROWS_EACH * weight.shape[2]) // (self.batch * len(places[0])))
-        weight = weight.to(self.device, torch.promote_types(weight.dtype, torch.float32))
-
-        def moments_of(index: int) -> list[LayerMoments]:
-            batch = self.batches[index]
-            with torch.no_grad():  # a setting of each thread
-                y = self.target_of(layer, batch)
-                a, y = cut.take(self.input_of(layer, batch), y, places[index])
-                a, y = a.to(weight.dtype), y.to(weight.dtype)  # sums overflow in half precision
-                if bias is not None:
-                    y = y - bias.reshape(weight.shape[0], -1, 1)
-                if folds == 1:
-                    return [_moments(weight, a, y)]
-                count = a.shape[2] // len(places[index])
-                place = (index * self.batch + torch.arange(count, device=a.device)) % folds
-                of = place.repeat_interleave(len(places[index]))
-                return [_moments(weight, a[..., of == fold], y[..., of == fold]) for fold in range(folds)]
-
-        found = in_turn(moments_of, min(len(self.batches), enough), self.device)
-        return [merged(parts) for parts in zip(*found, strict=True)]
-
     def lost(self, name: str) -> Tensor:
         """Compute the student's error at a tensor, after the walk.
 
@@ -348,14 +292,6 @@ class LayerwiseReconstruction(NetworkWalk, ABC):
             The student's values less the teacher's, (N, …).
         """
         return torch.cat([b.student[name] - b.teacher[name] for b in self.all_batches if name in b.student])
-
-
-def _moments(weight: Tensor, a: Tensor, y: Tensor) -> LayerMoments:
-    """Sum up patches a, (G, F, R), and outputs y, (G, O, R); there may be none."""
-    own = LayerMoments.empty(weight)
-    if a.shape[2]:
-        own.add(a, y - weight @ a)
-    return own
 
 
 def _is_finite(x: Tensor) -> bool:

@@ -27,6 +27,7 @@ from torch import Tensor
 from onnxcompress.graph.query import producer
 from onnxcompress.optimize.deterministic_threads import in_turn
 from onnxcompress.optimize.reconstruction.admm_mask import MaskChoice, Problem
+from onnxcompress.optimize.reconstruction.layer_moments import moments_of
 from onnxcompress.optimize.reconstruction.layerwise import LayerwiseReconstruction, LayerwiseSettings
 from onnxcompress.optimize.reconstruction.patches import matrix, patches_of, stored
 from onnxcompress.optimize.reconstruction.ridge import (
@@ -102,7 +103,7 @@ class Trials(LayerwiseReconstruction):
         if cut is None or layer.linear.weight_name not in self.names:
             return
         weight, shape = matrix(layer, self.executor.parameters[layer.linear.weight_name])
-        moments = self.moments_of(layer, cut, weight)
+        moments = moments_of(self, layer, cut, weight)
         goal, h = _quadratic(weight, moments, math.inf)
         problem = Problem.of(goal, h, torch.ones(weight.shape[:2]))
 
@@ -251,7 +252,7 @@ class Sparsifier(LayerwiseReconstruction):
         if cut is None:
             new, shift = torch.where(choice.mask(weight.abs()), weight, 0.0), None
         else:
-            moments = self.moments_of(layer, cut, weight)
+            moments = moments_of(self, layer, cut, weight)
             new = self._solved(layer, weight, moments, None if share is None else choice)
             shift = moments.shift(weight, new).float()
         self._note(layer.linear.weight_name, stored(layer, new.float(), shape))

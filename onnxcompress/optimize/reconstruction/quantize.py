@@ -25,6 +25,7 @@ from onnxcompress.optimize.executor.network_walk import Batch
 from onnxcompress.optimize.executor.walk_plan import Step
 from onnxcompress.optimize.reconstruction.activation_range import fake, least_squares, samples
 from onnxcompress.optimize.reconstruction.gptq import RATIOS, SWEEPS, Rounded, nearest, reconstruct
+from onnxcompress.optimize.reconstruction.layer_moments import moments_of
 from onnxcompress.optimize.reconstruction.layerwise import LayerwiseReconstruction, LayerwiseSettings
 from onnxcompress.optimize.reconstruction.patches import matrix, patches_of, stored
 from onnxcompress.optimize.reconstruction.range_behind import (
@@ -270,7 +271,7 @@ class Quantizer(LayerwiseReconstruction):
         if cut is None:
             rounded = nearest(weight, allowed, each)
         else:
-            moments = self.moments_of(layer, cut, weight)
+            moments = moments_of(self, layer, cut, weight)
             fewest = min(layer.weight_bits, 8 if layer.input is None else layer.input[1])
             few = s.generic_inputs or moments.rows < TARGET_ROWS * weight.shape[2]
             target = math.inf if few or not s.repair else TARGET_4_BITS * 2 ** (fewest - 4)

@@ -35,7 +35,8 @@ from onnxcompress.optimize.executor import Executor
 from onnxcompress.optimize.executor.open_batch import images_at_once
 from onnxcompress.optimize.executor.ops import OWN_DOMAIN
 from onnxcompress.optimize.reconstruction.context import CalibrationContext
-from onnxcompress.optimize.reconstruction.finetune import Matched, Schedule, finetune
+from onnxcompress.optimize.reconstruction.feature_loss import Matched
+from onnxcompress.optimize.reconstruction.finetune import Schedule, finetune
 from onnxcompress.optimize.reconstruction.held_out import HeldOut, keep_aside
 from onnxcompress.optimize.reconstruction.patches import matrix, stored
 from onnxcompress.optimize.reconstruction.quantize import QuantizationResults

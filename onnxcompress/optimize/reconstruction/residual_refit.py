@@ -20,6 +20,7 @@ from onnxcompress.graph.topology import Topology
 from onnxcompress.model import Model
 from onnxcompress.optimize.executor.network_walk import Batch
 from onnxcompress.optimize.executor.walk_plan import Step
+from onnxcompress.optimize.reconstruction.layer_moments import fold_moments_of
 from onnxcompress.optimize.reconstruction.layerwise import LayerwiseReconstruction, LayerwiseSettings
 from onnxcompress.optimize.reconstruction.patches import matrix, patches_of, stored
 from onnxcompress.optimize.reconstruction.ridge import (
@@ -115,7 +116,7 @@ class ResidualRefit(LayerwiseReconstruction):
         assert cut is not None
         own = self.own_executor.parameters[linear.weight_name]
         weight, shape = matrix(layer, own)
-        folds = self.fold_moments_of(layer, cut, weight, FOLDS)
+        folds = fold_moments_of(self, layer, cut, weight, FOLDS)
         moments, weight, offset = merged(folds), weight.to(own.device), linear.bias_name is not None
         target = max(self.settings.ridge, choose_target(weight, folds, bias=offset))
         new, _ = least_squares(weight, moments, ridge=0.0, target=target, bias=offset)

@@ -1,0 +1,84 @@
+"""Moments of what a layer reads in a layer-wise reconstruction, and of what its output lacks."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from onnxcompress.optimize.deterministic_threads import in_turn
+from onnxcompress.optimize.reconstruction.patches import Patches
+from onnxcompress.optimize.reconstruction.ridge import LayerMoments, merged
+from onnxcompress.quantization.qdq_plan import QuantizedLayer
+
+if TYPE_CHECKING:
+    from onnxcompress.optimize.reconstruction.layerwise import LayerwiseReconstruction
+
+ROWS, ROWS_EACH = 40_000, 100
+"""Patches that are used: ROWS, or ROWS_EACH for each column of the matrix where that is more."""
+
+
+def moments_of(
+    walk: LayerwiseReconstruction, layer: QuantizedLayer, cut: Patches, weight: Tensor
+) -> LayerMoments:
+    """Sum up the moments of input patches, and their cross moments with the residual of a layer.
+
+    Args:
+        walk: The reconstruction, in front of the layer.
+        layer: The layer.
+        cut: How its input is cut into patches.
+        weight: Its weight, (G, O, F).
+
+    Returns:
+        The moments.
+    """
+    return fold_moments_of(walk, layer, cut, weight, 1)[0]
+
+
+def fold_moments_of(
+    walk: LayerwiseReconstruction, layer: QuantizedLayer, cut: Patches, weight: Tensor, folds: int
+) -> list[LayerMoments]:
+    """Sum up the same moments, those of one image in so many apart from those of the others.
+
+    Args:
+        walk: The reconstruction, in front of the layer.
+        layer: The layer.
+        cut: How its input is cut into patches.
+        weight: Its weight, (G, O, F).
+        folds: Number of parts; image i belongs to part i modulo it.
+
+    Returns:
+        The moments of each part; those of a part without an image are empty.
+    """
+    bias = walk.own_executor.parameters.get(layer.linear.bias_name or "")
+    shape = walk.batches[0].teacher[layer.linear.output_name]
+    places = [cut.places(shape, walk.generator, walk.settings.places) for _ in walk.batches]
+    enough = -(-max(ROWS, ROWS_EACH * weight.shape[2]) // (walk.batch * len(places[0])))
+    weight = weight.to(walk.device, torch.promote_types(weight.dtype, torch.float32))
+
+    def parts_of(index: int) -> list[LayerMoments]:
+        batch = walk.batches[index]
+        with torch.no_grad():  # a setting of each thread
+            y = walk.target_of(layer, batch)
+            a, y = cut.take(walk.input_of(layer, batch), y, places[index])
+            a, y = a.to(weight.dtype), y.to(weight.dtype)  # sums overflow in half precision
+            if bias is not None:
+                y = y - bias.reshape(weight.shape[0], -1, 1)
+            if folds == 1:
+                return [_moments(weight, a, y)]
+            count = a.shape[2] // len(places[index])
+            place = (index * walk.batch + torch.arange(count, device=a.device)) % folds
+            of = place.repeat_interleave(len(places[index]))
+            return [_moments(weight, a[..., of == fold], y[..., of == fold]) for fold in range(folds)]
+
+    found = in_turn(parts_of, min(len(walk.batches), enough), walk.device)
+    return [merged(parts) for parts in zip(*found, strict=True)]
+
+
+def _moments(weight: Tensor, a: Tensor, y: Tensor) -> LayerMoments:
+    """Sum up patches a, (G, F, R), and outputs y, (G, O, R); there may be none."""
+    own = LayerMoments.empty(weight)
+    if a.shape[2]:
+        own.add(a, y - weight @ a)
+    return own
