@@ -49,7 +49,7 @@ from onnxcompress.passes.prune.targets import (
     magnitudes,
     what_allows_more,
 )
-from onnxcompress.passes.quantize.engine import output_snr
+from onnxcompress.passes.quantize.output_noise import output_snr
 from onnxcompress.progress import Progress
 from onnxcompress.sensitivity.bit_allocation import sparsity_budget
 from onnxcompress.sensitivity.rows import read_rows

@@ -5,14 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from onnxcompress.account import Change, Refusal, StageSeconds
-from onnxcompress.errors import ModelError
 from onnxcompress.graph.node_selection import EVERY_NODE
-from onnxcompress.graph.query import data_input
 from onnxcompress.model import Model
 from onnxcompress.optimize.calibration import InputRequest, Inputs, gather_inputs, quick
 from onnxcompress.optimize.deterministic_threads import one_thread_each
@@ -25,6 +24,7 @@ from onnxcompress.optimize.reconstruction.context import (
     fixed_batch,
     whole_batches,
 )
+from onnxcompress.optimize.reconstruction.damping_choice import least_error_fit
 from onnxcompress.optimize.reconstruction.feature_inputs import Stage, stages_of
 from onnxcompress.optimize.reconstruction.quantize import QuantizationResults, Quantizer, Settings
 from onnxcompress.optimize.reconstruction.quantized_tuning import (
@@ -41,19 +41,15 @@ from onnxcompress.passes.base import PassResult
 from onnxcompress.passes.quantize.figures import QuantizedLayerRow, QuantizeFigures
 from onnxcompress.passes.quantize.mixed_precision import choose_bits
 from onnxcompress.passes.quantize.options import QuantizeOptions
+from onnxcompress.passes.quantize.output_noise import output_snr
 from onnxcompress.progress import Progress
 from onnxcompress.quantization.affine_grid import Grid, weight_limits
 from onnxcompress.quantization.ort_fusion import fused_counts
 from onnxcompress.quantization.qdq_plan import STREAM_BITS, Bits, Plan, QuantizedLayer, make_plan
 from onnxcompress.quantization.qdq_writer import emit
-from onnxcompress.runtime.inference import run_each, unread_feeds
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-
-SHOWN = 32
-"""Images on which the outputs of both networks are compared."""
 
 
 @dataclass(frozen=True)
@@ -109,11 +105,12 @@ def quantize(
         stages = stages_of(context, seed=options.seed, device=device, progress=progress)
     staged = time.perf_counter()
     generic = not _few(options) and all(used.source in MADE_UP for used in inputs.sources)
-    results = _fit(options, replace(context, plan=plan), stages, work, repair, generic, progress)
+    context = replace(context, plan=plan)
+    fit = partial(_fit, options, context, stages, work, repair, generic, progress)
+    results = fit() if data is None else least_error_fit(context, fit, data.aside, device)
     fitted = time.perf_counter()
     tuning = None
     if data is not None:
-        context = replace(context, plan=plan)
         results, tuning = tune_quantized(
             context, results, data, steps=work.steps, seed=options.seed, device=device, progress=progress
         )
@@ -176,7 +173,8 @@ def _prepare(
     equalized = 0
     if work.stretch and options.stretch and options.activation_bits:  # what stays a float needs no room
         power = 1.0 if repair and options.per_channel else 0.5
-        equalized = stretch(model, plan, x, alignment, batch, power, options.activation_bits <= 4)
+        few = options.activation_bits if options.activation_bits <= 4 else None
+        equalized = stretch(model, plan, x, alignment, batch, power, few)
         plan = make_plan(model, bits_of(options))
     context = CalibrationContext(model, plan, x, alignment, batch, min(inputs.real_count, len(x)))
     return context, equalized, data
@@ -195,6 +193,7 @@ def _fit(
     repair: bool,
     generic_inputs: bool,
     progress: Progress,
+    damping: float = 1.0,
 ) -> QuantizationResults:
     """Fit ranges, weights and biases layer by layer, stage by stage."""
     settings = Settings(
@@ -208,6 +207,7 @@ def _fit(
         minmax=options.ranges == "minmax",
         places=work.places,
         repair=repair,
+        damping=damping,
         ratios=work.ratios,
         sweeps=work.sweeps if options.per_channel else max(work.sweeps, 1),
         batch=context.batch,
@@ -314,37 +314,3 @@ def _row(layer: QuantizedLayer, results: QuantizationResults, grid: Grid, plan: 
         input_range=None if data is None else data.bounds,
         snr_db=float(-10 * np.log10(max(noise, 1e-12))),
     )
-
-
-def output_snr(original: Model, model: Model, images: Tensor) -> dict[str, float]:
-    """Measure the signal to noise ratio of each output in onnxruntime, on the first images.
-
-    Args:
-        original: The model before.
-        model: The model after; its outputs have the same names.
-        images: Inputs of both, (images, ...).
-
-    Returns:
-        Output -> signal to noise ratio, in decibels; not of outputs whose length depends on the values.
-
-    Raises:
-        ModelError: An output was finite and is no longer, or onnxruntime cannot run a model.
-    """
-    name, batch, others = data_input(model).name, fixed_batch(original), unread_feeds(original)
-    x = images[: max(batch, SHOWN // batch * batch)].numpy()
-    feeds = [{name: x[i : i + batch], **others} for i in range(0, len(x), batch)]
-    outputs = [run_each(each, feeds) for each in (original, model)]
-    found = {}
-    for tensor in model.graph.outputs:
-        runs = [each[tensor.name] for each in outputs]
-        if len({value.shape for each in runs for value in each}) > 1:
-            continue
-        a, b = (np.stack(each).astype(np.float64) for each in runs)
-        if np.isfinite(a).all() and not np.isfinite(b).all():
-            raise ModelError(
-                f"{original.name}: output {tensor.name!r} would not be finite any more; ask for less"
-            )
-        found[tensor.name] = float(
-            10 * np.log10(max(float(a.var()), 1e-30) / max(float(np.square(a - b).mean()), 1e-30))
-        )
-    return found

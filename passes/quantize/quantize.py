@@ -240,8 +240,8 @@ def _with_floats(
     made: Quantized, original: Model, model: Model, tensors: Sequence[FloatTensor]
 ) -> PassResult[QuantizeFigures | None]:
     """Note which tensors stay floats, which layers read floats now, and what that gives."""
-    from onnxcompress.passes.quantize.engine import output_snr
     from onnxcompress.passes.quantize.float_tensors import float_readers
+    from onnxcompress.passes.quantize.output_noise import output_snr
     from onnxcompress.quantization.ort_fusion import fused_counts
 
     figures, floats = made.result.measured, float_readers(model)

@@ -6,7 +6,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from onnxcompress.optimize.reconstruction.activation_range import SAMPLES, fake, least_squares, samples
+from onnxcompress.optimize.reconstruction.activation_range import (
+    SAMPLES,
+    fake,
+    least_error_reaches,
+    least_squares,
+    samples,
+)
 from onnxcompress.quantization.affine_grid import Grid, activation_grid
 
 NORMAL = torch.randn(4000, generator=torch.Generator().manual_seed(0))
@@ -74,3 +80,19 @@ def test_a_grid_has_its_ends_and_zero() -> None:
     assert found.bounds == pytest.approx((-1, 3), abs=2 / 255)
     assert float(found.scale) == pytest.approx(4 / 255)
     assert activation_grid(1.0, 3.0, 4).bounds == pytest.approx((0, 3))
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+@pytest.mark.parametrize("signs", [KINDS.keys() - {"of one sign"}, {"of one sign"}], ids=["both", "one"])
+def test_each_channel_reaches_as_far_as_errs_least(signs: set[str], bits: int) -> None:
+    """Against a fine grid of ends, each channel for itself, whatever its size."""
+    rows = [KINDS[kind][:4000] * size for kind in sorted(signs) for size in (0.01, 100.0)]
+    low, high = (0, 2**bits - 1) if signs == {"of one sign"} else (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
+
+    def loss(x: Tensor, reach: float) -> float:
+        scale = reach / high
+        return float(((x / scale).round().clamp(low, high) * scale - x).square().mean())
+
+    for x, reach in zip(rows, least_error_reaches(torch.stack(rows), bits).tolist(), strict=True):
+        best = min(loss(x, s * float(x.abs().max())) for s in torch.linspace(0.02, 1, 200).tolist())
+        assert loss(x, reach) <= 1.1 * best

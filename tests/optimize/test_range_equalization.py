@@ -9,7 +9,7 @@ from torch import Tensor
 
 from onnxcompress.graph.query import read
 from onnxcompress.model import Model
-from onnxcompress.optimize.reconstruction.range_equalization import stretch
+from onnxcompress.optimize.reconstruction.range_equalization import SHARED, stretch
 from onnxcompress.optimize.synthesis.statistics_alignment import StatisticsAlignment
 from onnxcompress.quantization.qdq_plan import Bits, make_plan
 from onnxcompress.statistics.record import ChannelStatistics, read_record, write_record
@@ -102,3 +102,23 @@ def test_below_a_gate_counts_twice() -> None:
     assert stretch(model, make_plan(model, Bits(8, 8, 8)), x, StatisticsAlignment()) == 1
     (mul,) = [node for node in model.graph.nodes if node.op == "Mul"]
     np.testing.assert_allclose(read(mul.inputs[1]).reshape(-1), [20 / 0.75, 20 / 6, 1], rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("reader", "fan", "power"),
+    [("Conv<group=6>", 1, 1.0), ("Conv", 6, SHARED)],
+    ids=["depthwise", "dense"],
+)
+def test_with_few_bits_rare_large_values_do_not_count(reader: str, fan: int, power: float) -> None:
+    """Channels of one shape and of unlike size; where a reader adds them up, factors are between."""
+    x = torch.randn(1500, 6, 8, 8, generator=torch.Generator().manual_seed(3)).relu()
+    x *= torch.from_numpy(LARGEST).float().reshape(6, 1, 1)
+    x[5, :, 3, 3] = 5.0
+    arrays = {"wa": np.eye(6, dtype=np.float32)[..., None, None], "ba": np.zeros(6, np.float32)}
+    arrays |= {"wb": weight(6, fan, 1, 1, seed=1), "bb": weight(6, seed=2)}
+    body = f"a = Conv(x, wa, ba) r = Relu(a) y = {reader}(r, wb, bb)"
+    model = Model.from_proto(graph("(float[N,6,8,8] x) => (float[N,6,8,8] y)", body, arrays))
+    plan = make_plan(model, Bits(4, 4, None))
+    assert stretch(model, plan, x, StatisticsAlignment(), few_bits=4) == 1
+    found = read(model.graph.tensors()["wa"])[range(6), range(6), 0, 0]
+    np.testing.assert_allclose(found, (5 / LARGEST) ** power, rtol=0.15)

@@ -17,8 +17,8 @@ from onnxcompress.passes.base import run
 from onnxcompress.passes.prune import Prune
 from onnxcompress.passes.prune.figures import PruneFigures
 from onnxcompress.passes.quantize import Quantize
-from onnxcompress.passes.quantize.engine import output_snr
 from onnxcompress.passes.quantize.figures import QuantizeFigures
+from onnxcompress.passes.quantize.output_noise import output_snr
 from onnxcompress.runtime.inference import run as run_model
 from tests.helpers.folding import graph, weight
 from tests.helpers.results import figures_of

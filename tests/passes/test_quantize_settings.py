@@ -41,10 +41,10 @@ def settings(monkeypatch: pytest.MonkeyPatch, **options: Any) -> tuple[Settings,
         raise Caught
 
     def stretched(
-        model: Any, plan: Any, x: Any, alignment: Any, batch: int, power: float, few_bits: bool
+        model: Any, plan: Any, x: Any, alignment: Any, batch: int, power: float, few_bits: int | None
     ) -> int:
         powers.append(power)
-        assert few_bits == (options.get("activation_bits", 8) <= 4)
+        assert few_bits == (4 if options.get("activation_bits") == 4 else None)
         return stretch(model, plan, x, alignment, batch, power, few_bits=few_bits)
 
     monkeypatch.setattr(engine, "Quantizer", fitted)

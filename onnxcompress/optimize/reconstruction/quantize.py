@@ -63,6 +63,8 @@ class Settings(LayerwiseSettings):
     repair: bool = True
     """Weights and biases make up for what earlier layers lost on these inputs, too; else a bias makes up
     for the rounding of its own layer's weight alone."""
+    damping: float = 1.0
+    """Factor of the target's λ, where weights make up for what earlier layers lost."""
     ratios: int = RATIOS
     """Clipping ratios that are tried for each scale of a weight."""
     sweeps: int = SWEEPS
@@ -274,7 +276,8 @@ class Quantizer(LayerwiseReconstruction):
             moments = moments_of(self, layer, cut, weight)
             fewest = min(layer.weight_bits, 8 if layer.input is None else layer.input[1])
             few = s.generic_inputs or moments.rows < TARGET_ROWS * weight.shape[2]
-            target = math.inf if few or not s.repair else TARGET_4_BITS * 2 ** (fewest - 4)
+            target = s.damping * TARGET_4_BITS * 2 ** (fewest - 4)
+            target = math.inf if few or not s.repair else target
             if not s.repair:
                 moments.residual.zero_()
             rounded = reconstruct(

@@ -5,7 +5,8 @@ steps. Between a layer A and the layers B that alone read it, with an activation
 
     B φ(A x) = B' φ(A' x)      A' row c = s_c A row c      B' column c = B column c / s_c      s_c = R / r_c
 
-gives all channels the range R (r_c: the largest magnitude of channel c on the inputs, times MARGIN). A
+gives all channels the range R (r_c: the largest magnitude of channel c on the inputs, times MARGIN; with
+few bits, which cut off rare large values, the range of the grid of its own with the least squared error). A
 row's factor goes into its weight scale, B' keeps its precision where it is depthwise or rounded to its
 inputs' moments. Exact for Relu and no activation. For a Clip to [0, R] (ReLU6) the Clip stays as it is:
 what channel c has beyond r_c is cut off, as a quantizer with that range for the channel would do.
@@ -36,15 +37,19 @@ from onnxcompress.graph.self_gated import is_gated
 from onnxcompress.graph.shape_inference import tensor_shapes
 from onnxcompress.model import Model
 from onnxcompress.optimize.executor import Executor
+from onnxcompress.optimize.reconstruction.activation_range import least_error_reaches
 from onnxcompress.optimize.synthesis.statistics_alignment import StatisticsAlignment
 from onnxcompress.quantization.qdq_plan import Plan, QuantizedLayer
 from onnxcompress.statistics.record import ChannelStatistics, read_record, write_record
 
 MARGIN = 1.5
 """Largest values of other inputs are larger."""
-SPREAD = 4.0
-"""Root mean squares that a channel reaches where quantizers have few bits, before MARGIN; chosen on
-images of MobileNetV2 that nothing was fitted on. By largest values few images are learned by heart."""
+PLACES = 64
+"""Places of an image, at most, by which the reach of a channel is chosen where quantizers have few bits."""
+SHARED = 0.5
+"""Exponent of the factors with few bits, in front of layers that add channels up: what makes ranges alike
+makes columns of a weight unlike, which has one scale for a row. Chosen on images of MobileNetV2 (W4A4) that
+nothing was fitted on."""
 RECORDED = 4.0
 """Recorded standard deviations that a channel reaches at least."""
 LARGEST = 64.0
@@ -160,7 +165,7 @@ def stretch(
     alignment: StatisticsAlignment,
     batch: int = 16,
     power: float = 1.0,
-    few_bits: bool = False,
+    few_bits: int | None = None,
 ) -> int:
     """Bring the channels of groups of tensors to equal ranges, in place.
 
@@ -175,8 +180,8 @@ def stretch(
         power: Exponent of the factors (the α of SmoothQuant, Xiao et al., arXiv 2211.10438). Below 1
             channels stay nearer to what they were, as made images and weights with one scale want it, and
             none is taken to reach less far than RECORDED deviations.
-        few_bits: Whether quantizers have so few steps that they cut off rare large values: a channel's
-            range then goes by its root mean square, not by its largest value.
+        few_bits: Bits of the quantizers, where these have so few steps that they cut off rare large values:
+            a channel then reaches as far as a grid of its own with the least squared error.
 
     Returns:
         The number of groups that were scaled.
@@ -184,29 +189,17 @@ def stretch(
     places = find_channel_groups(model, plan)
     if not places:
         return 0
-    executor = Executor.from_model(model)
-    gated = {tensor.name for one in places for tensor in one.gated}
-    largest: dict[str, Tensor] = {}
-    reaches = executor.map_batches(
-        {data_input(model).name: images},
-        [name for one in places for name in sorted(one.read)],
-        lambda made: {name: _reach(made.pop(name), name in gated, few_bits) for name in [*made]},
-        count=len(images),
-        batch=batch,
-        parameters={name: alignment.align(name, executor.parameters[name]) for name in alignment.names},
-    )
-    for reach in reaches:
-        for name, own in reach.items():
-            largest[name] = torch.maximum(largest[name], own) if name in largest else own
+    reaches = _reaches(model, places, images, alignment, batch, few_bits)
     record = read_record(model)
     scaled = 0
     for one in places:
-        found = torch.stack([largest[name] for name in sorted(one.read)]).amax(0)
-        farthest = found.double().numpy()
+        each = torch.stack([reaches[name] for name in sorted(one.read)]).double().numpy()
+        farthest = MARGIN * each.max(0) if few_bits is None else np.exp(np.log(each).mean(0))
         for known in (record[name] for name in one.tensors if power < 1 and name in record):
-            farthest = np.maximum(farthest, (np.abs(known.mean) + RECORDED * known.std) / MARGIN)
+            farthest = np.maximum(farthest, np.abs(known.mean) + RECORDED * known.std)
         scale = _scales(farthest, one.top, np.inf if one.gated else LARGEST)
-        scale = scale if one.gated else scale**power
+        own = power if few_bits is None or one.all_depthwise else SHARED * power
+        scale = scale if one.gated else scale**own
         if one.gated and not (one.all_depthwise and np.square(scale).mean() >= DISPARITY):
             continue
         scaled += 1
@@ -216,21 +209,57 @@ def stretch(
     return scaled
 
 
-def _reach(x: Tensor, gated: bool, few_bits: bool = False) -> Tensor:
-    """Return the largest magnitude of each channel, (C,), with few bits SPREAD root mean squares.
+def _reaches(
+    model: Model,
+    places: list[ChannelGroup],
+    images: Tensor,
+    alignment: StatisticsAlignment,
+    batch: int,
+    few_bits: int | None,
+) -> dict[str, Tensor]:
+    """Measure how far each channel of each tensor that layers read is to reach: name -> (C,)."""
+    executor = Executor.from_model(model)
+    gated = {tensor.name for one in places for tensor in one.gated}
+
+    def measure(made: dict[str, Tensor]) -> dict[str, Tensor]:
+        if few_bits is None:
+            return {name: _reach(made.pop(name), name in gated)[:, None] for name in [*made]}
+        return {name: _samples(made.pop(name)) for name in [*made]}
+
+    parts = list(
+        executor.map_batches(
+            {data_input(model).name: images},
+            [name for one in places for name in sorted(one.read)],
+            measure,
+            count=len(images),
+            batch=batch,
+            parameters={name: alignment.align(name, executor.parameters[name]) for name in alignment.names},
+        )
+    )
+    whole = {name: torch.cat([part[name] for part in parts], 1) for name in parts[0]}
+    if few_bits is None:
+        return {name: x.amax(1) for name, x in whole.items()}
+    return {name: least_error_reaches(x, few_bits) for name, x in whole.items()}
+
+
+def _reach(x: Tensor, gated: bool) -> Tensor:
+    """Return the largest magnitude of each channel, (C,).
 
     Self-gated activations give little below 0: where that counts twice, the grid has half as many steps
-    below as above, and no channel uses fewer than half of all. The root mean square is that of the image
-    with the largest one.
+    below as above, and no channel uses fewer than half of all.
     """
-    if few_bits and x.ndim > 2:
-        return SPREAD * x.flatten(2).square().mean(2).sqrt().amax(0)
     rows = x.movedim(1, 0).flatten(1)
     return torch.maximum(rows.amax(1), -(2 if gated else 1) * rows.amin(1))
 
 
+def _samples(x: Tensor) -> Tensor:
+    """Return the values of each channel at some places of each image, evenly spread, (C, n)."""
+    rows = x.flatten(2) if x.ndim > 2 else x[:, :, None]
+    return rows[:, :, :: -(-rows.shape[2] // PLACES)].movedim(1, 0).flatten(1)
+
+
 def _scales(largest: np.ndarray, top: float | None, alive: float) -> np.ndarray:
-    reach = largest * MARGIN if top is None else np.minimum(largest * MARGIN, top)
+    reach = largest if top is None else np.minimum(largest, top)
     goal = float(reach.max(initial=0.0)) if top is None else top
     scale = goal / np.maximum(reach, 1e-30)
     return np.where(scale <= alive, np.minimum(scale, LARGEST), 1.0)
