@@ -5,7 +5,8 @@
  3. inputs: images distilled from the record, procedural ones, …             `optimize.calibration`
  4. layer by layer, the student reading its own earlier error: ranges of activations by least squares,
     weights rounded in closed form, biases corrected                         `reconstruction.quantize`
- 5. activations of fewer bits than 8: all layers are tuned together  `reconstruction.quantized_tuning`
+ 5. activations of fewer bits than 8: step 4 with several dampings     `reconstruction.damping_choice`,
+    then all layers are tuned together                               `reconstruction.quantized_tuning`
  6. QuantizeLinear and DequantizeLinear are written                          `quantization.qdq_writer`
  7. onnxruntime loads the result: what fused, and how far the outputs are    `quantization.ort_fusion`
 

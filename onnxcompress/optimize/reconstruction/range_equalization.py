@@ -44,8 +44,9 @@ from onnxcompress.statistics.record import ChannelStatistics, read_record, write
 
 MARGIN = 1.5
 """Largest values of other inputs are larger."""
-PLACES = 64
-"""Places of an image, at most, by which the reach of a channel is chosen where quantizers have few bits."""
+VALUES = 4096
+"""Values of a channel, about, by which its reach is chosen where quantizers have few bits."""
+GOLDEN = (5**0.5 - 1) / 2
 SHARED = 0.5
 """Exponent of the factors with few bits, in front of layers that add channels up: what makes ranges alike
 makes columns of a weight unlike, which has one scale for a row. Chosen on images of MobileNetV2 (W4A4) that
@@ -194,7 +195,7 @@ def stretch(
     scaled = 0
     for one in places:
         each = torch.stack([reaches[name] for name in sorted(one.read)]).double().numpy()
-        farthest = MARGIN * each.max(0) if few_bits is None else np.exp(np.log(each).mean(0))
+        farthest = MARGIN * each.max(0) if few_bits is None else _middle(each)
         for known in (record[name] for name in one.tensors if power < 1 and name in record):
             farthest = np.maximum(farthest, np.abs(known.mean) + RECORDED * known.std)
         scale = _scales(farthest, one.top, np.inf if one.gated else LARGEST)
@@ -211,7 +212,7 @@ def stretch(
 
 def _reaches(
     model: Model,
-    places: list[ChannelGroup],
+    groups: list[ChannelGroup],
     images: Tensor,
     alignment: StatisticsAlignment,
     batch: int,
@@ -219,17 +220,18 @@ def _reaches(
 ) -> dict[str, Tensor]:
     """Measure how far each channel of each tensor that layers read is to reach: name -> (C,)."""
     executor = Executor.from_model(model)
-    gated = {tensor.name for one in places for tensor in one.gated}
+    gated = {tensor.name for one in groups for tensor in one.gated}
+    places = max(1, VALUES // len(images))
 
     def measure(made: dict[str, Tensor]) -> dict[str, Tensor]:
         if few_bits is None:
             return {name: _reach(made.pop(name), name in gated)[:, None] for name in [*made]}
-        return {name: _samples(made.pop(name)) for name in [*made]}
+        return {name: _samples(made.pop(name), places) for name in [*made]}
 
     parts = list(
         executor.map_batches(
             {data_input(model).name: images},
-            [name for one in places for name in sorted(one.read)],
+            [name for one in groups for name in sorted(one.read)],
             measure,
             count=len(images),
             batch=batch,
@@ -252,10 +254,21 @@ def _reach(x: Tensor, gated: bool) -> Tensor:
     return torch.maximum(rows.amax(1), -(2 if gated else 1) * rows.amin(1))
 
 
-def _samples(x: Tensor) -> Tensor:
-    """Return the values of each channel at some places of each image, evenly spread, (C, n)."""
+def _samples(x: Tensor, places: int) -> Tensor:
+    """Return the values of each channel at so many places of each image, or at all, (C, n).
+
+    Places are multiples of the golden ratio: evenly spread, over rows and over columns.
+    """
     rows = x.flatten(2) if x.ndim > 2 else x[:, :, None]
-    return rows[:, :, :: -(-rows.shape[2] // PLACES)].movedim(1, 0).flatten(1)
+    count = rows.shape[2]
+    if count > places:
+        rows = rows[:, :, (torch.arange(places, dtype=torch.float64) * GOLDEN % 1 * count).long()]
+    return rows.movedim(1, 0).flatten(1)
+
+
+def _middle(reaches: np.ndarray) -> np.ndarray:
+    """Return the geometric mean of the tensors' reaches, (C,); where a channel is dead counts little."""
+    return np.exp(np.log(np.maximum(reaches, reaches.max(0) / LARGEST)).mean(0))
 
 
 def _scales(largest: np.ndarray, top: float | None, alive: float) -> np.ndarray:
