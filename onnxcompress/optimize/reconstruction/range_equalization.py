@@ -268,7 +268,8 @@ def _samples(x: Tensor, places: int) -> Tensor:
 
 def _middle(reaches: np.ndarray) -> np.ndarray:
     """Return the geometric mean of the tensors' reaches, (C,); where a channel is dead counts little."""
-    return np.exp(np.log(np.maximum(reaches, reaches.max(0) / LARGEST)).mean(0))
+    middle: np.ndarray = np.exp(np.log(np.maximum(reaches, reaches.max(0) / LARGEST)).mean(0))
+    return middle
 
 
 def _scales(largest: np.ndarray, top: float | None, alive: float) -> np.ndarray:
