@@ -50,7 +50,15 @@ class Objective:
     """Whether autocast casts weights once each."""
 
     def loss(self, x: Tensor, *given: Tensor) -> Tensor:
-        """Compute the loss of a batch; its mean over batches is that of all their images."""
+        """Compute the loss of a batch; its mean over batches is that of all their images.
+
+        Args:
+            x: The batch, as the network takes it.
+            given: The teacher's tensors of it, one for each pair, then the values of `names`.
+
+        Returns:
+            A scalar.
+        """
         ours = [name for name, _ in self.matched.pairs]
         wanted, values = given[: len(ours)], given[len(ours) :]
         with autocast(self.student.device, cached=self.cached):
@@ -64,7 +72,14 @@ class Objective:
 
 
 def add_slopes(objective: Objective, x: Tensor, wanted: Sequence[Tensor], leaves: Sequence[Tensor]) -> None:
-    """Give the values the gradients of the loss on a batch, taken piece by piece."""
+    """Give the values the gradients of the loss on a batch, taken piece by piece.
+
+    Args:
+        objective: The loss.
+        x: The batch, as the network takes it.
+        wanted: The teacher's tensors of it.
+        leaves: The values; their `grad` is set.
+    """
     pieces = list(zip(*(torch.split(part, PIECE) for part in (x, *wanted)), strict=True))
 
     def slopes(index: int) -> tuple[Tensor, ...]:
@@ -81,6 +96,15 @@ def captured(objective: Objective, x: Tensor, wanted: Sequence[Tensor], leaves: 
     """Record the loss and its backward pass as CUDA graphs, once each, for batches of this shape.
 
     Where the recording fails (an operator that waits for the device), return the loss as it is, and warn.
+
+    Args:
+        objective: The loss.
+        x: A batch of the shape that all batches have.
+        wanted: The teacher's tensors of it.
+        leaves: The values.
+
+    Returns:
+        What computes the loss from a batch, the teacher's tensors and the values.
     """
     plain = replace(objective, cached=False).loss
     sample = (x.clone(), *(part.clone() for part in wanted), *leaves)
