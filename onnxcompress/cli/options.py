@@ -340,11 +340,24 @@ class SectionedCommand(click.Command):
             ctx: click's context.
             formatter: Receives the text.
         """
-        lists: dict[str, list[tuple[str, str]]] = {"Options": []}
-        for parameter in self.get_params(ctx):
-            record = parameter.get_help_record(ctx) if isinstance(parameter, click.Option) else None
-            if record is not None:
-                lists.setdefault(getattr(parameter, "section", "") or "Options", []).append(record)
-        for title, records in sorted(lists.items(), key=lambda section: section[0] == ADVANCED):
+        for title, records in sections(self, ctx).items():
             with formatter.section(title):
                 formatter.write_dl(records)
+
+
+def sections(command: click.Command, context: click.Context) -> dict[str, list[tuple[str, str]]]:
+    """Sort the options of a command into the sections of its help.
+
+    Args:
+        command: Any command.
+        context: click's context of it.
+
+    Returns:
+        Title of the section -> names and help of each option; the advanced ones come last.
+    """
+    lists: dict[str, list[tuple[str, str]]] = {"Options": []}
+    for parameter in command.get_params(context):
+        record = parameter.get_help_record(context) if isinstance(parameter, click.Option) else None
+        if record is not None:
+            lists.setdefault(getattr(parameter, "section", "") or "Options", []).append(record)
+    return dict(sorted(lists.items(), key=lambda section: section[0] == ADVANCED))

@@ -8,6 +8,7 @@ Templates are lines with a word in capitals, which stands for a file: of them on
 
 from __future__ import annotations
 
+import ast
 import inspect
 import json
 import os
@@ -17,26 +18,29 @@ import subprocess
 import sys
 from importlib import import_module
 from pathlib import Path
-from typing import Any
 
 import click
 import numpy as np
+import onnx
 import pytest
+from importlinter.api import read_configuration
 
 from onnxcompress.cli.guide import GUIDES
 from onnxcompress.cli.main import COMMANDS, cli, main
 from onnxcompress.passes import CATALOGUE
 from tests.helpers.brief import COMMAND, few_adapter_steps
+from tests.helpers.detector import detector
 from tests.helpers.paths import ROOT
+from tests.structure import sources
 
-PAGES = [ROOT / "README.md", *(ROOT / "onnxcompress" / "docs" / f"{name}.md" for name in GUIDES)]
+DOCS = ROOT / "onnxcompress" / "docs"
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(DOCS / f"{name}.md" for name in GUIDES)]
 NAMES = [*COMMANDS, *(entry.name for entry in CATALOGUE)]
 IMAGES = 32
 SHORT = {"--steps": "2", "--count": "16", "--synthetic": "8", "--seconds": "1", "--effort": "fast"}
 LIMITS = ("--latency-reduction", "--min-", "--max-")
 """What a shortened run may miss: exit code 3."""
 PLACEHOLDER = re.compile(r"\b[A-Z]{2,}(\.\w+)?\b")
-API = re.compile(r"onnxcompress(?:\.\w+)+")
 
 
 def lines(page: Path) -> list[str]:
@@ -73,8 +77,9 @@ def shortened(call: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """models/ with links to the shipped files, and the start of each set of images."""
+    """models/ with links to the shipped files, and the start of each set of images; a detector."""
     made = tmp_path_factory.mktemp("docs")
+    onnx.save(detector(), made / "yolov8n.onnx")
     (made / "models").mkdir()
     for file in (ROOT / "models").iterdir():
         if file.suffix == ".npz":
@@ -122,11 +127,12 @@ def test_every_command_line_and_python_block(page: Path, capsys: pytest.CaptureF
             assert line.split()[1] in NAMES, line
         else:
             run_line(line, capsys)
+    scope: dict[str, object] = {}
     for text in blocks(page, "python"):
-        run_python(text)
+        run_python(text, scope)
 
 
-def run_python(text: str) -> None:
+def run_python(text: str, scope: dict[str, object]) -> None:
     """Passes get the numbers of SHORT; `torch_model` and `example` are the reader's."""
     import torch
 
@@ -138,14 +144,15 @@ def run_python(text: str) -> None:
         given = "".join(f"{n}={short[n]}, " for n in names if n != "count" or "images=" in text)
         text = text.replace(f"{entry.cls}(", f"{entry.cls}({given}")
     net = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4))
-    exec(compile(text, "block", "exec"), {"torch_model": net.eval(), "example": torch.zeros(1, 3, 8, 8)})
+    scope |= {"torch_model": net.eval(), "example": torch.zeros(1, 3, 8, 8)}
+    exec(compile(text, "block", "exec"), scope)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("limit", "code"), [("10", 0), ("0.01", 3)])
 def test_the_script_for_ci(limit: str, code: int, folder: Path, tmp_path: Path) -> None:
     """It compresses, judges, and archives whether the gates were kept or not."""
-    (script,) = [text for text in blocks(PAGES[3], "bash") if text.startswith("#!")]
+    (script,) = [text for text in blocks(DOCS / "ci.md", "bash") if text.startswith("#!")]
     (folder / "compress.sh").write_text(script)
     brief = tmp_path / "onnxcompress"
     brief.write_text(f'#!/bin/sh\nexec {shlex.join(COMMAND)} "$@"\n')
@@ -197,7 +204,7 @@ def test_the_shell_completes(words: str, place: int, expected: str) -> None:
 
 
 def test_completion_is_installed_as_the_guide_says() -> None:
-    (line,) = re.findall(r"^eval .*bash_source.*$", PAGES[4].read_text("utf-8"), re.M)
+    (line,) = re.findall(r"^eval .*bash_source.*$", (DOCS / "terminal.md").read_text("utf-8"), re.M)
     ask = ["bash", "-c", f"{line}\ncomplete -p onnxcompress"]
     done = subprocess.run(ask, capture_output=True, text=True, check=True)
     assert "-F _onnxcompress_completion" in done.stdout
@@ -232,12 +239,18 @@ JSON = {
 @pytest.mark.slow
 @pytest.mark.parametrize("command", JSON)
 def test_json_has_the_keys_that_the_guide_names(command: str, capfd: pytest.CaptureFixture[str]) -> None:
-    rows = dict(re.findall(r"^\| (.+?) \| (`.+`) \|$", PAGES[6].read_text("utf-8"), re.M))
+    rows = dict(re.findall(r"^\| (.+?) \| (`.+`) \|$", (DOCS / "json.md").read_text("utf-8"), re.M))
     assert rows.keys() == {*JSON, "`search`"}  # tests/search has that one
     Path("j.yaml").write_text("passes: [fold-bn, equalize]")
     Path("plan.yaml").write_text(f"models: [{NET}]\nrecipes: [j.yaml]")
     assert main([*JSON[command], "--json"]) == 0
     assert set(json.loads(capfd.readouterr().out)) == set(re.findall(r"`(\w+)`", rows[command]))
+
+
+def test_the_map_of_the_house_has_all_rooms_from_the_top() -> None:
+    layers = read_configuration(str(ROOT / "pyproject.toml"))["contracts_options"][0]["layers"]
+    rooms = re.findall(r"^\| `(\w+)` \|", (ROOT / "CONTRIBUTING.md").read_text("utf-8"), re.M)
+    assert rooms == [room for layer in layers for room in layer.split(" | ")]
 
 
 def test_pages_have_lines_to_run() -> None:
@@ -257,10 +270,46 @@ def test_tables_are_plain_where_there_is_no_terminal(capsys: pytest.CaptureFixtu
     assert not re.search("[\u2500-\u257f]", capsys.readouterr().out)
 
 
-def test_guides_are_shown(capsys: pytest.CaptureFixture[str]) -> None:
-    for name, page in zip(GUIDES, PAGES[1:], strict=True):
-        assert main(["guide", name]) == 0
-        assert capsys.readouterr().out == page.read_text("utf-8")
+@pytest.mark.parametrize("name", GUIDES)
+def test_guides_are_shown(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """As they are, but for pictures and for links to other pages, which become commands that exist."""
+    assert main(["guide", name]) == 0
+    shown, page = capsys.readouterr().out, (DOCS / f"{name}.md").read_text("utf-8")
+    assert [line for line in page.splitlines() if "](" not in line] == [
+        line for line in shown.splitlines() if line in page.splitlines()
+    ]
+    assert "](" not in shown
+    for words in re.findall(r"\(`onnxcompress (.*?)`\)", shown):
+        assert words.removeprefix("guide ").removesuffix(" --help") in (*GUIDES, *NAMES), words
+
+
+def test_guides_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["guide"]) == 0
+    names = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
+    assert names == list(GUIDES)
+    assert sorted(names) == sorted(page.stem for page in DOCS.glob("*.md"))
+
+
+def test_messages_of_the_troubleshooting_page_exist() -> None:
+    """Between the dots, which stand for values, each is part of one text in the sources."""
+    texts = [text for path in sources() for text in messages(path)]
+    titles = re.findall(r"^### (.*)$", (DOCS / "troubleshooting.md").read_text("utf-8"), re.M)
+    quoted = [message for title in titles for message in re.findall(r"`(.+?)`", title)]
+    assert len(quoted) >= 20
+    for message in quoted:
+        pattern = re.compile(".*".join(re.escape(part) for part in message.split("…")), re.S)
+        assert any(map(pattern.search, texts)), message
+
+
+def messages(path: Path) -> list[str]:
+    """All strings of a source file; values within are left out."""
+    found = []
+    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+        if isinstance(node, ast.JoinedStr):
+            found.append("".join(str(v.value) if isinstance(v, ast.Constant) else " " for v in node.values))
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            found.append(node.value)
+    return found
 
 
 @pytest.mark.slow
@@ -268,23 +317,3 @@ def test_sensitivity_writes_a_report() -> None:
     argv = ["sensitivity", "models/resnet20-fashion.onnx", "--synthetic", "8", "--weight-bits", "4"]
     assert main([*argv, "--activation-bits", "", "--report", "s.html"]) == 0
     assert "One layer with 4-bit weights" in Path("s.html").read_text("utf-8")
-
-
-@pytest.mark.slow
-def test_the_api_reference_is_built_and_whole() -> None:
-    """By the guide's own command; all that is public in those modules has a docstring."""
-    (command,) = re.findall(r"^pdoc .*$", PAGES[5].read_text("utf-8"), re.M)
-    words = [sys.executable, "-m", *shlex.split(command)]
-    done = subprocess.run(words, check=True, capture_output=True, text=True)
-    assert "Warn" not in done.stderr  # a type that it cannot resolve, say
-    names = API.findall(command)
-    bare = []
-    for name in names:
-        module: Any = import_module(name)
-        assert Path("api", *name.split(".")).with_suffix(".html").stat().st_size > 1000
-        bare += [] if module.__doc__ else [name]
-        for key, value in vars(module).items():
-            own = inspect.isclass(value) or inspect.isfunction(value)
-            if own and not key.startswith("_") and value.__module__ == name and not value.__doc__:
-                bare.append(f"{name}.{key}")
-    assert not bare
