@@ -3,8 +3,11 @@
 mkdocs-click is not used: it knows no sections of options, nor when a lazily imported command has them.
 """
 
+import dataclasses
 import re
+from importlib import import_module
 from pathlib import Path
+from pkgutil import iter_modules
 from textwrap import dedent
 from typing import Any
 
@@ -14,7 +17,8 @@ from mkdocs.structure.files import File, Files
 
 from onnxcompress.cli.main import COMMANDS, GROUPS, cli
 from onnxcompress.cli.options import sections
-from onnxcompress.passes import CATALOGUE
+from onnxcompress.option_fields import is_required
+from onnxcompress.passes import CATALOGUE, Entry, load_pass
 
 TOP = Path(__file__).parents[1]
 TOP_LEVEL = {
@@ -25,6 +29,9 @@ TOP_LEVEL = {
 }
 """Page -> file of the top level."""
 API = (
+    "onnxcompress",
+    "onnxcompress.passes",
+    "onnxcompress.pipeline",
     "onnxcompress.model",
     "onnxcompress.graph",
     "onnxcompress.data",
@@ -32,16 +39,21 @@ API = (
     "onnxcompress.runtime",
     "onnxcompress.evaluation",
     "onnxcompress.sensitivity",
-    "onnxcompress.passes",
-    "onnxcompress.passes.base",
-    "onnxcompress.passes.proto",
+    "onnxcompress.optimize.executor",
     "onnxcompress.account",
     "onnxcompress.option_fields",
     "onnxcompress.progress",
-    "onnxcompress.pipeline",
     "onnxcompress.errors",
 )
-"""Modules of the Python API."""
+"""The Python API. Each module of a package has a page; those of the first one are listed themselves."""
+
+
+def modules(name: str) -> list[str]:
+    """List the modules of a package, without the packages in it; passes have pages of their own."""
+    if name == "onnxcompress.passes":
+        return [f"{name}.{module}" for module in ("base", "proto", "plugins")]
+    inner = iter_modules(getattr(import_module(name), "__path__", []) if name != "onnxcompress" else [])
+    return [f"{name}.{module.name}" for module in inner if not module.ispkg]
 
 
 def on_config(config: MkDocsConfig) -> None:
@@ -50,8 +62,18 @@ def on_config(config: MkDocsConfig) -> None:
     for word, title in GROUPS.items():
         titles[title] = [name for name, (group, _, _) in COMMANDS.items() if group == word]
     commands = [{title: [{n: f"commands/{n}.md"} for n in names]} for title, names in titles.items()]
-    modules = [{name: f"api/{name}.md"} for name in API]
-    _place(config.nav, {"Commands": commands, "Python API": modules})
+    api = [{name: _pages(name)} for name in API]
+    _place(config.nav, {"Commands": commands, "Python API": api})
+
+
+def _pages(name: str) -> Any:
+    """List the pages of a package for the navigation, or name that of a module."""
+    inner = modules(name)
+    own = f"api/{name}.md"
+    rows = [{module.rpartition(".")[2]: f"api/{module}.md"} for module in inner]
+    if name == "onnxcompress.passes":
+        rows += [{entry.cls: f"api/{entry.cls}.md"} for entry in CATALOGUE]
+    return [{"The package": own}, *rows] if inner else own
 
 
 def _place(nav: Any, lists: dict[str, Any]) -> None:
@@ -68,7 +90,10 @@ def on_files(files: Files, config: MkDocsConfig) -> None:
     """Add the pages."""
     pages = {page: _top_level(file) for page, file in TOP_LEVEL.items()}
     pages |= {f"commands/{name}.md": _command(name) for name in cli.list_commands(click.Context(cli))}
-    pages |= {f"api/{name}.md": f"# `{name}`\n\n::: {name}\n" for name in API}
+    for package in API:
+        for name in (package, *modules(package)):
+            pages[f"api/{name}.md"] = f"# `{name}`\n\n::: {name}\n"
+    pages |= {f"api/{entry.cls}.md": _pass(entry) for entry in CATALOGUE}
     for name, text in pages.items():
         files.append(File.generated(config, name, content=text))
 
@@ -91,6 +116,25 @@ def _command(name: str) -> str:
     for title, records in sections(command, context).items():
         parts.append(f"## {title}")
         parts += [f"`{names}`\n:   {_escaped(text)}" for names, text in records]
+    return "\n\n".join(parts) + "\n"
+
+
+def _pass(entry: Entry) -> str:
+    """Write the page of a pass's class: its fields, which are options, and what it measures."""
+    cls = load_pass(entry.name)
+    figures = cls.figures
+    parts = [
+        f"# `{entry.cls}`",
+        f"`from onnxcompress.passes.{entry.module} import {entry.cls}`: {entry.summary} What it does, and "
+        f"when to use which option, is the help of [`onnxcompress {entry.name}`](../commands/{entry.name}.md).",
+        "## Fields",
+    ]
+    for field in dataclasses.fields(cls):
+        default = "" if is_required(field) else f" = {field.default!r}"
+        parts.append(
+            f"`{field.name}: {field.type}{default}`\n:   {_escaped(field.metadata.get('help', ''))}"
+        )
+    parts.append(f"## What it measures\n\n::: {figures.__module__}.{figures.__qualname__}")
     return "\n\n".join(parts) + "\n"
 
 
