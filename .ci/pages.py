@@ -125,8 +125,9 @@ def _pass(entry: Entry) -> str:
     figures = cls.figures
     parts = [
         f"# `{entry.cls}`",
-        f"`from onnxcompress.passes.{entry.module} import {entry.cls}`: {entry.summary} What it does, and "
-        f"when to use which option, is the help of [`onnxcompress {entry.name}`](../commands/{entry.name}.md).",
+        f"`from onnxcompress.passes.{entry.module} import {entry.cls}`: {entry.summary} The "
+        f"options are those "
+        f"of [`onnxcompress {entry.name}`](../commands/{entry.name}.md).",
         "## Fields",
     ]
     for field in dataclasses.fields(cls):

@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from pydantic import TypeAdapter
 
 PROVIDER_HELP = (
-    "Execution provider of onnxruntime: cpu, cuda, tensorrt, or another by its name, such as openvino; "
-    "auto: cuda where it works, else cpu."
+    "Execution provider of onnxruntime, that on which the model will run: cpu, cuda, tensorrt, "
+    "or another by its name, such as openvino; auto: cuda where it works, else cpu."
 )
 PROVIDER_OPTIONS_HELP = (
     "Settings of the provider. cuda: tf32=on|off, cudnn_search=exhaustive|heuristic|default, nhwc, memory "

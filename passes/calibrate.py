@@ -104,9 +104,13 @@ class Calibrate(InputOptions, Pass):
 
     inputs: Literal["auto", "images", "distilled", "procedural"] = option("auto", INPUTS_HELP)
     overwrite: bool = option(
-        False, "Estimate what BatchNorm knows, too: where it was computed for another network, say."
+        False,
+        "Estimate also what BatchNorm knows; for weights that were changed after training, or "
+        "images of another kind.",
     )
-    batch: int = option(64, "Images that go through at once, at most.", advanced=True, ge=1)
+    batch: int = option(
+        64, "Images that go through at once, at most; fewer need less memory.", advanced=True, ge=1
+    )
     device: Literal["auto", "cpu", "cuda"] = option(
         "auto", "Device on which torch computes.", advanced=True
     )

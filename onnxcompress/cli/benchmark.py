@@ -38,8 +38,9 @@ def benchmark(models: tuple[str, ...], as_json: bool, report: str | None, **chos
     first comes with a 95 % interval. The table says which provider ran the nodes, and on a GPU its clocks.
 
     \b
-    Example: onnxcompress benchmark net.onnx fast.onnx --batch 1 --threads 2
-             onnxcompress benchmark net.onnx --batch 1,8,64 --provider cuda --provider-options tf32=off
+    Example:
+      onnxcompress benchmark net.onnx fast.onnx --batch 1 --threads 2
+      onnxcompress benchmark net.onnx --batch 1,8,64 --provider cuda --provider-options tf32=off
     """
     from onnxcompress.cli.console import progress
 

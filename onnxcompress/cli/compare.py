@@ -61,8 +61,9 @@ def compare(
     or on random inputs; with labels the accuracy of both, too.
 
     \b
-    Example: onnxcompress compare net.onnx fast.onnx --images val/ --preprocess imagenet
-             onnxcompress compare net.onnx fast.onnx --min-speedup 1.2 --max-size 5
+    Example:
+      onnxcompress compare net.onnx fast.onnx --images val/ --preprocess imagenet
+      onnxcompress compare net.onnx fast.onnx --min-speedup 1.2 --max-size 5
     """
     from onnxcompress.cli.console import progress, show_verdicts, stdout
     from onnxcompress.data.image_set import load_images

@@ -40,7 +40,8 @@ def evaluate(
     the .npz beside x (uint8, N,H,W,C).
 
     \b
-    Example: onnxcompress evaluate net.onnx --images val/ --preprocess imagenet
+    Example:
+      onnxcompress evaluate net.onnx --images val/ --preprocess imagenet
     """
     from onnxcompress.cli.console import progress
     from onnxcompress.data.image_set import load_images

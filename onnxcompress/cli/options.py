@@ -50,7 +50,7 @@ def images(*, required: bool) -> Decorator[Any]:
             type=FILE,
             metavar="DIR|NPZ",
             required=required,
-            help="A folder of images or an .npz.",
+            help="A folder of images, or an .npz with x and, where labels are needed, y.",
         ),
         click.option("--preprocess", metavar="TEXT", help=PREPROCESS_HELP),
         click.option("--count", type=click.IntRange(1), help="Use this many images, drawn at random."),

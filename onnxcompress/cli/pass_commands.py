@@ -42,7 +42,7 @@ if typing.TYPE_CHECKING:
     from onnxcompress.passes.base import Pass
 
 STREAMS_HELP = (
-    "IN and OUT may be -, the standard streams. A result that misses a gate is written nevertheless."
+    "IN and OUT may be -, the standard streams. A result that misses a gate is written all the same."
 )
 
 

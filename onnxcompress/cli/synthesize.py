@@ -69,7 +69,8 @@ def synthesize(
     smaller procedural set is the start of a larger one.
 
     \b
-    Example: onnxcompress synthesize net.onnx images.npz --count 500 --preprocess imagenet
+    Example:
+      onnxcompress synthesize net.onnx images.npz --count 500 --preprocess imagenet
     """
     from onnxcompress.cli.console import progress
     from onnxcompress.data.preprocess import choose

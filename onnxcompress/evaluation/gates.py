@@ -42,7 +42,9 @@ class Gates:
         None, "Largest fall of top-1 accuracy, in points; needs labelled images.", metavar="POINTS"
     )
     min_agreement: float | None = option(
-        None, "Smallest share of images with the same top-1 class as before, in percent.", metavar="PCT"
+        None,
+        "Smallest share of images with the same top-1 class as before, in percent; needs no labels.",
+        metavar="PCT",
     )
     max_latency: float | None = option(None, "Largest median latency, in milliseconds.", metavar="MS")
     min_speedup: float | None = option(
@@ -51,13 +53,13 @@ class Gates:
     max_size: float | None = option(None, "Largest size, in MB (10⁶ bytes).", metavar="MB")
     images: str | None = option(
         None,
-        "Images to judge by, preferably none that a pass learned from.",
+        "Images to judge by, best none that a pass learned from; with labels for --max-drop.",
         metavar="DIR|NPZ",
         file="read",
     )
     preprocess: str | None = option(
         None,
-        "As --preprocess. [default: the model's metadata, else unit]",
+        "What is done to --gate-images, as --preprocess. [default: the model's metadata, else unit]",
         metavar="TEXT",
         advanced=True,
     )

@@ -56,14 +56,14 @@ class Guard:
     )
     warn_snr: float | None = option(
         None,
-        "Warn where an output's ratio of variation between inputs to noise is below this. "
-        "[default: the pass's own]",
+        "Warn where an output's signal to noise is below this; signal is how much it varies "
+        "between inputs, noise what the pass changed in it. [default: the pass's own]",
         metavar="DB",
     )
     min_snr: float | None = option(
-        None, "Write nothing where that ratio is below this. [default: the pass's own]", metavar="DB"
+        None, "Write nothing where it is below this. [default: the pass's own]", metavar="DB"
     )
-    force: bool = option(False, "Write the result even where the guard refuses it.")
+    force: bool = option(False, "Write the result even where the guard refuses it, to see how bad it is.")
 
     def check(self) -> None:
         """Check that the options do not contradict each other.

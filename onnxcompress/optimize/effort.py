@@ -153,8 +153,9 @@ def effort_option() -> Any:
     """
     return option(
         "auto",
-        "How much work: fast (closed forms on few inputs), balanced, or best; auto: best for small "
-        "networks, else balanced. A count that is given as an option wins.",
+        "How much work: fast (closed forms on few inputs, to see what is possible), balanced, or "
+        "best (for the file that you ship); auto: best for small networks, else balanced. A "
+        "count that is given as an option wins.",
     )
 
 

@@ -10,8 +10,9 @@ from onnxcompress.optimize.effort import INPUTS, effort_option
 from onnxcompress.option_fields import check_limits, input_shape_option, option
 
 INPUTS_HELP = (
-    "What to learn from; auto: --images if given, else distilled if the file has BatchNorm or a record of "
-    "it, else procedural. With --images and distilled or procedural: both."
+    "What to learn from; auto: --images if given, else distilled if the file has BatchNorm or a "
+    "record of it, else procedural (`onnxcompress guide data-free`). --images with distilled or "
+    "procedural: both."
 )
 
 
@@ -20,15 +21,22 @@ class ImageOptions:
     """Which images a pass is given, and how they are brought into the form that the network takes."""
 
     images: str | None = option(
-        None, "Folder of images or an .npz; labels are not used.", metavar="DIR|NPZ", file="read"
+        None,
+        "Folder of images or an .npz to learn from, 50 to 500 are enough; labels are not used. "
+        "Without it inputs are made.",
+        metavar="DIR|NPZ",
+        file="read",
     )
     preprocess: str | None = option(
         None,
-        "imagenet, cifar10, …, or 'mean=… std=… size=… layout=…', on pixels/255; default: what the model's "
-        "metadata has under `preprocessing`, else unit for --images, standardized for made ones.",
+        "What your own code does to pixels before the network: imagenet, cifar10, …, or 'mean=… "
+        "std=… size=… layout=…', on pixels/255; default: what the model's metadata has under "
+        "`preprocessing`, else unit for --images, mean 0.45 and std 0.25 for made ones.",
         metavar="TEXT",
     )
-    count: int | None = option(None, "Use this many of --images, drawn with the seed.", ge=1)
+    count: int | None = option(
+        None, "Use this many of --images, drawn with the seed; fewer are faster.", ge=1
+    )
     input_shape: str | None = input_shape_option()
     seed: int = option(0, "Random seed.", advanced=True, ge=0)
 
@@ -55,7 +63,7 @@ class InputOptions(ImageOptions):
 
     inputs: Literal["auto", "images", "distilled", "procedural", "layerwise"] = option("auto", INPUTS_HELP)
     synthetic: int | None = option(
-        None, "Images to make; the default depends on --effort.", metavar="N", ge=1
+        None, "Number of images to make; the default depends on --effort.", metavar="N", ge=1
     )
     effort: Literal["auto", "fast", "balanced", "best"] = effort_option()
 

@@ -21,28 +21,46 @@ class TuningOptions(RuntimeOptions, InputOptions):
     """How a smaller network is tuned to the original's features, and on what it is timed."""
 
     latency_reduction: float | None = option(
-        None, "Target, in percent of the latency.", metavar="PCT", target=True, gt=0, lt=100
+        None,
+        "Target: until onnxruntime takes this much less time on --provider, in percent.",
+        metavar="PCT",
+        target=True,
+        gt=0,
+        lt=100,
     )
     steps: int | None = option(
-        None, "Steps of fine-tuning; 0: none; the default depends on --effort.", metavar="N", ge=0
+        None,
+        "Steps of fine-tuning: more take longer and lose less; 0: none, for a first look. The "
+        "default depends on --effort.",
+        metavar="N",
+        ge=0,
     )
     time: str | None = option(
         None,
-        "Time for fine-tuning, such as 90s or 5m, in place of --steps; the steps that fit are told.",
+        "Time for fine-tuning, such as 90s or 5m, in place of --steps; the --steps that give the "
+        "same file are printed.",
         metavar="TIME",
     )
     feature: str | None = option(
-        None, "Tensor to match; default: the one before the global pool.", advanced=True
+        None,
+        "Tensor that is to stay as it was; default: the one before the global pool. Name one "
+        "where there is no such pool, as in detectors.",
+        advanced=True,
     )
-    batch: int = option(32, "Images in a step of fine-tuning.", advanced=True, ge=1)
+    batch: int = option(32, "Images in a step of fine-tuning; fewer need less memory.", advanced=True, ge=1)
     learning_rate: float = option(
-        0.015, "Peak rate of fine-tuning, relative to a weight's size.", advanced=True, gt=0
+        0.015,
+        "Peak rate of fine-tuning, relative to a weight's size; lower it where a weight becomes infinite.",
+        advanced=True,
+        gt=0,
     )
     device: Literal["auto", "cpu", "cuda"] = option(
-        "auto", "Device on which torch optimizes.", advanced=True
+        "auto", "Where torch optimizes; auto: cuda where torch has it.", advanced=True
     )
     capture: bool = option(
-        False, "On a GPU, record a step of fine-tuning as a CUDA graph and replay it.", advanced=True
+        False,
+        "On a GPU, replay a step of fine-tuning as a CUDA graph; for small networks, which wait for kernels.",
+        advanced=True,
     )
 
     def check(self) -> None:

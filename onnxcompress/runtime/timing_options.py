@@ -13,9 +13,13 @@ class RuntimeOptions:
     """What onnxruntime runs a network on when its latency is measured."""
 
     provider: str = option("auto", PROVIDER_HELP, metavar="NAME")
-    latency_batch: int = option(1, "Images in a run when latency is measured.", ge=1)
+    latency_batch: int = option(
+        1, "Images in a run when latency is measured: as many as you will run.", ge=1
+    )
     provider_options: tuple[str, ...] = provider_options_option()
-    threads: int = option(0, "CPU threads of onnxruntime; 0: all cores.", advanced=True, ge=0)
+    threads: int = option(
+        0, "CPU threads of onnxruntime, as many as the model will have; 0: all cores.", advanced=True, ge=0
+    )
 
     @property
     def runs_on(self) -> Provider:
@@ -31,7 +35,9 @@ class TimingOptions(RuntimeOptions):
     """
 
     latency: bool = option(
-        True, "Measure the latency before and after, interleaved, for some seconds; the file is the same."
+        True,
+        "Measure the latency before and after, in turn, for some seconds; leave it out where the "
+        "file alone is wanted.",
     )
 
     def check(self) -> None:

@@ -77,16 +77,22 @@ class AbsorbBiasFigures(Figures):
 class AbsorbBias(Pass):
     """Move high biases into the next layers, so that activations need a smaller range.
 
-    Needs statistics: of BatchNorms that fold-bn recorded, or from calibrate. Best after equalize.
+    For files that another tool will quantize. Needs statistics: of BatchNorms that fold-bn recorded, or from
+    calibrate. Best after equalize.
 
     \b
-    Example: onnxcompress absorb-bias equalized.onnx absorbed.onnx
+    Example:
+      onnxcompress absorb-bias equalized.onnx absorbed.onnx
     """
 
     name: ClassVar[str] = "absorb-bias"
     figures: ClassVar[type[Figures]] = AbsorbBiasFigures
 
-    deviations: float = option(3.0, "Assumed reach of a channel below its mean, in standard deviations.")
+    deviations: float = option(
+        3.0,
+        "How far below its mean a channel may reach, in standard deviations; fewer move more and are "
+        "less exact.",
+    )
     approximate: bool = option(
         False, "Also move biases into layers that pad with zeros; inexact at the border."
     )

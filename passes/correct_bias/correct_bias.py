@@ -87,15 +87,19 @@ class CorrectBias(InputOptions, Pass):
     written. Prune and quantize correct biases themselves; this is for what other tools rounded.
 
     \b
-    Example: onnxcompress correct-bias rounded.onnx corrected.onnx --reference net.onnx
+    Example:
+      onnxcompress correct-bias rounded.onnx corrected.onnx --reference net.onnx
     """
 
     name: ClassVar[str] = "correct-bias"
     figures: ClassVar[type[Figures]] = CorrectBiasFigures
 
-    reference: str = option("", "The model before its weights were changed.", metavar="ONNX", file="read")
+    reference: str = option(
+        "", "The model before its weights were changed; it must be given.", metavar="ONNX", file="read"
+    )
     inputs: Literal["record", "layerwise", "images", "distilled", "procedural"] = option(  # type: ignore[assignment]
-        "record", "Where the means of layers' inputs come from; record: its statistics, in closed form."
+        "record",
+        "Where the means of layers' inputs come from; record: the file's statistics, in closed form.",
     )
 
     def apply(self, model: Model, progress: Progress = silent) -> PassResult[CorrectBiasFigures | None]:

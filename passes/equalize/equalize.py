@@ -74,11 +74,12 @@ class EqualizeFigures(Figures):
 class Equalize(Pass):
     """Rescale channels between layers so that weights need fewer bits.
 
-    The outputs stay the same but for rounding. Run fold-bn first: what a BatchNorm normalizes is left
-    alone.
+    The outputs stay the same but for rounding. For files that another tool will quantize: `quantize` does
+    it itself. Run fold-bn first: what a BatchNorm normalizes is left alone.
 
     \b
-    Example: onnxcompress equalize folded.onnx equalized.onnx
+    Example:
+      onnxcompress equalize folded.onnx equalized.onnx
     """
 
     name: ClassVar[str] = "equalize"

@@ -84,14 +84,18 @@ class FoldBatchNorm(Pass):
     recorded in the file, for passes that have no other data.
 
     \b
-    Example: onnxcompress fold-bn net.onnx folded.onnx
+    Example:
+      onnxcompress fold-bn net.onnx folded.onnx
     """
 
     name: ClassVar[str] = "fold-bn"
     figures: ClassVar[type[Figures]] = FoldBatchNormFigures
     preserves_function: ClassVar[bool] = True
 
-    copy_shared: bool = option(False, "Fold a weight that several layers share by copying it.")
+    copy_shared: bool = option(
+        False,
+        "Copy a weight that several layers share, so that a BatchNorm behind one of them can be folded.",
+    )
 
     def preview(self, model: Model) -> list[Refusal]:
         """List what would be left alone: the pass is quick enough to be run on a copy.

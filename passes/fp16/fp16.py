@@ -87,12 +87,15 @@ class HalfPrecision(SelectionOptions, ImageOptions, Pass):
     )
     max_error: float | None = option(
         None,
-        "Error of an output, at most: root mean square of the difference over the output's deviation.  "
+        "Largest error of an output: root mean square of the difference over the output's "
+        "deviation; smaller keeps more nodes in float32.  "
         "[default: 0.01; of a quantized network 0.1]",
         gt=0,
         lt=1,
     )
-    float16_io: bool = option(False, "Make the inputs and outputs float16, too.")
+    float16_io: bool = option(
+        False, "Make the inputs and outputs float16, too, where the program around the model feeds them so."
+    )
     provider: str = option("auto", PROVIDER_HELP, metavar="NAME")
     provider_options: tuple[str, ...] = provider_options_option()
     threads: int = option(0, "CPU threads of onnxruntime; 0: all cores.", advanced=True, ge=0)

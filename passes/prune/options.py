@@ -20,17 +20,24 @@ class PruneOptions(SelectionOptions, InputOptions):
     )
     pattern: str = option(
         "unstructured",
-        "unstructured, or N:M: N of M neighbouring inputs stay (2:4).",
+        "unstructured: zeros anywhere; N:M: of M neighbouring inputs N stay (2:4, as NVIDIA's "
+        "sparse tensor cores take them).",
         metavar="TEXT",
     )
     storage: Literal["dense", "sparse"] = option(
-        "dense", "Zeros as they are, or left out of the file; they are put back when a runtime loads it."
+        "dense",
+        "dense: zeros are stored, for a file that is compressed anyway; sparse: they "
+        "are left out, and put back when a runtime loads it.",
     )
-    skip_first_last: bool = option(False, "Leave the first and the last layer dense.")
-    depthwise: bool = option(False, "Prune depthwise convolutions, too.")
+    skip_first_last: bool = option(
+        False, "Leave the first and the last layer dense, which often bear least."
+    )
+    depthwise: bool = option(
+        False, "Prune depthwise convolutions, too; they have few weights and lose much."
+    )
     scope: Literal["global", "layer"] = option(
         "global",
-        "Zeros where they cost least in the whole network, or the same share in each layer.",
+        "global: zeros where they cost least in the whole network; layer: the same share in each layer.",
         advanced=True,
     )
     sensitivity: str | None = option(
@@ -43,7 +50,8 @@ class PruneOptions(SelectionOptions, InputOptions):
     )
     reconstruct: bool = option(
         True,
-        "Fit the weights that stay to the layer's output; else the smallest go and no inputs are needed.",
+        "Fit the weights that stay to the layer's output; without it the smallest weights go, "
+        "and no inputs are needed.",
         advanced=True,
     )
     copy_shared: bool = option(

@@ -62,9 +62,10 @@ QUANTIZED = "prune the float model, then quantize"
 
 @dataclass(frozen=True)
 class Prune(PruneOptions, Pass):
-    """Set weights to zero and make up for them with the others, without data.
+    """Set weights to zero and make up for them with the others, with images or without.
 
-    The file gets smaller (--storage sparse, or compressed); runtimes compute zeros, too: no faster.
+    For a smaller file (--storage sparse, or compressed). No runtime gets faster by it: zeros are multiplied,
+    too. To be faster, drop blocks or channels.
 
     \b
     Example:

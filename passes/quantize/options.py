@@ -18,31 +18,35 @@ class QuantizeOptions(SelectionOptions, InputOptions):
 
     for_runtime: Literal["cpu", "cuda", "tensorrt", "openvino", "qnn"] | None = option(
         None,
-        "Write what this runtime fuses and accepts: types, symmetry, places of quantizers. Options "
-        "that are set count more.",
+        "The runtime that will run the file: types, symmetry and places of quantizers become "
+        "what it fuses and accepts. Options that are given win.",
         alias="--for",
     )
     weight_bits: int = option(
-        8, "Bits of the weights; with a budget the most that a layer gets.", ge=2, le=8
+        8,
+        "Bits of the weights: 8 for speed, fewer for a smaller file; with a budget the most that "
+        "a layer gets.",
+        ge=2,
+        le=8,
     )
     activation_bits: int = option(
         8,
-        "Bits of what layers read; 0: only weights are quantized; 16 as Qualcomm's processors take them "
-        "(opset 21).",
+        "Bits of what layers read; 0: only weights are quantized, smaller and not faster; 16 as "
+        "Qualcomm's processors take them (opset 21).",
         ge=2,
         le=16,
         or_zero=True,
     )
     bits_budget: float | None = option(
         None,
-        "Average bits of all weights, at most; each layer gets its own, those with the least error. Fewer "
-        "bits make the file smaller only with --small-types; the budget then counts 4 or 8.",
+        "Average bits of all weights, at most: each layer gets the bits with which the error is "
+        "least. Only --small-types makes the file smaller by it, and has 4 or 8 bits a layer.",
         metavar="BITS",
         ge=2,
         le=8,
     )
     size_budget: float | None = option(
-        None, "The same as a size: MB (10⁶ bytes) of all weights, scales not counted.", metavar="MB", ge=0
+        None, "As --bits-budget, in MB (10⁶ bytes) of all weights, scales not counted.", metavar="MB", ge=0
     )
     steps: int | None = option(
         None,
@@ -52,9 +56,11 @@ class QuantizeOptions(SelectionOptions, InputOptions):
         ge=0,
     )
     small_types: bool = option(
-        False, "Store 4 bits and fewer as int4 and uint4 (opset 21 and later): half the size."
+        False, "Store 4 bits and fewer as int4 and uint4: half the size, where the runtime knows opset 21."
     )
-    per_channel: bool = option(True, "A scale for each output channel of a weight, or one per tensor.")
+    per_channel: bool = option(
+        True, "A scale for each output channel of a weight, or one per tensor, which some runtimes ask for."
+    )
     symmetric: bool = option(
         False, "Activations with the zero point in the middle, as TensorRT wants them (with int8)."
     )
@@ -71,8 +77,8 @@ class QuantizeOptions(SelectionOptions, InputOptions):
     )
     depthwise: int = option(
         8,
-        "Bits of depthwise convolutions, at least, where only weights are quantized: they have few "
-        "weights, whose errors nothing averages; 0: the same as the others.",
+        "Bits of depthwise convolutions, at least, where only weights are quantized (they have "
+        "few weights, and errors do not average out); 0: the same as the others.",
         advanced=True,
         ge=2,
         le=8,
@@ -86,7 +92,7 @@ class QuantizeOptions(SelectionOptions, InputOptions):
         advanced=True,
     )
     weight_type: Literal["int8", "uint8"] = option(
-        "int8", "Type in which weights are stored.", advanced=True
+        "int8", "Type in which weights are stored; --for chooses it.", advanced=True
     )
     overflow_safe: bool = option(
         True,
@@ -96,12 +102,14 @@ class QuantizeOptions(SelectionOptions, InputOptions):
     )
     ranges: Literal["mse", "minmax"] = option(
         "mse",
-        "Ranges of activations: of the least squared error, or the smallest and the largest value seen.",
+        "Ranges of activations: those of the least squared error, or from the smallest to the "
+        "largest value seen.",
         advanced=True,
     )
     reconstruct: bool = option(
         True,
-        "Choose roundings of weights that keep the layer's output, instead of the nearest.",
+        "Round weights so that the layer's output is kept; without it each to the nearest value, "
+        "faster and worse.",
         advanced=True,
     )
     stretch: bool = option(
@@ -117,8 +125,8 @@ class QuantizeOptions(SelectionOptions, InputOptions):
     )
     float_tensors: bool = option(
         True,
-        "Leave activations in floats, those that cost the outputs most and as few as possible, where the "
-        "guard would warn of the result else; with 8 bits.",
+        "Where the guard would warn of an 8-bit result, leave the few activations in floats that "
+        "cost the outputs most.",
         advanced=True,
     )
     device: Literal["auto", "cpu", "cuda"] = option(

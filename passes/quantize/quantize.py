@@ -79,7 +79,10 @@ QUANTIZED = "start from the float model"
 
 @dataclass(frozen=True)
 class Quantize(QuantizeOptions, Pass):
-    """Quantize weights and activations to few bits, without data.
+    """Quantize weights and activations to few bits, with images or without.
+
+    For CPUs with integer instructions, and for accelerators (--for). On onnxruntime's CUDA provider int8 is
+    slower than floats: `onnxcompress guide slow-int8`.
 
     \b
     Example:

@@ -14,12 +14,24 @@ from onnxcompress.option_fields import option
 class DropBlocksOptions(TuningOptions):
     """The options of the command `drop-blocks`."""
 
-    blocks: int | None = option(None, "Target, in blocks.", metavar="K", target=True, ge=1)
+    blocks: int | None = option(
+        None,
+        "Target: drop this many blocks, those that can be repaired best.",
+        metavar="K",
+        target=True,
+        ge=1,
+    )
     drop: tuple[str, ...] = option(
-        (), "Names of the blocks to drop, with commas.", metavar="NAME,…", target=True
+        (),
+        "Target: drop these blocks, with commas; `onnxcompress inspect` lists their names.",
+        metavar="NAME,…",
+        target=True,
     )
     scores: str | None = option(
-        None, "Scores are read from this file, or written to it if it is new.", metavar="JSON", file="kept"
+        None,
+        "File of block scores: read where it exists, else written. A second target then needs no scoring.",
+        metavar="JSON",
+        file="kept",
     )
     seed: int = option(
         0, "Random seed; the same seed and --scores give the same file.", advanced=True, ge=0

@@ -15,19 +15,31 @@ class DropChannelsOptions(TuningOptions):
     """The options of the command `drop-channels`."""
 
     macs_reduction: float | None = option(
-        None, "Target, in percent of the multiply-accumulates.", metavar="PCT", target=True, gt=0, lt=100
+        None,
+        "Target: cut until there are this much fewer multiply-accumulates, in percent; needs no clock.",
+        metavar="PCT",
+        target=True,
+        gt=0,
+        lt=100,
     )
     channels_kept: tuple[str, ...] = option(
-        (), "Channels that groups keep, with commas.", metavar="NAME=N,…", target=True
+        (),
+        "Target: the channels that groups keep, with commas; `onnxcompress inspect` lists the groups.",
+        metavar="NAME=N,…",
+        target=True,
     )
     criterion: Literal["refit", "group-norm", "magnitude"] = option(
         "refit",
-        "What a channel is worth: refit: the error that refitting its readers leaves; group-norm: the norm "
-        "of all its weights; magnitude: that of the weights that compute it.",
+        "What a channel is worth. refit: the error that is left when its readers are refitted; "
+        "group-norm: the norm of all its weights; magnitude: the norm of the weights that "
+        "compute it (the last two to compare with).",
         advanced=True,
     )
     width_step: int = option(
-        0, "Groups keep multiples of this many channels; 0: 4 to 32 by width.", advanced=True, ge=0
+        0,
+        "Groups keep multiples of this many channels, such as 8 for tensor cores; 0: 4 to 32 by width.",
+        advanced=True,
+        ge=0,
     )
     seed: int = option(
         0,
