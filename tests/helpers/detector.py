@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
@@ -22,7 +24,7 @@ def detector(seed: int = 0) -> onnx.ModelProto:
     nodes: list[onnx.NodeProto] = []
     weights: dict[str, np.ndarray] = {"flat": np.array([0, 6, -1])}
 
-    def node(op: str, name: str, *inputs: str, **attributes: object) -> str:
+    def node(op: str, name: str, *inputs: str, **attributes: Any) -> str:
         nodes.append(helper.make_node(op, inputs, [f"{name}_output_0"], name, **attributes))
         return f"{name}_output_0"
 
