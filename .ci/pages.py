@@ -29,7 +29,7 @@ TOP_LEVEL = {
 }
 """Page -> file of the top level."""
 API = (
-    "onnxcompress",
+    "onnxcompress.api",
     "onnxcompress.passes",
     "onnxcompress.pipeline",
     "onnxcompress.model",
@@ -40,19 +40,20 @@ API = (
     "onnxcompress.evaluation",
     "onnxcompress.sensitivity",
     "onnxcompress.optimize.executor",
+    "onnxcompress.torch_export",
     "onnxcompress.account",
     "onnxcompress.option_fields",
     "onnxcompress.progress",
     "onnxcompress.errors",
 )
-"""The Python API. Each module of a package has a page; those of the first one are listed themselves."""
+"""The Python API; each module of a package has a page."""
 
 
 def modules(name: str) -> list[str]:
     """List the modules of a package, without the packages in it; passes have pages of their own."""
     if name == "onnxcompress.passes":
         return [f"{name}.{module}" for module in ("base", "proto", "plugins")]
-    inner = iter_modules(getattr(import_module(name), "__path__", []) if name != "onnxcompress" else [])
+    inner = iter_modules(getattr(import_module(name), "__path__", []))
     return [f"{name}.{module.name}" for module in inner if not module.ispkg]
 
 
@@ -123,13 +124,12 @@ def _pass(entry: Entry) -> str:
     """Write the page of a pass's class: its fields, which are options, and what it measures."""
     cls = load_pass(entry.name)
     figures = cls.figures
-    parts = [
-        f"# `{entry.cls}`",
-        f"`from onnxcompress.passes.{entry.module} import {entry.cls}`: {entry.summary} The "
-        f"options are those "
-        f"of [`onnxcompress {entry.name}`](../commands/{entry.name}.md).",
-        "## Fields",
-    ]
+    call = f"onnxcompress.{entry.name.replace('-', '_')}(model, …)"
+    text = (
+        f"{entry.summary} As a call `{call}`, as a pass `onnxcompress.passes.{entry.module}.{entry.cls}`, "
+    )
+    command = f"as a command [`onnxcompress {entry.name}`](../commands/{entry.name}.md)."
+    parts = [f"# `{entry.cls}`", text + command, "## Options"]
     for field in dataclasses.fields(cls):
         default = "" if is_required(field) else f" = {field.default!r}"
         parts.append(
