@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import subprocess
 import sys
+from configparser import ConfigParser
 from html.parser import HTMLParser
 from importlib import import_module
 from importlib.util import module_from_spec, spec_from_file_location
@@ -39,7 +40,7 @@ class Links(HTMLParser):
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("site")
-    words = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(folder)]
+    words = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(folder)]
     done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     return folder
@@ -90,3 +91,12 @@ def test_all_that_is_public_in_the_python_api_has_a_docstring() -> None:
             if own and not key.startswith("_") and value.__module__ == name and not value.__doc__:
                 bare.append(f"{name}.{key}")
     assert not bare
+
+
+def test_the_wheel_has_the_guides_and_their_figures() -> None:
+    settings = ConfigParser()
+    settings.read(ROOT / "setup.cfg", "utf-8")
+    patterns = settings["options.package_data"]["onnxcompress"].split(", ")
+    package = ROOT / "onnxcompress"
+    packed = {path for pattern in patterns for path in package.glob(pattern)}
+    assert {path.name for path in {*(package / "docs").iterdir()} - packed} == {"site.css"}
