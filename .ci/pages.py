@@ -16,7 +16,7 @@ from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 
 from onnxcompress.cli.main import COMMANDS, GROUPS, cli
-from onnxcompress.cli.options import sections
+from onnxcompress.cli.sections import sections
 from onnxcompress.option_fields import is_required
 from onnxcompress.passes import CATALOGUE, Entry, load_pass
 

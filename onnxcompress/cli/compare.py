@@ -23,7 +23,7 @@ import click
 
 from onnxcompress.cli import options, report_option
 from onnxcompress.cli.gate_options import gated, take_gates
-from onnxcompress.cli.options import SectionedCommand
+from onnxcompress.cli.sections import SectionedCommand
 from onnxcompress.errors import OptionError, TargetMissed
 
 if TYPE_CHECKING:

@@ -9,7 +9,8 @@ from typing import Any, TypeVar
 
 import click
 
-from onnxcompress.cli.options import ADVANCED, SectionedOption, option_type
+from onnxcompress.cli.options import option_type
+from onnxcompress.cli.sections import ADVANCED, SectionedOption
 from onnxcompress.evaluation.gates import LIMITS, Gates
 from onnxcompress.evaluation.guard import Guard
 from onnxcompress.option_fields import flag

@@ -8,6 +8,7 @@ import click
 
 from onnxcompress.cli import options, report_option, timing_options
 from onnxcompress.cli.options import FILE, as_json, print_json
+from onnxcompress.cli.sections import SectionedCommand
 from onnxcompress.cli.timing_options import timing_of
 from onnxcompress.errors import ModelError
 from onnxcompress.formatting import counted
@@ -26,7 +27,7 @@ NO_LAYER = "no Conv, ConvTranspose, Gemm or MatMul outside of bodies reads data 
 """Why there is none, where not even a near miss is."""
 
 
-@click.command(cls=options.SectionedCommand)
+@click.command(cls=SectionedCommand)
 @click.argument("model", type=FILE)
 @click.option("--statistics", is_flag=True, help="Also list the statistics of each tensor.")
 @options.input_shape()

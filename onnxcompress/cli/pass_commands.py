@@ -23,16 +23,9 @@ import click
 
 from onnxcompress.cli.cache import cache_options, chosen_cache
 from onnxcompress.cli.gate_options import gate_options, gates_of, guard_of, guard_options
-from onnxcompress.cli.options import (
-    ADVANCED,
-    FILE,
-    SectionedCommand,
-    SectionedOption,
-    inner_type,
-    option_type,
-    split,
-)
+from onnxcompress.cli.options import FILE, inner_type, option_type, split
 from onnxcompress.cli.report_option import report_option
+from onnxcompress.cli.sections import ADVANCED, SectionedCommand, SectionedOption
 from onnxcompress.cli.timing_options import timing_of, timing_options
 from onnxcompress.errors import OptionError
 from onnxcompress.option_fields import INPUT_SHAPE_HELP, INPUT_SHAPE_METAVAR, flag, is_required

@@ -24,8 +24,9 @@ import click
 from onnxcompress.account import as_json
 from onnxcompress.cli.cache import cache_options, chosen_cache
 from onnxcompress.cli.gate_options import gate_options, gates_of, guard_of, guard_options
-from onnxcompress.cli.options import FILE, SectionedCommand, print_json
+from onnxcompress.cli.options import FILE, print_json
 from onnxcompress.cli.pass_commands import running_options
+from onnxcompress.cli.sections import SectionedCommand
 from onnxcompress.cli.timing_options import timing_of, timing_options
 from onnxcompress.errors import OptionError
 

@@ -22,7 +22,8 @@ import click
 
 from onnxcompress.cli.cache import cache_options, chosen_cache
 from onnxcompress.cli.gate_options import gate_options, gates_of
-from onnxcompress.cli.options import FILE, PREPROCESS_HELP, SectionedCommand, print_json
+from onnxcompress.cli.options import FILE, PREPROCESS_HELP, print_json
+from onnxcompress.cli.sections import SectionedCommand
 from onnxcompress.cli.timing_options import timing_options
 from onnxcompress.cli.worker_options import WHERE, worker_options, workers
 from onnxcompress.errors import InputError, TargetMissed, require

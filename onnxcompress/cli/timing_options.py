@@ -9,7 +9,8 @@ from typing import Any, TypeVar
 
 import click
 
-from onnxcompress.cli.options import ADVANCED, SectionedOption, option_type, split
+from onnxcompress.cli.options import option_type, split
+from onnxcompress.cli.sections import ADVANCED, SectionedOption
 from onnxcompress.option_fields import flag
 from onnxcompress.runtime.timing_options import TimingOptions
 
