@@ -1,6 +1,6 @@
 """Pages of the site that lie nowhere as files: the README, the commands, the Python API (a hook of MkDocs).
 
-mkdocs-click is not used: it knows no sections of options, nor when a lazily imported command has them.
+mkdocs-click is not used: it writes all options of a command as one list, without the sections of its help.
 """
 
 import dataclasses
@@ -90,7 +90,7 @@ def _place(nav: Any, lists: dict[str, Any]) -> None:
 def on_files(files: Files, config: MkDocsConfig) -> None:
     """Add the pages."""
     pages = {page: _top_level(file) for page, file in TOP_LEVEL.items()}
-    pages |= {f"commands/{name}.md": _command(name) for name in cli.list_commands(click.Context(cli))}
+    pages |= {f"commands/{name}.md": _command(name) for name in (*COMMANDS, *(e.name for e in CATALOGUE))}
     for package in API:
         for name in (package, *modules(package)):
             pages[f"api/{name}.md"] = f"# `{name}`\n\n::: {name}\n"

@@ -29,7 +29,7 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     "evaluate": ("Look", "evaluate", "Measure top-1 and top-5 accuracy on labelled images."),
     "sensitivity": ("Look", "sensitivity", "Measure what each layer costs at given bits or sparsity."),
     "compare": ("Look", "compare", "Compare two models: size, latency, outputs, agreement."),
-    "guide": ("Read", "guide", "Show a short guide: faster, quantize, ci, terminal, trust, …"),
+    "guide": ("Read", "guide", "Show a guide: faster, latency, detector, troubleshooting, …"),
     "synthesize": ("Make", "synthesize", "Make images from the network's statistics, or from a seed."),
 }
 """Name -> (group in the help, module in onnxcompress.cli with a function of that name, summary)."""
