@@ -75,9 +75,9 @@ def _chain(model: Model, found: Inspection, timing: TimingOptions, *, measured: 
     from onnxcompress.evaluation.inspection import chain_shares
     from onnxcompress.runtime.block_latency import Stopwatch
 
-    timing.check()
     clock = None
     if measured and timing.latency:
+        timing.check()
         clock = Stopwatch(timing.runs_on, timing.latency_batch, timing.threads)
     if clock is not None and found.blocks:
         click.echo("for the report: measuring the latency of its blocks", err=True)

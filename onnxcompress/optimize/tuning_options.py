@@ -59,7 +59,7 @@ class TuningOptions(RuntimeOptions, InputOptions):
     )
     capture: bool = option(
         False,
-        "On a GPU, replay a step of fine-tuning as a CUDA graph; for small networks, which wait for kernels.",
+        "On a GPU, replay a step of fine-tuning as a CUDA graph: for small networks that wait for kernels.",
         advanced=True,
     )
 

@@ -77,8 +77,8 @@ class AbsorbBiasFigures(Figures):
 class AbsorbBias(Pass):
     """Move high biases into the next layers, so that activations need a smaller range.
 
-    For files that another tool will quantize. Needs statistics: of BatchNorms that fold-bn recorded, or from
-    calibrate. Best after equalize.
+    For files that another tool will quantize. Needs statistics: of BatchNorms that fold-bn recorded,
+    or from calibrate. Best after equalize.
 
     \b
     Example:

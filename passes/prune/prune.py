@@ -64,8 +64,8 @@ QUANTIZED = "prune the float model, then quantize"
 class Prune(PruneOptions, Pass):
     """Set weights to zero and make up for them with the others, with images or without.
 
-    For a smaller file (--storage sparse, or compressed). No runtime gets faster by it: zeros are multiplied,
-    too. To be faster, drop blocks or channels.
+    For a smaller file (--storage sparse, or compressed). No runtime gets faster by it: zeros are
+    multiplied, too. To be faster, drop blocks or channels.
 
     \b
     Example:
