@@ -115,7 +115,7 @@ def change(
         The latencies; None, with a warning, where they cannot be measured: the result is not lost for that.
     """
     from onnxcompress.optimize.executor.open_batch import file_batch
-    from onnxcompress.runtime.block_latency import Stopwatch
+    from onnxcompress.runtime.stopwatch import Stopwatch
 
     progress("measuring the latency before and after", 0, 1)
     first, second = before.copy(), after.copy()

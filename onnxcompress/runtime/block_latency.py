@@ -16,19 +16,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from onnxcompress.formatting import milliseconds
 from onnxcompress.graph.block_removal import drop_block
 from onnxcompress.graph.blocks import Block
 from onnxcompress.model import Model
-from onnxcompress.runtime.latency import Clock, Ratio, benchmark, has_processor_clock, ratio
+from onnxcompress.runtime.latency import Clock, Ratio, benchmark, ratio
 from onnxcompress.runtime.providers import ProviderLike
 
 FLOOR = 0.1
 """Lower limit of a share, relative to the largest one: scores are divided by it."""
-UNSURE = 0.02
-"""Half width of the 95 % interval of a ratio of two latencies above which the clock is too noisy."""
 NOISE = 1.0
 """Width of a share's interval, relative to the share, above which the clock is too noisy."""
 
@@ -142,11 +140,19 @@ def latency_shares(
         seed=seed,
         clock=clock,
     )
-    shares = {kind: _share(ratio(timings[""], timings[kind])) for kind in variants}
+    shares = {kind: share_saved(ratio(timings[""], timings[kind])) for kind in variants}
     return {b.exit: shares[b.signature] for b in blocks}
 
 
-def _share(without: Ratio) -> Share:
+def share_saved(without: Ratio) -> Share:
+    """Convert a ratio of latencies to the share that is saved.
+
+    Args:
+        without: Latency of a variant over that of the whole.
+
+    Returns:
+        The share, negative for a variant that is slower.
+    """
     return Share(1 - without.value, 1 - without.high, 1 - without.low)
 
 
@@ -246,105 +252,3 @@ def usable(
         return {exit: value / total for exit, value in macs.items()}, True
     floor = FLOOR * max(s.value for s in shares.values())
     return {exit: max(share.value, floor) for exit, share in shares.items()}, False
-
-
-@dataclass
-class Stopwatch:
-    """Times networks against each other, by a clock that is precise enough on this machine."""
-
-    provider: ProviderLike = "auto"
-    batch: int = 1
-    threads: int = 0
-    seed: int = 0
-    clock: Clock = "wall"
-    """Becomes `processor` at the first measurement for which the wall clock is too noisy."""
-    warm_up: float = 3.0
-    """Seconds at most until all models run steadily."""
-    tolerance: float = 0.005
-    """Half width of the 95 % interval of a ratio at which a comparison ends early."""
-
-    def check(self, model: Model) -> None:
-        """Run a model once: a provider or a batch that cannot be is an error now, not at the end.
-
-        Args:
-            model: The model. Raises CompressError as `latency.benchmark` does.
-        """
-        benchmark({"": model}, runs=1, **(self._how() | {"warm_up": 0}))
-
-    def shares(self, model: Model, blocks: Sequence[Block], seconds: float = 8.0) -> dict[str, Share]:
-        """Measure the latency share of each block; see `latency_shares`.
-
-        Args:
-            model: The whole model.
-            blocks: Blocks that can be dropped.
-            seconds: Time to measure for, at most, by one clock.
-
-        Returns:
-            τ by name of the block's exit tensor.
-
-        Raises:
-            CompressError: As `latency_shares`.
-        """
-        without = without_each_kind(model, blocks)
-        while True:
-            shares = latency_shares(model, blocks, without=without, seconds=seconds, **self._how())
-            if not noisy(shares) or not self._turn_to_processor():
-                return shares
-
-    def savings(self, model: Model, variants: Mapping[str, Model]) -> dict[str, Share]:
-        """Measure the share of a model's latency that each of several variants saves.
-
-        Args:
-            model: The whole model.
-            variants: The variants, by a name other than "".
-
-        Returns:
-            The shares by name, negative for a variant that is slower.
-
-        Raises:
-            CompressError: As `latency.benchmark`.
-        """
-        while True:
-            timings = benchmark({"": model, **variants}, seconds=20.0, tolerance=0.003, **self._how())
-            shares = {name: _share(ratio(timings[""], timings[name])) for name in variants}
-            if not noisy(shares) or not self._turn_to_processor():
-                return shares
-
-    def compare(self, before: Model, after: Model, seconds: float) -> LatencyChange:
-        """Measure the ratio of the latencies of two models.
-
-        Args:
-            before: The first model.
-            after: The second model, whose latency is divided by the first's.
-            seconds: Time to measure for, at most.
-
-        Returns:
-            Both latencies and their ratio.
-
-        Raises:
-            CompressError: As `latency.benchmark`.
-        """
-        while True:
-            change = self._compare(before, after, seconds)
-            if (change.high - change.low) / 2 <= UNSURE or not self._turn_to_processor():
-                return change
-
-    def _compare(self, before: Model, after: Model, seconds: float) -> LatencyChange:
-        models = {"before": before, "after": after}
-        how = self._how() | {"warm_up": self.warm_up, "tolerance": self.tolerance}
-        timings = benchmark(models, seconds=seconds, **how)
-        first, second = timings["before"], timings["after"]
-        change = ratio(first, second)
-        times = (first.median_ms, second.median_ms, change.value, change.low, change.high)
-        return LatencyChange(*times, first.device, self.batch, self.clock)
-
-    def _turn_to_processor(self) -> bool:
-        """Use the processor clock from now on; return whether that is possible and a change."""
-        if self.clock == "processor" or not has_processor_clock(self.provider):
-            return False
-        self.clock = "processor"
-        return True
-
-    def _how(self) -> dict[str, Any]:
-        names = ("provider", "batch", "threads", "seed", "clock")
-        return {name: getattr(self, name) for name in names}

@@ -36,7 +36,7 @@ from onnxcompress.graph.channel_removal import cut_channels
 from onnxcompress.graph.macs import count_macs
 from onnxcompress.model import Model, load
 from onnxcompress.passes.fold_bn import FoldBatchNorm
-from onnxcompress.runtime.block_latency import Stopwatch
+from onnxcompress.runtime.stopwatch import Stopwatch
 
 ROWS = {
     "blocks": "blocks",

@@ -20,7 +20,8 @@ from onnxcompress.optimize.block_drop.refinement import Refinement
 from onnxcompress.optimize.block_drop.selection import BlockSelection, choose, choose_these
 from onnxcompress.passes.base import PassResult
 from onnxcompress.passes.drop_blocks import DropBlocks
-from onnxcompress.runtime.block_latency import LatencyChange, Share, Stopwatch, usable
+from onnxcompress.runtime.block_latency import LatencyChange, Share, usable
+from onnxcompress.runtime.stopwatch import Stopwatch
 from tests.helpers.folding import graph, weight
 
 BODY = """a = Conv<pads=[1,1,1,1]>(x, w0, b0) r = Relu(a)

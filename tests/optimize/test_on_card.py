@@ -95,7 +95,8 @@ def brief(monkeypatch: pytest.MonkeyPatch) -> None:
     def timed(*given: Any, **options: Any) -> Any:
         return benchmark(*given, **{**options, "seconds": 0.1})
 
-    monkeypatch.setattr("onnxcompress.runtime.block_latency.benchmark", timed)
+    for module in ("block_latency", "stopwatch"):
+        monkeypatch.setattr(f"onnxcompress.runtime.{module}.benchmark", timed)
     for name, count in FEWER.items():
         monkeypatch.setattr(f"onnxcompress.optimize.reconstruction.{name}", count)
     for function in FEWER_STEPS:

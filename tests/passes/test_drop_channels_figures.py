@@ -29,9 +29,10 @@ from onnxcompress.optimize.reconstruction.tuning_outcome import TuningOutcome
 from onnxcompress.passes.drop_blocks import DropBlocks
 from onnxcompress.passes.drop_channels import DropChannels
 from onnxcompress.progress import silent
-from onnxcompress.runtime.block_latency import LatencyChange, Stopwatch
+from onnxcompress.runtime.block_latency import LatencyChange
 from onnxcompress.runtime.inference import run as outputs
 from onnxcompress.runtime.latency import Clock
+from onnxcompress.runtime.stopwatch import Stopwatch
 from tests.helpers.folding import graph, norm, weight
 from tests.optimize.test_block_drop import network
 from tests.passes.test_drop_channels import FAST, linear, named

@@ -27,7 +27,8 @@ from onnxcompress.passes.base import Pass, PassResult
 from onnxcompress.pipeline.cache import VALUES, Cache
 from onnxcompress.pipeline.pipeline import Pipeline
 from onnxcompress.progress import Progress, silent
-from onnxcompress.runtime.block_latency import LatencyChange, Share, Stopwatch
+from onnxcompress.runtime.block_latency import LatencyChange, Share
+from onnxcompress.runtime.stopwatch import Stopwatch
 from tests.optimize.test_block_drop import FAST, network
 
 NET = "resnet20-fashion.onnx"

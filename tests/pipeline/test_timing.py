@@ -128,7 +128,7 @@ def test_a_result_that_cannot_be_timed_is_kept_with_a_note(
     def refuse(*_: Any, **__: Any) -> Any:
         raise ModelError("no kernel")
 
-    monkeypatch.setattr("onnxcompress.runtime.block_latency.benchmark", refuse)
+    monkeypatch.setattr("onnxcompress.runtime.stopwatch.benchmark", refuse)
     with pytest.warns(CompressWarning, match="the latency was not measured: no kernel"):
         run = Pipeline([HalfPrecision()]).run(load(net), timing=TimingOptions())
     assert run.steps[0].result.modified

@@ -16,9 +16,10 @@ from onnxcompress.graph.block_removal import drop_block
 from onnxcompress.graph.blocks import Block, find_blocks
 from onnxcompress.model import Model, load
 from onnxcompress.optimize.block_drop.figures import DropBlocksFigures
-from onnxcompress.runtime import block_latency
-from onnxcompress.runtime.block_latency import LatencyChange, Share, Stopwatch, usable
+from onnxcompress.runtime import block_latency, stopwatch
+from onnxcompress.runtime.block_latency import LatencyChange, Share, usable
 from onnxcompress.runtime.latency import Ratio, Timing, benchmark
+from onnxcompress.runtime.stopwatch import Stopwatch
 from tests.helpers.brief import few_adapter_steps
 
 pytest.importorskip("torch")
@@ -59,17 +60,22 @@ def resnet(models: Path) -> Model:
     return load(models / "resnet20-fashion.onnx")
 
 
+def patch(monkeypatch: pytest.MonkeyPatch, name: str, value: Callable[..., Any]) -> None:
+    for module in (block_latency, stopwatch):
+        monkeypatch.setattr(module, name, value)
+
+
 def watch(monkeypatch: pytest.MonkeyPatch, **noise: float) -> list[str]:
     clocks: list[str] = []
-    monkeypatch.setattr(block_latency, "benchmark", stub(noise, clocks))
+    patch(monkeypatch, "benchmark", stub(noise, clocks))
     return clocks
 
 
 def test_a_quiet_machine_keeps_the_wall_clock(resnet: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     clocks = watch(monkeypatch, wall=0.001, processor=0.0)
-    stopwatch = Stopwatch("cpu")
-    stopwatch.shares(resnet, find_blocks(resnet).blocks)
-    stopwatch.compare(resnet, resnet, 1.0)
+    watching = Stopwatch("cpu")
+    watching.shares(resnet, find_blocks(resnet).blocks)
+    watching.compare(resnet, resnet, 1.0)
     assert clocks == ["wall", "wall"]
 
 
@@ -77,13 +83,13 @@ def test_a_busy_machine_is_timed_by_the_processors_clock(
     resnet: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clocks = watch(monkeypatch, wall=1.0, processor=0.001)
-    stopwatch = Stopwatch("cpu")
+    watching = Stopwatch("cpu")
     blocks = find_blocks(resnet).blocks
-    tau = stopwatch.shares(resnet, blocks)
+    tau = watching.shares(resnet, blocks)
     assert clocks == ["wall", "processor"]
     for block in blocks:
         assert tau[block.exit].value == pytest.approx(2 / cost(resnet), abs=0.005)
-    stopwatch.compare(resnet, resnet, 1.0)
+    watching.compare(resnet, resnet, 1.0)
     assert clocks == ["wall", "processor", "processor"]  # all that follows, too: figures can be compared
 
 
@@ -107,7 +113,7 @@ def test_a_comparison_is_of_the_second_model_with_the_first(
         seen.update(options)
         return dict(timed(models))
 
-    monkeypatch.setattr(block_latency, "benchmark", watched)
+    patch(monkeypatch, "benchmark", watched)
     smaller = resnet.copy()
     drop_block(smaller, find_blocks(smaller).blocks[0])
     found = Stopwatch("cpu", batch=4, threads=2, seed=3).compare(resnet, smaller, 1.5)
@@ -132,13 +138,13 @@ def test_what_decides_is_measured_long_and_precisely(
         seen.append(options)
         return dict(timed(models))
 
-    monkeypatch.setattr(block_latency, "benchmark", watched)
-    stopwatch = Stopwatch("cpu", batch=4, threads=2, seed=3)
-    stopwatch.shares(resnet, find_blocks(resnet).blocks)
+    patch(monkeypatch, "benchmark", watched)
+    watching = Stopwatch("cpu", batch=4, threads=2, seed=3)
+    watching.shares(resnet, find_blocks(resnet).blocks)
     smaller = resnet.copy()
     drop_block(smaller, find_blocks(smaller).blocks[0])
-    saved = stopwatch.savings(resnet, {"smaller": smaller})["smaller"]
-    stopwatch.compare(resnet, smaller, 5.0)
+    saved = watching.savings(resnet, {"smaller": smaller})["smaller"]
+    watching.compare(resnet, smaller, 5.0)
     asked = {"provider": "cpu", "batch": 4, "threads": 2, "seed": 3, "clock": "wall"}
     assert seen == [
         asked | {"seconds": 8.0, "tolerance": 0.003},
@@ -173,7 +179,7 @@ def test_a_ratio_within_two_percent_is_sure(
     half_width: float, clocks: list[str], resnet: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked = watch(monkeypatch, wall=0.0, processor=0.0)
-    monkeypatch.setattr(block_latency, "ratio", lambda a, b: Ratio(0.8, 0.8 - half_width, 0.8 + half_width))
+    patch(monkeypatch, "ratio", lambda a, b: Ratio(0.8, 0.8 - half_width, 0.8 + half_width))
     found = Stopwatch("cpu", batch=4).compare(resnet, resnet, 1.0)
     assert asked == clocks
     assert (found.clock, found.batch, found.provider) == (clocks[-1], 4, "cpu")
@@ -291,7 +297,7 @@ def test_shares_that_are_too_small_make_no_block_go_in_vain(
     def small(*given: Any, **options: Any) -> dict[str, Share]:
         return {e: Share(s.value / 3, s.low / 3, s.high / 3) for e, s in true(*given, **options).items()}
 
-    monkeypatch.setattr(block_latency, "latency_shares", small)
+    patch(monkeypatch, "latency_shares", small)
     code, measured, _ = drop(models, tmp_path, capsys, 12)
     whole, left = (cost(load(p)) for p in (models / "resnet20-fashion.onnx", tmp_path / "o.onnx"))
     assert code == 0
@@ -313,7 +319,7 @@ def test_too_many_blocks_at_the_end_are_said(
         gone = (21 - cost(model)) / 21
         return 21 * (1 - (2 if final else 1) * gone)
 
-    monkeypatch.setattr(block_latency, "benchmark", stub({"wall": 0.001}, clocks, shifting))
+    patch(monkeypatch, "benchmark", stub({"wall": 0.001}, clocks, shifting))
     from onnxcompress.optimize.block_drop.pipeline import Dropper
 
     measure = Dropper._measure

@@ -39,7 +39,8 @@ from onnxcompress.optimize.reconstruction.tuning_inputs import gather_tuning_inp
 from onnxcompress.optimize.reconstruction.tuning_outcome import TuningOutcome
 from onnxcompress.optimize.synthesis.statistics_alignment import StatisticsAlignment, standardize
 from onnxcompress.progress import Progress
-from onnxcompress.runtime.block_latency import Additivity, Share, Stopwatch, added, usable
+from onnxcompress.runtime.block_latency import Additivity, Share, added, usable
+from onnxcompress.runtime.stopwatch import Stopwatch
 
 TAPS_BYTES = 2 << 30
 """Memory that the tensors kept for scoring may take; fewer images are used where they would need more."""

@@ -39,7 +39,8 @@ from onnxcompress.optimize.reconstruction.levels import feature_levels
 from onnxcompress.optimize.reconstruction.tuning_inputs import gather_tuning_inputs
 from onnxcompress.optimize.reconstruction.tuning_outcome import TuningOutcome
 from onnxcompress.progress import Progress
-from onnxcompress.runtime.block_latency import LatencyChange, Share, Stopwatch
+from onnxcompress.runtime.block_latency import LatencyChange, Share
+from onnxcompress.runtime.stopwatch import Stopwatch
 
 PRICING_IMAGES = 256
 """Images that channels are priced on, at most."""

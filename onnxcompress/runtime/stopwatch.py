@@ -1,0 +1,152 @@
+"""Time networks against each other, by a clock that is precise enough on this machine.
+
+On a busy machine wall-clock times are noisy. Where they cannot tell networks apart, the measurement is
+repeated with the processor time of one thread, which all later measurements use too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from onnxcompress.graph.blocks import Block
+from onnxcompress.model import Model
+from onnxcompress.runtime.block_latency import (
+    LatencyChange,
+    Share,
+    latency_shares,
+    noisy,
+    share_saved,
+    without_each_kind,
+)
+from onnxcompress.runtime.bootstrap import Ratio
+from onnxcompress.runtime.latency import Clock, benchmark, has_processor_clock, ratio
+from onnxcompress.runtime.providers import ProviderLike
+
+UNSURE = 0.02
+"""Half width of the 95 % interval of a ratio of two latencies above which the clock is too noisy."""
+
+
+@dataclass
+class Stopwatch:
+    """Times networks against each other, by a clock that is precise enough on this machine."""
+
+    provider: ProviderLike = "auto"
+    batch: int = 1
+    threads: int = 0
+    seed: int = 0
+    clock: Clock = "wall"
+    """Becomes `processor` at the first measurement for which the wall clock is too noisy."""
+    warm_up: float = 3.0
+    """Seconds at most until all models run steadily."""
+    tolerance: float = 0.005
+    """Half width of the 95 % interval of a ratio at which a comparison ends early."""
+
+    def check(self, model: Model) -> None:
+        """Run a model once: a provider or a batch that cannot be is an error now, not at the end.
+
+        Args:
+            model: The model. Raises CompressError as `latency.benchmark` does.
+        """
+        benchmark({"": model}, runs=1, **(self._how() | {"warm_up": 0}))
+
+    def shares(self, model: Model, blocks: Sequence[Block], seconds: float = 8.0) -> dict[str, Share]:
+        """Measure the latency share of each block; see `latency_shares`.
+
+        Args:
+            model: The whole model.
+            blocks: Blocks that can be dropped.
+            seconds: Time to measure for, at most, by one clock.
+
+        Returns:
+            τ by name of the block's exit tensor.
+
+        Raises:
+            CompressError: As `latency_shares`.
+        """
+        without = without_each_kind(model, blocks)
+        while True:
+            shares = latency_shares(model, blocks, without=without, seconds=seconds, **self._how())
+            if not noisy(shares) or not self._turn_to_processor():
+                return shares
+
+    def savings(self, model: Model, variants: Mapping[str, Model]) -> dict[str, Share]:
+        """Measure the share of a model's latency that each of several variants saves.
+
+        Args:
+            model: The whole model.
+            variants: The variants, by a name other than "".
+
+        Returns:
+            The shares by name, negative for a variant that is slower.
+
+        Raises:
+            CompressError: As `latency.benchmark`.
+        """
+        while True:
+            timings = benchmark({"": model, **variants}, seconds=20.0, tolerance=0.003, **self._how())
+            shares = {name: share_saved(ratio(timings[""], timings[name])) for name in variants}
+            if not noisy(shares) or not self._turn_to_processor():
+                return shares
+
+    def ratios(self, model: Model, variants: Mapping[str, Model], seconds: float) -> dict[str, Ratio]:
+        """Measure the latency of each of several variants over that of a model.
+
+        Args:
+            model: The model.
+            variants: The variants, by a name other than "".
+            seconds: Time to measure for, at most, by one clock.
+
+        Returns:
+            The ratios by name, above 1 for a variant that is slower.
+
+        Raises:
+            CompressError: As `latency.benchmark`.
+        """
+        how = {"warm_up": self.warm_up, "tolerance": self.tolerance}
+        while True:
+            timings = benchmark({"": model, **variants}, seconds=seconds, **(self._how() | how))
+            found = {name: ratio(timings[""], timings[name]) for name in variants}
+            widest = max((one.high - one.low) / 2 for one in found.values())
+            if widest <= UNSURE or not self._turn_to_processor():
+                return found
+
+    def compare(self, before: Model, after: Model, seconds: float) -> LatencyChange:
+        """Measure the ratio of the latencies of two models.
+
+        Args:
+            before: The first model.
+            after: The second model, whose latency is divided by the first's.
+            seconds: Time to measure for, at most.
+
+        Returns:
+            Both latencies and their ratio.
+
+        Raises:
+            CompressError: As `latency.benchmark`.
+        """
+        while True:
+            change = self._compare(before, after, seconds)
+            if (change.high - change.low) / 2 <= UNSURE or not self._turn_to_processor():
+                return change
+
+    def _compare(self, before: Model, after: Model, seconds: float) -> LatencyChange:
+        models = {"before": before, "after": after}
+        how = self._how() | {"warm_up": self.warm_up, "tolerance": self.tolerance}
+        timings = benchmark(models, seconds=seconds, **how)
+        first, second = timings["before"], timings["after"]
+        change = ratio(first, second)
+        times = (first.median_ms, second.median_ms, change.value, change.low, change.high)
+        return LatencyChange(*times, first.device, self.batch, self.clock)
+
+    def _turn_to_processor(self) -> bool:
+        """Use the processor clock from now on; return whether that is possible and a change."""
+        if self.clock == "processor" or not has_processor_clock(self.provider):
+            return False
+        self.clock = "processor"
+        return True
+
+    def _how(self) -> dict[str, Any]:
+        names = ("provider", "batch", "threads", "seed", "clock")
+        return {name: getattr(self, name) for name in names}
