@@ -11,14 +11,14 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any
 
 from onnxcompress.account import Figures
 from onnxcompress.errors import CompressError, CompressWarning
 from onnxcompress.passes.base import Pass, PassResult
 from onnxcompress.progress import Progress
-from onnxcompress.runtime.timing_options import TimingOptions
+from onnxcompress.runtime.timing_options import RuntimeOptions, TimingOptions
 
 if TYPE_CHECKING:
     from onnxcompress.model import Model
@@ -43,9 +43,10 @@ def options_for(pass_: Pass, given: TimingOptions | None) -> TimingOptions | Non
     """
     if given is None or not given.latency or not pass_.timed:
         return None
-    if getattr(pass_, "provider", "auto") == "auto":
-        return given
-    own = {name: getattr(pass_, name) for name in ("provider", "provider_options", "threads")}
+    defaults = {f.name: f.default for f in fields(RuntimeOptions) if hasattr(pass_, f.name)}
+    own = {name: getattr(pass_, name) for name in defaults}
+    if own.get("provider", "auto") == "auto":
+        own = {name: value for name, value in own.items() if value != defaults[name]}
     return replace(given, **own)
 
 

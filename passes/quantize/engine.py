@@ -39,6 +39,7 @@ from onnxcompress.optimize.synthesis.statistics_alignment import StatisticsAlign
 from onnxcompress.optimize.synthesis.synthetic_inputs import MADE_UP
 from onnxcompress.passes.base import PassResult
 from onnxcompress.passes.quantize.figures import QuantizedLayerRow, QuantizeFigures
+from onnxcompress.passes.quantize.float_parameters import Parameters, parameters_of
 from onnxcompress.passes.quantize.mixed_precision import choose_bits
 from onnxcompress.passes.quantize.options import QuantizeOptions
 from onnxcompress.passes.quantize.output_noise import output_snr
@@ -59,6 +60,8 @@ class Quantized:
     result: PassResult[QuantizeFigures | None]
     images: Tensor | None
     """What the layers were fitted on, (N, …); None where no layer was."""
+    parameters: tuple[Parameters, ...] = ()
+    """What the quantized layers computed with before."""
 
 
 @one_thread_each()
@@ -115,6 +118,7 @@ def quantize(
             context, results, data, steps=work.steps, seed=options.seed, device=device, progress=progress
         )
     ended = time.perf_counter()
+    parameters = parameters_of(model, plan)
     rows = _write(options, model, plan, results)
     made = (stage.used for stage in stages if stage.used)
     figures = QuantizeFigures(
@@ -134,7 +138,7 @@ def quantize(
     )
     changed = [Change(r.name, f"weight {r.weight_bits} bits, input {r.input_bits}") for r in rows]
     result = PassResult([*changes, *changed], plan.refusals, figures, inputs.shown)
-    return Quantized(result, context.images)
+    return Quantized(result, context.images, parameters)
 
 
 def _work(

@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from onnxcompress.account import Figures
+from onnxcompress.account import Figures, Refusal
 from onnxcompress.optimize.reconstruction.tuning_outcome import TuningOutcome
 from onnxcompress.quantization.ort_fusion import OptimizedNodes
+from onnxcompress.runtime.block_latency import LatencyChange
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,56 @@ class Budget:
 
 
 @dataclass(frozen=True)
+class FloatLayer:
+    """A layer that stays a float layer since quantizing it gains no time and costs accuracy."""
+
+    name: str
+    gain: float
+    """Share of the quantized network's latency that quantizing the layers of its kind gains; negative
+    where they take longer."""
+    low: float
+    """Lower end of the gain's 95 % interval."""
+    high: float
+    """Upper end of the gain's 95 % interval."""
+    noise: float
+    """Noise of the outputs over their variation that goes with the layers of its kind."""
+    of_its_kind: int
+    """Number of layers with the same shapes, which were measured together."""
+
+    def refusal(self, provider: str) -> Refusal:
+        """Say why the layer stays a float layer.
+
+        Args:
+            provider: The provider on which it was timed.
+
+        Returns:
+            A refusal with the figures.
+        """
+        kind = (
+            "quantizing it" if self.of_its_kind == 1 else f"quantizing the {self.of_its_kind} of its kind"
+        )
+        time = f"{abs(100 * self.gain):.2g} % {'less' if self.gain >= 0 else 'more'} time"
+        rule = (
+            f"it stays a float layer: {kind} takes {time} on {provider}, and adds noise of "
+            f"{100 * self.noise:.2g} % of the outputs' variation"
+        )
+        return Refusal(self.name, rule, "without --only-faster it is quantized")
+
+
+@dataclass(frozen=True)
+class FloatLayers:
+    """The layers that stay float layers, and what that gives."""
+
+    layers: tuple[FloatLayer, ...]
+    latency: LatencyChange
+    """Latency with all layers quantized, and with these in floats."""
+    noise_before: float
+    """Noise of the outputs over their variation with all layers quantized."""
+    noise: float
+    """The same with these layers in floats."""
+
+
+@dataclass(frozen=True)
 class QuantizeFigures(Figures):
     """The figures of `quantize`."""
 
@@ -68,6 +119,8 @@ class QuantizeFigures(Figures):
     float_tensors: Mapping[str, float] | None = None
     """Tensor that stays floats -> noise of the outputs over their variation if it alone were quantized;
     None: none had to."""
+    float_layers: FloatLayers | None = None
+    """Layers that gain no time by being quantized and cost accuracy; None: none, or nobody asked."""
 
     tuning: TuningOutcome | None = None
     """What tuning all layers together gave; its errors are those of the outputs. None: it was not done."""

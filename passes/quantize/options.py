@@ -10,10 +10,11 @@ from onnxcompress.graph.node_selection import SelectionOptions
 from onnxcompress.optimize.input_options import InputOptions
 from onnxcompress.option_fields import option
 from onnxcompress.quantization.runtimes import RULES, Placement, RuntimeRules
+from onnxcompress.runtime.timing_options import RuntimeOptions
 
 
 @dataclass(frozen=True)
-class QuantizeOptions(SelectionOptions, InputOptions):
+class QuantizeOptions(SelectionOptions, InputOptions, RuntimeOptions):
     """What `quantize` is asked for; its fields are the options of the command."""
 
     for_runtime: Literal["cpu", "cuda", "tensorrt", "openvino", "qnn"] | None = option(
@@ -21,6 +22,11 @@ class QuantizeOptions(SelectionOptions, InputOptions):
         "The runtime that will run the file: types, symmetry and places of quantizers become "
         "what it fuses and accepts. Options that are given win.",
         alias="--for",
+    )
+    only_faster: bool = option(
+        False,
+        "Leave layers in floats that gain no time on --provider by being quantized, as measured, and cost "
+        "accuracy; with 8 bits.",
     )
     weight_bits: int = option(
         8,
@@ -144,6 +150,11 @@ class QuantizeOptions(SelectionOptions, InputOptions):
             raise OptionError(
                 f"--for {self.for_runtime} reads activations of {most} bits at most, got --activation-bits "
                 f"{self.activation_bits}"
+            )
+        if self.only_faster and (self.activation_bits != 8 or not self.rules.activations):
+            raise OptionError(
+                "--only-faster: runtimes have kernels for 8-bit activations alone; leave it out, or give "
+                "--activation-bits 8"
             )
         if self.sensitivity is not None and not self.mixed:
             raise OptionError("--sensitivity: give a budget with it, --bits-budget or --size-budget")

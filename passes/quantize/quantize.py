@@ -26,7 +26,8 @@ pictures than its record tells of (PP-LCNet learned on documents): procedural on
 better result is kept. Where a detector finds nothing in those pictures, they cannot tell whether it would
 still find what there is, and procedural inputs are taken, which kept more of PP-OCR's masks
 (`tests.benchmarks.field_accuracy masks`). Where that is too little, too, the tensors that cost most stay
-floats (`float_tensors`).
+floats (`float_tensors`). With `only_faster` layers stay floats that gain no time on the provider by being
+quantized, and cost accuracy (`unprofitable_layers`).
 
 `overflow_safe`: without it, onnxruntime's result on a CPU with AVX2 and no VNNI is far from what the file
 says (`tests/benchmarks/overflow.py`). It costs next to nothing: no pair of weights is too large, but each
@@ -59,7 +60,8 @@ from onnxcompress.quantization.quantized_models import refuse_quantized
 
 if TYPE_CHECKING:
     from onnxcompress.passes.quantize.engine import Quantized
-    from onnxcompress.passes.quantize.float_tensors import FloatTensor
+    from onnxcompress.passes.quantize.figures import FloatLayers
+    from onnxcompress.passes.quantize.float_tensors import FloatTensor, Judge
 
 OPSET = 13
 """From which on scales may be per channel."""
@@ -96,6 +98,18 @@ class Quantize(QuantizeOptions, Pass):
     needs: ClassVar[tuple[str, ...]] = ("torch", "onnxruntime")
     timed: ClassVar[bool] = True
 
+    def is_repeatable(self, figures: Figures) -> bool:
+        """Return whether another run would leave the same layers in floats.
+
+        Args:
+            figures: The figures of a result.
+
+        Returns:
+            False where layers were chosen by the latency of a disturbed clock.
+        """
+        found = figures.float_layers if isinstance(figures, QuantizeFigures) else None
+        return super().is_repeatable(figures) and (found is None or found.latency.clock == "wall")
+
     def apply(self, model: Model, progress: Progress = silent) -> PassResult[QuantizeFigures | None]:
         """Quantize in place.
 
@@ -126,8 +140,8 @@ class Quantize(QuantizeOptions, Pass):
         return replace(self, **self.runtime_options())
 
     def _quantize(self, model: Model, progress: Progress) -> PassResult[QuantizeFigures | None]:
-        """Quantize in place; by other inputs, or with some tensors in floats, where too little is kept."""
-        from onnxcompress.passes.quantize.float_tensors import FLOOR, Judge, leave_floats
+        """Quantize in place; with layers in floats that gain no time, where that is asked for."""
+        from onnxcompress.passes.quantize.float_tensors import Judge
 
         before = model.copy()
         made = self._attempt(model, progress)
@@ -138,6 +152,15 @@ class Quantize(QuantizeOptions, Pass):
             judge = Judge(before, self.request)
         except CompressError:  # onnxruntime does not run it: the guard says so
             return made.result
+        made = self._keeping_enough(made, before, model, judge, progress)
+        return self._profitable(made, before, model, judge, progress) if self.only_faster else made.result
+
+    def _keeping_enough(
+        self, made: Quantized, before: Model, model: Model, judge: Judge, progress: Progress
+    ) -> Quantized:
+        """Quantize by other inputs, or with some tensors in floats, where too little is kept."""
+        from onnxcompress.passes.quantize.float_tensors import FLOOR, leave_floats
+
         kept = judge.kept_db(model)
         if (kept < FLOOR or judge.unseen) and self.inputs == "auto" and _aligned(made.result):
             procedural = before.copy()
@@ -152,9 +175,22 @@ class Quantize(QuantizeOptions, Pass):
                 model.become(procedural)
                 made, kept = replace(other, result=_because(other.result, why)), other_kept
         if kept >= FLOOR or not self.float_tensors:
-            return made.result
+            return made
         tensors = leave_floats(model, judge, kept, progress)
-        return _with_floats(made, before, model, tensors) if tensors else made.result
+        return _with_floats(made, before, model, tensors) if tensors else made
+
+    def _profitable(
+        self, made: Quantized, before: Model, model: Model, judge: Judge, progress: Progress
+    ) -> PassResult[QuantizeFigures | None]:
+        """Leave layers in floats that gain no time by being quantized, and cost accuracy."""
+        from onnxcompress.optimize.executor.open_batch import file_batch
+        from onnxcompress.passes.quantize.unprofitable_layers import leave_unprofitable
+        from onnxcompress.runtime.stopwatch import Stopwatch
+
+        batch = file_batch(before) or self.latency_batch
+        stopwatch = Stopwatch(self.runs_on, batch, self.threads, self.seed)
+        found = leave_unprofitable(before, model, made.parameters, judge, stopwatch, progress)
+        return made.result if found is None else _with_float_layers(made, before, model, found)
 
     def _attempt(self, model: Model, progress: Progress) -> Quantized:
         from onnxcompress.passes.quantize.engine import quantize
@@ -242,24 +278,46 @@ def _because(result: PassResult[QuantizeFigures | None], why: str) -> PassResult
 
 def _with_floats(
     made: Quantized, original: Model, model: Model, tensors: Sequence[FloatTensor]
-) -> PassResult[QuantizeFigures | None]:
+) -> Quantized:
     """Note which tensors stay floats, which layers read floats now, and what that gives."""
     from onnxcompress.passes.quantize.float_tensors import float_readers
-    from onnxcompress.passes.quantize.output_noise import output_snr
-    from onnxcompress.quantization.ort_fusion import fused_counts
 
     figures, floats = made.result.measured, float_readers(model)
     assert figures is not None
-    assert made.images is not None
     figures = replace(
         figures,
         layers=tuple(
             replace(row, input_bits=0, input_scale=None, input_range=None) if row.name in floats else row
             for row in figures.layers
         ),
-        runtime=fused_counts(model),
         float_tensors={one.name: one.noise for one in tensors},
-        output_snr_db=output_snr(original, model, made.images),
     )
     refusals = [*made.result.refusals, *(one.refusal for one in tensors)]
-    return replace(made.result, refusals=refusals, measured=figures)
+    result = replace(made.result, refusals=refusals, measured=_again(figures, made, original, model))
+    return replace(made, result=result)
+
+
+def _with_float_layers(
+    made: Quantized, original: Model, model: Model, found: FloatLayers
+) -> PassResult[QuantizeFigures | None]:
+    """Note which layers stay float layers, and what that gives; a network of these alone is unchanged."""
+    figures, gone = made.result.measured, {layer.name for layer in found.layers}
+    assert figures is not None
+    refusals = [*made.result.refusals, *(layer.refusal(found.latency.provider) for layer in found.layers)]
+    rows = tuple(row for row in figures.layers if row.name not in gone)
+    if not rows:
+        return PassResult(refusals=refusals)
+    figures = _again(replace(figures, layers=rows, float_layers=found), made, original, model)
+    changes = [change for change in made.result.changes if change.node not in gone]
+    return replace(made.result, changes=changes, refusals=refusals, measured=figures)
+
+
+def _again(figures: QuantizeFigures, made: Quantized, original: Model, model: Model) -> QuantizeFigures:
+    """Measure again what depends on the network as a whole."""
+    from onnxcompress.passes.quantize.output_noise import output_snr
+    from onnxcompress.quantization.ort_fusion import fused_counts
+
+    assert made.images is not None
+    return replace(
+        figures, runtime=fused_counts(model), output_snr_db=output_snr(original, model, made.images)
+    )
