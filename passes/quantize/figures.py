@@ -56,7 +56,7 @@ class Budget:
 
 @dataclass(frozen=True)
 class FloatLayer:
-    """A layer that stays a float layer since quantizing it gains no time and costs accuracy."""
+    """A layer that stays a float layer since quantizing it loses time, or gains none and costs accuracy."""
 
     name: str
     gain: float
@@ -69,7 +69,7 @@ class FloatLayer:
     noise: float
     """Noise of the outputs over their variation that goes with the layers of its kind."""
     of_its_kind: int
-    """Number of layers with the same shapes, which were measured together."""
+    """Number of layers that were measured together, as a rule those with the same shapes."""
 
     def refusal(self, provider: str) -> Refusal:
         """Say why the layer stays a float layer.

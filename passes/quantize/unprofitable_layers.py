@@ -4,10 +4,11 @@
     cost_k = noise(all quantized) − noise(kind k in floats)
 
 noise: of the outputs over their variation (`float_tensors.Judge`). Layers whose weights and outputs have
-the same shapes are of one kind: they take the same time, and go together. All variants are timed
-interleaved, in one measurement. Kinds that cost something and gain no time are taken, those with the least
-gain over cost first; then the whole is timed against the network with all layers quantized. Where it is
-slower, half of the kinds, those with the most gain over cost, go back.
+the same shapes are of one kind: they take the same time, and go together, and so do the kinds that cost
+least where there are many. All variants are timed interleaved, in one measurement. Taken are kinds that
+lose time, and those that gain none and cost something, by gain over cost; then the whole is timed against
+the network with all layers quantized. Where it is slower, half of the kinds, those with the most gain over
+cost, go back.
 
 What a layer takes is not read from a profile by node: OpenVINO and TensorRT run the network as one node,
 and the conversions that a float layer needs between quantized ones stand in no profile of either network.
@@ -27,16 +28,19 @@ from onnxcompress.progress import Progress, silent
 from onnxcompress.runtime.bootstrap import Ratio
 from onnxcompress.runtime.stopwatch import Stopwatch
 
-KINDS = 32
-"""Kinds of layers that are timed, at most: those that cost most."""
-SECONDS, WHOLE_SECONDS = 12.0, 5.0
+KINDS = 24
+"""Kinds of layers that are timed, at most."""
+OTHERS = "others"
+"""The kinds beyond these, those that cost least, as one."""
+SECONDS, WHOLE_SECONDS = 15.0, 5.0
 """Time for timing all kinds, and for timing the result, at most."""
 NEGLIGIBLE = 0.005
 """Share of the noise below which a kind costs nothing."""
 NIL = 0.003
 """Share of the latency below which a gain is none."""
-NO_SLOWER = 1.005
-"""Latency over that with all layers quantized, at which a result is no slower."""
+NO_SLOWER = 1.01
+"""Latency over that with all layers quantized, at most, of a result that is not measurably slower."""
+TINY = 1e-12
 
 
 def leave_unprofitable(
@@ -62,15 +66,16 @@ def leave_unprofitable(
     """
     search = _Search(original, model, layers, judge, progress)
     costs = search.costs()
-    gains = stopwatch.ratios(model, {k: search.variants[k] for k in costs}, SECONDS) if costs else {}
-    ranked = sorted(costs, key=lambda kind: max(gains[kind].value - 1, 0) / costs[kind])
-    taken = [kind for kind in ranked if gains[kind].value - 1 <= NIL]
+    gains = stopwatch.ratios(model, search.variants, SECONDS)
+    ranked = sorted(costs, key=lambda kind: max(gains[kind].value - 1, 0) / max(costs[kind], TINY))
+    taken = [kind for kind in ranked if search.is_unprofitable(gains[kind], costs[kind])]
     while taken:
         progress("timing the result", 0, 1)
         trial = search.with_floats(taken)
         change = stopwatch.compare(model, trial, WHOLE_SECONDS)
         noise = search.noise(trial)
-        if change.ratio <= NO_SLOWER and noise < search.quantized_noise:
+        no_slower = change.low <= 1 and change.ratio <= NO_SLOWER
+        if no_slower and (noise < search.quantized_noise or change.high < 1):
             model.become(trial)
             rows = search.rows(taken, gains, costs)
             return FloatLayers(rows, change, search.quantized_noise, noise)
@@ -91,7 +96,7 @@ class _Search:
     ) -> None:
         self._original, self._model, self._judge, self._progress = original, model, judge, progress
         self.kinds = _kinds(model, layers)
-        self.variants = {kind: self.with_floats([kind]) for kind in self.kinds}
+        self.variants: dict[str, Model] = {}
         self.quantized_noise = self.noise(model)
 
     def noise(self, model: Model) -> float:
@@ -99,13 +104,26 @@ class _Search:
         return float(10 ** (-self._judge.kept_db(model) / 10))
 
     def costs(self) -> dict[str, float]:
-        """Measure the noise that goes with each kind; kinds that cost next to nothing are left out."""
+        """Measure the noise that goes with each kind, and put those together that cost least."""
         found = {}
-        for at, (kind, variant) in enumerate(self.variants.items()):
-            self._progress("looking for layers that had better stay floats", at, len(self.variants))
-            found[kind] = self.quantized_noise - self.noise(variant)
-        costly = [kind for kind in found if found[kind] > NEGLIGIBLE * self.quantized_noise]
-        return {kind: found[kind] for kind in sorted(costly, key=lambda kind: -found[kind])[:KINDS]}
+        for at, kind in enumerate(self.kinds):
+            self._progress("looking for layers that had better stay floats", at, len(self.kinds))
+            found[kind] = self._cost(kind)
+        rest = sorted(found, key=lambda kind: -found[kind])[KINDS - 1 :]
+        if len(rest) > 1:
+            for kind in rest:
+                del self.variants[kind], found[kind]
+            self.kinds[OTHERS] = [layer for kind in rest for layer in self.kinds.pop(kind)]
+            found[OTHERS] = self._cost(OTHERS)
+        return found
+
+    def _cost(self, kind: str) -> float:
+        self.variants[kind] = self.with_floats([kind])
+        return self.quantized_noise - self.noise(self.variants[kind])
+
+    def is_unprofitable(self, gain: Ratio, cost: float) -> bool:
+        """Return whether quantizing a kind loses time, or gains none and costs accuracy."""
+        return gain.high < 1 or (gain.value - 1 <= NIL and cost > NEGLIGIBLE * self.quantized_noise)
 
     def with_floats(self, kinds: Sequence[str]) -> Model:
         """Copy the network with the layers of some kinds in floats; the original where these are all."""
