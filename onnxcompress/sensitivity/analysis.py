@@ -19,6 +19,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from onnxcompress.account import InputSource, Refusal
+from onnxcompress.data.image_set import image_count
 from onnxcompress.errors import ModelError, OptionError
 from onnxcompress.model import Model
 from onnxcompress.optimize.calibration import InputRequest, assume_sizes, gather_inputs, quick
@@ -100,7 +101,7 @@ def sensitivity(
 
 
 def limited(request: InputRequest) -> InputRequest:
-    """Limit real images to IMAGES, unless the request gives a number.
+    """Limit real images to IMAGES where there are more, unless the request gives a number.
 
     Args:
         request: The inputs that were asked for.
@@ -108,7 +109,9 @@ def limited(request: InputRequest) -> InputRequest:
     Returns:
         The request with the limit.
     """
-    return replace(request, count=IMAGES) if request.images and request.count is None else request
+    if request.images is None or request.count is not None:
+        return request
+    return replace(request, count=IMAGES) if image_count(request.images) > IMAGES else request
 
 
 def account(result: Sensitivity, digest: str) -> dict[str, Any]:

@@ -144,9 +144,15 @@ def quantize(
 def _work(
     options: QuantizeOptions, effort: Effort, model: Model, progress: Progress
 ) -> tuple[InputRequest, QuantizeWork]:
-    """Return the inputs to gather, and the counts: with fewer bits than 8 those of a higher effort."""
+    """Return the inputs to gather, and the counts: with fewer bits than 8 those of a higher effort.
+
+    Symmetric ranges leave 7 bits behind a ReLU: channels of unlike ranges then cost too much (MobileNetV2).
+    """
     few = _few(options)
-    work = QUANTIZE[effort if not few else "balanced" if effort == "fast" else "best"]
+    if effort == "fast" and (few or options.symmetric):
+        work = QUANTIZE["balanced"]
+    else:
+        work = QUANTIZE["best" if few else effort]
     if not 0 < options.activation_bits < STREAM_BITS or not options.reconstruct:
         work = replace(work, steps=0)
     elif options.steps is not None:

@@ -22,6 +22,7 @@ from onnxcompress.model import Model, load
 from onnxcompress.passes.quantize import Quantize
 from onnxcompress.passes.quantize.figures import QuantizeFigures
 from onnxcompress.runtime.latency import benchmark, ratio
+from onnxcompress.runtime.providers import Provider
 from onnxcompress.runtime.session import session
 
 BATCH = 4
@@ -41,20 +42,30 @@ THRESHOLD = 0.25
 @click.option("--input-shape")
 @click.option("--effort", default="fast", show_default=True)
 @click.option("--seconds", default=30.0, show_default=True, help="Time for timing the three, at most.")
+@click.option(
+    "--clock", type=click.Choice(["wall", "processor"]), default="wall", help="As in `benchmark`."
+)
+@click.option("--provider-options", help="As on the command line.")
 def main(network: str, test: str, **how: Any) -> None:
     x, y = _judged(test, how)
     learn = {"preprocess": how["preprocess"], "effort": how["effort"], "input_shape": how["input_shape"]}
     learn |= {"images": how["learn"], "count": how["count"]} if how["learn"] else {}
     models = {"float": load(network), "W8A8": load(network), "--only-faster": load(network)}
     Quantize(**learn).apply(models["W8A8"])
-    pass_ = Quantize(**learn, only_faster=True, provider=how["provider"])
+    settings = tuple(filter(None, (how["provider_options"] or "").split(",")))
+    runs_on = Provider.of(how["provider"], settings)
+    own = {"only_faster": True, "provider": how["provider"], "provider_options": settings}
+    pass_ = Quantize(**learn, **own)
     figures = pass_.apply(models["--only-faster"]).measured
     shapes = _shapes(models["float"], how["input_shape"])
-    timed = benchmark(models, provider=how["provider"], seconds=how["seconds"], shapes=shapes)
-    exact = _outputs(models["float"], x, how["provider"])
-    click.echo(f"{network.rsplit('/', 1)[-1]} on {timed['float'].device}, {len(x)} images")
+    timed = benchmark(
+        models, provider=runs_on, seconds=how["seconds"], shapes=shapes, clock=how["clock"], tolerance=0.003
+    )
+    exact = _outputs(models["float"], x, runs_on)
+    title = f"{network.rsplit('/', 1)[-1]} on {timed['float'].device}, {how['clock']} clock"
+    click.echo(f"{title}, {timed['float'].runs} rounds; {len(x)} images")
     for name, model in models.items():
-        given = exact if name == "float" else _outputs(model, x, how["provider"])
+        given = exact if name == "float" else _outputs(model, x, runs_on)
         time = ratio(timed["float"], timed[name])
         noise = float(np.square(given - exact).mean() / np.square(exact - exact.mean(0)).mean())
         span = f"{time.value:.3f} ({time.low:.3f} to {time.high:.3f}) of float's"
@@ -85,7 +96,7 @@ def _shapes(model: Model, shape: str | None) -> dict[str, list[int]]:
     return {model.graph.inputs[0].name: [int(size) for size in shape.split("x")]}
 
 
-def _outputs(model: Model, x: np.ndarray, provider: str) -> np.ndarray:
+def _outputs(model: Model, x: np.ndarray, provider: Provider) -> np.ndarray:
     """Run the network on the provider, batch by batch; the first output."""
     opened = session(model, provider=provider)
     name = opened.get_inputs()[0].name

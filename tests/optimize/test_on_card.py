@@ -10,8 +10,11 @@ import numpy as np
 import onnx
 import pytest
 
+from onnxcompress.cli.main import main
 from onnxcompress.model import load
+from onnxcompress.optimize.calibration import InputRequest
 from onnxcompress.passes import load_pass
+from onnxcompress.passes.fold_bn.fold_and_canonicalize import fold_and_canonicalize
 from onnxcompress.runtime.latency import benchmark
 
 torch = pytest.importorskip("torch")
@@ -21,6 +24,7 @@ from onnxcompress.optimize.block_drop.selection import choose as choose_blocks  
 from onnxcompress.optimize.reconstruction.admm_mask import Problem  # noqa: E402
 from onnxcompress.optimize.reconstruction.global_tuning import finetune_sparse  # noqa: E402
 from onnxcompress.optimize.synthesis.distillation import distill  # noqa: E402
+from onnxcompress.sensitivity.analysis import sensitivity  # noqa: E402
 from tests.helpers.pretended_card import pretended_card  # noqa: E402
 
 SOURCES = ("images", "distilled", "procedural", "layerwise")
@@ -28,8 +32,12 @@ COMMANDS: dict[str, dict[str, Any]] = {
     "quantize": {},
     "quantize --weight-bits 4 --activation-bits 0": {"weight_bits": 4, "activation_bits": 0},
     "quantize --weight-bits 4 --activation-bits 4": {"weight_bits": 4, "activation_bits": 4, "steps": 2},
+    "quantize --bits-budget 6": {"bits_budget": 6.0, "steps": 0},
+    "quantize --for tensorrt": {"for_runtime": "tensorrt", "effort": "fast"},
     "prune": {"sparsity": 0.5},
+    "prune --pattern 2:4": {"sparsity": 0.5, "pattern": "2:4"},
     "drop-blocks": {"blocks": 1, "steps": 2, "batch": 8},
+    "drop-channels": {"macs_reduction": 20.0, "steps": 2, "batch": 8},
     "calibrate": {},
 }
 
@@ -106,7 +114,7 @@ def brief(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(solve.__kwdefaults__, "refits", 2)
 
 
-REFUSED = {("calibrate", "layerwise")}
+REFUSED = {("calibrate", "layerwise"), ("drop-channels", "layerwise")}
 CASES = [(c, s) for c in COMMANDS for s in SOURCES if (c, s) not in REFUSED]
 
 
@@ -119,6 +127,26 @@ def test_no_tensor_lies_elsewhere(command: str, source: str, network: Path) -> N
     with pretended_card():
         result = pass_type(**COMMANDS[command], **given, inputs=source, device="cuda").apply(model)
     assert result.modified
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["distilled", "procedural"])
+def test_images_are_made_on_a_card(kind: str, network: Path, tmp_path: Path) -> None:
+    command = ["synthesize", str(network), str(tmp_path / "o.npz"), "--kind", kind, "--count", "4"]
+    with pretended_card():
+        assert main([*command, "--device", "cuda", "--no-sheet", "--json"]) == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("source", SOURCES)
+def test_sensitivity_is_measured_beside_a_card(source: str, network: Path) -> None:
+    images = str(network.with_suffix(".npz")) if source == "images" else None
+    prepared = load(network)
+    fold_and_canonicalize(prepared)
+    with pretended_card():
+        request = InputRequest(images, inputs=source, synthetic=8)
+        found = sensitivity(prepared, request, bits=(8,), activation_bits=(8,), sparsity=(0.5,), workers=1)
+    assert {row.kind for row in found.rows} == {"weight_bits", "activation_bits", "sparsity"}
 
 
 def test_two_devices_do_not_meet() -> None:
