@@ -85,7 +85,7 @@ def option(
         target: Whether it says what the result is to reach: the help lists it first.
         or_zero: Whether 0 is allowed beside what the limits say.
         lists: Whether its items may be `@FILE`, which stands for the lines of a file.
-        alias: Another name of the option on the command line, as `--for`.
+        alias: Another name of the option on the command line and, without dashes, in recipes, as `--for`.
         limits: Limits of a number, named as pydantic names them: `ge`, `gt`, `le`, `lt`.
 
     Returns:
@@ -107,6 +107,19 @@ def is_required(option_field: dataclasses.Field[Any]) -> bool:
     """
     missing = dataclasses.MISSING
     return option_field.default is missing and option_field.default_factory is missing
+
+
+def alias_fields(cls: type[Any]) -> dict[str, str]:
+    """List the other names of options.
+
+    Args:
+        cls: A dataclass of options.
+
+    Returns:
+        Name in recipes -> name of the field.
+    """
+    fields = dataclasses.fields(cls)
+    return {alias.removeprefix("--"): f.name for f in fields if (alias := f.metadata.get("alias"))}
 
 
 def option_adapter(cls: type[Any], name: str) -> TypeAdapter[Any]:

@@ -36,7 +36,7 @@ from pydantic import TypeAdapter, ValidationError
 from onnxcompress.errors import RuntimeUnavailable
 from onnxcompress.evaluation.gates import Gates
 from onnxcompress.evaluation.guard import Guard
-from onnxcompress.option_fields import is_required, option_adapter
+from onnxcompress.option_fields import alias_fields, is_required, option_adapter
 from onnxcompress.passes import CATALOGUE, load_pass
 from onnxcompress.passes.base import Pass
 from onnxcompress.passes.plugins import plugins
@@ -240,9 +240,9 @@ class _Reader:
         """
         fields = {f.name: f for f in dataclasses.fields(cls)}
         what = "gate" if cls is Gates else f"option of {place[-1]}"
-        values = {}
-        for name, value in self.document.mapping(options, place, what, list(fields)).items():
-            where = (*place, name)
+        values, aliases = {}, alias_fields(cls)
+        for key, value in self.document.mapping(options, place, what, [*fields, *aliases]).items():
+            where, name = (*place, key), aliases.get(key, key)
             full = self._expanded(value, where)
             if fields[name].metadata.get("file") and isinstance(full, str) and full:
                 full = self._rebased(full)

@@ -7,7 +7,7 @@ from typing import Any
 
 from onnxcompress.evaluation.gates import Gates
 from onnxcompress.evaluation.guard import Guard
-from onnxcompress.option_fields import is_required, option_adapter
+from onnxcompress.option_fields import alias_fields, is_required, option_adapter
 from onnxcompress.passes import load_pass
 from onnxcompress.passes.base import Pass
 from onnxcompress.pipeline.recipe import pass_names
@@ -56,6 +56,7 @@ def _object_schema(cls: type[Pass] | type[Gates] | type[Guard] | type[TimingOpti
             about["default"] = one.default
         variable = {"type": "string", "pattern": r"\$\{"}
         properties[one.name] = about | {"anyOf": [*schema.get("anyOf", [schema]), variable]}
+    properties |= {alias: properties[name] for alias, name in alias_fields(cls).items()}
     required = [f.name for f in dataclasses.fields(cls) if is_required(f)]
     return {
         "description": (cls.__doc__ or "").strip().partition("\n\n")[0],

@@ -22,7 +22,9 @@ from onnxcompress.formatting import milliseconds
 from onnxcompress.graph.block_removal import drop_block
 from onnxcompress.graph.blocks import Block
 from onnxcompress.model import Model
-from onnxcompress.runtime.latency import Clock, Ratio, benchmark, ratio
+from onnxcompress.runtime.bootstrap import Ratio
+from onnxcompress.runtime.clocks import Clock
+from onnxcompress.runtime.latency import benchmark, ratio
 from onnxcompress.runtime.providers import ProviderLike
 
 FLOOR = 0.1

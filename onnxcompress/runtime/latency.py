@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from math import ceil
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
@@ -28,6 +28,7 @@ from onnxcompress.errors import OptionError
 from onnxcompress.model.model_like import ModelLike, input_specs
 from onnxcompress.progress import Progress, silent
 from onnxcompress.runtime.bootstrap import RESAMPLES, Ratio, half_width, ratio_of
+from onnxcompress.runtime.clocks import Clock, clock_reader
 from onnxcompress.runtime.gpu_clocks import Clocks, watching
 from onnxcompress.runtime.inference import random_feeds
 from onnxcompress.runtime.io_binding import Placement, Runner, bind
@@ -36,11 +37,6 @@ from onnxcompress.runtime.session import pick_provider, session
 
 __all__ = ["Placement", "Ratio", "Timing", "benchmark", "ratio", "session"]
 
-Clock = Literal["wall", "processor"]
-CLOCKS: dict[Clock, Callable[[], int]] = {"wall": time.perf_counter_ns, "processor": time.thread_time_ns}
-"""Functions that read each clock, in nanoseconds; `processor` counts while the calling thread computes."""
-COARSE = 1e-5
-"""Resolution in seconds from which on a processor clock is too coarse to time a run (as on Windows)."""
 DEFAULT_SECONDS = 10.0
 MIN_ROUNDS, MAX_ROUNDS = 20, 10_000
 WARM_WINDOW, WARM_TOLERANCE = 5, 0.05
@@ -115,7 +111,7 @@ def benchmark(
         seed: Random seed of the inputs and of the order of runs.
         shapes: Whole shapes by input name, for every model that has this input.
         clock: `processor` runs models on one thread, whatever `threads` is, and counts its processor time
-            (see `has_processor_clock`).
+            (see `clocks.has_processor_clock`).
         progress: Called with the stage, the steps done and the steps in all.
 
     Returns:
@@ -132,10 +128,9 @@ def benchmark(
     chosen = pick_provider(provider)
     feeds = _feeds(models, batch, seed, shapes or {})
     several = len(models) > 1
-    threads = threads if clock == "wall" else 1
+    threads, read = threads if clock == "wall" else 1, clock_reader(clock, chosen)
     runners = [
-        bind(n, m, chosen, threads, feeds[n], interleaved=several, clock=CLOCKS[clock])
-        for n, m in models.items()
+        bind(n, m, chosen, threads, feeds[n], interleaved=several, clock=read) for n, m in models.items()
     ]
     timed = [runner.run for runner in runners]
     with _without_gc(), watching(chosen) as watch:
@@ -152,19 +147,6 @@ def benchmark(
     clocks = None if watch is None else watch.found()
     columns = zip(runners, samples.T, strict=True)
     return {r.name: _summary(r, column, chosen, clocks) for r, column in columns}
-
-
-def has_processor_clock(provider: ProviderLike) -> bool:
-    """Return whether runs can be timed by processor time.
-
-    Args:
-        provider: The execution provider.
-
-    Returns:
-        True on the CPU, where the operating system's processor clock is fine enough.
-    """
-    fine = time.get_clock_info("thread_time").resolution < COARSE
-    return fine and pick_provider(provider).name == "cpu"
 
 
 def ratio(a: Timing, b: Timing, *, confidence: float = 0.95) -> Ratio:

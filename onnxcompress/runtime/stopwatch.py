@@ -21,7 +21,8 @@ from onnxcompress.runtime.block_latency import (
     without_each_kind,
 )
 from onnxcompress.runtime.bootstrap import Ratio
-from onnxcompress.runtime.latency import Clock, benchmark, has_processor_clock, ratio
+from onnxcompress.runtime.clocks import Clock, has_processor_clock
+from onnxcompress.runtime.latency import benchmark, ratio
 from onnxcompress.runtime.providers import ProviderLike
 
 UNSURE = 0.02

@@ -42,11 +42,12 @@ def main(
         taken = set(load_images(train, preprocess=parsed, count=count, seed=0).names)
         images = images.take([i for i, name in enumerate(images.names) if name not in taken])
     images = images.spread(judged)
+    labels = np.asarray(images.y)
     learn = {"images": train, "preprocess": preprocess, "count": count, "effort": effort}
     exact = logits(network, images, provider="cpu")
 
     def row(name: str, scores: np.ndarray, broken: str = "") -> None:
-        top1, same = topk(scores, images.y)[0], agreement(exact, scores)
+        top1, same = topk(scores, labels)[0], agreement(exact, scores)
         click.echo(f"{name:22}{100 * top1:7.2f} %, agreement {100 * same:6.2f} %{broken}")
 
     plain, chosen = load(network), load(network)

@@ -3,6 +3,7 @@
     python tests/benchmarks/gpu.py export FOLDER [--size 224]     where torchvision is
     python tests/benchmarks/gpu.py run FOLDER --json gpu.json     where the GPU is: no network, no registry
     python tests/benchmarks/gpu.py run --provider cpu --small     the very same on a CPU, in minutes
+    python tests/benchmarks/gpu.py passes --network NET.onnx TRAIN TEST PREPROCESS [--network …]
 
 `--parts` takes those that are wanted (all but tensorrt):
 
@@ -13,6 +14,9 @@
     scoring    all blocks of ResNet-34 by this tool with its shares, and by the published procedure on some
                blocks, times what is left
     tensorrt   ResNet-34 without 0 to 3 blocks (an engine is built for each), in float32 and fp16
+
+`passes` applies fp16, quantize, prune and drop-blocks to each network, which learn from TRAIN, times all
+results interleaved, and judges them on TEST, all within --minutes: what no time is left for is a row.
 
 That each session's first provider is the one asked for, and ran nodes, is asserted. Results are written
 after each part; a part that fails is a row with the reason, and the exit code is 1. The table comes last.
@@ -44,6 +48,7 @@ if importlib.util.find_spec("PIL") is None:
 
 from tests.benchmarks.gpu_networks import export  # noqa: E402
 from tests.benchmarks.gpu_parts import PARTS, Bench, run  # noqa: E402
+from tests.benchmarks.gpu_passes import Asked, Given, passes  # noqa: E402
 
 
 def main() -> int:
@@ -52,6 +57,8 @@ def main() -> int:
     if arguments.command == "export":
         export(arguments.folder, arguments.size)
         return 0
+    if arguments.command == "passes":
+        return _passes(arguments)
     small = arguments.small
     with tempfile.TemporaryDirectory() as made:
         folder = arguments.folder or Path(made)
@@ -71,6 +78,25 @@ def main() -> int:
         return run(bench, arguments.parts.split(","))
 
 
+def _passes(arguments: argparse.Namespace) -> int:
+    names = ("minutes", "blocks", "sparsity", "effort", "judged")
+    networks = tuple(Given(*given) for given in arguments.network)
+    asked = Asked(networks, **{name: getattr(arguments, name) for name in names})
+    PARTS["passes"] = passes(asked)
+    bench = Bench(
+        folder=Path(),
+        provider=arguments.provider,
+        batch=arguments.batch,
+        seconds=arguments.seconds,
+        images=0,
+        steps=0,
+        blocks=0,
+        threads=arguments.threads,
+        json=arguments.json,
+    )
+    return run(bench, ["passes"])
+
+
 def _arguments() -> argparse.Namespace:
     plain = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=plain)
@@ -88,6 +114,24 @@ def _arguments() -> argparse.Namespace:
     running.add_argument("--seconds", type=float, help="of each timing, at most")
     running.add_argument("--steps", type=int, help="of the published procedure a block")
     running.add_argument("--json", type=Path)
+    passing = commands.add_parser("passes")
+    passing.add_argument(
+        "--network",
+        nargs=4,
+        action="append",
+        required=True,
+        metavar=("NET.onnx", "TRAIN", "TEST", "PREPROCESS"),
+    )
+    passing.add_argument("--provider", default="cuda")
+    passing.add_argument("--minutes", type=float, default=9.0, help="for all networks together")
+    passing.add_argument("--batch", type=int, default=64)
+    passing.add_argument("--threads", type=int, default=0, help="of onnxruntime on a CPU; 0: all cores")
+    passing.add_argument("--seconds", type=float, default=10.0, help="of each timing, at most")
+    passing.add_argument("--blocks", type=int, default=2, help="to drop")
+    passing.add_argument("--sparsity", type=float, default=0.5)
+    passing.add_argument("--effort", default="balanced")
+    passing.add_argument("--judged", type=int, default=5000, help="images of TEST, at most")
+    passing.add_argument("--json", type=Path)
     return parser.parse_args()
 
 

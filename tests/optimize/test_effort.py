@@ -26,7 +26,7 @@ from onnxcompress.optimize.reconstruction.ridge import LayerMoments
 from onnxcompress.optimize.reconstruction.saturation import SaturationBounds
 from onnxcompress.passes.drop_blocks import DropBlocks
 from onnxcompress.passes.prune import Prune
-from onnxcompress.passes.quantize import Quantize
+from onnxcompress.passes.quantize import Quantize, engine
 from onnxcompress.progress import silent
 from tests.helpers.folding import graph, norm, weight
 
@@ -50,6 +50,21 @@ def test_more_effort_is_never_less_work(table: dict[Effort, object]) -> None:
     for less, more in itertools.pairwise(astuple(table[effort]) for effort in EFFORTS):  # type: ignore[call-overload]
         assert less != more
         assert all(a <= b for a, b in zip(less, more, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("options", "effort"),
+    [
+        ({}, "fast"),
+        ({"for_runtime": "tensorrt"}, "balanced"),
+        ({"symmetric": True, "activation_type": "int8"}, "balanced"),
+        ({"weight_bits": 4}, "balanced"),
+    ],
+)
+def test_coarse_grids_are_never_fitted_with_the_least_work(options: dict[str, Any], effort: Effort) -> None:
+    """Symmetric ranges of 8 bits leave 7 behind a ReLU."""
+    _, work = engine._work(Quantize(**options).resolved(), "fast", network(), silent)
+    assert (work.sweeps, work.stretch) == (QUANTIZE[effort].sweeps, QUANTIZE[effort].stretch)
 
 
 @pytest.mark.parametrize("pass_", list(PASSES))

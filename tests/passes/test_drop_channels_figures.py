@@ -30,8 +30,8 @@ from onnxcompress.passes.drop_blocks import DropBlocks
 from onnxcompress.passes.drop_channels import DropChannels
 from onnxcompress.progress import silent
 from onnxcompress.runtime.block_latency import LatencyChange
+from onnxcompress.runtime.clocks import Clock
 from onnxcompress.runtime.inference import run as outputs
-from onnxcompress.runtime.latency import Clock
 from onnxcompress.runtime.stopwatch import Stopwatch
 from tests.helpers.folding import graph, norm, weight
 from tests.optimize.test_block_drop import network

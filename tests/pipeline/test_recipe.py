@@ -155,6 +155,18 @@ def test_a_variable_without_quotes_in_a_flow_mapping_is_told(tmp_path: Path) -> 
         read_recipe(file, {"n": "1"})
 
 
+def test_an_option_goes_by_its_other_name_too(tmp_path: Path) -> None:
+    file = tmp_path / "r.yaml"
+    read = []
+    for name in ("for", "for_runtime"):
+        file.write_text(f"passes:\n- quantize: {{{name}: tensorrt}}\n")
+        jsonschema.validate(
+            YAML(typ="safe").load(file.read_text()), json.loads(json.dumps(recipe_schema()))
+        )
+        read.append(read_recipe(file).passes)
+    assert read[0] == read[1] != (load_pass("quantize")(),)
+
+
 def test_the_published_schema_is_that_of_the_passes(models: Path) -> None:
     """If not: onnxcompress run --schema > models/recipe.schema.json"""
     assert json.loads((models / "recipe.schema.json").read_text()) == json.loads(
