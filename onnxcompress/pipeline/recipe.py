@@ -238,9 +238,10 @@ class _Reader:
         Raises:
             OptionError: An option is unknown, has a wrong value, or is required and missing.
         """
-        fields = {f.name: f for f in dataclasses.fields(cls)}
+        fields: dict[str, dataclasses.Field[Any]] = {f.name: f for f in dataclasses.fields(cls)}
         what = "gate" if cls is Gates else f"option of {place[-1]}"
-        values, aliases = {}, alias_fields(cls)
+        aliases: dict[str, str] = alias_fields(cls)
+        values: dict[str, Any] = {}
         for key, value in self.document.mapping(options, place, what, [*fields, *aliases]).items():
             where, name = (*place, key), aliases.get(key, key)
             full = self._expanded(value, where)
