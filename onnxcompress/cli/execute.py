@@ -56,6 +56,9 @@ def execute(job: Job) -> None:
     job.chain.check()
     if job.timing is not None:
         job.timing.check()
+        for pass_ in job.chain.passes:
+            if how := options_for(pass_, job.timing):
+                how.check()
     if job.guard.verify:
         require("comparing the outputs (or give --no-verify)", "onnxruntime")
     with opened(job.source, job.target, as_json=job.as_json) as files:

@@ -210,10 +210,11 @@ def _compare(job: Job, outcome: Outcome, images: ImageSet | None) -> Comparison:
     from onnxcompress.runtime.providers import Provider
 
     gates, default = job.gates, {"provider": Provider(), "threads": 0, "batch": 1}
-    timed = next((s.pass_ for s in outcome.run.steps if hasattr(s.pass_, "latency_batch")), None)
+    steps = [s.pass_ for s in outcome.run.steps]
+    timed = next((p for p in steps if hasattr(p, "latency_batch") and not p.timed), None)
     runtime: dict[str, Any] = {"provider": gates.runs_on, "threads": gates.threads, "batch": gates.batch}
     if timed is None and job.timing is not None and runtime == default:
-        how = next((o for s in outcome.run.steps if (o := options_for(s.pass_, job.timing))), job.timing)
+        how = next((o for p in steps if (o := options_for(p, job.timing))), job.timing)
         runtime = {"provider": how.runs_on, "threads": how.threads, "batch": how.latency_batch}
     if timed is not None and runtime == default:
         options = timed.options()

@@ -291,11 +291,12 @@ def check_ready(pass_: Pass) -> None:
         if f.metadata.get("file") == "read" and path and not Path(path).exists():
             flag = "--" + f.name.replace("_", "-")
             raise InputError(f"{flag} {path}: no such file or folder")
-    if getattr(pass_, "provider", "auto") not in ("auto", "cpu"):
+    options = pass_.options()
+    if options.get("provider", "auto") not in ("auto", "cpu"):
         from onnxcompress.runtime.providers import Provider
         from onnxcompress.runtime.session import check_provider
 
-        check_provider(Provider.of(pass_.provider, getattr(pass_, "provider_options", ())))  # type: ignore[attr-defined]
+        check_provider(Provider.of(options["provider"], options.get("provider_options", ())))
     if getattr(pass_, "device", "auto") not in ("auto", "cpu"):
         try:
             from onnxcompress.optimize.device import pick_device

@@ -159,6 +159,16 @@ class QuantizeOptions(SelectionOptions, InputOptions, RuntimeOptions):
         if self.sensitivity is not None and not self.mixed:
             raise OptionError("--sensitivity: give a budget with it, --bits-budget or --size-budget")
 
+    def options(self) -> dict[str, Any]:
+        """Collect the options as JSON values, for the provenance.
+
+        Returns:
+            Option name -> value; without those of the clock where it decides nothing.
+        """
+        found: dict[str, Any] = super().options()  # type: ignore[misc]
+        clocked = () if self.only_faster else [f.name for f in fields(RuntimeOptions)]
+        return {name: value for name, value in found.items() if name not in clocked}
+
     def hints(self) -> list[str]:
         """Suggest options that leave more of the network as it is.
 

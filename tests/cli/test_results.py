@@ -22,7 +22,13 @@ from onnxcompress.optimize.reconstruction.tuning_outcome import TuningOutcome
 from onnxcompress.passes import Pass, PassResult, load_pass
 from onnxcompress.passes.calibrate import Agreement, CalibrateFigures
 from onnxcompress.passes.fp16.figures import HalfPrecisionFigures, KeptNode, ProviderRun
-from onnxcompress.passes.quantize.figures import Budget, QuantizedLayerRow, QuantizeFigures
+from onnxcompress.passes.quantize.figures import (
+    Budget,
+    FloatLayer,
+    FloatLayers,
+    QuantizedLayerRow,
+    QuantizeFigures,
+)
 from onnxcompress.quantization.ort_fusion import OptimizedNodes
 from onnxcompress.runtime.block_latency import Additivity, LatencyChange, Share
 from onnxcompress.sensitivity.rows import Kind, Row
@@ -160,6 +166,22 @@ def test_quantize_shows_what_tuning_gave() -> None:
     assert "fine-tuning: relative error 0.600 before it, the weights of step 160 of 200 kept" in text
     assert "relative error of the outputs on 12 inputs kept aside: 0.250 (root mean square)" in text
     assert not any("aside" in line for line in shown("quantize", quantized()))
+
+
+def test_quantize_shows_which_layers_gain_no_time() -> None:
+    rows = (
+        FloatLayer("stem", -0.1, -0.12, -0.08, 0.02, 1),
+        FloatLayer("deep", 0.001, -0.01, 0.01, 0.0005, 3),
+    )
+    change = LatencyChange(10.0, 9.0, 0.9, 0.88, 0.92, "openvino")
+    text = "\n".join(shown("quantize", quantized(float_layers=FloatLayers(rows, change, 0.04, 0.02))))
+    assert "gains no time on openvino" in text
+    assert "stem" in text
+    assert "-10.0 % (-12.0 to -8.0 %)" in text
+    assert "+0.1 % (-1.0 to +1.0 %)" in text
+    assert "variation 4 → 2 %" in text
+    assert "10.0 % less" in text
+    assert "gains no time" not in "\n".join(shown("quantize", quantized()))
 
 
 def test_quantize_shows_what_a_budget_gave() -> None:

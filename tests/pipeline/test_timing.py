@@ -47,6 +47,29 @@ def test_all_timed_passes_are_tested() -> None:
     assert {e.name for e in CATALOGUE if load_pass(e.name).timed} == FEW.keys()
 
 
+@pytest.mark.parametrize(
+    ("own", "expected"),
+    [
+        ({}, ("cuda", ("tf32=off",), 8, 2)),
+        ({"threads": 1}, ("cuda", ("tf32=off",), 8, 1)),
+        ({"latency_batch": 4}, ("cuda", ("tf32=off",), 4, 2)),
+        ({"provider": "cpu"}, ("cpu", (), 1, 0)),
+        ({"provider": "openvino", "latency_batch": 3}, ("openvino", (), 3, 0)),
+    ],
+)
+def test_what_a_pass_says_of_its_clock_counts_more(own: dict[str, Any], expected: tuple[Any, ...]) -> None:
+    given = TimingOptions("cuda", latency_batch=8, provider_options=("tf32=off",), threads=2)
+    found = timing.options_for(Quantize(**own), given)
+    assert found is not None
+    assert (found.provider, found.provider_options, found.latency_batch, found.threads) == expected
+
+
+def test_a_clock_that_decides_nothing_is_not_noted() -> None:
+    names = {"provider", "provider_options", "latency_batch", "threads"}
+    assert not names & Quantize(provider="openvino").options().keys()
+    assert names < Quantize(provider="openvino", only_faster=True).options().keys()
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("quick_clock")
 @pytest.mark.parametrize("name", FEW)

@@ -7,8 +7,9 @@ from rich.console import Console
 from onnxcompress.cli.console import learned_from, table
 from onnxcompress.optimize.reconstruction.tuning_outcome import tuning_text
 from onnxcompress.passes.base import PassResult
-from onnxcompress.passes.quantize.figures import Budget, QuantizedLayerRow, QuantizeFigures
+from onnxcompress.passes.quantize.figures import Budget, FloatLayers, QuantizedLayerRow, QuantizeFigures
 from onnxcompress.quantization.ort_fusion import OptimizedNodes
+from onnxcompress.runtime.block_latency import latency_text
 
 SHOWN = 12
 """Number of layers that are listed, those with the most noise."""
@@ -35,6 +36,8 @@ def show_quantize(console: Console, result: PassResult[QuantizeFigures | None]) 
     if measured.budget is not None:
         _show_budget(console, measured.budget)
     _show_runtime(console, measured.runtime)
+    if measured.float_layers is not None:
+        _show_float_layers(console, measured.float_layers)
     if measured.tuning is not None:
         console.print(tuning_text(measured.tuning))
         console.print(
@@ -68,6 +71,27 @@ def _show_budget(console: Console, budget: Budget) -> None:
     )
     if budget.counted != "stored":
         console.print("fewer bits are stored in 8-bit types: the file is smaller only with --small-types")
+
+
+def _show_float_layers(console: Console, found: FloatLayers) -> None:
+    title = f"Float layers: quantizing them gains no time on {found.latency.provider}"
+    rows = [
+        [
+            layer.name,
+            f"{100 * layer.gain:+.1f} % ({100 * layer.low:+.1f} to {100 * layer.high:+.1f} %)",
+            f"{100 * layer.noise:.2g} %",
+            str(layer.of_its_kind),
+        ]
+        for layer in found.layers
+    ]
+    columns = ["layer", "quantized it would gain", "and add noise", "layers measured together"]
+    console.print(table(title, columns, rows))
+    noise = f"{100 * found.noise_before:.2g} → {100 * found.noise:.2g} %"
+    console.print(
+        f"with these in floats: noise of the outputs over their variation {noise}; "
+        f"{latency_text(found.latency)}",
+        markup=False,
+    )
 
 
 def _show_runtime(console: Console, runtime: OptimizedNodes) -> None:
