@@ -73,7 +73,7 @@ def inspect(
 def _chain(model: Model, found: Inspection, timing: TimingOptions, *, measured: bool) -> dict[str, Any]:
     """Share out the latency over the blocks, or the work where latency is not to be measured."""
     from onnxcompress.evaluation.inspection import chain_shares
-    from onnxcompress.runtime.block_latency import Stopwatch
+    from onnxcompress.runtime.stopwatch import Stopwatch
 
     clock = None
     if measured and timing.latency:

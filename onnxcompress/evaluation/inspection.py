@@ -17,8 +17,9 @@ from onnxcompress.graph.macs import count_macs, count_parameters
 from onnxcompress.graph.shape_inference import infer
 from onnxcompress.graph.topology import Topology
 from onnxcompress.model import Model
-from onnxcompress.runtime.block_latency import Stopwatch, usable
+from onnxcompress.runtime.block_latency import usable
 from onnxcompress.runtime.session import pick_provider
+from onnxcompress.runtime.stopwatch import Stopwatch
 from onnxcompress.statistics.record import live_record, read_record
 
 SECONDS = 6.0
