@@ -26,10 +26,11 @@ from onnxcompress.cli.gate_options import gate_options, gates_of, guard_of, guar
 from onnxcompress.cli.options import FILE, inner_type, option_type, split
 from onnxcompress.cli.report_option import report_option
 from onnxcompress.cli.sections import ADVANCED, SectionedCommand, SectionedOption
-from onnxcompress.cli.timing_options import timing_of, timing_options
+from onnxcompress.cli.timing_options import TIMING_HELP, timing_of, timing_options
 from onnxcompress.errors import OptionError
 from onnxcompress.option_fields import INPUT_SHAPE_HELP, INPUT_SHAPE_METAVAR, flag, is_required
 from onnxcompress.passes import load_pass
+from onnxcompress.runtime.timing_options import TimingOptions
 
 if typing.TYPE_CHECKING:
     from onnxcompress.passes.base import Pass
@@ -52,10 +53,11 @@ def command(name: str) -> click.Command:
     hints = typing.get_type_hints(cls)
     fields = sorted(dataclasses.fields(cls), key=lambda f: not f.metadata.get("target"))
     own = {f.name for f in fields}
+    clocked = {f.name for f in dataclasses.fields(TimingOptions)} if cls.timed else set()
     params: list[click.Parameter] = [
         click.Argument(["source"], metavar="IN", type=FILE),
         click.Argument(["target"], metavar="OUT", type=FILE),
-        *(_option(f, hints[f.name]) for f in fields),
+        *(_option(f, hints[f.name], TIMING_HELP if f.name in clocked else "") for f in fields),
         *(cache_options() if _learns(cls) else []),
         *running_options(),
         *timing_options(without=_own_timing(cls)),
@@ -124,7 +126,7 @@ def running_options() -> list[click.Option]:
     ]
 
 
-def _option(field: dataclasses.Field[Any], hint: Any) -> click.Option:
+def _option(field: dataclasses.Field[Any], hint: Any, section: str) -> click.Option:
     """Create the option of a pass's field, in its section of the help."""
     default = None if field.default is dataclasses.MISSING else field.default
     if field.default_factory is not dataclasses.MISSING:
@@ -149,5 +151,5 @@ def _option(field: dataclasses.Field[Any], hint: Any) -> click.Option:
     else:
         settings["type"] = FILE if field.metadata.get("file") else option_type(hint)
     option = SectionedOption(names, **settings)
-    option.section = ADVANCED if field.metadata.get("advanced") else ""
+    option.section = ADVANCED if field.metadata.get("advanced") else section
     return option

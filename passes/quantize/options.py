@@ -14,7 +14,7 @@ from onnxcompress.runtime.timing_options import RuntimeOptions
 
 
 @dataclass(frozen=True)
-class QuantizeOptions(SelectionOptions, InputOptions, RuntimeOptions):
+class QuantizeOptions(RuntimeOptions, SelectionOptions, InputOptions):
     """What `quantize` is asked for; its fields are the options of the command."""
 
     for_runtime: Literal["cpu", "cuda", "tensorrt", "openvino", "qnn"] | None = option(
