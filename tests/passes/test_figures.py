@@ -36,7 +36,9 @@ PUBLISHED = {
     "calibrate": ({"tensors", "estimated", "kept", "dead", "agreement"}, set[str]()),
     "correct-bias": ({"layers", "left", "largest"}, set[str]()),
     "prune": ({"sparsity", "weights", "zeros", "bytes", "speed"}, {"layers"}),
-    "quantize": ({"layers", "channel_ranges", "runtime"}, {"budget", "float_tensors", "float_layers", "tuning"}),
+    "quantize": (
+        {"layers", "channel_ranges", "runtime"}, {"budget", "float_tensors", "float_layers", "tuning"}
+    ),
     "fp16": (
         {"error", "all_float16", "max_error", "converted", "kept_float32", "seconds"}, {"runtime"}
     ),
