@@ -38,7 +38,7 @@ def other(kind: Any, value: Any) -> Any:
 def test_every_option_of_a_pass_is_part_of_its_key(name: str) -> None:
     """The seed, too. Options that name files count by what the files hold, and have a test of their own."""
     cls = load_pass(name)
-    plain = cls()
+    plain = cls(**({"only_faster": True} if name == "quantize" else {}))  # else its clock decides nothing
     kinds = typing.get_type_hints(cls)
     fields = [f for f in dataclasses.fields(cls) if not f.metadata.get("file")]
     keys = {step_key("digest", plain), step_key("other digest", plain)}
