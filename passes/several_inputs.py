@@ -231,11 +231,35 @@ def _packing(
         nodes += _part(spec, infos[spec.name].type.tensor_type.elem_type, shape, start)
         start += prod(shape)
     for name, value in settings.items():
-        kind = infos[name].type.tensor_type
-        held = helper.make_tensor("held", kind.elem_type, [1] * len(kind.shape.dim), [value])
-        nodes.append(helper.make_node("Constant", [], [name], name=f"{PREFIX}.{name}", value=held))
+        nodes += _held(name, infos[name].type.tensor_type, value)
     whole = helper.make_tensor_value_info(PREFIX, onnx.TensorProto.FLOAT, [1, start])
     return _replacing([*(spec.name for spec in drawn), *settings], whole, nodes)
+
+
+def _held(name: str, kind: onnx.TypeProto.Tensor, value: int) -> Iterator[onnx.NodeProto]:
+    """Make the nodes that give a setting its value.
+
+    No constant: onnxruntime would know which branch of an If is taken, and put its nodes into the graph. Of
+    float16 networks that fails or ends the process (onnxruntime 1.31, Silero's).
+    """
+
+    def node(op: str, *sources: str, **attributes: Any) -> onnx.NodeProto:
+        target = name if op == "Add" else f"{PREFIX}.{name}.{op}"
+        return helper.make_node(op, sources, [target], name=f"{PREFIX}.{name}.{op}", **attributes)
+
+    parts = {
+        "first": numpy_helper.from_array(np.zeros([1] * len(kind.shape.dim), np.int64)),
+        "zero": numpy_helper.from_array(np.float32(0)),
+        "value": helper.make_tensor("value", kind.elem_type, [], [value]),
+    }
+    for key, tensor in parts.items():
+        label = f"{PREFIX}.{name}.{key}"
+        yield helper.make_node("Constant", [], [label], name=label, value=tensor)
+    yield node("Squeeze", PREFIX)
+    yield node("Gather", f"{PREFIX}.{name}.Squeeze", f"{PREFIX}.{name}.first")
+    yield node("Mul", f"{PREFIX}.{name}.Gather", f"{PREFIX}.{name}.zero")
+    yield node("Cast", f"{PREFIX}.{name}.Mul", to=kind.elem_type)
+    yield node("Add", f"{PREFIX}.{name}.Cast", f"{PREFIX}.{name}.value")
 
 
 def _replacing(names: Collection[str], whole: onnx.ValueInfoProto, nodes: Iterable[onnx.NodeProto]) -> Edit:

@@ -27,7 +27,7 @@ from onnxcompress.passes.quantize import Quantize
 from onnxcompress.passes.several_inputs import PREFIX, pack, previewed
 from onnxcompress.runtime.random_inputs import random_inputs
 from onnxcompress.runtime.several_inputs import settings, shapes_that_run
-from tests.helpers.folding import graph, weight
+from tests.helpers.folding import graph, outputs, weight
 
 FEW: dict[str, Any] = {"effort": "fast", "synthetic": 8}
 HEAD = "g = GlobalAveragePool(e)  f = Flatten(g)  y = Gemm<transB=1>(f, z)"
@@ -131,6 +131,21 @@ def test_parts_of_the_packed_input_have_the_types_of_the_file() -> None:
     types = tensor_types(pack(with_time_and_mask(), InputRequest()).model)
     kinds = onnx.TensorProto
     assert [types[name] for name in ("step", "x", "seen")] == [kinds.INT64, kinds.FLOAT, kinds.BOOL]
+
+
+def test_a_setting_is_no_constant_and_has_its_value() -> None:
+    """A runtime that knew it would put the branch of an If that it selects into the graph."""
+    proto = pack(with_state(), InputRequest()).model.to_proto()
+    (maker,) = (node.op_type for node in proto.graph.node if "rate" in node.output)
+    assert maker != "Constant"
+    del proto.graph.output[:]
+    proto.graph.output.append(onnx.helper.make_tensor_value_info("rate", onnx.TensorProto.INT64, []))
+    for feed in (np.zeros((1, 4096)), np.full((1, 4096), -3e30)):
+        size = proto.graph.input[0].type.tensor_type.shape.dim[1].dim_value
+        values = {PREFIX: feed[:, :size].astype(np.float32)}
+        (found,) = outputs(proto, values)
+        assert found == 16000
+        assert found.shape == ()
 
 
 def test_sizes_fit_each_other_and_the_guard_uses_them() -> None:
