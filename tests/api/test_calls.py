@@ -152,7 +152,7 @@ def test_each_result_has_its_page(net: str, models: Path, tmp_path: Path) -> Non
 @pytest.mark.usefixtures("quick_clock")
 def test_a_search_and_a_sweep(net: str, models: Path, tmp_path: Path) -> None:
     pytest.importorskip("optuna")
-    front = oc.search_best(onnx.load(net), tmp_path / "best", trials=2, repairs=1, inputs="procedural",
+    front = oc.search_best(onnx.load(net), tmp_path / "best", trials=1, repairs=1, inputs="procedural",
                            effort="fast", latency_seconds=0.1)  # fmt: skip
     assert (tmp_path / "best" / "search.html").is_file()
     assert front.found

@@ -175,10 +175,13 @@ def choose_target(weight: Tensor, folds: Sequence[LayerMoments], *, bias: bool =
     errors = torch.zeros(len(LADDER), dtype=torch.float64)
     for fold in held:
         rest = merged(other for other in held if other is not fold)
-        h, c = _centred(fold, bias=bias)
+        (h, c), (own_h, own_c) = _centred(fold, bias=bias), _centred(rest, bias=bias)
         for at, target in enumerate(LADDER):
-            fitted, _ = least_squares(weight, rest, ridge=0.0, target=target, bias=bias)
-            change = fitted - weight.double()
+            damped = own_h + torch.diag_embed((target * _size(own_h))[:, None].expand(-1, own_h.shape[1]))
+            with (
+                one_thread()
+            ):  # Cholesky's, in half the time of `least_squares`: nothing is kept of it but λ
+                change = torch.cholesky_solve(own_c.mT, torch.linalg.cholesky(damped)).mT
             errors[at] += ((change @ h) * change).sum().cpu() - 2 * (change * c).sum().cpu()
     best = int(errors.argmin())
     return MORE_ROWS * LADDER[best] if errors[best] < 0 else float("inf")
@@ -200,8 +203,7 @@ def least_squares(
         W*, (G, O, F), and H, (G, F, F); both float64.
     """
     h, c = _centred(moments, bias=bias)
-    size = h.diagonal(dim1=1, dim2=2).mean(1)
-    size = size.clamp_min(DEAD * float(size.mean()) + 1e-12)  # groups that read nothing, too
+    size = _size(h)
     w = weight.double()
     if target != float("inf"):
         damped = h + torch.diag_embed((target * size)[:, None].expand(-1, h.shape[1]))
@@ -209,6 +211,12 @@ def least_squares(
             w = w + torch.linalg.solve(damped, c.transpose(1, 2)).transpose(1, 2)
     h = h + torch.diag_embed((ridge * size)[:, None].expand(-1, h.shape[1]))
     return w, h
+
+
+def _size(h: Tensor) -> Tensor:
+    """Mean diagonal of H in each group, (G,), above 0 where groups read nothing, too."""
+    size = h.diagonal(dim1=1, dim2=2).mean(1)
+    return size.clamp_min(DEAD * float(size.mean()) + 1e-12)
 
 
 def _centred(moments: LayerMoments, *, bias: bool) -> tuple[Tensor, Tensor]:
