@@ -178,9 +178,7 @@ def choose_target(weight: Tensor, folds: Sequence[LayerMoments], *, bias: bool =
         (h, c), (own_h, own_c) = _centred(fold, bias=bias), _centred(rest, bias=bias)
         for at, target in enumerate(LADDER):
             damped = own_h + torch.diag_embed((target * _size(own_h))[:, None].expand(-1, own_h.shape[1]))
-            with (
-                one_thread()
-            ):  # Cholesky's, in half the time of `least_squares`: nothing is kept of it but λ
+            with one_thread():  # Cholesky's, twice as fast as `least_squares`: only λ is kept of it
                 change = torch.cholesky_solve(own_c.mT, torch.linalg.cholesky(damped)).mT
             errors[at] += ((change @ h) * change).sum().cpu() - 2 * (change * c).sum().cpu()
     best = int(errors.argmin())
