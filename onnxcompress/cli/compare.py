@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from onnxcompress.cli import options, report_option
-from onnxcompress.cli.gate_options import gated, take_gates
+from onnxcompress.cli.gate_options import gate_options, take_gates
 from onnxcompress.cli.sections import SectionedCommand
 from onnxcompress.errors import OptionError, TargetMissed
 
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 @options.seed()
 @options.as_json()
 @report_option.report()
-@gated
+@options.added(gate_options(judged=()))
 def compare(
     a: str,
     b: str,

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import typing
-from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from collections.abc import Sequence
+from typing import Any
 
 import click
 
@@ -14,8 +14,6 @@ from onnxcompress.cli.sections import ADVANCED, SectionedOption
 from onnxcompress.evaluation.gates import LIMITS, Gates
 from onnxcompress.evaluation.guard import Guard
 from onnxcompress.option_fields import flag
-
-Command = TypeVar("Command", bound=Callable[..., Any])
 
 GATES_HELP = "Gates (exit code 3 where the result is not worth it)"
 GUARD_HELP = "Guard (exit code 1, nothing written, where the outputs change too much)"
@@ -46,20 +44,6 @@ def gate_options(judged: Sequence[str] = JUDGED) -> list[click.Option]:
     hints = typing.get_type_hints(Gates)
     fields = [f for f in dataclasses.fields(Gates) if f.name in (*LIMITS, *judged)]
     return [_option(f, hints[f.name]) for f in fields]
-
-
-def gated(command: Command) -> Command:
-    """Add the options of the limits alone to a command that has its own options for the measurement.
-
-    Args:
-        command: The command to decorate.
-
-    Returns:
-        The command.
-    """
-    params = getattr(command, "__click_params__", [])
-    command.__click_params__ = [*params, *reversed(gate_options(judged=()))]  # type: ignore[attr-defined]
-    return command
 
 
 def take_gates(options: dict[str, Any]) -> dict[str, Any]:

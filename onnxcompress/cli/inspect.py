@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from onnxcompress.cli import options, report_option, timing_options
+from onnxcompress.cli import options, report_option
 from onnxcompress.cli.options import FILE, as_json, print_json
 from onnxcompress.cli.sections import SectionedCommand
-from onnxcompress.cli.timing_options import timing_of
+from onnxcompress.cli.timing_options import timing_of, timing_options
 from onnxcompress.errors import ModelError
 from onnxcompress.formatting import counted
 
@@ -31,7 +31,7 @@ NO_LAYER = "no Conv, ConvTranspose, Gemm or MatMul outside of bodies reads data 
 @click.argument("model", type=FILE)
 @click.option("--statistics", is_flag=True, help="Also list the statistics of each tensor.")
 @options.input_shape()
-@timing_options.timed
+@options.added(timing_options())
 @as_json()
 @report_option.report()
 def inspect(

@@ -90,6 +90,23 @@ def runtime(*, batch: int, several: bool = False) -> Decorator[Any]:
     )
 
 
+def added(options: Sequence[click.Option]) -> Decorator[Any]:
+    """Add options that were built from the fields of a dataclass to a decorated function.
+
+    Args:
+        options: The options, in the order of the help.
+
+    Returns:
+        A decorator of commands.
+    """
+
+    def decorate(command: Any) -> Any:
+        command.__click_params__ = [*getattr(command, "__click_params__", []), *reversed(options)]
+        return command
+
+    return decorate
+
+
 def take_provider(chosen: dict[str, Any]) -> dict[str, Any]:
     """Join the arguments that `runtime` created to one Provider.
 

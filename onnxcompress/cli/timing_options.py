@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import typing
-from collections.abc import Callable, Collection
-from typing import Any, TypeVar
+from collections.abc import Collection
+from typing import Any
 
 import click
 
@@ -14,7 +14,6 @@ from onnxcompress.cli.sections import ADVANCED, SectionedOption
 from onnxcompress.option_fields import flag
 from onnxcompress.runtime.timing_options import TimingOptions
 
-Command = TypeVar("Command", bound=Callable[..., Any])
 TIMING_HELP = "Latency"
 VARIABLE = "ONNXCOMPRESS_LATENCY"
 """Environment variable that switches the measurement off, with the value `off`."""
@@ -32,20 +31,6 @@ def timing_options(*, without: Collection[str] = ()) -> list[click.Option]:
     hints = typing.get_type_hints(TimingOptions)
     fields = [f for f in dataclasses.fields(TimingOptions) if f.name not in without]
     return [_option(f, hints[f.name]) for f in fields]
-
-
-def timed(command: Command) -> Command:
-    """Add those options to a command that is a decorated function.
-
-    Args:
-        command: The command to decorate.
-
-    Returns:
-        The command.
-    """
-    params = getattr(command, "__click_params__", [])
-    command.__click_params__ = [*params, *reversed(timing_options())]  # type: ignore[attr-defined]
-    return command
 
 
 def timing_of(
