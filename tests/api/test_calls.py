@@ -149,7 +149,7 @@ def test_each_result_has_its_page(net: str, models: Path, tmp_path: Path) -> Non
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("quick_clock")
+@pytest.mark.usefixtures("quick_clock", "quick_scores", "quick_features")
 def test_a_search_and_a_sweep(net: str, models: Path, tmp_path: Path) -> None:
     pytest.importorskip("optuna")
     front = oc.search_best(onnx.load(net), tmp_path / "best", trials=1, repairs=1, inputs="procedural",

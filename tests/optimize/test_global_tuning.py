@@ -11,6 +11,7 @@ from torch import Tensor
 
 from onnxcompress.model import Model
 from onnxcompress.optimize.executor import Executor
+from onnxcompress.optimize.gradient_steps import Adam
 from onnxcompress.optimize.reconstruction.global_tuning import (
     LEARNING_RATE,
     finetune_sparse,
@@ -75,13 +76,13 @@ def test_batches_follow_the_seed() -> None:
 
 def test_the_rates_rise_then_fall_to_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     rates: list[list[float]] = []
-    original = torch.optim.Adam.step
+    original = Adam.step
 
-    def step(self: Any, *args: Any) -> Any:
-        rates.append([group["lr"] for group in self.param_groups])
-        return original(self, *args)
+    def step(self: Adam, slopes: Any, share: float) -> None:
+        rates.append([share * rate for rate in self.rates])
+        original(self, slopes, share)
 
-    monkeypatch.setattr(torch.optim.Adam, "step", step)
+    monkeypatch.setattr(Adam, "step", step)
     new, _ = tuned(steps=40)
     wanted = [0.5, 1.0] + [0.5 * (1 + math.cos(math.pi * step / 38)) for step in range(38)]
     assert len(rates[0]) == len(new)

@@ -19,7 +19,13 @@ from tests.benchmarks.sameness import COMMANDS, INT4
 from tests.helpers.paths import ROOT
 
 SEED = "1"
-PROCESS = "import json, sys; from tests.helpers.brief import run; sys.exit(run(json.loads(sys.argv[1])))"
+PROCESS = """
+import json, sys
+from tests.helpers.brief import run
+code = run(json.loads(sys.argv[1]))
+assert "torch._dynamo" not in sys.modules, "a second of each command, and nothing compiles"
+sys.exit(code)
+"""
 
 
 def files(folder: Path, threads: int) -> dict[str, str]:

@@ -28,6 +28,7 @@ from onnxcompress.optimize.block_drop.adapters import fold_after, fold_before
 from onnxcompress.optimize.deterministic_threads import in_turn
 from onnxcompress.optimize.device import autocast
 from onnxcompress.optimize.executor import Executor
+from onnxcompress.optimize.gradient_steps import Momentum
 
 BATCH = 64
 """Images that run at once when nothing is trained."""
@@ -174,17 +175,17 @@ class Scorer:
     def _train(self, block: Block, site: AdapterSite, adapters: dict[str, Tensor]) -> dict[str, Tensor]:
         """Train all adapters by a few steps of SGD, starting at the identity; return the folded weights."""
         now = self.executor.parameters | self.parameters
-        sgd = torch.optim.SGD(adapters.values(), lr=RATE, momentum=0.9)
+        momentum = Momentum(list(adapters.values()), 0.9)
         mean = self.probe.energy / self.probe.wanted.numel()
         size = min(TRAIN_BATCH, self.batch)
         for step in range(self.steps):
-            sgd.param_groups[0]["lr"] = RATE * (1 - step / self.steps)
             index = self._places(step * size, (step + 1) * size)
             with autocast(self.executor.device):
                 error = self._error(block, site, index, site.folded(now, adapters))
-            sgd.zero_grad()
-            (error.mean() / mean).backward()  # type: ignore[no-untyped-call]
-            sgd.step()
+            slopes = torch.autograd.grad(
+                error.mean() / mean, momentum.values, allow_unused=True, materialize_grads=True
+            )
+            momentum.step(slopes, RATE * (1 - step / self.steps))
         with torch.no_grad():
             return site.folded(now, adapters)
 

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from onnxcompress.optimize.deterministic_threads import in_turn
+from onnxcompress.optimize.gradient_steps import Adam
 
 MOMENTUM = 0.9
 BETAS = (0.9, 0.98)
@@ -57,19 +58,17 @@ class Descent:
         """
         self.device = values[0].device
         by_shape: dict[tuple[int, int], list[tuple[Tensor, float]]] = defaultdict(list)
-        others = []
+        others: list[tuple[Tensor, float]] = []
         for value, size in zip(values, sizes, strict=True):
             if orthogonal and is_matrix(value):
                 by_shape[len(value), value[0].numel()].append((value, rate * size))
             else:
-                others.append({"params": [value], "lr": rate * size, "peak": rate * size})
+                others.append((value, rate * size))
         self._stacks = [
             _Stack([v for v, _ in rows], [r for _, r in rows], values[0].new_zeros(len(rows), *shape))
             for shape, rows in by_shape.items()
         ]
-        self._adam = (
-            torch.optim.Adam(others, betas=BETAS, fused=self.device.type == "cuda") if others else None
-        )
+        self._adam = Adam([v for v, _ in others], [r for _, r in others], BETAS)
 
     def step(self, share: float) -> None:
         """Change the values by one step along their `grad`.
@@ -77,10 +76,7 @@ class Descent:
         Args:
             share: Rate of this step as a part of the peak rate.
         """
-        if self._adam is not None:
-            for group in self._adam.param_groups:
-                group["lr"] = share * group["peak"]
-            self._adam.step()
+        self._adam.step([_slope(value) for value in self._adam.values], share)
         for _ in in_turn(lambda i: self._move(self._stacks[i], share), len(self._stacks), self.device):
             pass
 
@@ -93,15 +89,12 @@ class Descent:
         for stack in self._stacks:
             stack.rates = [rate / factor for rate in stack.rates]
             stack.momentum.zero_()
-        if self._adam is not None:
-            self._adam.state.clear()
-            for group in self._adam.param_groups:
-                group["peak"] /= factor
+        self._adam.slow_down(factor)
 
     @torch.no_grad()
     def _move(self, stack: _Stack, share: float) -> None:
         """Take a step of the matrices of one shape, with Nesterov's momentum."""
-        slopes = torch.stack([_slope(value) for value in stack.values])
+        slopes = torch.stack([_slope(value).flatten(1) for value in stack.values])
         stack.momentum.lerp_(slopes, 1 - MOMENTUM)
         steps = orthogonalized(stack.momentum.lerp(slopes, 1 - MOMENTUM))
         steps = _normalized(steps) * (SIZE * steps[0].numel() ** 0.5)
@@ -148,4 +141,4 @@ def _normalized(matrices: Tensor) -> Tensor:
 
 def _slope(value: Tensor) -> Tensor:
     assert value.grad is not None
-    return value.grad.flatten(1)
+    return value.grad

@@ -41,6 +41,7 @@ from onnxcompress.optimize.device import autocast, laid_out, release_memory
 from onnxcompress.optimize.executor import Executor
 from onnxcompress.optimize.executor.executor import Rows
 from onnxcompress.optimize.executor.walk_plan import floats, needs, nodes_between
+from onnxcompress.optimize.gradient_steps import Adam
 from onnxcompress.optimize.reconstruction.context import CalibrationContext, fixed_batch
 from onnxcompress.optimize.synthesis.statistics_alignment import StatisticsAlignment
 from onnxcompress.optimize.synthesis.statistics_mismatch import Targets, mismatch, targets_of
@@ -256,10 +257,9 @@ def _optimized(
     if start in targets:
         unit = targets[start][1].view(1, -1, 1, 1).clamp_min(1e-6)
     z = laid_out(begin / unit).requires_grad_()
-    adam = torch.optim.Adam([z], lr=RATE, betas=(0.5, 0.9), eps=1e-12)
+    adam = Adam([z], [RATE], betas=(0.5, 0.9), eps=1e-12)
     classes: Tensor | None = None
     for step in range(STEPS):
-        adam.param_groups[0]["lr"] = RATE * 0.5 * (1 + math.cos(math.pi * step / STEPS))
         with autocast(executor.device):
             fed = z * unit
             found = executor.run({start: fed}, [*targets, *([logits] if logits else [])]) | {start: fed}
@@ -269,8 +269,7 @@ def _optimized(
             if classes is None:
                 classes = torch.randint(scores.shape[1], scores.shape[:1], generator=generator)
             loss = loss + CLASSES_WEIGHT * F.cross_entropy(scores, classes.to(scores.device))
-        (z.grad,) = torch.autograd.grad(loss, z)
-        adam.step()
+        adam.step(torch.autograd.grad(loss, z), 0.5 * (1 + math.cos(math.pi * step / STEPS)))
     return (z * unit).detach().cpu()
 
 

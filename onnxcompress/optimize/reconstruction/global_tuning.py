@@ -26,6 +26,7 @@ from onnxcompress.optimize.deterministic_threads import in_turn, one_thread
 from onnxcompress.optimize.device import autocast, laid_out
 from onnxcompress.optimize.executor import Executor
 from onnxcompress.optimize.executor.walk_plan import floats
+from onnxcompress.optimize.gradient_steps import Adam
 from onnxcompress.progress import Progress, silent
 from onnxcompress.quantization.qdq_plan import Plan
 
@@ -120,9 +121,7 @@ def finetune_sparse(
         return {}
     weights = {layer.linear.weight_name for layer in plan.layers.values()}
     masks = {n: v.detach() != 0 for n, v in leaves.items() if n in weights}
-    groups = [{"params": [v], "lr": LEARNING_RATE * sizes[n]} for n, v in leaves.items()]
-    adam = torch.optim.Adam(groups, betas=(0.9, 0.98))
-    scheduler = torch.optim.lr_scheduler.LambdaLR(adam, lambda step: rate(step, steps))
+    adam = Adam(list(leaves.values()), [LEARNING_RATE * sizes[n] for n in leaves], betas=(0.9, 0.98))
     generator = torch.Generator().manual_seed(seed)
     for step in range(steps):
         index = torch.randint(len(values), (BATCH,), generator=generator)
@@ -143,11 +142,8 @@ def finetune_sparse(
                 loss, list(leaves.values()), allow_unused=True, materialize_grads=True
             )
 
-        halves = list(in_turn(slopes, HALVES, executor.device))
-        for leaf, *parts in zip(leaves.values(), *halves, strict=True):
-            leaf.grad = torch.stack(parts).mean(0)
-        adam.step()
-        scheduler.step()
+        halves = zip(*in_turn(slopes, HALVES, executor.device), strict=True)
+        adam.step([torch.stack(parts).mean(0) for parts in halves], rate(step, steps))
         with torch.no_grad():
             for name, mask in masks.items():
                 leaves[name].mul_(mask)

@@ -36,6 +36,7 @@ from onnxcompress.model import Model
 from onnxcompress.optimize.deterministic_threads import in_turn, one_thread_each
 from onnxcompress.optimize.device import autocast, fitting
 from onnxcompress.optimize.executor import Executor
+from onnxcompress.optimize.gradient_steps import Adam
 from onnxcompress.optimize.intermediate_results import Values, kept
 from onnxcompress.optimize.synthesis.statistics_mismatch import (
     Targets,
@@ -132,12 +133,11 @@ def _optimized(
     total = steps * -(-len(start) // chunk)
     for part in torch.split(torch.from_numpy(start), chunk):
         share = pixels.shares(part.numpy()).contiguous(memory_format=pixels.memory).requires_grad_()
-        adam = torch.optim.Adam([share], lr=RATE, betas=(0.5, 0.9), eps=1e-12)  # gradients are tiny
+        adam = Adam([share], [RATE], betas=(0.5, 0.9), eps=1e-12)  # gradients are tiny
         for step in range(steps):
-            adam.param_groups[0]["lr"] = RATE * 0.5 * float(1 + np.cos(np.pi * step / steps))
             view = _drawn_view(share, pixels.places, generator)
-            share.grad = _slope(executor, source, targets, pixels, share, view)
-            adam.step()
+            slope = _slope(executor, source, targets, pixels, share, view)
+            adam.step([slope], 0.5 * float(1 + np.cos(np.pi * step / steps)))
             with torch.no_grad():
                 share.clamp_(0, 1)
             progress("distilling images", steps * len(made) + step + 1, total)
