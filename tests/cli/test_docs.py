@@ -141,8 +141,11 @@ def run_python(text: str, scope: dict[str, object]) -> None:
     for entry in CATALOGUE:
         cls = getattr(import_module(f"onnxcompress.passes.{entry.module}"), entry.cls)
         names = [name for name in short if name in cls.__dataclass_fields__]
-        given = "".join(f"{n}={short[n]}, " for n in names if n != "count" or "images=" in text)
-        text = text.replace(f"{entry.cls}(", f"{entry.cls}({given}")
+        given = ", ".join(f"{n}={short[n]}" for n in names if n != "count" or "images=" in text)
+        if given:
+            text = text.replace(f"{entry.cls}(", f"{entry.cls}({given}, ")
+            call = rf"\boc\.{entry.name.replace('-', '_')}\([^,)]+"
+            text = re.sub(call, rf"\g<0>, {given}", text)
     net = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4))
     scope |= {"torch_model": net.eval(), "example": torch.zeros(1, 3, 8, 8)}
     exec(compile(text, "block", "exec"), scope)

@@ -57,7 +57,7 @@ KINDS = ("ts-bn", "ts-folded", "dynamo-bn", "dynamo-folded")
 VARIANTS = tuple(f"{name}-{kind}" for name in NAMES for kind in KINDS)
 LARGER = {"resnet34", "resnet50", "resnet101", "wide_resnet50_2"}
 """Of a family that ResNet-18 and ResNeXt-50 stand for."""
-BOTH = {"resnet20_cifar", "resnet18", "mobilenet_v2", "mobilenet_v3_large", "shufflenet_v2_x1_0"}
+BOTH = {"resnet20_cifar", "mobilenet_v2", "shufflenet_v2_x1_0"}
 """Exported by dynamo and with folded norms, too, in a plain run: small, and different in kind."""
 
 EXPECTED_BLOCKS = {  # parts the identity can replace; test_zoo.py counts them in the torch modules
