@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.helpers.brief import few_adapter_steps, few_feature_inputs, few_rounds
+from tests.helpers.brief import few_adapter_steps, few_feature_inputs, few_layer_trials, few_rounds
 from tests.helpers.paths import MODELS
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported
@@ -72,9 +72,10 @@ def quick_clock(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def quick_features(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Few inputs of the deep layers, for tests that do not judge what is learned from them."""
+def quick_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Less to learn from, and less tried on each layer, for tests that do not judge what is learned."""
     few_feature_inputs(monkeypatch)
+    few_layer_trials(monkeypatch)
 
 
 @pytest.fixture

@@ -24,6 +24,7 @@ from onnxcompress.evaluation.guard import Guard
 from onnxcompress.model import load
 from onnxcompress.passes import CATALOGUE, load_pass
 from onnxcompress.passes.quantize.figures import QuantizeFigures
+from onnxcompress.search.workers import InProcess
 
 NET, PHOTOS = "resnet20-fashion.onnx", "fashion-tiny.npz"
 OTHER_NAMES = {"search": "search_best", "sensitivity": "layer_sensitivity"}
@@ -149,11 +150,11 @@ def test_each_result_has_its_page(net: str, models: Path, tmp_path: Path) -> Non
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("quick_clock", "quick_scores", "quick_features")
+@pytest.mark.usefixtures("quick_clock", "quick_scores", "quick_layers")
 def test_a_search_and_a_sweep(net: str, models: Path, tmp_path: Path) -> None:
     pytest.importorskip("optuna")
     front = oc.search_best(onnx.load(net), tmp_path / "best", trials=1, repairs=1, inputs="procedural",
-                           effort="fast", latency_seconds=0.1)  # fmt: skip
+                           effort="fast", latency_seconds=0.1, workers=InProcess())  # fmt: skip
     assert (tmp_path / "best" / "search.html").is_file()
     assert front.found
     assert "Pareto front" in front._repr_html_()

@@ -28,7 +28,7 @@ from importlinter.api import read_configuration
 from onnxcompress.cli.guide import GUIDES
 from onnxcompress.cli.main import COMMANDS, cli, main
 from onnxcompress.passes import CATALOGUE
-from tests.helpers.brief import COMMAND, few_adapter_steps
+from tests.helpers.brief import COMMAND
 from tests.helpers.detector import detector
 from tests.helpers.paths import ROOT
 from tests.structure import sources
@@ -91,8 +91,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def here(folder: Path, monkeypatch: pytest.MonkeyPatch, quick_clock: None, quick_features: None) -> None:
-    few_adapter_steps(monkeypatch)
+def here(
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    quick_clock: None,
+    quick_layers: None,
+    quick_scores: None,
+) -> None:
     monkeypatch.chdir(folder)
     monkeypatch.setenv("ONNXCOMPRESS_CACHE", str(folder / "cache"))
     monkeypatch.setenv("PATH", str(Path(sys.executable).parent), prepend=os.pathsep)

@@ -31,11 +31,28 @@ def few_rounds(patch: pytest.MonkeyPatch, rounds: int = 4) -> None:
     patch.setattr(bootstrap, "RESAMPLES", 100)
 
 
-def few_feature_inputs(patch: pytest.MonkeyPatch, count: int = 64) -> None:
-    """Synthesize `count` inputs for the deep layers, not 2048."""
+def few_feature_inputs(patch: pytest.MonkeyPatch, count: int = 64, steps: int = 4) -> None:
+    """Synthesize `count` inputs for the deep layers, not 2048, in fewer steps."""
     from onnxcompress.optimize.reconstruction import feature_inputs
 
     patch.setattr(feature_inputs, "COUNT", count)
+    patch.setattr(feature_inputs, "STEPS", steps)
+
+
+FEWER = {
+    "gptq.RATIOS": 3,
+    "gptq.SWEEPS": 2,
+    "prune.TRIAL_STEPS": 3,
+    "prune.TRIAL_REFITS": 2,
+    "prune.PROBES": 4,
+}
+"""Constants of `optimize.reconstruction`."""
+
+
+def few_layer_trials(patch: pytest.MonkeyPatch) -> None:
+    """Try fewer values on each layer that is pruned or rounded."""
+    for name, count in FEWER.items():
+        patch.setattr(f"onnxcompress.optimize.reconstruction.{name}", count)
 
 
 def few_adapter_steps(patch: pytest.MonkeyPatch, steps: int = 1) -> None:
@@ -65,6 +82,7 @@ def run(calls: Sequence[Sequence[str]]) -> int:
     patch, code = pytest.MonkeyPatch(), 0
     few_rounds(patch)
     few_feature_inputs(patch, 320)  # more than are optimized together
+    few_layer_trials(patch)
     few_adapter_steps(patch, 4)
     few_tuning_steps(patch)
     for argv in calls:

@@ -25,6 +25,7 @@ from onnxcompress.optimize.reconstruction.admm_mask import Problem  # noqa: E402
 from onnxcompress.optimize.reconstruction.global_tuning import finetune_sparse  # noqa: E402
 from onnxcompress.optimize.synthesis.distillation import distill  # noqa: E402
 from onnxcompress.sensitivity.analysis import sensitivity  # noqa: E402
+from tests.helpers.brief import few_feature_inputs, few_layer_trials  # noqa: E402
 from tests.helpers.pretended_card import pretended_card  # noqa: E402
 
 SOURCES = ("images", "distilled", "procedural", "layerwise")
@@ -90,9 +91,6 @@ def network(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-FEWER = {"feature_inputs.COUNT": 64, "feature_inputs.STEPS": 2, "gptq.RATIOS": 3, "gptq.SWEEPS": 2,
-         "prune.TRIAL_STEPS": 3, "prune.TRIAL_REFITS": 2, "prune.PROBES": 4}  # fmt: skip
-"""Constants of `optimize.reconstruction`."""
 FEWER_STEPS: tuple[Any, ...] = (distill, Problem.solve, finetune_sparse, choose_blocks, Scorer.__init__)
 
 
@@ -105,8 +103,8 @@ def brief(monkeypatch: pytest.MonkeyPatch) -> None:
 
     for module in ("block_latency", "stopwatch"):
         monkeypatch.setattr(f"onnxcompress.runtime.{module}.benchmark", timed)
-    for name, count in FEWER.items():
-        monkeypatch.setattr(f"onnxcompress.optimize.reconstruction.{name}", count)
+    few_feature_inputs(monkeypatch, steps=2)
+    few_layer_trials(monkeypatch)
     for function in FEWER_STEPS:
         unwrapped: Any = inspect.unwrap(function)
         monkeypatch.setitem(unwrapped.__kwdefaults__, "steps", 3)

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from onnxcompress.optimize.deterministic_threads import one_thread
+from onnxcompress.optimize.deterministic_threads import in_turn, one_thread
 
 TARGET_REAL = 1e-2
 TARGET_MADE = 0.3
@@ -172,15 +172,21 @@ def choose_target(weight: Tensor, folds: Sequence[LayerMoments], *, bias: bool =
     held = [fold for fold in folds if fold.rows]
     if len(held) < 2:
         return TARGET_MADE
-    errors = torch.zeros(len(LADDER), dtype=torch.float64)
-    for fold in held:
+
+    def errors_on(index: int) -> Tensor:
+        """Errors on one fold, for each λ of the ladder."""
+        fold = held[index]
         rest = merged(other for other in held if other is not fold)
         (h, c), (own_h, own_c) = _centred(fold, bias=bias), _centred(rest, bias=bias)
-        for at, target in enumerate(LADDER):
+        errors = []
+        for target in LADDER:
             damped = own_h + torch.diag_embed((target * _size(own_h))[:, None].expand(-1, own_h.shape[1]))
-            with one_thread():  # Cholesky's, twice as fast as `least_squares`: only λ is kept of it
-                change = torch.cholesky_solve(own_c.mT, torch.linalg.cholesky(damped)).mT
-            errors[at] += ((change @ h) * change).sum().cpu() - 2 * (change * c).sum().cpu()
+            # Cholesky's, twice as fast as `least_squares`: only λ is kept of it
+            change = torch.cholesky_solve(own_c.mT, torch.linalg.cholesky(damped)).mT
+            errors.append(((change @ h) * change).sum() - 2 * (change * c).sum())
+        return torch.stack(errors)
+
+    errors = torch.stack(list(in_turn(errors_on, len(held), weight.device))).sum(0)
     best = int(errors.argmin())
     return MORE_ROWS * LADDER[best] if errors[best] < 0 else float("inf")
 
