@@ -36,8 +36,8 @@ SCORING_IMAGES = 128
 """Images that blocks are scored on, at most."""
 STEPS = 8
 """Training steps of the adapters of a block."""
-TRAIN_BATCH = 32
-"""Images in a training step."""
+TRAIN_BATCH, PIECE = 32, 16
+"""Images in a training step, and how many of them go through at once on a CPU."""
 RATE = 0.15
 """Initial learning rate of SGD on the relative squared error; it falls to zero."""
 
@@ -163,29 +163,34 @@ class Scorer:
         adapters = site.adapters(self.executor.device)
         weights = self._train(block, site, adapters) if adapters else {}
         count = len(self.probe.images)
-        with torch.no_grad(), autocast(self.executor.device):
-            lost = [
-                self._error(block, site, self._places(at, min(at + self.batch, count)), weights)
-                .sum()
-                .double()
-                for at in range(0, count, self.batch)
-            ]
-        return Recovery(float(torch.stack(lost).sum()) / self.probe.energy, weights)
+
+        def lost(part: int) -> Tensor:
+            places = self._places(part * self.batch, min((part + 1) * self.batch, count))
+            with torch.no_grad(), autocast(self.executor.device):
+                return self._error(block, site, places, weights).sum().double()
+
+        parts = list(in_turn(lost, -(-count // self.batch), self.executor.device))
+        return Recovery(float(torch.stack(parts).sum()) / self.probe.energy, weights)
 
     def _train(self, block: Block, site: AdapterSite, adapters: dict[str, Tensor]) -> dict[str, Tensor]:
         """Train all adapters by a few steps of SGD, starting at the identity; return the folded weights."""
         now = self.executor.parameters | self.parameters
         momentum = Momentum(list(adapters.values()), 0.9)
-        mean = self.probe.energy / self.probe.wanted.numel()
         size = min(TRAIN_BATCH, self.batch)
+        energy = self.probe.energy * size / len(self.probe.images)
         for step in range(self.steps):
             index = self._places(step * size, (step + 1) * size)
-            with autocast(self.executor.device):
-                error = self._error(block, site, index, site.folded(now, adapters))
-            slopes = torch.autograd.grad(
-                error.mean() / mean, momentum.values, allow_unused=True, materialize_grads=True
-            )
-            momentum.step(slopes, RATE * (1 - step / self.steps))
+            pieces = torch.split(index, PIECE if self.executor.device.type == "cpu" else size)
+
+            def slopes(part: int, pieces: Sequence[Tensor] = pieces) -> tuple[Tensor, ...]:
+                with autocast(self.executor.device):
+                    error = self._error(block, site, pieces[part], site.folded(now, adapters))
+                loss = error.sum() / energy
+                return torch.autograd.grad(loss, momentum.values, allow_unused=True, materialize_grads=True)
+
+            columns = zip(*in_turn(slopes, len(pieces), self.executor.device), strict=True)
+            found = [torch.stack(parts).sum(0) for parts in columns]
+            momentum.step(found, RATE * (1 - step / self.steps))
         with torch.no_grad():
             return site.folded(now, adapters)
 

@@ -186,14 +186,12 @@ def _best(
     )
     found: dict[str, Recovery] = {}
     best: Block | None = None
-    recoveries = scorer.recover_each(order)
     for block in order:
         if best is not None and known[best.exit] <= known[block.exit]:
             break
-        found[block.exit] = next(recoveries)
+        found[block.exit] = scorer.recover(block)
         known[block.exit] = (found[block.exit].loss - choice.loss) / shares[block.exit]
         if best is None or known[block.exit] < known[best.exit]:
             best = block
-    recoveries.close()
     assert best is not None
     return best, found[best.exit]

@@ -65,12 +65,9 @@ def fold_moments_of(
             a, y = a.to(weight.dtype), y.to(weight.dtype)  # sums overflow in half precision
             if bias is not None:
                 y = y - bias.reshape(weight.shape[0], -1, 1)
-            if folds == 1:
-                return [_moments(weight, a, y)]
-            count = a.shape[2] // len(places[index])
-            place = (index * walk.batch + torch.arange(count, device=a.device)) % folds
-            of = place.repeat_interleave(len(places[index]))
-            return [_moments(weight, a[..., of == fold], y[..., of == fold]) for fold in range(folds)]
+            a, y = (x.reshape(*x.shape[:2], -1, len(places[index])) for x in (a, y))  # images, patches
+            first = [(fold - index * walk.batch) % folds for fold in range(folds)]
+            return [_moments(weight, *(x[:, :, at::folds].flatten(2) for x in (a, y))) for at in first]
 
     found = in_turn(parts_of, min(len(walk.batches), enough), walk.device)
     return [merged(parts) for parts in zip(*found, strict=True)]
