@@ -60,7 +60,19 @@ COMMANDS: dict[str, list[str]] = {
     ],
 }
 """Name -> arguments, {seed} in place of the seed."""
-INT4 = ["quantize", NET, "int4.onnx", "-q", "--weight-bits", "4", "--synthetic", "16", *MADE]
+INT4 = [
+    "quantize",
+    NET,
+    "int4.onnx",
+    "-q",
+    "--weight-bits",
+    "4",
+    "--synthetic",
+    "16",
+    "--effort",
+    "fast",
+    *MADE,
+]
 """Makes what `correct-bias` corrects."""
 
 

@@ -137,6 +137,16 @@ def test_every_command_line_and_python_block(page: Path, capsys: pytest.CaptureF
         run_python(text, scope)
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_commands_within_sentences_have_their_options(page: Path) -> None:
+    for call in re.findall(r"`onnxcompress ([^`]+)`", page.read_text("utf-8")):
+        words = call.split()
+        command = cli.get_command(click.Context(cli), words[0])
+        assert command is not None or words[0] in ("--help", "COMMAND"), call
+        known = [name for parameter in getattr(command, "params", ()) for name in parameter.opts]
+        assert {w for w in words[1:] if w.startswith("--")} <= {*known, "--help"}, call
+
+
 def run_python(text: str, scope: dict[str, object]) -> None:
     """Passes get the numbers of SHORT; `torch_model` and `example` are the reader's."""
     import torch

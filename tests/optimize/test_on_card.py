@@ -76,7 +76,7 @@ def network(tmp_path_factory: pytest.TempPathFactory) -> Path:
     lines += [f"m = GlobalAveragePool({inner})", "s = HardSigmoid(m)", f"p = Mul({inner}, s)"]
     x = add(layer("p", "f", 4, 8, 1), x)
     x = relu(layer(x, "g", 12, 4, stride=4))
-    for name in "hij":
+    for name in "hi":
         x = relu(layer(x, name, 12, 12))
     arrays |= {"v": rng.standard_normal((10, 12)), "k": rng.standard_normal(10)}
     lines += [f"q = GlobalAveragePool({x})", "z = Flatten(q)", "y = Gemm<transB=1>(z, v, k)"]

@@ -204,16 +204,16 @@ def test_the_output_is_the_input_with_fewer_nodes(
 
 
 @pytest.mark.slow
-def test_the_same_seed_gives_the_same_file(resnet: str, arguments: list[str], tmp_path: Path) -> None:
-    """With a number of blocks the clock has no say, so nothing but the seed matters."""
+@pytest.mark.usefixtures("quick_scores")
+def test_another_seed_gives_another_file(resnet: str, arguments: list[str], tmp_path: Path) -> None:
+    """That the same one gives the same file is in tests/robustness/test_sameness.py."""
     files = []
-    for name, seed in (("a", "1"), ("b", "1"), ("c", "2")):
-        out = tmp_path / name
+    for seed in ("1", "2"):
+        out = tmp_path / seed
         command = ["drop-blocks", resnet, str(out), *arguments, "--count", "16", "--blocks", "1"]
         assert main([*command, "--seed", seed, "--quiet"]) == 0
         files.append(out.read_bytes())
-    assert files[0] == files[1]
-    assert files[0] != files[2]
+    assert files[0] != files[1]
 
 
 @pytest.mark.slow
