@@ -34,6 +34,19 @@ def timing(name: str, samples: np.ndarray) -> Timing:
     return Timing(name, middle, 0, 0, 0, 0, len(samples), 1, 0, "cpu", values)
 
 
+@pytest.mark.parametrize(
+    "declared", ["float[N,3,4,4] y", "float[N,M] y", "float y", "float[] y", "seq(float) y"]
+)
+def test_outputs_of_another_rank_than_the_file_declares(declared: str) -> None:
+    """onnxruntime computes them with a warning, and refuses the memory of the run before."""
+    body = "y = SequenceConstruct(x)" if declared.startswith("seq") else "r = Relu(x) y = Add(r, x)"
+    proto = onnx.parser.parse_model(f"""
+        <ir_version: 8, opset_import: ["" : 17]>
+        net (float[N,3,4,4] x) => ({declared}) {{ {body} }}
+    """)
+    assert benchmark({"a": proto}, runs=3, warm_up=0)["a"].runs == 3
+
+
 # what is refused
 
 
