@@ -14,7 +14,7 @@ from onnxcompress.errors import ModelError
 from onnxcompress.graph.topology import Topology
 from onnxcompress.model import Model, load
 from onnxcompress.optimize.executor import Executor
-from onnxcompress.optimize.synthesis.distillation import distill
+from onnxcompress.optimize.synthesis.distillation import MORE_STEPS, distill
 from onnxcompress.optimize.synthesis.statistics_alignment import standardize
 from onnxcompress.optimize.synthesis.statistics_mismatch import mismatch
 from onnxcompress.passes.fold_bn import FoldBatchNorm
@@ -193,10 +193,27 @@ def test_the_statistics_that_are_given_are_matched() -> None:
     assert found[0] + 10 < found[1]
 
 
-def test_twenty_steps_are_taken_unless_told() -> None:
-    told: list[tuple[int, int]] = []
-    distill(_small(), _blobs(4), progress=lambda stage, done, total: told.append((done, total)))
-    assert told == [(step, 20) for step in range(1, 21)]
+def _taken(factor: float, steps: int | None = None) -> tuple[list[int], float]:
+    """Steps in all as each step tells them, and the images' mean, with statistics of darker images."""
+    model, start, told = _small(), _blobs(8), []
+    x = torch.from_numpy(replace(start, x=(factor * start.x).astype(np.uint8)).array())
+    std, mean = torch.std_mean(Executor.from_model(model).run({"x": x}, ["c"])["c"].detach(), (0, 2, 3))
+    given = {"c": ChannelStatistics(mean.numpy(), std.numpy())}
+    made = distill(
+        model, start, statistics=given, steps=steps, progress=lambda _, done, total: told.append(total)
+    )
+    return told, float(made.x.mean())
+
+
+def test_twenty_steps_are_taken_where_they_are_enough() -> None:
+    assert _taken(0.9)[0] == [20] * 20
+
+
+def test_more_steps_follow_where_images_are_still_far() -> None:
+    wanted, before = float((0.1 * _blobs(8).x).mean()), _taken(0.1, steps=20)[1]
+    told, reached = _taken(0.1)
+    assert told == [20] * 20 + [20 + MORE_STEPS] * MORE_STEPS
+    assert abs(reached - wanted) < 0.5 * abs(before - wanted)
 
 
 def test_means_and_deviations_count_alike_in_units_of_the_deviation() -> None:

@@ -13,14 +13,16 @@ pieces' own moments, and each goes back from there. So images are the same whate
 
 What makes it fast: the backward pass of a chunk's moments is one multiply-add; neighbouring tensors carry
 nearly the same information, so about twenty of them are enough; starting from dead leaves, twenty steps are
-enough; bfloat16 is used where it pays. Does not handle: statistics of tensors whose channels are not axis
+enough where the network was trained on photographs; bfloat16 is used where it pays. Where images are still
+FAR from the statistics after these, as dead leaves are from clothes on a black ground, more and larger
+steps follow. Does not handle: statistics of tensors whose channels are not axis
 1; several inputs.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -47,10 +49,14 @@ from onnxcompress.optimize.synthesis.statistics_mismatch import (
 from onnxcompress.progress import Progress, silent
 from onnxcompress.statistics.record import ChannelStatistics, known_statistics
 
-STEPS = 20
-"""Steps of Adam."""
-RATE = 0.023
-"""Initial learning rate of Adam, as a share of the range of pixels; it falls to zero by half a cosine."""
+STEPS, RATE = 20, 0.023
+"""Steps of Adam, and its first rate as a share of the range of pixels; it falls to 0 by half a cosine."""
+FAR = 0.08
+"""Mismatch of a chunk after these steps, mean over tensors, from which on more follow. ResNet-56 has 0.004
+(real images: 0.002), EfficientNet-Lite0 0.04 (0.03), and MobileNetV2 of Fashion-MNIST 0.12 (0.002)."""
+MORE_STEPS, MORE_RATE = 100, 0.1
+"""The same of those that follow. Relative error of the features of Fashion-MNIST's MobileNetV2 without
+three blocks, on images that it was trained on: 0.095, without these steps 0.204."""
 CHUNK = 128
 """Images that are optimized together, at most: the chunk as a whole matches the statistics."""
 PIECE = 32
@@ -67,7 +73,7 @@ def distill(
     start: ImageSet,
     *,
     statistics: Mapping[str, ChannelStatistics] | None = None,
-    steps: int = STEPS,
+    steps: int | None = None,
     seed: int = 0,
     device: str = "cpu",
     progress: Progress = silent,
@@ -80,7 +86,7 @@ def distill(
         model: The network, with one input.
         start: The images to start from.
         statistics: Tensor -> statistics to match; None: what the file knows.
-        steps: Steps of Adam.
+        steps: Steps of Adam; None: STEPS, and MORE_STEPS of chunks that are FAR from the statistics then.
         seed: Random seed of the views.
         device: Where torch computes.
         progress: Called with the stage, the steps done and the steps in all.
@@ -96,9 +102,10 @@ def distill(
     source = str(data_input(model).name)
     targets = _targets(model, executor, known_statistics(model) if statistics is None else statistics)
     pixels = _Pixels.of(start, device)
+    rounds = ((STEPS, RATE), (MORE_STEPS, MORE_RATE)) if steps is None else ((steps, RATE),)
 
     def work(chunk: int) -> list[np.ndarray]:
-        return _optimized(executor, source, targets, pixels, start.x, (steps, chunk, seed), progress)
+        return _optimized(executor, source, targets, pixels, start.x, rounds, (chunk, seed), progress)
 
     def parts() -> dict[str, Any]:
         wanted = () if statistics is None else sorted(statistics.items())
@@ -107,7 +114,7 @@ def distill(
             "model": model.digest(),
             "start": hashlib.sha256(start.x.tobytes()).hexdigest(),
             "statistics": hashlib.sha256(b"".join(values)).hexdigest(),
-            "options": [str(start.preprocess), steps, seed, device],
+            "options": [str(start.preprocess), rounds, seed, device],
         }
 
     def distilled() -> Values:
@@ -123,24 +130,32 @@ def _optimized(
     targets: Targets,
     pixels: _Pixels,
     start: np.ndarray,
-    how: tuple[int, int, int],
+    rounds: Sequence[tuple[int, float]],
+    how: tuple[int, int],
     progress: Progress,
 ) -> list[np.ndarray]:
-    """Optimize the images in chunks. how: steps, images in a chunk, seed."""
-    steps, chunk, seed = how
+    """Optimize the images in chunks. rounds: steps and rate of each; how: images in a chunk, seed."""
+    chunk, seed = how
     generator = torch.Generator().manual_seed(seed)
     made: list[np.ndarray] = []
-    total = steps * -(-len(start) // chunk)
-    for part in torch.split(torch.from_numpy(start), chunk):
+    chunks = torch.split(torch.from_numpy(start), chunk)
+    done, total = 0, len(chunks) * rounds[0][0]
+    for part in chunks:
         share = pixels.shares(part.numpy()).contiguous(memory_format=pixels.memory).requires_grad_()
-        adam = Adam([share], [RATE], betas=(0.5, 0.9), eps=1e-12)  # gradients are tiny
-        for step in range(steps):
-            view = _drawn_view(share, pixels.places, generator)
-            slope = _slope(executor, source, targets, pixels, share, view)
-            adam.step([slope], 0.5 * float(1 + np.cos(np.pi * step / steps)))
-            with torch.no_grad():
-                share.clamp_(0, 1)
-            progress("distilling images", steps * len(made) + step + 1, total)
+        mismatch: Tensor | float = float("inf")
+        for at, (steps, rate) in enumerate(rounds):
+            if float(mismatch) < FAR:
+                break
+            total += steps * (at > 0)
+            adam = Adam([share], [rate], betas=(0.5, 0.9), eps=1e-12)  # gradients are tiny
+            for step in range(steps):
+                view = _drawn_view(share, pixels.places, generator)
+                slope, mismatch = _slope(executor, source, targets, pixels, share, view)
+                adam.step([slope], 0.5 * float(1 + np.cos(np.pi * step / steps)))
+                with torch.no_grad():
+                    share.clamp_(0, 1)
+                done += 1
+                progress("distilling images", done, total)
         made.append(pixels.rounded(share.detach()))
     return made
 
@@ -240,8 +255,11 @@ def _slope(
     pixels: _Pixels,
     share: Tensor,
     view: Callable[[Tensor], Tensor],
-) -> Tensor:
-    """Gradient of a chunk's mismatch at its pixels, piece by piece. Raises ModelError without one."""
+) -> tuple[Tensor, Tensor]:
+    """Gradient of a chunk's mismatch at its pixels, piece by piece, and its mean over tensors.
+
+    Raises ModelError where no gradient reaches the pixels.
+    """
     size = PIECE if executor.device.type == "cpu" else len(share)
     pieces = [part.detach().requires_grad_() for part in torch.split(share.detach(), size)]
 
@@ -273,7 +291,8 @@ def _slope(
         (found,) = torch.autograd.grad(outputs, pieces[index], at)
         return found
 
-    return torch.cat(list(in_turn(backward, len(pieces), executor.device)))
+    slope = torch.cat(list(in_turn(backward, len(pieces), executor.device)))
+    return slope, loss.detach() / len(targets)
 
 
 def _targets(
