@@ -42,7 +42,9 @@ def group_of(name: str) -> CutGroup:
 
 def reader_of(group: CutGroup, samples: np.ndarray, weight: np.ndarray) -> Reader:
     second = samples.T @ samples / len(samples)
-    return Reader(group.group.labels.repeat(samples.shape[1] // group.width), weight, np.linalg.inv(second))
+    labels = group.group.labels.repeat(samples.shape[1] // group.width)
+    linear = group.group.members[0].layer.linear
+    return Reader(labels, weight, np.linalg.inv(second), samples.mean(0), linear, 0)
 
 
 def left_after(samples: np.ndarray, weight: np.ndarray, gone: np.ndarray) -> float:

@@ -18,6 +18,7 @@ from onnxcompress.model import Model
 from onnxcompress.optimize.block_drop.recoverability import BATCH
 from onnxcompress.optimize.channel_drop.figures import ChannelGroupRow, DropChannelsFigures
 from onnxcompress.optimize.channel_drop.options import DropChannelsOptions
+from onnxcompress.optimize.channel_drop.output_error import OutputErrors
 from onnxcompress.optimize.channel_drop.repair import ChannelRepair, with_kept_channels
 from onnxcompress.optimize.channel_drop.widths import (
     choose_widths,
@@ -52,6 +53,8 @@ VARIANTS, AT_ONCE = 128, 32
 """Networks with one kind of group narrowed that are measured, and of these in one measurement."""
 LEAST_WIDTHS = 2
 """Widths of a group that are measured, however many groups there are."""
+ERRORS = 3
+"""Widths of a group at which the error of the outputs is measured, at most."""
 SURPLUS = 2.0
 """Percent of the latency above the target from which on the account says that more was saved than asked."""
 
@@ -87,6 +90,7 @@ class ChannelDropper:
         self.widths: Mapping[str, int] = {}
         self.kept: Mapping[str, Kept] = {}
         self.removals: dict[str, Removal] = {}
+        self.errors: OutputErrors | None = None
         self.feature_error: float | None = None
         self.tuning: TuningOutcome | None = None
 
@@ -102,6 +106,8 @@ class ChannelDropper:
         """
         named = self.options.kept()
         self._price([self.by_name[name] for name in named] if named else list(self.groups.free))
+        if named:
+            self._rescale({name: {kept: 1.0} for name, kept in named.items()})
         self.widths = named or self._choose()
         if self.widths:
             self.kept = cut_channels(self.model, self.groups, self._gone(self.widths))
@@ -114,25 +120,39 @@ class ChannelDropper:
             readers = self.options.criterion == "group-norm"
             self.removals = {g.name: removal_by_norm(g.group, readers=readers) for g in groups}
             return
+        answers, batch = _answers(self.model, self.feature), small_batch(self.model, PRICING_BATCH)
         measured = measure_readers(
-            self.model, self.groups, self.inputs.images[:PRICING_IMAGES], self.source,
-            _answers(self.model, self.feature),
-            ridge=PRICING_RIDGE, batch=small_batch(self.model, PRICING_BATCH), seed=self.options.seed,
-            device=self.device, progress=self.progress,
+            self.model, self.groups, self.inputs.images[:PRICING_IMAGES], self.source, answers,
+            ridge=PRICING_RIDGE, batch=batch, seed=self.options.seed, device=self.device,
+            progress=self.progress,
         )  # fmt: skip
+        self.errors = OutputErrors.of(
+            self.model, measured, self.inputs.aside, self.source, answers, batch=batch, device=self.device
+        )
         for done, group in enumerate(groups, 1):
             self.removals[group.name] = removal_by_refit(group.group, measured)
             self.progress("ordering channels", done, len(groups))
 
     def _choose(self) -> Mapping[str, int]:
         """Choose widths that meet the target, at the least predicted error."""
-        costs = {name: removal.costs.tolist() for name, removal in self.removals.items()}
         by_latency = self.options.latency_reduction is not None
         target = (self.options.latency_reduction or self.options.macs_reduction or 0.0) / 100
         saving = self._latency_saved if by_latency else self._macs_saved
-        priced = [group for group in self.groups.free if costs[group.name][-1] > 0]
+        priced = [group for group in self.groups.free if self.removals[group.name].costs[-1] > 0]
         gains = self._gains(priced) if priced else {}
+        self._rescale(gains)
+        costs = {name: self.removals[name].costs.tolist() for name in gains}
         return choose_widths(narrowings(costs, gains), target, saving).kept
+
+    def _rescale(self, gains: Mapping[str, Mapping[int, float]]) -> None:
+        """Scale the costs of groups to errors of the outputs, measured at some widths that gain."""
+        if self.errors is None:
+            return
+        for done, (name, widths) in enumerate(gains.items(), 1):
+            removal = self.removals[name]
+            lost = [len(removal.labels) - kept for kept, gain in widths.items() if gain > 0]
+            self.removals[name] = self.errors.rescale(removal, thinned(lost, ERRORS))
+            self.progress("measuring errors", done, len(gains))
 
     def _gains(self, groups: Sequence[CutGroup]) -> dict[str, dict[int, float]]:
         """Measure what each width of each group saves.

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from onnxcompress.graph.channel_groups.cut_tracer import CutGroups
 from onnxcompress.graph.channel_groups.groups import ChannelGroup, LabelledLayer, Labels
+from onnxcompress.graph.linear_layer import Linear
 from onnxcompress.model import Model
 from onnxcompress.optimize.executor import Executor
 from onnxcompress.optimize.reconstruction.patches import patches_of
@@ -52,6 +53,11 @@ class Reader:
     """(O, F), rows times the square root of what an error costs there."""
     inverse: np.ndarray
     """H⁻¹, (F, F)."""
+    mean: np.ndarray
+    """Mean of the columns, (F,)."""
+    linear: Linear
+    group: int
+    """Which group of the layer it is."""
 
 
 class _Measured:
@@ -100,7 +106,8 @@ class _Measured:
         empty = torch.zeros(len(weight), 1, weight.shape[2])
         _, second = least_squares(empty, self.moments, ridge=ridge, target=float("inf"))
         inverse = np.linalg.inv(second.numpy())
-        return [Reader(*parts) for parts in zip(labels, weight, inverse, strict=True)]
+        parts = zip(labels, weight, inverse, self.moments.mean.numpy(), strict=True)
+        return [Reader(*part, linear, group) for group, part in enumerate(parts)]
 
 
 def _channel_axis(labels: Labels) -> int:
@@ -160,7 +167,9 @@ def measure_readers(
         for name in features:
             wanted = made[name].float()  # sums of squares overflow in half precision
             if name not in weights:
-                weights[name] = _weights(wanted.detach(), any(t.name == name for t in model.graph.outputs))
+                weights[name] = output_weights(
+                    wanted.detach(), any(t.name == name for t in model.graph.outputs)
+                )
             energy += float((wanted.detach() * weights[name]).double().square().sum())
             signs = weights[name] * torch.randn(wanted.shape, generator=generator).to(device)
             projected = projected + (wanted * signs).sum()
@@ -172,10 +181,17 @@ def measure_readers(
     return [reader for m in layers for reader in m.readers(max(energy, 1e-30), ridge)]
 
 
-def _weights(features: Tensor, answers: bool) -> Tensor:
+def output_weights(features: Tensor, answers: bool) -> Tensor:
     """Weigh a tensor so that its energy is 1 for an image; in an answer each of its channels counts alike.
 
     In a detector's output scores lie beside boxes that are a thousand times as large.
+
+    Args:
+        features: Values of the tensor, (N, …).
+        answers: Whether it is an output of the network.
+
+    Returns:
+        What its values are multiplied by; it broadcasts.
     """
     weights = features.new_ones(())
     if answers and features.ndim > 1:
