@@ -6,9 +6,11 @@ Every row is a whole command with the same images, seed and tuner; OPTIONS behin
 with `same` have the widths of the row `channels` and so its latency; they differ in which channels go. Rows
 with `uniform` keep the same share of every group, as Torch-Pruning does by default: the largest that saves
 what was asked, in multiples of ROUND_TO. Torch-Pruning acts on torch modules alone: its group norm
-(`--criterion group-norm`) is computed on the graph. At the end all networks are timed against the original,
-interleaved in one measurement. It prints a table, and draws it where --plot names a file. Networks stay in
---out, and those that lie there are not made again.
+(`--criterion group-norm`) is computed on the graph. `both` is the best of blocks alone, channels alone and
+half of each, by the outputs of images that --count leaves out of TRAIN. `practise` is the published
+procedure: blocks by its own score, fine-tuned by it. At the end all networks are timed against the
+original, interleaved in one measurement. It prints a table, and draws it where --plot names a file.
+Networks stay in --out, and those that lie there are not made again.
 
 With `--macs` reductions are of the multiply-accumulates: for a look on a machine that is too busy to time.
 With `--made` nothing is learned from TRAIN: the inputs are made.
@@ -17,31 +19,46 @@ With `--made` nothing is learned from TRAIN: the inputs are made.
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
+import numpy as np
 import onnx
+import torch
+from torch import Tensor
 
-from onnxcompress.data.image_set import load_images
+from onnxcompress.data.image_set import ImageSet, load_images
 from onnxcompress.data.preprocess import Preprocess
+from onnxcompress.evaluation.accuracy import logits
+from onnxcompress.graph.block_removal import drop_blocks
+from onnxcompress.graph.blocks import Block, find_blocks
 from onnxcompress.graph.canonicalize import canonicalize
 from onnxcompress.graph.channel_groups.cut_tracer import find_cut_groups
 from onnxcompress.graph.channel_removal import cut_channels
 from onnxcompress.graph.macs import count_macs
-from onnxcompress.model import Model, load
+from onnxcompress.graph.topology import Topology
+from onnxcompress.model import Model, load, save
 from onnxcompress.passes.fold_bn import FoldBatchNorm
+from onnxcompress.report.svg import ACCENT, INK, MUTED, PAPER
+from onnxcompress.report.svg import draw as svg_of
 from onnxcompress.runtime.stopwatch import Stopwatch
+from tests.benchmarks.practise import published_recoverability
+from tests.benchmarks.practise_finetuning import published_finetuning
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 ROWS = {
     "blocks": "blocks",
     "channels": "channels",
-    "both": "blocks, then channels",
+    "both": "blocks and channels",
     "same-group-norm": "the same widths, by group norm",
     "same-magnitude": "the same widths, by magnitude",
     "group-norm": "channels by group norm",
@@ -49,12 +66,36 @@ ROWS = {
     "uniform-group-norm": "uniform widths, group norm (Torch-Pruning)",
     "uniform-magnitude": "uniform widths, magnitude",
     "onnxsim": "onnxsim's Wanda, no repair",
+    "practise": "PRACTISE as published",
 }
 """Name of a row -> how the table calls it."""
 SHARES = [step / 40 for step in range(39, 9, -1)]
 """Shares of its channels that a group keeps in rows of one share."""
+MOST_ASIDE = 1000
+"""Images left out of TRAIN that decide between networks, at most."""
+ADAPTER_STEPS, PUBLISHED_STEPS = 20, 200
+"""Steps of the published procedure, of 64 images: to score a block, and to fine-tune."""
 ROUND_TO = 4
 """Multiples of channels that uniform rows keep: as few as `drop-channels` keeps multiples of."""
+
+LOOKS = {
+    "blocks": (ACCENT, "s", "-"),
+    "channels": (ACCENT, "o", "--"),
+    "both": (INK, "D", "-"),
+    "practise": (MUTED, "s", ":"),
+    "group-norm": (MUTED, "^", "--"),
+    "magnitude": (MUTED, "v", ":"),
+}
+"""Colour, marker and line of a row in the plot."""
+FALL = 8.0
+"""Points of accuracy that the plot shows, at most."""
+STYLE = """
+svg { --ink: #1d1c1a; --muted: #6b6860; --grid: #d8d4cc; --accent: #0a6a8c; --paper: #ffffff; }
+@media (prefers-color-scheme: dark) {
+  svg { --ink: #eae8e3; --muted: #a8a69f; --grid: #3d434a; --accent: #5cb9db; --paper: #15171a; }
+}
+text { font-family: system-ui, sans-serif; }
+"""
 
 
 @dataclass(frozen=True)
@@ -76,6 +117,7 @@ class Bench:
     model: str
     images: str
     preprocess: str
+    count: int
     learned: Sequence[str]
     judged: Sequence[str]
     target: str
@@ -88,22 +130,76 @@ class Bench:
 
     def row(self, kind: str, asked: float) -> Row:
         """Make a network unless it lies there, and judge it."""
+        file = self._file(kind, asked)
+        return Row(kind, asked, self.accuracy(file), file)
+
+    def _file(self, kind: str, asked: float) -> Path:
         file = self.folder / f"{kind}-{asked:g}.onnx"
         if not file.exists():
             self._make(kind, asked, file)
-        return Row(kind, asked, self.accuracy(file), file)
+        return file
+
+    def error(self, file: Path) -> float:
+        """Squared error of the scores of images that nothing learned from, relative to their squares."""
+        images = self.drawn(left_out=MOST_ASIDE)
+        wanted, found = (logits(path, images, provider="cpu") for path in (self.model, file))
+        return float(np.square(found - wanted).sum() / np.square(wanted).sum())
+
+    def drawn(self, left_out: int | None = None) -> ImageSet:
+        """Draw the images of TRAIN that commands learn from, or those that they leave out."""
+        how = Preprocess.parse(self.preprocess)
+        return load_images(self.images, preprocess=how, count=self.count, left_out=left_out, seed=0)
+
+    def published(self, asked: float) -> Model:
+        """Drop blocks by the published score over latency until enough is saved; tune by its procedure."""
+        whole, stopwatch = load(self.model), Stopwatch("cpu", clock="processor")
+        images = torch.from_numpy(self.drawn().array())
+        folded = whole.copy()
+        FoldBatchNorm().apply(folded)
+        blocks = {block.exit: block for block in find_blocks(folded).blocks}
+        scores = self._published_scores(folded, list(blocks.values()), images)
+        shares = stopwatch.shares(folded, list(blocks.values()))
+        order = sorted(scores, key=lambda x: scores[x] / max(shares[x].value, 1e-3))
+
+        def enough(number: int) -> bool:
+            own = whole.copy()
+            drop_blocks(own, order[:number])
+            return stopwatch.compare(whole, own, seconds=5.0).saved.value >= asked / 100
+
+        number = bisect_left(range(len(order)), True, key=enough)
+        names = [blocks[x].name for x in order[:number]]
+        return published_finetuning(whole, names, images, steps=PUBLISHED_STEPS)
+
+    def _published_scores(self, folded: Model, blocks: Sequence[Block], images: Tensor) -> dict[str, float]:
+        kept = self.folder / "published-scores.json"
+        if not kept.exists():
+            source, feature = folded.graph.inputs[0].name, folded.analysis(Topology).feature()
+            assert feature is not None
+            name = str(feature.name)
+            scores = {
+                b.exit: published_recoverability(folded, b, images, source, name, steps=ADAPTER_STEPS)
+                for b in blocks
+            }
+            kept.write_text(json.dumps(scores))
+        return {str(name): float(score) for name, score in json.loads(kept.read_text()).items()}
 
     def _make(self, kind: str, asked: float, file: Path) -> None:
         target = (self.target, f"{asked:g}")
         if kind == "blocks":
             self._run("drop-blocks", self.model, file, "--latency-reduction", f"{asked:g}")
-        elif kind == "both":  # half of the reduction by blocks
+        elif kind == "mixed":  # half of the reduction by blocks
             whole, half = 1 - asked / 100, (1 - asked / 100) ** 0.5
             between = file.with_suffix(".blocks.onnx")
             self._run("drop-blocks", self.model, between, "--latency-reduction", f"{100 * (1 - half):g}")
             saved = Stopwatch("cpu").compare(load(self.model), load(between), seconds=8.0).saved.value
             rest = 100 * (1 - whole / (1 - saved))
             self._run("drop-channels", str(between), file, self.target, f"{rest:g}")
+        elif kind == "both":
+            shutil.copy(
+                min((self._file(k, asked) for k in ("blocks", "channels", "mixed")), key=self.error), file
+            )
+        elif kind == "practise":
+            save(self.published(asked), file)
         elif kind.startswith("uniform-"):
             widths = self.uniform_widths(asked)
             criterion = ("--criterion", kind.removeprefix("uniform-"))
@@ -224,6 +320,7 @@ def cli(
         model,
         train,
         preprocess,
+        count,
         [*images, "--preprocess", preprocess, *options],
         ["--images", test, "--preprocess", preprocess],
         "--macs-reduction" if macs else "--latency-reduction",
@@ -259,27 +356,28 @@ def show(model: str, whole: float, rows: Sequence[Row], plot: Path | None) -> No
 
 
 def draw(file: Path, whole: float, points: Sequence[tuple[str, float, float]]) -> None:
-    """Draw accuracy against latency, with colours that are legible on light and on dark pages."""
-    import matplotlib
+    """Draw accuracy against latency, in colours of their own on light and on dark pages."""
+    kinds = list(dict.fromkeys(kind for kind, _, _ in points))
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    def paint(axes: Axes) -> None:
+        for kind in kinds:
+            own = sorted([(0.0, whole), *((x, y) for k, x, y in points if k == kind)])
+            colour, marker, line = LOOKS.get(kind, (MUTED, "x", ":"))
+            face = colour if line == "-" else PAPER
+            axes.plot(
+                *zip(*own, strict=True), color=colour, marker=marker, linestyle=line, linewidth=1.8,
+                markersize=7, markerfacecolor=face, label=ROWS[kind],
+            )  # fmt: skip
+        axes.set(xlabel="latency saved in onnxruntime, %", ylabel="accuracy, %")
+        lowest = min(y for _, _, y in points)
+        axes.set_ylim(max(lowest, whole - FALL) - 0.5, whole + 0.5)
+        axes.grid(axis="y")
+        axes.legend(loc="lower left", fontsize=11.5)
 
-    grey = "#808080"
-    plt.rc("text", color=grey)
-    plt.rc("axes", labelcolor=grey, edgecolor=grey)
-    for axis in ("xtick", "ytick"):
-        plt.rc(axis, color=grey)
-    plt.rc("svg", fonttype="none", hashsalt=file.name)
-    _, axes = plt.subplots(figsize=(7.2, 4.2))
-    for kind in dict.fromkeys(kind for kind, _, _ in points):
-        own = sorted([(0.0, whole), *((x, y) for k, x, y in points if k == kind)])
-        style = "--" if "norm" in kind or "magnitude" in kind else "-"
-        axes.plot(*zip(*own, strict=True), marker="o", linestyle=style, label=ROWS[kind])
-    axes.set(xlabel="latency saved in onnxruntime, %", ylabel="accuracy, %")
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False)
-    plt.savefig(file, bbox_inches="tight", transparent=True, metadata={"Date": None})
+    name = file.stem
+    svg = svg_of(paint, 720, 400, name).replace('aria-hidden="true" focusable="false"', 'role="img"')
+    head, rest = svg.split(">", 1)
+    file.write_text(f"{head}>\n<style>{STYLE}</style>{rest}\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -61,7 +61,7 @@ class OutputErrors:
             What measures errors.
         """
         executor = Executor.from_model(model, device=device)
-        batches = [part.to(device) for part in images.split(batch)]
+        batches = [part.to(device) for part in torch.split(images, batch)]
         with torch.no_grad():
             wanted = [executor.run({source: x}, features) for x in batches]
         weights = {
