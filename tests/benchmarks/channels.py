@@ -7,8 +7,8 @@ with `same` have the widths of the row `channels` and so its latency; they diffe
 with `uniform` keep the same share of every group, as Torch-Pruning does by default: the largest that saves
 what was asked, in multiples of ROUND_TO. Torch-Pruning acts on torch modules alone: its group norm
 (`--criterion group-norm`) is computed on the graph. `both` is the best of blocks alone, channels alone and
-half of each, by the outputs of images that --count leaves out of TRAIN. `practise` is the published
-procedure: blocks by its own score, fine-tuned by it. At the end all networks are timed against the
+half of each, by the outputs of images that --count leaves out of TRAIN. `practise` drops the same blocks as
+`blocks` and tunes by the published procedure. At the end all networks are timed against the
 original, interleaved in one measurement. It prints a table, and draws it where --plot names a file.
 Networks stay in --out, and those that lie there are not made again.
 
@@ -32,24 +32,20 @@ import click
 import numpy as np
 import onnx
 import torch
-from torch import Tensor
 
 from onnxcompress.data.image_set import ImageSet, load_images
 from onnxcompress.data.preprocess import Preprocess
 from onnxcompress.evaluation.accuracy import logits
-from onnxcompress.graph.block_removal import drop_blocks
-from onnxcompress.graph.blocks import Block, find_blocks
+from onnxcompress.graph.blocks import find_blocks
 from onnxcompress.graph.canonicalize import canonicalize
 from onnxcompress.graph.channel_groups.cut_tracer import find_cut_groups
 from onnxcompress.graph.channel_removal import cut_channels
 from onnxcompress.graph.macs import count_macs
-from onnxcompress.graph.topology import Topology
 from onnxcompress.model import Model, load, save
 from onnxcompress.passes.fold_bn import FoldBatchNorm
 from onnxcompress.report.svg import ACCENT, INK, MUTED, PAPER
 from onnxcompress.report.svg import draw as svg_of
 from onnxcompress.runtime.stopwatch import Stopwatch
-from tests.benchmarks.practise import published_recoverability
 from tests.benchmarks.practise_finetuning import published_finetuning
 
 if TYPE_CHECKING:
@@ -66,15 +62,15 @@ ROWS = {
     "uniform-group-norm": "uniform widths, group norm (Torch-Pruning)",
     "uniform-magnitude": "uniform widths, magnitude",
     "onnxsim": "onnxsim's Wanda, no repair",
-    "practise": "PRACTISE as published",
+    "practise": "the same blocks, tuned as PRACTISE published",
 }
 """Name of a row -> how the table calls it."""
 SHARES = [step / 40 for step in range(39, 9, -1)]
 """Shares of its channels that a group keeps in rows of one share."""
 MOST_ASIDE = 1000
 """Images left out of TRAIN that decide between networks, at most."""
-ADAPTER_STEPS, PUBLISHED_STEPS = 20, 200
-"""Steps of the published procedure, of 64 images: to score a block, and to fine-tune."""
+PUBLISHED_STEPS = 200
+"""Steps of the published fine-tuning, of 64 images each."""
 ROUND_TO = 4
 """Multiples of channels that uniform rows keep: as few as `drop-channels` keeps multiples of."""
 
@@ -151,37 +147,12 @@ class Bench:
         return load_images(self.images, preprocess=how, count=self.count, left_out=left_out, seed=0)
 
     def published(self, asked: float) -> Model:
-        """Drop blocks by the published score over latency until enough is saved; tune by its procedure."""
-        whole, stopwatch = load(self.model), Stopwatch("cpu", clock="processor")
-        images = torch.from_numpy(self.drawn().array())
-        folded = whole.copy()
+        """Tune by the published procedure what the row `blocks` left, from the original weights."""
+        folded, left = load(self.model), load(self._file("blocks", asked)).graph.tensors()
         FoldBatchNorm().apply(folded)
-        blocks = {block.exit: block for block in find_blocks(folded).blocks}
-        scores = self._published_scores(folded, list(blocks.values()), images)
-        shares = stopwatch.shares(folded, list(blocks.values()))
-        order = sorted(scores, key=lambda x: scores[x] / max(shares[x].value, 1e-3))
-
-        def enough(number: int) -> bool:
-            own = whole.copy()
-            drop_blocks(own, order[:number])
-            return stopwatch.compare(whole, own, seconds=5.0).saved.value >= asked / 100
-
-        number = bisect_left(range(len(order)), True, key=enough)
-        names = [blocks[x].name for x in order[:number]]
-        return published_finetuning(whole, names, images, steps=PUBLISHED_STEPS)
-
-    def _published_scores(self, folded: Model, blocks: Sequence[Block], images: Tensor) -> dict[str, float]:
-        kept = self.folder / "published-scores.json"
-        if not kept.exists():
-            source, feature = folded.graph.inputs[0].name, folded.analysis(Topology).feature()
-            assert feature is not None
-            name = str(feature.name)
-            scores = {
-                b.exit: published_recoverability(folded, b, images, source, name, steps=ADAPTER_STEPS)
-                for b in blocks
-            }
-            kept.write_text(json.dumps(scores))
-        return {str(name): float(score) for name, score in json.loads(kept.read_text()).items()}
+        names = [block.name for block in find_blocks(folded).blocks if block.inner[0] not in left]
+        images = torch.from_numpy(self.drawn().array())
+        return published_finetuning(load(self.model), names, images, steps=PUBLISHED_STEPS)
 
     def _make(self, kind: str, asked: float, file: Path) -> None:
         target = (self.target, f"{asked:g}")

@@ -276,6 +276,19 @@ def test_pages_have_lines_to_run() -> None:
     assert [name for name, count in counts.items() if not count] == ["methods", "figures"]
 
 
+def test_pictures_are_told_in_words_and_have_colours_for_dark_pages() -> None:
+    found = [
+        (page.parent / name, words)
+        for page in PAGES
+        for words, name in re.findall(r"!\[(.*?)\]\((.*?)\)", page.read_text("utf-8"))
+    ]
+    assert {path.name for path, _ in found} == {path.name for path in DOCS.glob("*.svg")}
+    assert "![" in (ROOT / "README.md").read_text("utf-8")
+    for path, words in found:
+        assert len(words.split()) >= 20, path
+        assert "prefers-color-scheme: dark" in path.read_text("utf-8"), path
+
+
 def test_verbose_lists_each_change(capsys: pytest.CaptureFixture[str]) -> None:
     argv = ["fold-bn", "models/mobilenetv2-fashion.onnx", "v.onnx", "--no-verify"]
     assert main([*argv, "-v"]) == 0
