@@ -7,6 +7,7 @@ Measured: inputs go through the reference, for `layerwise` as aligned with its r
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 import numpy as np
 import onnx_graphsurgeon as gs
@@ -68,14 +69,11 @@ def layer_window(model: Model, layer: Linear) -> tuple[gs.Tensor, Window]:
         The tensor, and the places of the taps.
 
     Raises:
-        UnknownMoments: The size of the image is open and matters.
+        UnknownMoments: The size of the image is open and matters, or channels are not on axis 1.
     """
-    source = layer.node.inputs[layer.data_at]
-    pads = None
-    node = producer(source)
-    if is_op(node, "Pad") and layer.node.op == "Conv":
-        pads = _zeros(model, node)
-        source = source if pads is None else node.inputs[0]
+    if layer.node.op == "Gemm" and attribute(layer.node, "transA", 0):
+        raise UnknownMoments("it is a Gemm with transA", "export it with transA 0")
+    source, pads = _source(model, layer)
     shape = tensor_shapes(model).get(source.name)
     sizes = [d for d in (shape or ())[2:] if isinstance(d, int)]
     if layer.node.op in ("Conv", "ConvTranspose") and len(sizes) != layer.rank - 2:
@@ -83,6 +81,15 @@ def layer_window(model: Model, layer: Linear) -> tuple[gs.Tensor, Window]:
             raise UnknownMoments("the size of the image is open", "fix it in the file")
         sizes = [1] * (layer.rank - 2)
     return source, window(layer, tuple(sizes), pads)
+
+
+def _source(model: Model, layer: Linear) -> tuple[gs.Tensor, tuple[int, ...] | None]:
+    """Return the tensor that a layer reads, and the pads of a Pad of zeros between them, if any."""
+    source = layer.node.inputs[layer.data_at]
+    node = producer(source)
+    if is_op(node, "Pad") and layer.node.op == "Conv" and (pads := _zeros(model, node)) is not None:
+        return node.inputs[0], pads
+    return source, None
 
 
 def _zeros(model: Model, node: gs.Node) -> tuple[int, ...] | None:
@@ -118,20 +125,21 @@ def measured_means(
     Raises:
         InputError: The inputs do not fill one batch that the file fixes.
     """
-    windows: dict[str, tuple[str, Window]] = {}
+    places: dict[str, Place] = {}
     found: dict[str, np.ndarray | Refusal] = {}
     for layer in layers:
         name = layer.output_name
         try:
-            source, geometry = layer_window(model, layer)
-            windows[name] = (source.name, geometry)
+            layer_window(model, layer)
+            source, pads = _source(model, layer)
+            places[name] = Place(source.name, layer, pads)
         except UnknownMoments as problem:
             rule = f"the mean of its input cannot be measured: {problem.rule}"
             found[name] = Refusal(layer.label, rule, problem.remedy)
     networks = [_aligned(model, inputs), model] if inputs.layerwise else [model]
     for network in networks:
         kept = network.graph.tensors()
-        here = {n: at for n, at in windows.items() if n not in found and at[0] in kept}
+        here = {n: at for n, at in places.items() if n not in found and at.source in kept}
         found |= _means(network, here, inputs.images, progress)
     return found
 
@@ -146,22 +154,44 @@ def _aligned(model: Model, inputs: Inputs) -> Model:
     return twin
 
 
+@dataclass(frozen=True)
+class Place:
+    """Where a layer's input is measured."""
+
+    source: str
+    """Name of the tensor."""
+    layer: Linear
+    pads: tuple[int, ...] | None
+    """Of a Pad between them."""
+
+    def means(self, x: np.ndarray) -> np.ndarray:
+        """Compute the mean input of each tap, for images of the size that they have.
+
+        Args:
+            x: Values of the tensor, (N, inputs, …).
+
+        Returns:
+            The means, (inputs, taps), float64.
+        """
+        return window(self.layer, x.shape[2:], self.pads).means(x)
+
+
 def _means(
-    model: Model, windows: Mapping[str, tuple[str, Window]], images: Samples, progress: Progress
+    model: Model, places: Mapping[str, Place], images: Samples, progress: Progress
 ) -> dict[str, np.ndarray]:
-    """Return the mean of each tap over all images, by the keys of `windows`."""
+    """Return the mean of each tap over all images, by the keys of `places`."""
     from onnxcompress.optimize.deterministic_threads import in_turn
 
-    if not windows:
+    if not places:
         return {}
-    batches, values_of = _batches_of(model, sorted({source for source, _ in windows.values()}), images)
+    batches, values_of = _batches_of(model, sorted({at.source for at in places.values()}), images)
 
     def own_sums(index: int) -> dict[str, np.ndarray]:
         values = values_of(batches[index])
         size = len(batches[index])
-        return {name: size * geometry.means(values[source]) for name, (source, geometry) in windows.items()}
+        return {name: size * at.means(values[at.source]) for name, at in places.items()}
 
-    sums = dict.fromkeys(windows, np.zeros(()))
+    sums = dict.fromkeys(places, np.zeros(()))
     done = 0
     for batch, own in zip(batches, in_turn(own_sums, len(batches)), strict=True):
         for name, value in own.items():

@@ -67,7 +67,7 @@ class Simulation:
             made.graph.output.extend(map(helper.make_empty_tensor_value_info, _last_floats(proto)))
         self.session = session(made, provider="cpu", threads=threads, optimize=False)
         self.outputs = [o.name for o in self.session.get_outputs() if o.type == "tensor(float)"]
-        self.exact = self._run((), batches)
+        self.exact = self._run((), batches, self.outputs)
 
     def error(self, half: Collection[int]) -> float:
         """Measure the error with some candidates in float16.
@@ -78,7 +78,7 @@ class Simulation:
         Returns:
             The error, as from `worst_error`.
         """
-        return worst_error(self.exact, self._run(half, self.batches))
+        return worst_error(self.exact, self._run(half, self.batches, self.outputs))
 
     def first_batch_error(self, half: Collection[int]) -> float:
         """Measure the error on the first batch only.
@@ -89,15 +89,28 @@ class Simulation:
         Returns:
             The error, as from `worst_error`.
         """
-        return worst_error(self.exact[:1], self._run(half, self.batches[:1]))
+        return worst_error(self.exact[:1], self._run(half, self.batches[:1], self.outputs))
 
-    def _run(self, half: Collection[int], batches: Sequence[np.ndarray]) -> list[list[np.ndarray]]:
-        """Return the outputs of each batch."""
+    def exact_values(self, names: Sequence[str]) -> list[list[np.ndarray]]:
+        """Compute outputs in float32, whatever their types.
+
+        Args:
+            names: Names of outputs of the network.
+
+        Returns:
+            Their values in each batch.
+        """
+        return self._run((), self.batches, names)
+
+    def _run(
+        self, half: Collection[int], batches: Sequence[np.ndarray], names: Sequence[str]
+    ) -> list[list[np.ndarray]]:
+        """Return outputs of each batch."""
         gates = {f"{_GATE}{i}": np.array(i in half) for i in range(len(self.nodes))}
         fixed = self.others | gates
         try:
             with np.errstate(over="ignore"):
-                return [self.session.run(self.outputs, {self.input: x, **fixed}) for x in batches]
+                return [self.session.run(names, {self.input: x, **fixed}) for x in batches]
         except Exception as error:  # onnxruntime's exceptions have no common base
             raise ModelError(f"measuring float16: the run failed ({one_line(error)})") from error
 

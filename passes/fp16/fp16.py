@@ -170,7 +170,7 @@ class HalfPrecision(SelectionOptions, ImageOptions, Pass):
         runtime = None
         if half:
             converted = convert(proto, {c.index for c in half}, keep_io=not self.float16_io)
-            runtime = self._runtime(converted, simulation.exact, simulation.batches)
+            runtime = self._runtime(converted, simulation)
             if is_quantized(model) and runtime.error > 2 * bound:
                 warnings.warn(MISCOMPUTED.format(100 * runtime.error), CompressWarning, stacklevel=2)
             model.become(Model.from_proto(converted, model.name))
@@ -245,23 +245,21 @@ class HalfPrecision(SelectionOptions, ImageOptions, Pass):
         auto = self.inputs == "auto" and self.images is None
         return replace(source, why="no --images; a few that are made at once do") if auto else source
 
-    def _runtime(
-        self,
-        converted: onnx.ModelProto,
-        exact: Sequence[Sequence[np.ndarray]],
-        batches: Sequence[np.ndarray],
-    ) -> ProviderRun:
-        """Run the result on the provider that the options name."""
+    def _runtime(self, converted: onnx.ModelProto, simulation: Simulation) -> ProviderRun:
+        """Run the result on the provider that the options name, and compare the outputs."""
         from onnxcompress.errors import one_line
         from onnxcompress.runtime.session import pick_provider, session
 
         chosen = pick_provider(self.runs_on)
         opened = session(converted, provider=chosen, threads=self.threads)
         fed, others = image_input(converted).name, unread_feeds(converted)
-        names = [o.name for o in opened.get_outputs() if o.type in ("tensor(float)", "tensor(float16)")]
+        outputs = opened.get_outputs()
+        floats = [o.name for o in outputs if o.type in ("tensor(float)", "tensor(float16)")]
+        names = floats or [o.name for o in outputs]
+        exact = simulation.exact_values(names)
         kind = np.float16 if self.float16_io else np.float32
         try:
-            found = [opened.run(names, {fed: _in_type(x, kind), **others}) for x in batches]
+            found = [opened.run(names, {fed: _in_type(x, kind), **others}) for x in simulation.batches]
         except Exception as error:  # onnxruntime's exceptions have no common base
             raise ModelError(
                 f"the float16 model does not run on {chosen.text} ({one_line(error)})"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import numpy as np
@@ -13,10 +14,11 @@ from onnxcompress.graph.block_removal import drop_blocks
 from onnxcompress.graph.blocks import find_blocks
 from onnxcompress.graph.query import read
 from onnxcompress.model import Model
+from onnxcompress.optimize.deterministic_threads import worker_count
 from onnxcompress.optimize.executor import Executor
-from onnxcompress.optimize.reconstruction import residual_refit
+from onnxcompress.optimize.reconstruction import layer_moments, residual_refit
 from onnxcompress.optimize.reconstruction.residual_refit import RefitSettings, ResidualRefit
-from onnxcompress.optimize.reconstruction.ridge import TARGET_MADE, TARGET_REAL
+from onnxcompress.optimize.reconstruction.ridge import FOLDS, TARGET_MADE, TARGET_REAL, LayerMoments
 from tests.helpers.folding import graph, weight
 
 BODY = """a = Conv<pads=[1,1,1,1]>(x, w0, b0) r = Relu(a)
@@ -143,6 +145,24 @@ def test_nothing_is_refitted_in_front_of_the_block() -> None:
     teacher, student, x = networks(BODY)
     assert {"w3", "w4"} <= set(refitted(teacher, student, x, "u")) <= {"w3", "b3", "w4", "b4"}
     assert not refitted(teacher, teacher.copy(), x)
+
+
+def test_moments_of_batches_are_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a wide layer those of one batch take tens of megabytes."""
+    made: list[weakref.ref[LayerMoments]] = []
+    most, original = 0, layer_moments._moments
+
+    def counted(*given: Any) -> LayerMoments:
+        nonlocal most
+        found = original(*given)
+        made.append(weakref.ref(found))
+        most = max(most, sum(one() is not None for one in made))
+        return found
+
+    monkeypatch.setattr(layer_moments, "_moments", counted)
+    teacher, student, x = networks(BODY)
+    refitted(teacher, student, x, batch=2)
+    assert 0 < most <= FOLDS * (worker_count() + 2) < FOLDS * len(x) // 2
 
 
 def test_the_places_follow_the_seed() -> None:

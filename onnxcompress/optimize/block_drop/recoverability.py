@@ -19,6 +19,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from onnxcompress.errors import ModelError
+from onnxcompress.formatting import counted
 from onnxcompress.graph.blocks import Block
 from onnxcompress.graph.conv_layers import readers, writers
 from onnxcompress.graph.linear_layer import Linear
@@ -73,9 +75,18 @@ def probe(executor: Executor, images: Tensor, source: str, feature: str, *, batc
 
     Returns:
         The images with their features.
+
+    Raises:
+        ModelError: The features are not those of one image after the other.
     """
     images = images.to(executor.device)
     made = executor.run_batched({source: images}, [feature], count=len(images), batch=batch, mixed=True)
+    rows = len(made[feature])
+    if rows != len(images):
+        raise ModelError(
+            f"tensor {feature!r} has {rows} rows for {counted(len(images), 'image')}: networks that mix "
+            "the images of a batch are not handled; export it with an open batch"
+        )
     return Probe(source, feature, images, made[feature])
 
 

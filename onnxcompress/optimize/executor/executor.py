@@ -323,6 +323,10 @@ class Executor:
 
 def _room(part: Tensor, count: int, batch: int, dtype: torch.dtype | None) -> Tensor:
     """Return room for `count` images of a tensor of which `part` holds `batch`; None: of its own type."""
+    if not part.ndim or len(part) % batch:
+        raise ExecutionError(
+            f"a tensor of shape {list(part.shape)} does not hold one image after the other, of {batch}"
+        )
     shape = (len(part) // batch * count, *part.shape[1:])
     last = part.ndim == 4 and part.is_contiguous(memory_format=torch.channels_last)
     order = torch.channels_last if last else torch.contiguous_format

@@ -86,8 +86,11 @@ class _RuntimeNode:
         self, node: gs.Node, site: Site, inputs: Sequence[str], domains: Mapping[str, int]
     ) -> None:
         self._site, self._inputs = site, tuple(inputs)
-        self._node = OnnxExporter.export_node(node)
-        _fill_bodies(node, self._node)
+        try:
+            self._node = OnnxExporter.export_node(node)
+            _fill_bodies(node, self._node)
+        except Exception as error:  # graphsurgeon's, of attributes with optional types
+            raise site.unsupported(f"it cannot be run alone ({one_line(error)})") from error
         self._outputs = [name for name in self._node.output if name]
         self._opsets = [onnx.helper.make_opsetid(domain, version) for domain, version in domains.items()]
         self._sessions: dict[tuple[np.dtype[Any], ...], Any] = {}

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from onnxcompress.optimize.deterministic_threads import in_turn
 from onnxcompress.optimize.reconstruction.patches import Patches
-from onnxcompress.optimize.reconstruction.ridge import LayerMoments, merged
+from onnxcompress.optimize.reconstruction.ridge import LayerMoments
 from onnxcompress.quantization.qdq_plan import QuantizedLayer
 
 if TYPE_CHECKING:
@@ -69,8 +69,12 @@ def fold_moments_of(
             first = [(fold - index * walk.batch) % folds for fold in range(folds)]
             return [_moments(weight, *(x[:, :, at::folds].flatten(2) for x in (a, y))) for at in first]
 
-    found = in_turn(parts_of, min(len(walk.batches), enough), walk.device)
-    return [merged(parts) for parts in zip(*found, strict=True)]
+    whole = [LayerMoments.empty(weight) for _ in range(folds)]
+    for parts in in_turn(parts_of, min(len(walk.batches), enough), walk.device):  # none is kept: F x F each
+        for mine, part in zip(whole, parts, strict=True):
+            if part.rows:
+                mine.merge(part)
+    return whole
 
 
 def _moments(weight: Tensor, a: Tensor, y: Tensor) -> LayerMoments:
