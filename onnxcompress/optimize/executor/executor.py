@@ -262,8 +262,7 @@ class Executor:
             for name in outputs:
                 part = made.pop(name)
                 if name not in found:
-                    own = kept_as if part.is_floating_point() else None
-                    found[name] = _room(part, count, min(batch, count), own)
+                    found[name] = _room(part, count, min(batch, count), kept_as)
                 found[name][filled[name] : filled[name] + len(part)] = part
                 filled[name] += len(part)
         return found
@@ -310,9 +309,7 @@ class Executor:
         if unknown:
             raise ExecutionError(f"no tensor of the graph is named {unknown[0]!r}")
         fed = frozenset(n for n in key[0] if self._is_constant(n))
-        binding = self._binding
-        if fed:
-            binding = Binding(self._program, self.device, self.dtype, fed)
+        binding = Binding(self._program, self.device, self.dtype, fed) if fed else self._binding
         with torch.inference_mode(False), torch.no_grad():
             plan = self._plans[key] = Planner(binding, *key).build()
         return plan
@@ -322,15 +319,14 @@ class Executor:
 
 
 def _room(part: Tensor, count: int, batch: int, dtype: torch.dtype | None) -> Tensor:
-    """Return room for `count` images of a tensor of which `part` holds `batch`; None: of its own type."""
+    """Return room for `count` images of a tensor of which `part` holds `batch`; `dtype`: of floats."""
     if not part.ndim or len(part) % batch:
-        raise ExecutionError(
-            f"a tensor of shape {list(part.shape)} does not hold one image after the other, of {batch}"
-        )
+        raise ExecutionError(f"a tensor of shape {list(part.shape)} is not one of {batch} images in order")
     shape = (len(part) // batch * count, *part.shape[1:])
     last = part.ndim == 4 and part.is_contiguous(memory_format=torch.channels_last)
     order = torch.channels_last if last else torch.contiguous_format
-    return torch.empty(shape, dtype=dtype or part.dtype, device=part.device, memory_format=order)
+    kind = dtype if dtype and part.is_floating_point() else part.dtype
+    return torch.empty(shape, dtype=kind, device=part.device, memory_format=order)
 
 
 def _execute(steps: Sequence[Step], values: list[Any]) -> None:
