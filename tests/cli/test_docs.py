@@ -9,6 +9,7 @@ Templates are lines with a word in capitals, which stands for a file: of them on
 from __future__ import annotations
 
 import ast
+import html
 import inspect
 import json
 import os
@@ -28,6 +29,7 @@ from importlinter.api import read_configuration
 from onnxcompress.cli.guide import GUIDES
 from onnxcompress.cli.main import COMMANDS, cli, main
 from onnxcompress.passes import CATALOGUE
+from tests.benchmarks.recording import PICTURE, first_command
 from tests.helpers.brief import COMMAND
 from tests.helpers.detector import detector
 from tests.helpers.paths import ROOT
@@ -285,7 +287,15 @@ def test_pictures_are_told_in_words_and_have_colours_for_dark_pages() -> None:
     assert {path.name for path, _ in found} == {path.name for path in DOCS.glob("*.svg")}
     for path, words in found:
         assert len(words.split()) >= 20, path
-        assert "prefers-color-scheme: dark" in path.read_text("utf-8"), path
+        text = path.read_text("utf-8")  # a recorded terminal is dark on any page
+        assert "prefers-color-scheme: dark" in text or "rich-terminal" in text, path
+        assert "http" not in text.replace("http://www.w3.org", ""), path
+
+
+def test_the_recorded_session_is_that_of_the_first_command() -> None:
+    """`python -m tests.benchmarks.recording` where this fails."""
+    shown = html.unescape(re.sub(r"<[^>]+>", "", PICTURE.read_text("utf-8")))
+    assert "".join(first_command().split()) in "".join(shown.split())
 
 
 def test_verbose_lists_each_change(capsys: pytest.CaptureFixture[str]) -> None:

@@ -49,7 +49,7 @@ def test_the_error_that_is_predicted_is_the_one_that_refitting_leaves(photos: st
     squares = [np.square(x).mean((0, 2, 3)) for x in (outputs(model, feeds)["y"] - wanted, wanted)]
     (row,) = figures.groups
     assert row.error == pytest.approx(float((squares[0] / squares[1]).mean()), rel=0.3)
-    assert row.error == pytest.approx(1.45e-3, rel=0.1)
+    assert row.error == pytest.approx(1.12e-3, rel=0.1)  # measured on images kept aside
     assert figures.feature_error == pytest.approx(4.55e-4, rel=0.1)
     assert squares[0].sum() / squares[1].sum() == pytest.approx(4.92e-4, rel=0.1)
     assert (figures.parameters, figures.macs) == (BeforeAfter(384, 236), BeforeAfter(13824, 8064))
