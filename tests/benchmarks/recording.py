@@ -21,7 +21,8 @@ import click
 from rich.console import Console
 from rich.text import Text
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.helpers.paths import ROOT
+
 PICTURE = ROOT / "onnxcompress" / "docs" / "first-command.svg"
 WIDTH = 112
 ELSEWHERE = re.compile(r"\s*@font-face \{.*?\}|\s*<!--.*?-->", re.S)
@@ -34,9 +35,8 @@ def first_command() -> str:
     Returns:
         The call of onnxcompress, as it is typed.
     """
-    (line,) = re.findall(
-        r"^    pip install .* && (onnxcompress .*)$", (ROOT / "README.md").read_text(), re.M
-    )
+    text = (ROOT / "README.md").read_text("utf-8")
+    (line,) = re.findall(r"^    pip install .* && (onnxcompress .*)$", text, re.M)
     return str(line)
 
 

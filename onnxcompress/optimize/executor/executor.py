@@ -33,6 +33,7 @@ from onnxcompress.optimize.deterministic_threads import in_turn
 from onnxcompress.optimize.device import autocast, laid_out
 from onnxcompress.optimize.executor.ops.dtypes import convert
 from onnxcompress.optimize.executor.ops.registry import ExecutionError, UnsupportedOp
+from onnxcompress.optimize.executor.output_rows import OutputRows
 from onnxcompress.optimize.executor.plan import Plan, Planner, Step
 from onnxcompress.optimize.executor.program import Binding, Kind, Program, explained
 from onnxcompress.optimize.executor.shape_feeds import ShapeFeeds
@@ -252,20 +253,18 @@ class Executor:
 
         Returns:
             Name -> values of the outputs, (count times the rows of an image, …), on the device.
+
+        Raises:
+            ExecutionError: An output does not hold one image after the other.
         """
-        found: dict[str, Tensor] = {}
-        filled = dict.fromkeys(outputs, 0)
+        rooms = {name: OutputRows(name, count, kept_as) for name in outputs}
         runs = self.map_batches(
             feeds, outputs, lambda made: made, count=count, batch=batch, parameters=parameters, mixed=mixed
         )
-        for made in runs:
-            for name in outputs:
-                part = made.pop(name)
-                if name not in found:
-                    found[name] = _room(part, count, min(batch, count), kept_as)
-                found[name][filled[name] : filled[name] + len(part)] = part
-                filled[name] += len(part)
-        return found
+        for start, made in zip(range(0, count, batch), runs, strict=True):
+            for name, room in rooms.items():
+                room.place(made.pop(name), start, min(batch, count - start))
+        return {name: room.values for name, room in rooms.items()}
 
     def needed(self, feeds: Iterable[str], outputs: Iterable[str]) -> list[gs.Node]:
         """List the nodes that `run` would compute, and plan that run.
@@ -316,17 +315,6 @@ class Executor:
 
     def _is_constant(self, name: str) -> bool:
         return self._binding.kinds.get(name) is Kind.CONSTANT
-
-
-def _room(part: Tensor, count: int, batch: int, dtype: torch.dtype | None) -> Tensor:
-    """Return room for `count` images of a tensor of which `part` holds `batch`; `dtype`: of floats."""
-    if not part.ndim or len(part) % batch:
-        raise ExecutionError(f"a tensor of shape {list(part.shape)} is not one of {batch} images in order")
-    shape = (len(part) // batch * count, *part.shape[1:])
-    last = part.ndim == 4 and part.is_contiguous(memory_format=torch.channels_last)
-    order = torch.channels_last if last else torch.contiguous_format
-    kind = dtype if dtype and part.is_floating_point() else part.dtype
-    return torch.empty(shape, dtype=kind, device=part.device, memory_format=order)
 
 
 def _execute(steps: Sequence[Step], values: list[Any]) -> None:
