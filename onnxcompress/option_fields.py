@@ -10,6 +10,7 @@ The command line makes a flag of it, a recipe a key, its JSON Schema a property 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 import typing
 from collections.abc import Callable
@@ -132,6 +133,12 @@ def option_adapter(cls: type[Any], name: str) -> TypeAdapter[Any]:
     Returns:
         A pydantic adapter of the field's annotation with its limits.
     """
+    hashable: Any = cls  # mypy takes classes of dataclasses for unhashable
+    return _option_adapter(hashable, name)
+
+
+@functools.cache
+def _option_adapter(cls: type[Any], name: str) -> TypeAdapter[Any]:
     from pydantic import Field, TypeAdapter
 
     about = cls.__dataclass_fields__[name].metadata

@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.helpers.brief import few_adapter_steps, few_feature_inputs, few_layer_trials, few_rounds
+from tests.helpers.brief import few_rounds, little_learning
 from tests.helpers.paths import MODELS
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported
@@ -42,6 +43,32 @@ def exports_of_the_present() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="session", autouse=True)
+def images_drawn_once() -> Iterator[None]:
+    """Draw each procedural image once: most tests begin with the same ones."""
+    from onnxcompress.data import dead_leaves
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dead_leaves, "_image", lru_cache(maxsize=4096)(dead_leaves._image))
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def learning_little() -> Iterator[pytest.MonkeyPatch]:
+    """Learn little in all tests that do not ask for `whole_learning`."""
+    with pytest.MonkeyPatch.context() as patch:
+        little_learning(patch)
+        yield patch
+
+
+@pytest.fixture
+def whole_learning(learning_little: pytest.MonkeyPatch) -> Iterator[None]:
+    """Learn as users do, for tests that judge what was learned."""
+    learning_little.undo()
+    yield
+    little_learning(learning_little)
+
+
 @pytest.fixture(scope="session")
 def models() -> Path:
     """The folder of the shipped networks and images."""
@@ -69,19 +96,6 @@ def more_threads() -> Callable[[], AbstractContextManager[None]]:
 def quick_clock(monkeypatch: pytest.MonkeyPatch) -> None:
     """Latency from a few rounds, for tests of what is done with it."""
     few_rounds(monkeypatch)
-
-
-@pytest.fixture
-def quick_layers(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Less to learn from, and less tried on each layer, for tests that do not judge what is learned."""
-    few_feature_inputs(monkeypatch)
-    few_layer_trials(monkeypatch)
-
-
-@pytest.fixture
-def quick_scores(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Scores of blocks from adapters that are hardly trained, for tests that do not judge the choice."""
-    few_adapter_steps(monkeypatch)
 
 
 @pytest.fixture

@@ -111,7 +111,7 @@ def procedural_images(
     images = np.empty((count, height, width, channels), np.uint8)
 
     def fill(index: int) -> None:
-        images[index] = _image(np.random.default_rng([seed, index]), height, width, channels)
+        images[index] = _image(seed, index, height, width, channels)
 
     pool = ThreadPoolExecutor(workers)
     try:
@@ -122,7 +122,8 @@ def procedural_images(
     return images
 
 
-def _image(rng: np.random.Generator, height: int, width: int, channels: int) -> np.ndarray:
+def _image(seed: int, index: int, height: int, width: int, channels: int) -> np.ndarray:
+    rng = np.random.default_rng([seed, index])
     scene = _Scene(rng, height, width)
     kind = rng.random()
     if kind < OBJECTS:

@@ -121,7 +121,7 @@ def test_what_cannot_be_written_is_said_before_the_work(net: str, tmp_path: Path
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("quick_clock", "quick_scores")
+@pytest.mark.usefixtures("quick_clock")
 def test_each_result_has_its_page(net: str, models: Path, tmp_path: Path) -> None:
     """A notebook shows it in a frame; `write_report` writes it. Each states what the result holds."""
     photos: dict[str, Any] = {"images": models / PHOTOS, "preprocess": "fashion-mnist"}
@@ -150,7 +150,7 @@ def test_each_result_has_its_page(net: str, models: Path, tmp_path: Path) -> Non
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("quick_clock", "quick_scores", "quick_layers")
+@pytest.mark.usefixtures("quick_clock")
 def test_a_search_and_a_sweep(net: str, models: Path, tmp_path: Path) -> None:
     pytest.importorskip("optuna")
     front = oc.search_best(onnx.load(net), tmp_path / "best", trials=1, repairs=1, inputs="procedural",

@@ -97,8 +97,6 @@ def here(
     folder: Path,
     monkeypatch: pytest.MonkeyPatch,
     quick_clock: None,
-    quick_layers: None,
-    quick_scores: None,
 ) -> None:
     monkeypatch.chdir(folder)
     monkeypatch.setenv("ONNXCOMPRESS_CACHE", str(folder / "cache"))

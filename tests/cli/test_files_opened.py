@@ -46,7 +46,7 @@ def test_a_file_that_changed_is_read_anew(models: Path, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_graph_is_walked_once_for_each_state(
-    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quick_clock: None, quick_scores: None
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quick_clock: None
 ) -> None:
     """Blocks and features, the trial batch, scores, what is left after a drop, and the repair."""
     walked: list[Model] = []

@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from onnxcompress.data import dead_leaves
 from onnxcompress.data.contact_sheet import GAP, contact_sheet, write_contact_sheet
 from onnxcompress.data.dead_leaves import procedural_images
 from onnxcompress.errors import ModelError, OptionError
+
+
+@pytest.fixture(scope="module", autouse=True)
+def drawn_anew() -> Iterator[None]:
+    """Draw an image each time it is asked for, unlike in other tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dead_leaves, "_image", dead_leaves._image.__wrapped__)  # type: ignore[attr-defined]
+        yield
 
 
 @pytest.fixture(scope="module")

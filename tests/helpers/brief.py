@@ -31,46 +31,42 @@ def few_rounds(patch: pytest.MonkeyPatch, rounds: int = 4) -> None:
     patch.setattr(bootstrap, "RESAMPLES", 100)
 
 
-def few_feature_inputs(patch: pytest.MonkeyPatch, count: int = 64, steps: int = 4) -> None:
-    """Synthesize `count` inputs for the deep layers, not 2048, in fewer steps."""
-    from onnxcompress.optimize.reconstruction import feature_inputs
-
-    patch.setattr(feature_inputs, "COUNT", count)
-    patch.setattr(feature_inputs, "STEPS", steps)
-
-
-FEWER = {
-    "gptq.RATIOS": 3,
-    "gptq.SWEEPS": 2,
-    "prune.TRIAL_STEPS": 3,
-    "prune.TRIAL_REFITS": 2,
-    "prune.PROBES": 4,
+LITTLE = {
+    "reconstruction.feature_inputs.COUNT": 64,
+    "reconstruction.feature_inputs.STEPS": 4,
+    "reconstruction.gptq.RATIOS": 3,
+    "reconstruction.gptq.SWEEPS": 2,
+    "reconstruction.prune.TRIAL_STEPS": 3,
+    "reconstruction.prune.TRIAL_REFITS": 2,
+    "reconstruction.prune.PROBES": 4,
+    "reconstruction.ridge.LADDER": (0.04, 0.64),
+    "synthesis.distillation.STEPS": 4,
+    "synthesis.distillation.MORE_STEPS": 4,
 }
-"""Constants of `optimize.reconstruction`."""
+"""Constants of `optimize`: less to learn from, for fewer steps, and fewer values tried on each layer."""
 
 
-def few_layer_trials(patch: pytest.MonkeyPatch) -> None:
-    """Try fewer values on each layer that is pruned or rounded."""
-    for name, count in FEWER.items():
-        patch.setattr(f"onnxcompress.optimize.reconstruction.{name}", count)
+def little_learning(patch: pytest.MonkeyPatch, *, inputs: int = 64, steps: int = 1) -> None:
+    """Learn little, in tests that do not judge what is learned.
 
-
-def few_adapter_steps(patch: pytest.MonkeyPatch, steps: int = 1) -> None:
-    """Score each block by adapters that are trained for fewer steps."""
+    Args:
+        patch: What takes the constants back.
+        inputs: Inputs made for the deep layers.
+        steps: Steps of the adapters that blocks are scored by.
+    """
     from onnxcompress.optimize.block_drop.recoverability import Scorer
     from onnxcompress.optimize.block_drop.selection import choose
-
-    functions: tuple[Any, ...] = (choose, Scorer.__init__)
-    for function in functions:
-        patch.setitem(function.__kwdefaults__, "steps", steps)
-
-
-def few_tuning_steps(patch: pytest.MonkeyPatch, steps: int = 8) -> None:
-    """Tune the weights of a sparse network together for fewer steps."""
     from onnxcompress.optimize.reconstruction.global_tuning import finetune_sparse
 
-    function: Any = finetune_sparse
-    patch.setitem(function.__kwdefaults__, "steps", steps)
+    for name, value in (LITTLE | {"reconstruction.feature_inputs.COUNT": inputs}).items():
+        patch.setattr(f"onnxcompress.optimize.{name}", value)
+    functions: tuple[tuple[Any, int], ...] = (
+        (choose, steps),
+        (Scorer.__init__, steps),
+        (finetune_sparse, 8),
+    )
+    for function, count in functions:
+        patch.setitem(function.__kwdefaults__, "steps", count)
 
 
 def run(calls: Sequence[Sequence[str]]) -> int:
@@ -81,10 +77,7 @@ def run(calls: Sequence[Sequence[str]]) -> int:
     prepare_threads()
     patch, code = pytest.MonkeyPatch(), 0
     few_rounds(patch)
-    few_feature_inputs(patch, 320)  # more than are optimized together
-    few_layer_trials(patch)
-    few_adapter_steps(patch, 4)
-    few_tuning_steps(patch)
+    little_learning(patch, inputs=320, steps=4)  # more inputs than are optimized together
     for argv in calls:
         code = main(argv)
         if code not in (0, 3):

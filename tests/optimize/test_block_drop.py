@@ -57,7 +57,6 @@ def drop(**options: Any) -> PassResult[DropBlocksFigures]:
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("quick_scores")
 def test_scores_are_what_cannot_be_recovered_over_the_share_of_the_latency(
     fixed_clock: Callable[..., None],
 ) -> None:
@@ -75,7 +74,6 @@ def test_scores_are_what_cannot_be_recovered_over_the_share_of_the_latency(
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("quick_scores")
 def test_a_share_next_to_nothing_counts_as_a_tenth_of_the_largest(fixed_clock: Callable[..., None]) -> None:
     fixed_clock([10, 6, 9.99, 8], [10, 8])
     row = drop(latency_reduction=15).measured.blocks[1]
@@ -84,7 +82,6 @@ def test_a_share_next_to_nothing_counts_as_a_tenth_of_the_largest(fixed_clock: C
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("quick_scores")
 def test_a_target_in_latency_counts_what_a_block_takes_and_one_in_blocks_does_not(
     fixed_clock: Callable[..., None],
 ) -> None:
@@ -96,7 +93,6 @@ def test_a_target_in_latency_counts_what_a_block_takes_and_one_in_blocks_does_no
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("quick_scores")
 def test_a_target_is_missed_only_where_the_whole_interval_does(fixed_clock: Callable[..., None]) -> None:
     fixed_clock([10, 9, 9.5, 9], [10, 8], jitter=0.12)
     kept = drop(latency_reduction=21).measured
@@ -132,7 +128,6 @@ def test_what_is_lost_with_a_block_is_what_it_was(
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("quick_scores")
 def test_what_is_saved_is_of_the_originals_latency(
     fixed_clock: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -199,6 +194,7 @@ def test_after_each_drop_what_is_left_is_scored_by_what_it_adds(
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("whole_learning")
 def test_what_cannot_be_recovered_is_what_it_was(fixed_clock: Callable[..., None]) -> None:
     """R of each block after 8 steps of its adapters, over the energy of the features.
 
@@ -213,7 +209,6 @@ def test_what_cannot_be_recovered_is_what_it_was(fixed_clock: Callable[..., None
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("quick_scores")
 def test_what_a_target_in_latency_chose_is_told(fixed_clock: Callable[..., None]) -> None:
     """The third block saves 40 % as measured, twice as much as its share said: it is enough alone."""
     fixed_clock([10, 9, 9.5, 8], [10, 6])

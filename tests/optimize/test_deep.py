@@ -42,6 +42,8 @@ from onnxcompress.passes.prune.targets import FLOATS
 from onnxcompress.quantization.qdq_plan import make_plan
 from onnxcompress.statistics.record import known_statistics, write_record
 
+pytestmark = pytest.mark.usefixtures("whole_learning")
+
 Threads = Callable[[], AbstractContextManager[None]]
 
 NETWORKS = ("resnet20-fashion.onnx", "mobilenetv2-fashion.onnx")

@@ -230,7 +230,6 @@ def test_drop_blocks_tells_it_in_json_table_and_report(
     models: Path,
     tmp_path: Path,
     quick_clock: None,
-    quick_scores: None,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     page = tmp_path / "r.html"

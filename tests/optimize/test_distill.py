@@ -27,6 +27,8 @@ from onnxcompress.statistics.record import (
 from tests.helpers.folding import graph, norm, weight
 from tests.helpers.paths import MODELS
 
+pytestmark = pytest.mark.usefixtures("whole_learning")
+
 FASHION = Preprocess.parse("fashion-mnist")
 
 

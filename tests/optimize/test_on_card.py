@@ -25,7 +25,6 @@ from onnxcompress.optimize.reconstruction.admm_mask import Problem  # noqa: E402
 from onnxcompress.optimize.reconstruction.global_tuning import finetune_sparse  # noqa: E402
 from onnxcompress.optimize.synthesis.distillation import distill  # noqa: E402
 from onnxcompress.sensitivity.analysis import sensitivity  # noqa: E402
-from tests.helpers.brief import few_feature_inputs, few_layer_trials  # noqa: E402
 from tests.helpers.pretended_card import pretended_card  # noqa: E402
 
 SOURCES = ("images", "distilled", "procedural", "layerwise")
@@ -103,8 +102,6 @@ def brief(monkeypatch: pytest.MonkeyPatch) -> None:
 
     for module in ("block_latency", "stopwatch"):
         monkeypatch.setattr(f"onnxcompress.runtime.{module}.benchmark", timed)
-    few_feature_inputs(monkeypatch, steps=2)
-    few_layer_trials(monkeypatch)
     for function in FEWER_STEPS:
         unwrapped: Any = inspect.unwrap(function)
         monkeypatch.setitem(unwrapped.__kwdefaults__, "steps", 3)

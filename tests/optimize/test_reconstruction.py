@@ -20,6 +20,8 @@ from onnxcompress.quantization.affine_grid import Grid
 from onnxcompress.quantization.qdq_plan import Bits, make_plan
 from tests.helpers.folding import graph, weight
 
+pytestmark = pytest.mark.usefixtures("whole_learning")
+
 FLOATS = Bits(8, None, None)
 CHAIN = """c = Conv<pads=[1,1,1,1]>(x, wc, bc) r = Relu(c) d = Conv<pads=[1,1,1,1]>(r, wd, bd) s = Relu(d)
     e = Conv(s, we, be) y = Relu(e)"""

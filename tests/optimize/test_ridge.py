@@ -19,6 +19,8 @@ from onnxcompress.optimize.reconstruction.ridge import (
     merged,
 )
 
+pytestmark = pytest.mark.usefixtures("whole_learning")
+
 FAN, OUTPUTS, PLACES = 20, 3, 16
 
 

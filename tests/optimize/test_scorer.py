@@ -17,6 +17,8 @@ from onnxcompress.optimize.executor import Executor
 from onnxcompress.runtime.block_latency import LatencyChange
 from tests.optimize.test_block_drop import network
 
+pytestmark = pytest.mark.usefixtures("whole_learning")
+
 
 def probed(model: Model, count: int = 24) -> Probe:
     x = torch.randn(count, 3, 8, 8, generator=torch.Generator().manual_seed(0))

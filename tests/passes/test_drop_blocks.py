@@ -24,17 +24,16 @@ from onnxcompress.passes.base import run
 from onnxcompress.passes.drop_blocks import DropBlocks
 from onnxcompress.passes.fold_bn import FoldBatchNorm
 from onnxcompress.statistics.record import write_record
-from tests.helpers.brief import COMMAND, few_adapter_steps, few_rounds
+from tests.helpers.brief import COMMAND, few_rounds
 
 torch = pytest.importorskip("torch")
 
 
 @pytest.fixture(scope="module", autouse=True)
 def brief() -> Iterator[None]:
-    """Little timing, and adapters that are trained for a few steps."""
+    """Latency from a few rounds."""
     with pytest.MonkeyPatch.context() as patch:
         few_rounds(patch)
-        few_adapter_steps(patch, 4)
         yield
 
 
@@ -204,7 +203,6 @@ def test_the_output_is_the_input_with_fewer_nodes(
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("quick_scores")
 def test_another_seed_gives_another_file(resnet: str, arguments: list[str], tmp_path: Path) -> None:
     """That the same one gives the same file is in tests/robustness/test_sameness.py."""
     files = []

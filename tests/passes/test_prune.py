@@ -320,6 +320,7 @@ def test_a_sparse_layer_is_near_the_best_of_all_masks() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("whole_learning")
 def test_what_pruning_leaves_of_a_shipped_network_is_what_it_was(models: Path) -> None:
     """Without tuning the deep layers together it is 12.5 dB, with a tenth of the rate or the steps 13.0."""
     model = load(models / "mobilenetv2-fashion.onnx")

@@ -119,9 +119,7 @@ def test_few_bits_are_what_the_file_computes(models: Path, activations: int) -> 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("depthwise", "expected"), [(8, 8), (0, 4)])
-def test_depthwise_weights_alone_keep_their_bits(
-    models: Path, depthwise: int, expected: int, quick_layers: None
-) -> None:
+def test_depthwise_weights_alone_keep_their_bits(models: Path, depthwise: int, expected: int) -> None:
     model = load(models / "mobilenetv2-fashion.onnx")
     one = replace(QUICK, weight_bits=4, activation_bits=0, first_last=0, depthwise=depthwise, synthetic=8)
     (result,) = run([one], model)

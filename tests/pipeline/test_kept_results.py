@@ -35,7 +35,7 @@ NET = "resnet20-fashion.onnx"
 
 
 @pytest.fixture
-def undisturbed_clock(fixed_clock: Callable[..., None], quick_scores: None) -> None:
+def undisturbed_clock(fixed_clock: Callable[..., None]) -> None:
     """A clock whose latency shares are worth keeping."""
     fixed_clock([10, 6, 9.5, 8], [10, 8])
 

@@ -217,7 +217,7 @@ def test_each_shipped_recipe_is_run_below(models: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SMALL)
-@pytest.mark.usefixtures("quick_clock", "quick_scores", "quick_layers")
+@pytest.mark.usefixtures("quick_clock")
 def test_a_shipped_recipe_runs(
     name: str, models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -16,7 +16,6 @@ from onnxcompress.model import Model
 from onnxcompress.optimize.intermediate_results import Values, keeping
 from onnxcompress.optimize.synthesis.distillation import distill
 from onnxcompress.statistics.record import ChannelStatistics
-from tests.helpers.brief import few_adapter_steps
 from tests.helpers.folding import graph, norm, weight
 from tests.optimize.test_block_drop import FAST, network
 
@@ -82,7 +81,6 @@ def test_scores_of_blocks_are_of_their_images_and_how_they_run(
     fixed_clock: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Recoverabilities do not depend on how latency is measured, nor shares on the images."""
-    few_adapter_steps(monkeypatch)
     fixed_clock([10, 6, 9.5, 8])
     one, store = replace(FAST, blocks=1, steps=0, synthetic=8), Store()
     kinds = ("recoverability", "latency shares")

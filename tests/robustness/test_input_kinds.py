@@ -244,7 +244,7 @@ def block_model(kind: str) -> Model:
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("quick_clock", "quick_scores")
+@pytest.mark.usefixtures("quick_clock")
 @pytest.mark.parametrize("kind", list(BLOCKS))
 @pytest.mark.filterwarnings("ignore::onnxcompress.errors.CompressWarning")
 def test_block_is_dropped(kind: str) -> None:

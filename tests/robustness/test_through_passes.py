@@ -17,7 +17,7 @@ from tests.helpers.embedding import embedded_cases
 from tests.helpers.suites import Case
 from tests.robustness.through_passes import EXACT, MAKERS, Subject, outcome
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("quick_clock", "quick_scores", "quick_layers")]
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("quick_clock")]
 
 DATASETS = sorted(Path(onnxruntime.datasets.__file__).parent.glob("*.onnx"))
 SAMPLES: dict[str, tuple[Callable[[], Iterable[Case]], slice]] = {

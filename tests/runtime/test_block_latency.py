@@ -20,7 +20,6 @@ from onnxcompress.runtime import block_latency, stopwatch
 from onnxcompress.runtime.block_latency import LatencyChange, Share, usable
 from onnxcompress.runtime.latency import Ratio, Timing, benchmark
 from onnxcompress.runtime.stopwatch import Stopwatch
-from tests.helpers.brief import few_adapter_steps
 
 pytest.importorskip("torch")
 
@@ -290,7 +289,6 @@ def test_shares_that_are_too_small_make_no_block_go_in_vain(
     models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Shares say a third of what blocks take: too many go before the whole is measured, and come back."""
-    few_adapter_steps(monkeypatch)
     watch(monkeypatch, wall=0.001)
     true = block_latency.latency_shares
 
@@ -311,7 +309,6 @@ def test_too_many_blocks_at_the_end_are_said(
     models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The clock that chose said less than the one at the end: exit code 3, and which block is to blame."""
-    few_adapter_steps(monkeypatch)
     clocks: list[str] = []
     final = False
 

@@ -392,7 +392,6 @@ def test_a_time_is_a_duration(text: str, models: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("quick_scores", "quick_layers")
 def test_the_command_writes_models_that_their_recipes_remake(
     models: Path,
     tmp_path: Path,

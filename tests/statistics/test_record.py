@@ -204,7 +204,6 @@ def test_a_command_decodes_the_record_of_its_file_once(
     models: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    quick_layers: None,
 ) -> None:
     folded, out = tmp_path / "folded.onnx", tmp_path / "out.onnx"
     assert main(["fold-bn", str(models / "resnet20-fashion.onnx"), str(folded), "-q"]) == 0
