@@ -142,9 +142,10 @@ def test_each_result_has_its_page(net: str, models: Path, tmp_path: Path) -> Non
         (oc.synthesize(net, kind="procedural", count=4), "4 procedural images"),
     ]
     for result, text in results:
-        assert text in result._repr_html_(), text
-        assert result._repr_html_().startswith("<iframe srcdoc=")
-        assert "How to repeat it" not in result._repr_html_()
+        frame = result._repr_html_()
+        assert text in frame, text
+        assert frame.startswith("<iframe srcdoc=")
+        assert "How to repeat it" not in frame
         result.write_report(tmp_path / "page.html")
         assert text in (tmp_path / "page.html").read_text("utf-8")
 

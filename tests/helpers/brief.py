@@ -77,7 +77,7 @@ def run(calls: Sequence[Sequence[str]]) -> int:
     prepare_threads()
     patch, code = pytest.MonkeyPatch(), 0
     few_rounds(patch)
-    little_learning(patch, inputs=320, steps=4)  # more inputs than are optimized together
+    little_learning(patch, inputs=272, steps=4)  # more inputs than are optimized together
     for argv in calls:
         code = main(argv)
         if code not in (0, 3):

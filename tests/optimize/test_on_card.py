@@ -19,8 +19,6 @@ from onnxcompress.runtime.latency import benchmark
 
 torch = pytest.importorskip("torch")
 
-from onnxcompress.optimize.block_drop.recoverability import Scorer  # noqa: E402
-from onnxcompress.optimize.block_drop.selection import choose as choose_blocks  # noqa: E402
 from onnxcompress.optimize.reconstruction.admm_mask import Problem  # noqa: E402
 from onnxcompress.optimize.reconstruction.global_tuning import finetune_sparse  # noqa: E402
 from onnxcompress.optimize.synthesis.distillation import distill  # noqa: E402
@@ -74,10 +72,10 @@ def network(tmp_path_factory: pytest.TempPathFactory) -> Path:
     inner = relu(layer(relu(layer(x, "d", 8, 4, 1)), "e", 8, 8, 3, 8))
     lines += [f"m = GlobalAveragePool({inner})", "s = HardSigmoid(m)", f"p = Mul({inner}, s)"]
     x = add(layer("p", "f", 4, 8, 1), x)
-    x = relu(layer(x, "g", 12, 4, stride=4))
+    x = relu(layer(x, "g", 8, 4, stride=4))
     for name in "hi":
-        x = relu(layer(x, name, 12, 12))
-    arrays |= {"v": rng.standard_normal((10, 12)), "k": rng.standard_normal(10)}
+        x = relu(layer(x, name, 8, 8))
+    arrays |= {"v": rng.standard_normal((10, 8)), "k": rng.standard_normal(10)}
     lines += [f"q = GlobalAveragePool({x})", "z = Flatten(q)", "y = Gemm<transB=1>(z, v, k)"]
     body = "\n".join(lines)
     header = '<ir_version: 8, opset_import: ["" : 17]>'
@@ -90,7 +88,7 @@ def network(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-FEWER_STEPS: tuple[Any, ...] = (distill, Problem.solve, finetune_sparse, choose_blocks, Scorer.__init__)
+FEWER_STEPS: tuple[Any, ...] = (distill, Problem.solve, finetune_sparse)
 
 
 @pytest.fixture(autouse=True)
@@ -102,9 +100,10 @@ def brief(monkeypatch: pytest.MonkeyPatch) -> None:
 
     for module in ("block_latency", "stopwatch"):
         monkeypatch.setattr(f"onnxcompress.runtime.{module}.benchmark", timed)
+    monkeypatch.setattr("onnxcompress.optimize.reconstruction.feature_inputs.STEPS", 2)
     for function in FEWER_STEPS:
         unwrapped: Any = inspect.unwrap(function)
-        monkeypatch.setitem(unwrapped.__kwdefaults__, "steps", 3)
+        monkeypatch.setitem(unwrapped.__kwdefaults__, "steps", 2)
     solve: Any = Problem.solve
     monkeypatch.setitem(solve.__kwdefaults__, "refits", 2)
 

@@ -407,9 +407,9 @@ def test_the_command_writes_models_that_their_recipes_remake(
     monkeypatch.setattr("onnxcompress.search.workers.Processes", lambda jobs: InProcess())
     fixed_clock([4.0, 2.0])
     call = ["search", NET, "--out", "best", "--inputs", "procedural", "--gate-images", "few.npz"]
-    short = ["--trials", "2", "--effort", "fast", "--cache", str(tmp_path / "cache")]
+    short = ["--trials", "1", "--effort", "fast", "--cache", str(tmp_path / "cache")]
     first = {"blocks": 0, "channels": 0, "weights": "int8", "activations": 8, "equalize": "no"}
-    monkeypatch.setattr("onnxcompress.search.study.first_points", lambda most: [first] * 2)
+    monkeypatch.setattr("onnxcompress.search.study.first_points", lambda most: [first])
     assert main([*call, *short, "--min-agreement", "90", "--min-speedup", "1.5", "--json"]) == 0
     account = json.loads(capsys.readouterr().out)
     (point,) = account["front"]
