@@ -41,6 +41,7 @@ from onnxcompress.passes.prune import Prune
 from onnxcompress.passes.prune.targets import FLOATS
 from onnxcompress.quantization.qdq_plan import make_plan
 from onnxcompress.statistics.record import known_statistics, write_record
+from tests.helpers.brief import little_learning
 
 pytestmark = pytest.mark.usefixtures("whole_learning")
 
@@ -146,7 +147,11 @@ def test_real_images_come_first_and_what_they_lack_in_number_is_made(
 
 
 @pytest.mark.slow
-def test_few_real_images_prune_better_with_deep_inputs(models: Path) -> None:
+def test_few_real_images_prune_better_with_deep_inputs(
+    models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    little_learning(monkeypatch)
+
     def error(network: Model) -> float:
         pruned = network.copy()
         Prune(

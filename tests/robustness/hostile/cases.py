@@ -126,10 +126,10 @@ def _grown(op: str, sizes: list[int]) -> Build:
 
 
 def _chain() -> onnx.ModelProto:
-    """3,000 Identity nodes between an initializer and the layer that reads it."""
+    """1,500 Identity nodes between an initializer and the layer that reads it."""
     proto = network("residual")
     conv = proto.graph.node[0]
-    names = ["w0", *(f"w0.{at}" for at in range(3000))]
+    names = ["w0", *(f"w0.{at}" for at in range(1500))]
     made = [helper.make_node("Identity", [a], [b]) for a, b in itertools.pairwise(names)]
     conv.input[1] = names[-1]
     nodes = [*made, *proto.graph.node]
@@ -139,9 +139,9 @@ def _chain() -> onnx.ModelProto:
 
 
 def _wide() -> onnx.ModelProto:
-    """3,000 BatchNorms that all read one tensor: a message for each must not name all the others."""
+    """1,500 BatchNorms that all read one tensor: a message for each must not name all the others."""
     proto = network("residual")
-    for at in range(3000):
+    for at in range(1500):
         node = helper.make_node("BatchNormalization", ["a", "g", "b", "m", "v"], [f"wide{at}"], f"wide{at}")
         proto.graph.node.append(node)
     return proto
@@ -206,8 +206,8 @@ STRANGE: dict[str, Build] = {
     "ConstantOfShape of 128 GB": _grown("ConstantOfShape", [HUGE]),
     "Expand to 128 GB": _grown("Expand", [HUGE // 5, 5]),
     "Tile to 128 GB": _grown("Tile", [HUGE // 5]),
-    "3,000 Identity in a row": _chain,
-    "3,000 readers of one tensor": _wide,
+    "1,500 Identity in a row": _chain,
+    "1,500 readers of one tensor": _wide,
     "record of no JSON": _metadata("statistics", "{"),
     "record of another kind": _metadata(
         "statistics", '{"n": {"mean": 7, "std": null, "source": []}, "r": 1}'
