@@ -62,7 +62,7 @@ def test_the_work_is_cut_to_the_target_and_no_further() -> None:
 @pytest.mark.slow
 def test_parameters_before_are_those_of_the_file_with_its_batch_norm(models: Path) -> None:
     """As `inspect` counts them."""
-    model = load(models / "mobilenetv2-fashion.onnx")
+    model = load(models / "resnet20-fashion.onnx")
     count = count_parameters(model)
     found = replace(FAST, steps=0, preprocess=None).apply(model).measured.parameters
     assert found is not None
