@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from functools import lru_cache
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +22,15 @@ os.environ["ONNXCOMPRESS_LATENCY"] = "off"  # seconds a command; tests of it swi
 
 @pytest.fixture(scope="session", autouse=True)
 def exports_of_the_present() -> Iterator[None]:
-    """Hold in every test that an export which is not made anew is still the graph's."""
+    """Hold that an export which is not made anew is still the graph's, of one such export in four."""
     from onnxcompress.model.model import Model
 
-    kept = Model._export
+    kept, turns = Model._export, count()
 
     def checked(model: Model) -> Any:
         before = model._kept_export
         proto, tensors = kept(model)
-        if model._kept_export is not before:
+        if model._kept_export is not before or next(turns) % 4:
             return proto, tensors
         now, values = model._new_export()
         assert proto == now, "an export of an earlier state"

@@ -204,7 +204,8 @@ def test_all_and_only_the_right_blocks_of_real_networks(variant: str) -> None:
     kinds = {"vgg16_bn": {"run"}, "shufflenet_v2_x1_0": {"unit"}, "densenet121": set()}
     assert {b.kind for b in found.blocks} == kinds.get(name, {"residual"})
     size = zoo.image_size(name)
-    all_dropped_runs(model, found, (3, size, size))
+    if "folded" not in variant:  # the same blocks
+        all_dropped_runs(model, found, (3, size, size))
 
 
 @pytest.mark.parametrize("file", sorted(MODELS.glob("*.onnx")), ids=lambda p: p.stem)
