@@ -107,12 +107,14 @@ class PruneWork:
     """Images from which inputs of the deep layers are made; 0: these get no inputs of their own.
     EfficientNet-Lite0 at 34 % (`python tests/benchmarks/prune.py`): KL divergence 0.029 from 1,024, 0.037
     from 128 (`--synthetic 128`)."""
+    deep: int = 0
+    """Inputs of the deep layers, at most."""
 
 
 PRUNE: Mapping[Effort, PruneWork] = {
     "fast": PruneWork(inputs=32, small_inputs=128, starts=0),
-    "balanced": PruneWork(inputs=64, small_inputs=256, starts=256),
-    "best": PruneWork(inputs=128, small_inputs=512, starts=1024),
+    "balanced": PruneWork(inputs=64, small_inputs=256, starts=256, deep=512),
+    "best": PruneWork(inputs=128, small_inputs=512, starts=1024, deep=2048),
 }
 
 
@@ -134,7 +136,7 @@ DROP_BLOCKS: Mapping[Effort, DropBlocksWork] = {
 
 PASSES: Mapping[str, Mapping[Effort, float]] = {
     "quantize": {"fast": 25.0, "balanced": 30.0, "best": 35.0},
-    "prune": {"fast": 60.0, "balanced": 95.0, "best": 95.0},
+    "prune": {"fast": 60.0, "balanced": 60.0, "best": 95.0},
     "drop-blocks": {"fast": 240.0, "balanced": 135.0, "best": 75.0},
     "drop-channels": {"fast": 240.0, "balanced": 135.0, "best": 75.0},
 }

@@ -200,7 +200,12 @@ def _reconstruct(
             return NormalizedImages(made.images)
 
         stages = stages_of(
-            context, starts if more else None, seed=options.seed, device=device, progress=progress
+            context,
+            starts if more else None,
+            most=work.deep,
+            seed=options.seed,
+            device=device,
+            progress=progress,
         )
     made = time.perf_counter() - start
     costs = _costs(options, context, stages, target, progress)

@@ -102,6 +102,7 @@ def stages_of(
     context: CalibrationContext,
     starts: Callable[[], Rows] | None = None,
     *,
+    most: int | None = None,
     seed: int = 0,
     device: str = "cpu",
     progress: Progress = silent,
@@ -111,6 +112,7 @@ def stages_of(
     Args:
         context: The network and its inputs.
         starts: Gives images to start from, where there are better ones for it than the context's.
+        most: Inputs of the deep layers, at most; None: COUNT, which none exceeds.
         seed: Random seed.
         device: Where torch computes.
         progress: Called with the stage, the chunks done and the chunks in all.
@@ -122,7 +124,9 @@ def stages_of(
     if start is None:
         return [Stage(context.images, context.alignment)]
     images = context.images if starts is None else starts()
-    values = make_feature_inputs(context, start, images, seed=seed, device=device, progress=progress)
+    values = make_feature_inputs(
+        context, start, images, most=most, seed=seed, device=device, progress=progress
+    )
     made = len(values) - context.real
     where = f"at {start!r}, where the deep layers begin; from {counted(len(images), 'image')}"
     used = InputSource("deep inputs", made, seed, where, "", "") if made else None
@@ -175,6 +179,7 @@ def make_feature_inputs(
     start: str,
     images: Rows | None = None,
     *,
+    most: int | None = None,
     seed: int = 0,
     device: str = "cpu",
     progress: Progress = silent,
@@ -185,12 +190,13 @@ def make_feature_inputs(
         context: The network and its inputs; real images come first, and stay as they are.
         start: Name of the tensor.
         images: Images to start from, (N, …); None: the context's.
+        most: Inputs that are synthesized, at most; None: COUNT, which none exceeds.
         seed: Random seed.
         device: Where torch computes.
         progress: Called with the stage, the chunks done and the chunks in all.
 
     Returns:
-        Values of the tensor, (N, …), N up to COUNT.
+        Values of the tensor, (N, …), N up to `most`.
     """
     executor = Executor.from_model(context.model, device=device)
     topology = context.model.analysis(Topology)
@@ -201,7 +207,8 @@ def make_feature_inputs(
     real = begin[: context.real].cpu()
     logits = _logits(context.model)
     size = min(CHUNK, max(1, CHUNK_BYTES // (4 * sum(floats(shapes.get(name)) for name in behind))))
-    count = min(COUNT, EACH * len(begin), max(size, BYTES // (4 * floats(shapes[start])))) - len(real)
+    fit = max(size, BYTES // (4 * floats(shapes[start])))
+    count = min(COUNT, most or COUNT, EACH * len(begin), fit) - len(real)
     if count <= 0:
         return real
     chunks = -(-count // size)
