@@ -13,6 +13,7 @@ from onnxcompress.optimize.executor import Executor
 from onnxcompress.optimize.reconstruction.activation_range import fake, least_squares
 from onnxcompress.optimize.reconstruction.quantize import Quantizer, Settings
 from onnxcompress.optimize.reconstruction.range_behind import (
+    SHARES,
     ends_behind,
     fit_ends,
     headroom,
@@ -146,6 +147,25 @@ def test_errors_behind_count_by_the_variance_of_their_channel() -> None:
         x, lambda a, b: activation_grid(a, b, 4), lambda v: [two_ends(v)[0][:, :1]], 0.0, float(x.max())
     )
     assert strong[1] < 1.5
+
+
+def test_ends_that_lose_far_more_than_others_are_not_followed_further() -> None:
+    """What clips nearly all cannot be best: shares of an end that may be are tried, each once."""
+    x = torch.randn(8, 1, 16, 16, generator=torch.Generator().manual_seed(0)).abs()
+    tried: list[float] = []
+
+    def grid(a: float, b: float) -> Grid:
+        tried.append(b)
+        return activation_grid(a, b, 8)
+
+    low, high = fit_ends(x, grid, lambda v: [v], 0.0, 20.0)
+
+    def error(b: float) -> float:
+        return float((x - fake(x, activation_grid(0, b, 8))).square().mean())
+
+    least = min((20 * share for share in SHARES), key=error)
+    assert (low, high) == (0, least)
+    assert len(tried) == len(set(tried)) < len(SHARES)
 
 
 @pytest.mark.parametrize(

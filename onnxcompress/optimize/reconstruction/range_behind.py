@@ -14,7 +14,9 @@ What it is worth on YOLOv8n: `tests/benchmarks/field_accuracy.py scores`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
+from functools import cache, partial
 
 import onnx_graphsurgeon as gs
 from torch import Tensor
@@ -30,6 +32,8 @@ IMAGES = 8
 """Images on which the readers run."""
 SHARES = tuple(0.8**step for step in range(18))
 """Shares of an end that are tried, down to 1/44."""
+HOPELESS = 8.0
+"""Multiple of the least error so far from which on more clipping cannot help."""
 MAPS = (*FUSED, "HardSigmoid", "Sigmoid", "AveragePool", "GlobalAveragePool", "MaxPool", "Identity")
 """Operators of one data input that are passed on the way to the readers."""
 HEADROOM = 1.75
@@ -98,6 +102,7 @@ def fit_ends(
     wanted = run(x)
     units = [_channel_variance(t) for t in wanted]
 
+    @cache
     def error(a: float, b: float) -> float:
         found = run(fake(x, grid(a, b)))
         parts = zip(found, wanted, units, strict=True)
@@ -106,9 +111,21 @@ def fit_ends(
     a, b = low, high
     for _ in range(2 if low < -0.1 * high else 1):
         if low < 0:
-            a = min((low * share for share in SHARES), key=lambda end: error(end, b))
-        b = min((high * share for share in SHARES), key=lambda end: error(a, end))
+            a = _best_share(low, partial(error, b=b))
+        b = _best_share(high, partial(error, a))
     return a, b
+
+
+def _best_share(end: float, error: Callable[[float], float]) -> float:
+    """Return the share of an end with the least error; smaller ones than a HOPELESS one are not tried."""
+    best, least = end, math.inf
+    for share in SHARES:
+        found = error(end * share)
+        if found < least:
+            best, least = end * share, found
+        elif found > HOPELESS * least:
+            break
+    return best
 
 
 def _channel_variance(x: Tensor) -> Tensor:
