@@ -89,6 +89,18 @@ def milliseconds(value: float) -> str:
     return f"{value:.0f} ms" if value >= 1000 else f"{value:#.3g}".rstrip(".") + " ms"
 
 
+def roughly(seconds: float) -> str:
+    """Format a time that is not known well, such as 35 s or 20 min.
+
+    Args:
+        seconds: Seconds.
+
+    Returns:
+        The time in steps of 5 seconds, 5 at least, and from 5 minutes on in whole minutes.
+    """
+    return f"{round(seconds / 60)} min" if seconds >= 300 else f"{max(5, 5 * round(seconds / 5))} s"
+
+
 def where(provider: str) -> str:
     """Name the device that an execution provider of onnxruntime computes on.
 

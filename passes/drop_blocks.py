@@ -48,7 +48,7 @@ class DropBlocks(DropBlocksOptions, Pass):
 
     \b
     Give one target:
-      --latency-reduction 20   until onnxruntime is 20 % faster, as measured
+      --latency-reduction 20   until onnxruntime takes 20 % less time, as measured
       --blocks 3               three blocks
       --drop layer1.1,layer2.3 these blocks (`onnxcompress inspect` lists them)
 

@@ -49,7 +49,7 @@ class DropChannels(DropChannelsOptions, Pass):
 
     \b
     Give one target:
-      --latency-reduction 20     until onnxruntime is 20 % faster, as measured
+      --latency-reduction 20     until onnxruntime takes 20 % less time, as measured
       --macs-reduction 30        until it has 30 % fewer multiply-accumulates
       --channels-kept /conv1=48  these widths (`onnxcompress inspect` lists the groups)
 

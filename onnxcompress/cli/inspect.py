@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -14,6 +15,8 @@ from onnxcompress.errors import ModelError
 from onnxcompress.formatting import counted
 
 if TYPE_CHECKING:
+    from collections.abc import Collection
+
     from rich.console import Console
 
     from onnxcompress.evaluation.inspection import Inspection
@@ -68,6 +71,7 @@ def inspect(
     _show_channels(console, found.channel_groups, facts)
     if statistics:
         _show_statistics(console, loaded, facts)
+    console.print(f"try next: {_next(model, found, facts['operators'])}", markup=False)
 
 
 def _chain(model: Model, found: Inspection, timing: TimingOptions, *, measured: bool) -> dict[str, Any]:
@@ -113,7 +117,7 @@ def _show_facts(console: Console, facts: dict[str, Any]) -> None:
         "format": f"opset {facts['opset']}, IR {facts['ir_version']}, by {facts['producer'] or 'unknown'}",
         "operators": operators,
         "BatchNorm": _norms(facts),
-        "features": facts["feature"]
+        "features": (facts["feature"] and f"{facts['feature']}: fine-tuning keeps them as they were")
         or "no spatial tensor that all data passes through: name one with drop-blocks --feature",
         "made by": " → ".join(e["pass"] for e in facts["provenance"]) or "no pass of onnxcompress",
     }  # fmt: skip
@@ -182,6 +186,20 @@ def _show_channels(console: Console, channels: CutGroups, facts: dict[str, Any])
     else:
         console.print(f"no channels can be cut: {NO_LAYER}")
     show_refusals(console, list(channels.refusals), title="groups of channels that stay")
+
+
+def _next(model: str, found: Inspection, operators: Collection[str]) -> str:
+    """Write the command that makes most of what was found."""
+    if {"QuantizeLinear", "DequantizeLinear"} & {*operators}:
+        return "the float model that this one was quantized from: it can be changed and quantized again"
+    name = "NET.onnx" if model == "-" else shlex.quote(model)
+    if found.blocks:
+        pass_, rest = "drop-blocks", " --latency-reduction 20"
+    elif found.channel_groups.free:
+        pass_, rest = "drop-channels", " --latency-reduction 20"
+    else:
+        pass_, rest = "quantize", ""
+    return f"onnxcompress {pass_} {name} OUT.onnx --images FOLDER{rest}   (also without --images)"
 
 
 def _amounts(parameters: int, macs: int, facts: dict[str, Any]) -> list[str]:

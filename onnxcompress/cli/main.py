@@ -126,7 +126,7 @@ def cli() -> None:
     """Compress an exported CNN on the ONNX file itself: no training code, no dataset.
 
     \b
-    Example: make a network 20 % faster with a few unlabelled images
+    Example: make a network take 20 % less time, with a few unlabelled images
       onnxcompress inspect net.onnx
       onnxcompress drop-blocks net.onnx fast.onnx --images photos/ \\
           --preprocess imagenet --latency-reduction 20

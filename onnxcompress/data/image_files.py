@@ -73,7 +73,8 @@ def folder_labels(folder: Path, files: Sequence[Path], needed: bool) -> np.ndarr
     if loose is not None:
         if needed:
             raise InputError(
-                f"{folder}: {loose} lies in no class folder; labels need one folder for each class"
+                f"{folder}: {loose} lies in no class folder; labels need one sub-folder for each class, "
+                "or y in an .npz"
             )
         return None
     classes = sorted({p[0] for p in parts})

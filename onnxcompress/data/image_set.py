@@ -193,7 +193,10 @@ def load_images(
         images = _load_npz(source, preprocess, _Draw(count, seed, left_out), labels)
     else:
         what = "no .npz file or folder" if source.exists() else "no such file or folder"
-        raise InputError(f"{source}: {what}; images come from a folder or an .npz")
+        raise InputError(
+            f"{source}: {what}; images come from a folder or an .npz; labels are its "
+            "sub-folders, or y in the .npz"
+        )
     wanted = max(len(preprocess.mean), len(preprocess.std))
     if wanted not in (1, images.x.shape[3]):
         raise InputError(

@@ -322,6 +322,11 @@ def _check(values: Preprocess) -> None:
         wrong = "mean, std and scale must be finite"
     elif min(values.std) <= 0 or values.scale <= 0:
         wrong = f"std {_commas(values.std)} and scale {values.scale:g} must be more than 0"
+    elif max(values.mean) > 255 / values.scale:
+        wrong = (
+            f"mean={_commas(values.mean)} is above the lightest pixel, 255 / scale = {255 / values.scale:g}"
+        )
+        wrong += "; add scale=1 if mean and std are of pixels from 0 to 255"
     elif values.channels not in (None, 1, 3):
         wrong = f"channels={values.channels}; expected 1 or 3"
     elif values.size is not None and min(values.size) < 1:

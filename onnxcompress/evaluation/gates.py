@@ -48,7 +48,7 @@ class Gates:
     )
     max_latency: float | None = option(None, "Largest median latency, in milliseconds.", metavar="MS")
     min_speedup: float | None = option(
-        None, "Smallest speedup, latency before over latency after: 1.2 is 20 % faster.", metavar="X"
+        None, "Smallest speedup, latency before over latency after: 1.25 is 20 % less time.", metavar="X"
     )
     max_size: float | None = option(None, "Largest size, in MB (10⁶ bytes).", metavar="MB")
     images: str | None = option(

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from onnxcompress.account import InputSource
-from onnxcompress.data.image_set import ImageSet, check_fits, image_size, load_images
+from onnxcompress.data.image_set import ImageSet, check_fits, image_count, image_size, load_images
 from onnxcompress.data.input_shapes import USUAL, named, parse_input_shapes, sized
 from onnxcompress.data.preprocess import Preprocess, choose
 from onnxcompress.errors import OptionError
@@ -70,6 +70,14 @@ class InputRequest:
     why: str = "asked for"
     """Why `inputs` is what it is: the account says it. No option."""
     input_shape: str | None = None
+
+    @property
+    def expected(self) -> int:
+        """Number of inputs that this will give, as far as it is known before any is read."""
+        real = 0 if self.images is None else image_count(self.images)
+        if self.count is not None:
+            real = min(real, self.count)
+        return real + (0 if real and self.inputs in ("auto", "images") else self.synthetic)
 
     def check(self) -> None:
         """Raises OptionError for what contradicts itself."""

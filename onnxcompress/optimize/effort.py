@@ -23,7 +23,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from onnxcompress.formatting import counted
+from onnxcompress.formatting import counted, roughly
 from onnxcompress.graph.query import data_input
 from onnxcompress.graph.shape_inference import tensor_shapes
 from onnxcompress.option_fields import option
@@ -202,9 +202,7 @@ def announce(
     """
     work = (inputs * PASSES[pass_][effort] + tuned * TUNED.get(pass_, 0.0)) * computed_numbers(model)
     seconds = START + known + work / measured_rate()
-    progress(
-        f"{effort} effort on {counted(inputs, 'input')}, about {max(5, 5 * round(seconds / 5))} s", 0, 0
-    )
+    progress(f"{effort} effort on {counted(inputs, 'input')}, about {roughly(seconds)}", 0, 0)
 
 
 def computed_numbers(model: Model) -> int:

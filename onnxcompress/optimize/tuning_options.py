@@ -106,5 +106,6 @@ class TuningOptions(RuntimeOptions, InputOptions):
         steps = work.steps if self.steps is None else self.steps
         tuned = 0 if self.time else steps * self.batch
         known = TIMING + (self.tuning_seconds or 0.0)
-        announce(name, effort, model, count, progress, tuned=tuned, known=known)
-        return effort, replace(self, synthetic=count, steps=steps)
+        resolved = replace(self, synthetic=count, steps=steps)
+        announce(name, effort, model, resolved.request.expected, progress, tuned=tuned, known=known)
+        return effort, resolved

@@ -187,7 +187,7 @@ def _reconstruct(
     work, small = PRUNE[effort], 0 < pixels <= SMALL_PIXELS
     count = options.synthetic or (work.small_inputs if small else work.inputs)
     request = replace(quick(options.request, model), synthetic=count)
-    announce("prune", effort, model, count, progress)
+    announce("prune", effort, model, request.expected, progress)
     inputs = gather_inputs(model, request, device=device, progress=progress)
     context = CalibrationContext.of(model, inputs, stretched=False)
     stages = [Stage(context.images, context.alignment)]

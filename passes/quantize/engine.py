@@ -158,7 +158,7 @@ def _work(
     elif options.steps is not None:
         work = replace(work, steps=options.steps)
     request = replace(options.request, synthetic=options.synthetic or work.count(pixels_of(model)))
-    announce("quantize", effort, model, request.synthetic, progress, tuned=work.steps * BATCH)
+    announce("quantize", effort, model, request.expected, progress, tuned=work.steps * BATCH)
     return request if few and effort != "fast" else quick(request, model), work
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -167,6 +168,22 @@ def test_inspect_shows_shares_of_parameters_and_of_work(capsys: pytest.CaptureFi
         "block kind shape parameters of all MACs of all",
         "b1 residual 8×4×4 250 25.0 % 1.50 k 75.0 %",
     ]
+
+
+@pytest.mark.parametrize(
+    ("blocks", "groups", "operators", "words"),
+    [
+        (1, 1, ["Conv"], "onnxcompress drop-blocks 'my net.onnx' OUT.onnx"),
+        (0, 1, ["Conv"], "onnxcompress drop-channels 'my net.onnx' OUT.onnx"),
+        (0, 0, ["Conv"], "onnxcompress quantize 'my net.onnx' OUT.onnx --images FOLDER "),
+        (1, 1, ["Conv", "QuantizeLinear"], "the float model"),
+    ],
+)
+def test_inspect_ends_with_the_command_to_try(
+    blocks: int, groups: int, operators: list[str], words: str
+) -> None:
+    found: Any = SimpleNamespace(blocks=[0] * blocks, channel_groups=SimpleNamespace(free=[0] * groups))
+    assert inspect._next("my net.onnx", found, operators).startswith(words)
 
 
 def test_inspect_shows_groups_of_channels_and_why_others_stay(capsys: pytest.CaptureFixture[str]) -> None:

@@ -40,12 +40,13 @@ def pack(file: Path, **arrays: np.ndarray) -> Path:
         ("size=2x2x2", "expected pixels, such as 224"),
         ("layout=hwc", "expected nchw or nhwc"),
         ("std=0", "must be more than 0"),
+        ("mean=123.7 std=58.4", "add scale=1 if mean and std are of pixels from 0 to 255"),
         ("mean=nan", "must be finite"),
-        ("mean=1,2", "expected 1 or 3 each"),
+        ("mean=0.1,0.2", "expected 1 or 3 each"),
         ("channels=4", "expected 1 or 3"),
         ("resize=256", "needs a size"),
         ("size=224 resize=200", "the crop must fit"),
-        ("mean=1,2,3 channels=1", "give one value each"),
+        ("mean=0.1,0.2,0.3 channels=1", "give one value each"),
     ],
 )
 def test_bad_text(text: str, message: str) -> None:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import astuple, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from onnxcompress.formatting import roughly
 from onnxcompress.model import Model
+from onnxcompress.optimize.calibration import InputRequest
 from onnxcompress.optimize.effort import (
     DROP_BLOCKS,
     PASSES,
@@ -98,7 +101,7 @@ def test_auto_is_best_where_that_takes_no_longer_than_it_may(
 
 @pytest.mark.parametrize(
     ("given", "expected"),
-    [({}, 35), ({"steps": 0}, 20), ({"steps": 3000}, 175), ({"time": "5m"}, 320)],
+    [({}, 35), ({"steps": 0}, 20), ({"steps": 3000}, 175), ({"time": "4m"}, 260)],
     ids=str,
 )
 def test_the_expected_time_has_the_steps_or_the_time_of_fine_tuning(
@@ -123,6 +126,30 @@ def test_the_expected_time_is_the_work_over_the_rate(
     told: list[str] = []
     announce("quantize", "best", network(), 100, lambda stage, done, total: told.append(stage))
     assert told == [f"best effort on 100 inputs, about {said} s"]
+
+
+@pytest.mark.parametrize(("seconds", "said"), [(0, "5 s"), (300, "5 min"), (3740, "62 min")])
+def test_long_times_are_in_minutes(seconds: float, said: str) -> None:
+    assert roughly(seconds) == said
+
+
+@pytest.mark.parametrize(
+    ("options", "count"),
+    [
+        ({}, 9),
+        ({"images": "i.npz"}, 5),
+        ({"images": "i.npz", "count": 3}, 3),
+        ({"images": "i.npz", "inputs": "distilled"}, 14),
+        ({"images": "missing"}, 9),
+    ],
+    ids=str,
+)
+def test_the_expected_count_is_that_of_real_images_where_there_are_any(
+    options: dict[str, Any], count: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    np.savez("i.npz", x=np.zeros((5, 4, 4, 3), np.uint8))
+    assert InputRequest(**options, synthetic=9).expected == count
 
 
 @pytest.mark.parametrize(

@@ -96,7 +96,10 @@ def choose(
         block, recovery = _best(choice, left, known, shares, probe, (steps, batch), device)
         choice.drop(block, recovery)
         del known[block.exit]
-        progress("choosing blocks", len(choice.dropped), max(expected, len(choice.dropped)))
+        count = len(choice.dropped)
+        progress("choosing blocks", count, max(expected or len(scores), count))
+    if choice.dropped and not expected:  # only now is the number known
+        progress("choosing blocks", len(choice.dropped), len(choice.dropped))
     return choice
 
 
