@@ -30,6 +30,7 @@ from onnxcompress.cli.guide import GUIDES
 from onnxcompress.cli.main import COMMANDS, cli, main
 from onnxcompress.passes import CATALOGUE
 from tests.benchmarks.recording import PICTURE, first_command
+from tests.benchmarks.report_plots import PLOTS, page_colours
 from tests.helpers.brief import COMMAND
 from tests.helpers.detector import detector
 from tests.helpers.paths import ROOT
@@ -288,6 +289,12 @@ def test_pictures_are_told_in_words_and_have_colours_for_dark_pages() -> None:
         text = path.read_text("utf-8")  # a recorded terminal is dark on any page
         assert "prefers-color-scheme: dark" in text or "rich-terminal" in text, path
         assert "http" not in text.replace("http://www.w3.org", ""), path
+
+
+@pytest.mark.parametrize("name", PLOTS)
+def test_plots_have_the_colours_of_reports(name: str) -> None:
+    """`python -m tests.benchmarks.report_plots` where this fails."""
+    assert page_colours() in (DOCS / name).read_text("utf-8")
 
 
 def test_the_recorded_session_is_that_of_the_first_command() -> None:
