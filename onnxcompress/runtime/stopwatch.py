@@ -12,6 +12,7 @@ from typing import Any
 
 from onnxcompress.graph.blocks import Block
 from onnxcompress.model import Model
+from onnxcompress.model.model_like import ModelLike
 from onnxcompress.runtime.block_latency import (
     LatencyChange,
     Share,
@@ -22,7 +23,7 @@ from onnxcompress.runtime.block_latency import (
 )
 from onnxcompress.runtime.bootstrap import Ratio
 from onnxcompress.runtime.clocks import Clock, has_processor_clock
-from onnxcompress.runtime.latency import benchmark, ratio
+from onnxcompress.runtime.latency import Timing, benchmark, ratio
 from onnxcompress.runtime.providers import ProviderLike
 
 UNSURE = 0.02
@@ -43,6 +44,8 @@ class Stopwatch:
     """Seconds at most until all models run steadily."""
     tolerance: float = 0.005
     """Half width of the 95 % interval of a ratio at which a comparison ends early."""
+    shapes: Mapping[str, Sequence[int]] | None = None
+    """Whole shapes of inputs whose sizes the models leave open, by name."""
 
     def check(self, model: Model) -> None:
         """Run a model once: a provider or a batch that cannot be is an error now, not at the end.
@@ -105,13 +108,33 @@ class Stopwatch:
         Raises:
             CompressError: As `latency.benchmark`.
         """
+        changes = self.changes(model, variants, seconds)
+        return {name: Ratio(one.ratio, one.low, one.high) for name, one in changes.items()}
+
+    def changes(
+        self, before: ModelLike, variants: Mapping[str, ModelLike], seconds: float
+    ) -> dict[str, LatencyChange]:
+        """Measure the latency of each of several variants against that of a model, all run by run.
+
+        Args:
+            before: The model, whose latency the others' are divided by.
+            variants: The variants, by a name other than "".
+            seconds: Time to measure for, at most, by one clock.
+
+        Returns:
+            Latencies and ratios by name.
+
+        Raises:
+            CompressError: As `latency.benchmark`.
+        """
         how = {"warm_up": self.warm_up, "tolerance": self.tolerance}
         while True:
-            timings = benchmark({"": model, **variants}, seconds=seconds, **(self._how() | how))
-            found = {name: ratio(timings[""], timings[name]) for name in variants}
-            widest = max((one.high - one.low) / 2 for one in found.values())
+            timings = benchmark({"": before, **variants}, seconds=seconds, **(self._how() | how))
+            first = timings[""]
+            changes = {name: self._change(first, timings[name]) for name in variants}
+            widest = max((one.high - one.low) / 2 for one in changes.values())
             if widest <= UNSURE or not self._turn_to_processor():
-                return found
+                return changes
 
     def compare(self, before: Model, after: Model, seconds: float) -> LatencyChange:
         """Measure the ratio of the latencies of two models.
@@ -127,19 +150,12 @@ class Stopwatch:
         Raises:
             CompressError: As `latency.benchmark`.
         """
-        while True:
-            change = self._compare(before, after, seconds)
-            if (change.high - change.low) / 2 <= UNSURE or not self._turn_to_processor():
-                return change
+        return self.changes(before, {"after": after}, seconds)["after"]
 
-    def _compare(self, before: Model, after: Model, seconds: float) -> LatencyChange:
-        models = {"before": before, "after": after}
-        how = self._how() | {"warm_up": self.warm_up, "tolerance": self.tolerance}
-        timings = benchmark(models, seconds=seconds, **how)
-        first, second = timings["before"], timings["after"]
-        change = ratio(first, second)
-        times = (first.median_ms, second.median_ms, change.value, change.low, change.high)
-        return LatencyChange(*times, first.device, self.batch, self.clock)
+    def _change(self, before: Timing, after: Timing) -> LatencyChange:
+        found = ratio(before, after)
+        times = (before.median_ms, after.median_ms, found.value, found.low, found.high)
+        return LatencyChange(*times, before.device, self.batch, self.clock)
 
     def _turn_to_processor(self) -> bool:
         """Use the processor clock from now on; return whether that is possible and a change."""
@@ -150,4 +166,5 @@ class Stopwatch:
 
     def _how(self) -> dict[str, Any]:
         names = ("provider", "batch", "threads", "seed", "clock")
-        return {name: getattr(self, name) for name in names}
+        sizes = {"shapes": self.shapes} if self.shapes else {}
+        return {name: getattr(self, name) for name in names} | sizes

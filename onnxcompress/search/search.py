@@ -24,6 +24,7 @@ from onnxcompress.errors import CompressError, InputError, OptionError, RuntimeU
 from onnxcompress.evaluation.gates import Gates
 from onnxcompress.evaluation.guard import Guard
 from onnxcompress.progress import Progress, silent
+from onnxcompress.runtime.clocks import Clock
 from onnxcompress.search.front import choose_for_repair, loss_of, pareto_front, pick, violations
 from onnxcompress.search.results import Results, write_bytes
 from onnxcompress.search.space import Candidate, extent_of
@@ -33,8 +34,11 @@ from onnxcompress.search.workers import Workers
 
 PROXY_SHARE = 0.5
 """Share of the time for proxies; the rest is for repair and the last timing."""
+PROXY_IMAGES = 128
+"""Images that a proxy learns from, at most: with more, closed forms take most of the time."""
 HOPELESS = 50.0
 """Loss from which on a proxy is of no use, and none that drops more is looked at."""
+LATENCIES = "latencies.json"
 UNUSABLE = (InputError, OptionError, RuntimeUnavailable)
 """Errors that every candidate would meet."""
 
@@ -208,6 +212,8 @@ def _trial(
     from onnxcompress.pipeline.recipe import Recipe, parse_recipe, write_recipe
 
     inputs = {"seed": asked.seed, **asked.inputs}
+    if not repair:
+        inputs |= _few(asked)
     passes = candidate.passes(inputs, effort=effort, repair=repair, dropped=tuple(dropped))
     recipe = Recipe(passes, asked.gates, Guard(force=not repair))
     if repair:
@@ -216,21 +222,42 @@ def _trial(
     return Trial(candidate.name, asked.model, recipe, {"candidate": candidate.name})
 
 
+def _few(asked: Search) -> dict[str, Any]:
+    """As many of the images as a proxy learns from, where there are more."""
+    from onnxcompress.data.image_set import image_count
+
+    images = asked.inputs.get("images")
+    if images is None:
+        return {}
+    there = asked.inputs.get("count") or image_count(images)
+    return {"count": PROXY_IMAGES} if there > PROXY_IMAGES else {}
+
+
 def _latency_of_structure(asked: Search, file: Path, workers: Workers) -> Row:
     """Latency against the original: measured once for all models of one structure."""
-    memory = asked.work / "latencies.json"
-    known: dict[str, Row] = json.loads(memory.read_text()) if memory.exists() else {}
-    key = structure(file)
+    known, key = _latencies(asked), structure(file)
     if key not in known:
-        call = partial(time_result, asked.model, str(file), asked.gates, asked.latency_seconds)
+        clock = _clock(known)
+        call = partial(time_result, asked.model, str(file), asked.gates, asked.latency_seconds, clock)
         try:
             known[key] = workers.run_alone(call)
         except UNUSABLE:
             raise
         except CompressError as error:
             return {"error": f"latency: {error}"}
-        _write(memory, json.dumps(known, indent=2))
+        _write(asked.work / LATENCIES, json.dumps(known, indent=2))
     return known[key]
+
+
+def _latencies(asked: Search) -> dict[str, Row]:
+    """Latencies that were measured, by structure."""
+    memory = asked.work / LATENCIES
+    return json.loads(memory.read_text()) if memory.exists() else {}
+
+
+def _clock(known: Mapping[str, Row]) -> Clock:
+    """The clock to begin with: where the wall's was too noisy once, it is not tried again."""
+    return "processor" if any(row.get("clock") == "processor" for row in known.values()) else "wall"
 
 
 def _with_objectives(row: Row) -> Row:
@@ -286,7 +313,8 @@ def _timed(asked: Search, repaired: Sequence[Found], workers: Workers) -> list[F
     known = json.loads(memory.read_text()) if memory.exists() else {}
     if known.get("files") != shas:
         seconds = 5 * asked.latency_seconds * (len(files) + 1)
-        rows = workers.run_alone(partial(time_together, asked.model, files, asked.gates, seconds))
+        call = partial(time_together, asked.model, files, asked.gates, seconds, _clock(_latencies(asked)))
+        rows = workers.run_alone(call)
         known = {"files": shas, "rows": rows}
         _write(memory, json.dumps(known, indent=2))
     return [

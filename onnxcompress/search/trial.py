@@ -25,6 +25,7 @@ from onnxcompress.errors import CompressError, one_line
 from onnxcompress.evaluation.gate_results import GateMeasurements, Verdict, judge
 from onnxcompress.evaluation.gates import LIMITS, Gates
 from onnxcompress.formatting import counted
+from onnxcompress.runtime.clocks import Clock
 
 if TYPE_CHECKING:
     import numpy as np
@@ -98,14 +99,15 @@ def compress(trial: Trial, cache: str | None = None) -> Result:
     return Result(row | {"seconds": round(time.monotonic() - start, 3)}, files)
 
 
-def time_result(model: str, result: str | Path, gates: Gates, seconds: float) -> Row:
+def time_result(model: str, result: str | Path, gates: Gates, seconds: float, clock: Clock = "wall") -> Row:
     """Time a result against the model that it was made from, run by run.
 
     Args:
         model: Path of the model.
         result: Path of the result.
         gates: How it is measured: provider, batch, threads, shapes.
-        seconds: Time limit.
+        seconds: Time limit, by one clock.
+        clock: As for `time_together`.
 
     Returns:
         As `time_together` for one result.
@@ -113,47 +115,46 @@ def time_result(model: str, result: str | Path, gates: Gates, seconds: float) ->
     Raises:
         CompressError: onnxruntime refuses a model.
     """
-    return time_together(model, {"after": str(result)}, gates, seconds)["after"]
+    return time_together(model, {"after": str(result)}, gates, seconds, clock)["after"]
 
 
-def time_together(model: str, results: Mapping[str, str], gates: Gates, seconds: float) -> dict[str, Row]:
+def time_together(
+    model: str, results: Mapping[str, str], gates: Gates, seconds: float, clock: Clock = "wall"
+) -> dict[str, Row]:
     """Time results against the model that they were made from, all run by run.
 
     Args:
         model: Path of the model.
         results: Paths of the results by name.
         gates: How they are measured: provider, batch, threads, shapes.
-        seconds: Time limit.
+        seconds: Time limit, by one clock.
+        clock: `wall`, which turns to `processor`, the time of one thread, where the machine is too busy to
+            tell ratios within two percent.
 
     Returns:
-        By name the keys latency_ms, latency_before_ms, ratio, ratio_low, ratio_high (after over before)
-        and device.
+        By name the keys latency_ms, latency_before_ms, ratio, ratio_low, ratio_high (after over before),
+        clock and device.
 
     Raises:
         CompressError: onnxruntime refuses a model.
     """
-    from onnxcompress.runtime.latency import benchmark, ratio
+    from onnxcompress.runtime.stopwatch import Stopwatch
 
-    timings = benchmark(
-        {"": model, **results},
-        provider=gates.runs_on,
-        batch=gates.batch,
-        threads=gates.threads,
-        shapes=gates.shapes,
-        seconds=seconds,
-    )
-    before, rows = timings.pop(""), {}
-    for name, after in timings.items():
-        found = ratio(before, after)
-        rows[name] = {
-            "latency_ms": after.median_ms,
-            "latency_before_ms": before.median_ms,
-            "ratio": found.value,
-            "ratio_low": found.low,
-            "ratio_high": found.high,
-            "device": f"{after.device}, batch {after.batch}",
+    stopwatch = Stopwatch(gates.runs_on, gates.batch, gates.threads, clock=clock, shapes=gates.shapes)
+    changes = stopwatch.changes(model, results, seconds)
+    by = ", processor time of one thread" if stopwatch.clock == "processor" else ""
+    return {
+        name: {
+            "latency_ms": change.after_ms,
+            "latency_before_ms": change.before_ms,
+            "ratio": change.ratio,
+            "ratio_low": change.low,
+            "ratio_high": change.high,
+            "clock": change.clock,
+            "device": f"{change.provider}, batch {change.batch}{by}",
         }
-    return rows
+        for name, change in changes.items()
+    }
 
 
 def structure(file: str | Path) -> str:
