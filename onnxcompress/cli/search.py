@@ -106,9 +106,9 @@ def _asked(model: str, out: str, options: dict[str, Any]) -> Search:
 
 def _preview(asked: Search, *, as_json: bool) -> None:
     from onnxcompress.model import load
-    from onnxcompress.search.space import extent_of, first_points
+    from onnxcompress.search.space import extent_for, first_points
 
-    extent = extent_of(load(asked.model))
+    extent = extent_for(load(asked.model), asked.gates)
     first, blocks = first_points(extent), extent.blocks
     account = {"dry_run": True, "model": asked.model, "blocks": blocks, "first": first}
     if as_json:

@@ -27,7 +27,7 @@ from onnxcompress.progress import Progress, silent
 from onnxcompress.runtime.clocks import Clock
 from onnxcompress.search.front import choose_for_repair, loss_of, pareto_front, pick, violations
 from onnxcompress.search.results import Results, write_bytes
-from onnxcompress.search.space import Candidate, extent_of
+from onnxcompress.search.space import Candidate, extent_for
 from onnxcompress.search.study import Study, Told
 from onnxcompress.search.trial import Result, Row, Trial, compress, structure, time_result, time_together
 from onnxcompress.search.workers import Workers
@@ -115,9 +115,9 @@ def search(
     from onnxcompress.model import load
 
     asked.gates.check()
-    extent = extent_of(load(asked.model))
+    extent = extent_for(load(asked.model), asked.gates)
     _claim(asked)
-    study = Study(asked.work / "study.journal", asked.seed, extent)
+    study = Study(asked.work / "study.journal", asked.seed, extent, asked.gates)
     clock = _Clock(study)
     _look_at_proxies(asked, study, workers, cache, clock, progress)
     proxies = study.told()

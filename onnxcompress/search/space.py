@@ -24,12 +24,15 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 if TYPE_CHECKING:
     import optuna
 
+    from onnxcompress.evaluation.gates import Gates
     from onnxcompress.model import Model
     from onnxcompress.passes.base import Pass
 
 Weights = Literal["float32", "float16", "sparse", "int8", "int4", "mixed"]
 WEIGHTS: tuple[Weights, ...] = ("float32", "float16", "sparse", "int8", "int4", "mixed")
 QUANTIZED = ("int8", "int4", "mixed")
+FASTER: tuple[Weights, ...] = ("float32", "float16", "int8")
+"""Kinds of weights that a runtime may compute faster with; others are smaller in the file alone."""
 SPARSITIES, BUDGETS, CHANNELS = (0.3, 0.8, 0.1), (4.5, 7.5, 0.5), (0, 40, 10)
 """Lowest and highest value, and the step between values."""
 
@@ -41,6 +44,8 @@ class Extent(NamedTuple):
     """Blocks that can be dropped."""
     channels: int
     """Multiply-accumulates that are cut with channels at most, in percent; 0: no channel can be cut."""
+    weights: tuple[Weights, ...] = WEIGHTS
+    """Kinds of weights to look at."""
 
 
 @dataclass(frozen=True)
@@ -122,6 +127,25 @@ class Candidate:
         return bits | {"activation_bits": self.activations}
 
 
+def parameters(candidate: Candidate, extent: Extent) -> dict[str, Any]:
+    """Return the values by which a sampler would choose a point.
+
+    Args:
+        candidate: The point.
+        extent: How far the network can be cut.
+
+    Returns:
+        Values of the parameters.
+    """
+    values: dict[str, Any] = {"blocks": candidate.blocks, "weights": candidate.weights}
+    values |= {"channels": candidate.channels} if extent.channels else {}
+    optional = {"sparsity": candidate.sparsity, "budget": candidate.budget}
+    values |= {name: value for name, value in optional.items() if value is not None}
+    if candidate.weights in QUANTIZED:
+        values |= {"activations": candidate.activations, "equalize": candidate.equalize}
+    return values
+
+
 def suggest(trial: optuna.Trial, extent: Extent) -> Candidate:
     """Let a sampler choose a point.
 
@@ -134,7 +158,7 @@ def suggest(trial: optuna.Trial, extent: Extent) -> Candidate:
     """
     blocks = trial.suggest_int("blocks", 0, extent.blocks)
     channels = trial.suggest_int("channels", 0, extent.channels, step=CHANNELS[2]) if extent.channels else 0
-    weights: Weights = trial.suggest_categorical("weights", WEIGHTS)
+    weights: Weights = trial.suggest_categorical("weights", extent.weights)
     if weights == "sparse":
         low, high, step = SPARSITIES
         sparsity = trial.suggest_float("sparsity", low, high, step=step)
@@ -165,6 +189,7 @@ def first_points(extent: Extent) -> list[dict[str, Any]]:
     few = sorted({min(k, most) for k in (0, max(1, most // 4), max(1, most // 2))})
     points = [{"blocks": k, "weights": "float32"} for k in few if k] + [{"blocks": k, **int8} for k in few]
     points += [{"blocks": 0, "weights": "float16"}, sparse]
+    points = [point for point in points if point["weights"] in extent.weights]
     if not extent.channels:
         return points
     cut = [{"blocks": k, "weights": "float32", "channels": 20} for k in few[:2]]
@@ -193,6 +218,23 @@ def extent_of(model: Model) -> Extent:
     except CompressError:
         free = ()
     return Extent(_count_blocks(model), CHANNELS[1] if free else 0)
+
+
+def extent_for(model: Model, gates: Gates) -> Extent:
+    """Look how far a network's structure can be cut, and which weights help to keep the limits.
+
+    Args:
+        model: The network; it stays as it is.
+        gates: The limits.
+
+    Returns:
+        The extent; weights that make nothing but the file smaller are left out where speed is limited and
+        the size is not.
+    """
+    limits = gates.limits.keys()
+    speed_alone = {"min_speedup", "max_latency"} & limits and "max_size" not in limits
+    extent = extent_of(model)
+    return extent._replace(weights=FASTER) if speed_alone else extent
 
 
 def _count_blocks(model: Model) -> int:

@@ -15,7 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from onnxcompress.errors import require
-from onnxcompress.search.space import Candidate, Extent, first_points, suggest
+from onnxcompress.evaluation.gates import Gates
+from onnxcompress.search.aim import aimed, wanted_ratio
+from onnxcompress.search.space import Candidate, Extent, first_points, parameters, suggest
 from onnxcompress.search.trial import Row
 
 OBJECTIVES = ("ratio", "loss", "size")
@@ -37,13 +39,14 @@ class Told:
 class Study:
     """The trials of a search, in a file."""
 
-    def __init__(self, file: Path, seed: int, extent: Extent) -> None:
+    def __init__(self, file: Path, seed: int, extent: Extent, gates: Gates | None = None) -> None:
         """Open a study, or begin it.
 
         Args:
             file: The file that keeps it.
             seed: Random seed.
             extent: How far the network can be cut.
+            gates: Limits; where they ask for speed, every second trial aims at it.
 
         Raises:
             RuntimeUnavailable: Optuna is not installed.
@@ -53,7 +56,7 @@ class Study:
         from optuna.storages.journal import JournalFileBackend
 
         optuna.logging.set_verbosity(optuna.logging.WARNING)
-        self._seed, self._extent = seed, extent
+        self._seed, self._extent, self._gates = seed, extent, gates or Gates()
         self._open: dict[int, optuna.Trial] = {}
         self._study = optuna.create_study(
             storage=optuna.storages.JournalStorage(JournalFileBackend(str(file))),
@@ -101,8 +104,32 @@ class Study:
             if number >= most or (batch and number % jobs == 0):
                 break
             self._study.sampler = self._sampler(number)
+            if number % 2 == 0:
+                self._aim([candidate for _, candidate in batch])
             batch.append(self._point(number, self._study.ask()))
         return batch
+
+    def _aim(self, proposed: Sequence[Candidate]) -> None:
+        """Let the next trial be one that is expected to be just fast enough, if there is a new one."""
+        import optuna
+
+        told = self.told()
+        wanted = wanted_ratio(self._gates, [one.row for one in told])
+        waiting = any(t.state == optuna.trial.TrialState.WAITING for t in self._study.trials)
+        if wanted is None or waiting:
+            return
+        known = {one.candidate: float(one.row["ratio"]) for one in told}
+        tried = {*known, *proposed}
+        new = (one for one in aimed(known, wanted, self._extent) if one not in tried)
+        for candidate in new:
+            if self._enqueue(parameters(candidate, self._extent)):
+                return
+
+    def _enqueue(self, point: dict[str, Any]) -> bool:
+        """Put a point before those of the sampler, unless it was tried (a failed one, too)."""
+        count = len(self._study.trials)
+        self._study.enqueue_trial(point, skip_if_exists=True)
+        return len(self._study.trials) > count
 
     def tell(self, number: int, row: Row, violations: Sequence[float]) -> None:
         """Tell what came of a trial.

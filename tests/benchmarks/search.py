@@ -9,11 +9,11 @@
 images of IMAGES but 100, which nothing learned from and nothing chose by. `recipes` searches for 25 and for
 40 percent less latency (--reductions), carries out 12 recipes as an engineer writes them (`RECIPES`), times
 all results together, run by run, and shows the best of the search and of the recipes that save as much.
-Both learn from the same 500 images of TRAIN, or with --made from none; both are chosen by 1,000 others of TRAIN,
-and TEST judges. `resume` kills a search (SIGKILL) in its proxies, twice, and in its repairs, and goes on:
-the front has to be that of the undisturbed search. Latencies are those that this one measured, since two
-measurements are never equal. `cluster` carries out a plan of 12 runs by one process and by two, by one node
-of a local Ray cluster and by two, and by two of which one is killed on the way.
+Both learn from the same 500 images of TRAIN, or with --made from none; both are chosen by 1,000 others of
+TRAIN, and TEST judges. `resume` kills a search (SIGKILL) in its proxies, twice, and in its repairs, and
+goes on: the front has to be that of the undisturbed search. Latencies are those that this one measured,
+since two measurements are never equal. `cluster` carries out a plan of 12 runs by one process and by two,
+by one node of a local Ray cluster and by two, and by two of which one is killed on the way.
 
 What lies in --out is not made again.
 """

@@ -103,17 +103,19 @@ def test_half_is_repaired_for_the_limits_and_half_over_all_latencies() -> None:
 
 def test_what_is_timed_together_has_its_ratio_to_the_model_before(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: dict[str, Any] = {}
+    clocks: list[str] = []
     first = np.random.default_rng(0).uniform(3, 5, 40)
 
     def timed(models: dict[str, Any], **options: Any) -> dict[str, Timing]:
         seen.update(options, models=models)
+        clocks.append(options["clock"])
         samples = {"": first, "a": 0.5 * first, "b": 0.5 * first[::-1]}
         return {
             name: Timing(name, float(np.median(x)), 0, 0, 0, 0, 40, 4, 0, "cpu", tuple(x.tolist()))
             for name, x in samples.items()
         }
 
-    monkeypatch.setattr("onnxcompress.runtime.latency.benchmark", timed)
+    monkeypatch.setattr("onnxcompress.runtime.stopwatch.benchmark", timed)
     gates = Gates(provider="cpu", batch=4, threads=2, input_shape="x=1x3x8x8")
     rows = time_together("net.onnx", {"a": "a.onnx", "b": "b.onnx"}, gates, 7.0)
     assert seen["models"] == {"": "net.onnx", "a": "a.onnx", "b": "b.onnx"}
@@ -123,7 +125,10 @@ def test_what_is_timed_together_has_its_ratio_to_the_model_before(monkeypatch: p
     for name in "ab":
         assert (rows[name]["latency_ms"], rows[name]["latency_before_ms"]) == (0.5 * middle, middle)
         assert rows[name]["ratio"] == pytest.approx(0.5)
-        assert rows[name]["device"] == "cpu, batch 4"
+        assert rows[name]["device"] == "cpu, batch 4, processor time of one thread"
+    assert clocks == ["wall", "processor"]  # b's times are too noisy for the wall's
+    steady = time_together("net.onnx", {"a": "a.onnx"}, gates, 7.0)["a"]
+    assert (steady["device"], steady["clock"]) == ("cpu, batch 4", "wall")
     assert (rows["a"]["ratio_low"], rows["a"]["ratio_high"]) == pytest.approx((0.5, 0.5))
     assert rows["b"]["ratio_low"] < 0.49 < 0.51 < rows["b"]["ratio_high"]
 
@@ -222,7 +227,7 @@ def test_the_loss_is_the_best_that_was_measured() -> None:
 
 def test_every_point_of_the_space_is_a_chain_that_can_start(models: Path) -> None:
     extent = extent_of(load(models / NET))
-    assert extent == (7, 40)
+    assert extent == Extent(7, 40)
     study, seen = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0)), set()
     for _ in range(60):
         candidate = suggest(study.ask(), extent)
@@ -241,7 +246,7 @@ def test_a_network_without_channels_to_cut_has_none_in_its_space() -> None:
     model = Model.from_proto(
         graph("(float[N,4,8,8] x) => (float[N,3,8,8] y)", "y = Conv(x, w)", {"w": weight(3, 4, 1, 1)})
     )
-    assert extent_of(model) == (0, 0)
+    assert extent_of(model) == Extent(0, 0)
     assert not any("channels" in point for point in first_points(extent_of(model)))
 
 
@@ -274,7 +279,9 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         size = result.row["bytes"] // bits
         return Result(result.row | {"noise": noise, "bytes": size, "dropped": ["a"] * blocks}, result.files)
 
-    def timed(model: str, results: dict[str, str], gates: Gates, seconds: float) -> dict[str, Row]:
+    def timed(
+        model: str, results: dict[str, str], gates: Gates, seconds: float, clock: str
+    ) -> dict[str, Row]:
         ratio = {"ratio": 0.5, "ratio_low": 0.4, "ratio_high": 0.6}
         return {
             name: ratio | {"latency_ms": 1.0, "latency_before_ms": 2.0, "device": "cpu"} for name in results
@@ -282,7 +289,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     monkeypatch.setattr(searching, "compress", compressed)
     monkeypatch.setattr(searching, "time_together", timed)
-    monkeypatch.setattr(searching, "time_result", lambda m, r, g, s: timed(m, {"r": r}, g, s)["r"])
+    monkeypatch.setattr(searching, "time_result", lambda m, r, *how: timed(m, {"r": r}, *how)["r"])
     return made
 
 

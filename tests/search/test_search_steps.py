@@ -17,7 +17,7 @@ from onnxcompress.passes.fold_bn import FoldBatchNorm
 from onnxcompress.pipeline.recipe import Recipe
 from onnxcompress.search import search as searching
 from onnxcompress.search.search import Search, search
-from onnxcompress.search.space import Extent, first_points
+from onnxcompress.search.space import FASTER, WEIGHTS, Candidate, Extent, extent_for, first_points
 from onnxcompress.search.study import Study
 from onnxcompress.search.trial import Result, Row, Trial, compress
 from onnxcompress.search.workers import InProcess
@@ -33,6 +33,7 @@ class Recorded:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.made: list[tuple[Trial, str | None]] = []
         self.timed: list[tuple[str, float]] = []
+        self.clocks: list[str] = []
         self.seeds: set[int] = set()
         self.told: list[tuple[int, Row, list[float]]] = []
         for name in ("compress", "time_result", "time_together"):
@@ -60,13 +61,14 @@ class Recorded:
             row | {"noise": 0.01 * (blocks + 1), "dropped": list("abcdefg")[:blocks]}, {".onnx": data}
         )
 
-    def time_result(self, model: str, result: str, gates: Gates, seconds: float) -> Row:
+    def time_result(self, model: str, result: str, gates: Gates, seconds: float, clock: str) -> Row:
         self.timed.append(("one", seconds))
-        return self.time_together(model, {"": result}, gates, seconds)[""]
+        return self.time_together(model, {"": result}, gates, seconds, clock)[""]
 
     def time_together(
-        self, model: str, results: Mapping[str, str], gates: Gates, seconds: float
+        self, model: str, results: Mapping[str, str], gates: Gates, seconds: float, clock: str
     ) -> dict[str, Row]:
+        self.clocks.append(clock)
         self.timed.append((f"{len(results)}", seconds))
         row = {
             "ratio": 0.5,
@@ -74,6 +76,7 @@ class Recorded:
             "ratio_high": 0.6,
             "latency_ms": 1.0,
             "latency_before_ms": 2.0,
+            "clock": "processor",
         }
         return {name: row | {"device": "cpu"} for name in results}
 
@@ -106,10 +109,53 @@ def test_candidates_are_made_and_timed_as_asked(
     assert all(trial.recipe.guard.force for trial, _ in proxies)
     assert {seconds for kind, seconds in seen.timed if kind == "one"} == {1.5}
     assert seen.timed[-1] == ("3", 5 * 1.5 * 4)  # three results and the original
+    assert seen.clocks == ["wall", *["processor"] * (len(seen.clocks) - 1)]  # too noisy once
     for _, row, violations in seen.told:  # twice as fast, where four times is asked for
         assert violations == pytest.approx([0.5])
         assert (row["loss"], row["size"]) == (pytest.approx(100 * row["noise"]), row["bytes"] / 400)
     assert len(seen.told) == len(front.proxies) == 8
+
+
+@pytest.mark.parametrize(
+    ("inputs", "count"),
+    [({}, 128), ({"count": 200}, 128), ({"count": 50}, 50), ({"images": None}, None)],
+)
+def test_proxies_learn_from_few_images(
+    inputs: dict[str, Any], count: int | None, models: Path, tmp_path: Path
+) -> None:
+    """fashion-tiny has 500 of them; what is repaired in full learns from all that are asked for."""
+    asked = Search("net.onnx", tmp_path, inputs={"images": str(models / "fashion-tiny.npz")} | inputs)
+    for repair, expected in ((False, count), (True, inputs.get("count"))):
+        trial = searching._trial(asked, Candidate(1), effort="fast", repair=repair)
+        assert trial.recipe.passes[1].options()["count"] == expected
+
+
+def test_a_limit_on_speed_is_aimed_at(tmp_path: Path) -> None:
+    """Each of 20 blocks takes 4 %: 13 are enough to be twice as fast. Without a limit a study is blind."""
+    tried: dict[Gates, list[tuple[int, str]]] = {}
+    for gates in (Gates(), Gates(min_speedup=2.0)):
+        study = Study(tmp_path / f"{len(tried)}", 0, Extent(20, 0, FASTER), gates)
+        for _ in range(10):
+            ((number, one),) = study.batch(1, 10)
+            kind = {"float32": 1.0, "int8": 0.9, "float16": 1.3}[one.weights]
+            ratio = kind * (1 - 0.04 * one.blocks)
+            study.tell(number, {"ratio": ratio, "loss": one.blocks, "size": kind}, [2 * ratio - 1])
+            tried.setdefault(gates, []).append((one.blocks, one.weights))
+    assert {(13, "float32"), (12, "int8")} <= {*tried[Gates(min_speedup=2.0)]}
+    assert not {(13, "float32"), (12, "int8")} & {*tried[Gates()]}
+
+
+def test_weights_that_gain_no_time_are_left_out_where_speed_alone_is_limited(models: Path) -> None:
+    model = load(models / NET)
+    for gates, weights in (
+        (Gates(min_speedup=2), FASTER),
+        (Gates(max_latency=2), FASTER),
+        (Gates(min_speedup=2, max_size=1), WEIGHTS),
+        (Gates(max_size=1), WEIGHTS),
+        (Gates(), WEIGHTS),
+    ):
+        assert extent_for(model, gates).weights == weights
+    assert {point["weights"] for point in first_points(Extent(4, 0, FASTER))} == {*FASTER}
 
 
 def test_a_search_ends_in_time(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
