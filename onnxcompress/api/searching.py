@@ -81,12 +81,12 @@ def search_best(
         "input_shape": input_shape,
     }
     given = {name: value for name, value in learning.items() if value is not None}
-    with _as_file(model) as path:
+    with _as_file(model) as path, _where(workers) as where:
         asked = Search(
             path, Path(out), gates, given, trials, repairs, seconds, effort, latency_seconds, seed
         )
         kept = None if cache is None else str(cache.folder)
-        front = search(asked, workers or Processes(1), cache=kept, progress=progress)
+        front = search(asked, where, cache=kept, progress=progress)
     write_outcome(front, front_rows(front, gates), asked)
     return shown(Front, front, partial(front_page, front, asked.model, gates))
 
@@ -124,14 +124,26 @@ def sweep(
     check_table(target)
     columns = ["model", "recipe", *read.variables, *FIGURES]
     folder = Path(models) if models is not None else target.with_suffix("")
-    return run_all(
-        read,
-        Results(folder),
-        workers or Processes(1),
-        cache=None if cache is None else str(cache.folder),
-        report=lambda rows: write_table(target, columns, rows),
-        progress=progress,
-    )
+    with _where(workers) as where:
+        return run_all(
+            read,
+            Results(folder),
+            where,
+            cache=None if cache is None else str(cache.folder),
+            report=lambda rows: write_table(target, columns, rows),
+            progress=progress,
+        )
+
+
+@contextmanager
+def _where(workers: Workers | None) -> Iterator[Workers]:
+    """The workers that were given, which stay open, or a process of their own."""
+    own = workers or Processes(1)
+    try:
+        yield own
+    finally:
+        if workers is None:
+            own.close()
 
 
 @contextmanager

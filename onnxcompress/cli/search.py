@@ -25,7 +25,7 @@ from onnxcompress.cli.gate_options import gate_options, gates_of
 from onnxcompress.cli.options import FILE, PREPROCESS_HELP, print_json
 from onnxcompress.cli.sections import SectionedCommand
 from onnxcompress.cli.timing_options import timing_options
-from onnxcompress.cli.worker_options import WHERE, worker_options, workers
+from onnxcompress.cli.worker_options import WHERE, tracking_option, worker_options, workers
 from onnxcompress.errors import InputError, TargetMissed, require
 from onnxcompress.formatting import counted
 from onnxcompress.option_fields import INPUT_SHAPE_HELP, INPUT_SHAPE_METAVAR, parse_duration
@@ -57,11 +57,14 @@ def _search(model: str, out: str, cache: str | None, no_cache: bool, **options: 
     from onnxcompress.progress import silent
     from onnxcompress.search.outcome import front_rows, write_outcome
     from onnxcompress.search.search import search
+    from onnxcompress.search.tracking import Tracker
 
+    experiment = options.pop("mlflow")
     dry_run, as_json, quiet = (options.pop(name) for name in ("dry_run", "as_json", "quiet"))
     where = {name: options.pop(name) for name in WHERE}
     asked = _asked(model, out, options)
     require("search", "optuna")
+    tracker = None if experiment is None else Tracker(experiment)
     if dry_run:
         _preview(asked, as_json=as_json)
         return
@@ -79,6 +82,8 @@ def _search(model: str, out: str, cache: str | None, no_cache: bool, **options: 
         print_json(_account(front, rows, asked))
     elif not quiet:
         _show(front, asked)
+    if tracker is not None:
+        tracker.log(rows)
     if front.picked is None and asked.gates.limits:
         from onnxcompress.search.page import none_keeps
 
@@ -219,6 +224,7 @@ search = SectionedCommand(
         ),
         *timing_options(without=("latency",)),
         *worker_options(),
+        tracking_option(),
         click.Option(["--seed"], type=click.IntRange(0), default=0, show_default=True, help="Random seed."),
         *cache_options(),
         click.Option(["--dry-run"], is_flag=True, help="Check everything, show where it begins, and stop."),

@@ -19,7 +19,7 @@ import click
 
 from onnxcompress.cli.cache import cache_options, chosen_cache
 from onnxcompress.cli.options import FILE, print_json
-from onnxcompress.cli.worker_options import worker_options, workers
+from onnxcompress.cli.worker_options import tracking_option, worker_options, workers
 from onnxcompress.errors import CompressError, OptionError, TargetMissed, printable
 
 if TYPE_CHECKING:
@@ -31,6 +31,7 @@ def _sweep(
     plan: str,
     table: str,
     models: str | None,
+    mlflow: str | None,
     cache: str | None,
     no_cache: bool,
     dry_run: bool,
@@ -61,7 +62,9 @@ def _sweep(
     from onnxcompress.search.plan import read_plan
     from onnxcompress.search.results import FIGURES, Results, check_table, write_table
     from onnxcompress.search.sweep import preview, sweep
+    from onnxcompress.search.tracking import Tracker
 
+    tracker = None if mlflow is None else Tracker(mlflow)
     target = Path(table)
     check_table(target)
     read, folder = read_plan(plan), Path(models) if models is not None else target.with_suffix("")
@@ -82,6 +85,8 @@ def _sweep(
             )
     _tell(plan, table, read, rows, as_json=as_json, quiet=quiet)
     if not dry_run:
+        if tracker is not None:
+            tracker.log(rows)
         _end(rows)
 
 
@@ -160,6 +165,7 @@ sweep = click.Command(
             help="Folder of the results.  [default: TABLE without its suffix]",
         ),
         *worker_options(),
+        tracking_option(),
         *cache_options(),
         click.Option(["--dry-run"], is_flag=True, help="Check the plan, list its runs, and stop."),
         click.Option(["--json", "as_json"], is_flag=True, help="Print one JSON object, nothing else."),

@@ -47,6 +47,19 @@ def worker_options() -> list[click.Option]:
     ]
 
 
+def tracking_option() -> click.Option:
+    """Create the option --mlflow.
+
+    Returns:
+        The option.
+    """
+    return click.Option(
+        ["--mlflow"],
+        metavar="EXPERIMENT",
+        help="Log each result to this experiment of MLflow, where MLFLOW_TRACKING_URI says.",
+    )
+
+
 @contextmanager
 def workers(
     jobs: int | None, ray: str | None, task_cpus: float | None, task_gpus: float | None
@@ -71,12 +84,12 @@ def workers(
             raise OptionError("--task-cpus and --task-gpus go with --ray")
         from onnxcompress.search.workers import Processes
 
-        yield Processes(jobs or 1)
-        return
-    from onnxcompress.search.ray_workers import RayWorkers
+        chosen: Workers = Processes(jobs or 1)
+    else:
+        from onnxcompress.search.ray_workers import RayWorkers
 
-    cluster = RayWorkers(ray, jobs=jobs, cpus=task_cpus or 1.0, gpus=task_gpus or 0.0)
+        chosen = RayWorkers(ray, jobs=jobs, cpus=task_cpus or 1.0, gpus=task_gpus or 0.0)
     try:
-        yield cluster
+        yield chosen
     finally:
-        cluster.close()
+        chosen.close()

@@ -20,16 +20,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from onnxcompress.errors import CompressError, InputError, OptionError, RuntimeUnavailable
+from onnxcompress.errors import CompressError, OptionError
 from onnxcompress.evaluation.gates import Gates
 from onnxcompress.evaluation.guard import Guard
 from onnxcompress.progress import Progress, silent
-from onnxcompress.runtime.clocks import Clock
 from onnxcompress.search.front import choose_for_repair, loss_of, pareto_front, pick, violations
+from onnxcompress.search.latencies import Latencies
 from onnxcompress.search.results import Results, write_bytes
 from onnxcompress.search.space import Candidate, extent_for
 from onnxcompress.search.study import Study, Told
-from onnxcompress.search.trial import Result, Row, Trial, compress, structure, time_result, time_together
+from onnxcompress.search.trial import Result, Row, Trial, compress
 from onnxcompress.search.workers import Workers
 
 PROXY_SHARE = 0.5
@@ -38,9 +38,6 @@ PROXY_IMAGES = 128
 """Images that a proxy learns from, at most: with more, closed forms take most of the time."""
 HOPELESS = 50.0
 """Loss from which on a proxy is of no use, and none that drops more is looked at."""
-LATENCIES = "latencies.json"
-UNUSABLE = (InputError, OptionError, RuntimeUnavailable)
-"""Errors that every candidate would meet."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +66,11 @@ class Search:
     def work(self) -> Path:
         """Folder of what is on the way."""
         return self.folder / "work"
+
+    @property
+    def latencies(self) -> Latencies:
+        """What measures latencies."""
+        return Latencies(self.work, self.model, self.gates, self.latency_seconds)
 
 
 @dataclass(frozen=True)
@@ -187,7 +189,7 @@ def _proxies(
     for index, row in zip(todo, made, strict=True):
         rows[index] = row
         if "error" not in row:
-            latency = _latency_of_structure(asked, results.path(trials[index]), workers)
+            latency = asked.latencies.of_structure(results.path(trials[index]), workers)
             rows[index] = _with_objectives(row | latency)
     return rows
 
@@ -231,33 +233,6 @@ def _few(asked: Search) -> dict[str, Any]:
         return {}
     there = asked.inputs.get("count") or image_count(images)
     return {"count": PROXY_IMAGES} if there > PROXY_IMAGES else {}
-
-
-def _latency_of_structure(asked: Search, file: Path, workers: Workers) -> Row:
-    """Latency against the original: measured once for all models of one structure."""
-    known, key = _latencies(asked), structure(file)
-    if key not in known:
-        clock = _clock(known)
-        call = partial(time_result, asked.model, str(file), asked.gates, asked.latency_seconds, clock)
-        try:
-            known[key] = workers.run_alone(call)
-        except UNUSABLE:
-            raise
-        except CompressError as error:
-            return {"error": f"latency: {error}"}
-        _write(asked.work / LATENCIES, json.dumps(known, indent=2))
-    return known[key]
-
-
-def _latencies(asked: Search) -> dict[str, Row]:
-    """Latencies that were measured, by structure."""
-    memory = asked.work / LATENCIES
-    return json.loads(memory.read_text()) if memory.exists() else {}
-
-
-def _clock(known: Mapping[str, Row]) -> Clock:
-    """The clock to begin with: where the wall's was too noisy once, it is not tried again."""
-    return "processor" if any(row.get("clock") == "processor" for row in known.values()) else "wall"
 
 
 def _with_objectives(row: Row) -> Row:
@@ -307,18 +282,12 @@ def _repair(
 
 def _timed(asked: Search, repaired: Sequence[Found], workers: Workers) -> list[Found]:
     """Time all results together, run by run, unless that is done."""
-    results, memory = Results(asked.work / "repaired"), asked.work / "front-latency.json"
+    results = Results(asked.work / "repaired")
     files = {found.trial.name: str(results.path(found.trial)) for found in repaired}
-    shas = {found.trial.name: found.row["sha256"] for found in repaired}
-    known = json.loads(memory.read_text()) if memory.exists() else {}
-    if known.get("files") != shas:
-        seconds = 5 * asked.latency_seconds * (len(files) + 1)
-        call = partial(time_together, asked.model, files, asked.gates, seconds, _clock(_latencies(asked)))
-        rows = workers.run_alone(call)
-        known = {"files": shas, "rows": rows}
-        _write(memory, json.dumps(known, indent=2))
+    hashes = {found.trial.name: found.row["sha256"] for found in repaired}
+    rows = asked.latencies.together(files, hashes, workers)
     return [
-        dataclasses.replace(found, row=_with_objectives(found.row | known["rows"][found.trial.name]))
+        dataclasses.replace(found, row=_with_objectives(found.row | rows[found.trial.name]))
         for found in repaired
     ]
 

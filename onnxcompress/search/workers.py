@@ -52,6 +52,9 @@ class Workers(Protocol):
             What it returned.
         """
 
+    def close(self) -> None:
+        """End what waits for more tasks."""
+
 
 class InProcess:
     """Tasks run one after the other in this process."""
@@ -81,9 +84,15 @@ class InProcess:
         """
         return call()
 
+    def close(self) -> None:
+        """Do nothing: nothing waits for tasks."""
+
 
 class Processes:
-    """Tasks run in processes of this machine, each of which shares the cores evenly with the others."""
+    """Tasks run in processes of this machine, each of which shares the cores evenly with the others.
+
+    A process that has ended its task is kept for the next, with what it has loaded.
+    """
 
     def __init__(self, jobs: int) -> None:
         """Start no process yet: each starts with its first task.
@@ -97,6 +106,7 @@ class Processes:
         if jobs < 1:
             raise OptionError(f"--jobs {jobs}: expected 1 or more")
         self.jobs = jobs
+        self._idle: list[ProcessPoolExecutor] = []
 
     def run(self, calls: Sequence[Call[Returned]]) -> Iterator[tuple[int, Returned | WorkerDied]]:
         """Run tasks; see `Workers.run`.
@@ -108,25 +118,29 @@ class Processes:
             The index of a task and what it returned, or that its process died.
         """
         todo = list(reversed(range(len(calls))))
-        idle = [self._process() for _ in range(min(self.jobs, len(calls)))]
         running: dict[Future[Returned], tuple[int, ProcessPoolExecutor]] = {}
         try:
             while todo or running:
-                while todo and idle:
-                    index, process = todo.pop(), idle.pop()
-                    running[process.submit(calls[index])] = index, process
+                while todo and len(running) < self.jobs:
+                    index = todo.pop()
+                    future, process = self._submit(calls[index])
+                    running[future] = index, process
                 for future in wait(running, return_when=FIRST_COMPLETED).done:
                     index, process = running.pop(future)
                     try:
                         found: Returned | WorkerDied = future.result()
-                        idle.append(process)
+                        self._idle.append(process)
                     except BrokenProcessPool:
                         found = WorkerDied("its process died: out of memory, or killed")
-                        idle.append(self._process())
                     yield index, found
         finally:
-            for process in [*idle, *(process for _, process in running.values())]:
+            for _, process in running.values():
                 _stop(process)
+
+    def close(self) -> None:
+        """End the processes, which wait for more tasks until then."""
+        while self._idle:
+            _stop(self._idle.pop())
 
     def run_alone(self, call: Call[Returned]) -> Returned:
         """Run a task in this process: no process that `run` started is still at work then.
@@ -138,6 +152,17 @@ class Processes:
             What it returned.
         """
         return call()
+
+    def _submit(self, call: Call[Returned]) -> tuple[Future[Returned], ProcessPoolExecutor]:
+        """Begin a task in a process that waits for one, else in a new one."""
+        while self._idle:
+            process = self._idle.pop()
+            try:
+                return process.submit(call), process
+            except BrokenProcessPool:  # it was killed since its last task
+                continue
+        process = self._process()
+        return process.submit(call), process
 
     def _process(self) -> ProcessPoolExecutor:
         """A pool of one process: where that dies, no other task is lost with it."""

@@ -22,6 +22,7 @@ from onnxcompress.evaluation.gates import Gates
 from onnxcompress.evaluation.guard import GuardMeasurements
 from onnxcompress.model import Model, load
 from onnxcompress.runtime.latency import Timing
+from onnxcompress.search import latencies
 from onnxcompress.search import search as searching
 from onnxcompress.search import trial as trial_module
 from onnxcompress.search.front import choose_for_repair, loss_of, pareto_front, pick, violations
@@ -288,8 +289,8 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         }
 
     monkeypatch.setattr(searching, "compress", compressed)
-    monkeypatch.setattr(searching, "time_together", timed)
-    monkeypatch.setattr(searching, "time_result", lambda m, r, *how: timed(m, {"r": r}, *how)["r"])
+    monkeypatch.setattr(latencies, "time_together", timed)
+    monkeypatch.setattr(latencies, "time_result", lambda m, r, *how: timed(m, {"r": r}, *how)["r"])
     return made
 
 

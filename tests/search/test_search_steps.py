@@ -15,6 +15,7 @@ from onnxcompress.evaluation.guard import Guard
 from onnxcompress.model import load, save
 from onnxcompress.passes.fold_bn import FoldBatchNorm
 from onnxcompress.pipeline.recipe import Recipe
+from onnxcompress.search import latencies
 from onnxcompress.search import search as searching
 from onnxcompress.search.search import Search, search
 from onnxcompress.search.space import FASTER, WEIGHTS, Candidate, Extent, extent_for, first_points
@@ -36,9 +37,10 @@ class Recorded:
         self.clocks: list[str] = []
         self.seeds: set[int] = set()
         self.told: list[tuple[int, Row, list[float]]] = []
-        for name in ("compress", "time_result", "time_together"):
-            monkeypatch.setattr(searching, name, getattr(self, name))
-        monkeypatch.setattr(searching, "structure", lambda file: Path(file).stem)
+        monkeypatch.setattr(searching, "compress", self.compress)
+        for name in ("time_result", "time_together"):
+            monkeypatch.setattr(latencies, name, getattr(self, name))
+        monkeypatch.setattr(latencies, "structure", lambda file: Path(file).stem)
         tell = Study.tell
 
         def told(study: Study, number: int, row: Row, violations: Any) -> None:

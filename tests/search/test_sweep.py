@@ -6,6 +6,7 @@ import csv
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -195,6 +196,28 @@ def test_a_worker_that_dies_costs_its_task_alone() -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX")
+def test_a_process_is_kept_for_the_next_task_unless_it_was_killed() -> None:
+    """What it has loaded, such as the scores of the model before, is there for all trials of a search."""
+    workers = Processes(1)
+
+    def process() -> int:
+        ((_, found),) = workers.run([partial(os.getpid)])
+        assert isinstance(found, int)
+        return found
+
+    first = process()
+    assert process() == first != os.getpid()
+    (killed,) = workers._idle
+    os.kill(first, signal.SIGTERM)
+    assert within(60, lambda: bool(killed._broken))
+    assert process() != first
+    (left,) = workers._idle
+    workers.close()
+    assert not workers._idle
+    with pytest.raises(RuntimeError):
+        left.submit(os.getpid)
+
+
 def test_workers_end_with_a_parent_that_is_killed(tmp_path: Path) -> None:
     """Else each killed sweep would leave processes that go on for minutes."""
     told = tmp_path / "pid"
