@@ -113,7 +113,7 @@ def _preview(asked: Search, *, as_json: bool) -> None:
     from onnxcompress.model import load
     from onnxcompress.search.space import extent_for, first_points
 
-    extent = extent_for(load(asked.model), asked.gates)
+    extent = extent_for(load(asked.model), asked.gates, asked.inputs)
     first, blocks = first_points(extent), extent.blocks
     account = {"dry_run": True, "model": asked.model, "blocks": blocks, "first": first}
     if as_json:

@@ -4,8 +4,8 @@
 
     plan, table
     counts      {done, missed, failed, waiting}; `waiting` with --dry-run alone
-    rows        [{model, recipe, the variables, status, error, missed, output, sha256, bytes_before, bytes,
-                noise, inputs, agreement, top1_before, top1, latency_before_ms, latency_ms, ratio,
+    rows        [{model, recipe, the variables, status, error, missed, notes, output, sha256, bytes_before,
+                bytes, noise, inputs, agreement, top1_before, top1, latency_before_ms, latency_ms, ratio,
                 ratio_low, ratio_high, device, seconds}]
 """
 

@@ -91,5 +91,8 @@ def workers(
         chosen = RayWorkers(ray, jobs=jobs, cpus=task_cpus or 1.0, gpus=task_gpus or 0.0)
     try:
         yield chosen
+    except KeyboardInterrupt:
+        click.echo("what is done is kept: the same command goes on from there", err=True)
+        raise
     finally:
         chosen.close()

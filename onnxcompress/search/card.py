@@ -40,6 +40,7 @@ def model_card(trial: Trial, row: Row, recipe: str) -> str:
         lines += ["", f"Accuracy and agreement: {row['inputs']}, {row['preprocess']}."]
     if row.get("device"):
         lines += ["", f"Latency: onnxruntime, {row['device']}, run by run with the model before."]
+    lines += ["", f"Notes: {row['notes']}."] if row.get("notes") else []
     judged = verdicts(row, trial.recipe.gates)
     lines += ["", "## Limits", ""] if judged else []
     lines += [f"- {'kept' if verdict.passed else 'MISSED'}: {verdict.text}" for verdict in judged]

@@ -24,6 +24,7 @@ FIGURES = (
     "status",
     "error",
     "missed",
+    "notes",
     "output",
     "sha256",
     "bytes_before",

@@ -117,7 +117,7 @@ def search(
     from onnxcompress.model import load
 
     asked.gates.check()
-    extent = extent_for(load(asked.model), asked.gates)
+    extent = extent_for(load(asked.model), asked.gates, asked.inputs)
     _claim(asked)
     study = Study(asked.work / "study.journal", asked.seed, extent, asked.gates)
     clock = _Clock(study)
@@ -127,7 +127,10 @@ def search(
         failures = study.failures()
         raise CompressError(f"none of {len(failures)} candidates could be made, the first: {failures[0]}")
     repaired, failures = _repair(asked, proxies, workers, cache, clock, progress)
-    front = _outcome(asked, proxies, _timed(asked, repaired, workers), [*study.failures(), *failures])
+    progress("timing all together", 0, 1)
+    timed = _timed(asked, repaired, workers)
+    progress("timing all together", 1, 1)
+    front = _outcome(asked, proxies, timed, [*study.failures(), *failures])
     clock.note()
     shutil.rmtree(asked.work / "proxies", ignore_errors=True)
     return front
@@ -156,6 +159,7 @@ def _look_at_proxies(
     progress: Progress,
 ) -> None:
     results = Results(asked.work / "proxies")
+    progress("proxies", study.count(), asked.trials)
     while batch := study.batch(workers.jobs, asked.trials):
         rows = _proxies(asked, study, [candidate for _, candidate in batch], results, workers, cache)
         for (number, _), row in zip(batch, rows, strict=True):
@@ -264,15 +268,19 @@ def _repair(
     results = Results(asked.work / "repaired")
     found: list[Found] = []
     failures: list[str] = []
+    longest = 0.0
+    progress("repairs", 0, len(trials))
     for start in range(0, len(trials), workers.jobs):
-        if found and asked.seconds is not None and clock.spent > asked.seconds:
-            break
+        begun = clock.spent
+        if found and asked.seconds is not None and begun + longest > asked.seconds:
+            break  # another one would not end in time
         batch = trials[start : start + workers.jobs]
         for trial, row in zip(batch, _made(batch, results, workers, cache), strict=True):
             if "error" in row:
                 failures.append(f"{trial.name}: {row['error']}")
             else:
                 found.append(Found(trial, row))
+        longest = max(longest, clock.spent - begun)
         clock.note()
         progress("repairs", min(start + workers.jobs, len(trials)), len(trials))
     if not found:
@@ -303,8 +311,10 @@ def _outcome(
     front = [ordered[index] for index in pareto_front(values)]
     dominated = [found for found in ordered if found not in front]
     source, target = Results(asked.work / "repaired"), Results(asked.folder / "front")
+    names = {file.stem for file in source.folder.glob("*.json")}
     for old in target.folder.iterdir():
-        old.unlink()
+        if old.name.split(".onnx")[0] in names or old.stem in names:  # of an earlier outcome
+            old.unlink()
     placed = []
     for found in front:
         for file in source.folder.glob(f"{found.trial.name}.onnx*"):
@@ -333,6 +343,8 @@ def _claim(asked: Search) -> None:
             )
         return
     Results(asked.work)
+    if others := sorted(one.name for one in asked.folder.iterdir() if one != asked.work):
+        raise OptionError(f"{asked.folder}: it holds {others[0]!r}, and no search; name another folder")
     _write(file, text)
 
 

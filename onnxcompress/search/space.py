@@ -196,11 +196,12 @@ def first_points(extent: Extent) -> list[dict[str, Any]]:
     return [*({"channels": 0} | point for point in points), *cut]
 
 
-def extent_of(model: Model) -> Extent:
+def extent_of(model: Model, inputs: Mapping[str, Any] | None = None) -> Extent:
     """Look how far a network's structure can be cut.
 
     Args:
         model: The network; it stays as it is.
+        inputs: Options that say what passes learn from: sizes that the file leaves open follow from them.
 
     Returns:
         The extent; 0 of what its pass cannot be applied to at all.
@@ -209,23 +210,27 @@ def extent_of(model: Model) -> Extent:
     from onnxcompress.graph.canonicalize import canonicalize
     from onnxcompress.graph.channel_groups.cut_tracer import find_cut_groups
     from onnxcompress.graph.macs import count_macs
+    from onnxcompress.optimize.calibration import InputRequest, assume_sizes
 
     own = model.copy()
+    sized = {name: (inputs or {}).get(name) for name in ("images", "preprocess", "input_shape")}
     try:
+        assume_sizes(own, InputRequest(**dict[str, Any](sized)))
         canonicalize(own)
-        count_macs(own)  # raises where sizes are open
+        count_macs(own)  # raises where sizes stay open
         free = find_cut_groups(own).free
     except CompressError:
         free = ()
     return Extent(_count_blocks(model), CHANNELS[1] if free else 0)
 
 
-def extent_for(model: Model, gates: Gates) -> Extent:
+def extent_for(model: Model, gates: Gates, inputs: Mapping[str, Any]) -> Extent:
     """Look how far a network's structure can be cut, and which weights help to keep the limits.
 
     Args:
         model: The network; it stays as it is.
         gates: The limits.
+        inputs: As for `extent_of`.
 
     Returns:
         The extent; weights that make nothing but the file smaller are left out where speed is limited and
@@ -233,7 +238,7 @@ def extent_for(model: Model, gates: Gates) -> Extent:
     """
     limits = gates.limits.keys()
     speed_alone = {"min_speedup", "max_latency"} & limits and "max_size" not in limits
-    extent = extent_of(model)
+    extent = extent_of(model, inputs)
     return extent._replace(weights=FASTER) if speed_alone else extent
 
 

@@ -14,6 +14,7 @@ import hashlib
 import json
 import tempfile
 import time
+import warnings
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -21,7 +22,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from onnxcompress.errors import CompressError, one_line
+from onnxcompress.errors import CompressError, CompressWarning, one_line
 from onnxcompress.evaluation.gate_results import GateMeasurements, Verdict, judge
 from onnxcompress.evaluation.gates import LIMITS, Gates
 from onnxcompress.formatting import counted
@@ -90,13 +91,17 @@ def compress(trial: Trial, cache: str | None = None) -> Result:
         The model's files and the figures. Nothing is raised: an error is part of the result.
     """
     start = time.monotonic()
-    try:
-        row, files = _compressed(trial, cache)
-    except CompressError as error:
-        return Result({"error": str(error)})
-    except Exception as error:  # one trial of many: the others go on
-        return Result({"error": f"{type(error).__name__}: {one_line(error)}"})
-    return Result(row | {"seconds": round(time.monotonic() - start, 3)}, files)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always", CompressWarning)
+        try:
+            row, files = _compressed(trial, cache)
+        except CompressError as error:
+            return Result({"error": str(error)})
+        except Exception as error:  # one trial of many: the others go on
+            return Result({"error": f"{type(error).__name__}: {one_line(error)}"})
+    texts = [str(one.message) for one in told if issubclass(one.category, CompressWarning)]
+    notes = {"notes": "; ".join(dict.fromkeys(texts))}
+    return Result(row | notes | {"seconds": round(time.monotonic() - start, 3)}, files)
 
 
 def time_result(model: str, result: str | Path, gates: Gates, seconds: float, clock: Clock = "wall") -> Row:

@@ -233,15 +233,16 @@ def resume(model: str, trials: int, repairs: int, out: Path) -> None:
     options = ["--trials", f"{trials}", "--repairs", f"{repairs}", "--effort", "fast", "--max-size", "1000"]
     own = [*options, "--latency-seconds", "1", "--inputs", "procedural"]
     first = out / "undisturbed"
-    expected = front_of(searched(model, first, [*own, "--cache", str(first / "cache")])[0])
+    expected = front_of(searched(model, first, [*own, "--cache", f"{first}-cache"])[0])
     print(f"undisturbed: {', '.join(name for name, *_ in expected)}")
     for kind, count in (("proxies", 2), ("proxies", trials // 2), ("repaired", 1)):
         folder = out / f"killed-{kind}-{count}"
         take_measured(first, folder)
-        call = search_call(model, folder, [*own, "--cache", str(folder / "cache")])
+        cached = [*own, "--cache", f"{folder}-cache"]
+        call = search_call(model, folder, cached)
         with subprocess.Popen(call, stdout=subprocess.DEVNULL, start_new_session=True) as process:
             left = killed_behind(process, folder / "work" / kind, count)
-        found = front_of(searched(model, folder, [*own, "--cache", str(folder / "cache")])[0])
+        found = front_of(searched(model, folder, cached)[0])
         same = "the same front" if found == expected else f"ANOTHER FRONT: {found}"
         print(f"killed with {left} results in {kind}, gone on with: {same}", flush=True)
 
@@ -259,9 +260,6 @@ def take_measured(source: Path, target: Path) -> None:
     (target / "work").mkdir(parents=True, exist_ok=True)
     for name in ("latencies.json", "front-latency.json"):
         shutil.copy(source / "work" / name, target / "work" / name)
-    for entry in (source / "cache").iterdir():
-        if (entry / "values.npz").exists():  # shares of latency and scores, which depend on them
-            shutil.copytree(entry, target / "cache" / entry.name, dirs_exist_ok=True)
 
 
 def killed_behind(process: subprocess.Popen[bytes], folder: Path, count: int) -> int:

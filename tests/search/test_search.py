@@ -27,7 +27,15 @@ from onnxcompress.search import search as searching
 from onnxcompress.search import trial as trial_module
 from onnxcompress.search.front import choose_for_repair, loss_of, pareto_front, pick, violations
 from onnxcompress.search.search import Front, Search, search
-from onnxcompress.search.space import QUANTIZED, Candidate, Extent, extent_of, first_points, suggest
+from onnxcompress.search.space import (
+    CHANNELS,
+    QUANTIZED,
+    Candidate,
+    Extent,
+    extent_of,
+    first_points,
+    suggest,
+)
 from onnxcompress.search.trial import Result, Row, Trial, compress, structure, time_together
 from onnxcompress.search.workers import InProcess
 from tests.helpers.folding import graph, weight
@@ -251,6 +259,19 @@ def test_a_network_without_channels_to_cut_has_none_in_its_space() -> None:
     assert not any("channels" in point for point in first_points(extent_of(model)))
 
 
+def test_channels_of_a_network_with_open_sizes_can_be_cut() -> None:
+    """They are run at a usual size, or at the one that is asked for."""
+    model = Model.from_proto(
+        graph(
+            "(float[N,3,H,W] x) => (float[N,8,P,Q] y)",
+            "a = Conv(x, w)  b = Relu(a)  y = Conv(b, v)",
+            {"w": weight(16, 3, 1, 1), "v": weight(8, 16, 1, 1)},
+        )
+    )
+    for inputs in ({}, {"input_shape": "1x3x64x64"}):
+        assert extent_of(model, inputs).channels == CHANNELS[1]
+
+
 def test_a_structure_is_a_graph_without_its_weights(models: Path, tmp_path: Path) -> None:
     import onnx
 
@@ -349,6 +370,21 @@ def test_a_folder_with_another_search_is_refused(quick: list[str], models: Path,
     search(replace(asked, trials=4), InProcess())
     with pytest.raises(OptionError, match="another search was begun here"):
         search(replace(asked, seed=1), InProcess())
+
+
+def test_files_that_are_not_of_a_search_are_left_alone(
+    quick: list[str], models: Path, tmp_path: Path
+) -> None:
+    asked = Search(str(models / NET), tmp_path / "a", trials=2, repairs=1)
+    search(asked, InProcess())
+    own = tmp_path / "a/front/my.txt"
+    own.write_text("mine")
+    search(replace(asked, trials=3), InProcess())
+    assert own.read_text() == "mine"
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b/my.txt").write_text("mine")
+    with pytest.raises(OptionError, match=r"'my.txt', and no search"):
+        search(replace(asked, folder=tmp_path / "b"), InProcess())
 
 
 def test_a_failed_candidate_costs_itself_alone(

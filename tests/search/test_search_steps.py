@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import warnings
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from onnxcompress.errors import CompressWarning
 from onnxcompress.evaluation.gates import Gates
 from onnxcompress.evaluation.guard import Guard
 from onnxcompress.model import load, save
@@ -17,6 +19,7 @@ from onnxcompress.passes.fold_bn import FoldBatchNorm
 from onnxcompress.pipeline.recipe import Recipe
 from onnxcompress.search import latencies
 from onnxcompress.search import search as searching
+from onnxcompress.search import trial as trial_module
 from onnxcompress.search.search import Search, search
 from onnxcompress.search.space import FASTER, WEIGHTS, Candidate, Extent, extent_for, first_points
 from onnxcompress.search.study import Study
@@ -156,7 +159,7 @@ def test_weights_that_gain_no_time_are_left_out_where_speed_alone_is_limited(mod
         (Gates(max_size=1), WEIGHTS),
         (Gates(), WEIGHTS),
     ):
-        assert extent_for(model, gates).weights == weights
+        assert extent_for(model, gates, {}).weights == weights
     assert {point["weights"] for point in first_points(Extent(4, 0, FASTER))} == {*FASTER}
 
 
@@ -169,6 +172,19 @@ def test_a_search_ends_in_time(models: Path, tmp_path: Path, monkeypatch: pytest
     search(Search(str(models / NET), tmp_path / "out", trials=30, repairs=3, seconds=10.0), InProcess())
     assert len(seen.told) == 2
     assert len(seen.made) == 2 + 1
+    assert list(spent) == []
+
+
+def test_a_repair_that_would_not_end_in_time_is_not_begun(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second one takes 3 of 10 seconds and ends at 8: a third would end after the time."""
+    seen = Recorded(monkeypatch)
+    spent = iter([4.0, 4.0, 5.1, 5.1, 5.2, 5.2, 8.2, 8.2])
+    monkeypatch.setattr(searching._Clock, "spent", property(lambda clock: next(spent)))
+    monkeypatch.setattr(searching._Clock, "note", lambda clock: None)
+    search(Search(str(models / NET), tmp_path / "out", trials=30, repairs=9, seconds=10.0), InProcess())
+    assert len(seen.made) == 3 + 2
 
 
 def test_the_sampler_has_the_seed_and_learns_which_candidates_miss_limits(tmp_path: Path) -> None:
@@ -190,6 +206,19 @@ def test_the_sampler_has_the_seed_and_learns_which_candidates_miss_limits(tmp_pa
     batches = [[studies[1].batch(9, 9)], [Study(tmp_path / "again", 0, Extent(4, 0)).batch(9, 9)]]
     other, own = ([candidate for _, candidate in batch[first:]] for (batch,) in batches)
     assert other != own
+
+
+def test_what_a_pass_warns_of_is_a_note_of_its_result(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a worker nobody would read it, or each trial would print it again."""
+
+    def warned(trial: Trial, cache: str | None) -> tuple[Row, dict[str, bytes]]:
+        for text in ("few images", "few images", "sizes are open"):
+            warnings.warn(text, CompressWarning, stacklevel=2)
+        return {}, {}
+
+    monkeypatch.setattr(trial_module, "_compressed", warned)
+    trial = Trial("a", "net.onnx", Recipe((FoldBatchNorm(),), Gates()))
+    assert compress(trial).row["notes"] == "few images; sizes are open"
 
 
 def test_figures_of_a_result_are_those_of_its_file(

@@ -75,10 +75,13 @@ def test_a_result_is_logged_once_with_what_made_it_its_figures_and_its_card(
     server: Server, tmp_path: Path
 ) -> None:
     (tmp_path / "a.md").write_text("# a")
-    row = {
-        "model": "net.onnx", "blocks": "2", "status": "done", "output": str(tmp_path / "a.onnx"),
-        "bytes": 10, "sha256": "12ab", "ratio": 0.5, "picked": True, "device": "cpu, batch 1", "dropped": [],
-    }  # fmt: skip
+    row: dict[str, Any] = {
+        "model": "net.onnx",
+        "blocks": "2",
+        "status": "done",
+        "output": str(tmp_path / "a.onnx"),
+    }
+    row |= {"sha256": "12ab", "bytes": 10, "ratio": 0.5, "picked": True, "device": "cpu", "dropped": []}
     failed = {"model": "net.onnx", "blocks": "3", "status": "failed", "error": "no"}
     for _ in range(2):  # a sweep that goes on
         Tracker("first").log([row, failed])
@@ -88,7 +91,7 @@ def test_a_result_is_logged_once_with_what_made_it_its_figures_and_its_card(
             "name": "a",
             "tag": "a 12ab",
             "metrics": {"bytes": 10.0, "ratio": 0.5},
-            "params": {"model": "net.onnx", "blocks": "2", "picked": "True", "device": "cpu, batch 1"},
+            "params": {"model": "net.onnx", "blocks": "2", "picked": "True", "device": "cpu"},
             "card": "# a",
             "ended": True,
         }
