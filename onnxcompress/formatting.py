@@ -77,6 +77,19 @@ def points(share: float) -> str:
     return f"{'±0.00' if float(text) == 0 else text.replace('-', '−')} points"
 
 
+def decimal(value: float) -> str:
+    """Format a number that may be below zero, such as −0.70.
+
+    Args:
+        value: The number.
+
+    Returns:
+        Two decimals.
+    """
+    text = f"{value:.2f}"
+    return "0.00" if float(text) == 0 else text.replace("-", "−")
+
+
 def milliseconds(value: float) -> str:
     """Format a duration, such as 0.200 ms, 12.3 ms or 1234 ms.
 

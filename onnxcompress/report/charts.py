@@ -88,12 +88,14 @@ class Scatter:
                 mew=1.8,
                 ls="",
                 label=label,
+                clip_on=False,
             )
         values = [p.y for p in self.points]
         if min(values) > 0 and max(values) > 6 * min(values):
             _log_scale(axes, min(values), max(values))
         else:
-            axes.set_ylim(min(0, *values), max(*values, 1e-9) * 1.12)
+            low, high = min(0.0, *values), max(*values, 1e-9)
+            axes.set_ylim(low - (0.08 * (high - low) if low < 0 else 0), high + 0.12 * (high - low))
         low, high = min(p.low for p in self.points), max(p.high for p in self.points)
         margin = 0.25 * (high - low) or 0.5
         axes.set_xlim(low - margin if low < margin or low > 2 * margin else 0, high + margin)

@@ -6,14 +6,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from onnxcompress.evaluation.gates import Gates
-from onnxcompress.formatting import milliseconds, percent, size
+from onnxcompress.formatting import counted, decimal, milliseconds, percent, size
 from onnxcompress.report.charts import Point, Scatter
 from onnxcompress.report.elements import Code, Fold, Plot, Prose, Section, Story, Table, Tile
 from onnxcompress.search.front import loss_name
 from onnxcompress.search.search import Found, Front
 from onnxcompress.search.trial import Row, verdicts
 
-COLUMNS = ("point", "latency", "speedup", "95 % interval", "loss", "size", "limits")
+COLUMNS = ("point", "latency", "speedup", "95 % interval", "loss", "size", "misses")
 
 
 def front_page(front: Front, model: str, gates: Gates) -> Story:
@@ -40,7 +40,7 @@ def front_page(front: Front, model: str, gates: Gates) -> Story:
         Section("proxies", "What was looked at", [_proxies(front)]),
     ]
     return Story(
-        title=f"{Path(model).name}: {len(front.found)} best models",
+        title=f"{Path(model).name}: {counted(len(front.found), 'best model')}",
         subtitle="onnxcompress search",
         missed=[] if front.picked is not None or not gates.limits else [none_keeps(gates)],
         lead=_lead(front, rows),
@@ -74,15 +74,15 @@ def front_cells(found: Found, gates: Gates) -> list[str]:
     """
     row = found.row
     missed = [verdict.gate for verdict in verdicts(row, gates) if not verdict.passed]
-    kept = f"misses {', '.join(missed)}" if missed else "kept"
+    misses = ", ".join(missed) or "nothing"
     return [
         found.trial.name,
         milliseconds(row["latency_ms"]),
         f"{1 / row['ratio']:.2f}×",
         f"{1 / row['ratio_high']:.2f} to {1 / row['ratio_low']:.2f}",
-        f"{row['loss']:.2f}",
+        decimal(row["loss"]),
         size(row["bytes"]),
-        kept if gates.limits else "",
+        misses if gates.limits else "",
     ]
 
 
@@ -102,12 +102,14 @@ def _chart(front: Front) -> Plot:
     chart = Scatter(
         points, "median latency, ms", f"loss: {loss}", "keeps the limits, chosen", "on the front"
     )
-    fast, slow = front.found[0], front.found[-1]
-    finding = (
-        f"From {fast.trial.name} ({1 / fast.row['ratio']:.2f} times as fast, loss {fast.row['loss']:.2f}) "
-        f"to {slow.trial.name} ({1 / slow.row['ratio']:.2f} times, {slow.row['loss']:.2f})."
-    )
+    first, *others = map(_in_words, front.found)
+    finding = f"From {first} to {others[-1]}." if others else f"{first}."
     return Plot("Latency against loss", finding, chart)
+
+
+def _in_words(found: Found) -> str:
+    speed, loss = f"{1 / found.row['ratio']:.2f}", decimal(found.row["loss"])
+    return f"{found.trial.name} ({speed} times as fast, loss {loss})"
 
 
 def _notes(front: Front) -> list[Prose]:
@@ -131,21 +133,23 @@ def _proxies(front: Front) -> Fold:
         [
             one.candidate.name,
             f"{1 / one.row['ratio']:.2f}×",
-            f"{one.row['loss']:.2f}",
+            decimal(one.row["loss"]),
             percent(one.row["size"], 0),
         ]
         for one in sorted(front.proxies, key=lambda one: one.row["ratio"])
     ]
     table = Table("Before repair", ["candidate", "speedup", "loss", "size"], rows)
     failed = [Prose(f"Not made: {text}.", "quiet") for text in dict.fromkeys(front.failures)]
-    return Fold(f"{len(rows)} candidates, by closed forms on few inputs", [table, *failed])
+    count = counted(len(rows), "candidate")
+    return Fold(f"{count}, by closed forms on few inputs", [table, *failed])
 
 
 def _lead(front: Front, rows: Sequence[Row]) -> list[str]:
     if front.picked is None:
-        return [f"{len(rows)} models, none of which another beats in latency, loss and size at once."]
+        count = counted(len(rows), "model")
+        return [f"{count} that no other one beats in latency, loss and size at once."]
     name, row = front.found[front.picked].trial.name, rows[front.picked]
-    return [f"{name} keeps all limits: {1 / row['ratio']:.2f} times as fast, loss {row['loss']:.2f}."]
+    return [f"{name} keeps all limits: {1 / row['ratio']:.2f} times as fast, loss {decimal(row['loss'])}."]
 
 
 def _tiles(row: Row) -> list[Tile]:

@@ -130,6 +130,7 @@ class Made:
 @click.option("--time", "time_limit", default="20m", help="Of each search.")
 @click.option("--jobs", default=2, help="Of the search.")
 @click.option("--only", type=click.Choice(["search", "recipe"]), help="Leave the other out.")
+@click.option("--recipe", "names", multiple=True, type=click.Choice(list(RECIPES)), help="Only these.")
 @click.option("--made", is_flag=True, help="Learn from made inputs instead of TRAIN.")
 @EFFORT
 @FOLDER
@@ -142,6 +143,7 @@ def recipes(
     time_limit: str,
     jobs: int,
     only: str | None,
+    names: tuple[str, ...],
     made: bool,
     effort: str,
     out: Path,
@@ -164,7 +166,7 @@ def recipes(
             looked = f"{len(found['proxies'])} proxies, {len(found['front'] + found['dominated'])} repairs"
             print(f"search for {percent:g} %: {looked}, {seconds:.0f} s", flush=True)
     if only != "search":
-        for name in RECIPES:
+        for name in names or RECIPES:
             files.append(("recipe", name, by_hand(model, name, inputs, out)))
             print(f"made: {name}", flush=True)
     judging = ["--preprocess", preprocess]

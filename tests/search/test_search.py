@@ -219,13 +219,12 @@ def test_milder_candidates_drop_fewer_blocks() -> None:
 def test_the_first_points_are_those_of_an_engineer() -> None:
     points = [(p["blocks"], p["weights"]) for p in first_points(Extent(8, 0))]
     assert points == [
-        (2, "float32"), (4, "float32"), (0, "int8"), (2, "int8"), (4, "int8"), (0, "float16"), (0, "sparse")
+        (0, "int8"), (0, "float16"), (2, "float32"), (2, "int8"), (4, "float32"), (4, "int8"), (0, "sparse")
     ]  # fmt: skip
-    assert [(p["blocks"], p["weights"]) for p in first_points(Extent(0, 0))] == [
-        (0, "int8"),
-        (0, "float16"),
-        (0, "sparse"),
-    ]
+    few = [(0, "int8"), (0, "float16"), (0, "sparse")]
+    assert [(p["blocks"], p["weights"]) for p in first_points(Extent(0, 0))] == few
+    cut = [(p["blocks"], p["channels"]) for p in first_points(Extent(8, 40)) if p["channels"]]
+    assert cut == [(0, 20), (2, 20)]
 
 
 def test_the_loss_is_the_best_that_was_measured() -> None:

@@ -70,15 +70,16 @@ def test_the_page_has_each_figure_of_the_front() -> None:
     assert isinstance(table, Table)
     assert table.marked == {1}
     assert [list(map(plain, cells)) for cells in table.rows] == [
-        ["fast", "3.20 ms", "2.50×", "2.00 to 3.12", "3.00", "1.50 MB", "misses max_drop"],
-        ["good", "4.90 ms", "1.60×", "1.56 to 2.00", "0.50", "1.00 MB", "kept"],
+        ["fast", "3.20 ms", "2.50×", "2.00 to 3.12", "3.00", "1.50 MB", "max_drop"],
+        ["good", "4.90 ms", "1.60×", "1.56 to 2.00", "0.50", "1.00 MB", "nothing"],
     ]
     assert [note.text for note in notes if isinstance(note, Prose)] == [
         "Loss is top-1 accuracy lost on 200 images, points; all were timed together, on cpu, batch 4.",
         "Repaired, and beaten: worse.",
     ]
     assert isinstance(chart, Plot)
-    assert chart.finding == "From fast (2.50 times as fast, loss 3.00) to good (1.60 times, 0.50)."
+    fast, good = "fast (2.50 times as fast, loss 3.00)", "good (1.60 times as fast, loss 0.50)"
+    assert chart.finding == f"From {fast} to {good}."
     assert isinstance(chart.chart, Scatter)
     points: list[tuple[object, ...]] = [
         (p.name, p.x, p.low, p.high, p.y, p.picked) for p in chart.chart.points
@@ -111,8 +112,23 @@ def test_the_page_has_the_commands_and_what_was_looked_at() -> None:
 def test_the_page_says_where_no_result_keeps_all_limits() -> None:
     page = front_page(replace(FRONT, picked=None), "net.onnx", GATES)
     assert page.missed == ["no result keeps all limits: --max-drop 1 --min-speedup 1.5"]
-    assert page.lead == ["2 models, none of which another beats in latency, loss and size at once."]
+    assert page.lead == ["2 models that no other one beats in latency, loss and size at once."]
     assert page.tiles == []
+
+
+def test_a_single_result_that_gained_accuracy_is_told_as_such() -> None:
+    alone = found("better", figures(0.4, 0.32, 0.5, top1=0.907))
+    page = front_page(Front((alone,), None, PROXIES[:1]), "net.onnx", Gates())
+    assert page.title == "net.onnx: 1 best model"
+    assert page.lead == ["1 model that no other one beats in latency, loss and size at once."]
+    chart, table, *_ = parts(page, "front")
+    assert isinstance(chart, Plot)
+    assert isinstance(table, Table)
+    assert chart.finding == "better (2.50 times as fast, loss −0.70)."
+    assert table.rows[0][4] == "−0.70"
+    (fold,) = parts(page, "proxies")
+    assert isinstance(fold, Fold)
+    assert fold.summary == "1 candidate, by closed forms on few inputs"
 
 
 @pytest.mark.parametrize(
