@@ -6,7 +6,7 @@
     counts      {done, missed, failed, waiting}; `waiting` with --dry-run alone
     rows        [{model, recipe, the variables, status, error, missed, notes, output, sha256, bytes_before,
                 bytes, noise, inputs, agreement, top1_before, top1, latency_before_ms, latency_ms, ratio,
-                ratio_low, ratio_high, device, seconds}]
+                ratio_low, ratio_high, device, clock, seconds}]
 """
 
 from __future__ import annotations

@@ -40,6 +40,7 @@ FIGURES = (
     "ratio_low",
     "ratio_high",
     "device",
+    "clock",
     "seconds",
 )
 """Columns of a table behind those that name the trial."""
