@@ -27,15 +27,13 @@ from onnxcompress.progress import Progress, silent
 from onnxcompress.search.front import choose_for_repair, loss_of, pareto_front, pick, violations
 from onnxcompress.search.latencies import Latencies
 from onnxcompress.search.results import Results, write_bytes
-from onnxcompress.search.space import Candidate, extent_for
+from onnxcompress.search.space import Candidate, extent_for, few_images
 from onnxcompress.search.study import Study, Told
 from onnxcompress.search.trial import Result, Row, Trial, compress
 from onnxcompress.search.workers import Workers
 
 PROXY_SHARE = 0.5
 """Share of the time for proxies; the rest is for repair and the last timing."""
-PROXY_IMAGES = 128
-"""Images that a proxy learns from, at most: with more, closed forms take most of the time."""
 HOPELESS = 50.0
 """Loss from which on a proxy is of no use, and none that drops more is looked at."""
 
@@ -219,24 +217,13 @@ def _trial(
 
     inputs = {"seed": asked.seed, **asked.inputs}
     if not repair:
-        inputs |= _few(asked)
+        inputs |= few_images(asked.inputs)
     passes = candidate.passes(inputs, effort=effort, repair=repair, dropped=tuple(dropped))
     recipe = Recipe(passes, asked.gates, Guard(force=not repair))
     if repair:
         folder = asked.folder / "front"
         recipe = parse_recipe(write_recipe(recipe, folder), str(folder / f"{candidate.name}.yaml"))
     return Trial(candidate.name, asked.model, recipe, {"candidate": candidate.name})
-
-
-def _few(asked: Search) -> dict[str, Any]:
-    """As many of the images as a proxy learns from, where there are more."""
-    from onnxcompress.data.image_set import image_count
-
-    images = asked.inputs.get("images")
-    if images is None:
-        return {}
-    there = asked.inputs.get("count") or image_count(images)
-    return {"count": PROXY_IMAGES} if there > PROXY_IMAGES else {}
 
 
 def _with_objectives(row: Row) -> Row:

@@ -36,6 +36,9 @@ FASTER: tuple[Weights, ...] = ("float32", "float16", "int8")
 SPARSITIES, BUDGETS, CHANNELS = (0.3, 0.8, 0.1), (4.5, 7.5, 0.5), (0, 40, 10)
 """Lowest and highest value, and the step between values."""
 
+PROXY_IMAGES = 128
+"""Images that a proxy learns from, at most: with more, closed forms take most of the time."""
+
 
 class Extent(NamedTuple):
     """How far a network's structure can be cut."""
@@ -195,6 +198,23 @@ def first_points(extent: Extent) -> list[dict[str, Any]]:
         return points
     cut = [{"blocks": k, "weights": "float32", "channels": 20} for k in (0, *few[:1])]
     return [*({"channels": 0} | point for point in points), *cut]
+
+
+def few_images(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """Limit the images that a proxy learns from, where there are more.
+
+    Args:
+        inputs: Options that say what passes learn from.
+
+    Returns:
+        The options to change.
+    """
+    from onnxcompress.data.image_set import image_count
+
+    if "images" not in inputs:
+        return {}
+    there = inputs.get("count") or image_count(inputs["images"])
+    return {"count": PROXY_IMAGES} if there > PROXY_IMAGES else {}
 
 
 def extent_of(model: Model, inputs: Mapping[str, Any] | None = None) -> Extent:
