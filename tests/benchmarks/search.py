@@ -87,12 +87,29 @@ def cli() -> None:
 @click.option("--speedup", default=1.6)
 @click.option("--trials", default=8)
 @click.option("--repairs", default=1)
+@EFFORT
 @FOLDER
 def lite0(
-    model: str, images: str, preprocess: str, speedup: float, trials: int, repairs: int, out: Path
+    model: str,
+    images: str,
+    preprocess: str,
+    speedup: float,
+    trials: int,
+    repairs: int,
+    effort: str,
+    out: Path,
 ) -> None:
     """Speed and accuracy of what a search without data marks."""
-    options = ["--min-speedup", f"{speedup:g}", "--trials", f"{trials}", "--repairs", f"{repairs}"]
+    options = [
+        "--effort",
+        effort,
+        "--min-speedup",
+        f"{speedup:g}",
+        "--trials",
+        f"{trials}",
+        "--repairs",
+        f"{repairs}",
+    ]
     found, seconds = searched(model, out / "best", ["--preprocess", preprocess, *options])
     (chosen,) = (row for row in found["front"] if row["picked"])
     how = Preprocess.parse(preprocess)
