@@ -338,7 +338,8 @@ def test_a_search_killed_at_any_moment_ends_as_an_undisturbed_one(
 
     workers = Several()
     workers.jobs = jobs
-    asked = Search(str(models / NET), tmp_path / "a", Gates(max_size=0.9), trials=14, repairs=3)
+    gates = Gates(max_size=0.9, min_speedup=3.0)  # some are proposed by the speed that is asked for
+    asked = Search(str(models / NET), tmp_path / "a", gates, trials=14, repairs=3)
     expected, count = outcome(search(asked, workers)), len(quick)
     assert len(expected[0]) == 14
     for at, moment in enumerate((1, count // 2, count - 1)):
