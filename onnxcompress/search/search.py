@@ -158,15 +158,15 @@ def _look_at_proxies(
 ) -> None:
     results = Results(asked.work / "proxies")
     progress("proxies", study.count(), asked.trials)
-    while batch := study.batch(workers.jobs, asked.trials):
+    in_time = asked.seconds is None or not study.count() or clock.spent <= PROXY_SHARE * asked.seconds
+    while in_time and (batch := study.batch(workers.jobs, asked.trials)):
         rows = _proxies(asked, study, [candidate for _, candidate in batch], results, workers, cache)
         for (number, _), row in zip(batch, rows, strict=True):
             missed = [] if "error" in row else violations(row, asked.gates, loss=False)
             study.tell(number, row, missed)
         clock.note()
         progress("proxies", study.count(), asked.trials)
-        if asked.seconds is not None and clock.spent > PROXY_SHARE * asked.seconds:
-            return
+        in_time = asked.seconds is None or clock.spent <= PROXY_SHARE * asked.seconds
 
 
 def _proxies(

@@ -172,6 +172,9 @@ def test_a_search_ends_in_time(models: Path, tmp_path: Path, monkeypatch: pytest
     search(Search(str(models / NET), tmp_path / "out", trials=30, repairs=3, seconds=10.0), InProcess())
     assert len(seen.told) == 2
     assert len(seen.made) == 2 + 1
+    spent = iter([20.0] * 3)  # asked for again: nothing is looked at beyond the time
+    search(Search(str(models / NET), tmp_path / "out", trials=30, repairs=3, seconds=10.0), InProcess())
+    assert len(seen.told) == 2
 
 
 def test_a_repair_that_would_not_end_in_time_is_not_begun(
