@@ -296,8 +296,9 @@ def killed_behind(process: subprocess.Popen[bytes], folder: Path, count: int) ->
 @cli.command()
 @click.argument("model")
 @click.option("--runs", default=12)
+@click.option("--pass", "pass_", default="quantize", help="What a run carries out, behind fold-bn.")
 @FOLDER
-def cluster(model: str, runs: int, out: Path) -> None:
+def cluster(model: str, runs: int, pass_: str, out: Path) -> None:
     """Throughput of a sweep on two nodes over that on one, beside two processes over one."""
     from onnxcompress.search.plan import read_plan
     from onnxcompress.search.ray_workers import RayWorkers
@@ -307,8 +308,8 @@ def cluster(model: str, runs: int, out: Path) -> None:
 
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
-    quantize = "quantize: {effort: fast, inputs: procedural, seed: '${seed}'}"
-    (out / "recipe.yaml").write_text(f"variables: {{seed: 0}}\npasses: [fold-bn, {quantize}]\n")
+    chain = f"[fold-bn, {pass_}: {{inputs: procedural, seed: '${{seed}}'}}]"
+    (out / "recipe.yaml").write_text(f"variables: {{seed: 0}}\npasses: {chain}\n")
     seeds = f"variables: {{seed: {list(range(runs))}}}\nlatency_seconds: 0\n"
     (out / "plan.yaml").write_text(f"models: [{Path(model).resolve()}]\nrecipes: [recipe.yaml]\n{seeds}")
     plan = read_plan(out / "plan.yaml")
