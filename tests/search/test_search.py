@@ -258,6 +258,7 @@ def test_a_network_without_channels_to_cut_has_none_in_its_space() -> None:
     assert not any("channels" in point for point in first_points(extent_of(model)))
 
 
+@pytest.mark.filterwarnings("ignore::onnxcompress.errors.CompressWarning")
 def test_channels_of_a_network_with_open_sizes_can_be_cut() -> None:
     """They are run at a usual size, or at the one that is asked for."""
     model = Model.from_proto(

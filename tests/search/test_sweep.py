@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 
 from onnxcompress.cli.main import main
+from onnxcompress.cli.worker_options import workers
 from onnxcompress.errors import InputError, OptionError
 from onnxcompress.search.plan import Plan, read_plan
 from onnxcompress.search.results import FIGURES, Results, write_table
@@ -187,6 +188,12 @@ def die() -> None:
     os._exit(9)
 
 
+def test_an_interrupt_says_that_the_same_command_goes_on(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(KeyboardInterrupt), workers(None, None, None, None):
+        raise KeyboardInterrupt
+    assert "the same command goes on" in capsys.readouterr().err
+
+
 def test_a_worker_that_dies_costs_its_task_alone() -> None:
     calls: list[Any] = [partial(abs, -1), die, partial(abs, -2), partial(abs, -3)]
     found = dict(Processes(2).run(calls))
@@ -198,22 +205,22 @@ def test_a_worker_that_dies_costs_its_task_alone() -> None:
 @pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX")
 def test_a_process_is_kept_for_the_next_task_unless_it_was_killed() -> None:
     """What it has loaded, such as the scores of the model before, is there for all trials of a search."""
-    workers = Processes(1)
+    own = Processes(1)
 
     def process() -> int:
-        ((_, found),) = workers.run([partial(os.getpid)])
+        ((_, found),) = own.run([partial(os.getpid)])
         assert isinstance(found, int)
         return found
 
     first = process()
     assert process() == first != os.getpid()
-    (killed,) = workers._idle
+    (killed,) = own._idle
     os.kill(first, signal.SIGTERM)
     assert within(60, lambda: bool(killed._broken))
     assert process() != first
-    (left,) = workers._idle
-    workers.close()
-    assert not workers._idle
+    (left,) = own._idle
+    own.close()
+    assert not own._idle
     with pytest.raises(RuntimeError):
         left.submit(os.getpid)
 
