@@ -39,6 +39,7 @@ from onnxcompress.passes.fold_bn import FoldBatchNorm
 from onnxcompress.passes.opsets import at_opset
 from onnxcompress.passes.preview import check_inputs, raised
 from onnxcompress.progress import Progress, silent
+from onnxcompress.quantization.quantized_models import check_not_quantized
 from onnxcompress.statistics.record import read_record, write_present
 
 
@@ -114,6 +115,7 @@ class DropBlocks(DropBlocksOptions, Pass):
             CompressError: `apply` would fail on this model with these options.
         """
         self.check()
+        check_not_quantized(model, "drop blocks before quantizing")
         own = raised(model, OLDEST_OPSET)
         assume_sizes(own, self.request)
         FoldBatchNorm().apply(own)
@@ -124,6 +126,7 @@ class DropBlocks(DropBlocksOptions, Pass):
         return list(found.near_misses)
 
     def _drop(self, model: Model, progress: Progress) -> PassResult[DropBlocksFigures]:
+        check_not_quantized(model, "drop blocks before quantizing")
         assume_sizes(model, self.request)
         original = model.copy()
         folded = FoldBatchNorm().apply(model)

@@ -33,7 +33,7 @@ from onnxcompress.passes.fold_bn import FoldBatchNorm
 from onnxcompress.passes.opsets import at_opset
 from onnxcompress.passes.preview import check_inputs, raised
 from onnxcompress.progress import Progress, silent
-from onnxcompress.quantization.quantized_models import refuse_quantized
+from onnxcompress.quantization.quantized_models import check_not_quantized
 from onnxcompress.statistics.record import ChannelStatistics, read_record, write_present
 
 if TYPE_CHECKING:
@@ -144,9 +144,7 @@ class DropChannels(DropChannelsOptions, Pass):
 
     def _prepare(self, model: Model) -> tuple[int, CutGroups]:
         """Fold BatchNorm, and find the channels; returns how many were folded."""
-        quantized = refuse_quantized(model, "cut channels before quantizing")
-        if quantized is not None:
-            raise ModelError(f"{model.name}: {quantized}")
+        check_not_quantized(model, "cut channels before quantizing")
         from onnxcompress.graph.channel_groups.cut_tracer import find_cut_groups
 
         assume_sizes(model, self.request)

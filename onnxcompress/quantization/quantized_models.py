@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from onnxcompress.account import Refusal
+from onnxcompress.errors import ModelError
 from onnxcompress.model import Model
 
 QDQ = ("QuantizeLinear", "DequantizeLinear")
@@ -34,3 +35,18 @@ def refuse_quantized(model: Model, remedy: str) -> Refusal | None:
         return None
     rule = "it is quantized already: it has QuantizeLinear or DequantizeLinear nodes"
     return Refusal(model.name, rule, remedy)
+
+
+def check_not_quantized(model: Model, remedy: str) -> None:
+    """Refuse to work on a model that is quantized already.
+
+    Args:
+        model: The model that a pass was given.
+        remedy: What to do instead.
+
+    Raises:
+        ModelError: A node quantizes.
+    """
+    refusal = refuse_quantized(model, remedy)
+    if refusal is not None:
+        raise ModelError(str(refusal))

@@ -181,9 +181,8 @@ def _reconstruct(
     options: PruneOptions, original: Model, model: Model, target: Target, progress: Progress
 ) -> _Pruned:
     """Choose the zeros and refit what stays, in closed form."""
-    start = time.perf_counter()
+    start, pixels, device = time.perf_counter(), pixels_of(model), pick_device(options.device)
     effort = choose_effort(options.effort, model, "prune", PRUNE["best"].inputs)
-    pixels, device = pixels_of(model), pick_device(options.device)
     work, small = PRUNE[effort], 0 < pixels <= SMALL_PIXELS
     count = options.synthetic or (work.small_inputs if small else work.inputs)
     request = replace(quick(options.request, model), synthetic=count)
@@ -199,13 +198,9 @@ def _reconstruct(
             made = gather_inputs(model, replace(request, synthetic=many), device=device, progress=progress)
             return NormalizedImages(made.images)
 
+        better = starts if more else None
         stages = stages_of(
-            context,
-            starts if more else None,
-            most=work.deep,
-            seed=options.seed,
-            device=device,
-            progress=progress,
+            context, better, most=work.deep, seed=options.seed, device=device, progress=progress
         )
     made = time.perf_counter() - start
     costs = _costs(options, context, stages, target, progress)

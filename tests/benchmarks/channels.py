@@ -80,10 +80,11 @@ LOOKS = {
     "both": (INK, "D", "-"),
     "practise": (MUTED, "s", ":"),
     "group-norm": (MUTED, "^", "--"),
+    "uniform-group-norm": (MUTED, "^", "--"),
     "magnitude": (MUTED, "v", ":"),
 }
 """Colour, marker and line of a row in the plot."""
-FALL = 8.0
+FALL = 17.0
 """Points of accuracy that the plot shows, at most."""
 STYLE = """
 svg { --ink: #1d1c1a; --muted: #6b6860; --grid: #d8d4cc; --accent: #0a6a8c; --paper: #ffffff; }

@@ -14,7 +14,7 @@ import torch
 
 from onnxcompress.data.image_set import load_images
 from onnxcompress.data.preprocess import Preprocess
-from onnxcompress.errors import OptionError
+from onnxcompress.errors import ModelError, OptionError
 from onnxcompress.evaluation.accuracy import agreement, logits
 from onnxcompress.graph.query import read
 from onnxcompress.model import Model, load
@@ -26,6 +26,8 @@ from onnxcompress.optimize.reconstruction.ridge import least_squares as target_a
 from onnxcompress.optimize.reconstruction.saturation import SaturationBounds, partners
 from onnxcompress.optimize.synthesis.statistics_alignment import StatisticsAlignment
 from onnxcompress.passes.base import run
+from onnxcompress.passes.drop_blocks import DropBlocks
+from onnxcompress.passes.drop_channels import DropChannels
 from onnxcompress.passes.fold_bn.fold_and_canonicalize import fold_and_canonicalize
 from onnxcompress.passes.quantize import Quantize
 from onnxcompress.passes.quantize.figures import QuantizeFigures
@@ -268,6 +270,17 @@ def test_a_second_run_changes_nothing_and_a_seed_gives_the_same_bytes() -> None:
     assert not result.modified
     assert "quantized already" in result.refusals[0].rule
     assert first.to_proto() == before
+
+
+@pytest.mark.parametrize(
+    "one", [DropBlocks(blocks=1), DropChannels(macs_reduction=10)], ids=lambda p: p.name
+)
+def test_what_changes_weights_is_refused_before_it_learns(one: DropBlocks | DropChannels) -> None:
+    quantized = small()
+    run([Quantize(inputs="procedural", synthetic=8)], quantized)
+    for attempt in (one.preview, one.apply):
+        with pytest.raises(ModelError, match=r"it is quantized already: .* before quantizing"):
+            attempt(quantized)
 
 
 @pytest.mark.parametrize(
