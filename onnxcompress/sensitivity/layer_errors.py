@@ -316,4 +316,5 @@ class _Walk(NetworkWalk):
             places = cut.places(part.right, generator)
             a, y = cut.take(part.reads[site.layer.linear.input_name], part.right, places)
             moments.add(a, torch.zeros_like(y))
+        moments.check_finite(site.layer.linear.label)
         return moments

@@ -94,6 +94,7 @@ class _Measured:
     def readers(self, energy: float, ridge: float) -> list[Reader]:
         """Finish: one reader for each group of the layer."""
         linear = self.layer.linear
+        self.moments.check_finite(linear.label)
         weight = linear.view(linear.weight).astype(np.float64)  # (G, O, I, taps)
         cost = np.sqrt(self.slopes.numpy() / energy).reshape(len(weight), -1, 1, 1)
         weight = weight * cost

@@ -32,6 +32,9 @@ def moments_of(
 
     Returns:
         The moments.
+
+    Raises:
+        InputError: They overflow.
     """
     return fold_moments_of(walk, layer, cut, weight, 1)[0]
 
@@ -50,6 +53,9 @@ def fold_moments_of(
 
     Returns:
         The moments of each part; those of a part without an image are empty.
+
+    Raises:
+        InputError: They overflow.
     """
     bias = walk.own_executor.parameters.get(layer.linear.bias_name or "")
     shape = walk.batches[0].teacher[layer.linear.output_name]
@@ -74,6 +80,8 @@ def fold_moments_of(
         for mine, part in zip(whole, parts, strict=True):
             if part.rows:
                 mine.merge(part)
+    for mine in whole:
+        mine.check_finite(layer.linear.label)
     return whole
 
 

@@ -24,6 +24,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from onnxcompress.errors import InputError
 from onnxcompress.optimize.deterministic_threads import in_turn, one_thread
 
 TARGET_REAL = 1e-2
@@ -61,6 +62,21 @@ class LayerMoments:
     rows: int = 0
     reference: Tensor | None = None
     """(G, F)"""
+
+    def check_finite(self, label: str) -> None:
+        """Check that the sums have not overflowed: nothing could be fitted to them.
+
+        Args:
+            label: Name of the layer.
+
+        Raises:
+            InputError: They have.
+        """
+        if not all(bool(sums.isfinite().all()) for sums in (self.gram, self.cross)):
+            raise InputError(
+                f"{label!r}: what it reads or gives is too large for its squares to be summed up; check "
+                "--preprocess, or the weights in front of it"
+            )
 
     @staticmethod
     def empty(weight: Tensor) -> LayerMoments:
