@@ -6,10 +6,13 @@ import numpy as np
 import onnx
 import pytest
 
+from onnxcompress.errors import InputError
 from onnxcompress.model import Model
+from onnxcompress.optimize.calibration import InputRequest
 from onnxcompress.passes.equalize import Equalize
 from onnxcompress.passes.fold_bn.fold_and_canonicalize import fold_and_canonicalize
 from onnxcompress.passes.quantize import Quantize
+from onnxcompress.sensitivity.analysis import sensitivity
 from tests.helpers.folding import Arrays, feeds, graph, weight
 from tests.helpers.suites import Case, in_runtime
 from tests.robustness.matrix import check
@@ -143,3 +146,22 @@ def test_prune_refuses_what_would_not_be_finite_any_more() -> None:
     found = through("prune", "(float[3,3,3,1] x) => (float[3,4,3,1] y)", body, arrays)
     assert found.kind == "refused"
     assert "output 'y' would not be finite any more" in found.why
+
+
+@pytest.mark.parametrize("recipe", ["quantize", "prune", "drop-channels", "drop-blocks", "correct-bias"])
+def test_squares_that_overflow_are_refused_with_the_layer(recipe: str) -> None:
+    """Between two layers values reach 1e25, which float32 holds, and whose squares it does not."""
+    arrays = {"w": 1e25 * weight(8, 3, 3, 3), "u": 1e-25 * weight(8, 8, 3, 3, seed=1)}
+    arrays |= {"v": weight(8, 8, 3, 3, seed=2), "z": weight(4, 8, 1, 1, seed=3)}
+    body = """c = Conv<pads=[1,1,1,1]>(x, w) r = Relu(c) d = Conv<pads=[1,1,1,1]>(r, u) s = Relu(d)
+        e = Conv<pads=[1,1,1,1]>(s, v) t = Add(e, s) y = Conv(t, z)"""
+    found = through(recipe, "(float[N,3,9,8] x) => (float[N,4,H,W] y)", body, arrays)
+    assert found.kind in ("passed", "refused"), found.why
+
+
+def test_sensitivity_to_rounding_where_squares_overflow() -> None:
+    arrays = {"w": 1e25 * weight(8, 3, 3, 3), "u": 1e-25 * weight(4, 8, 1, 1, seed=1)}
+    model = Model.from_proto(graph(PICTURE, "c = Conv(x, w) r = Relu(c) y = Conv(r, u)", arrays))
+    request = InputRequest(None, inputs="procedural", synthetic=4)
+    with pytest.raises(InputError, match="too large for its squares to be summed up"):
+        sensitivity(model, request, bits=(4,), activation_bits=(), sparsity=(), workers=1)
