@@ -194,12 +194,12 @@ def _next(model: str, found: Inspection, operators: Collection[str]) -> str:
         return "the float model that this one was quantized from: it can be changed and quantized again"
     name = "NET.onnx" if model == "-" else shlex.quote(model)
     if found.blocks:
-        pass_, rest = "drop-blocks", " --latency-reduction 20"
+        command = "onnxcompress drop-blocks {} OUT.onnx --images FOLDER --latency-reduction 20"
     elif found.channel_groups.free:
-        pass_, rest = "drop-channels", " --latency-reduction 20"
+        command = "onnxcompress drop-channels {} OUT.onnx --images FOLDER --latency-reduction 20"
     else:
-        pass_, rest = "quantize", ""
-    return f"onnxcompress {pass_} {name} OUT.onnx --images FOLDER{rest}   (also without --images)"
+        command = "onnxcompress quantize {} OUT.onnx --images FOLDER"
+    return f"{command.format(name)}   (also without images)"
 
 
 def _amounts(parameters: int, macs: int, facts: dict[str, Any]) -> list[str]:
