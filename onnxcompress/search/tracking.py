@@ -24,10 +24,10 @@ class Tracker:
     """Logs results to an experiment."""
 
     def __init__(self, experiment: str) -> None:
-        """Open the experiment, or create it: what cannot be logged to is an error before the work.
+        """Look for the experiment: a server that does not answer is an error before the work.
 
         Args:
-            experiment: Its name.
+            experiment: Its name; it is created with the first result.
 
         Raises:
             RuntimeUnavailable: MLflow is not installed, or what it writes to cannot be used.
@@ -39,8 +39,7 @@ class Tracker:
         with self._errors():
             self._client = MlflowClient()
             known = self._client.get_experiment_by_name(experiment)
-            created = known is None and self._client.create_experiment(experiment)
-            self._id = created or known.experiment_id
+        self._id: str | None = known and known.experiment_id
 
     def log(self, rows: Sequence[Row]) -> None:
         """Log results that have a file, each once.
@@ -51,23 +50,25 @@ class Tracker:
         Raises:
             RuntimeUnavailable: What MLflow writes to cannot be used.
         """
+        made = [row for row in rows if row.get("output")]
         with self._errors():
-            for row in rows:
-                if row.get("output"):
-                    self._log(row)
+            if made and self._id is None:
+                self._id = self._client.create_experiment(self._name)
+            for row in made:
+                self._log(row, str(self._id))
 
-    def _log(self, row: Row) -> None:
+    def _log(self, row: Row, experiment: str) -> None:
         from mlflow.entities import Metric, Param
 
         output, client = Path(row["output"]), self._client
         tag = f"{output.stem} {row['sha256']}"
-        if client.search_runs([self._id], f"tags.`{RESULT}` = '{tag}'", max_results=1):
+        if client.search_runs([experiment], f"tags.`{RESULT}` = '{tag}'", max_results=1):
             return
         now = int(1000 * time.time())
         metrics = [Metric(name, float(row[name]), now, 0) for name in row if _is_number(row[name])]
         words = [name for name in row if not _is_number(row[name]) and row[name] not in (None, "", [])]
         params = [Param(name, str(row[name])) for name in words if name not in FIGURES or name == "device"]
-        run = client.create_run(self._id, run_name=output.stem, tags={RESULT: tag}).info.run_id
+        run = client.create_run(experiment, run_name=output.stem, tags={RESULT: tag}).info.run_id
         client.log_batch(run, metrics=metrics, params=params)
         card = output.with_suffix(".md")
         if card.exists():

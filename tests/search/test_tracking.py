@@ -107,6 +107,12 @@ def test_a_server_that_does_not_answer_is_one_line(server: Server) -> None:
         Tracker("first")
 
 
+def test_without_a_result_no_experiment_is_created(server: Server) -> None:
+    """As with --dry-run, which checks and changes nothing."""
+    Tracker("first").log([{"model": "net.onnx", "status": "failed", "error": "no"}])
+    assert not server.experiments
+
+
 @pytest.mark.parametrize("command", ["search", "sweep"])
 def test_without_mlflow_nothing_is_begun(
     command: str,
