@@ -41,13 +41,18 @@ class Adam:
         self._squares = [torch.zeros_like(value) for value in self.values]
         self._counts = [torch.zeros((), device=value.device) for value in self.values]
 
+    @property
+    def state(self) -> list[Tensor]:
+        """What steps change besides the values."""
+        return [*self._means, *self._squares, *self._counts]
+
     @torch.no_grad()
-    def step(self, slopes: Sequence[Tensor], share: float) -> None:
+    def step(self, slopes: Sequence[Tensor], share: float | Tensor) -> None:
         """Change all values by one step.
 
         Args:
             slopes: Gradient of each value.
-            share: Rate of this step as a part of the peak rates.
+            share: Rate of this step as a part of the peak rates; on a GPU it may be a tensor, ().
         """
         states = zip(self.values, self.rates, self._means, self._squares, self._counts, strict=True)
         for slope, (value, rate, mean, square, count) in zip(slopes, states, strict=True):

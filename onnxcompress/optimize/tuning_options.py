@@ -7,7 +7,16 @@ from typing import Literal, TypeVar
 
 from onnxcompress.errors import OptionError
 from onnxcompress.model import Model
-from onnxcompress.optimize.effort import DROP_BLOCKS, TIMING, Effort, announce, choose_effort
+from onnxcompress.optimize.effort import (
+    DROP_BLOCKS,
+    GPU_TUNING_BATCH,
+    TIMING,
+    TUNING_BATCH,
+    TUNING_RATE,
+    Effort,
+    announce,
+    choose_effort,
+)
 from onnxcompress.optimize.input_options import InputOptions
 from onnxcompress.option_fields import option, parse_duration
 from onnxcompress.progress import Progress
@@ -31,7 +40,7 @@ class TuningOptions(RuntimeOptions, InputOptions):
     steps: int | None = option(
         None,
         "Steps of fine-tuning: more take longer and lose less; 0: none, for a first look. The "
-        "default depends on --effort.",
+        "default depends on --effort, and is higher on a GPU.",
         metavar="N",
         ge=0,
     )
@@ -47,10 +56,17 @@ class TuningOptions(RuntimeOptions, InputOptions):
         "where there is no such pool, as in detectors.",
         advanced=True,
     )
-    batch: int = option(32, "Images in a step of fine-tuning; fewer need less memory.", advanced=True, ge=1)
-    learning_rate: float = option(
-        0.015,
-        "Peak rate of fine-tuning, relative to a weight's size; lower it where a weight becomes infinite.",
+    batch: int | None = option(
+        None,
+        f"Images in a step of fine-tuning; fewer need less memory. The default is {TUNING_BATCH}, and "
+        f"{GPU_TUNING_BATCH} on a GPU.",
+        advanced=True,
+        ge=1,
+    )
+    learning_rate: float | None = option(
+        None,
+        "Peak rate of fine-tuning, relative to a weight's size; lower it where a weight becomes infinite. "
+        f"The default is {TUNING_RATE} for {TUNING_BATCH} images in a step, in proportion for others.",
         advanced=True,
         gt=0,
     )
@@ -58,8 +74,9 @@ class TuningOptions(RuntimeOptions, InputOptions):
         "auto", "Where torch optimizes; auto: cuda where torch has it.", advanced=True
     )
     capture: bool = option(
-        False,
-        "On a GPU, replay a step of fine-tuning as a CUDA graph: for small networks that wait for kernels.",
+        True,
+        "On a GPU, replay a step of fine-tuning as a CUDA graph, several times as fast; leave it out where "
+        "memory is short.",
         advanced=True,
     )
 
@@ -100,12 +117,22 @@ class TuningOptions(RuntimeOptions, InputOptions):
         Returns:
             The effort, and the options with all counts.
         """
+        import torch
+
         effort = choose_effort(self.effort, model, name, DROP_BLOCKS["best"].inputs)
-        work = DROP_BLOCKS[effort]
-        count = self.synthetic or work.inputs
-        steps = work.steps if self.steps is None else self.steps
-        tuned = 0 if self.time else steps * self.batch
-        known = TIMING + (self.tuning_seconds or 0.0)
-        resolved = replace(self, synthetic=count, steps=steps)
-        announce(name, effort, model, resolved.request.expected, progress, tuned=tuned, known=known)
+        work, on_gpu = DROP_BLOCKS[effort], self.device != "cpu" and torch.cuda.is_available()
+        batch = self.batch or (GPU_TUNING_BATCH if on_gpu else TUNING_BATCH)
+        resolved = replace(
+            self,
+            synthetic=self.synthetic or work.inputs,
+            steps=(work.gpu_steps if on_gpu else work.steps) if self.steps is None else self.steps,
+            batch=batch,
+            learning_rate=self.learning_rate or TUNING_RATE * batch / TUNING_BATCH,
+        )
+        announce(
+            name, effort, model, resolved.request.expected, progress,
+            tuned=0 if self.time else (resolved.steps or 0) * batch,
+            known=TIMING + (self.tuning_seconds or 0.0),
+            device="cuda" if on_gpu else "cpu",
+        )  # fmt: skip
         return effort, resolved

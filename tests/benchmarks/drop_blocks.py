@@ -18,7 +18,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 import numpy as np
@@ -172,7 +172,10 @@ def accuracy(
 @click.option("--tested", type=int, help="Test on images of TEST that this --count leaves out.")
 @click.option("--steps", default=300)
 @click.option("--seeds", default="0")
+@click.option("--own-steps", help="Steps of this tool, with commas; default: 0 and --steps.")
 @click.option("--size", type=int, help="Side of the input, where the graph allows another than its own.")
+@click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", help="Where both are tuned.")
+@click.option("--provider", default="cpu", help="Where results run.")
 def tuning(
     model: str,
     train: str,
@@ -183,9 +186,15 @@ def tuning(
     tested: int | None,
     steps: int,
     seeds: str,
+    own_steps: str | None,
     size: int | None,
+    device: Literal["cpu", "cuda"],
+    provider: str,
 ) -> None:
-    """Top-1, agreement with the float network, processor time: this tool and the published fine-tuning."""
+    """Top-1, agreement with the float network, seconds: this tool and the published fine-tuning.
+
+    Seconds are processor time on a CPU, and wall time on a GPU, where the processor mostly waits.
+    """
     import torch
 
     from onnxcompress.data.image_set import load_images
@@ -197,35 +206,41 @@ def tuning(
 
     how = Preprocess.parse(preprocess)
     network = load(model) if size is None else _resized(model, size)
+    clock = time.process_time if device == "cpu" else time.perf_counter
+    ours_steps = [0, steps] if own_steps is None else [int(given) for given in own_steps.split(",")]
 
-    def show(what: str, result: Model, start: float, note: str = "") -> None:
-        seconds = time.process_time() - start
-        scores = logits(result, judges, provider="cpu")
+    def show(what: str, result: Model, seconds: float, note: str = "") -> None:
+        scores = logits(result, judges, provider=provider)
         right, same = 100 * topk(scores, np.asarray(judges.y))[0], 100 * agreement(exact, scores)
-        print(f"  {what:30} {right:6.2f} {same:6.2f} {seconds:6.0f} {note}", flush=True)
+        print(f"  {what:30} {right:6.2f} {same:6.2f} {seconds:6.1f} {note}", flush=True)
 
     for seed in map(int, seeds.split(",")):
         judged = None if tested is None else count
         judges = load_images(test, preprocess=how, seed=seed, count=judged, left_out=tested, labels=True)
-        exact = logits(network, judges, provider="cpu")
+        exact = logits(network, judges, provider=provider)
         images = load_images(train, preprocess=how, count=count, seed=seed)
-        x = torch.from_numpy(images.array())
-        print(f"seed {seed}, {len(judges)} images: top-1 %, agreement %, processor seconds")
-        show("float", network, time.process_time())
+        x = torch.from_numpy(images.array()).to(device)
+        print(f"seed {seed}, {len(judges)} images: top-1 %, agreement %, seconds")
+        show("float", network, 0.0)
         for names in drop:
             print(f" without {names}")
-            start = time.process_time()
-            tuned = published_finetuning(network, names.split(","), x, steps=steps, seed=seed)
-            show(f"published, {steps} steps", tuned, start)
-            for own in (0, steps):
-                start, ours = time.process_time(), network.copy()
+            if steps:
+                start = clock()
+                tuned = published_finetuning(
+                    network, names.split(","), x, steps=steps, seed=seed, device=device
+                )
+                show(f"published, {steps} steps", tuned, clock() - start)
+            for own in ours_steps:
+                start, ours = clock(), network.copy()
                 options = DropBlocks(
                     drop=tuple(names.split(",")), images=train, preprocess=preprocess, count=count,
-                    steps=own, seed=seed, provider="cpu",
+                    steps=own, seed=seed, provider=provider, device=device,
                 )  # fmt: skip
                 figures = options.apply(ours).measured
                 kept = figures.tuning.kept_step if figures.tuning else 0
-                show(f"this tool, {own} steps", ours, start, f"step {kept} kept")
+                note = f"step {kept} kept, feature error {figures.feature_error:.4f}, "
+                note += f"latency {-100 * figures.latency.saved.value:+.1f} %"
+                show(f"this tool, {own} steps", ours, clock() - start, note)
 
 
 def _resized(path: str, side: int) -> Model:

@@ -14,12 +14,14 @@ import numpy as np
 import onnx_graphsurgeon as gs
 import torch
 from torch import Tensor
+from torch.optim.sgd import sgd
 
 from onnxcompress.graph.blocks import Block, find_blocks
 from onnxcompress.graph.edit import set_values, unique_name
 from onnxcompress.graph.query import attribute, consumers, is_op, read
 from onnxcompress.graph.topology import Topology
 from onnxcompress.model import Model
+from onnxcompress.optimize.captured_step import Step, captured
 from onnxcompress.optimize.device import autocast
 from onnxcompress.optimize.executor import Executor
 from tests.benchmarks.practise import augmented
@@ -43,27 +45,41 @@ def published_finetuning(
     used = {t.name for node in executor.needed([source], [feature]) for t in node.inputs}
     running = [str(t.name) for node in norms for t in node.inputs[3:5]]
     new = [str(t.name) for node in norms for t in node.outputs[1:3]]
-    fixed = {name: executor.parameters[name] for name in running}
+    fixed = {name: executor.parameters[name].detach().clone() for name in running}
     leaves = {
         name: value.detach().clone().requires_grad_()
         for name, value in executor.parameters.items()
         if name in used and name not in fixed
     }
     generator = torch.Generator().manual_seed(seed)
-    sgd = torch.optim.SGD(leaves.values(), lr=0.02, momentum=0.9, weight_decay=1e-4)
-    schedule = torch.optim.lr_scheduler.MultiStepLR(sgd, [int(0.4 * steps), int(0.8 * steps)], gamma=0.1)
-    for _ in range(steps):
-        x = augmented(images, BATCH, generator)
-        with autocast(executor.device):
+    sums: list[Tensor | None] = [torch.zeros_like(leaf) for leaf in leaves.values()]
+    rate = 0.02
+
+    def step(x: Tensor) -> None:
+        with autocast(executor.device, cached=False):
             with torch.no_grad():
                 wanted = teacher.run({source: x}, [feature])[feature]
             made = executor.run({source: x}, [feature, *new], leaves | fixed)
         loss = (made[feature].float() - wanted.float()).square().mean()
-        sgd.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
-        sgd.step()
-        schedule.step()
-        fixed = {name: made[value].detach() for name, value in zip(running, new, strict=True)}
+        slopes = list(torch.autograd.grad(loss, list(leaves.values())))
+        with torch.no_grad():
+            sgd(
+                list(leaves.values()), slopes, sums, momentum=0.9, lr=rate, weight_decay=1e-4,
+                dampening=0.0, nesterov=False, maximize=False,
+            )  # fmt: skip
+            for name, value in zip(running, new, strict=True):
+                fixed[name].copy_(made[value])
+
+    take: Step = step
+    for done in range(steps):
+        x = augmented(images, BATCH, generator)
+        if done in (int(0.4 * steps), int(0.8 * steps)):
+            rate *= 0.1
+        if executor.device.type == "cuda" and done in (0, int(0.4 * steps), int(0.8 * steps)):
+            take = captured(
+                step, [x], [*leaves.values(), *(one for one in sums if one is not None), *fixed.values()]
+            )
+        take(x)
     _store(student, leaves | fixed)
     for node in norms:
         node.attrs["training_mode"] = 0

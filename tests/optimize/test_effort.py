@@ -110,7 +110,7 @@ def test_the_expected_time_has_the_steps_or_the_time_of_fine_tuning(
     """4 s to start and 10 to time; 500 inputs 75 times over, 32 inputs a step 10 times over."""
     told: list[str] = []
     monkeypatch.setattr("onnxcompress.optimize.effort.computed_numbers", lambda model: 1000)
-    monkeypatch.setattr("onnxcompress.optimize.effort.measured_rate", lambda: 1000 * 500 * 75 / 6)
+    monkeypatch.setattr("onnxcompress.optimize.effort.measured_rate", lambda device: 1000 * 500 * 75 / 6)
     options = replace(DropBlocks(blocks=1, effort="best"), **given)
     options.with_counts("drop-blocks", network(), lambda stage, done, total: told.append(stage))
     assert told == [f"best effort on 500 inputs, about {expected} s"]
@@ -121,7 +121,7 @@ def test_the_expected_time_is_the_work_over_the_rate(
     rate: float, said: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Four seconds at least, in steps of five: here 35 times over 7600 numbers of 100 inputs."""
-    monkeypatch.setattr("onnxcompress.optimize.effort.measured_rate", lambda: rate)
+    monkeypatch.setattr("onnxcompress.optimize.effort.measured_rate", lambda device: rate)
     monkeypatch.setattr("onnxcompress.optimize.effort.computed_numbers", lambda model: 7600)
     told: list[str] = []
     announce("quantize", "best", network(), 100, lambda stage, done, total: told.append(stage))

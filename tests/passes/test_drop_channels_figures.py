@@ -273,8 +273,21 @@ def test_what_is_suggested_leaves_more_of_the_network() -> None:
     assert DropChannels(images="x").hints() == ["a smaller reduction", "--steps 600"]
 
 
-def test_defaults_of_fine_tuning_are_those_that_were_measured() -> None:
-    """As of `drop-blocks`, whose rate is the same."""
-    channels, blocks = DropChannels(), DropBlocks()
-    assert (channels.batch, channels.learning_rate) == (32, 0.015)
-    assert (blocks.batch, blocks.learning_rate) == (32, 0.015)
+@pytest.mark.parametrize(
+    ("on_gpu", "given", "wanted"),
+    [
+        (False, {}, (200, 32, 0.015)),
+        (True, {}, (1000, 64, 0.03)),
+        (True, {"device": "cpu"}, (200, 32, 0.015)),
+        (False, {"batch": 8, "steps": 5}, (5, 8, 0.00375)),
+        (True, {"batch": 32, "learning_rate": 0.1}, (1000, 32, 0.1)),
+    ],
+)
+def test_defaults_of_fine_tuning_go_by_the_device_and_by_each_other(
+    on_gpu: bool, given: dict[str, Any], wanted: tuple[Any, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: on_gpu)
+    monkeypatch.setattr("onnxcompress.optimize.effort.measured_rate", lambda device: 1e9)
+    for asked in (DropChannels(macs_reduction=10), DropBlocks(blocks=1)):
+        own = replace(asked, effort="balanced", **given).with_counts(asked.name, network(), silent)[1]
+        assert (own.steps, own.batch, own.learning_rate) == wanted

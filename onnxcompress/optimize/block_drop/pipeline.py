@@ -85,7 +85,11 @@ class Dropper:
         if self.inputs.gathered.layerwise:
             given = self.inputs.images[:SCORING_IMAGES].to(self.device)
             self.alignment = standardize(
-                model, given, self.feature, batch=small_batch(model, MAX_BATCH), device=self.device
+                model,
+                given,
+                self.feature,
+                batch=small_batch(model, MAX_BATCH, self.device),
+                device=self.device,
             )
             self.alignment.apply(model)
         self.teacher = Executor.from_model(model, device=self.device)

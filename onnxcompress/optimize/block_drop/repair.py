@@ -20,6 +20,7 @@ from onnxcompress.graph.query import read
 from onnxcompress.graph.topology import Topology
 from onnxcompress.model import Model
 from onnxcompress.optimize.device import fitting
+from onnxcompress.optimize.effort import TUNING_BATCH, TUNING_RATE
 from onnxcompress.optimize.executor import Executor
 from onnxcompress.optimize.executor.open_batch import small_batch
 from onnxcompress.optimize.reconstruction.feature_loss import Matched
@@ -83,13 +84,15 @@ class Repair:
         student = Executor.from_model(self.model, device=self.device)
         weights = {n: w for n, w in adapted.items() if n in student.parameters}
         if [tensor.name for tensor in self.whole.analysis(Topology).trunk()[:1]] == [self.source]:
-            weights = fitting("refitting layers", small_batch(self.model, MAX_BATCH), self._refit)
+            weights = fitting(
+                "refitting layers", small_batch(self.model, MAX_BATCH, self.device), self._refit
+            )
         held_out = fitting("judging", self.scoring_batch, self._held_out)
         outcome = None
         if (self.options.steps or self.options.tuning_seconds) and self.alignment is None:
             tuned = fitting(
                 "fine-tuning",
-                self.options.batch,
+                self.options.batch or TUNING_BATCH,
                 lambda batch: self._finetune(student, weights, held_out, batch),
             )
             weights, outcome = tuned.values, tuned.outcome
@@ -115,7 +118,7 @@ class Repair:
         schedule = Schedule(
             steps=self.options.steps or 0,
             batch=batch,
-            learning_rate=self.options.learning_rate,
+            learning_rate=self.options.learning_rate or TUNING_RATE,
             seed=self.options.seed,
             captured=self.options.capture,
             seconds=self.options.tuning_seconds,

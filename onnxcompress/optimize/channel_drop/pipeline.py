@@ -120,7 +120,10 @@ class ChannelDropper:
             readers = self.options.criterion == "group-norm"
             self.removals = {g.name: removal_by_norm(g.group, readers=readers) for g in groups}
             return
-        answers, batch = _answers(self.model, self.feature), small_batch(self.model, PRICING_BATCH)
+        answers, batch = (
+            _answers(self.model, self.feature),
+            small_batch(self.model, PRICING_BATCH, self.device),
+        )
         measured = measure_readers(
             self.model, self.groups, self.inputs.images[:PRICING_IMAGES], self.source, answers,
             ridge=PRICING_RIDGE, batch=batch, seed=self.options.seed, device=self.device,

@@ -118,7 +118,7 @@ class ChannelRepair(Repair):
         self._store(weights)
         behind = {k: x for k, x in refittable(self.model).items() if topology.index[k] > place}
         if behind:
-            weights |= self._refit_layers(small_batch(self.model, MAX_BATCH), behind)
+            weights |= self._refit_layers(small_batch(self.model, MAX_BATCH, self.device), behind)
         return replace(tuned, values=weights)
 
     def _refit_layers(self, batch: int, layers: dict[int, QuantizedLayer]) -> dict[str, Tensor]:

@@ -28,8 +28,9 @@ what lies at a threshold."""
 
 BATCH = 32
 """Images that run at once where the graph leaves it open, at most."""
-BATCH_BYTES = 24 << 20
-"""Memory that one tensor of a batch may take: beyond, each is new memory that the system has to clear."""
+BATCH_BYTES, GPU_BATCH_BYTES = 24 << 20, 1 << 30
+"""Memory that one tensor of a batch may take: beyond, each is new memory that the system has to clear; on a
+GPU, which is kept busy by many images at once."""
 
 
 def file_batch(model: Model) -> int | None:
@@ -89,18 +90,20 @@ def images_per_run(model: Model, images: Tensor) -> int:
     return images_at_once(model, images) or small_batch(model, BATCH)
 
 
-def small_batch(model: Model, most: int) -> int:
+def small_batch(model: Model, most: int, device: str = "cpu") -> int:
     """Choose how many images run at once so that no tensor is too large: that costs more than it gains.
 
     Args:
         model: The network, whose batch is open.
         most: The number of images, at most.
+        device: Where they run.
 
     Returns:
         The number of images, at least 1.
     """
+    room = BATCH_BYTES if device == "cpu" else GPU_BATCH_BYTES
     largest = max((floats(shape) for shape in tensor_shapes(model).values() if len(shape) > 2), default=1)
-    return max(1, min(most, BATCH_BYTES // (4 * max(largest, 1))))
+    return max(1, min(most, room // (4 * max(largest, 1))))
 
 
 def _agrees(whole: object, alone: object, at: int, count: int, compared: bool) -> bool:

@@ -56,7 +56,7 @@ class Descent:
             rate: Peak rate.
             orthogonal: Whether steps of matrices are orthogonalized; otherwise all are steps of Adam.
         """
-        self.device = values[0].device
+        self.device, self.slower = values[0].device, 1.0
         by_shape: dict[tuple[int, int], list[tuple[Tensor, float]]] = defaultdict(list)
         others: list[tuple[Tensor, float]] = []
         for value, size in zip(values, sizes, strict=True):
@@ -70,11 +70,16 @@ class Descent:
         ]
         self._adam = Adam([v for v, _ in others], [r for _, r in others], BETAS)
 
-    def step(self, share: float) -> None:
+    @property
+    def state(self) -> list[Tensor]:
+        """What steps change besides the values."""
+        return [*(stack.momentum for stack in self._stacks), *self._adam.state]
+
+    def step(self, share: float | Tensor) -> None:
         """Change the values by one step along their `grad`.
 
         Args:
-            share: Rate of this step as a part of the peak rate.
+            share: Rate of this step as a part of the peak rate; on a GPU it may be a tensor, ().
         """
         self._adam.step([_slope(value) for value in self._adam.values], share)
         for _ in in_turn(lambda i: self._move(self._stacks[i], share), len(self._stacks), self.device):
@@ -86,20 +91,21 @@ class Descent:
         Args:
             factor: What rates are divided by.
         """
+        self.slower *= factor
         for stack in self._stacks:
             stack.rates = [rate / factor for rate in stack.rates]
             stack.momentum.zero_()
         self._adam.slow_down(factor)
 
     @torch.no_grad()
-    def _move(self, stack: _Stack, share: float) -> None:
+    def _move(self, stack: _Stack, share: float | Tensor) -> None:
         """Take a step of the matrices of one shape, with Nesterov's momentum."""
         slopes = torch.stack([_slope(value).flatten(1) for value in stack.values])
         stack.momentum.lerp_(slopes, 1 - MOMENTUM)
         steps = orthogonalized(stack.momentum.lerp(slopes, 1 - MOMENTUM))
         steps = _normalized(steps) * (SIZE * steps[0].numel() ** 0.5)
         for value, rate, step in zip(stack.values, stack.rates, steps, strict=True):
-            value.sub_(step.reshape(value.shape), alpha=share * rate)
+            value.sub_(step.reshape(value.shape) * (share * rate))
 
 
 def is_matrix(value: Tensor) -> bool:

@@ -29,10 +29,11 @@ import torch
 from torch import Tensor
 
 from onnxcompress.graph.query import is_op
+from onnxcompress.optimize.captured_step import Step, captured
 from onnxcompress.optimize.device import laid_out, resident
 from onnxcompress.optimize.executor import Executor
 from onnxcompress.optimize.reconstruction.descent import Descent
-from onnxcompress.optimize.reconstruction.feature_loss import Matched, Objective, add_slopes, captured
+from onnxcompress.optimize.reconstruction.feature_loss import Matched, Objective, add_slopes
 from onnxcompress.optimize.reconstruction.held_out import HeldOut
 from onnxcompress.optimize.reconstruction.taught_views import REPEATS, TaughtViews
 from onnxcompress.optimize.reconstruction.tuning_outcome import TuningOutcome
@@ -79,7 +80,7 @@ class Schedule:
     """Whether all steps are taken, also where looks in a row found nothing better."""
     orthogonal: bool = True
     """Whether steps of matrices are orthogonalized; otherwise all are steps of Adam."""
-    captured: bool = False
+    captured: bool = True
     """On a GPU, record a step as a CUDA graph and replay it."""
     seconds: float | None = None
     """Time to train for."""
@@ -168,8 +169,8 @@ def finetune(
 def _follow(average: Mapping[str, Tensor], values: Mapping[str, Tensor], step: int) -> None:
     """Move the running average towards the values."""
     new = 1 - min(AVERAGED, step / (step + YOUNG))
-    for name, value in values.items():
-        average[name].lerp_(value.detach(), new)
+    with torch.no_grad():
+        torch._foreach_lerp_([average[name] for name in values], list(values.values()), new)
 
 
 @torch.no_grad()
@@ -231,18 +232,24 @@ class _Training:
     def steps(self, values: Mapping[str, Tensor], descent: Descent) -> Iterator[int]:
         """Change the values step by step, and yield how many were taken."""
         leaves, schedule = list(values.values()), self.schedule
-        device, loss_of = leaves[0].device, self.objective.loss
-        for step, (x, wanted) in enumerate(self.views.batches(schedule.steps, schedule.seed)):
-            if step == 0 and schedule.captured and device.type == "cuda":
-                loss_of = captured(self.objective, x, wanted, leaves)
-            for leaf in leaves:
-                leaf.grad = None
-            if device.type == "cpu":
-                add_slopes(self.objective, x, wanted, leaves)
+        device, slower = leaves[0].device, None
+
+        def step(share: float | Tensor, x: Tensor, *wanted: Tensor) -> None:
+            add_slopes(self.objective, x, wanted, leaves)
+            descent.step(share)
+
+        take: Step = step
+        for done, (x, wanted) in enumerate(self.views.batches(schedule.steps, schedule.seed)):
+            rate = schedule.share(done)
+            if not schedule.captured or device.type == "cpu":
+                step(rate, x, *wanted)
             else:
-                loss_of(x, *wanted, *leaves).backward()  # type: ignore[no-untyped-call]
-            descent.step(schedule.share(step))
-            yield step + 1
+                given = (torch.full((), rate, device=device), x, *wanted)
+                if slower != descent.slower:  # rates are recorded as they are
+                    take, slower = step, descent.slower
+                    take = captured(step, given, [*leaves, *descent.state])
+                take(*given)
+            yield done + 1
 
     def within(self, seconds: float, values: Mapping[str, Tensor]) -> _Training:
         """Plan as many steps as fit into a time, by steps of copies of the values."""

@@ -23,6 +23,8 @@ STORE_BYTES = 1 << 29
 """Memory of the views and the teacher's tensors, unless a single batch takes more."""
 FEWEST_BATCHES = 4
 """Batches of which a store must have room for views to come again: else they would come in a row."""
+LAUNCHED = 4
+"""Batches that the teacher runs at once on a GPU, which a batch alone does not keep busy."""
 Batch = tuple[Tensor, tuple[Tensor, ...]]
 """Views, (N, …), and the teacher's tensors of them, (N, …) each."""
 
@@ -41,7 +43,7 @@ class TaughtViews:
     shares: Tensor | None
     """How often each image is drawn, relative to the others, (N,); None: equally often."""
     batch: int
-    """Views in a batch; the teacher runs as many at once."""
+    """Views in a batch; on a CPU the teacher runs as many at once."""
     nhwc: bool = False
     """Whether the network takes channels last."""
 
@@ -75,8 +77,9 @@ class TaughtViews:
 
     def _taught(self, views: Tensor) -> Batch:
         """Run the teacher on views; its tensors are kept in 16 bits."""
+        batch = self.batch if self.teacher.device.type == "cpu" else LAUNCHED * self.batch
         made = self.teacher.run_batched(
-            {self.source: views}, self.names, count=len(views), batch=self.batch, mixed=True,
+            {self.source: views}, self.names, count=len(views), batch=batch, mixed=True,
             kept_as=torch.bfloat16,
         )  # fmt: skip
         return views, tuple(made[name] for name in self.names)
