@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +20,7 @@ from onnxcompress.optimize.channel_drop.repair import ChannelRepair
 from onnxcompress.passes.drop_channels import DropChannels
 from onnxcompress.runtime.block_latency import Share
 from onnxcompress.runtime.inference import run as outputs
+from onnxcompress.runtime.clocks import Clock
 from onnxcompress.runtime.stopwatch import Stopwatch
 from onnxcompress.statistics.record import ChannelStatistics, live_record, write_record
 from tests.graph.test_channel_cuts import IMAGE, maker
@@ -174,16 +176,22 @@ def test_the_record_loses_the_channels() -> None:
 
 
 @pytest.mark.slow
-def test_widths_are_chosen_by_what_the_clock_says(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Only the group `i` makes the network faster for sure: no other is cut."""
+@pytest.mark.parametrize("clock", ["wall", "processor"])
+def test_widths_are_chosen_by_what_the_clock_says(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only the group `i` makes the network faster for sure: no other is cut. A busy machine is told."""
 
-    def savings(self: object, model: Model, variants: dict[str, Model]) -> dict[str, Share]:
+    def savings(self: Stopwatch, model: Model, variants: dict[str, Model]) -> dict[str, Share]:
+        self.clock = clock
         sure, unsure = Share(0.21, 0.2, 0.22), Share(0.9, -0.01, 1.0)
         return {n: sure if n == "i=4" else unsure for n in variants}
 
     monkeypatch.setattr(Stopwatch, "savings", savings)
     monkeypatch.setattr(ChannelDropper, "_latency_saved", lambda self, widths: 0.3 * len(widths))
-    result = replace(FAST, macs_reduction=None, latency_reduction=20).apply(network())
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        result = replace(FAST, macs_reduction=None, latency_reduction=20).apply(network())
+    busy = [w for w in told if "the machine is busy" in str(w.message)]
+    assert len(busy) == (clock == "processor")
     assert {row.name: row.kept for row in result.measured.groups if row.kept < 6} == {"i": 4}
 
 

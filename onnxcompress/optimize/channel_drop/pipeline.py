@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
 
 from onnxcompress.account import BeforeAfter, StageSeconds
-from onnxcompress.errors import ModelError, OptionError
+from onnxcompress.errors import CompressWarning, ModelError, OptionError
 from onnxcompress.graph.channel_groups.cut_tracer import CutGroup, CutGroups
 from onnxcompress.graph.channel_removal import Kept, cut_channels
 from onnxcompress.graph.macs import count_macs, count_parameters
@@ -57,6 +58,12 @@ ERRORS = 3
 """Widths of a group at which the error of the outputs is measured, at most."""
 SURPLUS = 2.0
 """Percent of the latency above the target from which on the account says that more was saved than asked."""
+
+BUSY = (
+    "the machine is busy: widths were chosen by processor time, which overstates what fewer channels save "
+    "(where it says 19 % of ResNet-56, 11 % are saved on an idle machine); run it again when the machine "
+    "is idle"
+)
 
 
 class ChannelDropper:
@@ -145,7 +152,10 @@ class ChannelDropper:
         gains = self._gains(priced) if priced else {}
         self._rescale(gains)
         costs = {name: self.removals[name].costs.tolist() for name in gains}
-        return choose_widths(narrowings(costs, gains), target, saving).kept
+        kept = choose_widths(narrowings(costs, gains), target, saving).kept
+        if by_latency and self.stopwatch.clock == "processor":
+            warnings.warn(BUSY, CompressWarning, stacklevel=2)
+        return kept
 
     def _rescale(self, gains: Mapping[str, Mapping[int, float]]) -> None:
         """Scale the costs of groups to errors of the outputs, measured at some widths that gain."""
