@@ -19,8 +19,8 @@ from onnxcompress.optimize.channel_drop.pipeline import ChannelDropper
 from onnxcompress.optimize.channel_drop.repair import ChannelRepair
 from onnxcompress.passes.drop_channels import DropChannels
 from onnxcompress.runtime.block_latency import Share
-from onnxcompress.runtime.inference import run as outputs
 from onnxcompress.runtime.clocks import Clock
+from onnxcompress.runtime.inference import run as outputs
 from onnxcompress.runtime.stopwatch import Stopwatch
 from onnxcompress.statistics.record import ChannelStatistics, live_record, write_record
 from tests.graph.test_channel_cuts import IMAGE, maker
