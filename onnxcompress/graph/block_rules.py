@@ -27,7 +27,7 @@ from onnxcompress.model import Model, Shape
 
 STEP = 32
 """Difference between the assumed sizes and the second ones that are tried, times the number of the axis."""
-Kind = Literal["residual", "unit", "run"]
+Kind = Literal["residual", "projection", "unit", "run"]
 
 
 @dataclass(frozen=True)

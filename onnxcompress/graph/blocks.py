@@ -1,14 +1,16 @@
-"""Find the parts of a network that can be replaced by the identity, from the graph alone.
+"""Find the parts of a network that can be dropped, from the graph alone.
 
 A *block* is a region with one entry tensor and one exit tensor of the same shape, no inner tensor of which
-is used outside. Dropping it lets every reader of the exit read the entry. There are three kinds:
+is used outside. Dropping it lets every reader of the exit read the entry. There are four kinds:
 
 residual    exit = Add(branch(entry), entry): a residual branch and its Add (arXiv 2202.07861 §3.1).
+projection  exit = Add(branch(fork), entry), entry = projection(fork): the first block of a stage, whose
+            shortcut strides or widens. The projection, at most one layer, stays; the branch goes.
 unit        a region of the trunk that splits and ends in a Concat (ShuffleNetV2, Inception).
 run         a shape-preserving convolution of the trunk with its BatchNorm and activation (VGG).
 
-The *trunk* is the sequence of tensors through which every path from input to output goes. Units and runs
-are offered on the trunk only: elsewhere a region of equal shapes is part of something larger (a dense
+The *trunk* is the sequence of tensors through which every path from input to output goes. Projections,
+units and runs are offered on the trunk only: elsewhere such a region is part of something larger (a dense
 layer, a gate), and replacing it changes what is merged later. A region must also keep the rules R1 to R5 of
 `block_rules`.
 
@@ -31,6 +33,7 @@ from onnxcompress.graph.block_rules import (
     region_macs,
     shapes_at_another_size,
 )
+from onnxcompress.graph.linear_layer import LINEAR_OPS
 from onnxcompress.graph.macs import parameters_of
 from onnxcompress.graph.query import is_op, producer
 from onnxcompress.graph.shape_inference import tensor_shapes
@@ -45,7 +48,7 @@ ACTIVATIONS = (
 
 @dataclass(frozen=True)
 class Block:
-    """A part of the graph that can be replaced by the identity."""
+    """A part of the graph that can be dropped."""
 
     name: str
     """Name of the module where the exporter kept it, else of the exit tensor."""
@@ -134,7 +137,28 @@ def _residual(model: Model, topology: Topology, add: gs.Node, elsewhere: Mapping
             return region
         except IllegalRegion as miss:
             problem = miss
-    raise problem
+    try:
+        region = _projection(topology, add)
+        check_legal(model, topology, region, elsewhere)
+    except IllegalRegion as miss:
+        raise problem from miss
+    return region
+
+
+def _projection(topology: Topology, add: gs.Node) -> Region:
+    """Find the block of the trunk whose shortcut is a projection, which stays when its branch goes."""
+    trunk = [id(tensor) for tensor in topology.trunk()]
+    exit = add.outputs[0]
+    if id(exit) not in trunk[1:]:
+        raise IllegalRegion("its output is not on the trunk")
+    fork = topology.trunk()[trunk.index(id(exit)) - 1]
+    sides = [_branch(topology, tensor, fork) for tensor in add.inputs]
+    layers = [sum(is_op(node, *LINEAR_OPS) for node in side) for side in sides]
+    kept = layers.index(min(layers))
+    branch = sides[1 - kept]
+    if layers[kept] > 1 or layers[1 - kept] < 2 or {*map(id, branch)} & {*map(id, sides[kept])}:
+        raise IllegalRegion("neither side of the Add is a projection")
+    return Region("projection", add.inputs[kept], exit, (*branch, add))
 
 
 def _through_identity(tensor: gs.Tensor) -> gs.Tensor:

@@ -87,6 +87,45 @@ def test_the_order_of_the_add_does_not_matter() -> None:
         assert names(find_blocks(model)) == [("residual", "s")]
 
 
+def test_a_projection_stays_when_its_branch_goes() -> None:
+    """Whichever input of the Add it is, and whatever it is made of, as long as the branch is deeper."""
+    branch = f"a = Conv{CONV}(h, w) b = Relu(a) c = Conv{CONV}(b, v)"
+    for shortcut, left in (("p = Conv(h, o)", "Conv"), ("p = Neg(h)", "Neg")):
+        for add in ("Add(c, p)", "Add(p, c)"):
+            proto = parse_proto(f"h = Relu(x) {shortcut} {branch} s = {add} y = Relu(s)")
+            proto.graph.initializer.append(
+                onnx.numpy_helper.from_array(np.ones((4, 4, 1, 1), np.float32), "o")
+            )
+            model = Model.from_proto(proto)
+            found = find_blocks(model)
+            assert names(found) == [("projection", "s")]
+            assert found["s"].macs == 2 * 4 * 4 * 9 * 64  # of the branch
+            assert drop_blocks(model, ["s"]) == {"s": "p"}
+            assert [n.op for n in model.graph.nodes] == ["Relu", left, "Relu"]
+            onnx.checker.check_model(model.to_proto(), full_check=True)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        pytest.param(
+            f"a = Conv{CONV}(h, w) b = Conv{CONV}(a, v) p = Conv{CONV}(h, w) q = Conv{CONV}(p, v) "
+            "s = Add(b, q)",
+            id="two branches",
+        ),
+        pytest.param(
+            f"g = Conv{CONV}(h, w) a = Conv{CONV}(g, w) b = Conv{CONV}(a, v) p = Relu(g) t = Add(b, p) "
+            "u = Sigmoid(h) s = Mul(t, u)",
+            id="off the trunk",
+        ),
+    ],
+)
+def test_other_sums_have_no_projection(body: str) -> None:
+    found = find_blocks(parse(f"h = Relu(x) {body} y = Relu(s)"))
+    assert "projection" not in {block.kind for block in found.blocks}
+    assert any("projection" in str(miss) for miss in found.near_misses)
+
+
 def test_nested_residuals_are_both_offered() -> None:
     model = parse(
         f"h = Relu(x) a = Conv{CONV}(h, w) i = Conv{CONV}(a, v) b = Add(a, i) s = Add(b, h) y = Relu(s)"
@@ -202,7 +241,9 @@ def test_all_and_only_the_right_blocks_of_real_networks(variant: str) -> None:
     found = find_blocks(model)
     assert len(found.blocks) == zoo.EXPECTED_BLOCKS[name]
     kinds = {"vgg16_bn": {"run"}, "shufflenet_v2_x1_0": {"unit"}, "densenet121": set()}
-    assert {b.kind for b in found.blocks} == kinds.get(name, {"residual"})
+    projections = {"projection"} if zoo.PROJECTIONS.get(name) else set()
+    assert {b.kind for b in found.blocks} == kinds.get(name, {"residual"}) | projections
+    assert sum(b.kind == "projection" for b in found.blocks) == zoo.PROJECTIONS.get(name, 0)
     size = zoo.image_size(name)
     if "folded" not in variant:  # the same blocks
         all_dropped_runs(model, found, (3, size, size))
@@ -212,5 +253,5 @@ def test_all_and_only_the_right_blocks_of_real_networks(variant: str) -> None:
 def test_blocks_of_the_shipped_models(file: Path) -> None:
     model = load(file)
     found = find_blocks(model)
-    assert len(found.blocks) == {"resnet20-fashion": 7, "mobilenetv2-fashion": 8}[file.stem]
+    assert len(found.blocks) == {"resnet20-fashion": 9, "mobilenetv2-fashion": 8}[file.stem]
     all_dropped_runs(model, found, (1, 28, 28))

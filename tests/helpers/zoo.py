@@ -60,18 +60,28 @@ LARGER = {"resnet34", "resnet50", "resnet101", "wide_resnet50_2", "resnext50_32x
 BOTH = {"resnet20_cifar", "shufflenet_v2_x1_0"}
 """Exported by dynamo and with folded norms, too, in a plain run: small, and different in kind."""
 
-EXPECTED_BLOCKS = {  # parts the identity can replace; test_zoo.py counts them in the torch modules
-    "resnet20_cifar": 7,  # 9 blocks, less 2 whose shortcut strides and pads channels
-    "resnet18": 5,  # 2+2+2+2 blocks, less 3 with a projection
-    "resnet34": 13,  # 3+4+6+3 less 3
-    "resnet50": 12,  # 3+4+6+3 less 4: layer1 widens 64 to 256, so it projects, too
-    "resnet101": 29,  # 3+4+23+3 less 4
-    "wide_resnet50_2": 12,
-    "resnext50_32x4d": 12,
+PROJECTIONS = {  # blocks whose shortcut strides, pads or widens: it stays when the branch goes
+    "resnet20_cifar": 2,
+    "resnet18": 3,
+    "resnet34": 3,
+    "resnet50": 4,  # layer1 widens 64 to 256
+    "resnet101": 4,
+    "wide_resnet50_2": 4,
+    "resnext50_32x4d": 4,
+    "regnet_y_400mf": 4,
+}
+EXPECTED_BLOCKS = {  # parts that can be dropped; test_zoo.py counts them in the torch modules
+    "resnet20_cifar": 9,
+    "resnet18": 8,  # 2+2+2+2
+    "resnet34": 16,  # 3+4+6+3
+    "resnet50": 16,  # 3+4+6+3
+    "resnet101": 33,  # 3+4+23+3
+    "wide_resnet50_2": 16,
+    "resnext50_32x4d": 16,
     "mobilenet_v2": 10,  # 17 inverted residuals; 7 stages begin without a shortcut
     "mobilenet_v3_large": 10,  # 15, less 5: 3 of stride 2, and 2 of stride 1 that widen
     "efficientnet_b0": 9,  # 16 MBConv; 7 stages begin without a shortcut
-    "regnet_y_400mf": 12,  # 1+3+6+6 less 4 projections
+    "regnet_y_400mf": 16,  # 1+3+6+6
     "convnext_tiny": 18,  # 3+3+9+3, all with an identity shortcut; downsampling lies between
     "densenet121": 0,  # every layer widens the concatenation
     "vgg16_bn": 9,  # 13 convs, less 4 that widen: plain Conv-BN-ReLU on the trunk

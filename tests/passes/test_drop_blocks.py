@@ -65,7 +65,7 @@ def scores(resnet: str, arguments: list[str], tmp_path_factory: pytest.TempPathF
         (["--blocks", "1", "--latency-reduction", "5"], "give one target"),
         (["--blocks", "1", "--steps", "5", "--time", "5s"], "give --steps or --time"),
         (["--blocks", "1", "--time", "5"], "expected a duration such as"),
-        (["--blocks", "99"], "the network has 7"),
+        (["--blocks", "99"], "the network has 9"),
         (["--drop", "blocks.11"], "did you mean 'blocks.1'"),
         (["--latency-reduction", "120"], "expected more than 0 and less than 100"),
         (["--blocks", "1", "--feature", "nowhere"], "no such tensor"),
@@ -191,7 +191,7 @@ def test_the_output_is_the_input_with_fewer_nodes(
     before, after = onnx.load(resnet), onnx.load(str(out))
     onnx.checker.check_model(after, full_check=True)
     assert not Counter(n.op_type for n in after.graph.node) - Counter(n.op_type for n in before.graph.node)
-    assert len(find_blocks(load(out)).blocks) == 5
+    assert len(find_blocks(load(out)).blocks) == 7
     session = onnxruntime.InferenceSession(str(out))
     for batch in (1, 3):
         assert session.run(None, {"input": np.zeros((batch, 1, 28, 28), np.float32)})[0].shape == (
@@ -247,6 +247,7 @@ def test_a_target_out_of_reach_is_written_and_said(
         "99",
         "--scores",
         str(scores),
+        "--force",  # without any block nothing is left to tell classes by
     ]
     assert main(command) == 3
     assert "99 % was asked for" in capsys.readouterr().err
