@@ -6,6 +6,7 @@ result that was logged before is known by its name and hash, and is not logged t
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -16,6 +17,8 @@ from onnxcompress.errors import RuntimeUnavailable, one_line, require
 from onnxcompress.search.results import FIGURES
 from onnxcompress.search.trial import Row
 
+RETRIES = "MLFLOW_HTTP_REQUEST_MAX_RETRIES"
+"""MLflow's variable; by its own default it waits four minutes for a server that is not there."""
 RESULT = "onnxcompress.result"
 """Tag by which a result is found again."""
 
@@ -33,6 +36,7 @@ class Tracker:
             RuntimeUnavailable: MLflow is not installed, or what it writes to cannot be used.
         """
         require("--mlflow", "mlflow")
+        os.environ.setdefault(RETRIES, "2")
         from mlflow import MlflowClient
 
         self._name = experiment

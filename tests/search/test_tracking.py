@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 
 from onnxcompress.cli.main import main
 from onnxcompress.errors import RuntimeUnavailable
-from onnxcompress.search.tracking import Tracker
+from onnxcompress.search.tracking import RETRIES, Tracker
 
 
 class Refused(Exception):
@@ -105,6 +106,18 @@ def test_a_server_that_does_not_answer_is_one_line(server: Server) -> None:
     server.broken = True
     with pytest.raises(RuntimeUnavailable, match="--mlflow first: no answer"):
         Tracker("first")
+
+
+@pytest.mark.parametrize(("given", "used"), [(None, "2"), ("5", "5")])
+def test_a_server_that_is_not_there_is_asked_for_seconds(
+    given: str | None, used: str, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By MLflow's own default four minutes; a user's own number of attempts stays."""
+    monkeypatch.setenv(RETRIES, given or "")
+    if given is None:
+        monkeypatch.delenv(RETRIES)
+    Tracker("first")
+    assert os.environ[RETRIES] == used
 
 
 def test_without_a_result_no_experiment_is_created(server: Server) -> None:
