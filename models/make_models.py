@@ -1,7 +1,8 @@
 """Train the small demo networks on Fashion-MNIST and export them to ONNX.
 
-Batch normalization is kept in the files: each convolution is followed by its own
-`BatchNormalization` node in inference mode, so every pass that needs its statistics has them.
+Batch normalization is kept in the files: each convolution is followed by its own `BatchNormalization` node
+in inference mode, so every pass that needs its statistics has them. In the DenseNet it stands in front of
+the convolutions, as published.
 
 Images are N x 1 x 28 x 28 float32; `normalize` is done outside of the network.
 """
@@ -119,6 +120,30 @@ class InvertedResidual(nn.Module):
         return x + branch if self.identity else branch
 
 
+class DenseLayer(nn.Module):
+    """Batch normalization, ReLU, 3x3 convolution; what it gives stands behind its input.
+
+    Huang et al. 2017, without bottlenecks.
+    """
+
+    def __init__(self, inputs: int, growth: int) -> None:
+        super().__init__()
+        self.bn = nn.BatchNorm2d(inputs)
+        self.conv = nn.Conv2d(inputs, growth, 3, padding=1, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """N x `inputs` x H x W to N x (`inputs` + `growth`) x H x W."""
+        return torch.cat([x, self.conv(torch.relu(self.bn(x)))], 1)
+
+
+class Transition(nn.Sequential):
+    """Batch normalization, ReLU, 1x1 convolution, average pooling by 2."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        conv = nn.Conv2d(inputs, outputs, 1, bias=False)
+        super().__init__(nn.BatchNorm2d(inputs), nn.ReLU(), conv, nn.AvgPool2d(2))
+
+
 class Network(nn.Module):
     """Stem, blocks, global average pooling, linear classifier."""
 
@@ -158,7 +183,37 @@ def mobilenetv2() -> Network:
     return Network(stem, [*blocks, head], 4 * channels)
 
 
-NETWORKS = {"resnet20-fashion": resnet20, "mobilenetv2-fashion": mobilenetv2}
+def vgg() -> Network:
+    """Small VGG: 3x3 convolutions one after the other, at 28, 14 and 7 pixels, no shortcut."""
+    channels, blocks = 32, list[nn.Module]()
+    for width in (48, 96):
+        blocks.append(nn.MaxPool2d(2))
+        for _ in range(2):
+            blocks.append(nn.Sequential(conv_bn(channels, width, 3), nn.ReLU()))
+            channels = width
+    return Network(nn.Sequential(conv_bn(1, 32, 3), nn.ReLU()), blocks, channels)
+
+
+def densenet() -> Network:
+    """Small DenseNet: 3 dense blocks of 4 layers with growth 16, at 14, 7 and 3 pixels."""
+    channels, growth, blocks = 32, 16, list[nn.Module]()
+    for block in range(3):
+        if block:
+            blocks.append(Transition(channels, channels // 2))
+            channels //= 2
+        for _ in range(4):
+            blocks.append(DenseLayer(channels, growth))
+            channels += growth
+    blocks.append(nn.Sequential(nn.BatchNorm2d(channels), nn.ReLU()))
+    return Network(nn.Conv2d(1, 32, 3, 2, 1, bias=False), blocks, channels)
+
+
+NETWORKS = {
+    "resnet20-fashion": resnet20,
+    "mobilenetv2-fashion": mobilenetv2,
+    "vgg-fashion": vgg,
+    "densenet-fashion": densenet,
+}
 
 
 # --- training ---------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from onnxcompress.graph.edit import lift_weights
 from onnxcompress.graph.topology import Topology
 from onnxcompress.model import Model, load
 from tests.helpers import zoo
-from tests.helpers.paths import MODELS
+from tests.helpers.paths import RESIDUAL
 
 
 def parse(body: str) -> Model:
@@ -249,7 +249,7 @@ def test_all_and_only_the_right_blocks_of_real_networks(variant: str) -> None:
         all_dropped_runs(model, found, (3, size, size))
 
 
-@pytest.mark.parametrize("file", sorted(MODELS.glob("*.onnx")), ids=lambda p: p.stem)
+@pytest.mark.parametrize("file", RESIDUAL, ids=lambda p: p.stem)
 def test_blocks_of_the_shipped_models(file: Path) -> None:
     model = load(file)
     found = find_blocks(model)

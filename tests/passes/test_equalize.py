@@ -23,9 +23,9 @@ from onnxcompress.passes.fold_bn import FoldBatchNorm
 from onnxcompress.runtime.inference import run as outputs
 from onnxcompress.statistics.record import ChannelStatistics, read_record, write_record
 from tests.helpers.folding import BRANCH, Arrays, feeds, graph, norm, ops
-from tests.helpers.paths import MODELS
+from tests.helpers.paths import RESIDUAL
 
-NETWORKS = sorted(MODELS.glob("*.onnx"))
+NETWORKS = RESIDUAL
 TOLERANCE = 1e-5
 """Of outputs, relative to the largest."""
 IMAGE = "(float[N,4,8,8] x) => (float[N,C,H,W] y)"

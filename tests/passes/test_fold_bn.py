@@ -33,9 +33,9 @@ from tests.helpers.folding import (
     stays,
     weight,
 )
-from tests.helpers.paths import MODELS
+from tests.helpers.paths import RESIDUAL
 
-NETWORKS = sorted(MODELS.glob("*.onnx"))
+NETWORKS = RESIDUAL
 
 
 def test_convolution() -> None:
