@@ -7,6 +7,7 @@ import math
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 from rich.console import Console
 
@@ -14,7 +15,7 @@ from onnxcompress.account import BeforeAfter, Figures, InputSource, Refusal
 from onnxcompress.cli.results.guard import show_guard, show_whole
 from onnxcompress.cli.results.sensitivity_plot import title
 from onnxcompress.cli.results.show import show_result
-from onnxcompress.evaluation.fidelity import Fidelity, OutputFidelity
+from onnxcompress.evaluation.fidelity import Fidelity, OutputFidelity, fidelity
 from onnxcompress.evaluation.guard import Floors, GuardMeasurements, verdict
 from onnxcompress.optimize.block_drop.figures import BlockRow, DropBlocksFigures
 from onnxcompress.optimize.channel_drop.figures import ChannelGroupRow, DropChannelsFigures
@@ -34,11 +35,17 @@ from onnxcompress.runtime.block_latency import Additivity, LatencyChange, Share
 from onnxcompress.sensitivity.rows import Kind, Row
 
 
-def shown(name: str, figures: Figures, *refusals: Refusal, **options: Any) -> list[str]:
+def shown(
+    name: str,
+    figures: Figures,
+    *refusals: Refusal,
+    guard: GuardMeasurements | None = None,
+    **options: Any,
+) -> list[str]:
     """Lines at the terminal, cells of tables apart by one space."""
     console = Console(file=io.StringIO(), width=300, highlight=False)
     pass_: Any = object.__new__(load_pass(name))
-    show_result(console, pass_, PassResult(refusals=refusals, measured=figures), **options)
+    show_result(console, pass_, PassResult(refusals=refusals, measured=figures, guard=guard), **options)
     return lines_of(console)
 
 
@@ -156,9 +163,17 @@ def test_quantize_shows_the_noisiest_layers_and_the_outputs() -> None:
     assert text[15:] == [
         "onnxruntime fuses: 15 QLinearConv",
         "it computes with floats: 2 Gemm, 1 Add",
-        "output 'y': signal to noise 17.2 dB on those inputs",
-        "output 'z': signal to noise 9.0 dB on those inputs",
+        "output 'y': signal to noise 17.2 dB on the inputs learned from (unseen ones were not compared)",
+        "output 'z': signal to noise 9.0 dB on the inputs learned from (unseen ones were not compared)",
     ]
+
+
+def test_quantize_leaves_the_noise_of_the_outputs_to_the_comparison_on_unseen_inputs() -> None:
+    """Two lines with nearly the same figure would only be puzzling."""
+    same = fidelity({"y": [np.ones((2, 3))]}, {"y": [np.ones((2, 3))]})
+    compared = GuardMeasurements("2 images", 2, 0.1, same)
+    for guard, lines in ((compared, 0), (replace(compared, fidelity=None, skipped="no"), 2)):
+        assert sum("output '" in line for line in shown("quantize", quantized(), guard=guard)) == lines
 
 
 def test_quantize_shows_what_tuning_gave() -> None:

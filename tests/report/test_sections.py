@@ -215,7 +215,9 @@ def test_quantized_layers_are_shown_with_their_bits_and_what_the_runtime_makes_o
         ["b", "2 bits", "float", "–", "12.5 dB"],
     ]
     (chart,) = plots(section)
-    assert "b suffers most (12.5 dB). What is left at the outputs: y: 9.0 dB." in chart.finding
+    assert (
+        "b suffers most (12.5 dB). At the outputs, on the inputs learned from: y: 9.0 dB." in chart.finding
+    )
     runtime_text = "onnxruntime fuses 15 QLinearConv. It computes with floats: 2 Gemm, 1 Add."
     assert prose(section) == [runtime_text]
     tuned = replace(figures, tuning=TuningOutcome(12, 200, 160, 0.36, 0.0625, 200))

@@ -148,7 +148,7 @@ def test_the_noisiest_layer_is_the_one_that_suffers_most() -> None:
     chart = plot(section)
     assert chart.finding.replace("\u00a0", " ") == (
         "The shorter the bar, the more pruning costs there; 20 dB is noise of a tenth of the signal. "
-        "layer1 suffers most (12.5 dB). What is left at the outputs: y: 14.3 dB."
+        "layer1 suffers most (12.5 dB). At the outputs, on the inputs learned from: y: 14.3 dB."
     )
     assert isinstance(chart.chart, Bars)
     assert chart.chart.rows == [(row.name, [row.snr_db]) for row in ROWS]

@@ -44,8 +44,10 @@ def show_quantize(console: Console, result: PassResult[QuantizeFigures | None]) 
             f"relative error of the outputs on {measured.tuning.held_out} inputs kept aside: "
             f"{measured.tuning.error**0.5:.3f} (root mean square)"
         )
-    for name, decibels in (measured.output_snr_db or {}).items():
-        console.print(f"output {name!r}: signal to noise {decibels:.1f} dB on those inputs", markup=False)
+    if result.guard is None or result.guard.fidelity is None:  # else its line has that of unseen inputs
+        for name, decibels in (measured.output_snr_db or {}).items():
+            text = f"output {name!r}: signal to noise {decibels:.1f} dB on the inputs learned from"
+            console.print(f"{text} (unseen ones were not compared)", markup=False)
 
 
 def _row(row: QuantizedLayerRow) -> list[str]:

@@ -209,7 +209,7 @@ def _noise(figures: Figures, rows: Sequence[_Noisy], what: str, columns: list[st
     finding = (
         f"The shorter the bar, the more {what} costs there; 20 dB is noise of a tenth of the signal. "
         f"{worst.name} suffers most ({worst.snr_db:.1f} dB).{note}"
-        + (f" What is left at the outputs: {outputs}." if outputs else "")
+        + (f" At the outputs, on the inputs learned from: {outputs}." if outputs else "")
     )
     bars = Bars([(r.name, [r.snr_db]) for r in shown], "signal to noise of the output, dB")
     cells = [[r.name, *r.cells, f"{r.snr_db:.1f} dB"] for r in rows]
