@@ -159,11 +159,12 @@ class Pass(ABC):
             CompressError: The model cannot be handled.
         """
 
-    def preview(self, model: Model) -> list[Refusal]:
+    def preview(self, model: Model, progress: Progress = silent) -> list[Refusal]:
         """List what `apply` would leave alone, by the checks that need none of its work.
 
         Args:
             model: The model; it stays as it is.
+            progress: Called with the expected work, with no steps.
 
         Returns:
             What would be left alone, with the reasons.

@@ -133,11 +133,12 @@ class Calibrate(InputOptions, Pass):
         self.check()
         return at_opset(model, OLDEST_OPSET, lambda own: self._estimate(own, progress))
 
-    def preview(self, model: Model) -> list[Refusal]:
+    def preview(self, model: Model, progress: Progress = silent) -> list[Refusal]:
         """List the layers whose outputs cannot be measured, and check that inputs can be gathered.
 
         Args:
             model: The model; it stays as it is.
+            progress: Called with the expected work, with no steps.
 
         Returns:
             The layers, with the reasons.

@@ -102,11 +102,12 @@ class DropBlocks(DropBlocksOptions, Pass):
         self.check()
         return at_opset(model, OLDEST_OPSET, lambda own: self._drop(own, progress))
 
-    def preview(self, model: Model) -> list[Refusal]:
+    def preview(self, model: Model, progress: Progress = silent) -> list[Refusal]:
         """List the near misses, and check that inputs can be gathered.
 
         Args:
             model: The model; it stays as it is.
+            progress: Called with the expected work, with no steps.
 
         Returns:
             What is nearly a block, with the reason why it cannot be dropped.
@@ -123,6 +124,8 @@ class DropBlocks(DropBlocksOptions, Pass):
         found = find_blocks(own)
         self._check_blocks(own, found)
         check_inputs(own, self.request)
+        options = self.with_counts(self.name, own)
+        options.announce(self.name, own, progress, options.request.expected)
         return list(found.near_misses)
 
     def _drop(self, model: Model, progress: Progress) -> PassResult[DropBlocksFigures]:
@@ -137,9 +140,9 @@ class DropBlocks(DropBlocksOptions, Pass):
         from onnxcompress.optimize.deterministic_threads import one_thread_each
 
         with one_thread_each():
-            effort, options = self.with_counts(self.name, model, progress)
+            options = self.with_counts(self.name, model)
             work = Dropper(options, original, model, found, progress)
-            figures = replace(work.run(), effort=effort)
+            figures = replace(work.run(), effort=options.effort)
         write_present(model, read_record(model))
         changes = [Change(b.name, f"{b.kind} block dropped") for b in work.dropped]
         if folded.measured.folded:

@@ -102,11 +102,12 @@ class DropChannels(DropChannelsOptions, Pass):
 
         return at_opset(model, OLDEST_OPSET, lambda own: self._drop(own, progress))
 
-    def preview(self, model: Model) -> list[Refusal]:
+    def preview(self, model: Model, progress: Progress = silent) -> list[Refusal]:
         """List the groups that cannot be cut, and check that inputs can be gathered.
 
         Args:
             model: The model; it stays as it is.
+            progress: Called with the expected work, with no steps.
 
         Returns:
             Groups of channels that stay, with the reasons.
@@ -120,6 +121,8 @@ class DropChannels(DropChannelsOptions, Pass):
         own = raised(model, OLDEST_OPSET)
         groups = self._prepare(own)[1]
         check_inputs(own, self.request)
+        options = self.with_counts(self.name, own)
+        options.announce(self.name, own, progress, options.request.expected)
         return list(groups.refusals)
 
     def _drop(self, model: Model, progress: Progress) -> PassResult[DropChannelsFigures]:
@@ -129,9 +132,9 @@ class DropChannels(DropChannelsOptions, Pass):
         from onnxcompress.optimize.deterministic_threads import one_thread_each
 
         with one_thread_each():
-            effort, options = self.with_counts(self.name, model, progress)
+            options = self.with_counts(self.name, model)
             work = ChannelDropper(options, original, model, groups, progress)
-            figures = replace(work.run(), effort=effort)
+            figures = replace(work.run(), effort=options.effort)
         write_present(model, _kept_statistics(read_record(model), work.kept))
         changes = [
             Change(row.name, f"{row.channels} channels cut to {row.kept}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from onnxcompress.data.image_set import image_count
 from onnxcompress.model import Model
 from onnxcompress.optimize.calibration import InputRequest, gather_inputs
 from onnxcompress.passes.opsets import converted, without_functions
@@ -28,8 +29,12 @@ def raised(model: Model, lowest: int) -> Model:
     return own if own.opset >= lowest else converted(own, lowest)
 
 
+SAMPLE = 10
+"""Images that are read instead of all: more than one, as that one may be unreadable."""
+
+
 def check_inputs(model: Model, request: InputRequest) -> None:
-    """Check that inputs can be gathered, with one image instead of all.
+    """Check that inputs can be gathered, with a few images instead of all.
 
     Args:
         model: The network.
@@ -41,7 +46,8 @@ def check_inputs(model: Model, request: InputRequest) -> None:
         ModelError: None can be synthesized for this network.
     """
     if request.images is not None:
-        request = replace(request, count=1, inputs="images")
+        count = min(SAMPLE, request.count or image_count(request.images))
+        request = replace(request, count=count, inputs="images")
     elif request.inputs == "auto" or (request.inputs == "distilled" and known_statistics(model)):
         request = replace(request, inputs="procedural", synthetic=1)
     gather_inputs(model, replace(request, synthetic=1))

@@ -32,7 +32,7 @@ from onnxcompress.graph.query import SeveralInputs, read_inputs
 from onnxcompress.model import Model
 from onnxcompress.model.model_like import InputSpec, dims
 from onnxcompress.optimize.calibration import InputRequest
-from onnxcompress.progress import Progress
+from onnxcompress.progress import Progress, silent
 from onnxcompress.runtime.inference import INTEGER_RANGE
 from onnxcompress.runtime.several_inputs import read_specs, settings, shapes_that_run
 from onnxcompress.statistics.record import read_record, write_present
@@ -116,12 +116,13 @@ def applied(pass_: Any, model: Model, progress: Progress) -> Any:
     return result
 
 
-def previewed(pass_: Any, model: Model) -> list[Refusal]:
+def previewed(pass_: Any, model: Model, progress: Progress = silent) -> list[Refusal]:
     """List what a pass would leave unchanged, where it is applied by `applied`.
 
     Args:
         pass_: The pass.
         model: The model; it stays as it is.
+        progress: Called with the expected work, with no steps.
 
     Returns:
         The refusals.
@@ -130,11 +131,11 @@ def previewed(pass_: Any, model: Model) -> list[Refusal]:
         CompressError: The pass cannot be applied at all.
     """
     try:
-        refusals: list[Refusal] = pass_.preview(model)
+        refusals: list[Refusal] = pass_.preview(model, progress)
         return refusals
     except SeveralInputs:
         packed, packing = _prepared(pass_, model)
-        return _of_file(packing.preview(packed.model))
+        return _of_file(packing.preview(packed.model, progress))
 
 
 def learns_from(pass_: Any) -> InputRequest | None:

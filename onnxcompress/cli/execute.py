@@ -181,13 +181,14 @@ def _preview(job: Job, files: Files, model: Model) -> None:
     """Show what would be done, and which results are in the cache already."""
     chain = job.chain.keeping_aside(job.guard)
     known = chain.cached(model, job.cache) if job.cache is not None else 0
-    refusals = chain.previews(model)
+    previews = chain.previews(model)
     steps = [
         {
             "pass": pass_.name,
             "options": pass_.options(),
             "cached": at < known,
-            "refusals": [dataclasses.asdict(refusal) for refusal in refusals[at]],
+            "refusals": [dataclasses.asdict(refusal) for refusal in previews[at].refusals],
+            "work": None if at < known else previews[at].work or None,
         }
         for at, pass_ in enumerate(chain.passes)
     ]
@@ -201,7 +202,10 @@ def _preview(job: Job, files: Files, model: Model) -> None:
     for number, (pass_, step) in enumerate(zip(chain.passes, steps, strict=True), 1):
         note = "  (kept from an earlier run)" if step["cached"] else ""
         console.print(f"{number}. {pass_.name}{_chosen(pass_)}{note}", markup=False)
-        show_refusals(console, refusals[number - 1], "would be left alone", all=job.verbose)
+        preview = previews[number - 1]
+        if step["work"]:
+            console.print(f"   {step['work']}", markup=False)
+        show_refusals(console, preview.refusals, "would be left alone", all=job.verbose)
     for name, limit in job.gates.limits.items():
         console.print(f"gate --{name.replace('_', '-')} {limit:g}", markup=False)
 

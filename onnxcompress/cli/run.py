@@ -11,7 +11,7 @@
     gates       [{gate, limit, measured, passed, text, preprocess}], one for each limit that was given
     provenance  all passes so far, oldest first
 
-and with --dry-run {dry_run, steps: [{pass, options, cached, refusals}], gates: {name: limit}}.
+and with --dry-run {dry_run, steps: [{pass, options, cached, refusals, work}], gates: {name: limit}}.
 """
 
 from __future__ import annotations

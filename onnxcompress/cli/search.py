@@ -26,7 +26,7 @@ from onnxcompress.cli.options import FILE, PREPROCESS_HELP, print_json
 from onnxcompress.cli.sections import SectionedCommand
 from onnxcompress.cli.timing_options import timing_options
 from onnxcompress.cli.worker_options import WHERE, tracking_option, worker_options, workers
-from onnxcompress.errors import InputError, TargetMissed, require
+from onnxcompress.errors import TargetMissed, require
 from onnxcompress.formatting import counted
 from onnxcompress.option_fields import INPUT_SHAPE_HELP, INPUT_SHAPE_METAVAR, parse_duration
 
@@ -96,8 +96,6 @@ def _asked(model: str, out: str, options: dict[str, Any]) -> Search:
 
     gates = gates_of(options, Gates(preprocess=options["preprocess"]))
     inputs = {name: options[name] for name in _LEARNING if options[name] is not None}
-    if "images" in inputs and not Path(inputs["images"]).exists():
-        raise InputError(f"--images {inputs['images']}: no such file or folder")
     names = ("trials", "repairs", "effort", "seed", "latency_seconds")
     return Search(
         model,
@@ -113,6 +111,7 @@ def _preview(asked: Search, *, as_json: bool) -> None:
     from onnxcompress.model import load
     from onnxcompress.search.space import extent_for, first_points
 
+    asked.check()
     extent = extent_for(load(asked.model), asked.gates, asked.inputs)
     first, blocks = first_points(extent), extent.blocks
     account = {"dry_run": True, "model": asked.model, "blocks": blocks, "first": first}

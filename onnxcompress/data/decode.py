@@ -8,7 +8,16 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from onnxcompress.data.preprocess import CROP_SHARE, Preprocess
-from onnxcompress.errors import InputError
+from onnxcompress.errors import InputError, one_line
+
+
+class UnreadableImage(InputError):
+    """A file that is no image, is broken, or holds pixels that are not handled."""
+
+    def __init__(self, file: Path, reason: object) -> None:
+        super().__init__(f"{file}: {reason}; remove or replace it")
+        self.reason = str(reason)
+
 
 _GRAY = ("1", "L", "LA")
 _COLOUR = ("RGB", "RGBA", "P", "PA", "CMYK", "YCbCr")
@@ -25,7 +34,8 @@ def decode(file: Path, preprocess: Preprocess) -> np.ndarray:
         Pixels, (H, W, C) uint8.
 
     Raises:
-        InputError: The file is no 8-bit image, is broken, or cannot be brought to the size.
+        UnreadableImage: The file is no 8-bit image, or is broken.
+        InputError: The image cannot be brought to the size.
     """
     try:
         with Image.open(file) as opened:
@@ -33,16 +43,17 @@ def decode(file: Path, preprocess: Preprocess) -> np.ndarray:
                 raise Image.DecompressionBombError(f"{opened.width}x{opened.height} pixels")
             return fit(_converted(opened, file, preprocess.channels), preprocess, str(file))
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise InputError(f"{file}: too large to be an honest image ({error})") from error
+        raise UnreadableImage(file, f"too large to be an honest image ({error})") from error
     except UnidentifiedImageError as error:
-        raise InputError(f"{file}: not an image; remove or replace it") from error
+        raise UnreadableImage(file, "not an image") from error
     except (OSError, SyntaxError, ValueError) as error:  # Pillow's decoders raise all three
-        raise InputError(f"{file}: broken image ({error}); remove or replace it") from error
+        why = getattr(error, "strerror", None) or one_line(error)
+        raise UnreadableImage(file, f"broken image: {why}") from error
 
 
 def _converted(image: Image.Image, file: Path, channels: int | None) -> Image.Image:
     if image.mode not in (*_GRAY, *_COLOUR):
-        raise InputError(f"{file}: pixels of mode {image.mode}; expected 8-bit gray or colour")
+        raise UnreadableImage(file, f"pixels of mode {image.mode}; expected 8-bit gray or colour")
     gray = image.mode in _GRAY if channels is None else channels == 1
     return image.convert("L" if gray else "RGB")
 

@@ -36,6 +36,9 @@ def image_files(folder: Path) -> list[Path]:
 
     Returns:
         Paths in sorted order.
+
+    Raises:
+        InputError: There are none.
     """
     images = []
     visited: set[str] = set()
@@ -51,7 +54,32 @@ def image_files(folder: Path) -> list[Path]:
             for name in names
             if name.lower().endswith(SUFFIXES) and not name.startswith(".")
         ]
+    if not images:
+        raise InputError(f"{folder}: no images; expected files of {', '.join(SUFFIXES)}")
     return sorted(images)
+
+
+def is_folder(source: Path) -> bool:
+    """Tell a folder of images from an .npz.
+
+    Args:
+        source: What is to hold images.
+
+    Returns:
+        True for a folder, False for an .npz.
+
+    Raises:
+        InputError: It is neither.
+    """
+    if source.is_dir():
+        return True
+    if source.suffix.lower() == ".npz" and source.is_file():
+        return False
+    what = "no .npz file or folder" if source.exists() else "no such file or folder"
+    raise InputError(
+        f"{source}: {what}; images come from a folder or an .npz; labels are its sub-folders, or y in the "
+        ".npz"
+    )
 
 
 def folder_labels(folder: Path, files: Sequence[Path], needed: bool) -> np.ndarray | None:
@@ -92,16 +120,23 @@ def npz_length(file: Path) -> int:
         file: The .npz.
 
     Returns:
-        Their number; 0 where it cannot be read.
+        Their number.
+
+    Raises:
+        InputError: The file cannot be read, or its images do not have the expected shape.
     """
     try:
+        _check_members(file)
         with ZipFile(file) as archive:
-            name = next(n for n in ("x.npy", "images.npy") if n in archive.namelist())
+            name = _images_key([n.removesuffix(".npy") for n in archive.namelist()], file) + ".npy"
             with archive.open(name) as member:
-                np.lib.format.read_magic(member)
-                return int(np.lib.format.read_array_header_1_0(member)[0][0])
-    except (*UNREADABLE, StopIteration, IndexError):
-        return 0
+                version = np.lib.format.read_magic(member)
+                header = np.lib.format.read_array_header_2_0
+                shape = (np.lib.format.read_array_header_1_0 if version == (1, 0) else header)(member)[0]
+    except UNREADABLE as error:
+        raise InputError(f"{file}: not a readable .npz ({one_line(error)})") from error
+    _check_shape(shape, file)
+    return int(shape[0])
 
 
 def read_npz(file: Path) -> tuple[np.ndarray, np.ndarray | None]:
@@ -116,33 +151,42 @@ def read_npz(file: Path) -> tuple[np.ndarray, np.ndarray | None]:
     Raises:
         InputError: The file cannot be read, or its arrays do not have the expected shapes.
     """
-    if not is_zipfile(file):  # numpy would read a .npy or a pickle whatever its name
-        raise InputError(f"{file}: not a readable .npz (no zip archive)")
     try:
         _check_members(file)
         with np.load(file, allow_pickle=False) as archive:
-            x_key = next((k for k in ("x", "images") if k in archive.files), None)
             y_key = next((k for k in ("y", "labels") if k in archive.files), None)
-            if x_key is None:
-                raise InputError(
-                    f"{file}: no array x or images; it has {', '.join(archive.files) or 'nothing'}"
-                )
-            x, y = archive[x_key], archive[y_key] if y_key else None
+            x, y = archive[_images_key(archive.files, file)], archive[y_key] if y_key else None
     except UNREADABLE as error:
         raise InputError(f"{file}: not a readable .npz ({one_line(error)})") from error
+    _check_shape(x.shape, file)
     if x.ndim == 3:
         x = x[..., None]
-    if x.ndim != 4 or x.shape[3] not in (1, 3) or 0 in x.shape:
-        turned = x.ndim == 4 and x.shape[1] in (1, 3)
-        hint = "; transpose it to N,H,W,C" if turned else ""
-        raise InputError(
-            f"{file}: images of shape {list(x.shape)}; expected N,H,W or N,H,W,C, C = 1 or 3{hint}"
-        )
     return x, None if y is None else _as_labels(y, len(x), file)
 
 
+def _images_key(keys: Sequence[str], file: Path) -> str:
+    """Return the key of the images. Raises InputError where there are none."""
+    key = next((k for k in ("x", "images") if k in keys), None)
+    if key is None:
+        raise InputError(f"{file}: no array x or images; it has {', '.join(keys) or 'nothing'}")
+    return key
+
+
+def _check_shape(shape: Sequence[int], file: Path) -> None:
+    """Raises InputError for a shape that images do not have."""
+    channels = shape[3] if len(shape) == 4 else 1
+    if len(shape) not in (3, 4) or channels not in (1, 3) or 0 in shape:
+        turned = len(shape) == 4 and shape[1] in (1, 3)
+        hint = "; transpose it to N,H,W,C" if turned else ""
+        raise InputError(
+            f"{file}: images of shape {list(shape)}; expected N,H,W or N,H,W,C, C = 1 or 3{hint}"
+        )
+
+
 def _check_members(file: Path) -> None:
-    """Refuse a small file that would unpack to a huge array. Raises InputError."""
+    """Refuse what is no archive, and a small file that would unpack to a huge array. Raises InputError."""
+    if not is_zipfile(file):  # numpy would read a .npy or a pickle whatever its name
+        raise InputError(f"{file}: not a readable .npz (no zip archive)")
     with ZipFile(file) as archive:
         for member in archive.infolist():
             if member.file_size > BOMB and member.file_size > BOMB_RATIO * member.compress_size:

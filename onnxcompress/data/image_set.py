@@ -3,16 +3,14 @@
 A folder is read recursively in sorted order; labels are the names of its first level of folders: class
 indices where all are numbers, else their sorted order. An .npz has `x` or `images` (N,H,W,C or N,H,W) and
 may have `y` or `labels` (N). EXIF orientation is ignored, as in ImageNet's evaluation; an alpha channel is
-dropped.
+dropped. The few files that cannot be read are left out (`folder_reading`).
 Does not handle: 16-bit and floating-point image files.
 """
 
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,12 +18,13 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from onnxcompress.data.decode import decode, fit
+from onnxcompress.data.decode import UnreadableImage, decode, fit
+from onnxcompress.data.folder_reading import read_files
 from onnxcompress.data.image_files import (
-    SUFFIXES,
     as_pixels,
     folder_labels,
     image_files,
+    is_folder,
     npz_length,
     read_npz,
 )
@@ -34,8 +33,6 @@ from onnxcompress.errors import CompressError, InputError, OptionError
 from onnxcompress.progress import Progress, silent
 
 FLOAT: np.dtype[Any] = np.dtype(np.float32)
-DECODERS = 2
-"""Number of threads that decode."""
 
 
 @dataclass(frozen=True)
@@ -134,26 +131,28 @@ def as_type(values: np.ndarray, dtype: np.dtype[Any]) -> np.ndarray:
 
 
 def image_size(path: str | os.PathLike[str]) -> tuple[int, int] | None:
-    """Read the size of the first image, where that is cheap; `load_images` reports faults of the files.
+    """Read the size of the first image that can be read, where that is cheap.
 
     Args:
         path: A folder of images or an .npz.
 
     Returns:
-        Height and width in pixels; None where they cannot be read.
+        Height and width in pixels; None where they cannot be read, which `load_images` then reports.
     """
     source = Path(path)
     try:
-        if source.is_dir():
-            first = next(iter(image_files(source)), None)
-            if first is None:
-                return None
-            with Image.open(first) as image:
-                return image.height, image.width
-        x, _ = read_npz(source)
-    except (OSError, ValueError, CompressError):
-        return None
-    return int(x.shape[1]), int(x.shape[2])
+        if not is_folder(source):
+            x, _ = read_npz(source)
+            return int(x.shape[1]), int(x.shape[2])
+        for file in image_files(source):
+            try:
+                height, width, _ = decode(file, Preprocess()).shape
+            except UnreadableImage:
+                continue
+            return int(height), int(width)
+    except CompressError:
+        pass
+    return None
 
 
 def load_images(
@@ -169,7 +168,8 @@ def load_images(
     """Load images from a folder or an .npz.
 
     Args:
-        path: The folder or .npz.
+        path: The folder or .npz. The few files of a folder that cannot be read are left out, with a
+            CompressWarning.
         preprocess: Resizing and normalization.
         count: Number of images to draw at random, balanced over the classes; None: all.
         seed: Random seed of the draw.
@@ -186,17 +186,11 @@ def load_images(
     """
     if count is not None and count < 1:
         raise OptionError(f"count: {count}; expected 1 or more")
-    source = Path(path)
-    if source.is_dir():
-        images = _load_folder(source, preprocess, _Draw(count, seed, left_out), labels, progress)
-    elif source.suffix.lower() == ".npz" and source.is_file():
-        images = _load_npz(source, preprocess, _Draw(count, seed, left_out), labels)
+    source, draw = Path(path), _Draw(count, seed, left_out)
+    if is_folder(source):
+        images = _load_folder(source, preprocess, draw, labels, progress)
     else:
-        what = "no .npz file or folder" if source.exists() else "no such file or folder"
-        raise InputError(
-            f"{source}: {what}; images come from a folder or an .npz; labels are its "
-            "sub-folders, or y in the .npz"
-        )
+        images = _load_npz(source, preprocess, draw, labels)
     wanted = max(len(preprocess.mean), len(preprocess.std))
     if wanted not in (1, images.x.shape[3]):
         raise InputError(
@@ -255,40 +249,25 @@ def image_count(path: str | os.PathLike[str]) -> int:
         path: The folder or .npz.
 
     Returns:
-        Their number; 0 where it cannot be read, which `load_images` then reports.
+        Their number, that of files that cannot be read included.
+
+    Raises:
+        InputError: It is neither a folder with images nor an .npz that has some.
     """
     source = Path(path)
-    return len(image_files(source)) if source.is_dir() else npz_length(source)
+    return len(image_files(source)) if is_folder(source) else npz_length(source)
 
 
 def _load_folder(
     folder: Path, preprocess: Preprocess, draw: _Draw, labels: bool, progress: Progress
 ) -> ImageSet:
     files = image_files(folder)
-    if not files:
-        raise InputError(f"{folder}: no images; expected files of {', '.join(SUFFIXES)}")
     y = folder_labels(folder, files, labels)
-    chosen = draw.indices(len(files), y, folder)
-    files = [files[i] for i in chosen]
-    with warnings.catch_warnings(), ThreadPoolExecutor(DECODERS) as pool:
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
-        decoded = []
-        for image in pool.map(lambda file: decode(file, preprocess), files):
-            decoded.append(image)
-            progress(f"reading {folder}", len(decoded), len(files))
-    channels = preprocess.channels or max(image.shape[2] for image in decoded)
-    first = decoded[0].shape[:2]
-    for file, image in zip(files, decoded, strict=True):
-        if image.shape[:2] != first:
-            raise InputError(
-                f"{file}: {image.shape[0]}x{image.shape[1]} (height x width), {files[0].name} is "
-                f"{first[0]}x{first[1]}; give size= in --preprocess to make them alike"
-            )
-    x = np.empty((len(decoded), *first, channels), np.uint8)
-    for index, image in enumerate(decoded):  # a gray image among colour ones has its channel repeated
-        x[index] = image
-    names = tuple(file.relative_to(folder).as_posix() for file in files)
-    return ImageSet(x, None if y is None else y[chosen], names, preprocess)
+    drawn = draw.indices(len(files), y, folder)
+    x, read = read_files(folder, [files[i] for i in drawn], len(files), preprocess, progress)
+    kept = drawn[read]
+    names = tuple(files[i].relative_to(folder).as_posix() for i in kept)
+    return ImageSet(x, None if y is None else y[kept], names, preprocess)
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ channels than 1 or 3), inputs are drawn instead of procedural images (`inputs.dr
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -73,7 +73,11 @@ class InputRequest:
 
     @property
     def expected(self) -> int:
-        """Number of inputs that this will give, as far as it is known before any is read."""
+        """Number of inputs that this will give, as far as it is known before any is read.
+
+        Raises:
+            InputError: There are no images where `images` says.
+        """
         real = 0 if self.images is None else image_count(self.images)
         if self.count is not None:
             real = min(real, self.count)
@@ -143,7 +147,12 @@ class Inputs:
 
 
 def gather_inputs(
-    model: Model, request: InputRequest, *, device: str = "cpu", progress: Progress = silent
+    model: Model,
+    request: InputRequest,
+    *,
+    device: str = "cpu",
+    progress: Progress = silent,
+    announce: Callable[[int], None] | None = None,
 ) -> Inputs:
     """Load and make the inputs that are asked for.
 
@@ -152,6 +161,8 @@ def gather_inputs(
         request: What the user asks for.
         device: Where images are distilled.
         progress: Called with the stage, the steps done and the steps in all.
+        announce: Called with the number of all inputs as soon as real ones are read and fit the network,
+            before others are made.
 
     Returns:
         The inputs, with their sources.
@@ -189,6 +200,8 @@ def gather_inputs(
     automatic = kind == "distilled" and request.inputs == "auto"
     if automatic and picture_geometry(model, spec, choice.explicit) is None:
         kind, why = "procedural", "no --images, and the input takes no pictures to be distilled"
+    if announce is not None:
+        announce(sum(used.count for used in sources) + (request.synthetic if kind != "images" else 0))
     if kind != "images":
         how = found[0].preprocess if found and isinstance(found[0], ImageSet) else choice.explicit
         found.append(

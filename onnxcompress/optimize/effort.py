@@ -195,8 +195,8 @@ def announce(
     pass_: str,
     effort: Effort,
     model: Model,
-    inputs: int,
     progress: Progress,
+    inputs: int,
     *,
     tuned: int = 0,
     known: float = 0.0,
@@ -208,8 +208,8 @@ def announce(
         pass_: Name of the pass.
         effort: The effort.
         model: The model.
-        inputs: Inputs that the pass learns from.
         progress: Called once, with no steps.
+        inputs: Inputs that the pass learns from.
         tuned: Inputs of all steps of tuning together.
         known: Seconds that are known beforehand.
         device: Where most of the work is done.

@@ -13,7 +13,6 @@ from onnxcompress.optimize.effort import (
     TIMING,
     TUNING_BATCH,
     TUNING_RATE,
-    Effort,
     announce,
     choose_effort,
 )
@@ -106,33 +105,47 @@ class TuningOptions(RuntimeOptions, InputOptions):
         found = [f"--steps {steps}" if self.time is None else "a longer --time"]
         return found + ([] if self.images else ["--images with a few hundred real ones"])
 
-    def with_counts(self: Options, name: str, model: Model, progress: Progress) -> tuple[Effort, Options]:
+    def with_counts(self: Options, name: str, model: Model) -> Options:
         """Resolve the effort, and take the counts that it stands for where no option gives them.
 
         Args:
             name: Name of the pass.
             model: The network.
-            progress: Called once with the effort and the expected time.
 
         Returns:
-            The effort, and the options with all counts.
+            The options with the effort and all counts.
         """
-        import torch
-
         effort = choose_effort(self.effort, model, name, DROP_BLOCKS["best"].inputs)
-        work, on_gpu = DROP_BLOCKS[effort], self.device != "cpu" and torch.cuda.is_available()
+        work, on_gpu = DROP_BLOCKS[effort], self._on_gpu
         batch = self.batch or (GPU_TUNING_BATCH if on_gpu else TUNING_BATCH)
-        resolved = replace(
+        return replace(
             self,
+            effort=effort,
             synthetic=self.synthetic or work.inputs,
             steps=(work.gpu_steps if on_gpu else work.steps) if self.steps is None else self.steps,
             batch=batch,
             learning_rate=self.learning_rate or TUNING_RATE * batch / TUNING_BATCH,
         )
+
+    def announce(self, name: str, model: Model, progress: Progress, inputs: int) -> None:
+        """Report the effort and the expected time, of options `with_counts`.
+
+        Args:
+            name: Name of the pass.
+            model: The network.
+            progress: Called once, with no steps.
+            inputs: Inputs that the pass learns from.
+        """
+        assert self.effort != "auto"
         announce(
-            name, effort, model, resolved.request.expected, progress,
-            tuned=0 if self.time else (resolved.steps or 0) * batch,
+            name, self.effort, model, progress, inputs,
+            tuned=0 if self.time else (self.steps or 0) * (self.batch or TUNING_BATCH),
             known=TIMING + (self.tuning_seconds or 0.0),
-            device="cuda" if on_gpu else "cpu",
+            device="cuda" if self._on_gpu else "cpu",
         )  # fmt: skip
-        return effort, resolved
+
+    @property
+    def _on_gpu(self) -> bool:
+        import torch
+
+        return self.device != "cpu" and torch.cuda.is_available()

@@ -49,6 +49,16 @@ class Run:
 
 
 @dataclass(frozen=True)
+class Preview:
+    """What is known of a pass before its work."""
+
+    refusals: tuple[Refusal, ...] = ()
+    """What it would leave alone."""
+    work: str = ""
+    """The effort and the expected time; empty for a pass that does not learn, and where it is not known."""
+
+
+@dataclass(frozen=True)
 class PipelineFigures(Figures):
     """The figures of a chain that is applied as one pass."""
 
@@ -215,8 +225,8 @@ class Pipeline(Pass):
                 return index
         return len(self.passes)
 
-    def previews(self, model: Model) -> list[list[Refusal]]:
-        """List what each pass would leave unchanged; `model` is not modified.
+    def previews(self, model: Model) -> list[Preview]:
+        """List what each pass would leave unchanged, and its expected time; `model` is not modified.
 
         Quick passes are applied to a copy, which the passes after them look at. The result of a slower pass
         is not known before it runs, and so neither is what the passes after it would leave unchanged.
@@ -225,19 +235,19 @@ class Pipeline(Pass):
             model: The model that the chain would be applied to.
 
         Returns:
-            Refusals of each pass; none for passes after a slow one.
+            What is known of each pass; nothing of passes after a slow one.
 
         Raises:
             CompressError: A pass cannot be applied at all; the message names it.
         """
-        state, refusals = model.copy(), []
+        state, previews = model.copy(), list[Preview]()
         for at, pass_ in enumerate(self.passes):
             with self._placed(at):
-                refusals.append(previewed(pass_, state))
+                previews.append(_preview(pass_, state))
                 if not pass_.preserves_function or pass_.needs:
                     break
                 pass_.apply(state)
-        return refusals + [[] for _ in self.passes[len(refusals) :]]
+        return previews + [Preview()] * (len(self.passes) - len(previews))
 
     @contextmanager
     def _placed(self, at: int) -> Iterator[None]:
@@ -249,6 +259,12 @@ class Pipeline(Pass):
                 raise
             where = f"pass {at + 1} of {len(self.passes)}, {self.passes[at].name}"
             raise type(error)(f"{where}: {error}") from error
+
+
+def _preview(pass_: Pass, model: Model) -> Preview:
+    work: list[str] = []
+    refusals = previewed(pass_, model, lambda text, done, total: work.append(text))
+    return Preview(tuple(refusals), "; ".join(work))
 
 
 def _keeping_aside(pass_: Pass) -> Pass:
@@ -280,7 +296,7 @@ def check_ready(pass_: Pass) -> None:
 
     Raises:
         OptionError: Options contradict each other.
-        InputError: A file that an option names does not exist.
+        InputError: A file that an option names does not exist, or `images` names none.
         RuntimeUnavailable: A package is not installed, or onnxruntime's provider or torch's device cannot
             start.
     """
@@ -291,6 +307,10 @@ def check_ready(pass_: Pass) -> None:
         if f.metadata.get("file") == "read" and path and not Path(path).exists():
             flag = "--" + f.name.replace("_", "-")
             raise InputError(f"{flag} {path}: no such file or folder")
+        if f.name == "images" and path:
+            from onnxcompress.data.image_set import image_count
+
+            image_count(path)
     options = pass_.options()
     if options.get("provider", "auto") not in ("auto", "cpu"):
         from onnxcompress.runtime.providers import Provider

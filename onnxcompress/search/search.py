@@ -60,6 +60,14 @@ class Search:
     """Time for the latency of a proxy's structure; the front's is measured for five times as long each."""
     seed: int = 0
 
+    def check(self) -> None:
+        """Check the limits and where images are, before anything is written. Raises CompressError."""
+        from onnxcompress.data.image_set import image_count
+
+        self.gates.check()
+        for path in filter(None, (self.inputs.get("images"), self.gates.images)):
+            image_count(path)
+
     @property
     def work(self) -> Path:
         """Folder of what is on the way."""
@@ -114,7 +122,7 @@ def search(
     """
     from onnxcompress.model import load
 
-    asked.gates.check()
+    asked.check()
     extent = extent_for(load(asked.model), asked.gates, asked.inputs)
     _claim(asked)
     study = Study(asked.work / "study.journal", asked.seed, extent, asked.gates)

@@ -149,11 +149,12 @@ class CorrectBias(InputOptions, Pass):
         figures = CorrectBiasFigures(len(changes), len(refusals), largest, nearer, inputs=sources)
         return PassResult(changes, refusals, figures, None if inputs is None else inputs.shown)
 
-    def preview(self, model: Model) -> list[Refusal]:
+    def preview(self, model: Model, progress: Progress = silent) -> list[Refusal]:
         """List the layers without a counterpart in the model, and check that inputs can be gathered.
 
         Args:
             model: The model whose weights were changed; it stays as it is.
+            progress: Called with the expected work, with no steps.
 
         Returns:
             The layers that would be left alone, with the reasons.

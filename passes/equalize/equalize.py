@@ -94,11 +94,12 @@ class Equalize(Pass):
         False, "Equalize the other layers, too, with Mul nodes that undo it (slower to run)."
     )
 
-    def preview(self, model: Model) -> list[Refusal]:
+    def preview(self, model: Model, progress: Progress = silent) -> list[Refusal]:
         """List what would be left alone: the pass is quick enough to be run on a copy.
 
         Args:
             model: The model; it stays as it is.
+            progress: Called with the expected work, with no steps.
 
         Returns:
             What would be left alone, with the reasons.

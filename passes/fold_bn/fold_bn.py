@@ -97,11 +97,12 @@ class FoldBatchNorm(Pass):
         "Copy a weight that several layers share, so that a BatchNorm behind one of them can be folded.",
     )
 
-    def preview(self, model: Model) -> list[Refusal]:
+    def preview(self, model: Model, progress: Progress = silent) -> list[Refusal]:
         """List what would be left alone: the pass is quick enough to be run on a copy.
 
         Args:
             model: The model; it stays as it is.
+            progress: Called with the expected work, with no steps.
 
         Returns:
             What would be left alone, with the reasons.

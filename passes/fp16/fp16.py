@@ -121,11 +121,12 @@ class HalfPrecision(SelectionOptions, ImageOptions, Pass):
             return PassResult(refusals=[refusal])
         return at_opset(model, _lowest_opset(model), lambda own: self._convert(own, progress))
 
-    def preview(self, model: Model) -> list[Refusal]:
+    def preview(self, model: Model, progress: Progress = silent) -> list[Refusal]:
         """List the nodes that cannot be computed in float16, and check that inputs can be gathered.
 
         Args:
             model: The model; it stays as it is.
+            progress: Called with the expected work, with no steps.
 
         Returns:
             The nodes, with the reasons.

@@ -7,6 +7,7 @@ import warnings
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,10 +19,10 @@ from onnxcompress.errors import CompressWarning
 from onnxcompress.graph.edit import set_values
 from onnxcompress.graph.query import read
 from onnxcompress.model import Model
-from onnxcompress.optimize.calibration import SMALL_PIXELS, gather_inputs, quick
+from onnxcompress.optimize.calibration import SMALL_PIXELS, gather_inputs
 from onnxcompress.optimize.deterministic_threads import one_thread_each
 from onnxcompress.optimize.device import pick_device
-from onnxcompress.optimize.effort import PRUNE, announce, choose_effort, pixels_of
+from onnxcompress.optimize.effort import PRUNE, announce, pixels_of
 from onnxcompress.optimize.executor.executor import UnsupportedOp
 from onnxcompress.optimize.reconstruction.context import CalibrationContext
 from onnxcompress.optimize.reconstruction.feature_inputs import BYTES, Stage, stages_of
@@ -49,6 +50,7 @@ from onnxcompress.passes.prune.targets import (
     magnitudes,
     what_allows_more,
 )
+from onnxcompress.passes.prune.work import work_of
 from onnxcompress.passes.quantize.output_noise import output_snr
 from onnxcompress.progress import Progress
 from onnxcompress.sensitivity.bit_allocation import sparsity_budget
@@ -182,17 +184,20 @@ def _reconstruct(
 ) -> _Pruned:
     """Choose the zeros and refit what stays, in closed form."""
     start, pixels, device = time.perf_counter(), pixels_of(model), pick_device(options.device)
-    effort = choose_effort(options.effort, model, "prune", PRUNE["best"].inputs)
-    work, small = PRUNE[effort], 0 < pixels <= SMALL_PIXELS
-    count = options.synthetic or (work.small_inputs if small else work.inputs)
-    request = replace(quick(options.request, model), synthetic=count)
-    announce("prune", effort, model, request.expected, progress)
-    inputs = gather_inputs(model, request, device=device, progress=progress)
+    effort, request = work_of(options, model)
+    work = PRUNE[effort]
+    announced = partial(announce, "prune", effort, model, progress)
+    inputs = gather_inputs(model, request, device=device, progress=progress, announce=announced)
     context = CalibrationContext.of(model, inputs, stretched=False)
     stages = [Stage(context.images, context.alignment)]
     if inputs.may_use_record and work.starts:
         many = min(work.starts, BYTES // max(12 * pixels, 1))
-        more = options.synthetic is None and inputs.layerwise and pixels > SMALL_PIXELS and many > count
+        more = (
+            options.synthetic is None
+            and inputs.layerwise
+            and pixels > SMALL_PIXELS
+            and many > request.synthetic
+        )
 
         def starts() -> NormalizedImages:
             made = gather_inputs(model, replace(request, synthetic=many), device=device, progress=progress)

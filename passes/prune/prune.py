@@ -121,11 +121,12 @@ class Prune(PruneOptions, Pass):
             "zeros are computed as any other weight: the file compresses better, the network is not faster"
         )
 
-    def preview(self, model: Model) -> list[Refusal]:
+    def preview(self, model: Model, progress: Progress = silent) -> list[Refusal]:
         """List the layers that would stay dense; check the sparsity and that inputs can be gathered.
 
         Args:
             model: The model; it stays as it is.
+            progress: Called with the expected work, with no steps.
 
         Returns:
             The layers that would stay dense, with the reasons.
@@ -137,6 +138,7 @@ class Prune(PruneOptions, Pass):
         if refusal := refuse_quantized(model, QUANTIZED):
             return [refusal]
         from onnxcompress.passes.prune.engine import layers_of
+        from onnxcompress.passes.prune.work import preview_work
 
         own = raised(model, self.lowest_opset)
         assume_sizes(own, self.request)
@@ -145,6 +147,7 @@ class Prune(PruneOptions, Pass):
         refusals, work = layers_of(self, own)
         if work and self.reconstruct:
             check_inputs(own, self.request)
+            preview_work(self, own, progress)
         return refusals
 
     @property

@@ -91,9 +91,9 @@ def quantize(
         return Quantized(PassResult(changes, plan.refusals), None)
     start = time.perf_counter()
     device = pick_device(options.device)
-    effort = choose_effort(options.effort, model, "quantize", QUANTIZE["best"].inputs)
-    request, work = _work(options, effort, model, progress)
-    inputs = gather_inputs(model, request, device=device, progress=progress)
+    effort, request, work = work_of(options, model)
+    announced = partial(announce, "quantize", effort, model, progress, tuned=work.steps * BATCH)
+    inputs = gather_inputs(model, request, device=device, progress=progress, announce=announced)
     repair = _few(options) or inputs.real
     gathered = time.perf_counter()
     context, channel_ranges, data = _prepare(options, model, plan, inputs, work, repair)
@@ -141,13 +141,31 @@ def quantize(
     return Quantized(result, context.images, parameters)
 
 
-def _work(
-    options: QuantizeOptions, effort: Effort, model: Model, progress: Progress
-) -> tuple[InputRequest, QuantizeWork]:
-    """Return the inputs to gather, and the counts: with fewer bits than 8 those of a higher effort.
+def preview_work(options: QuantizeOptions, model: Model, progress: Progress) -> None:
+    """Report the effort and the expected time, as `quantize` does before its work.
+
+    Args:
+        options: The options.
+        model: The model, prepared.
+        progress: Called once, with no steps.
+    """
+    effort, request, work = work_of(options, model)
+    announce("quantize", effort, model, progress, request.expected, tuned=work.steps * BATCH)
+
+
+def work_of(options: QuantizeOptions, model: Model) -> tuple[Effort, InputRequest, QuantizeWork]:
+    """Choose how much work to do: with fewer bits than 8 the counts of a higher effort.
 
     Symmetric ranges leave 7 bits behind a ReLU: channels of unlike ranges then cost too much (MobileNetV2).
+
+    Args:
+        options: The options.
+        model: The model, prepared.
+
+    Returns:
+        The effort, the inputs to gather, and the counts.
     """
+    effort = choose_effort(options.effort, model, "quantize", QUANTIZE["best"].inputs)
     few = _few(options)
     if effort == "fast" and (few or options.symmetric):
         work = QUANTIZE["balanced"]
@@ -158,8 +176,7 @@ def _work(
     elif options.steps is not None:
         work = replace(work, steps=options.steps)
     request = replace(options.request, synthetic=options.synthetic or work.count(pixels_of(model)))
-    announce("quantize", effort, model, request.expected, progress, tuned=work.steps * BATCH)
-    return request if few and effort != "fast" else quick(request, model), work
+    return effort, request if few and effort != "fast" else quick(request, model), work
 
 
 def _few(options: QuantizeOptions) -> bool:

@@ -15,6 +15,7 @@ Weights stay integers: with a scale for each channel they cost little. Ratios ar
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -24,6 +25,7 @@ import onnx_graphsurgeon as gs
 
 from onnxcompress.account import Refusal
 from onnxcompress.data.image_set import image_count
+from onnxcompress.errors import CompressWarning
 from onnxcompress.evaluation.fidelity import EQUAL_DB, fidelity
 from onnxcompress.evaluation.guard import Floors
 from onnxcompress.graph.edit import remove_unread, replace_uses
@@ -101,7 +103,9 @@ class Judge:
         else:
             given = request.count or image_count(request.images)
             request = replace(request, inputs="images", count=min(given, count))
-        x = gather_inputs(original, request).images.array()
+        with warnings.catch_warnings():  # what it would say, the pass's own reading has said
+            warnings.simplefilter("ignore", CompressWarning)
+            x = gather_inputs(original, request).images.array()
         x = x[np.arange(count) % len(x)]
         others = unread_feeds(original)
         self.answers = sigmoid_outputs(original)

@@ -227,11 +227,12 @@ class Quantize(QuantizeOptions, Pass):
             return f"{provider} has integer kernels of 8 bits only: not faster with {self.activation_bits}"
         return ""
 
-    def preview(self, model: Model) -> list[Refusal]:
+    def preview(self, model: Model, progress: Progress = silent) -> list[Refusal]:
         """List the layers that would stay floats, and check that inputs can be gathered.
 
         Args:
             model: The model; it stays as it is.
+            progress: Called with the expected work, with no steps.
 
         Returns:
             The layers, with the reasons.
@@ -242,7 +243,7 @@ class Quantize(QuantizeOptions, Pass):
         self.check()
         if refusal := refuse_quantized(model, QUANTIZED):
             return [refusal]
-        from onnxcompress.passes.quantize.engine import layers_of
+        from onnxcompress.passes.quantize.engine import layers_of, preview_work
 
         chosen = self.resolved()
         own = raised(model, chosen.lowest_opset)
@@ -252,6 +253,7 @@ class Quantize(QuantizeOptions, Pass):
         plan = layers_of(chosen, own)
         if plan.layers:
             check_inputs(own, self.request)
+            preview_work(chosen, own, progress)
         return plan.refusals
 
     @property

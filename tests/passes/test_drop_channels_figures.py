@@ -28,7 +28,6 @@ from onnxcompress.optimize.reconstruction.ridge import TARGET_MADE, TARGET_REAL
 from onnxcompress.optimize.reconstruction.tuning_outcome import TuningOutcome
 from onnxcompress.passes.drop_blocks import DropBlocks
 from onnxcompress.passes.drop_channels import DropChannels
-from onnxcompress.progress import silent
 from onnxcompress.runtime.block_latency import LatencyChange
 from onnxcompress.runtime.clocks import Clock
 from onnxcompress.runtime.inference import run as outputs
@@ -244,9 +243,9 @@ def test_latency_is_of_the_result_over_the_network_as_it_was_given(monkeypatch: 
 def test_counts_are_those_of_the_effort_where_no_option_gives_them() -> None:
     model, work = network(), DROP_BLOCKS["balanced"]
     asked = DropChannels(macs_reduction=10, effort="balanced")
-    effort, given = asked.with_counts("drop-channels", model, silent)
-    assert (effort, given.synthetic, given.steps) == ("balanced", work.inputs, work.steps)
-    _, own = replace(asked, synthetic=9, steps=0).with_counts("drop-channels", model, silent)
+    given = asked.with_counts("drop-channels", model)
+    assert (given.effort, given.synthetic, given.steps) == ("balanced", work.inputs, work.steps)
+    own = replace(asked, synthetic=9, steps=0).with_counts("drop-channels", model)
     assert (own.synthetic, own.steps) == (9, 0)
 
 
@@ -289,5 +288,5 @@ def test_defaults_of_fine_tuning_go_by_the_device_and_by_each_other(
     monkeypatch.setattr("torch.cuda.is_available", lambda: on_gpu)
     monkeypatch.setattr("onnxcompress.optimize.effort.measured_rate", lambda device: 1e9)
     for asked in (DropChannels(macs_reduction=10), DropBlocks(blocks=1)):
-        own = replace(asked, effort="balanced", **given).with_counts(asked.name, network(), silent)[1]
+        own = replace(asked, effort="balanced", **given).with_counts(asked.name, network())
         assert (own.steps, own.batch, own.learning_rate) == wanted

@@ -79,7 +79,8 @@ class Dropper:
         self.saved = 0.0
         """Part of the latency that the blocks dropped so far save, as last measured."""
         self.stopwatch.check(original)
-        self.inputs = gather_tuning_inputs(model, options.request, self.device, progress)
+        announce = partial(options.announce, "drop-blocks", model, progress)
+        self.inputs = gather_tuning_inputs(model, options.request, self.device, progress, announce)
         self.scoring_batch = BATCH
         self.alignment: StatisticsAlignment | None = None
         if self.inputs.gathered.layerwise:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 
@@ -92,7 +93,8 @@ class ChannelDropper:
         batch = file_batch(original) or options.latency_batch
         self.stopwatch = Stopwatch(options.runs_on, batch, options.threads, options.seed)
         self.stopwatch.check(original)
-        self.inputs = gather_tuning_inputs(model, options.request, self.device, progress)
+        announce = partial(options.announce, "drop-channels", model, progress)
+        self.inputs = gather_tuning_inputs(model, options.request, self.device, progress, announce)
         self.whole = model.copy()
         self.widths: Mapping[str, int] = {}
         self.kept: Mapping[str, Kept] = {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -39,7 +40,11 @@ class TuningInputs:
 
 
 def gather_tuning_inputs(
-    model: Model, request: InputRequest, device: str, progress: Progress
+    model: Model,
+    request: InputRequest,
+    device: str,
+    progress: Progress,
+    announce: Callable[[int], None] | None = None,
 ) -> TuningInputs:
     """Gather inputs, and keep some of them aside.
 
@@ -48,6 +53,7 @@ def gather_tuning_inputs(
         request: What is asked for.
         device: Where torch computes.
         progress: Called with the stage, the steps done and the steps in all.
+        announce: Called with the number of inputs, as `gather_inputs` does.
 
     Returns:
         The inputs, those to learn from on the device where they fit.
@@ -57,7 +63,7 @@ def gather_tuning_inputs(
         ModelError: Inputs cannot go through the graph several at once.
     """
     start = time.perf_counter()
-    gathered = gather_inputs(model, request, device=device, progress=progress)
+    gathered = gather_inputs(model, request, device=device, progress=progress, announce=announce)
     seconds = time.perf_counter() - start
     values = torch.from_numpy(gathered.images.array())
     fixed = images_at_once(model, values)
