@@ -19,7 +19,6 @@ import numpy as np
 from PIL import Image
 
 from onnxcompress.data.decode import UnreadableImage, decode, fit
-from onnxcompress.data.folder_reading import read_files
 from onnxcompress.data.image_files import (
     as_pixels,
     folder_labels,
@@ -261,6 +260,8 @@ def image_count(path: str | os.PathLike[str]) -> int:
 def _load_folder(
     folder: Path, preprocess: Preprocess, draw: _Draw, labels: bool, progress: Progress
 ) -> ImageSet:
+    from onnxcompress.data.folder_reading import read_files
+
     files = image_files(folder)
     y = folder_labels(folder, files, labels)
     drawn = draw.indices(len(files), y, folder)

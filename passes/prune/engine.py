@@ -185,19 +185,14 @@ def _reconstruct(
     """Choose the zeros and refit what stays, in closed form."""
     start, pixels, device = time.perf_counter(), pixels_of(model), pick_device(options.device)
     effort, request = work_of(options, model)
-    work = PRUNE[effort]
+    work, count = PRUNE[effort], request.synthetic
     announced = partial(announce, "prune", effort, model, progress)
     inputs = gather_inputs(model, request, device=device, progress=progress, announce=announced)
     context = CalibrationContext.of(model, inputs, stretched=False)
     stages = [Stage(context.images, context.alignment)]
     if inputs.may_use_record and work.starts:
         many = min(work.starts, BYTES // max(12 * pixels, 1))
-        more = (
-            options.synthetic is None
-            and inputs.layerwise
-            and pixels > SMALL_PIXELS
-            and many > request.synthetic
-        )
+        more = options.synthetic is None and inputs.layerwise and pixels > SMALL_PIXELS and many > count
 
         def starts() -> NormalizedImages:
             made = gather_inputs(model, replace(request, synthetic=many), device=device, progress=progress)
