@@ -14,6 +14,7 @@ from typing import Any
 import click
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
+from mkdocs.structure.pages import Page
 
 from onnxcompress.cli.main import COMMANDS, GROUPS, cli
 from onnxcompress.cli.sections import sections
@@ -47,6 +48,7 @@ API = (
     "onnxcompress.errors",
 )
 """The Python API; each module of a package has a page."""
+OPTION = re.compile(r"(?<![\w-])--[a-z][\w-]*")
 
 
 def modules(name: str) -> list[str]:
@@ -97,6 +99,13 @@ def on_files(files: Files, config: MkDocsConfig) -> None:
     pages |= {f"api/{entry.cls}.md": _pass(entry) for entry in CATALOGUE}
     for name, text in pages.items():
         files.append(File.generated(config, name, content=text))
+
+
+def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """Keep options in one piece: browsers break lines behind the dashes."""
+    parts = re.split("(<[^>]+>)", html)
+    parts[::2] = [OPTION.sub(r'<span class="option">\g<0></span>', text) for text in parts[::2]]
+    return "".join(parts)
 
 
 def _top_level(name: str) -> str:

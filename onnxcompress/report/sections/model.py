@@ -139,6 +139,7 @@ def chain(material: Material) -> Section | None:
     text += f" on {timed}; what stays shares the rest by its multiply-accumulates." if timed else "."
     if material.account.get("latency_noisy"):
         text += " The machine was too busy to tell blocks apart: shares are of the multiply-accumulates."
+    rows = [(f"{size}: {sum(box.share for box in boxes):.1f} %", boxes) for size, boxes in rows]
     chart = ChainChart(rows, f"share of the {what}, %")
     return Section("chain", "Its blocks", [Plot("From the input to the output", text, chart)])
 
