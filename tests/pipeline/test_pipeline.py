@@ -124,7 +124,7 @@ def test_what_cannot_work_is_said_before_the_first_pass(net: Model) -> None:
 
 def test_a_pass_that_fails_is_named_and_those_before_it_are_kept(net: Model, tmp_path: Path) -> None:
     cache = Cache(tmp_path / "cache")
-    chain = Pipeline([Mark("a"), DropBlocks(images=str(tmp_path), blocks=99)])
+    chain = Pipeline([Mark("a"), DropBlocks(blocks=99)])
     with pytest.raises(OptionError, match=r"^pass 2 of 2, drop-blocks: --blocks 99: the network has 9"):
         chain.run(net, cache=cache)
     assert chain.cached(net, cache) == 1

@@ -85,7 +85,8 @@ def test_what_is_wrong_is_said_with_its_line(text: str, message: str, tmp_path: 
             1,
         ),
         ("{blocks: 1, images: ., preprocess: imagenett}", "imagenet", 2),
-        ("{blocks: 1, images: ., provider: tensorrt}", "provider tensorrt", 1),
+        ("{blocks: 1, images: .}", "pass 2 of 2, drop-blocks: .*: no images; expected files of", 1),
+        ("{blocks: 1, provider: tensorrt}", "provider tensorrt", 1),
     ],
 )
 def test_nothing_runs_before_all_is_checked(
