@@ -70,11 +70,15 @@ class Patches:
         taps = torch.arange(self.kernel[0] * self.kernel[1])
         rows = rows[:, None] + taps // self.kernel[1] * self.dilations[0]
         columns = columns[:, None] + taps % self.kernel[1] * self.dilations[1]
-        found = _at(padded, (rows * padded.shape[3] + columns).flatten())
-        a = found.reshape(len(x) * len(places), -1, self.groups, x.shape[1] // self.groups)
-        b = _at(y, places).reshape(len(x) * len(places), self.groups, -1)
-        a = a.permute(2, 3, 1, 0).flatten(1, 2)
-        return a.contiguous() if self.groups > 1 else a, b.permute(1, 2, 0)
+        index = rows * padded.shape[3] + columns
+        b = _at(y, places).reshape(len(x) * len(places), self.groups, -1).permute(1, 2, 0)
+        if self.groups > 1:  # images last meanwhile: runs of memory are copied, no single numbers
+            maps = padded.permute(1, 2, 3, 0).flatten(1, 2)
+            found = maps.index_select(1, index.T.flatten().to(maps.device))
+            return found.reshape(self.groups, -1, len(places), len(x)).transpose(2, 3).flatten(2), b
+        found = _at(padded, index.flatten())
+        a = found.reshape(len(x) * len(places), len(taps), x.shape[1]).permute(2, 1, 0)
+        return a.flatten(0, 1)[None], b
 
 
 def _at(maps: Tensor, index: Tensor) -> Tensor:
