@@ -62,18 +62,20 @@ def fold_moments_of(
     places = [cut.places(shape, walk.generator, walk.settings.places) for _ in walk.batches]
     enough = -(-max(ROWS, ROWS_EACH * weight.shape[2]) // (walk.batch * len(places[0])))
     weight = weight.to(walk.device, torch.promote_types(weight.dtype, torch.float32))
+    alone = walk.networks == 1  # the student is the teacher, and lacks nothing
 
     def parts_of(index: int) -> list[LayerMoments]:
         batch = walk.batches[index]
         with torch.no_grad():  # a setting of each thread
-            y = walk.target_of(layer, batch)
+            y = batch.teacher[layer.linear.output_name] if alone else walk.target_of(layer, batch)
             a, y = cut.take(walk.input_of(layer, batch), y, places[index])
             a, y = a.to(weight.dtype), y.to(weight.dtype)  # sums overflow in half precision
             if bias is not None:
                 y = y - bias.reshape(weight.shape[0], -1, 1)
             a, y = (x.reshape(*x.shape[:2], -1, len(places[index])) for x in (a, y))  # images, patches
             first = [(fold - index * walk.batch) % folds for fold in range(folds)]
-            return [_moments(weight, *(x[:, :, at::folds].flatten(2) for x in (a, y))) for at in first]
+            parts = [[x[:, :, at::folds].flatten(2) for x in (a, y)] for at in first]
+            return [_moments(weight, a, None if alone else y) for a, y in parts]
 
     whole = [LayerMoments.empty(weight) for _ in range(folds)]
     for parts in in_turn(parts_of, min(len(walk.batches), enough), walk.device):  # none is kept: F x F each
@@ -85,9 +87,9 @@ def fold_moments_of(
     return whole
 
 
-def _moments(weight: Tensor, a: Tensor, y: Tensor) -> LayerMoments:
-    """Sum up patches a, (G, F, R), and outputs y, (G, O, R); there may be none."""
+def _moments(weight: Tensor, a: Tensor, y: Tensor | None) -> LayerMoments:
+    """Sum up patches a, (G, F, R), and targets y, (G, O, R), None: W a; there may be no patches."""
     own = LayerMoments.empty(weight)
     if a.shape[2]:
-        own.add(a, y - weight @ a)
+        own.add(a, None if y is None else torch.baddbmm(y, weight, a, alpha=-1))
     return own

@@ -93,21 +93,22 @@ class LayerMoments:
         cross = torch.zeros(groups, outputs, fan, dtype=torch.float64, device=weight.device)
         return LayerMoments(zeros, cross, zeros[:, 0].clone(), cross[..., 0].clone())
 
-    def add(self, x: Tensor, residual: Tensor) -> None:
+    def add(self, x: Tensor, residual: Tensor | None) -> None:
         """Add patches and residuals.
 
         Args:
             x: Patches of the layer's input, (G, F, R).
-            residual: What the layer's output lacks there, r = t − W x, (G, O, R).
+            residual: What the layer's output lacks there, r = t − W x, (G, O, R); None: nothing.
         """
         if self.reference is None:
             self.reference = x.mean(2)
         x = x - self.reference[..., None]
         self.gram += x @ x.transpose(1, 2)  # in float32: a part has few rows
-        self.cross += residual @ x.transpose(1, 2)
         self.inputs += x.sum(2)
-        self.residual += residual.sum(2)
         self.rows += x.shape[2]
+        if residual is not None:
+            self.cross += residual @ x.transpose(1, 2)
+            self.residual += residual.sum(2)
 
     def merge(self, other: LayerMoments) -> None:
         """Add the samples of other moments, which may be about another reference.
@@ -122,9 +123,10 @@ class LayerMoments:
             self.reference = other.reference
         off = other.reference.double() - self.reference.double()
         along = other.inputs + 0.5 * other.rows * off
-        both = along[..., None] * off[:, None]
-        self.gram += other.gram + both + both.transpose(1, 2)
-        self.cross += other.cross + other.residual[..., None] * off[:, None]
+        self.gram += other.gram  # in place, as what follows: memory is what this costs
+        self.gram.baddbmm_(torch.stack([along, off], 2), torch.stack([off, along], 1))
+        self.cross += other.cross
+        self.cross.baddbmm_(other.residual[..., None], off[:, None])
         self.inputs += other.inputs + other.rows * off
         self.residual += other.residual
         self.rows += other.rows
