@@ -39,6 +39,22 @@ def test_the_error_on_a_fixed_problem_is_what_it_was(pattern: Pattern, today: fl
     assert int((new != 0).sum()) == (KEPT if pattern == UNSTRUCTURED else 16 * 32)
 
 
+@pytest.mark.parametrize("sparsity", [0.3, 0.6, 0.9])
+def test_a_trial_errs_little_more_than_the_solution(sparsity: float) -> None:
+    """It tells sparsities and layers apart; the largest weights, refitted, do worse."""
+    w, h = problem()
+    rows, choice = torch.ones(1, 16), MaskChoice(round((1 - sparsity) * w.numel()), 1)
+    made = Problem.of(w, h, rows)
+    tried = made.approximate(choice, made.inverse(), steps=6, refits=60)
+    largest = (
+        refit(made.w, made.h, torch.where(choice.mask(made.w.abs()), made.w, 0.0)).double() / made.scale
+    )
+    solved, trial, least = (error(new, w, h, rows) for new in (made.solve(choice), tried, largest))
+    assert int((tried != 0).sum()) == choice.count
+    assert solved < trial < 1.5 * solved
+    assert trial < least
+
+
 def test_rows_that_are_worth_more_keep_more_weights() -> None:
     w, h = problem()
     rows = torch.logspace(-2, 2, 16)[None]

@@ -30,8 +30,12 @@ RHO = 0.1
 GROWTH = ((0.1, 1.3), (0.005, 1.2), (0.0, 1.1))
 """(share of the mask that changed in a step, factor by which ρ grows where it is at least that), each third
 step."""
-SETTLED = 6
-"""Steps without a change after which the mask is taken."""
+SETTLED, SETTLED_SHARE = 2, 0.003
+"""Steps in which no more than this share of the mask changes, after which it is taken."""
+TRIAL_RHO = 0.6
+"""Penalty ρ of `Problem.approximate`, relative to H's diagonal. Two layers of MobileNetV2, with 5 steps:
+0.5 dB more error than `Problem.solve` at each sparsity from 30 to 95 %, about 0.8 dB with 0.3 or 1.0; where
+the largest weights stay: 1.0 to 1.4 dB."""
 MIN_ROW_WEIGHT = 1e-4
 """Least weight of a row's error, relative to the mean."""
 
@@ -74,9 +78,8 @@ class Problem:
     """(G, O, F)"""
     h: Tensor
     """(G, F, F)"""
-    values: Tensor
-    """Eigenvalues of h."""
-    vectors: Tensor
+    pull: Tensor
+    """w h, (G, O, F)"""
     scale: Tensor
     """What w was multiplied by, float64."""
 
@@ -96,10 +99,8 @@ class Problem:
         worth = rows.clamp_min(MIN_ROW_WEIGHT * float(rows.mean())).sqrt()[..., None].to(h)
         scale = unit[:, None] * worth / worth.mean()
         normed = h / unit[:, :, None] / unit[:, None]
-        with one_thread():
-            values, vectors = torch.linalg.eigh(normed)
-        w = (goal * scale).float()
-        return Problem(w, normed.float(), values.clamp_min(0).float(), vectors.float(), scale)
+        w, h = (goal * scale).float(), normed.float()
+        return Problem(w, h, w @ h, scale)
 
     def solve(self, choice: MaskChoice, *, steps: int = STEPS, refits: int = REFITS) -> Tensor:
         """Choose the mask by ADMM, then the values by least squares.
@@ -114,29 +115,87 @@ class Problem:
         Returns:
             Ŵ, (G, O, F), float64.
         """
-        sparse = self._admm(choice, steps)
-        return refit(self.w, self.h, sparse, refits).double() / self.scale
-
-    def _admm(self, choice: MaskChoice, steps: int) -> Tensor:
-        """Run step 2: return the unconstrained solution on the final mask."""
-        pull = self.w @ self.h
-        mask = choice.mask(self.w.abs())
-        sparse, dual, free = torch.where(mask, self.w, 0.0), torch.zeros_like(self.w), self.w
-        rho, still = RHO, 0
+        with one_thread():
+            values, vectors = torch.linalg.eigh(self.h.double())
+        values, vectors = values.clamp_min(0).float(), vectors.float()
+        state, rho, still = _Masked.of(self, choice), RHO, 0
         for step in range(steps):
-            right = (pull + rho * sparse - dual) @ self.vectors
-            free = (right / (self.values[:, None] + rho)) @ self.vectors.transpose(1, 2)
-            both = free + dual / rho
-            new = choice.mask(both.abs())
-            sparse = torch.where(new, both, 0.0)
-            dual = dual + rho * (free - sparse)
-            moved = int((new & ~mask).sum()) / max(int(new.sum()), 1)
-            mask, still = new, 0 if moved else still + 1
+            right = state.pulled(rho) @ vectors
+            free = (right / (values[:, None] + rho)) @ vectors.transpose(1, 2)
+            moved = state.move(free, rho)
+            still = 0 if moved > SETTLED_SHARE else still + 1
             if still == SETTLED:
                 break
             if step % 3 == 2:
                 rho *= next(growth for share, growth in GROWTH if moved >= share)
-        return torch.where(mask, free, 0.0)
+        return self._refitted(state, refits)
+
+    def inverse(self) -> Tensor:
+        """Compute (H + TRIAL_RHO I)⁻¹ for `approximate`: one serves all choices.
+
+        Returns:
+            The inverse, (G, F, F).
+        """
+        with one_thread():
+            h = self.h.double()
+            damped = h + TRIAL_RHO * torch.eye(h.shape[2]).to(h)
+            return torch.cholesky_inverse(torch.linalg.cholesky(damped)).float()
+
+    def approximate(self, choice: MaskChoice, inverse: Tensor, *, steps: int, refits: int) -> Tensor:
+        """Do what `solve` does in few steps of a constant penalty, to learn about how large the error is.
+
+        Args:
+            choice: How many weights stay, and in which pattern.
+            inverse: What `inverse` returns.
+            steps: Steps of ADMM, at least one.
+            refits: Steps of conjugate gradients, at most.
+
+        Returns:
+            Ŵ, (G, O, F), float64.
+        """
+        state = _Masked.of(self, choice)
+        for _ in range(steps):
+            state.move(state.pulled(TRIAL_RHO) @ inverse, TRIAL_RHO)
+        return self._refitted(state, refits)
+
+    def _refitted(self, state: _Masked, refits: int) -> Tensor:
+        """Run step 3 from the unconstrained solution on the final mask."""
+        start = torch.where(state.mask, state.free, 0.0)
+        return refit(self.w, self.h, start, refits).double() / self.scale
+
+
+@dataclass
+class _Masked:
+    """State of ADMM (step 2), each (G, O, F)."""
+
+    choice: MaskChoice
+    pull: Tensor
+    mask: Tensor
+    sparse: Tensor
+    """The projection onto the masks allowed."""
+    dual: Tensor
+    free: Tensor
+    """The unconstrained solution."""
+
+    @staticmethod
+    def of(problem: Problem, choice: MaskChoice) -> _Masked:
+        """Begin with the largest weights."""
+        w = problem.w
+        mask = choice.mask(w.abs())
+        return _Masked(choice, problem.pull, mask, torch.where(mask, w, 0.0), torch.zeros_like(w), w)
+
+    def pulled(self, rho: float) -> Tensor:
+        """Compute the right side of the equations (H + ρ I) ŵ = … of the unconstrained solution."""
+        return self.pull + rho * self.sparse - self.dual
+
+    def move(self, free: Tensor, rho: float) -> float:
+        """Take a step to a new unconstrained solution, and return the share of the mask that changed."""
+        both = free + self.dual / rho
+        mask = self.choice.mask(both.abs())
+        moved = int((mask & ~self.mask).sum()) / max(int(mask.sum()), 1)
+        self.free, self.mask, self.sparse = free, mask, torch.where(mask, both, 0.0)
+        self.dual = self.dual + rho * (free - self.sparse)
+        return moved
 
 
 def refit(w: Tensor, h: Tensor, start: Tensor, steps: int = REFITS) -> Tensor:

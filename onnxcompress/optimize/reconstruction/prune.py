@@ -43,8 +43,8 @@ LEVELS = (0.3, 0.5, 0.65, 0.8, 0.9, 0.95)
 """Sparsities that are tried."""
 TYPICAL = 2
 """Index of the level at which the weights of rows are estimated."""
-TRIAL_STEPS, TRIAL_REFITS = 20, 10
-"""`steps` and `refits` of `Problem.solve` in a trial."""
+TRIAL_STEPS, TRIAL_REFITS = 6, 5
+"""`steps` and `refits` of `Problem.approximate` in a trial."""
 PROBES = 64
 """Backward passes with random v."""
 PROBED = 8
@@ -106,11 +106,12 @@ class Trials(LayerwiseReconstruction):
         moments = moments_of(self, layer, cut, weight)
         goal, h = _quadratic(weight, moments, math.inf)
         problem = Problem.of(goal, h, torch.ones(weight.shape[:2]))
+        inverse = problem.inverse()
 
         def solved(index: int) -> Tensor:
             choice = MaskChoice(kept(weight.numel(), LEVELS[index]), math.prod(shape[3:]))
             with torch.no_grad():  # of each thread
-                return problem.solve(choice, steps=TRIAL_STEPS, refits=TRIAL_REFITS)
+                return problem.approximate(choice, inverse, steps=TRIAL_STEPS, refits=TRIAL_REFITS)
 
         changes, biases, errors = [], [], []
         for new in in_turn(solved, len(LEVELS)):
@@ -159,7 +160,8 @@ def output_costs(trials: Trials, images: Tensor, behind: Tensor | None = None) -
 
     def probed(probe: int) -> dict[str, Tensor]:
         def some(values: Tensor) -> Tensor:
-            start = probe * size % max(len(values) - size + 1, 1)
+            """Images from all over."""
+            start = probe * max(len(values) // PROBES, size) % max(len(values) - size + 1, 1)
             return values[start : start + size]
 
         generator = torch.Generator().manual_seed(PROBES * trials.settings.seed + probe)
