@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any
 
@@ -115,7 +116,9 @@ def change(
     Returns:
         The latencies; None, with a warning, where they cannot be measured: the result is not lost for that.
     """
+    from onnxcompress.evaluation.provider_outputs import check_outputs
     from onnxcompress.optimize.executor.open_batch import file_batch
+    from onnxcompress.runtime.session import pick_provider
     from onnxcompress.runtime.stopwatch import Stopwatch
 
     progress("measuring the latency before and after", 0, 1)
@@ -126,7 +129,10 @@ def change(
         second.assume(shapes)
         batch = file_batch(before) or options.latency_batch
         stopwatch = Stopwatch(options.runs_on, batch, options.threads, warm_up=WARM_UP, tolerance=TOLERANCE)
-        return stopwatch.compare(first, second, SECONDS)
+        latency = stopwatch.compare(first, second, SECONDS)
+        with suppress(CompressError):  # inputs that cannot be drawn say nothing of the outputs
+            check_outputs(second, pick_provider(options.runs_on))
+        return latency
     except CompressError as error:
         warnings.warn(f"the latency was not measured: {error}", CompressWarning, stacklevel=2)
         return None

@@ -18,6 +18,7 @@ import numpy as np
 from onnxcompress.data.input_shapes import USUAL, is_guessed, named, sized, with_batch
 from onnxcompress.errors import CompressWarning, InputError, ModelError, OptionError, one_line
 from onnxcompress.model.model_like import InputSpec, ModelLike, dims, input_specs, label, metadata_of
+from onnxcompress.runtime.providers import ProviderLike
 from onnxcompress.runtime.session import session
 
 Arrays = Mapping[str, np.ndarray]
@@ -158,14 +159,15 @@ def run(
 
 
 def run_each(
-    model: ModelLike, feeds: Sequence[Arrays], *, optimize: bool = True
+    model: ModelLike, feeds: Sequence[Arrays], *, optimize: bool = True, provider: ProviderLike = "cpu"
 ) -> dict[str, list[np.ndarray]]:
-    """Run a model on several inputs, one after the other, on the CPU.
+    """Run a model on several inputs, one after the other.
 
     Args:
         model: The model.
         feeds: For each run an array for each input, by name.
         optimize: Let onnxruntime optimize the graph.
+        provider: The execution provider.
 
     Returns:
         Output name -> its value in each run.
@@ -175,7 +177,7 @@ def run_each(
     """
     import onnxruntime as ort
 
-    opened = session(model, provider="cpu", optimize=optimize)
+    opened = session(model, provider=provider, optimize=optimize)
     names = [output.name for output in opened.get_outputs()]
     silent = ort.RunOptions()
     silent.log_severity_level = 4  # what it would print is in the error
