@@ -44,7 +44,7 @@ PATIENCE: Mapping[str, float] = {
 }
 """Pass -> seconds at the nominal rate that `auto` lets `best` take. MobileNetV2 on images of 224 x 224 is
 still within that of `drop-blocks`, where what less work costs was not measured, and not within that of
-`prune`: half of its weights at zero, top-1 is 81.4 % with `balanced`, and was 78.0 % with `best` in 1.6
+`prune`: half of its weights at zero, top-1 is 79.8 % with `balanced`, and was 78.0 % with `best` in 1.6
 times the processor time (82.6 % before; `prune`, then `compare` on 500 images, one seed each)."""
 NOMINAL_RATE = 1e9
 """Numbers a second, on one core of a common computer."""
