@@ -133,8 +133,8 @@ def test_each_result_has_its_page(net: str, models: Path, tmp_path: Path) -> Non
     results: list[tuple[Shown, str]] = [
         (folded, "fold-bn"),
         (chain, "equalize"),
-        (oc.drop_blocks(net, **photos, count=16, blocks=1, steps=1), "1 of 7 blocks were dropped"),
-        (oc.inspect(net), "7 blocks can be dropped"),
+        (oc.drop_blocks(net, **photos, count=16, blocks=1, steps=1), "1 of 9 blocks were dropped"),
+        (oc.inspect(net), "9 blocks can be dropped"),
         (oc.benchmark(net, folded.model, runs=3), "the fastest of 2"),
         (oc.compare(net, folded.proto, **photos, runs=3), "Top-1 accuracy"),
         (oc.evaluate(net, **photos), "are classified right"),

@@ -155,7 +155,7 @@ def test_few_real_images_prune_better_with_deep_inputs(
     def error(network: Model) -> float:
         pruned = network.copy()
         Prune(
-            images=str(models / "fashion-tiny.npz"), count=32, preprocess="fashion-mnist", sparsity=0.6
+            images=str(models / "fashion-tiny.npz"), count=16, preprocess="fashion-mnist", sparsity=0.6
         ).apply(pruned)
         held = load_images(
             models / "fashion-test2k.npz", preprocess=Preprocess.parse("fashion-mnist"), count=256

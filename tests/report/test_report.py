@@ -118,7 +118,7 @@ def test_the_story_of_a_real_run(made: Made, pictures: Path) -> None:
             assert refusal["node"] in text
             assert refusal["rule"] in text
     (order,) = (s["measured"]["order"] for s in made.account["steps"] if s["pass"] == "drop-blocks")
-    assert f"1 of 7 blocks were dropped: {order[0]}." in text
+    assert f"1 of 9 blocks were dropped: {order[0]}." in text
     assert made.account["provenance"][2]["input_sha256"] in text
     assert f"-D images={pictures} \\ -D blocks=1 \\ -D steps=0" in text
     assert re.search(r"Top-1 accuracy goes from \d\d\.\d\d % .* on 40 images that the gates judge by", text)
@@ -252,7 +252,7 @@ def test_sensitivity_has_a_chart() -> None:
 
 CHARTS_OF_A_MODEL = ["From the input to the output", "Weights of each layer"]
 COMMANDS = {
-    "inspect": (["{net}"], "7 blocks can be dropped", CHARTS_OF_A_MODEL),
+    "inspect": (["{net}"], "9 blocks can be dropped", CHARTS_OF_A_MODEL),
     "benchmark": (["{net}", "{net}", "--runs", "9"], "takes", ["How long a run takes"]),
     "evaluate": (
         ["{net}", "--images", "{few}", "--preprocess", "fashion-mnist"],
