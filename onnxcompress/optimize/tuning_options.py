@@ -101,7 +101,8 @@ class TuningOptions(RuntimeOptions, InputOptions):
         Returns:
             Options with their values, as on the command line, or in words.
         """
-        steps = 2 * max(self.steps or 0, DROP_BLOCKS["best"].steps)
+        best = DROP_BLOCKS["best"]
+        steps = 2 * max(self.steps or 0, best.gpu_steps if self._on_gpu else best.steps)
         found = [f"--steps {steps}" if self.time is None else "a longer --time"]
         return found + ([] if self.images else ["--images with a few hundred real ones"])
 

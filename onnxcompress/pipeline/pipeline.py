@@ -22,7 +22,7 @@ from onnxcompress.passes.base import Pass, PassResult, refuse, watch_over
 from onnxcompress.passes.base import run as run_passes
 from onnxcompress.passes.several_inputs import previewed
 from onnxcompress.pipeline.chain import Chain, Step, named_progress
-from onnxcompress.pipeline.timing import options_for, timed, whole_change
+from onnxcompress.pipeline.timing import check_where_it_runs, options_for, timed, whole_change
 from onnxcompress.progress import Progress, silent
 
 if TYPE_CHECKING:
@@ -194,6 +194,7 @@ class Pipeline(Pass):
                 steps.append(dataclasses.replace(step, verdict=judged))
         run = Run(chain.model(), steps)
         run.latency = whole_change(steps, model, run.model, timing, progress)
+        check_where_it_runs(passes, steps, run.model, timing)
         if watch is not None:
             _judge_whole(run, watch, judge)
         return run

@@ -116,9 +116,7 @@ def change(
     Returns:
         The latencies; None, with a warning, where they cannot be measured: the result is not lost for that.
     """
-    from onnxcompress.evaluation.provider_outputs import check_outputs
     from onnxcompress.optimize.executor.open_batch import file_batch
-    from onnxcompress.runtime.session import pick_provider
     from onnxcompress.runtime.stopwatch import Stopwatch
 
     progress("measuring the latency before and after", 0, 1)
@@ -129,12 +127,39 @@ def change(
         second.assume(shapes)
         batch = file_batch(before) or options.latency_batch
         stopwatch = Stopwatch(options.runs_on, batch, options.threads, warm_up=WARM_UP, tolerance=TOLERANCE)
-        latency = stopwatch.compare(first, second, SECONDS)
-        with suppress(CompressError):  # inputs that cannot be drawn say nothing of the outputs
-            check_outputs(second, pick_provider(options.runs_on))
-        return latency
+        return stopwatch.compare(first, second, SECONDS)
     except CompressError as error:
         warnings.warn(f"the latency was not measured: {error}", CompressWarning, stacklevel=2)
         return None
     finally:
         progress("measuring the latency before and after", 1, 1)
+
+
+def check_where_it_runs(
+    passes: Sequence[Pass], steps: Sequence[Step], made: Model, given: TimingOptions | None
+) -> None:
+    """Compare what a chain's result gives on each provider that it was timed on with what the CPU's gives.
+
+    Args:
+        passes: The passes; those that choose by latency have a provider of their own.
+        steps: What ran.
+        made: The result.
+        given: How passes are timed; None: they are not.
+    """
+    changed = [at for at, step in enumerate(steps) if step.result.modified]
+    timed_on = [options_for(passes[at], given) or passes[at] for at in changed]
+    asked = {options.runs_on for options in timed_on if isinstance(options, RuntimeOptions)}
+    if not asked:
+        return
+    from onnxcompress.evaluation.provider_outputs import check_outputs
+    from onnxcompress.runtime.session import pick_provider
+
+    others = [provider for provider in map(pick_provider, asked) if provider.name != "cpu"]
+    if not others:
+        return
+    sizes = next((step.result.input_shape for step in steps if step.result.input_shape), {})
+    own = made.copy()
+    with suppress(CompressError):  # inputs that cannot be drawn say nothing of the outputs
+        own.assume({name: tuple(shape) for name, shape in sizes.items()})
+        for provider in others:
+            check_outputs(own, provider)

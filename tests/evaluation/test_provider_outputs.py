@@ -4,16 +4,26 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
 from onnxcompress.errors import CompressWarning
+from onnxcompress.evaluation import provider_outputs
 from onnxcompress.evaluation.provider_outputs import FLOOR_DB, check_outputs
 from onnxcompress.model import Model
+from onnxcompress.passes.base import Pass
+from onnxcompress.passes.drop_blocks import DropBlocks
+from onnxcompress.passes.drop_channels import DropChannels
+from onnxcompress.passes.fold_bn import FoldBatchNorm
+from onnxcompress.passes.fp16 import HalfPrecision
+from onnxcompress.passes.quantize import Quantize
+from onnxcompress.pipeline.timing import check_where_it_runs
 from onnxcompress.runtime import inference
 from onnxcompress.runtime.providers import Provider
+from onnxcompress.runtime.timing_options import TimingOptions
 from tests.helpers.folding import graph, weight
 
 ELSEWHERE = Provider("openvino")
@@ -52,9 +62,33 @@ def test_outputs_that_are_others_are_told(channels: int, monkeypatch: pytest.Mon
     assert "output 'y'" in text
 
 
+@pytest.mark.parametrize(
+    ("pass_", "timing", "modified", "wanted"),
+    [
+        (DropBlocks(blocks=1, provider="openvino"), None, True, ["openvino"]),
+        (DropChannels(macs_reduction=9, provider="openvino"), TimingOptions(), True, ["openvino"]),
+        (DropBlocks(blocks=1, provider="openvino"), None, False, []),
+        (HalfPrecision(provider="openvino"), TimingOptions(latency=False), True, []),
+        (Quantize(), TimingOptions("openvino"), True, ["openvino"]),
+        (Quantize(), TimingOptions("openvino", latency=False), True, []),
+        (FoldBatchNorm(), TimingOptions("openvino"), True, []),
+    ],
+)
+def test_a_result_is_compared_wherever_a_pass_timed_it(
+    pass_: Pass,
+    timing: TimingOptions | None,
+    modified: bool,
+    wanted: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    compared: list[str] = []
+    monkeypatch.setattr(
+        provider_outputs, "check_outputs", lambda model, provider: compared.append(provider.name)
+    )
+    step: Any = SimpleNamespace(result=SimpleNamespace(modified=modified, input_shape=None))
+    check_where_it_runs([pass_], [step], network(), timing)
+    assert compared == wanted
+
+
 def test_other_rounding_is_not_told(monkeypatch: pytest.MonkeyPatch) -> None:
     assert told(ELSEWHERE, monkeypatch, 10 ** (-(FLOOR_DB + 10) / 20)) == []
-
-
-def test_the_cpu_provider_is_not_compared_with_itself(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert told(Provider("cpu"), monkeypatch, 2.0) == []

@@ -290,3 +290,4 @@ def test_defaults_of_fine_tuning_go_by_the_device_and_by_each_other(
     for asked in (DropChannels(macs_reduction=10), DropBlocks(blocks=1)):
         own = replace(asked, effort="balanced", **given).with_counts(asked.name, network())
         assert (own.steps, own.batch, own.learning_rate) == wanted
+        assert f"--steps {4000 if on_gpu else 600}" in asked.hints()
