@@ -103,8 +103,8 @@ def _own_timing(cls: type[Pass]) -> set[str]:
 
 
 def _learns(cls: type[Pass]) -> bool:
-    """Return whether the pass optimizes something, which takes so long that its results are kept."""
-    return "torch" in cls.needs
+    """Return whether the pass optimizes something, or its inputs; that takes so long that it is kept."""
+    return "torch" in cls.needs or "inputs" in {f.name for f in dataclasses.fields(cls)}
 
 
 def running_options() -> list[click.Option]:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from onnxcompress.cli import options, report_option
+from onnxcompress.cli.cache import cache_options, chosen_cache
 from onnxcompress.errors import ModelError, OptionError, RuntimeUnavailable
 from onnxcompress.formatting import counted
 from onnxcompress.graph.query import read_inputs
@@ -131,6 +132,8 @@ def sensitivity(
     max_loss: float | None,
     as_json: bool,
     report: str | None,
+    cache: str | None,
+    no_cache: bool,
     **chosen: Any,
 ) -> None:
     """Measure what each layer costs in output error, quantized or pruned alone.
@@ -148,9 +151,11 @@ def sensitivity(
     """
     from onnxcompress.model import load
 
+    kept = chosen_cache(cache, no_cache)
     target = None if plot is None else _target(Path(source), plot)
     model = load(source)
     from onnxcompress.cli.console import progress
+    from onnxcompress.optimize.intermediate_results import keeping
     from onnxcompress.passes.fold_bn.fold_and_canonicalize import fold_and_canonicalize
     from onnxcompress.passes.opsets import without_functions
     from onnxcompress.passes.several_inputs import pack
@@ -167,7 +172,7 @@ def sensitivity(
     if len(read_inputs(canonical)) > 1:
         canonical, request = pack(canonical, request).model, replace(request, input_shape=None)
     fold_and_canonicalize(canonical, chosen["copy_shared"])
-    with progress(lines=not as_json) as show:
+    with progress(lines=not as_json) as show, keeping(kept):
         found = core.sensitivity(
             canonical,
             request,
@@ -197,6 +202,9 @@ def sensitivity(
     else:
         _show(found, seconds, target)
     report_option.write_report(report, account, [("model", source)])
+
+
+sensitivity.params[-2:-2] = cache_options()
 
 
 def _list(found: FloatLayers, allowed: float) -> None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 import click
 
 from onnxcompress.cli import options, report_option
+from onnxcompress.cli.cache import cache_options, chosen_cache
 from onnxcompress.errors import ModelError, OptionError
 
 if TYPE_CHECKING:
@@ -62,6 +63,8 @@ def synthesize(
     no_sheet: bool,
     as_json: bool,
     report: str | None,
+    cache: str | None,
+    no_cache: bool,
 ) -> None:
     """Make images for the network and write them to OUT.npz, for the other commands to learn from.
 
@@ -75,8 +78,10 @@ def synthesize(
     from onnxcompress.cli.console import progress
     from onnxcompress.data.preprocess import choose
     from onnxcompress.optimize.calibration import InputRequest, assume_sizes
+    from onnxcompress.optimize.intermediate_results import keeping
     from onnxcompress.optimize.synthesis.synthetic_inputs import best_kind, image_input
 
+    kept = chosen_cache(cache, no_cache)
     files = _files(Path(target), sheet, no_sheet)
     model = _load(Path(source), files)
     assume_sizes(model, InputRequest(preprocess=preprocess, input_shape=input_shape))
@@ -84,7 +89,7 @@ def synthesize(
     kind, why = (kind, "asked for") if kind else best_kind(model)
     device = _device(model, kind, device)
     start = time.perf_counter()
-    with progress(lines=not as_json) as show:
+    with progress(lines=not as_json) as show, keeping(kept):
         images = _make(model, kind, count, choice, seed, device, show)
     _write(files, images, kind, seed)
     asked = {"model": source, "kind": kind, "why": why, "count": count, "seed": seed, "device": device}
@@ -101,6 +106,9 @@ def synthesize(
             [("model", source), ("images", target)],
             pictures=[pictures("The images", images)],
         )
+
+
+synthesize.params[-2:-2] = cache_options()
 
 
 def _load(source: Path, files: list[Path]) -> Model:

@@ -18,7 +18,9 @@ import numpy as np
 
 from onnxcompress.errors import InputError, one_line
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".pgm")
+SUFFIXES = (
+    ".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm", ".pgm",
+)  # fmt: skip
 UNREADABLE = (
     OSError, ValueError, EOFError, BadZipFile, NotImplementedError, SyntaxError, zlib.error,
     TokenError, MemoryError,

@@ -20,7 +20,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from onnxcompress.model import Model
+from onnxcompress.model import Model, load
 from onnxcompress.model.tensor_storage import file_digest
 from onnxcompress.passes.base import Pass
 
@@ -43,7 +43,8 @@ def step_key(digest: str, pass_: Pass) -> str:
     for f in dataclasses.fields(pass_):
         path = getattr(pass_, f.name)
         if f.metadata.get("file") and path:
-            options[f.name] = content_digest(Path(path))
+            is_model = f.metadata.get("metavar") == "ONNX"
+            options[f.name] = (_referenced_digest if is_model else content_digest)(Path(path))
     parts = {"input": digest, "pass": pass_.name, "options": options, "software": software(type(pass_))}
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
@@ -112,6 +113,11 @@ def content_digest(path: Path) -> str:
         content = f"{known.st_size} {known.st_mtime_ns}" if large else file_digest(file)
         sha.update(f"{file.relative_to(path).as_posix()}\0{content}\0".encode())
     return sha.hexdigest()
+
+
+def _referenced_digest(path: Path) -> str:
+    """Return the digest of a model that an option names, with its external data."""
+    return model_digest(load(path)) if path.is_file() else content_digest(path)
 
 
 @cache

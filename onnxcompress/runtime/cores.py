@@ -53,7 +53,7 @@ def available_cores() -> int:
         The number of cores, at least 1.
     """
     allowed = _affinity()
-    free = round((os.cpu_count() or 1) - _load())
+    free = round((os.cpu_count() or 1) - other_load())
     quota = _quota()
     return max(1, min(allowed, free, allowed if quota is None else int(quota)))
 
@@ -83,10 +83,13 @@ def _affinity() -> int:
     return os.cpu_count() or 1
 
 
-def _load() -> float:
+def other_load() -> float:
     """Count the cores that others keep busy: the smaller of the present load and the last minute's average.
 
     The average alone would count a command that has just ended, the present alone a momentary load.
+
+    Returns:
+        The number of cores; 0 where the system does not tell.
     """
     try:
         words = LOAD.read_text().split()

@@ -151,7 +151,7 @@ def main(
         bench = Bench(folder, runs, until)
         for command in only.split(",") if {"idle", "busy"} & set(rows.split(",")) else ():
             if command == "correct-bias":
-                few = ["quantize", net, "int4.onnx", "--weight-bits", "4", "--effort", "fast", *how]
+                few = ["quantize", net, "int4.onnx", "--weight-bits", "4", "--no-reconstruct", *how]
                 run_command([*OWN, *few], {}, folder, seconds)
             words = [word.format(net=net, blocks=blocks) for word in COMMANDS[command]]
             line = [*OWN, *words, *how, "--effort", effort, "--no-cache"]

@@ -228,7 +228,7 @@ def show(model: str, before: Sequence[float], rows: Sequence[Made], asked: Seque
     stopwatch, whole = Stopwatch("cpu"), load(model)
     shares = stopwatch.savings(whole, {str(row.file): load(row.file) for row in rows})
     saved = {row.file: 100 * shares[str(row.file)].value for row in rows}
-    print(f"all timed together, by the {stopwatch.clock} clock; the model before: {before[1]:.2f} %")
+    print(f"all timed together, by the {stopwatch.parts_clock} clock; the model before: {before[1]:.2f} %")
     print("| by | result | latency | chosen by | test |\n|---|---|---|---|---|")
     for row in sorted(rows, key=lambda row: saved[row.file]):
         figures = f"{-saved[row.file]:.1f} % | {row.gate:.2f} % | {row.test:.2f} %"

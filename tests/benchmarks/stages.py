@@ -31,6 +31,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
+from onnxcompress.api.making import synthesize
 from onnxcompress.model import load
 from onnxcompress.passes import load_pass
 from onnxcompress.pipeline import Pipeline
@@ -40,6 +41,7 @@ COMMANDS: dict[str, dict[str, Any]] = {
     "quantize": {},
     "prune": {"sparsity": 0.5},
     "drop-blocks": {"blocks": 2},
+    "synthesize": {"count": 128},
 }
 OTHER = "before, between and after"
 
@@ -118,6 +120,26 @@ def rates() -> tuple[float, float]:
     return 2 * 1024**3 / fastest(lambda: a @ a), 2 * big.nbytes / fastest(lambda: room.copy_(big))
 
 
+def work(name: str, net: str, preprocess: str | None, effort: str) -> Callable[[Progress], object]:
+    """Prepare a command.
+
+    Args:
+        name: One of COMMANDS.
+        net: Path of the network.
+        preprocess: As --preprocess.
+        effort: As --effort; `synthesize` has none.
+
+    Returns:
+        Carries the command out; takes the progress callback.
+    """
+    if name == "synthesize":
+        return lambda progress: synthesize(
+            net, **COMMANDS[name], preprocess=preprocess, device="cpu", progress=progress
+        )
+    pass_ = load_pass(name)(**COMMANDS[name], preprocess=preprocess, effort=effort)  # type: ignore[call-arg]
+    return partial(Pipeline([pass_]).run, load(net))
+
+
 @click.command(help=__doc__)
 @click.argument("net", type=click.Path(exists=True, dir_okay=False))
 @click.option("--preprocess", default=None)
@@ -129,9 +151,7 @@ def main(net: str, preprocess: str | None, only: str, effort: str, floors: bool)
     operations, bytes_ = rates()
     click.echo(f"{operations / 1e9:.0f} GFLOP/s, {bytes_ / 1e9:.1f} GB/s on one thread")
     for name in only.split(","):
-        pass_ = load_pass(name)(**COMMANDS[name], preprocess=preprocess, effort=effort)  # type: ignore[call-arg]
-
-        run = partial(Pipeline([pass_]).run, load(net))
+        run = work(name, net, preprocess, effort)
         spent, least = by_stage(run, time.process_time), {}
         if floors:
             counted = Floors(operations, bytes_)

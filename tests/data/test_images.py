@@ -26,6 +26,17 @@ def pack(file: Path, **arrays: np.ndarray) -> Path:
     return file
 
 
+@pytest.mark.parametrize(
+    "suffix", ["jpg", "JPEG", "jfif", "png", "bmp", "webp", "gif", "tif", "TIFF", "ppm"]
+)
+def test_files_of_all_usual_kinds_are_images(suffix: str, tmp_path: Path) -> None:
+    picture(tmp_path / f"a.{suffix}", value=60)
+    (tmp_path / "notes.txt").write_text("no image")
+    found = load_images(tmp_path, preprocess=UNIT).x
+    assert found.shape == (1, 4, 4, 3)
+    assert np.abs(found.astype(int) - [60, 61, 62]).max() <= 3  # what JPEG loses
+
+
 # the text of --preprocess
 
 

@@ -129,6 +129,20 @@ def test_what_is_asked_for_reaches_fine_tuning(monkeypatch: pytest.MonkeyPatch) 
     assert seen["shares"] is None
 
 
+def test_fewer_images_in_a_step_take_smaller_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the memory holds a quarter of a batch, a step is a quarter as long."""
+    seen: list[Schedule] = []
+
+    def finetune(*given: Any, **named: Any) -> Finetuned:
+        seen.append(given[4])
+        return Finetuned(named["start"], TuningOutcome(40, 7, 7, 0.2, 0.1, 7))
+
+    monkeypatch.setattr(repair_module, "finetune", finetune)
+    monkeypatch.setattr(repair_module, "fitting", lambda what, batch, work: work(batch // 4))
+    repair(DropBlocksOptions(blocks=1, steps=7, batch=64, learning_rate=0.04)).run({})
+    assert (seen[0].batch, seen[0].learning_rate) == (16, pytest.approx(0.01))
+
+
 def test_aligned_networks_come_back_as_the_networks_own() -> None:
     """Aligned again, the result lacks what the repair told; in front of the block nothing changed."""
     scale, shift = torch.linspace(0.5, 2, 6), torch.linspace(-1, 1, 6)

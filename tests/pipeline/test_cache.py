@@ -8,12 +8,15 @@ import typing
 from pathlib import Path
 from typing import Any
 
+import onnx
 import pytest
 
+from onnxcompress.errors import ModelError
 from onnxcompress.model import load
 from onnxcompress.passes import CATALOGUE, load_pass
 from onnxcompress.passes.base import Pass
 from onnxcompress.passes.calibrate import Calibrate
+from onnxcompress.passes.correct_bias import CorrectBias
 from onnxcompress.pipeline import Pipeline, cache_keys
 from onnxcompress.pipeline.cache import Cache
 from onnxcompress.pipeline.cache_keys import content_digest, step_key, values_key
@@ -107,3 +110,20 @@ def test_values_are_kept_by_their_kind_and_all_that_they_depend_on() -> None:
     ]
     assert len(set(keys)) == 8
     assert values_key("scores", {"b": 1, "a": 1}) == keys[-1]
+
+
+def test_a_reference_counts_by_its_weights_in_other_files_too(models: Path, tmp_path: Path) -> None:
+    """One byte of the external data is another reference: a kept result of the old one would be wrong."""
+    file, weights = tmp_path / "reference.onnx", tmp_path / "reference.onnx.data"
+    proto = onnx.load(models / "resnet20-fashion.onnx")
+    onnx.save(proto, file, save_as_external_data=True, location=weights.name)
+    pass_ = CorrectBias(reference=str(file))
+    keys = [step_key("digest", pass_)]
+    held = bytearray(weights.read_bytes())
+    held[100] ^= 1
+    weights.write_bytes(held)
+    keys.append(step_key("digest", pass_))
+    weights.unlink()
+    with pytest.raises(ModelError, match=r"reference\.onnx\.data"):
+        step_key("digest", pass_)
+    assert keys[0] != keys[1]

@@ -119,6 +119,26 @@ def test_distilled_images_are_made_once(
             made(seed=1)
 
 
+@pytest.mark.parametrize(
+    "command",
+    [
+        "synthesize {net} {folder}/out.npz --count 4",
+        "sensitivity {net} --inputs distilled --synthetic 6 --weight-bits 8 --activation-bits= ",
+        "correct-bias {net} {folder}/out.onnx --reference {net} --inputs distilled --synthetic 4",
+    ],
+)
+def test_every_command_that_distills_keeps_the_images(
+    command: str, models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(distillation, "STEPS", 2)
+    argv = command.format(net=models / NET, folder=tmp_path).split(" ")
+    argv = [*filter(None, argv), "--preprocess", "fashion-mnist", "--cache", str(tmp_path / "cache")]
+    assert main(argv) == 0
+    monkeypatch.setattr(distillation, "_optimized", kill)
+    assert main(argv) == 0
+    assert main([*argv, "--seed", "1"]) == 1  # other images, which are not kept
+
+
 def test_values_are_computed_again_where_they_are_missing_damaged_or_others(tmp_path: Path) -> None:
     cache, calls = Cache(tmp_path / "cache"), []
 

@@ -70,6 +70,12 @@ def watch(monkeypatch: pytest.MonkeyPatch, **noise: float) -> list[str]:
     return clocks
 
 
+@pytest.fixture(autouse=True)
+def others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Others keep a core busy."""
+    monkeypatch.setattr(stopwatch, "other_load", lambda: 1.0)
+
+
 def test_a_quiet_machine_keeps_the_wall_clock(resnet: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     clocks = watch(monkeypatch, wall=0.001, processor=0.0)
     watching = Stopwatch("cpu")
@@ -89,7 +95,35 @@ def test_a_busy_machine_is_timed_by_the_processors_clock(
     for block in blocks:
         assert tau[block.exit].value == pytest.approx(2 / cost(resnet), abs=0.005)
     watching.compare(resnet, resnet, 1.0)
-    assert clocks == ["wall", "processor", "processor"]  # all that follows, too: figures can be compared
+    assert clocks == ["wall", "processor", "wall", "processor"]
+    watching.compare(resnet, resnet, 1.0)
+    watching.shares(resnet, blocks)
+    assert clocks[4:] == ["processor", "processor"]  # all that follows, too: figures can be compared
+
+
+def test_parts_may_need_the_processors_clock_where_a_whole_does_not(
+    resnet: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A whole counts by the wall clock; that parts are hard to tell apart changes nothing in it."""
+    clocks = watch(monkeypatch, wall=0.05, processor=0.001)
+    watching = Stopwatch("cpu")
+    smaller = resnet.copy()
+    drop_block(smaller, find_blocks(smaller).blocks[0])
+    watching.savings(resnet, {"same": resnet})
+    assert clocks == ["wall", "processor"]
+    assert watching.compare(resnet, smaller, 1.0).clock == "wall"
+    watching.savings(resnet, {"same": resnet})
+    assert clocks == ["wall", "processor", "wall", "processor"]
+
+
+def test_where_a_whole_needs_the_processors_clock_parts_do(
+    resnet: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clocks = watch(monkeypatch, wall=1.0, processor=0.001)
+    watching = Stopwatch("cpu")
+    watching.compare(resnet, resnet, 1.0)
+    watching.shares(resnet, find_blocks(resnet).blocks)
+    assert clocks == ["wall", "processor", "processor"]
 
 
 def test_a_noisy_comparison_is_made_again_by_the_processors_clock(
@@ -99,6 +133,36 @@ def test_a_noisy_comparison_is_made_again_by_the_processors_clock(
     latency = Stopwatch("cpu").compare(resnet, resnet, 1.0)
     assert clocks == ["wall", "processor"]
     assert latency.ratio == pytest.approx(1, abs=0.01)
+
+
+def test_where_nobody_else_computes_a_noisy_comparison_takes_longer_first(
+    resnet: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[str, float]] = []
+    timed = stub({"wall": 0.5, "processor": 0.001}, [])
+
+    def watched(models: Mapping[str, Model], **options: Any) -> dict[str, Timing]:
+        seen.append((options["clock"], options["seconds"]))
+        return dict(timed(models, clock=options["clock"]))
+
+    patch(monkeypatch, "benchmark", watched)
+    monkeypatch.setattr(stopwatch, "other_load", lambda: 0.0)
+    watching = Stopwatch("cpu")
+    assert watching.compare(resnet, resnet, 5.0).clock == "processor"
+    assert seen == [("wall", 5.0), ("wall", 15.0), ("processor", 15.0)]
+    watching.compare(resnet, resnet, 5.0)
+    assert seen[3:] == [("processor", 5.0)]
+
+
+def test_the_result_is_compared_by_the_wall_clock_again(
+    resnet: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What disturbed the choice may have gone."""
+    clocks = watch(monkeypatch, wall=0.5, processor=0.001)
+    watching = Stopwatch("cpu")
+    watching.compare(resnet, resnet, 1.0)
+    patch(monkeypatch, "benchmark", stub({"wall": 0.001}, clocks))
+    assert watching.compare_again(resnet, resnet, 1.0).clock == "wall"
 
 
 def test_a_comparison_is_of_the_second_model_with_the_first(

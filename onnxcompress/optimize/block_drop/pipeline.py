@@ -163,7 +163,7 @@ class Dropper:
         seconds = SHOWN_SECONDS if self.options.latency_reduction is None else CHOSEN_SECONDS
         measure = partial(self.stopwatch.shares, self.model, blocks, seconds)
         self.shares = latency_shares(
-            blocks, measure, lambda: self.stopwatch.clock == "wall", self._scores_of(), self.progress
+            blocks, measure, lambda: self.stopwatch.parts_clock == "wall", self._scores_of(), self.progress
         )
         fitting("scoring", self.scoring_batch, self._recover)
         if file:
@@ -284,11 +284,11 @@ class Dropper:
 
     def _measure(self) -> DropBlocksFigures:
         self.progress("measuring the result", 0, 1)
-        latency = self.stopwatch.compare(self.original, self.model, seconds=8.0)
+        latency = self.stopwatch.compare_again(self.original, self.model, seconds=8.0)
         additivity = None
         if self.dropped and all(b.exit in self.shares for b in self.dropped):
             predicted = added(self.shares[b.exit] for b in self.dropped)
-            additivity = Additivity(predicted, latency.saved)
+            additivity = Additivity(predicted, latency.saved, self.stopwatch.parts_clock)
         target = self.options.latency_reduction
         missed = "" if target is None else target_missed(latency, target, self.dropped, self._tau())
         self.progress("measuring the result", 1, 1)

@@ -115,10 +115,11 @@ class Repair:
     def _finetune(
         self, student: Executor, start: dict[str, Tensor], held_out: HeldOut, batch: int
     ) -> Finetuned:
+        rate = self.options.learning_rate or TUNING_RATE
         schedule = Schedule(
             steps=self.options.steps or 0,
             batch=batch,
-            learning_rate=self.options.learning_rate or TUNING_RATE,
+            learning_rate=rate * batch / (self.options.batch or TUNING_BATCH),  # the memory holds fewer
             seed=self.options.seed,
             captured=self.options.capture,
             seconds=self.options.tuning_seconds,

@@ -60,9 +60,18 @@ def samples(parts: Sequence[Tensor], seed: int) -> Tensor:
     owner = chosen // size
     for index, part in enumerate(parts):
         here = (owner == index).nonzero()[:, 0]
-        drawn[here] = part[torch.unravel_index(chosen[here] - index * size, part.shape)]
+        drawn[here] = _elements(part, chosen[here] - index * size)
     ends = torch.stack([end for part in parts for end in torch.aminmax(part)])
     return torch.cat([drawn, ends.amin()[None], ends.amax()[None]]).float()
+
+
+def _elements(values: Tensor, places: Tensor) -> Tensor:
+    """Return elements by their places. For the first torch.unravel_index torch imports sympy: a second."""
+    axes = []
+    for size in reversed(values.shape):
+        axes.append(places % size)
+        places = places // size
+    return values[tuple(reversed(axes))]
 
 
 def least_squares(x: Tensor, bits: int, storage: str, symmetric: bool) -> Grid:
