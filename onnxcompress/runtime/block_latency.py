@@ -183,12 +183,12 @@ def additivity_text(found: Additivity) -> str:
         One sentence.
     """
     sums, saved = (Share(*(100 * v for v in share)) for share in (found.predicted, found.measured))
-    by = " (of one thread's processor time)" * (found.clock == "processor")
+    by = ", shares of one thread's processor time" * (found.clock == "processor")
     apart = sums.high < saved.low or saved.high < sums.low
     verdict = "they do not add up" if apart else "they add up, within the intervals"
     return (
-        f"the blocks' shares τ{by} add up to {sums.value:.1f} % ({sums.low:.1f} to {sums.high:.1f} %), "
-        f"measured are {saved.value:.1f} % ({saved.low:.1f} to {saved.high:.1f} %): {verdict}"
+        f"the blocks' shares τ add up to {sums.value:.1f} % ({sums.low:.1f} to {sums.high:.1f} %), "
+        f"measured are {saved.value:.1f} % ({saved.low:.1f} to {saved.high:.1f} %): {verdict}{by}"
     )
 
 

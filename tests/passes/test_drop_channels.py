@@ -190,7 +190,7 @@ def test_widths_are_chosen_by_what_the_clock_says(clock: Clock, monkeypatch: pyt
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
         result = replace(FAST, macs_reduction=None, latency_reduction=20).apply(network())
-    busy = [w for w in told if "the machine is busy" in str(w.message)]
+    busy = [w for w in told if "the wall clock is too noisy" in str(w.message)]
     assert len(busy) == (clock == "processor")
     assert {row.name: row.kept for row in result.measured.groups if row.kept < 6} == {"i": 4}
 
