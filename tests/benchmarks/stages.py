@@ -44,6 +44,8 @@ COMMANDS: dict[str, dict[str, Any]] = {
     "synthesize": {"count": 128},
 }
 OTHER = "before, between and after"
+GATHERS = (torch.ops.aten.index, torch.ops.aten.index_select, torch.ops.aten.gather)
+"""Operators that read no more than what they give."""
 
 
 class Floors(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -69,7 +71,8 @@ class Floors(TorchDispatchMode):  # type: ignore[no-untyped-call]
         result = func(*args, **(kwargs or {}))
         if any(value.alias_info and not value.alias_info.is_write for value in func._schema.returns):
             return result
-        moved = sum(t.nbytes for t in tree_leaves((args, kwargs, result)) if isinstance(t, torch.Tensor))
+        touched = (result, result) if func._overloadpacket in GATHERS else (args, kwargs, result)
+        moved = sum(t.nbytes for t in tree_leaves(touched) if isinstance(t, torch.Tensor))
         count = flop_registry.get(func._overloadpacket)
         work = count(*args, **(kwargs or {}), out_val=result) if count else 0
         self.seconds += max(work / self.operations, moved / self.bytes)
