@@ -44,7 +44,7 @@ def step_key(digest: str, pass_: Pass) -> str:
         path = getattr(pass_, f.name)
         if f.metadata.get("file") and path:
             is_model = f.metadata.get("metavar") == "ONNX"
-            options[f.name] = (_referenced_digest if is_model else content_digest)(Path(path))
+            options[f.name] = (model_file_digest if is_model else content_digest)(Path(path))
     parts = {"input": digest, "pass": pass_.name, "options": options, "software": software(type(pass_))}
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
@@ -91,6 +91,21 @@ def model_digest(model: Model) -> str:
     return sha.hexdigest() if model.external_files else model.digest()
 
 
+def model_file_digest(path: Path) -> str:
+    """Compute the SHA-256 of a model's file, including its external data.
+
+    Args:
+        path: The ONNX file.
+
+    Returns:
+        The digest in hexadecimal; `absent` where there is no such file.
+
+    Raises:
+        ModelError: It is no model, or its external data is missing.
+    """
+    return model_digest(load(path)) if path.is_file() else content_digest(path)
+
+
 def content_digest(path: Path) -> str:
     """Compute the SHA-256 of a file, or of the names and contents of a folder's files.
 
@@ -113,11 +128,6 @@ def content_digest(path: Path) -> str:
         content = f"{known.st_size} {known.st_mtime_ns}" if large else file_digest(file)
         sha.update(f"{file.relative_to(path).as_posix()}\0{content}\0".encode())
     return sha.hexdigest()
-
-
-def _referenced_digest(path: Path) -> str:
-    """Return the digest of a model that an option names, with its external data."""
-    return model_digest(load(path)) if path.is_file() else content_digest(path)
 
 
 @cache

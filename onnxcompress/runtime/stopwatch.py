@@ -5,8 +5,8 @@ repeated with the processor time of one thread, which all later measurements of 
 
 Parts of networks, many at once that differ by a percent, are noisy long before two whole networks are. They
 have a clock of their own: processor time ranks them, but leaves out how well threads share the work, and
-overstates what narrower layers save by a third (ResNet-56, two threads). What a network saves as a whole is
-measured by the wall clock wherever that is possible, and it alone meets a target.
+may overstate what narrower layers save. What a network saves as a whole is measured by the wall clock
+wherever that can tell two networks apart.
 """
 
 from __future__ import annotations

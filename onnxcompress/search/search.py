@@ -322,13 +322,13 @@ def _outcome(
 
 def _claim(asked: Search) -> None:
     """Begin a search in its folder, or go on with the one that was begun there with the same question."""
-    from onnxcompress.pipeline.cache_keys import content_digest
+    from onnxcompress.pipeline.cache_keys import model_file_digest
 
     file = asked.work / "question.json"
     values = dataclasses.asdict(asked)
     asked_about = {
         name: values[name] for name in ("gates", "inputs", "effort", "latency_seconds", "seed")
-    } | {"model": content_digest(Path(asked.model))}
+    } | {"model": model_file_digest(Path(asked.model))}
     text = json.dumps(asked_about, indent=2, sort_keys=True, default=str)
     if file.exists():
         if file.read_text("utf-8") != text:

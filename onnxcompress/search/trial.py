@@ -279,10 +279,9 @@ def _baseline(model: str, gates: Gates, stamp: int) -> tuple[ImageSet, np.ndarra
 
 @lru_cache(maxsize=256)
 def _digest(model: str, stamp: int) -> str:
-    from onnxcompress.model import load
-    from onnxcompress.pipeline.cache_keys import model_digest
+    from onnxcompress.pipeline.cache_keys import model_file_digest
 
-    return model_digest(load(model))
+    return model_file_digest(Path(model))
 
 
 def _stamp(path: str) -> int:

@@ -73,12 +73,12 @@ class Floors(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return result
         touched = (result, result) if func._overloadpacket in GATHERS else (args, kwargs, result)
         moved = sum(t.nbytes for t in tree_leaves(touched) if isinstance(t, torch.Tensor))
-        count = flop_registry.get(func._overloadpacket)
+        work = 0
         if func._overloadpacket is torch.ops.aten.convolution_backward:  # torch counts all groups as one
             (slopes, _, weight), needed = args[:3], args[-1]
             work = 2 * slopes.numel() * weight[0].numel() * sum(needed[:2])
-        else:
-            work = count(*args, **(kwargs or {}), out_val=result) if count else 0
+        elif count := flop_registry.get(func._overloadpacket):
+            work = count(*args, **(kwargs or {}), out_val=result)
         self.seconds += max(work / self.operations, moved / self.bytes)
         return result
 

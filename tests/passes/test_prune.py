@@ -34,6 +34,7 @@ from onnxcompress.runtime.inference import run as run_model
 from onnxcompress.sensitivity.analysis import Sensitivity, sensitivity
 from onnxcompress.sensitivity.sparsity_allocation import by_cost, by_magnitude, uniform
 from tests.helpers.folding import Arrays, graph, norm, weight
+from tests.helpers.processor import WIDE
 from tests.helpers.results import figures_of
 
 
@@ -323,12 +324,13 @@ def test_a_sparse_layer_is_near_the_best_of_all_masks() -> None:
 def test_what_pruning_leaves_of_a_shipped_network_is_what_it_was(models: Path) -> None:
     """With one step of tuning the deep layers together in place of eight it is 11.2 dB.
 
-    Processors with other vector instructions round otherwise: 12.3 dB with AVX-512, 11.6 with AVX2.
+    Processors without AVX-512 round otherwise, and other weights stay.
     """
+    whole, last = (12.3, 17.2) if WIDE else (11.6, 17.7)
     model = load(models / "mobilenetv2-fashion.onnx")
     one = Prune(preprocess="fashion-mnist", inputs="layerwise", synthetic=16, sparsity=0.7)
     (result,) = run([one], model)
     figures = figures_of(result, PruneFigures)
-    assert (figures.output_snr_db or {})["logits"] == pytest.approx(12.0, abs=0.7)
+    assert (figures.output_snr_db or {})["logits"] == pytest.approx(whole, abs=0.3)
     found = [row.snr_db for row in figures.layers or ()][-4:]
-    assert found == pytest.approx([15.1, 8.4, 12.5, 17.4], abs=0.5)
+    assert found == pytest.approx([15.1, 8.4, 12.5, last], abs=0.3)

@@ -13,6 +13,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 
 from onnxcompress.cli.main import main
@@ -371,6 +372,21 @@ def test_a_folder_with_another_search_is_refused(quick: list[str], models: Path,
     search(replace(asked, trials=4), InProcess())
     with pytest.raises(OptionError, match="another search was begun here"):
         search(replace(asked, seed=1), InProcess())
+
+
+def test_weights_in_another_file_are_part_of_the_question(
+    quick: list[str], models: Path, tmp_path: Path
+) -> None:
+    file, weights = tmp_path / "net.onnx", tmp_path / "net.onnx.data"
+    proto = onnx.load(models / NET)
+    onnx.save(proto, file, save_as_external_data=True, location=weights.name)
+    asked = Search(str(file), tmp_path / "a", trials=2, repairs=1)
+    search(asked, InProcess())
+    held = bytearray(weights.read_bytes())
+    held[100] ^= 1
+    weights.write_bytes(held)
+    with pytest.raises(OptionError, match="another search was begun here"):
+        search(asked, InProcess())
 
 
 def test_files_that_are_not_of_a_search_are_left_alone(
