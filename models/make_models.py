@@ -123,17 +123,21 @@ class InvertedResidual(nn.Module):
 class DenseLayer(nn.Module):
     """Batch normalization, ReLU, 3x3 convolution; what it gives stands behind its input.
 
-    Huang et al. 2017, without bottlenecks.
+    With a bottleneck, as in DenseNet-BC, a 1x1 convolution to that many channels stands in front of the
+    3x3 one, with a normalization and a ReLU of its own (Huang et al. 2017).
     """
 
-    def __init__(self, inputs: int, growth: int) -> None:
+    def __init__(self, inputs: int, growth: int, bottleneck: int = 0) -> None:
         super().__init__()
         self.bn = nn.BatchNorm2d(inputs)
-        self.conv = nn.Conv2d(inputs, growth, 3, padding=1, bias=False)
+        self.squeeze = (
+            nn.Sequential(conv_bn(inputs, bottleneck, 1), nn.ReLU()) if bottleneck else nn.Identity()
+        )
+        self.conv = nn.Conv2d(bottleneck or inputs, growth, 3, padding=1, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """N x `inputs` x H x W to N x (`inputs` + `growth`) x H x W."""
-        return torch.cat([x, self.conv(torch.relu(self.bn(x)))], 1)
+        return torch.cat([x, self.conv(self.squeeze(torch.relu(self.bn(x))))], 1)
 
 
 class Transition(nn.Sequential):
@@ -194,7 +198,7 @@ def vgg() -> Network:
     return Network(nn.Sequential(conv_bn(1, 32, 3), nn.ReLU()), blocks, channels)
 
 
-def densenet() -> Network:
+def densenet(bottleneck: int = 0) -> Network:
     """Small DenseNet: 3 dense blocks of 4 layers with growth 16, at 14, 7 and 3 pixels."""
     channels, growth, blocks = 32, 16, list[nn.Module]()
     for block in range(3):
@@ -202,10 +206,15 @@ def densenet() -> Network:
             blocks.append(Transition(channels, channels // 2))
             channels //= 2
         for _ in range(4):
-            blocks.append(DenseLayer(channels, growth))
+            blocks.append(DenseLayer(channels, growth, bottleneck))
             channels += growth
     blocks.append(nn.Sequential(nn.BatchNorm2d(channels), nn.ReLU()))
     return Network(nn.Conv2d(1, 32, 3, 2, 1, bias=False), blocks, channels)
+
+
+def densenet_bc() -> Network:
+    """The same with bottlenecks of 64 channels, as the DenseNets of torchvision have them."""
+    return densenet(bottleneck=64)
 
 
 NETWORKS = {
@@ -213,6 +222,7 @@ NETWORKS = {
     "mobilenetv2-fashion": mobilenetv2,
     "vgg-fashion": vgg,
     "densenet-fashion": densenet,
+    "densenet-bc-fashion": densenet_bc,
 }
 
 
@@ -232,7 +242,8 @@ def augment(x: Tensor, pad: int = 2) -> Tensor:
 
 
 def train(model: Network, images: Images, labels: Labels, epochs: int) -> None:
-    """SGD with Nesterov momentum, one-cycle schedule, bfloat16 autocast. Ends in eval mode."""
+    """SGD with Nesterov momentum, one-cycle schedule, bfloat16 where the CPU has it. Ends in eval mode."""
+    bfloat16 = torch.cpu._is_avx512_bf16_supported()  # emulated, it is slower than float32
     x, y = torch.from_numpy(normalize(images)), torch.from_numpy(labels.astype(np.int64))
     model.train().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     sgd = torch.optim.SGD(
@@ -248,7 +259,7 @@ def train(model: Network, images: Images, labels: Labels, epochs: int) -> None:
         start, total = time.monotonic(), 0.0
         for batch in torch.randperm(len(x))[: steps * BATCH].view(steps, BATCH):
             inputs = augment(x[batch]).contiguous(memory_format=torch.channels_last)
-            with torch.autocast("cpu", torch.bfloat16):
+            with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
                 loss = functional.cross_entropy(model(inputs).float(), y[batch])
             sgd.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]

@@ -70,7 +70,8 @@ def search_best(
     """
     from onnxcompress.search.outcome import front_rows, write_outcome
     from onnxcompress.search.page import front_page
-    from onnxcompress.search.search import Search, search
+    from onnxcompress.search.question import Search
+    from onnxcompress.search.search import search
 
     require("search_best", "optuna")
     learning = {

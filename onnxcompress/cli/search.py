@@ -31,7 +31,8 @@ from onnxcompress.formatting import counted
 from onnxcompress.option_fields import INPUT_SHAPE_HELP, INPUT_SHAPE_METAVAR, parse_duration
 
 if TYPE_CHECKING:
-    from onnxcompress.search.search import Front, Search
+    from onnxcompress.search.question import Search
+    from onnxcompress.search.search import Front
 
 _LEARNING = ("images", "preprocess", "count", "inputs", "input_shape")
 
@@ -92,7 +93,7 @@ def _search(model: str, out: str, cache: str | None, no_cache: bool, **options: 
 
 def _asked(model: str, out: str, options: dict[str, Any]) -> Search:
     from onnxcompress.evaluation.gates import Gates
-    from onnxcompress.search.search import Search
+    from onnxcompress.search.question import Search
 
     gates = gates_of(options, Gates(preprocess=options["preprocess"]))
     inputs = {name: options[name] for name in _LEARNING if options[name] is not None}

@@ -8,6 +8,8 @@ from onnxcompress.evaluation.gates import Gates
 from onnxcompress.search.trial import Row, verdicts
 
 LOSS_LIMITS = ("max_drop", "min_agreement")
+DOUBTFUL = 0.15
+"""Part of the latency asked for within which a proxy's own measurement does not say on which side it is."""
 
 
 def loss_of(row: Row) -> float:
@@ -105,8 +107,23 @@ def pick(rows: Sequence[Row], gates: Gates) -> int | None:
     return min(kept, key=lambda index: (rows[index][key], rows[index]["ratio"]))
 
 
+def contenders(rows: Sequence[Row], wanted: float, count: int) -> list[int]:
+    """Find the proxies of which it is not sure whether they are fast enough, by what each measured alone.
+
+    Args:
+        rows: Figures of the proxies.
+        wanted: The latency over the original's that is asked for.
+        count: Number to find at most.
+
+    Returns:
+        Indices of those that are near it, the one that loses least first.
+    """
+    near = [index for index, row in enumerate(rows) if abs(row["ratio"] / wanted - 1) <= DOUBTFUL]
+    return sorted(near, key=lambda index: float(rows[index]["loss"]))[:count]
+
+
 def choose_for_repair(rows: Sequence[Row], gates: Gates, count: int) -> list[int]:
-    """Choose proxies to repair in full, in the order of their promise.
+    """Choose proxies to repair in full, in the order of their promise: time may not be enough for all.
 
     Half of them are those of the front that miss limits least and then lose least; the others are spread
     evenly over the front's latencies.
@@ -130,4 +147,5 @@ def choose_for_repair(rows: Sequence[Row], gates: Gates, count: int) -> list[int
     rest = sorted((i for i in front if i not in chosen), key=lambda i: rows[i]["ratio"])
     wanted = min(count - len(chosen), len(rest))
     steps = [round(k * (len(rest) - 1) / max(wanted - 1, 1)) for k in range(wanted)]
-    return chosen + [rest[step] for step in dict.fromkeys(steps)]
+    spread = [rest[step] for step in dict.fromkeys(steps)]
+    return chosen + (sorted(spread, key=promise) if gates.limits else spread)

@@ -9,8 +9,9 @@ from onnxcompress.evaluation.gates import Gates
 from onnxcompress.report.html import write_page
 from onnxcompress.search.card import model_card
 from onnxcompress.search.page import front_page
+from onnxcompress.search.question import Search
 from onnxcompress.search.results import FIGURES, write_bytes, write_table
-from onnxcompress.search.search import Front, Search
+from onnxcompress.search.search import Front
 from onnxcompress.search.trial import verdicts
 
 

@@ -1,6 +1,7 @@
 """Search for the best models under limits: cheap proxies first, full repair for the few on the front.
 
     Study --batch--> candidates --compress, fast--> proxies --latency of the structure--> tell   (many)
+    proxies about as fast as asked --timed together--> their ratios                                    (few)
     the front of the proxies --compress, in full--> results --timed together--> Front                  (few)
 
 The latency of a proxy is measured once for each structure, a graph without the values of its weights: how
@@ -11,21 +12,26 @@ search that was killed; results of passes, scores and folded models are shared t
 from __future__ import annotations
 
 import dataclasses
-import json
 import shutil
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
-from onnxcompress.errors import CompressError, OptionError
-from onnxcompress.evaluation.gates import Gates
+from onnxcompress.errors import CompressError
 from onnxcompress.evaluation.guard import Guard
 from onnxcompress.progress import Progress, silent
-from onnxcompress.search.front import choose_for_repair, loss_of, pareto_front, pick, violations
-from onnxcompress.search.latencies import Latencies
+from onnxcompress.search.aim import wanted_ratio
+from onnxcompress.search.front import (
+    choose_for_repair,
+    contenders,
+    loss_of,
+    pareto_front,
+    pick,
+    violations,
+)
+from onnxcompress.search.question import Search, claim
 from onnxcompress.search.results import Results, write_bytes
 from onnxcompress.search.space import Candidate, extent_for, few_images
 from onnxcompress.search.study import Study, Told
@@ -34,49 +40,10 @@ from onnxcompress.search.workers import Workers
 
 PROXY_SHARE = 0.5
 """Share of the time for proxies; the rest is for repair and the last timing."""
+CONTENDERS = 8
+"""Proxies about as fast as asked that are timed together before some are chosen for repair."""
 HOPELESS = 50.0
 """Loss from which on a proxy is of no use, and none that drops more is looked at."""
-
-
-@dataclass(frozen=True)
-class Search:
-    """What to search for, and how long."""
-
-    model: str
-    folder: Path
-    gates: Gates = field(default_factory=Gates)
-    """Limits, and how results are measured."""
-    inputs: Mapping[str, Any] = field(default_factory=dict)
-    """Options that say what passes learn from, such as images and preprocess."""
-    trials: int = 40
-    """Proxies to look at."""
-    repairs: int = 6
-    """Candidates that are repaired in full."""
-    seconds: float | None = None
-    """Time for all of it; None: no limit."""
-    effort: str = "auto"
-    """Effort of full repair."""
-    latency_seconds: float = 2.0
-    """Time for the latency of a proxy's structure; the front's is measured for five times as long each."""
-    seed: int = 0
-
-    def check(self) -> None:
-        """Check the limits and where images are, before anything is written. Raises CompressError."""
-        from onnxcompress.data.image_set import image_count
-
-        self.gates.check()
-        for path in filter(None, (self.inputs.get("images"), self.gates.images)):
-            image_count(path)
-
-    @property
-    def work(self) -> Path:
-        """Folder of what is on the way."""
-        return self.folder / "work"
-
-    @property
-    def latencies(self) -> Latencies:
-        """What measures latencies."""
-        return Latencies(self.work, self.model, self.gates, self.latency_seconds)
 
 
 @dataclass(frozen=True)
@@ -124,7 +91,7 @@ def search(
 
     asked.check()
     extent = extent_for(load(asked.model), asked.gates, asked.inputs)
-    _claim(asked)
+    claim(asked)
     study = Study(asked.work / "study.journal", asked.seed, extent, asked.gates)
     clock = _Clock(study)
     _look_at_proxies(asked, study, workers, cache, clock, progress)
@@ -249,7 +216,8 @@ def _repair(
     progress: Progress,
 ) -> tuple[list[Found], list[str]]:
     """Repair the most promising proxies in full, as long as there is time, and one at least."""
-    chosen = choose_for_repair([one.row for one in proxies], asked.gates, asked.repairs)
+    rows = _surer(asked, proxies, workers)
+    chosen = choose_for_repair(rows, asked.gates, asked.repairs)
     trials = [
         _trial(
             asked,
@@ -283,12 +251,25 @@ def _repair(
     return found, failures
 
 
+def _surer(asked: Search, proxies: Sequence[Told], workers: Workers) -> list[Row]:
+    """Return the figures of the proxies; of those about as fast as asked with ratios timed together."""
+    rows = [one.row for one in proxies]
+    if (wanted := wanted_ratio(asked.gates, rows)) is None:
+        return rows
+    results = Results(asked.work / "proxies")
+    near = contenders(rows, wanted, CONTENDERS)
+    trials = [_trial(asked, proxies[at].candidate, effort="fast", repair=False) for at in near]
+    files = {rows[at]["sha256"]: results.path(trial) for at, trial in zip(near, trials, strict=True)}
+    surer = asked.latencies.of_contenders(files, workers)
+    return [_with_objectives(row | surer.get(row["sha256"], {})) for row in rows]
+
+
 def _timed(asked: Search, repaired: Sequence[Found], workers: Workers) -> list[Found]:
     """Time all results together, run by run, unless that is done."""
     results = Results(asked.work / "repaired")
     files = {found.trial.name: str(results.path(found.trial)) for found in repaired}
     hashes = {found.trial.name: found.row["sha256"] for found in repaired}
-    rows = asked.latencies.together(files, hashes, workers)
+    rows = asked.latencies.of_front(files, hashes, workers)
     return [
         dataclasses.replace(found, row=_with_objectives(found.row | rows[found.trial.name]))
         for found in repaired
@@ -318,29 +299,6 @@ def _outcome(
         placed.append(Found(found.trial, found.row | {"output": str(target.path(found.trial))}))
     picked = pick([found.row for found in placed], asked.gates)
     return Front(tuple(placed), picked, tuple(proxies), tuple(dominated), tuple(failures))
-
-
-def _claim(asked: Search) -> None:
-    """Begin a search in its folder, or go on with the one that was begun there with the same question."""
-    from onnxcompress.pipeline.cache_keys import model_file_digest
-
-    file = asked.work / "question.json"
-    values = dataclasses.asdict(asked)
-    asked_about = {
-        name: values[name] for name in ("gates", "inputs", "effort", "latency_seconds", "seed")
-    } | {"model": model_file_digest(Path(asked.model))}
-    text = json.dumps(asked_about, indent=2, sort_keys=True, default=str)
-    if file.exists():
-        if file.read_text("utf-8") != text:
-            raise OptionError(
-                f"{asked.folder}: another search was begun here, with other limits or inputs; name another "
-                "folder, or delete this one"
-            )
-        return
-    Results(asked.work)
-    if others := sorted(one.name for one in asked.folder.iterdir() if one != asked.work):
-        raise OptionError(f"{asked.folder}: it holds {others[0]!r}, and no search; name another folder")
-    _write(file, text)
 
 
 def _write(path: Path, text: str) -> None:

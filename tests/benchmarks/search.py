@@ -277,7 +277,7 @@ def front_of(found: dict[str, Any]) -> list[tuple[str, str, str]]:
 def take_measured(source: Path, target: Path) -> None:
     """Give a search the latencies that another has measured, and nothing else of it."""
     (target / "work").mkdir(parents=True, exist_ok=True)
-    for name in ("latencies.json", "front-latency.json"):
+    for name in ("latencies.json", "contenders-latency.json", "front-latency.json"):
         shutil.copy(source / "work" / name, target / "work" / name)
 
 

@@ -26,8 +26,9 @@ from onnxcompress.runtime.latency import Timing
 from onnxcompress.search import latencies
 from onnxcompress.search import search as searching
 from onnxcompress.search import trial as trial_module
-from onnxcompress.search.front import choose_for_repair, loss_of, pareto_front, pick, violations
-from onnxcompress.search.search import Front, Search, search
+from onnxcompress.search.front import choose_for_repair, contenders, loss_of, pareto_front, pick, violations
+from onnxcompress.search.question import Search
+from onnxcompress.search.search import Front, search
 from onnxcompress.search.space import (
     CHANNELS,
     QUANTIZED,
@@ -106,9 +107,16 @@ def test_half_is_repaired_for_the_limits_and_half_over_all_latencies() -> None:
     gates = Gates(images="x", min_speedup=1.6)
     assert choose_for_repair(rows, gates, 4) == [5, 4, 0, 9]
     assert choose_for_repair(rows, gates, 5) == [5, 4, 3, 0, 9]
+    assert choose_for_repair(rows[3:], gates, 6) == [2, 1, 0, 3, 4, 6]  # time may end before the slowest
     assert choose_for_repair(rows, Gates(), 4) == [0, 3, 6, 9]
     few = Gates(images="x", min_speedup=1.6, max_drop=6.5)  # the limit on the loss orders, too
     assert choose_for_repair([row(0.1, 8), row(0.2, 7), row(0.7, 6)], few, 3) == [1, 0, 2]
+
+
+def test_what_is_about_as_fast_as_asked_is_in_doubt() -> None:
+    rows = [row(0.4, 1), row(0.56, 3), row(0.62, 0.5), row(0.55, 2), row(0.7, 0), row(0.5, 4)]
+    assert contenders(rows, 0.6, 8) == [2, 3, 1]
+    assert contenders(rows, 0.6, 2) == [2, 3]
 
 
 def test_what_is_timed_together_has_its_ratio_to_the_model_before(monkeypatch: pytest.MonkeyPatch) -> None:
