@@ -1,4 +1,8 @@
-"""Confidence intervals of medians and of their ratios: block bootstrap over rounds.
+"""Confidence intervals of medians, and of ratios of two models' latencies: block bootstrap over rounds.
+
+Two models are compared round by round, since what slows a machine down for seconds or minutes slows both:
+where it is slow for half of the time, a median over all rounds lies anywhere between the two speeds, and
+a ratio of two such medians, too.
 
 Neighbouring rounds share their disturbances, so blocks of rounds are drawn, not single rounds (Künsch 1989,
 The jackknife and the bootstrap for general stationary observations).
@@ -16,7 +20,7 @@ RESAMPLES, QUICK_RESAMPLES = 2000, 300
 
 @dataclass(frozen=True)
 class Ratio:
-    """median(b) / median(a) and its confidence interval: below 1, b is faster."""
+    """The median of b / a over the rounds, with its confidence interval: below 1, b is faster."""
 
     value: float
     low: float
@@ -24,7 +28,7 @@ class Ratio:
 
 
 def ratio_of(pair: np.ndarray, confidence: float) -> Ratio:
-    """Estimate the ratio of the medians of two columns, with its confidence interval.
+    """Estimate the median ratio of two columns, with its confidence interval.
 
     Args:
         pair: Samples, (rounds, 2); the second column is divided by the first.
@@ -33,11 +37,10 @@ def ratio_of(pair: np.ndarray, confidence: float) -> Ratio:
     Returns:
         The ratio and its interval.
     """
-    medians = bootstrap(pair, RESAMPLES)
+    ratios = pair[:, 1:] / pair[:, :1]
     tail = (1 - confidence) / 2
-    low, high = np.quantile(medians[:, 1] / medians[:, 0], [tail, 1 - tail])
-    a, b = np.median(pair, axis=0)
-    return Ratio(float(b / a), float(low), float(high))
+    low, high = np.quantile(bootstrap(ratios, RESAMPLES), [tail, 1 - tail])
+    return Ratio(float(np.median(ratios)), float(low), float(high))
 
 
 def half_width(samples: np.ndarray, resamples: int = QUICK_RESAMPLES) -> float:
@@ -50,8 +53,7 @@ def half_width(samples: np.ndarray, resamples: int = QUICK_RESAMPLES) -> float:
     Returns:
         Half of the interval's width, as a share of its centre.
     """
-    medians = bootstrap(samples, resamples)
-    shown = medians if samples.shape[1] == 1 else medians[:, 1:] / medians[:, :1]
+    shown = bootstrap(samples if samples.shape[1] == 1 else samples[:, 1:] / samples[:, :1], resamples)
     low, high = np.quantile(shown, [0.025, 0.975], axis=0)
     return float(np.max((high - low) / 2 / np.median(shown, axis=0)))
 

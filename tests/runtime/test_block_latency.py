@@ -105,7 +105,7 @@ def test_parts_may_need_the_processors_clock_where_a_whole_does_not(
     resnet: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A whole counts by the wall clock; that parts are hard to tell apart changes nothing in it."""
-    clocks = watch(monkeypatch, wall=0.05, processor=0.001)
+    clocks = watch(monkeypatch, wall=0.025, processor=0.001)
     watching = Stopwatch("cpu")
     smaller = resnet.copy()
     drop_block(smaller, find_blocks(smaller).blocks[0])

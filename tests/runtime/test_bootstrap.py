@@ -40,7 +40,7 @@ def test_an_interval_holds_the_truth_as_often_as_it_says(monkeypatch: pytest.Mon
         found = [ratio_of(pair, confidence) for pair in pairs]
         assert least <= sum(one.low <= 2 <= one.high for one in found) <= most
         assert all(one.low <= one.value <= one.high for one in found)
-    assert found[0].value == pytest.approx(np.median(pairs[0][:, 1]) / np.median(pairs[0][:, 0]))
+    assert found[0].value == pytest.approx(np.median(pairs[0][:, 1] / pairs[0][:, 0]))
 
 
 def test_medians_are_of_rounds_that_all_models_ran_in() -> None:

@@ -43,7 +43,7 @@ def latency(material: Material) -> Section | None:
         parts.append(
             Prose(
                 "Models take turns run by run, in random order, so that what slows the machine hits all "
-                "alike; intervals are of the ratio of medians, by a block bootstrap.",
+                "alike; ratios are medians over the rounds, intervals by a block bootstrap.",
                 "quiet",
             )
         )
