@@ -23,6 +23,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from math import ceil
 from typing import Any
 
@@ -138,23 +139,21 @@ def benchmark(
     parts = []
     with watching(chosen) as watch:
         for sitting in range(sittings):
-            order = names if sitting == 0 else names[::-1]
-            runners = {
-                n: bind(n, models[n], chosen, threads, feeds[n], interleaved=several, clock=read)
-                for n in order
-            }
-            timed = [runners[name].run for name in names]
-            with _without_gc():
-                _warm(timed, warm_up)
-                part = interleave(
-                    timed,
-                    runs=None if runs is None else (runs + sitting) // sittings,
-                    seconds=None if seconds is None else seconds / sittings,
-                    tolerance=None if tolerance is None else tolerance * sittings**0.5,
-                    seed=seed + sitting,
-                    between=watch,
-                    progress=progress,
+            runners: dict[str, Runner] = {}  # the sessions of the sitting before are closed
+            for name in names if sitting == 0 else names[::-1]:
+                runners[name] = bind(
+                    name, models[name], chosen, threads, feeds[name], interleaved=several, clock=read
                 )
+            part = _sit(
+                [runners[name].run for name in names],
+                warm_up,
+                runs=None if runs is None else (runs + sitting) // sittings,
+                seconds=None if seconds is None else seconds / sittings,
+                tolerance=None if tolerance is None else tolerance * sittings**0.5,
+                seed=seed + sitting,
+                between=watch,
+                progress=partial(_of_all, progress, sitting, sittings),
+            )
             parts.append(part)
     clocks = None if watch is None else watch.found()
     columns = zip(names, np.concatenate(parts).T, strict=True)
@@ -286,6 +285,18 @@ def _feeds(
         )
         for name, model in models.items()
     }
+
+
+def _of_all(progress: Progress, sitting: int, sittings: int, stage: str, done: int, total: int) -> None:
+    """Report the steps of one sitting as some of all sittings'."""
+    progress(stage, sitting * total + done, sittings * total)
+
+
+def _sit(timed: Sequence[Callable[[], float]], warm_up: float, **options: Any) -> np.ndarray:
+    """Warm models up and time them; see `interleave`."""
+    with _without_gc():
+        _warm(timed, warm_up)
+        return interleave(timed, **options)
 
 
 def _warm(timed: Sequence[Callable[[], float]], seconds: float) -> None:

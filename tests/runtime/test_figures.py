@@ -138,8 +138,11 @@ def test_half_of_the_rounds_are_of_sessions_opened_in_the_opposite_order(
     assert ratio(timings["a"], timings["b"]).value == pytest.approx(1, abs=0.01)
     assert [one["seconds"] for one in seen] == [2.0, 2.0]
     assert [one["tolerance"] for one in seen] == pytest.approx([0.01 * 2**0.5] * 2)
-    benchmark(pair, provider="cpu", runs=7)
+    told: list[tuple[str, int, int]] = []
+    benchmark(pair, provider="cpu", runs=7, progress=lambda *step: told.append(step))
     assert [one["runs"] for one in seen[2:]] == [3, 4]
+    seen[-1]["progress"]("timing", 2, 4)
+    assert told == [("timing", 6, 8)]
     benchmark(pair, provider="cpu", runs=1)
     benchmark({"a": network()}, provider="cpu", runs=7)
     assert [one["runs"] for one in seen[4:]] == [1, 7]
