@@ -365,7 +365,7 @@ def print_table(data: Path, out: Path) -> None:
     test, subset = load_split(data, "t10k"), np.load(out / "fashion-test2k.npz")
     click.echo("| file | shortcuts | BN | parameters | MACs | size | test 10k | test2k |")
     click.echo("|---|---:|---:|---:|---:|---:|---:|---:|")
-    for file in [out / f"{name}.onnx" for name in NETWORKS]:
+    for file in [out / f"{name}.onnx" for name in NETWORKS if (out / f"{name}.onnx").exists()]:
         model = onnx.load(file)
         ops = [node.op_type for node in model.graph.node]
         click.echo(
