@@ -134,6 +134,7 @@ def test_what_is_timed_together_has_its_ratio_to_the_model_before(monkeypatch: p
         }
 
     monkeypatch.setattr("onnxcompress.runtime.stopwatch.benchmark", timed)
+    monkeypatch.setattr("onnxcompress.runtime.stopwatch.other_load", lambda: 1.0)
     gates = Gates(provider="cpu", batch=4, threads=2, input_shape="x=1x3x8x8")
     rows = time_together("net.onnx", {"a": "a.onnx", "b": "b.onnx"}, gates, 7.0)
     assert seen["models"] == {"": "net.onnx", "a": "a.onnx", "b": "b.onnx"}
