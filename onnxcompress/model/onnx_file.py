@@ -42,9 +42,10 @@ def load(path: str | os.PathLike[str]) -> Model:
     if not proto.graph.node and not proto.graph.output:
         raise ModelError(f"{file}: not an ONNX model (it has no graph)")
     check_graph(proto, file.name)
-    inline_nested(proto, file)
+    nested = inline_nested(proto, file)
     check_tensors(proto, file.name, places)
     model = Model(proto, stored_values(proto, file, places), file.name)
+    model.external_files |= nested
     model.input_digest = lambda: tensor_storage.file_digest(file)
     return model
 

@@ -141,20 +141,26 @@ def check_tensors(proto: onnx.ModelProto, name: str, places: dict[int, tuple[int
         check_sparse(sparse, name)
 
 
-def inline_nested(proto: onnx.ModelProto, path: Path) -> None:
+def inline_nested(proto: onnx.ModelProto, path: Path) -> set[Path]:
     """Read external data of nested tensors (in attributes and bodies) into the proto.
 
     Args:
         proto: The model, changed in place.
         path: Its file.
 
+    Returns:
+        The files that were read.
+
     Raises:
         ModelError: External data is missing, cut short, or outside the file's folder.
     """
+    files = set[Path]()
     for tensor in nested_tensors(proto.graph):
         if tensor.data_location == onnx.TensorProto.EXTERNAL:
             values = _external(tensor, path, DataFile)
             tensor.raw_data = values.file.read(values.offset, values.length)
+            files.add(values.file.path)
+    return files
 
 
 def _external(tensor: onnx.TensorProto, path: Path, opened: Any) -> StoredValues:

@@ -4,21 +4,24 @@ A worker for latency is a node that was started without CPUs for other tasks, an
 
     ray start --address HEAD:6379 --num-cpus 0 --resources '{"onnxcompress_latency": 1}'
 
-Files that a task reads are sent once through Ray's object store. A worker that has a file of the same path
-and content, for example on a shared disk, uses that; the provenance then has the same path everywhere.
-Folders of images are not sent: they lie on a shared disk.
+Files that a task reads are sent once through Ray's object store, a model with its external data. A worker
+that has files of the same path and content, for example on a shared disk, uses those; the provenance then
+has the same path everywhere. Folders of images are not sent: they lie on a shared disk.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, cast
 
-from onnxcompress.errors import RuntimeUnavailable, one_line, require
+from onnxcompress.errors import ModelError, RuntimeUnavailable, one_line, require
+from onnxcompress.model import load
 from onnxcompress.model.tensor_storage import file_digest
 from onnxcompress.search.results import write_bytes
 from onnxcompress.search.trial import Trial
@@ -30,6 +33,18 @@ RETRIES = 3
 """How often a task is begun anew elsewhere when its worker dies."""
 PATIENCE = 10.0
 """Seconds between looks whether the node that is waited for is still there."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """One of the files that make up what a task names by a path: a model and its external data."""
+
+    place: str
+    """Path in the folder of the file that the task names."""
+    sha: str
+    """SHA-256 in hexadecimal."""
+    content: Any
+    """Reference of the content in the object store."""
 
 
 class RayWorkers:
@@ -121,12 +136,16 @@ class RayWorkers:
         remote = self._ray.remote(max_retries=RETRIES, **needs)(carry_out)
         return remote.remote(call, {path: self._send(path) for path in files_of(call.args)})
 
-    def _send(self, path: str) -> tuple[str, Any]:
-        """A file's SHA-256, and the reference of its content in the object store."""
-        sha = file_digest(Path(path))
-        if (path, sha) not in self._sent:
-            self._sent[path, sha] = self._ray.put(Path(path).read_bytes())
-        return sha, self._sent[path, sha]
+    def _send(self, path: str) -> list[Part]:
+        """Put a file, and what belongs to it, into the object store, unless it is there."""
+        folder, parts = Path(path).parent.resolve(), list[Part]()
+        for file in [Path(path), *external_files(path)]:
+            known = str(file), file_digest(file)
+            if known not in self._sent:
+                self._sent[known] = self._ray.put(file.read_bytes())
+            place = file.name if not parts else str(file.relative_to(folder))
+            parts.append(Part(place, known[1], self._sent[known]))
+        return parts
 
     def _returned(self, task: Any) -> Any:
         try:
@@ -157,42 +176,60 @@ def files_of(value: Any) -> list[str]:
     return list(dict.fromkeys(paths))
 
 
-def carry_out(call: partial[Returned], files: Mapping[str, tuple[str, Any]]) -> Returned:
+def external_files(path: str) -> list[Path]:
+    """List the files with external data of a model.
+
+    Args:
+        path: A file that a task names, of any kind.
+
+    Returns:
+        The files; none for what is no model, or a broken one, which the task refuses.
+    """
+    try:
+        return sorted(load(path).external_files)
+    except ModelError:
+        return []
+
+
+def carry_out(call: partial[Returned], files: Mapping[str, Sequence[Part]]) -> Returned:
     """Carry out a task on a worker, with its files in place.
 
     Args:
         call: The task.
-        files: Path -> SHA-256 and reference of the content.
+        files: Path -> the file and what belongs to it.
 
     Returns:
         What the task returned.
     """
     import ray
 
-    places = {path: placed(path, sha, partial(ray.get, ref)) for path, (sha, ref) in files.items()}
+    places = {path: placed(path, parts, ray.get) for path, parts in files.items()}
     args = _with_paths(call.args, lambda path: places.get(path, path))
     return call.func(*args, **call.keywords)
 
 
-def placed(path: str, sha: str, content: Callable[[], bytes]) -> str:
-    """Find a file on this machine, or write it to a temporary folder.
+def placed(path: str, parts: Sequence[Part], content: Callable[[Any], bytes]) -> str:
+    """Find a file on this machine with what belongs to it, or write them to a temporary folder.
 
     Args:
         path: Its path on the machine that sent the task.
-        sha: Its SHA-256.
-        content: Gives the content.
+        parts: The file, then its external data.
+        content: Gives the content of a reference.
 
     Returns:
-        Its path here: the same, where that has the same content.
+        Its path here: the same, where all parts have the same content.
     """
     file = Path(path)
-    if file.is_file() and _digest(path, file.stat().st_mtime_ns) == sha:
+    if all(_digest(file.parent / part.place) == part.sha for part in parts):
         return path
-    copy = Path(tempfile.gettempdir(), "onnxcompress-files", sha, file.name)
-    if not copy.exists():
-        copy.parent.mkdir(parents=True, exist_ok=True)
-        write_bytes(copy, content())
-    return str(copy)
+    digest = hashlib.sha256("".join(part.sha for part in parts).encode()).hexdigest()
+    folder = Path(tempfile.gettempdir(), "onnxcompress-files", digest)
+    for part in parts:
+        copy = folder / part.place
+        if not copy.exists():
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            write_bytes(copy, content(part.content))
+    return str(folder / file.name)
 
 
 def _with_paths(value: Any, change: Callable[[str], str]) -> Any:
@@ -219,6 +256,10 @@ def _with_files(options: Any, change: Callable[[str], str]) -> Any:
     return dataclasses.replace(options, **{name: change(value) for name, value in given.items()})
 
 
+def _digest(file: Path) -> str | None:
+    return _digest_at(file, file.stat().st_mtime_ns) if file.is_file() else None
+
+
 @lru_cache(maxsize=64)
-def _digest(path: str, stamp: int) -> str:
-    return file_digest(Path(path))
+def _digest_at(file: Path, stamp: int) -> str:
+    return file_digest(file)

@@ -16,6 +16,7 @@ from onnxcompress.graph.edit import set_values
 from onnxcompress.graph.query import read
 from onnxcompress.model import Model, load, protobuf_stream, save, tensor_storage
 from onnxcompress.model.envelope import nested_tensors
+from onnxcompress.pipeline.cache_keys import model_file_digest
 from tests.model.test_model import BIG, rich, tiny
 
 
@@ -65,6 +66,10 @@ def test_external_data_of_attributes_and_bodies(tmp_path: Path) -> None:
     ]
     for tensor in nested_tensors(after.graph):
         np.testing.assert_array_equal(numpy_helper.to_array(tensor), BIG)
+    before = model_file_digest(path)
+    assert load(path).external_files == {path.parent.resolve() / "weights.bin"}
+    (path.parent / "weights.bin").write_bytes(bytes((path.parent / "weights.bin").stat().st_size))
+    assert model_file_digest(path) != before  # kept results of other weights are not taken
 
 
 def test_proto_with_external_data(tmp_path: Path) -> None:

@@ -7,15 +7,18 @@ import shutil
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import onnx
 import pytest
 
 from onnxcompress.cli.main import main
 from onnxcompress.errors import ModelError, RuntimeUnavailable
 from onnxcompress.evaluation.gates import Gates
+from onnxcompress.pipeline.cache_keys import model_file_digest
 from onnxcompress.search.plan import Plan, read_plan
-from onnxcompress.search.ray_workers import LATENCY, RayWorkers, carry_out, files_of, placed
+from onnxcompress.search.ray_workers import LATENCY, Part, RayWorkers, carry_out, files_of, placed
 from onnxcompress.search.results import Results
 from onnxcompress.search.sweep import sweep
 from onnxcompress.search.trial import time_result
@@ -46,15 +49,38 @@ def test_a_file_is_where_it_was_or_a_copy_of_its_content(
     from onnxcompress.model.tensor_storage import file_digest
 
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
-    sha, content = file_digest(models / NET), (models / NET).read_bytes()
-    assert placed(str(models / NET), sha, lambda: b"") == str(models / NET)
+    content = (models / NET).read_bytes()
+    parts = [Part(NET, file_digest(models / NET), content)]
+    assert placed(str(models / NET), parts, lambda ref: b"") == str(models / NET)
     (tmp_path / NET).write_bytes(b"another file of this name")
-    copy = Path(placed(str(tmp_path / NET), sha, lambda: content))
+    copy = Path(placed(str(tmp_path / NET), parts, lambda ref: ref))
     assert copy.name == NET
     assert copy.read_bytes() == content
     monkeypatch.setattr(ray, "get", lambda ref: ref)
     call: partial[list[str]] = partial(files_of, (str(tmp_path / "gone" / NET), 3))
-    assert carry_out(call, {str(tmp_path / "gone" / NET): (sha, content)}) == [str(copy)]
+    assert carry_out(call, {str(tmp_path / "gone" / NET): parts}) == [str(copy)]
+
+
+@pytest.mark.parametrize("gone", ["all", "weights"])
+def test_a_model_is_sent_with_its_external_data(
+    gone: str, tmp_path: Path, models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beside other weights of the same name, too: the ONNX files of two such models can be equal."""
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
+    folder = tmp_path / "sent"
+    (folder / "parts").mkdir(parents=True)
+    onnx.save(onnx.load(models / NET), folder / NET, save_as_external_data=True, location="parts/w.bin")
+    sender = object.__new__(RayWorkers)  # without a cluster
+    sender._ray, sender._sent = SimpleNamespace(put=bytes), {}
+    parts, whole = sender._send(str(folder / NET)), model_file_digest(folder / NET)
+    assert [part.place for part in parts] == [NET, "parts/w.bin"]
+    if gone == "all":
+        shutil.rmtree(folder)
+    else:
+        (folder / "parts/w.bin").write_bytes(bytes((folder / "parts/w.bin").stat().st_size))
+    copy = placed(str(folder / NET), parts, lambda ref: ref)
+    assert copy != str(folder / NET)
+    assert model_file_digest(Path(copy)) == whole
 
 
 @pytest.fixture(scope="module")
