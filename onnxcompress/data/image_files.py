@@ -8,19 +8,24 @@ may have `y` or `labels` (N).
 from __future__ import annotations
 
 import os
+import warnings
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from tokenize import TokenError
 from zipfile import BadZipFile, ZipFile, is_zipfile
 
 import numpy as np
 
-from onnxcompress.errors import InputError, one_line
+from onnxcompress.errors import CompressWarning, InputError, one_line, printable
+from onnxcompress.formatting import counted
 
 SUFFIXES = (
-    ".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm", ".pgm",
+    ".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".avif",
 )  # fmt: skip
+KINDS = ", ".join(SUFFIXES)
+UNREAD = (".heic", ".heif", ".jxl", ".jp2", ".dng", ".nef", ".cr2", ".cr3", ".arw", ".exr", ".svg")
+"""Kinds of pictures that are not read, of which the user is told."""
 UNREADABLE = (
     OSError, ValueError, EOFError, BadZipFile, NotImplementedError, SyntaxError, zlib.error,
     TokenError, MemoryError,
@@ -42,7 +47,33 @@ def image_files(folder: Path) -> list[Path]:
     Raises:
         InputError: There are none.
     """
-    images = []
+    images = [file for file in _files(folder) if file.name.lower().endswith(SUFFIXES)]
+    if not images:
+        raise InputError(f"{folder}: no images; {_unread(folder) or f'expected files of {KINDS}'}")
+    return sorted(images)
+
+
+def warn_of_unread(folder: Path) -> None:
+    """Warn of pictures of kinds that are not read.
+
+    Args:
+        folder: A folder that has images, too.
+    """
+    if told := _unread(folder):
+        warnings.warn(printable(f"{folder}: {told}"), CompressWarning, stacklevel=2)
+
+
+def _unread(folder: Path) -> str | None:
+    """Say which pictures are of kinds that are not read; None where there are none."""
+    suffixes = [s for file in _files(folder) if (s := file.suffix.lower()) in UNREAD]
+    if not suffixes:
+        return None
+    kinds = ", ".join(sorted(set(suffixes)))
+    return f"{counted(len(suffixes), 'picture')} of {kinds} left out; convert them to .jpg or .png"
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    """Yield the files of a folder, recursively, but hidden ones and those in hidden folders."""
     visited: set[str] = set()
     for root, folders, names in os.walk(folder, followlinks=True):
         real = os.path.realpath(root)
@@ -51,14 +82,7 @@ def image_files(folder: Path) -> list[Path]:
             continue
         visited.add(real)
         folders[:] = sorted(f for f in folders if not f.startswith("."))
-        images += [
-            Path(root, name)
-            for name in names
-            if name.lower().endswith(SUFFIXES) and not name.startswith(".")
-        ]
-    if not images:
-        raise InputError(f"{folder}: no images; expected files of {', '.join(SUFFIXES)}")
-    return sorted(images)
+        yield from (Path(root, name) for name in names if not name.startswith("."))
 
 
 def is_folder(source: Path) -> bool:
@@ -112,7 +136,21 @@ def folder_labels(folder: Path, files: Sequence[Path], needed: bool) -> np.ndarr
         index = {c: int(c) for c in classes}
     else:
         index = {c: i for i, c in enumerate(classes)}
+        if needed:
+            _warn_of_empty(folder, classes)
     return np.array([index[p[0]] for p in parts], np.int64)
+
+
+def _warn_of_empty(folder: Path, classes: Sequence[str]) -> None:
+    """Warn of folders without images: classes that come after one may be counted too low."""
+    folders = sorted(f.name for f in folder.iterdir() if f.is_dir() and not f.name.startswith("."))
+    empty = [name for name in folders if name not in {*classes, "__MACOSX"}]
+    if empty:
+        others = f" and {len(empty) - 1} more" if len(empty) > 1 else ""
+        told = (
+            f"no images in {empty[0]}{others}, no class of its own; name folders by class index (0, 1, …)"
+        )
+        warnings.warn(printable(f"{folder}: {told}"), CompressWarning, stacklevel=2)
 
 
 def npz_length(file: Path) -> int:

@@ -26,6 +26,7 @@ from onnxcompress.data.image_files import (
     is_folder,
     npz_length,
     read_npz,
+    warn_of_unread,
 )
 from onnxcompress.data.preprocess import Preprocess
 from onnxcompress.errors import CompressError, InputError, OptionError
@@ -263,6 +264,7 @@ def _load_folder(
     from onnxcompress.data.folder_reading import read_files
 
     files = image_files(folder)
+    warn_of_unread(folder)
     y = folder_labels(folder, files, labels)
     drawn = draw.indices(len(files), y, folder)
     x, read = read_files(folder, [files[i] for i in drawn], len(files), preprocess, progress)

@@ -10,7 +10,7 @@ from PIL import Image
 
 from onnxcompress.data.image_set import ImageSet, check_fits, load_images
 from onnxcompress.data.preprocess import PRESETS, Preprocess
-from onnxcompress.errors import InputError, OptionError
+from onnxcompress.errors import CompressWarning, InputError, OptionError
 
 UNIT = Preprocess()
 
@@ -27,7 +27,7 @@ def pack(file: Path, **arrays: np.ndarray) -> Path:
 
 
 @pytest.mark.parametrize(
-    "suffix", ["jpg", "JPEG", "jfif", "png", "bmp", "webp", "gif", "tif", "TIFF", "ppm"]
+    "suffix", ["jpg", "JPEG", "jfif", "png", "bmp", "webp", "gif", "tif", "TIFF", "ppm", "avif"]
 )
 def test_files_of_all_usual_kinds_are_images(suffix: str, tmp_path: Path) -> None:
     picture(tmp_path / f"a.{suffix}", value=60)
@@ -184,6 +184,35 @@ def test_sixteen_bits(tmp_path: Path) -> None:
     Image.fromarray(np.full((4, 4), 40000, np.uint16)).save(tmp_path / "a.png")
     with pytest.raises(InputError, match=r"a\.png: pixels of mode I.*expected 8-bit"):
         load_images(tmp_path, preprocess=UNIT)
+
+
+def test_pictures_of_kinds_that_are_not_read_are_told_of(tmp_path: Path) -> None:
+    for name in ("a.HEIC", "b/c.jxl", ".hidden.heic"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"a photo")
+    told = r"2 pictures of \.heic, \.jxl left out; convert them to \.jpg or \.png"
+    with pytest.raises(InputError, match=f"no images; {told}"):
+        load_images(tmp_path, preprocess=UNIT)
+    picture(tmp_path / "d.png")
+    with pytest.warns(CompressWarning, match=told):
+        assert len(load_images(tmp_path, preprocess=UNIT)) == 1
+
+
+@pytest.mark.parametrize(("first", "told"), [("ant", True), ("0", False), (".git", False)])
+def test_a_class_folder_without_images_is_told_of(
+    first: str, told: bool, tmp_path: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    """The classes behind it get the index of the one before."""
+    (tmp_path / first).mkdir()
+    for name in ("1", "2") if first == "0" else ("bee", "cat"):
+        picture(tmp_path / name / "a.png")
+    images = load_images(tmp_path, preprocess=UNIT, labels=True)
+    assert images.y is not None
+    assert images.y.tolist() == ([1, 2] if first == "0" else [0, 1])
+    assert ["no images in ant, no class of its own" in str(w.message) for w in recwarn] == [True] * told
+    recwarn.clear()
+    load_images(tmp_path, preprocess=UNIT)
+    assert not recwarn.list
 
 
 def test_labels_of_loose_files(tmp_path: Path) -> None:
