@@ -201,16 +201,26 @@ def test_a_latency_is_missed_where_its_interval_says_so(
     assert ChannelDropper._missed(work, change, None) == words
 
 
-def test_widths_are_chosen_by_the_middle_of_what_they_save() -> None:
-    """By the latency of the network that was cut over that of the network as it was given."""
+@pytest.mark.parametrize(
+    ("ratios", "target", "saved"),
+    [((0.85,), 0.2, 0.15), ((0.79, 0.78), 0.2, 0.21), ((0.79, 0.81), 0.2, 0.19)],
+)
+def test_widths_are_chosen_by_the_middle_of_what_they_save(
+    ratios: tuple[float, ...], target: float, saved: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the latency of the cut network over that of the given one, twice where it seems to be enough."""
+    measured = iter(ratios)
 
-    def compare(before: str, after: str, seconds: float) -> LatencyChange:
+    def compare(self: Stopwatch, before: str, after: str, seconds: float) -> LatencyChange:
         assert (before, after) == ("given", "cut to 3")
-        return LatencyChange(10.0, 8.5, 0.85, 0.78, 0.92)
+        ratio = next(measured)
+        return LatencyChange(10.0, 10 * ratio, ratio, ratio - 0.07, ratio + 0.07)
 
-    work: Any = SimpleNamespace(original="given", stopwatch=SimpleNamespace(compare=compare))
+    monkeypatch.setattr(Stopwatch, "compare", compare)
+    work: Any = SimpleNamespace(original="given", stopwatch=Stopwatch(), _target=target)
     work._cut = lambda widths: f"cut to {widths['a']}"
-    assert ChannelDropper._latency_saved(work, {"a": 3}) == pytest.approx(0.15)
+    assert ChannelDropper._latency_saved(work, {"a": 3}) == pytest.approx(saved)
+    assert not list(measured)
 
 
 def test_work_is_missed_by_its_share_of_the_whole() -> None:

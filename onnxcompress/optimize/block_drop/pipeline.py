@@ -269,7 +269,7 @@ class Dropper:
 
     def _saving(self, model: Model) -> float:
         """Measure the part of the original's latency that the model saves."""
-        return 1 - self.stopwatch.compare(self.original, model, seconds=5.0).ratio
+        return self.stopwatch.saved(self.original, model, self._target, seconds=5.0)
 
     def _repair(self) -> None:
         """Refit and fine-tune what is left."""

@@ -148,13 +148,12 @@ class ChannelDropper:
     def _choose(self) -> Mapping[str, int]:
         """Choose widths that meet the target, at the least predicted error."""
         by_latency = self.options.latency_reduction is not None
-        target = (self.options.latency_reduction or self.options.macs_reduction or 0.0) / 100
         saving = self._latency_saved if by_latency else self._macs_saved
         priced = [group for group in self.groups.free if self.removals[group.name].costs[-1] > 0]
         gains = self._gains(priced) if priced else {}
         self._rescale(gains)
         costs = {name: self.removals[name].costs.tolist() for name in gains}
-        kept = choose_widths(narrowings(costs, gains), target, saving).kept
+        kept = choose_widths(narrowings(costs, gains), self._target, saving).kept
         if by_latency and self.stopwatch.clock == "processor":
             warnings.warn(BUSY, CompressWarning, stacklevel=2)
         return kept
@@ -203,7 +202,12 @@ class ChannelDropper:
         return 1 - count_macs(self._cut(widths)) / count_macs(self.whole)
 
     def _latency_saved(self, widths: Mapping[str, int]) -> float:
-        return self.stopwatch.compare(self.original, self._cut(widths), seconds=5.0).saved.value
+        return self.stopwatch.saved(self.original, self._cut(widths), self._target, seconds=5.0)
+
+    @property
+    def _target(self) -> float:
+        """Part of the latency, or of the multiply-accumulates, that is to be saved."""
+        return (self.options.latency_reduction or self.options.macs_reduction or 0.0) / 100
 
     def _cut(self, widths: Mapping[str, int]) -> Model:
         """Return a copy of the whole network with these widths, not repaired."""
