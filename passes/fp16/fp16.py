@@ -32,7 +32,6 @@ from onnxcompress.account import Change, Figures, InputSource, Refusal
 from onnxcompress.errors import CompressWarning, InputError, ModelError
 from onnxcompress.evaluation.accuracy import image_input
 from onnxcompress.formatting import counted
-from onnxcompress.graph.edit import make_dense
 from onnxcompress.graph.node_selection import SelectionOptions
 from onnxcompress.graph.reshape_targets import batch_free_targets
 from onnxcompress.model import Model
@@ -42,10 +41,11 @@ from onnxcompress.option_fields import PROVIDER_HELP, option, provider_options_o
 from onnxcompress.passes.base import Pass, PassResult
 from onnxcompress.passes.fold_bn import FoldBatchNorm
 from onnxcompress.passes.fp16.candidates import HALF, Candidate, candidates, element_types
+from onnxcompress.passes.fp16.constants import make_plain, stored_halves
 from onnxcompress.passes.fp16.convert import convert
 from onnxcompress.passes.fp16.error_search import Float32Nodes, Simulation, choose, worst_error
 from onnxcompress.passes.fp16.figures import HalfPrecisionFigures, KeptNode, ProviderRun
-from onnxcompress.passes.fp16.quantized import MAX_ERROR, MISCOMPUTED, QUANTIZED_ERROR, fold_biases
+from onnxcompress.passes.fp16.quantized import MAX_ERROR, MISCOMPUTED, QUANTIZED_ERROR
 from onnxcompress.passes.opsets import at_opset
 from onnxcompress.passes.preview import check_inputs, raised
 from onnxcompress.progress import Progress, silent
@@ -139,8 +139,7 @@ class HalfPrecision(SelectionOptions, ImageOptions, Pass):
             return [refusal]
         own = raised(model, _lowest_opset(model))
         assume_sizes(own, self.request)
-        make_dense(own)
-        fold_biases(own)
+        make_plain(own)
         self.selection.check(model, own)
         nodes, cannot = candidates(own.to_proto(), self.selection)
         if nodes:
@@ -151,8 +150,7 @@ class HalfPrecision(SelectionOptions, ImageOptions, Pass):
         assume_sizes(model, self.request)
         start = time.perf_counter()
         folded = model.copy()
-        make_dense(folded)
-        fold_biases(folded)
+        make_plain(folded)
         count = FoldBatchNorm().apply(folded).measured.folded
         self.selection.check(model, folded)
         nodes, cannot = candidates(proto := folded.to_proto(), self.selection)
@@ -276,7 +274,8 @@ def _lowest_opset(model: Model) -> int:
 def _whole(model: Model) -> Refusal | None:
     """Why nothing of the model is converted."""
     proto = model.skeleton()
-    halves = [name for name, kind in element_types(proto).items() if kind == HALF]
+    stored = {cast.inputs[0].name for cast, _ in stored_halves(model)}
+    halves = [name for name, kind in element_types(proto).items() if kind == HALF and name not in stored]
     if halves:
         return Refusal(model.name, f"it is in half precision already: {halves[0]!r} is float16")
     return None

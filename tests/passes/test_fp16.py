@@ -21,6 +21,7 @@ from onnxcompress.data.image_set import load_images
 from onnxcompress.data.preprocess import Preprocess
 from onnxcompress.errors import ModelError, OptionError
 from onnxcompress.evaluation.accuracy import agreement, logits
+from onnxcompress.graph.constant_folding import constant_value
 from onnxcompress.model import Model, load, save
 from onnxcompress.passes.base import PassResult, run
 from onnxcompress.passes.fp16 import HalfPrecision
@@ -94,6 +95,27 @@ def test_what_is_half_already_stays() -> None:
     assert not again.modified
     assert "half precision already" in again.refusals[0].rule
     assert model.to_proto().SerializeToString(deterministic=True) == before
+
+
+@pytest.mark.parametrize("place", ["initializer", "Constant"])
+def test_weights_that_are_only_stored_as_halves_are_computed_in_half(place: str) -> None:
+    """The file computed in float32: nothing of it is in half precision."""
+    model = parse("k = Cast<to=1>(h) a = Conv<pads=[1,1,1,1]>(x, k) y = Relu(a)")
+    proto, half = model.to_proto(), np.random.default_rng(0).normal(0, 0.3, (4, 3, 3, 3)).astype(np.float16)
+    if place == "initializer":
+        proto.graph.initializer.append(onnx.numpy_helper.from_array(half, "h"))
+    else:
+        value = onnx.numpy_helper.from_array(half)
+        proto.graph.node.insert(0, onnx.helper.make_node("Constant", [], ["h"], value=value))
+    model = Model.from_proto(proto)
+    result = apply(model)
+    assert half_figures(result).converted == 2
+    (conv,) = [node for node in model.graph.nodes if node.op == "Conv"]
+    weight = constant_value(model, conv.inputs[1])
+    assert weight is not None
+    assert weight.dtype == np.float16
+    np.testing.assert_array_equal(weight, half)
+    assert [node.op for node in model.graph.nodes].count("Cast") == 2  # of the input and of the output
 
 
 def test_bodies_are_refused() -> None:
