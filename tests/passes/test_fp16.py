@@ -100,8 +100,11 @@ def test_what_is_half_already_stays() -> None:
 @pytest.mark.parametrize("place", ["initializer", "Constant"])
 def test_weights_that_are_only_stored_as_halves_are_computed_in_half(place: str) -> None:
     """The file computed in float32: nothing of it is in half precision."""
-    model = parse("k = Cast<to=1>(h) a = Conv<pads=[1,1,1,1]>(x, k) y = Relu(a)")
-    proto, half = model.to_proto(), np.random.default_rng(0).normal(0, 0.3, (4, 3, 3, 3)).astype(np.float16)
+    proto = onnx.parser.parse_model("""
+        <ir_version: 8, opset_import: ["" : 17]> net (float[N,3,6,6] x) => (float[N,4,6,6] y) {
+        k = Cast<to=1>(h) a = Conv<pads=[1,1,1,1]>(x, k) y = Relu(a) }
+    """)
+    half = np.random.default_rng(0).normal(0, 0.3, (4, 3, 3, 3)).astype(np.float16)
     if place == "initializer":
         proto.graph.initializer.append(onnx.numpy_helper.from_array(half, "h"))
     else:
