@@ -115,3 +115,16 @@ def test_the_command_says_it_before_the_work(
     assert main(["quantize", net, out, "--latency", *how]) == 1
     assert "onnxruntime cannot load it" in capsys.readouterr().err
     assert not Path(out).exists()
+
+
+def test_the_plugin_of_openvino_runs_or_lists_no_device(models: Path) -> None:
+    """The real one, where `onnxruntime-ep-openvino` is installed: it wants a processor of Intel."""
+    package = Path(str(pytest.importorskip("onnxruntime_ep_openvino").__file__)).parent
+    (library, *_) = sorted(package.glob("*onnxruntime_providers_openvino_plugin.so"))
+    provider, net = plugin("openvino", str(library)), models / "resnet20-fashion.onnx"
+    if any(device.ep_name.startswith("OpenVINO") for device in plugin_providers._devices(str(library))):
+        timed = benchmark({"net": net}, provider=provider, runs=3, warm_up=0)["net"]
+        assert "OpenVINOExecutionProvider" in timed.placement.nodes
+    else:
+        with pytest.raises(RuntimeUnavailable, match="it is registered, and lists no device"):
+            check_provider(provider)
