@@ -91,8 +91,8 @@ def _chart(front: Front) -> Plot:
         Point(
             name=found.trial.name,
             x=found.row["latency_ms"],
-            low=found.row["latency_before_ms"] * found.row["ratio_low"],
-            high=found.row["latency_before_ms"] * found.row["ratio_high"],
+            low=found.row["latency_ms"] * found.row["ratio_low"] / found.row["ratio"],
+            high=found.row["latency_ms"] * found.row["ratio_high"] / found.row["ratio"],
             y=found.row["loss"],
             picked=at == front.picked,
         )

@@ -85,8 +85,8 @@ def test_the_page_has_each_figure_of_the_front() -> None:
         (p.name, p.x, p.low, p.high, p.y, p.picked) for p in chart.chart.points
     ]
     assert points == [
-        ("fast", pytest.approx(3.2), pytest.approx(2.56), 4.0, pytest.approx(3), False),
-        ("good", 4.9, 4.0, pytest.approx(5.12), pytest.approx(0.5), True),
+        ("fast", pytest.approx(3.2), pytest.approx(2.56), pytest.approx(4), pytest.approx(3), False),
+        ("good", 4.9, pytest.approx(3.92), pytest.approx(5.0176), pytest.approx(0.5), True),
     ]
 
 
