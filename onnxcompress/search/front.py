@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from onnxcompress.evaluation.gates import Gates
-from onnxcompress.search.trial import Row, verdicts
+from onnxcompress.search.aim import MARGIN
+from onnxcompress.search.trial import TIMED, Row, verdicts
 
 LOSS_LIMITS = ("max_drop", "min_agreement")
 DOUBTFUL = 0.15
@@ -45,13 +46,14 @@ def loss_name(row: Row) -> str:
     return "noise of the outputs over their variation, %"
 
 
-def violations(row: Row, gates: Gates, *, loss: bool) -> list[float]:
+def violations(row: Row, gates: Gates, *, loss: bool, sure: float = 0.0) -> list[float]:
     """Compute how far limits are missed.
 
     Args:
         row: Figures of a result.
         gates: The limits.
         loss: Whether limits on the loss count, too.
+        sure: Part of a limit on the latency by which it is to be kept.
 
     Returns:
         A value for each limit: above 0 where it is missed, relative to the limit.
@@ -60,6 +62,7 @@ def violations(row: Row, gates: Gates, *, loss: bool) -> list[float]:
     found = [v for v in verdicts(row, gates) if v.gate not in skipped]
     return [
         (1.0 if v.gate.startswith("max") else -1.0) * (v.measured - v.limit) / max(abs(v.limit), 1e-9)
+        + sure * (v.gate in TIMED)
         for v in found
     ]
 
@@ -125,8 +128,8 @@ def contenders(rows: Sequence[Row], wanted: float, count: int) -> list[int]:
 def choose_for_repair(rows: Sequence[Row], gates: Gates, count: int) -> list[int]:
     """Choose proxies to repair in full, in the order of their promise: time may not be enough for all.
 
-    Half of them are those of the front that miss limits least and then lose least; the others are spread
-    evenly over the front's latencies.
+    Half of them are those of the front that miss limits least, or surely keep them (MARGIN), and then lose
+    least; the others are spread evenly over the front's latencies.
 
     Args:
         rows: Figures of the proxies.
@@ -139,8 +142,8 @@ def choose_for_repair(rows: Sequence[Row], gates: Gates, count: int) -> list[int
     front = pareto_front([(row["ratio"], row["loss"], row["size"]) for row in rows])
 
     def promise(index: int) -> tuple[float, float, float]:
-        hard = sum(max(0.0, v) for v in violations(rows[index], gates, loss=False))
-        soft = sum(max(0.0, v) for v in violations(rows[index], gates, loss=True))
+        hard = sum(max(0.0, v) for v in violations(rows[index], gates, loss=False, sure=MARGIN))
+        soft = sum(max(0.0, v) for v in violations(rows[index], gates, loss=True, sure=MARGIN))
         return hard, soft, rows[index]["loss"]
 
     chosen = sorted(front, key=promise)[: (count + 1) // 2] if gates.limits else []

@@ -88,6 +88,13 @@ def test_what_keeps_exact_limits_and_promises_least_loss_is_repaired_first() -> 
     assert choose_for_repair(rows, Gates(), 3) == [0, 2, 3] or len(choose_for_repair(rows, Gates(), 3)) == 3
 
 
+def test_what_just_keeps_the_speed_comes_after_what_surely_does() -> None:
+    """Measured again, it may be too slow: 2.01 times as fast where 2 is asked for, beside 2.1 times."""
+    rows = [row(1 / 2.01, 1), row(1 / 2.1, 2), row(1 / 1.9, 0.5)]
+    assert choose_for_repair(rows, Gates(images="x", min_speedup=2), 4)[:2] == [1, 0]
+    assert choose_for_repair(rows, Gates(images="x", min_speedup=1.95), 4)[:2] == [0, 1]
+
+
 def test_of_results_that_lose_the_same_the_fastest_is_chosen() -> None:
     rows = [row(0.5, 1), row(0.4, 1), row(0.45, 1)]
     assert pick(rows, Gates(images="x", min_speedup=1.5)) == 1
