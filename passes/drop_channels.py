@@ -178,8 +178,7 @@ def _kept_statistics(
     """Leave the cut channels out of the recorded statistics."""
     own = dict(record)
     for name in own.keys() & kept.keys():
-        stays, known = kept[name], own[name]
-        own[name] = replace(known, mean=known.mean[stays.index], std=known.std[stays.index])
-        if stays.axis != 1:
-            del own[name]
+        known, stays = own.pop(name), kept[name]
+        if stays.axis == 1 and len(known.mean) == len(stays.mask):  # else it is of another tensor
+            own[name] = replace(known, mean=known.mean[stays.index], std=known.std[stays.index])
     return own

@@ -85,11 +85,10 @@ def cut_channels(model: Model, groups: CutGroups, gone: Collection[int]) -> dict
     _Cut(model, groups, kept, set(gone)).run()
     model.become(model.copy(lambda proto: _forget_shapes(proto, kept)))
     after = tensor_shapes(model)
-    for name, stays in kept.items():
-        expected = list(before.get(name, ()))
-        if not expected or name not in after:
-            continue
-        expected[stays.axis] = int(stays.mask.sum())
+    for name in before.keys() & after.keys() & groups.channels.tensors.keys():
+        expected = list(before[name])
+        if name in kept and expected:
+            expected[kept[name].axis] = int(kept[name].mask.sum())
         for wanted, found in zip(expected, after[name], strict=True):
             if isinstance(wanted, int) and isinstance(found, int) and wanted != found:
                 raise ModelError(
@@ -117,7 +116,7 @@ class _Cut:
         self.model, self.kept, self.gone = model, kept, gone
         self.layers = {layer.linear.output_name: layer for layer in groups.channels.layers}
         self.tensors = groups.channels.tensors
-        self._shared: dict[tuple[int, bytes], tuple[gs.Tensor, gs.Constant]] = {}
+        self._shared: dict[tuple[int, tuple[int, ...], bytes], tuple[gs.Tensor, gs.Constant]] = {}
 
     def run(self) -> None:
         """Edit all nodes."""
@@ -164,6 +163,8 @@ class _Cut:
             tensor = input_at(node, at)
             if tensor is None or tensor.name in self.tensors:
                 continue
+            if self._is_single(tensor, kept.axis - rank):
+                continue  # it may be computed from shapes
             value = self._value(node, at)
             axis = kept.axis - (rank - value.ndim)
             if axis >= 0 and value.shape[axis] > 1:
@@ -197,10 +198,10 @@ class _Cut:
         rank = self.tensors[node.inputs[0].name].ndim
         axes_input = input_at(node, 3)
         axes = None if axes_input is None else constant_value(self.model, axes_input)
-        starts, ends = self._value(node, 1).copy(), self._value(node, 2).copy()
-        along = list(range(len(starts))) if axes is None else [int(a) % rank for a in axes.reshape(-1)]
+        along = range(len(self._value(node, 1))) if axes is None else [int(a) % rank for a in axes.flat]
         if kept.axis not in along:
             return {}
+        starts, ends = self._value(node, 1).copy(), self._value(node, 2).copy()
         at = along.index(kept.axis)
         first, last, _ = slice(int(starts[at]), int(ends[at])).indices(len(kept.mask))
         starts[at], ends[at] = kept.mask[:first].sum(), kept.mask[:last].sum()
@@ -211,9 +212,9 @@ class _Cut:
         axis = attribute(node, "axis", 0) % self.tensors[node.inputs[0].name].ndim
         if kept.axis != axis:
             return {}
-        index = self._value(node, 1) % len(kept.mask)
+        index = np.asarray(self._value(node, 1) % len(kept.mask))
         stays = index[kept.mask[index]] if index.ndim == 1 else index
-        return {1: (np.cumsum(kept.mask) - 1)[stays].astype(index.dtype)}
+        return {1: np.asarray((np.cumsum(kept.mask) - 1)[stays], index.dtype)}
 
     def _pad(self, node: gs.Node) -> dict[int, np.ndarray]:
         source, target = node.inputs[0].name, node.outputs[0].name
@@ -248,11 +249,18 @@ class _Cut:
         sizes = input_at(node, 3)
         value = None if sizes is None else constant_value(self.model, sizes)
         kept = self.kept[node.outputs[0].name]
-        if value is None or attribute(node, "axes") is not None:
+        rank = self.tensors[node.outputs[0].name].ndim
+        axes = [axis % rank for axis in attribute(node, "axes", range(rank))]
+        if value is None or kept.axis not in axes:
             return {}
         value = value.copy()
-        value[kept.axis] = kept.mask.sum()
+        value[axes.index(kept.axis)] = kept.mask.sum()
         return {3: value}
+
+    def _is_single(self, tensor: gs.Tensor, axis: int) -> bool:
+        """Return whether a tensor is known to have one element along an axis, counted from the last."""
+        sizes = tensor_shapes(self.model).get(tensor.name)
+        return sizes is not None and (len(sizes) < -axis or sizes[axis] == 1)
 
     def _mask(self, name: str, axis: int) -> np.ndarray:
         """Return which channels of a tensor stay along an axis: all, where it loses none."""
@@ -286,7 +294,7 @@ class _Cut:
         if own and not any(old is output for output in self.model.graph_outputs):
             set_values(old, values)
             return
-        key = id(old), values.tobytes()
+        key = id(old), values.shape, values.tobytes()
         if key not in self._shared or old.is_empty():
             base = old.name or f"{node_label(node)}_sizes"
             self._shared[key] = old, gs.Constant(unique_name(self.model, f"{base}_cut"), values)

@@ -42,6 +42,8 @@ SINGLE = (
     "ThresholdedRelu",
 )  # fmt: skip
 """Operators on single elements."""
+SOFTMAX_OPSET = 13
+"""From which on a Softmax mixes one axis, by default the last; before, all from one on, by default 1."""
 
 
 def varying(labels: Labels) -> tuple[int, ...]:
@@ -61,12 +63,19 @@ def _same(tracer: TensorLabels, node: gs.Node) -> Sequence[Labels]:
 
 
 def _normalize(tracer: TensorLabels, node: gs.Node) -> Sequence[Labels]:
-    """Label the output of a BatchNormalization, whose parameters must be constants."""
+    """Label the output of a BatchNormalization, whose parameters must be constants of axis 1."""
+    _check_parameters(tracer, node)
+    (labels,) = _same(tracer, node)
+    if varying(labels) not in ((), (1,)):
+        raise Unknown("normalizes axis 1, its channels lie along others")
+    return [labels]
+
+
+def _check_parameters(tracer: TensorLabels, node: gs.Node) -> None:
     if any(tracer.constant(tensor) is None for tensor in node.inputs[1:]):
         raise Unknown("has parameters that are not constants")
     if any(not tensor.is_empty() for tensor in node.outputs[1:]):
         raise Unknown("is in training mode", "export the model in inference mode")
-    return _same(tracer, node)
 
 
 def _dropped(tracer: TensorLabels, node: gs.Node) -> Sequence[Labels]:
@@ -83,14 +92,15 @@ def _max_pool(tracer: TensorLabels, node: gs.Node) -> Sequence[Labels]:
 
 
 def _instances(tracer: TensorLabels, node: gs.Node) -> Sequence[Labels]:
-    _normalize(tracer, node)
+    _check_parameters(tracer, node)
     return layout_rules.within_channels(tracer, node)
 
 
 def _combine(tracer: TensorLabels, node: gs.Node) -> Sequence[Labels]:
     """Label the output of an operator with several operands: the same channel of each is tied.
 
-    An operand of size 1 along the channels, such as a mask of the image, is not tied to them.
+    An operand of size 1 along the channels, such as a mask of the image, is not tied to them. One that is
+    computed from shapes must be: it cannot be cut.
     """
     operands = [t for t in node.inputs if not t.is_empty()]
     ranks = [tracer.labels(t).ndim if tracer.carries(t) else len(tracer.sizes(t)) for t in operands]
@@ -98,6 +108,11 @@ def _combine(tracer: TensorLabels, node: gs.Node) -> Sequence[Labels]:
     data = [t for t in operands if tracer.carries(t)]
     labels = [_aligned(tracer.labels(t).shape, rank) for t in data]
     axes = [axis for axis in range(rank) if any(shape[axis] > 1 for shape in labels)]
+    for tensor in operands:
+        if not tracer.carries(tensor) and tracer.constant(tensor) is None:
+            sizes = _aligned(tracer.sizes(tensor), rank)
+            if any(sizes[axis] != 1 for axis in axes):
+                raise Unknown(f"has an operand {tensor.name!r} that is computed from shapes")
     tied = []
     for tensor, shape in zip(data, labels, strict=True):
         sizes = _aligned(tracer.sizes(tensor), rank)
@@ -118,11 +133,22 @@ def _along(default: int) -> Rule:
 
     def rule(tracer: TensorLabels, node: gs.Node) -> Sequence[Labels]:
         labels = tracer.labels(node.inputs[0])
-        axis = attribute(node, "axis", default) % labels.ndim
-        last = labels.ndim if node.op == "LayerNormalization" else axis + 1
+        old = tracer.model.opset < SOFTMAX_OPSET and node.op in ("Hardmax", "LogSoftmax", "Softmax")
+        axis = attribute(node, "axis", 1 if old else default) % labels.ndim
+        last = labels.ndim if old or node.op == "LayerNormalization" else axis + 1
+        if node.op == "LayerNormalization":
+            _check_layer_norm(tracer, node, labels.ndim - axis)
         return [_keep_mixed(tracer, node, labels, range(axis, last))]
 
     return rule
+
+
+def _check_layer_norm(tracer: TensorLabels, node: gs.Node, axes: int) -> None:
+    """Refuse a LayerNormalization with parameters of more axes than it mixes, or more outputs."""
+    if any(not tensor.is_empty() for tensor in node.outputs[1:]):
+        raise Unknown("gives its mean and deviation, too")
+    if any(len(tracer.sizes(t)) > axes for t in node.inputs[1:] if not t.is_empty()):
+        raise Unknown("has parameters that vary over channels")
 
 
 def _reduce(tracer: TensorLabels, node: gs.Node) -> Sequence[Labels]:
@@ -154,11 +180,14 @@ def _reshape(tracer: TensorLabels, node: gs.Node) -> Sequence[Labels]:
 
 
 def _slice(tracer: TensorLabels, node: gs.Node) -> Sequence[Labels]:
-    (labels,) = layout_rules.slice_(tracer, node)
-    before, steps = tracer.labels(node.inputs[0]), tracer.constant(input_at(node, 4))
-    if before.shape != labels.shape and steps is not None and set(steps.reshape(-1).tolist()) != {1}:
-        raise Unknown("takes channels in steps")
-    return [labels]
+    labels, steps = tracer.labels(node.inputs[0]), tracer.constant(input_at(node, 4))
+    if steps is not None:
+        given = tracer.constant(input_at(node, 3))
+        axes = range(steps.size) if given is None else (given.reshape(-1) % labels.ndim).tolist()
+        for axis, step in zip(axes, steps.reshape(-1).tolist(), strict=True):
+            if step != 1 and labels.shape[axis] > 1:
+                raise Unknown("takes channels in steps")
+    return layout_rules.slice_(tracer, node)
 
 
 def _depth_to_space(tracer: TensorLabels, node: gs.Node) -> Sequence[Labels]:

@@ -8,7 +8,8 @@ find such groups from gradients of a torch model; here the graph says them. What
  - a grouped convolution ties the inputs and outputs of each of its groups, which goes as a whole (a
    depthwise one: each input and its outputs); where all its groups would then go together, because
    channels are shuffled between groups, it ties the same channel of all groups instead;
- - a weight that several layers read ties their channels.
+ - a weight that several layers read ties their channels;
+ - a size that is taken from another tensor's shape ties the channels of both (`channel_counts`).
 
 A channel stays, with the reason, where it is a channel of an input or output of the model, where an
 operator without a rule reads or writes it, or where no other channel of its tensor would be left.
@@ -26,6 +27,7 @@ import onnx_graphsurgeon as gs
 
 from onnxcompress.account import Refusal
 from onnxcompress.graph import layer_params
+from onnxcompress.graph.channel_groups.channel_counts import ChannelCounts
 from onnxcompress.graph.channel_groups.cut_rules import COMBINES, CUT_RULES, varying
 from onnxcompress.graph.channel_groups.groups import (
     ChannelGroup,
@@ -178,6 +180,7 @@ class CutTracer(Tracer):
         Returns:
             The channel groups, whose `unscalable` are the channels that cannot be cut.
         """
+        ChannelCounts(self).run()
         joined = self.roots()
         for name, labels in self._tensors.items():
             roots = joined[labels]
@@ -194,7 +197,7 @@ def _named(model: Model, channels: ChannelGroups) -> Iterable[CutGroup]:
     shapes = tensor_shapes(model)
     work = {id(layer): _macs(layer, shapes) for layer in channels.layers}
     names: dict[str, int] = {}
-    for group in channels.groups():
+    for group in _parted(channels):
         writers = [m for m in group.members if m.side == "outputs"]
         if not writers:  # channels of the input
             continue
@@ -212,6 +215,32 @@ def _named(model: Model, channels: ChannelGroups) -> Iterable[CutGroup]:
             weights[layer.linear.weight_name] = max(cut, weights.get(layer.linear.weight_name, 0.0))
         macs = sum(work[id(layer)] * (1 - left) for layer, left in shares.values())
         yield CutGroup(name, group, round(sum(weights.values())), round(macs))
+
+
+def _parted(channels: ChannelGroups) -> Iterable[ChannelGroup]:
+    """Part groups by the tensors that hold their channels, so that each tensor keeps some with its group.
+
+    A Split, say, gives a part of a group to each of two pools, whose outputs are joined again.
+    """
+    groups = channels.groups()
+    group_of = np.full(channels.count, -1)
+    for at, group in enumerate(groups):
+        group_of[group.labels] = at
+    sizes = np.array([len(group.labels) for group in groups])
+    holders: dict[int, list[str]] = {}
+    for name, labels in channels.tensors.items():
+        own = np.unique(labels)
+        places, counts = np.unique(group_of[own], return_counts=True)
+        partly = places[(places >= 0) & (counts < sizes[places])]
+        for label in own[np.isin(group_of[own], partly)].tolist():
+            holders.setdefault(label, []).append(name)
+    for group in groups:
+        rows: dict[tuple[str, ...], list[int]] = {}
+        for row, label in enumerate(group.labels.tolist()):
+            rows.setdefault(tuple(holders.get(label, ())), []).append(row)
+        for own_rows in rows.values():
+            members = tuple(replace(m, channels=m.channels[own_rows]) for m in group.members)
+            yield replace(group, labels=group.labels[own_rows], members=members)
 
 
 def _macs(layer: LabelledLayer, shapes: Mapping[str, tuple[int | str | None, ...]]) -> int:

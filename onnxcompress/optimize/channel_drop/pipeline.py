@@ -31,6 +31,7 @@ from onnxcompress.optimize.channel_drop.widths import (
 )
 from onnxcompress.optimize.channel_drop.worth import (
     Removal,
+    is_unread,
     measure_readers,
     removal_by_norm,
     removal_by_refit,
@@ -149,7 +150,7 @@ class ChannelDropper:
         """Choose widths that meet the target, at the least predicted error."""
         by_latency = self.options.latency_reduction is not None
         saving = self._latency_saved if by_latency else self._macs_saved
-        priced = [group for group in self.groups.free if self.removals[group.name].costs[-1] > 0]
+        priced = [g for g in self.groups.free if self.removals[g.name].costs[-1] > 0 or is_unread(g.group)]
         gains = self._gains(priced) if priced else {}
         self._rescale(gains)
         costs = {name: self.removals[name].costs.tolist() for name in gains}

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
 
 from onnxcompress.graph.channel_groups.cut_tracer import CutGroup
@@ -37,6 +37,9 @@ class Narrowing:
     cost: float
     gain: float
     """Part of the latency, or of the multiply-accumulates, that it saves."""
+    shorter: tuple[Narrowing, ...] = ()
+    """Steps from the same width that gain less, the one that costs least first: each costs more for what it
+    gains, and can be enough where the last step need not gain all."""
 
 
 def possible_widths(group: CutGroup, step: int = 0) -> list[int]:
@@ -120,8 +123,14 @@ def narrowings(
                 hull.pop()
             hull.append((gain, cost, kept))
         for before, after in pairwise(hull):
-            steps.append(Narrowing(name, after[2], after[1] - before[1], after[0] - before[0]))
+            inside = [p for p in points if before[0] < p[0] < after[0] and before[1] <= p[1] < after[1]]
+            shorter = tuple(_step(name, before, p) for p in sorted(inside, key=lambda point: point[1]))
+            steps.append(replace(_step(name, before, after), shorter=shorter))
     return sorted(steps, key=lambda step: step.cost / step.gain)
+
+
+def _step(name: str, before: tuple[float, float, int], after: tuple[float, float, int]) -> Narrowing:
+    return Narrowing(name, after[2], after[1] - before[1], after[0] - before[0])
 
 
 def _slope(start: Sequence[float], end: Sequence[float]) -> float:
@@ -195,12 +204,19 @@ def _with_smaller_end(
     target: float,
     saving: Callable[[Mapping[str, int]], float],
 ) -> tuple[Sequence[Narrowing], float]:
-    """Replace the last of the first steps by later ones where these are enough and cost less together.
+    """Replace the last of the first steps by a shorter one, or by later ones that cost less together.
 
     The last one may save far more than what the others lack, at a cost to match.
     """
     last, others = steps[number - 1], list(steps[: number - 1])
     scale = saved / max(sum(step.gain for step in steps[:number]), 1e-9)
+    tried, before = 0, sum(step.gain for step in others)
+    for step in last.shorter:
+        if tried < TRIED and scale * (before + step.gain) >= target:
+            tried += 1
+            smaller = saving(widths_after([*others, step]))
+            if smaller >= target:
+                return [*others, step], smaller
     tried = 0
     for step in steps[number:]:
         if step.group == last.group:

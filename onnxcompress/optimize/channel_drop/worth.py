@@ -192,7 +192,7 @@ def output_weights(features: Tensor, answers: bool) -> Tensor:
         answers: Whether it is an output of the network.
 
     Returns:
-        What its values are multiplied by; it broadcasts.
+        What its values are multiplied by; it broadcasts. 0 for a tensor that is 0 for all images.
     """
     weights = features.new_ones(())
     if answers and features.ndim > 1:
@@ -200,7 +200,7 @@ def output_weights(features: Tensor, answers: bool) -> Tensor:
         sizes = features.square().mean(others, keepdim=True).sqrt()
         weights = 1 / sizes.clamp_min(1e-6 * float(sizes.max()) + 1e-30)
     energy = float((features * weights).square().sum()) / len(features)
-    return torch.as_tensor(weights / max(energy, 1e-30) ** 0.5)
+    return torch.as_tensor(weights / energy**0.5 if energy > 0 else torch.zeros_like(weights))
 
 
 def _reads_some(layer: LabelledLayer, free: Labels) -> bool:
@@ -220,6 +220,24 @@ class Removal:
     """(channels,)"""
     costs: np.ndarray
     """Cost of losing the first n of them, (channels,); n = 0 costs 0."""
+
+
+def is_unread(group: ChannelGroup) -> bool:
+    """Return whether nothing depends on the channels of a group: no layer reads them but with weights of 0.
+
+    Args:
+        group: The group; a grouped layer whose inputs and outputs belong to it only passes them on.
+
+    Returns:
+        True where they cost nothing. Others without a cost are those of which no gradient tells.
+    """
+    for member in group.members:
+        linear = member.layer.linear
+        if member.side == "inputs" and linear.groups == 1:
+            columns = linear.view(linear.weight)[0][:, member.channels.reshape(-1)]
+            if columns.any():
+                return False
+    return True
 
 
 class _Part:
