@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from math import isfinite
 from typing import TYPE_CHECKING, Any
 
 from onnxcompress.errors import OptionError
@@ -97,7 +98,7 @@ class Gates:
         """
         for name, value in self.limits.items():
             low, high = _RANGES[name]
-            if not low < value <= high:
+            if not low < value <= high or not isfinite(value):
                 allowed = f"more than {low:g}" + (f" and at most {high:g}" if high < float("inf") else "")
                 raise OptionError(f"{_flag(name)} {value:g}: expected {_UNITS[name]}, {allowed}")
         needing = [n for n in ("max_drop", "min_agreement") if n in self.limits]

@@ -101,7 +101,7 @@ def variables_of(path: str | os.PathLike[str]) -> set[str]:
     document = read_document(path)
     top = document.mapping(document.value, (), "section", SECTIONS)
     declared = document.mapping(top.get("variables"), ("variables",), "variable", None)
-    used = _VARIABLE.finditer(json.dumps(document.value, default=str))
+    used = _VARIABLE.finditer(str(document.value))
     return {*declared, *(found[1] for found in used if found[1])}
 
 

@@ -13,6 +13,18 @@ DOUBTFUL = 0.15
 """Part of the latency asked for within which a proxy's own measurement does not say on which side it is."""
 
 
+def is_measured(row: Row) -> bool:
+    """Return whether anything tells what a result lost.
+
+    Args:
+        row: Its figures.
+
+    Returns:
+        False where outputs are no numbers that can be compared, and no images judge them.
+    """
+    return any(row.get(name) is not None for name in ("top1", "agreement", "noise"))
+
+
 def loss_of(row: Row) -> float:
     """Compute what a result lost, from the best that was measured.
 
@@ -27,7 +39,7 @@ def loss_of(row: Row) -> float:
         return 100 * (float(row["top1_before"]) - float(row["top1"]))
     if row.get("agreement") is not None:
         return 100 * (1 - float(row["agreement"]))
-    return 100 * float(row.get("noise", 0.0))
+    return 100 * float(row["noise"])
 
 
 def loss_name(row: Row) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -124,7 +125,8 @@ def _commands(front: Front, model: str) -> Sequence[str]:
     for_all = []
     for found in front.found:
         recipe = Path(found.row["output"]).with_suffix(".yaml")
-        for_all.append(f"onnxcompress run {recipe} {model} {found.trial.name}.onnx")
+        words = ("onnxcompress", "run", str(recipe), model, f"{found.trial.name}.onnx")
+        for_all.append(shlex.join(words))
     return for_all
 
 

@@ -25,6 +25,7 @@ import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +33,13 @@ from onnxcompress.errors import InputError
 from onnxcompress.evaluation.gates import Gates
 from onnxcompress.pipeline.recipe import read_gates, read_recipe, variables_of
 from onnxcompress.pipeline.recipe_yaml import Document, read_document, shown
+from onnxcompress.search.results import FIGURES
 from onnxcompress.search.trial import TIMED, Trial
 
 SECTIONS = ("models", "recipes", "variables", "gates", "latency_seconds")
 LATENCY_SECONDS = 10.0
+LONGEST_NAME = 200
+"""Bytes of the name of a run's files; file systems allow some 255 with what is put behind it."""
 
 
 @dataclass(frozen=True)
@@ -65,17 +69,19 @@ def read_plan(path: str | os.PathLike[str]) -> Plan:
     document = read_document(path)
     top = document.mapping(document.value, (), "section", SECTIONS)
     given = document.mapping(top.get("variables"), ("variables",), "variable", None)
-    variables = {name: _values(document, name, value) for name, value in given.items()}
-    gates = read_gates(document, top["gates"]) if top.get("gates") else None
-    models = dict(_models(document, top.get("models")))
+    variables = {n: _values(document, n, value, ("variables", n)) for n, value in given.items()}
+    gates = read_gates(document, top["gates"]) if top.get("gates") is not None else None
+    models = list(_models(document, top.get("models")))
     recipes = _paths(document, "recipes", top.get("recipes"))
-    _check_used(document, variables, recipes)
+    for index, (_, own) in enumerate(models):
+        _check_names(document, own, ("models", index), recipes)
+    _check_names(document, variables, ("variables",), recipes)
     trials = [
         trial
-        for (model, own), recipe in itertools.product(models.items(), recipes)
+        for (model, own), recipe in itertools.product(models, recipes)
         for trial in _trials(document, model, recipe, variables | own, gates)
     ]
-    names = dict.fromkeys([*variables, *(name for own in models.values() for name in own)])
+    names = dict.fromkeys([*variables, *(name for _, own in models for name in own)])
     seconds = _seconds(document, top)
     timed = {name for trial in trials for name in trial.recipe.gates.limits if name in TIMED}
     if timed and not seconds:
@@ -104,7 +110,10 @@ def _trials(
 def _name(model: str, recipe: str, chosen: Mapping[str, str]) -> str:
     """Name of a run's files: what it is, in letters that every file system takes."""
     words = [Path(model).stem, Path(recipe).stem, *(f"{name}={value}" for name, value in chosen.items())]
-    return re.sub(r"[^\w.=,+-]+", "_", "-".join(words))
+    name = re.sub(r"[^\w.=,+-]+", "_", "-".join(words))
+    if len(name.encode()) <= LONGEST_NAME:
+        return name
+    return f"{name[: LONGEST_NAME // 4]}-{hashlib.sha256(name.encode()).hexdigest()[:16]}"
 
 
 def _named_apart(trials: Sequence[Trial]) -> Iterator[Trial]:
@@ -128,7 +137,7 @@ def _models(document: Document, listed: Any) -> Iterator[tuple[str, dict[str, tu
             item, values = next(iter(item.items()))
             place = ("models", index, item)
             given = document.mapping(values, place, "variable", None)
-            own = {name: _values(document, name, value) for name, value in given.items()}
+            own = {name: _values(document, name, value, place) for name, value in given.items()}
         if not isinstance(item, str):
             document.fail(("models", index), f"models: expected a file, got {shown(item)}")
         path = _path(document, item)
@@ -147,23 +156,29 @@ def _path(document: Document, path: str) -> str:
     return os.path.normpath(Path(document.name).parent / path)
 
 
-def _values(document: Document, name: str, value: Any) -> tuple[str, ...]:
+def _values(document: Document, name: str, value: Any, place: tuple[Any, ...]) -> tuple[str, ...]:
     """The values of a variable as text, as -D has them."""
     listed = value if isinstance(value, list) else [value]
     if not listed or any(one is None or isinstance(one, dict | list) for one in listed):
-        document.fail(("variables", name), f"{name}: expected values to try, such as [1, 2]")
+        document.fail(place, f"{name}: expected values to try, such as [1, 2]")
     return tuple(str(one).lower() if isinstance(one, bool) else str(one) for one in listed)
 
 
-def _check_used(document: Document, variables: Mapping[str, Any], recipes: list[str]) -> None:
+def _check_names(
+    document: Document, variables: Mapping[str, Any], place: tuple[Any, ...], recipes: list[str]
+) -> None:
     known = sorted(set().union(*map(variables_of, recipes)))
     for name in variables:
         if name not in known:
-            document.unknown(("variables", name), "variable of a recipe", name, known)
+            document.unknown((*place, name), "variable of a recipe", name, known)
+        if name in ("model", "recipe", *FIGURES):
+            document.fail(
+                (*place, name), f"{name}: a column of the table; call the variable something else"
+            )
 
 
 def _seconds(document: Document, top: Mapping[str, Any]) -> float:
     value = top.get("latency_seconds", LATENCY_SECONDS)
-    if not isinstance(value, int | float) or isinstance(value, bool) or not value >= 0:
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value < inf:
         document.fail(("latency_seconds",), f"latency_seconds: expected seconds, got {shown(value)}")
     return float(value)

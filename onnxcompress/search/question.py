@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
-from onnxcompress.errors import OptionError
+from onnxcompress.errors import OptionError, require
 from onnxcompress.evaluation.gates import Gates
 from onnxcompress.search.latencies import Latencies
 from onnxcompress.search.results import Results, write_bytes
@@ -40,8 +42,12 @@ class Search:
     def check(self) -> None:
         """Check the limits and where images are, before anything is written. Raises CompressError."""
         from onnxcompress.data.image_set import image_count
+        from onnxcompress.runtime.session import check_provider
 
         self.gates.check()
+        if not isfinite(self.latency_seconds):
+            raise OptionError(f"--latency-seconds {self.latency_seconds}: expected seconds")
+        check_provider(self.gates.runs_on)
         for path in filter(None, (self.inputs.get("images"), self.gates.images)):
             image_count(path)
 
@@ -65,22 +71,50 @@ def claim(asked: Search) -> None:
     Raises:
         OptionError: The folder holds another search, or other files.
     """
-    from onnxcompress.pipeline.cache_keys import model_file_digest
+    from onnxcompress.pipeline.cache_keys import content_digest, model_file_digest
 
     file = asked.work / "question.json"
     values = dataclasses.asdict(asked)
     asked_about = {
         name: values[name] for name in ("gates", "inputs", "effort", "latency_seconds", "seed")
     } | {"model": model_file_digest(Path(asked.model))}
+    images = {"inputs": asked.inputs.get("images"), "gates": asked.gates.images}
+    asked_about["images"] = {name: path and content_digest(Path(path)) for name, path in images.items()}
     text = json.dumps(asked_about, indent=2, sort_keys=True, default=str)
     if file.exists():
         if file.read_text("utf-8") != text:
             raise OptionError(
-                f"{asked.folder}: another search was begun here, with other limits or inputs; name another "
-                "folder, or delete this one"
+                f"{asked.folder}: another search was begun here, with other limits, inputs or images; name "
+                "another folder, or delete this one"
             )
         return
     Results(asked.work)
-    if others := sorted(one.name for one in asked.folder.iterdir() if one != asked.work):
+    there = [one for one in (*asked.folder.iterdir(), *asked.work.iterdir()) if one != asked.work]
+    if others := sorted(one.name for one in there):
         raise OptionError(f"{asked.folder}: it holds {others[0]!r}, and no search; name another folder")
     write_bytes(file, text.encode())
+
+
+@contextmanager
+def alone(asked: Search) -> Iterator[None]:
+    """Hold the folder of a search, until it ends or its process dies.
+
+    Args:
+        asked: The search, which has claimed its folder.
+
+    Yields:
+        Nothing.
+
+    Raises:
+        OptionError: Another process searches there.
+        RuntimeUnavailable: The package `filelock` is not installed.
+    """
+    require("search", "filelock")
+    from filelock import FileLock, Timeout
+
+    try:
+        held = FileLock(asked.work / "lock").acquire(timeout=0)
+    except Timeout:
+        raise OptionError(f"{asked.folder}: another search is at work here; wait until it ends") from None
+    with held:
+        yield

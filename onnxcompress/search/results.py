@@ -11,7 +11,7 @@ import csv
 import hashlib
 import io
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -76,6 +76,22 @@ class Results:
         """
         return self.folder / (trial.name + suffix)
 
+    def check_place(self, trial: Trial, inputs: Collection[Path]) -> None:
+        """Refuse a place where something else than an earlier result lies.
+
+        Args:
+            trial: The trial.
+            inputs: Files that are read, with links resolved.
+
+        Raises:
+            OptionError: One of its files is an input, or is there without the figures of a result.
+        """
+        own = self.path(trial, ".json").is_file()
+        for suffix in (".onnx", ".onnx.data", ".md", ".json"):
+            file = self.path(trial, suffix)
+            if file.resolve() in inputs or (file.exists() and not own):
+                raise OptionError(f"{file}: a result would replace it; name another folder for results")
+
     def find(self, trial: Trial) -> Row | None:
         """Look up the figures of a trial.
 
@@ -94,19 +110,20 @@ class Results:
         except (OSError, ValueError, KeyError, TypeError, CompressError):  # or the model is broken now
             return None
 
-    def store(self, trial: Trial, result: Result) -> None:
+    def store(self, trial: Trial, result: Result, key: str) -> None:
         """Store the result of a trial, completely or not at all.
 
         Args:
             trial: The trial.
             result: The result.
+            key: The trial's key before the work began: files that it names may have changed since.
 
         Raises:
             ModelError: A file cannot be written.
         """
         suffixes = sorted(result.files)
         write_files([(self.path(trial, suffix), _filler(result.files[suffix])) for suffix in suffixes])
-        saved = {"key": trial.key, "suffixes": suffixes, "row": result.row}
+        saved = {"key": key, "suffixes": suffixes, "row": result.row}
         write_bytes(self.path(trial, ".json"), json.dumps(saved, indent=2).encode())
 
     def add(self, trial: Trial, figures: Row) -> Row:
@@ -182,7 +199,7 @@ def _csv(columns: Sequence[str], rows: list[Row]) -> bytes:
     writer = csv.DictWriter(text, columns, lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
-    return text.getvalue().encode()
+    return text.getvalue().encode(errors="surrogateescape")
 
 
 def _parquet(columns: Sequence[str], rows: list[Row]) -> bytes:

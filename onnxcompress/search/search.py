@@ -26,14 +26,15 @@ from onnxcompress.search.aim import wanted_ratio
 from onnxcompress.search.front import (
     choose_for_repair,
     contenders,
+    is_measured,
     loss_of,
     pareto_front,
     pick,
     violations,
 )
-from onnxcompress.search.question import Search, claim
+from onnxcompress.search.question import Search, alone, claim
 from onnxcompress.search.results import Results, write_bytes
-from onnxcompress.search.space import Candidate, extent_for, few_images
+from onnxcompress.search.space import Candidate, Extent, extent_for, few_images
 from onnxcompress.search.study import Study, Told
 from onnxcompress.search.trial import Result, Row, Trial, compress
 from onnxcompress.search.workers import Workers
@@ -83,7 +84,8 @@ def search(
         The front, whose files lie in `front` in the search's folder.
 
     Raises:
-        OptionError: The folder holds another search, or a limit lacks the images that it needs.
+        OptionError: The folder holds another search, or one that is at work, or a limit lacks the images
+            that it needs.
         RuntimeUnavailable: Optuna is not installed.
         CompressError: The model cannot be handled, or no candidate could be made at all.
     """
@@ -92,7 +94,18 @@ def search(
     asked.check()
     extent = extent_for(load(asked.model), asked.gates, asked.inputs)
     claim(asked)
-    study = Study(asked.work / "study.journal", asked.seed, extent, asked.gates)
+    with alone(asked):
+        return _search(asked, extent, workers, cache, progress)
+
+
+def _search(
+    asked: Search, extent: Extent, workers: Workers, cache: str | None, progress: Progress
+) -> Front:
+    journal = asked.work / "study.journal"
+    study = Study(journal, asked.seed, extent, asked.gates)
+    if study.count() and not study.told():  # what failed then, all of it, may be mended
+        journal.unlink()
+        study = Study(journal, asked.seed, extent, asked.gates)
     clock = _Clock(study)
     _look_at_proxies(asked, study, workers, cache, clock, progress)
     proxies = study.told()
@@ -175,11 +188,12 @@ def _made(trials: Sequence[Trial], results: Results, workers: Workers, cache: st
     """Figures of trials, made now or found from before."""
     rows: list[Row | None] = [results.find(trial) for trial in trials]
     todo = [index for index, row in enumerate(rows) if row is None]
+    keys = [trials[index].key for index in todo]  # of files as they are now
     calls = [partial(compress, trials[index], cache) for index in todo]
     for at, returned in workers.run(calls):
         result = Result({"error": str(returned)}) if isinstance(returned, CompressError) else returned
         if result.files:
-            results.store(trials[todo[at]], result)
+            results.store(trials[todo[at]], result, keys[at])
         rows[todo[at]] = result.row
     return [row or {} for row in rows]
 
@@ -204,6 +218,8 @@ def _trial(
 def _with_objectives(row: Row) -> Row:
     if "error" in row:
         return row
+    if not is_measured(row):
+        return {"error": "nothing tells what it loses: no output could be compared; give --gate-images"}
     return row | {"loss": loss_of(row), "size": row["bytes"] / row["bytes_before"]}
 
 
@@ -284,17 +300,20 @@ def _outcome(
 
     ordered = sorted(repaired, key=lambda found: (found.row["ratio"], found.row["loss"]))
     values = [(f.row["ratio"], f.row["loss"], f.row["size"]) for f in ordered]
-    front = [ordered[index] for index in pareto_front(values)]
+    chosen = pick([found.row for found in ordered], asked.gates)  # it may keep a limit that is no objective
+    on_front = {*pareto_front(values)} | ({chosen} if chosen is not None else set())
+    front = [ordered[index] for index in sorted(on_front)]
     dominated = [found for found in ordered if found not in front]
     source, target = Results(asked.work / "repaired"), Results(asked.folder / "front")
     names = {file.stem for file in source.folder.glob("*.json")}
     for old in target.folder.iterdir():
-        if old.name.split(".onnx")[0] in names or old.stem in names:  # of an earlier outcome
+        earlier = old.name.split(".onnx")[0] in names or old.stem in names
+        if earlier and not old.is_dir():
             old.unlink()
     placed = []
     for found in front:
         for file in source.folder.glob(f"{found.trial.name}.onnx*"):
-            shutil.copyfile(file, target.folder / file.name)
+            write_bytes(target.folder / file.name, file.read_bytes())
         _write(target.path(found.trial, ".yaml"), write_recipe(found.trial.recipe, target.folder))
         placed.append(Found(found.trial, found.row | {"output": str(target.path(found.trial))}))
     picked = pick([found.row for found in placed], asked.gates)

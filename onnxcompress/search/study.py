@@ -58,8 +58,9 @@ class Study:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self._seed, self._extent, self._gates = seed, extent, gates or Gates()
         self._open: dict[int, optuna.Trial] = {}
+        _cut_to_whole_lines(file)
         self._study = optuna.create_study(
-            storage=optuna.storages.JournalStorage(JournalFileBackend(str(file))),
+            storage=optuna.storages.JournalStorage(JournalFileBackend(str(file.resolve()))),
             study_name="search",
             directions=["minimize"] * len(OBJECTIVES),
             load_if_exists=True,
@@ -190,3 +191,9 @@ class Study:
                 group=True,
                 constraints_func=lambda trial: trial.user_attrs.get(VIOLATIONS, ()),
             )
+
+
+def _cut_to_whole_lines(file: Path) -> None:
+    """Take away an incomplete last line: the disk was full, or the machine went down."""
+    if file.is_file() and (content := file.read_bytes()) and not content.endswith(b"\n"):
+        file.write_bytes(content[: content.rfind(b"\n") + 1])

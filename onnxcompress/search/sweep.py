@@ -43,6 +43,7 @@ def sweep(
     Returns:
         A row for each run, in the plan's order; `status` is done, missed (a limit), failed or waiting.
     """
+    _check_places(plan, results)
     found = [results.find(trial) for trial in plan.trials]
     rows: list[Row] = [_row(t, row, results) for t, row in zip(plan.trials, found, strict=True)]
 
@@ -77,12 +78,24 @@ def preview(plan: Plan, results: Results | None) -> list[Row]:
         CompressError: A pass cannot start: a file or a package is missing, or options contradict each
             other.
     """
+    from onnxcompress.data.image_set import image_count
     from onnxcompress.pipeline import Pipeline
 
     for trial in plan.trials:
         Pipeline(trial.recipe.passes).check()
+    for images in {trial.recipe.gates.images for trial in plan.trials} - {None}:
+        image_count(str(images))
+    if results is not None:
+        _check_places(plan, results)
     found = [None if results is None else results.find(trial) for trial in plan.trials]
     return [_row(trial, row, results) for trial, row in zip(plan.trials, found, strict=True)]
+
+
+def _check_places(plan: Plan, results: Results) -> None:
+    """Refuse results that would replace what is read, or what no sweep wrote. Raises OptionError."""
+    inputs = {Path(trial.model).resolve() for trial in plan.trials}
+    for trial in plan.trials:
+        results.check_place(trial, inputs)
 
 
 def _compress(
@@ -95,13 +108,25 @@ def _compress(
     progress: Progress,
 ) -> None:
     todo = [index for index, row in enumerate(rows) if row["status"] == "waiting"]
+    keys = _keys([trials[index] for index in todo])
     calls = [partial(compress, trials[index], cache) for index in todo]
     for done, (at, found) in enumerate(workers.run(calls), 1):
         result = Result({"error": str(found)}) if isinstance(found, CompressError) else found
         if "error" not in result.row:
-            results.store(trials[todo[at]], result)
+            results.store(trials[todo[at]], result, keys[at])
         keep(todo[at], result.row)
         progress("runs", done, len(todo))
+
+
+def _keys(trials: Sequence[Trial]) -> list[str]:
+    """Compute the keys of trials by the files as they are now; of one whose model is broken, none."""
+    keys = []
+    for trial in trials:
+        try:
+            keys.append(trial.key)
+        except CompressError:
+            keys.append("")
+    return keys
 
 
 def _time(

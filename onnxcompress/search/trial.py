@@ -254,9 +254,11 @@ def _noise(run: Run) -> Row:
 
 def _scores(before: str, after: Path, gates: Gates) -> Row:
     from onnxcompress.evaluation.accuracy import agreement, logits, topk
+    from onnxcompress.pipeline.cache_keys import content_digest
 
     measuring = dataclasses.replace(gates, **dict[str, Any](dict.fromkeys(LIMITS)))
-    images, scores, preprocess = _baseline(before, measuring, _stamp(before))
+    stamp = _digest(before, _stamp(before)), content_digest(Path(gates.images or ""))
+    images, scores, preprocess = _baseline(before, measuring, stamp)
     now = logits(after, images, provider=gates.runs_on, threads=gates.threads)
     row: Row = {"inputs": counted(len(images), "image"), "preprocess": preprocess}
     row["agreement"] = agreement(scores, now)
@@ -266,7 +268,7 @@ def _scores(before: str, after: Path, gates: Gates) -> Row:
 
 
 @lru_cache(maxsize=4)
-def _baseline(model: str, gates: Gates, stamp: int) -> tuple[ImageSet, np.ndarray, str]:
+def _baseline(model: str, gates: Gates, stamp: tuple[str, str]) -> tuple[ImageSet, np.ndarray, str]:
     """Images to judge by and the scores of the model before: the same for many trials of a process."""
     from onnxcompress.data.image_set import load_images
     from onnxcompress.evaluation.accuracy import logits, preprocessing

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -166,7 +167,8 @@ class Processes:
 
     def _process(self) -> ProcessPoolExecutor:
         """A pool of one process: where that dies, no other task is lost with it."""
-        threads = max(1, int(os.environ.get(THREADS[0], "1")) // self.jobs)
+        given = os.environ.get(THREADS[0], "1").split(",")[0]
+        threads = max(1, (int(given) if given.isdecimal() else 1) // self.jobs)
         spawn = multiprocessing.get_context("spawn")
         return ProcessPoolExecutor(1, spawn, _prepare, (threads,))
 
@@ -175,6 +177,7 @@ def _prepare(threads: int) -> None:
     """Prepare a worker: its share of the cores, and an end when its parent ends, even if that is killed."""
     for name in THREADS:
         os.environ[name] = str(threads)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends its workers
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 

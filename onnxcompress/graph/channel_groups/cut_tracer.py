@@ -222,7 +222,8 @@ def _parted(channels: ChannelGroups) -> Iterable[ChannelGroup]:
 
     A Split, say, gives a part of a group to each of two pools, whose outputs are joined again.
     """
-    groups = channels.groups()
+    if not (groups := channels.groups()):
+        return
     group_of = np.full(channels.count, -1)
     for at, group in enumerate(groups):
         group_of[group.labels] = at
