@@ -42,7 +42,8 @@ def test_other_images_under_the_same_name_are_another_question(
 ) -> None:
     archive, file = np.load(models / "fashion-test2k.npz"), tmp_path / "some.npz"
     np.savez(file, x=archive["x"][:8], y=archive["y"][:8])
-    more = {"gates": {"gates": Gates(images=str(file))}, "inputs": {"inputs": {"images": str(file)}}}[which]
+    images: dict[str, Any] = {"gates": Gates(images=str(file)), "inputs": {"images": str(file)}}
+    more = {which: images[which]}
     claim(asked_of(models, tmp_path, **more))
     claim(asked_of(models, tmp_path, **more))
     np.savez(file, x=archive["x"][8:16], y=archive["y"][8:16])
@@ -165,12 +166,10 @@ def test_a_result_never_replaces_what_no_sweep_wrote(name: str, is_input: bool, 
     is_input &= name.endswith(".onnx")
     shutil.copy(folder / OTHER, folder / name)
     plan = plan_of(folder, f"models: [{NET}{f', {name}' if is_input else ''}]\nrecipes: [fold.yaml]")
-    for carry_out in (
-        lambda: preview(plan, Results(folder)),
-        lambda: sweep(plan, Results(folder), InProcess()),
-    ):
-        with pytest.raises(OptionError, match="a result would replace it"):
-            carry_out()
+    with pytest.raises(OptionError, match="a result would replace it"):
+        preview(plan, Results(folder))
+    with pytest.raises(OptionError, match="a result would replace it"):
+        sweep(plan, Results(folder), InProcess())
     assert (folder / name).read_bytes() == (folder / OTHER).read_bytes()
 
 
