@@ -110,9 +110,11 @@ def _asked(model: str, out: str, options: dict[str, Any]) -> Search:
 
 def _preview(asked: Search, *, as_json: bool) -> None:
     from onnxcompress.model import load
+    from onnxcompress.search.question import check_folder
     from onnxcompress.search.space import extent_for, first_points
 
     asked.check()
+    check_folder(asked)
     extent = extent_for(load(asked.model), asked.gates, asked.inputs)
     first, blocks = first_points(extent), extent.blocks
     account = {"dry_run": True, "model": asked.model, "blocks": blocks, "first": first}

@@ -16,6 +16,8 @@ from onnxcompress.evaluation.gates import Gates
 from onnxcompress.search.latencies import Latencies
 from onnxcompress.search.results import Results, write_bytes
 
+QUESTION = "question.json"
+
 
 @dataclass(frozen=True)
 class Search:
@@ -71,9 +73,26 @@ def claim(asked: Search) -> None:
     Raises:
         OptionError: The folder holds another search, or other files.
     """
+    text = check_folder(asked)
+    Results(asked.work)
+    write_bytes(asked.work / QUESTION, text.encode())
+
+
+def check_folder(asked: Search) -> str:
+    """Check that a folder is new, or holds this search.
+
+    Args:
+        asked: What to search for.
+
+    Returns:
+        The question as the folder keeps it.
+
+    Raises:
+        OptionError: The folder holds another search, or other files.
+    """
     from onnxcompress.pipeline.cache_keys import content_digest, model_file_digest
 
-    file = asked.work / "question.json"
+    file = asked.work / QUESTION
     values = dataclasses.asdict(asked)
     asked_about = {
         name: values[name] for name in ("gates", "inputs", "effort", "latency_seconds", "seed")
@@ -87,12 +106,13 @@ def claim(asked: Search) -> None:
                 f"{asked.folder}: another search was begun here, with other limits, inputs or images; name "
                 "another folder, or delete this one"
             )
-        return
-    Results(asked.work)
-    there = [one for one in (*asked.folder.iterdir(), *asked.work.iterdir()) if one != asked.work]
-    if others := sorted(one.name for one in there):
+        return text
+    folders = [folder for folder in (asked.folder, asked.work) if folder.is_dir()]
+    there = [one for folder in folders for one in folder.iterdir()]
+    others = sorted(one.name for one in there if one != asked.work or not one.is_dir())
+    if others:
         raise OptionError(f"{asked.folder}: it holds {others[0]!r}, and no search; name another folder")
-    write_bytes(file, text.encode())
+    return text
 
 
 @contextmanager

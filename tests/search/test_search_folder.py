@@ -82,6 +82,16 @@ def test_a_folder_work_of_something_else_is_left_alone(models: Path, tmp_path: P
         claim(asked)
 
 
+def test_a_dry_run_sees_what_the_search_would_refuse(
+    quick: list[str], models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/mine.txt").write_text("mine")
+    assert main(["search", str(models / NET), "--out", str(tmp_path / "out"), "--dry-run"]) == 2
+    assert "'mine.txt', and no search" in capsys.readouterr().err
+    assert [one.name for one in (tmp_path / "out").iterdir()] == ["mine.txt"]
+
+
 def test_where_all_failed_all_is_tried_again(
     quick: list[str], models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
