@@ -26,6 +26,9 @@ SUFFIXES = (
 KINDS = ", ".join(SUFFIXES)
 UNREAD = (".heic", ".heif", ".jxl", ".jp2", ".dng", ".nef", ".cr2", ".cr3", ".arw", ".exr", ".svg")
 """Kinds of pictures that are not read, of which the user is told."""
+LABELS = ("y", "labels")
+"""Arrays of an .npz that hold labels."""
+NO_LABELS = "no labels; expected an array y or labels beside the images"
 UNREADABLE = (
     OSError, ValueError, EOFError, BadZipFile, NotImplementedError, SyntaxError, zlib.error,
     TokenError, MemoryError,
@@ -153,22 +156,27 @@ def _warn_of_empty(folder: Path, classes: Sequence[str]) -> None:
         warnings.warn(printable(f"{folder}: {told}"), CompressWarning, stacklevel=2)
 
 
-def npz_length(file: Path) -> int:
+def npz_length(file: Path, labels: bool = False) -> int:
     """Count the images of an .npz from its header, without reading their pixels.
 
     Args:
         file: The .npz.
+        labels: Whether they must have labels.
 
     Returns:
         Their number.
 
     Raises:
-        InputError: The file cannot be read, or its images do not have the expected shape.
+        InputError: The file cannot be read, its images do not have the expected shape, or there are no
+            labels.
     """
     try:
         _check_members(file)
         with ZipFile(file) as archive:
-            name = _images_key([n.removesuffix(".npy") for n in archive.namelist()], file) + ".npy"
+            keys = [n.removesuffix(".npy") for n in archive.namelist()]
+            name = _images_key(keys, file) + ".npy"
+            if labels and not {*LABELS} & {*keys}:
+                raise InputError(f"{file}: {NO_LABELS}")
             with archive.open(name) as member:
                 version = np.lib.format.read_magic(member)
                 header = np.lib.format.read_array_header_2_0
@@ -194,7 +202,7 @@ def read_npz(file: Path) -> tuple[np.ndarray, np.ndarray | None]:
     try:
         _check_members(file)
         with np.load(file, allow_pickle=False) as archive:
-            y_key = next((k for k in ("y", "labels") if k in archive.files), None)
+            y_key = next((k for k in LABELS if k in archive.files), None)
             x, y = archive[_images_key(archive.files, file)], archive[y_key] if y_key else None
     except UNREADABLE as error:
         raise InputError(f"{file}: not a readable .npz ({one_line(error)})") from error

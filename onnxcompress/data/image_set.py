@@ -20,6 +20,7 @@ from PIL import Image
 
 from onnxcompress.data.decode import UnreadableImage, decode, fit
 from onnxcompress.data.image_files import (
+    NO_LABELS,
     as_pixels,
     folder_labels,
     image_files,
@@ -242,20 +243,25 @@ def _advice(shape: Sequence[int | str | None], images: ImageSet) -> str:
     return f"set size={'x'.join('?' if d is None else str(d) for d in sides)} in --preprocess"
 
 
-def image_count(path: str | os.PathLike[str]) -> int:
+def image_count(path: str | os.PathLike[str], *, labels: bool = False) -> int:
     """Count the images of a folder or an .npz, without reading their pixels.
 
     Args:
         path: The folder or .npz.
+        labels: Whether they must have labels.
 
     Returns:
         Their number, that of files that cannot be read included.
 
     Raises:
-        InputError: It is neither a folder with images nor an .npz that has some.
+        InputError: It is neither a folder with images nor an .npz that has some, or labels are missing.
     """
     source = Path(path)
-    return len(image_files(source)) if is_folder(source) else npz_length(source)
+    if not is_folder(source):
+        return npz_length(source, labels)
+    files = image_files(source)
+    folder_labels(source, files, labels)
+    return len(files)
 
 
 def _load_folder(
@@ -304,7 +310,7 @@ class _Draw:
 def _load_npz(file: Path, preprocess: Preprocess, draw: _Draw, labels: bool) -> ImageSet:
     x, y = read_npz(file)
     if labels and y is None:
-        raise InputError(f"{file}: no labels; expected an array y or labels beside the images")
+        raise InputError(f"{file}: {NO_LABELS}")
     chosen = draw.indices(len(x), y, file)
     x, y = x[chosen], None if y is None else y[chosen]
     names = tuple(f"{file.name}[{i}]" for i in chosen)

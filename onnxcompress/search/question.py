@@ -50,8 +50,10 @@ class Search:
         if not isfinite(self.latency_seconds):
             raise OptionError(f"--latency-seconds {self.latency_seconds}: expected seconds")
         check_provider(self.gates.runs_on)
-        for path in filter(None, (self.inputs.get("images"), self.gates.images)):
-            image_count(path)
+        if images := self.inputs.get("images"):
+            image_count(images)
+        if self.gates.images:
+            image_count(self.gates.images, labels=self.gates.max_drop is not None)
 
     @property
     def work(self) -> Path:

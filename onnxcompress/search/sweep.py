@@ -83,8 +83,10 @@ def preview(plan: Plan, results: Results | None) -> list[Row]:
 
     for trial in plan.trials:
         Pipeline(trial.recipe.passes).check()
-    for images in {trial.recipe.gates.images for trial in plan.trials} - {None}:
-        image_count(str(images))
+    judged = {(g.images, g.max_drop is not None) for g in (trial.recipe.gates for trial in plan.trials)}
+    for images, labels in judged:
+        if images is not None:
+            image_count(images, labels=labels)
     if results is not None:
         _check_places(plan, results)
     found = [None if results is None else results.find(trial) for trial in plan.trials]

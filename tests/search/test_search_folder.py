@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from onnxcompress.cli.main import main
 from onnxcompress.errors import CompressError, InputError, OptionError
@@ -246,6 +247,21 @@ def test_missing_images_are_seen_before_a_sweep(folder: Path) -> None:
     text = f"models: [{NET}]\nrecipes: [fold.yaml]\ngates: {{images: none.npz}}"
     with pytest.raises(InputError, match="no such file"):
         preview(plan_of(folder, text), None)
+
+
+@pytest.mark.parametrize("kind", ["npz", "folder"])
+def test_missing_labels_are_seen_before_the_work(kind: str, folder: Path, models: Path) -> None:
+    if kind == "npz":
+        np.savez(folder / "plain.npz", x=np.zeros((2, 28, 28, 1), np.uint8))
+    else:
+        (folder / "plain.npz").mkdir()
+        Image.new("L", (28, 28)).save(folder / "plain.npz/a.png")
+    text = f"models: [{NET}]\nrecipes: [fold.yaml]\ngates: {{images: plain.npz, max_drop: 1}}"
+    with pytest.raises(InputError, match=r"no labels|no class folder"):
+        preview(plan_of(folder, text), None)
+    gates = Gates(images=str(folder / "plain.npz"), max_drop=1.0)
+    with pytest.raises(InputError, match=r"no labels|no class folder"):
+        asked_of(models, folder, gates=gates).check()
 
 
 @pytest.mark.parametrize("gates", ["[]", "false"])
