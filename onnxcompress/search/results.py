@@ -1,7 +1,7 @@
 """Results on disk: the files of each trial in a folder, and all figures in one table.
 
 folder/name.onnx (+ .data)      what came of a trial
-folder/name.json                its key and its figures; written last: with it the trial is done
+folder/name.json                {}, then its key and its figures: with them, written last, the trial is done
 table.csv | .jsonl | .parquet   a row for each trial, in the order of the plan
 """
 
@@ -122,6 +122,8 @@ class Results:
             ModelError: A file cannot be written.
         """
         suffixes = sorted(result.files)
+        if not self.path(trial, ".json").exists():  # what a killed process leaves is a result's
+            write_bytes(self.path(trial, ".json"), b"{}")
         write_files([(self.path(trial, suffix), _filler(result.files[suffix])) for suffix in suffixes])
         saved = {"key": key, "suffixes": suffixes, "row": result.row}
         write_bytes(self.path(trial, ".json"), json.dumps(saved, indent=2).encode())

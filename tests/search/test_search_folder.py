@@ -16,6 +16,7 @@ from PIL import Image
 from onnxcompress.cli.main import main
 from onnxcompress.errors import CompressError, InputError, OptionError
 from onnxcompress.evaluation.gates import Gates
+from onnxcompress.search import results as written
 from onnxcompress.search import search as searching
 from onnxcompress.search.question import Search, alone, claim
 from onnxcompress.search.results import Results
@@ -188,6 +189,25 @@ def test_results_replace_their_own(folder: Path) -> None:
     plan = plan_of(folder, f"models: [{NET}]\nrecipes: [fold.yaml]\nlatency_seconds: 0")
     for _ in range(2):
         assert sweep(plan, Results(folder / "o"), InProcess())[0]["status"] == "done"
+
+
+def test_a_sweep_goes_on_that_was_killed_while_it_wrote(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = plan_of(folder, f"models: [{NET}]\nrecipes: [fold.yaml]\nlatency_seconds: 0")
+    whole = written.write_bytes
+
+    def killed(path: Path, data: bytes) -> None:
+        if path.suffix == ".json" and data != b"{}":
+            raise KeyboardInterrupt
+        whole(path, data)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(written, "write_bytes", killed)
+        with pytest.raises(KeyboardInterrupt):
+            sweep(plan, Results(folder / "o"), InProcess())
+    assert list((folder / "o").glob("*.onnx"))
+    assert sweep(plan, Results(folder / "o"), InProcess())[0]["status"] == "done"
 
 
 def test_a_model_that_changes_during_its_run_is_compressed_again(
