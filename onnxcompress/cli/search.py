@@ -56,6 +56,7 @@ def _search(model: str, out: str, cache: str | None, no_cache: bool, **options: 
     """
     from onnxcompress.cli.console import progress
     from onnxcompress.progress import silent
+    from onnxcompress.runtime.session import check_provider
     from onnxcompress.search.outcome import front_rows, write_outcome
     from onnxcompress.search.search import search
     from onnxcompress.search.tracking import Tracker
@@ -65,6 +66,8 @@ def _search(model: str, out: str, cache: str | None, no_cache: bool, **options: 
     where = {name: options.pop(name) for name in WHERE}
     asked = _asked(model, out, options)
     require("search", "optuna")
+    if where["ray"] is None:  # a cluster may have what this machine lacks
+        check_provider(asked.gates.runs_on)
     tracker = None if experiment is None else Tracker(experiment)
     if dry_run:
         _preview(asked, as_json=as_json)

@@ -44,12 +44,10 @@ class Search:
     def check(self) -> None:
         """Check the limits and where images are, before anything is written. Raises CompressError."""
         from onnxcompress.data.image_set import image_count
-        from onnxcompress.runtime.session import check_provider
 
         self.gates.check()
         if not isfinite(self.latency_seconds):
             raise OptionError(f"--latency-seconds {self.latency_seconds}: expected seconds")
-        check_provider(self.gates.runs_on)
         if images := self.inputs.get("images"):
             image_count(images)
         if self.gates.images:

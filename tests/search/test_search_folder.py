@@ -169,6 +169,18 @@ def test_limits_are_finite(
     assert not (tmp_path / "o").exists()
 
 
+@pytest.mark.parametrize("ray", [True, False])
+def test_a_provider_is_looked_for_where_candidates_are_measured(
+    ray: bool, models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On this machine, or not at all: a cluster may have what it lacks."""
+    library = f"library={tmp_path / 'none.so'}"
+    call = ["search", str(models / NET), "--out", str(tmp_path / "o"), "--min-speedup", "2", "--dry-run"]
+    call += ["--provider", "openvino", "--provider-options", library]
+    assert (main([*call, *(["--ray", "auto"] * ray)]) == 0) == ray
+    assert ("none.so: no such file" in capsys.readouterr().err) == (not ray)
+
+
 # a sweep
 
 
