@@ -292,7 +292,9 @@ class _Draw:
     def indices(self, total: int, y: np.ndarray | None, source: Path) -> np.ndarray:
         """Draw indices, balanced over the classes of `y`; they are returned in order."""
         if self.count is None:
-            return np.arange(total if self.left_out is None else 0)
+            if self.left_out is not None:
+                raise InputError(f"{source}: all images were drawn: none is left")
+            return np.arange(total)
         if self.count > total:
             raise InputError(f"{source}: {self.count} images were asked for, it has {total}")
         order = np.random.default_rng(self.seed).permutation(total)
@@ -303,8 +305,11 @@ class _Draw:
                 of_class = np.flatnonzero(shuffled == label)
                 turn[of_class] = np.arange(len(of_class))
             order = order[np.argsort(turn, kind="stable")]
-        start, stop = (0, self.count) if self.left_out is None else (self.count, self.count + self.left_out)
-        return np.sort(order[start:stop])
+        if self.left_out is None:
+            return np.sort(order[: self.count])
+        if self.count == total:
+            raise InputError(f"{source}: {self.count} images were drawn of {total}: none is left")
+        return np.sort(order[self.count : self.count + self.left_out])
 
 
 def _load_npz(file: Path, preprocess: Preprocess, draw: _Draw, labels: bool) -> ImageSet:

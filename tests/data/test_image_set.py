@@ -10,6 +10,7 @@ from PIL import Image
 
 from onnxcompress.data.image_set import ImageSet, as_type, load_images
 from onnxcompress.data.preprocess import Preprocess
+from onnxcompress.errors import InputError
 
 
 def numbered(count: int) -> ImageSet:
@@ -56,6 +57,19 @@ def test_a_draw_has_the_labels_of_its_images(tmp_path: Path) -> None:
         chosen.append(drawn.x[:, 0, 0, 0].tolist())
         assert sorted(chosen[-1] + rest.x[:, 0, 0, 0].tolist()) == list(range(30))
     assert chosen[0] != chosen[1]
+
+
+@pytest.mark.parametrize("count", [4, None])
+@pytest.mark.parametrize("kind", ["folder", "npz"])
+def test_a_draw_of_all_images_leaves_none_out(kind: str, count: int | None, tmp_path: Path) -> None:
+    made = numbered(4)
+    if kind == "npz":
+        np.savez(tmp_path / "x.npz", x=made.x)
+    for number, pixels in enumerate(made.x):
+        Image.fromarray(pixels).save(tmp_path / f"{number}.png")
+    source = tmp_path / "x.npz" if kind == "npz" else tmp_path
+    with pytest.raises(InputError, match="none is left"):
+        load_images(source, preprocess=Preprocess(), count=count, left_out=2)
 
 
 @pytest.mark.parametrize("filter_", ["bilinear", "bicubic"])
