@@ -165,6 +165,20 @@ def sigmoid_outputs(model: Model) -> frozenset[str]:
     return frozenset(found)
 
 
+def before_softmax(tensor: gs.Tensor) -> gs.Tensor:
+    """Go back from probabilities to the scores that they are made of.
+
+    Args:
+        tensor: A tensor, such as an output of the network.
+
+    Returns:
+        What its softmax reads; the tensor where none makes it.
+    """
+    while is_op(maker := producer(tensor), "Softmax", "LogSoftmax", "Identity"):
+        tensor = maker.inputs[0]
+    return tensor
+
+
 def only_consumer(model: Model, tensor: gs.Tensor) -> gs.Node | None:
     """Find the only reader of a tensor.
 

@@ -13,14 +13,16 @@ from onnxcompress.model import Model
 from onnxcompress.optimize.executor import Executor
 from onnxcompress.optimize.reconstruction.augment import augment
 from onnxcompress.optimize.reconstruction.descent import Descent
-from onnxcompress.optimize.reconstruction.feature_loss import Matched
+from onnxcompress.optimize.reconstruction.feature_loss import Matched, Objective
 from onnxcompress.optimize.reconstruction.finetune import (
     AVERAGED,
     CHECKS,
     PATIENCE,
+    POOLED,
     YOUNG,
     Finetuned,
     Schedule,
+    _scales,
     finetune,
 )
 from onnxcompress.optimize.reconstruction.held_out import HeldOut
@@ -149,6 +151,23 @@ def test_levels_are_brought_together_too() -> None:
     alone, both = (level_error(tuned(levels=names).values) for names in ((), ("r",)))
     assert both < 0.8 * alone
     assert both < 0.5 * before
+
+
+@pytest.mark.parametrize("pooled", [False, True])
+def test_the_loss_has_the_features_and_what_the_pool_makes_of_them(pooled: bool) -> None:
+    """Where a weight is 1.1 times as large, all that follows lacks 0.1² of its energy."""
+    arrays = {"w": weight(6, 3, 3, 3)}
+    body = "y = Conv<pads=[1,1,1,1]>(x, w) p = GlobalAveragePool(y)"
+    network = Model.from_proto(graph("(float[N,3,8,8] x) => (float[N,6,1,1] p)", body, arrays))
+    teacher = Executor.from_model(network)
+    student = Executor.from_model(network)
+    student.parameters["w"] = 1.1 * student.parameters["w"]
+    matched = Matched("x", ("y", "y"), pooled=(("p", "p"),) if pooled else ())
+    x = images()
+    scales = _scales(teacher, matched, HeldOut(teacher, x, "x", "y"))
+    wanted = [teacher.run({"x": x}, [name])[name] for _, name in matched.pairs]
+    loss = Objective(student, matched, [], scales).loss(x, *wanted)
+    assert float(loss) == pytest.approx(0.01 * (1 + POOLED * pooled), rel=1e-3)
 
 
 def test_the_average_of_the_weights_is_what_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:

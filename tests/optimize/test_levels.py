@@ -7,7 +7,7 @@ import pytest
 from onnxcompress.graph.block_removal import drop_blocks
 from onnxcompress.graph.blocks import find_blocks
 from onnxcompress.model import Model
-from onnxcompress.optimize.reconstruction.levels import feature_levels
+from onnxcompress.optimize.reconstruction.levels import feature_levels, pooled_features
 from tests.helpers.folding import graph, weight
 
 BODY = """a = Conv<pads=[1,1,1,1]>(x, w) b = Relu(a) c = Conv<pads=[1,1,1,1]>(b, v) d = Add(b, c)
@@ -46,3 +46,24 @@ def test_what_stands_for_several_of_the_teachers_tensors_is_matched_with_the_las
     instead = drop_blocks(student, [find_blocks(student).blocks[0].exit])
     assert instead["d"] == "b"
     assert feature_levels(whole, student, "h", instead) == (("b", "d"), ("f", "f"))
+
+
+@pytest.mark.parametrize(
+    ("head", "feature", "pooled"),
+    [
+        ("p = GlobalAveragePool(h) y = Flatten(p)", "h", "p"),
+        ("y = ReduceMean<axes=[2,3], keepdims=0>(h)", "h", "y"),
+        ("p = MaxPool<kernel_shape=[2,2]>(h) y = Flatten(p)", "h", "p"),
+        ("p = GlobalAveragePool(h) y = Flatten(p)", "f", ""),
+        ("p = GlobalAveragePool(h) y = Flatten(p)", "p", ""),
+        ("p = GlobalAveragePool(h) y = Flatten(p)", "y", ""),
+        ("p = GlobalAveragePool(h) y = Flatten(p)", "c", ""),
+        ("p = MaxPool<kernel_shape=[2,1]>(h) q = GlobalAveragePool(p) y = Flatten(q)", "h", ""),
+        ("p = Flatten(h) y = Gemm(p, t)", "h", ""),
+    ],
+)
+def test_the_pool_behind_the_features_is_found(head: str, feature: str, pooled: str) -> None:
+    body = BODY.replace("p = GlobalAveragePool(h) y = Flatten(p)", head)
+    arrays = {"w": weight(4, 3, 3, 3), "v": weight(4, 4, 3, 3), "t": weight(16, 4)}
+    whole = Model.from_proto(graph("(float[N,3,8,8] x) => (float[N,4] y)", body, arrays))
+    assert pooled_features(whole, whole, feature) == tuple((name, name) for name in pooled)

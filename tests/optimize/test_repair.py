@@ -22,6 +22,7 @@ from onnxcompress.optimize.block_drop.repair import Repair
 from onnxcompress.optimize.calibration import Inputs
 from onnxcompress.optimize.executor import Executor
 from onnxcompress.optimize.reconstruction import residual_refit
+from onnxcompress.optimize.reconstruction.feature_loss import Matched
 from onnxcompress.optimize.reconstruction.finetune import Finetuned, Schedule
 from onnxcompress.optimize.reconstruction.levels import feature_levels
 from onnxcompress.optimize.reconstruction.tuning_inputs import TuningInputs
@@ -66,9 +67,9 @@ def repair(
         InputSource(kind, count, 0, "") for kind, count in (kinds or {"images": len(x)}).items()
     )
     inputs = Inputs(DrawnSet(x.numpy()), sources)
-    levels = feature_levels(teacher, student, "y", instead)
+    matched = Matched("x", ("y", "y"), feature_levels(teacher, student, "y", instead))
     return Repair(
-        options, student, teacher, Executor.from_model(teacher), "x", "y", "y", levels,
+        options, student, teacher, Executor.from_model(teacher), matched,
         TuningInputs(inputs, x, x, inputs.shares()), alignment, "cpu", 16, silent,
     )  # fmt: skip
 

@@ -68,7 +68,7 @@ def classifier() -> Model:
 def test_the_repair_gets_what_it_learns_from(
     real: bool, photos: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The features and the tensors on the way to them, real inputs as such, and the steps asked for."""
+    """All tensors that are matched, real inputs as such, and the steps asked for."""
     seen: list[ChannelRepair] = []
 
     def run(repair: ChannelRepair, start: object) -> tuple[float, None]:
@@ -81,8 +81,10 @@ def test_the_repair_gets_what_it_learns_from(
     figures = replace(named(a=6, c=5), steps=7, **options).apply(model).measured  # type: ignore[arg-type]
     (repair,) = seen
     assert figures.feature_error == 0.25
-    assert repair.student_feature == "t"
-    assert [name for name, _ in repair.levels] == ["r", "s"]
+    assert repair.matched.feature[0] == "t"
+    assert [name for name, _ in repair.matched.levels] == ["r", "s"]
+    assert [name for name, _ in repair.matched.pooled] == ["p"]
+    assert repair.kept["p"].mask.sum() == 5
     assert repair.kept["t"].mask.sum() == 5
     assert (repair.inputs.gathered.real, repair.inputs.nhwc, repair.options.steps) == (real, False, 7)
     assert len(repair.inputs.images) + len(repair.inputs.aside) == (96 if real else 24 + 32)

@@ -34,7 +34,8 @@ from onnxcompress.optimize.executor import Executor
 from onnxcompress.optimize.executor.open_batch import file_batch, small_batch
 from onnxcompress.optimize.executor.walk_plan import floats
 from onnxcompress.optimize.intermediate_results import array_digest
-from onnxcompress.optimize.reconstruction.levels import feature_levels
+from onnxcompress.optimize.reconstruction.feature_loss import Matched
+from onnxcompress.optimize.reconstruction.levels import feature_levels, pooled_features
 from onnxcompress.optimize.reconstruction.tuning_inputs import gather_tuning_inputs
 from onnxcompress.optimize.reconstruction.tuning_outcome import TuningOutcome
 from onnxcompress.optimize.synthesis.statistics_alignment import StatisticsAlignment, standardize
@@ -274,11 +275,15 @@ class Dropper:
     def _repair(self) -> None:
         """Refit and fine-tune what is left."""
         instead = drop_blocks(self.whole.copy(), [b.exit for b in self.dropped])
-        levels = feature_levels(self.whole, self.model, self.feature, instead)
+        matched = Matched(
+            self.source,
+            (self.student_feature, self.feature),
+            feature_levels(self.whole, self.model, self.feature, instead),
+            pooled_features(self.whole, self.model, self.feature, instead),
+        )
         repair = Repair(
-            self.options, self.model, self.whole, self.teacher, self.source, self.student_feature,
-            self.feature, levels, self.inputs, self.alignment, self.device, self.scoring_batch,
-            self.progress,
+            self.options, self.model, self.whole, self.teacher, matched, self.inputs, self.alignment,
+            self.device, self.scoring_batch, self.progress,
         )  # fmt: skip
         self.feature_error, self.tuning = repair.run(self.weights)
 

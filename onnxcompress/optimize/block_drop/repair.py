@@ -51,14 +51,8 @@ class Repair:
     """The network with all its blocks."""
     teacher: Executor
     """The same."""
-    source: str
-    """Name of the input."""
-    student_feature: str
-    """The tensor of the student that is matched with `feature`."""
-    feature: str
-    """The tensor of the teacher whose values are the features."""
-    levels: tuple[tuple[str, str], ...]
-    """Tensors on the way to the features that are matched, too, by name in the student and the teacher."""
+    matched: Matched
+    """The tensors of student and teacher that are brought together."""
     inputs: TuningInputs
     alignment: StatisticsAlignment | None
     """The alignment that both networks run with, which is taken back at the end; None: none."""
@@ -83,7 +77,7 @@ class Repair:
         """
         student = Executor.from_model(self.model, device=self.device)
         weights = {n: w for n, w in adapted.items() if n in student.parameters}
-        if [tensor.name for tensor in self.whole.analysis(Topology).trunk()[:1]] == [self.source]:
+        if [tensor.name for tensor in self.whole.analysis(Topology).trunk()[:1]] == [self.matched.source]:
             weights = fitting(
                 "refitting layers", small_batch(self.model, MAX_BATCH, self.device), self._refit
             )
@@ -97,19 +91,20 @@ class Repair:
             )
             weights, outcome = tuned.values, tuned.outcome
         self._store(weights)
-        error = held_out.error(Executor.from_model(self.model, device=self.device), self.student_feature)
+        error = held_out.error(Executor.from_model(self.model, device=self.device), self.matched.feature[0])
         if self.alignment is not None:
             self.alignment.revert(self.model)
             self._store(self.alignment.restored(weights))
         return error, outcome
 
     def _held_out(self, batch: int) -> HeldOut:
-        return HeldOut(self.teacher, self.inputs.aside, self.source, self.feature, batch=batch)
+        source, feature = self.matched.source, self.matched.feature[1]
+        return HeldOut(self.teacher, self.inputs.aside, source, feature, batch=batch)
 
     def _refit(self, batch: int) -> dict[str, Tensor]:
         ridge = TARGET_REAL if self.inputs.gathered.real else TARGET_MADE
         settings = RefitSettings(batch=batch, seed=self.options.seed, ridge=ridge)
-        refit = ResidualRefit.of(self.whole, self.model, self.feature, settings, self.device)
+        refit = ResidualRefit.of(self.whole, self.model, self.matched.feature[1], settings, self.device)
         return refit.run(self.inputs.images[:REFIT_IMAGES], self.progress)
 
     def _finetune(
@@ -124,9 +119,8 @@ class Repair:
             captured=self.options.capture,
             seconds=self.options.tuning_seconds,
         )
-        matched = Matched(self.source, (self.student_feature, self.feature), self.levels)
         return finetune(
-            student, self.teacher, matched, self.inputs.images, schedule, held_out,
+            student, self.teacher, self.matched, self.inputs.images, schedule, held_out,
             start=start, shares=self.inputs.shares, nhwc=self.inputs.nhwc, progress=self.progress,
         )  # fmt: skip
 

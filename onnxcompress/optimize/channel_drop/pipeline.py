@@ -14,7 +14,7 @@ from onnxcompress.errors import CompressWarning, ModelError, OptionError
 from onnxcompress.graph.channel_groups.cut_tracer import CutGroup, CutGroups
 from onnxcompress.graph.channel_removal import Kept, cut_channels
 from onnxcompress.graph.macs import count_macs, count_parameters
-from onnxcompress.graph.query import data_input, is_op, producer
+from onnxcompress.graph.query import before_softmax, data_input
 from onnxcompress.graph.topology import Topology
 from onnxcompress.model import Model
 from onnxcompress.optimize.block_drop.recoverability import BATCH
@@ -39,7 +39,8 @@ from onnxcompress.optimize.channel_drop.worth import (
 from onnxcompress.optimize.device import pick_device
 from onnxcompress.optimize.executor import Executor
 from onnxcompress.optimize.executor.open_batch import file_batch, small_batch
-from onnxcompress.optimize.reconstruction.levels import feature_levels
+from onnxcompress.optimize.reconstruction.feature_loss import Matched
+from onnxcompress.optimize.reconstruction.levels import feature_levels, pooled_features
 from onnxcompress.optimize.reconstruction.tuning_inputs import gather_tuning_inputs
 from onnxcompress.optimize.reconstruction.tuning_outcome import TuningOutcome
 from onnxcompress.progress import Progress
@@ -226,14 +227,19 @@ class ChannelDropper:
     def _repair(self) -> None:
         """Refit and fine-tune what is left."""
         levels = feature_levels(self.whole, self.model, self.feature)
-        names = [self.feature, *(name for _, name in levels)]
+        pooled = pooled_features(self.whole, self.model, self.feature)
+        names = [self.feature, *(name for _, name in (*levels, *pooled))]
         whole, named = with_kept_channels(self.whole, names, self.kept)
-        pairs = tuple((own, named[name]) for own, name in levels)
+        matched = Matched(
+            self.source,
+            (self.feature, named[self.feature]),
+            tuple((own, named[name]) for own, name in levels),
+            tuple((own, named[name]) for own, name in pooled),
+        )
         options = self.options if self.tunes else replace(self.options, steps=0, time=None)
         repair = ChannelRepair(
-            options, self.model, self.whole, Executor.from_model(whole, device=self.device), self.source,
-            self.feature, named[self.feature], pairs, self.inputs,
-            None, self.device, BATCH, self.progress, self.kept,
+            options, self.model, self.whole, Executor.from_model(whole, device=self.device), matched,
+            self.inputs, None, self.device, BATCH, self.progress, self.kept,
         )  # fmt: skip
         self.feature_error, self.tuning = repair.run({})
 
@@ -292,13 +298,8 @@ def _answers(model: Model, feature: str) -> list[str]:
     The features do not tell what their own channels are worth. They are taken where no output has
     gradients; channels that then cost nothing are not chosen.
     """
-    found = []
-    for tensor in model.graph.outputs:
-        if tensor.dtype is not None and np.dtype(tensor.dtype).kind == "f":
-            while is_op(maker := producer(tensor), "Softmax", "LogSoftmax", "Identity"):
-                tensor = maker.inputs[0]
-            found.append(str(tensor.name))
-    return found or [feature]
+    floats = [t for t in model.graph.outputs if t.dtype is not None and np.dtype(t.dtype).kind == "f"]
+    return [str(before_softmax(tensor).name) for tensor in floats] or [feature]
 
 
 def _sure(share: Share) -> float:

@@ -115,7 +115,7 @@ class ChannelRepair(Repair):
         tuned = super()._finetune(student, start, held_out, batch)
         weights = start | tuned.values
         topology = self.model.analysis(Topology)
-        place = topology.position(self.model.graph.tensors()[self.student_feature])
+        place = topology.position(self.model.graph.tensors()[self.matched.feature[0]])
         self._store(weights)
         behind = {k: x for k, x in refittable(self.model).items() if topology.index[k] > place}
         if behind:

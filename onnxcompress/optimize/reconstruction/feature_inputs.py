@@ -32,7 +32,7 @@ from torch import Tensor
 
 from onnxcompress.account import InputSource
 from onnxcompress.formatting import counted
-from onnxcompress.graph.query import data_input, is_op, producer
+from onnxcompress.graph.query import before_softmax, data_input, is_op, producer
 from onnxcompress.graph.shape_inference import tensor_shapes
 from onnxcompress.graph.topology import Topology
 from onnxcompress.model import Model
@@ -284,9 +284,7 @@ def _logits(model: Model) -> str | None:
     """Return the output that has scores of classes, before a softmax; None: there is none."""
     if len(model.graph.outputs) != 1:
         return None
-    tensor = model.graph.outputs[0]
-    while is_op(maker := producer(tensor), "Softmax", "LogSoftmax", "Identity"):
-        tensor = maker.inputs[0]
+    tensor = before_softmax(model.graph.outputs[0])
     shape = tensor_shapes(model).get(tensor.name, ())
     many = len(shape) == 2 and isinstance(shape[1], int) and shape[1] >= FEWEST_CLASSES
     return str(tensor.name) if many else None

@@ -1,4 +1,4 @@
-"""The loss of fine-tuning: squared errors of features and of tensors before them, and its gradients."""
+"""The loss of fine-tuning: squared errors of features and of tensors around them, and its gradients."""
 
 from __future__ import annotations
 
@@ -25,11 +25,13 @@ class Matched:
     feature: tuple[str, str]
     levels: tuple[tuple[str, str], ...] = ()
     """Tensors on the way to the features."""
+    pooled: tuple[tuple[str, str], ...] = ()
+    """What the global pool makes of the features, where there is one."""
 
     @property
     def pairs(self) -> tuple[tuple[str, str], ...]:
         """The features first."""
-        return (self.feature, *self.levels)
+        return (self.feature, *self.levels, *self.pooled)
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,10 @@
 """Fine-tune a student to a teacher's features on a few unlabelled images (PRACTISE, arXiv 2202.07861 §3.3).
 
-    loss = ‖s − t‖² / ‖t‖²  +  LEVELS · mean over levels of the same
+    loss = ‖s − t‖² / ‖t‖²  +  POOLED · the same of their global pool  +  LEVELS · mean over levels of it
 
-s, t: the feature tensor of student and teacher; levels: narrower places on the way there, where a target
-leaves less to learn by heart than the features alone do. The publication has no levels.
+s, t: the feature tensor of student and teacher. The classifier reads what the global pool makes of it, in
+which errors that are alike at all places count most. Levels: narrower places on the way there, where a
+target leaves less to learn by heart than the features alone do. The publication has only the features.
 
 From refitted layers on, with rates relative to each weight's size that fall to zero (`descent`). Steps see
 augmented images, and the teacher's answers to them (`taught_views`). All before the feature is trained.
@@ -49,6 +50,10 @@ without two blocks, 88 images, error on 12 others (0.180 before): 0.160 at a qua
 step was better; ResNet-56 on 50 images 0.259 to 0.183 at the full one."""
 LEVELS = 24.0
 """Weight of the levels' relative errors, their mean, against that of the features."""
+POOLED = 2.0
+"""The same of the pooled features. Agreement with the whole network at 0, 2 and 6, one seed: MobileNetV2 of
+Fashion-MNIST without three blocks 95.9, 96.4, 96.7 %; ResNet-20 (CIFAR-10) without four 74.0, 75.6, 75.7 %;
+ResNet-56 without eight 94.6, 94.6, 94.2 %. The scores of classes in their place leave ResNet-56 93.1 %."""
 AVERAGED, YOUNG = 0.95, 10
 """What the running average keeps of itself in a step; in step t no more than t / (t + YOUNG)."""
 TRIED_STEPS = 2 * REPEATS
@@ -185,7 +190,11 @@ def _scales(teacher: Executor, matched: Matched, held_out: HeldOut) -> list[floa
     """Weigh squared errors of each pair of tensors: weight over mean square of the teacher's."""
     names = [theirs for _, theirs in matched.pairs]
     sizes = held_out.mean_squares(teacher, names)
-    weights = [1.0, *[LEVELS / max(len(matched.levels), 1)] * len(matched.levels)]
+    weights = [
+        1.0,
+        *[LEVELS / max(len(matched.levels), 1)] * len(matched.levels),
+        *[POOLED] * len(matched.pooled),
+    ]
     return [w / max(size, 1e-12) for w, size in zip(weights, sizes, strict=True)]
 
 

@@ -1,4 +1,4 @@
-"""Places on the way to the features at which a student is matched with its teacher, too."""
+"""Places besides the features at which a student is matched with its teacher: before and behind them."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ from collections.abc import Mapping
 import onnx_graphsurgeon as gs
 
 from onnxcompress.graph.blocks import ACTIVATIONS
-from onnxcompress.graph.query import is_op, value_readers
+from onnxcompress.graph.query import is_op, producer, value_readers
 from onnxcompress.graph.shape_inference import tensor_shapes
 from onnxcompress.graph.topology import Topology
 from onnxcompress.model import Model
 
+POOLS = ("GlobalAveragePool", "AveragePool", "ReduceMean", "GlobalMaxPool", "MaxPool", "ReduceMax")
 EACH = 3
 """Places of one resolution, at most. With one of each larger resolution, more is learned by heart."""
 
@@ -51,6 +52,32 @@ def feature_levels(
     chosen = [pair for same in by_size.values() for pair in _spread(same, shapes)]
     own_feature = instead.get(feature, feature)
     return tuple((own, name) for own, name in chosen if own != own_feature)
+
+
+def pooled_features(
+    teacher: Model, student: Model, feature: str, instead: Mapping[str, str] | None = None
+) -> tuple[tuple[str, str], ...]:
+    """Find what the global pool makes of the features: one number for each image and channel.
+
+    Args:
+        teacher: The whole network.
+        student: The network without some of the teacher's blocks or channels.
+        feature: Name of the teacher's feature tensor.
+        instead: {tensor that the student lacks: tensor that is read in its place}.
+
+    Returns:
+        Its name in the student and in the teacher; none where no pool reads the features alone.
+    """
+    shapes, trunk = tensor_shapes(teacher), teacher.analysis(Topology).trunk()
+    names = [str(tensor.name) for tensor in trunk]
+    if feature not in names[:-1]:
+        return ()
+    pooled = trunk[names.index(feature) + 1]
+    shape, name = shapes.get(pooled.name, ()), str(pooled.name)
+    own = (instead or {}).get(name, name)
+    is_row = len(shape) >= 2 and all(size == 1 for size in shape[2:])
+    is_read = is_op(producer(pooled), *POOLS) and own in student.graph.tensors()
+    return ((own, name),) if is_row and is_read else ()
 
 
 def _is_comparable(tensor: gs.Tensor) -> bool:
