@@ -245,13 +245,13 @@ def _held(name: str, kind: onnx.TypeProto.Tensor, value: int) -> Iterator[onnx.N
     """
 
     def node(op: str, *sources: str, **attributes: Any) -> onnx.NodeProto:
-        target = name if op == "Add" else f"{PREFIX}.{name}.{op}"
+        target = name if op == "Cast" else f"{PREFIX}.{name}.{op}"
         return helper.make_node(op, sources, [target], name=f"{PREFIX}.{name}.{op}", **attributes)
 
     parts = {
         "first": numpy_helper.from_array(np.zeros([1] * len(kind.shape.dim), np.int64)),
         "zero": numpy_helper.from_array(np.float32(0)),
-        "value": helper.make_tensor("value", kind.elem_type, [], [value]),
+        "value": numpy_helper.from_array(np.int64(value)),
     }
     for key, tensor in parts.items():
         label = f"{PREFIX}.{name}.{key}"
@@ -259,8 +259,12 @@ def _held(name: str, kind: onnx.TypeProto.Tensor, value: int) -> Iterator[onnx.N
     yield node("Squeeze", PREFIX)
     yield node("Gather", f"{PREFIX}.{name}.Squeeze", f"{PREFIX}.{name}.first")
     yield node("Mul", f"{PREFIX}.{name}.Gather", f"{PREFIX}.{name}.zero")
-    yield node("Cast", f"{PREFIX}.{name}.Mul", to=kind.elem_type)
-    yield node("Add", f"{PREFIX}.{name}.Cast", f"{PREFIX}.{name}.value")
+    yield helper.make_node(
+        "Cast", [f"{PREFIX}.{name}.Mul"], [whole := f"{PREFIX}.{name}.whole"], name=whole,
+        to=onnx.TensorProto.INT64,
+    )  # fmt: skip
+    yield node("Add", whole, f"{PREFIX}.{name}.value")
+    yield node("Cast", f"{PREFIX}.{name}.Add", to=kind.elem_type)  # a bool cannot be added to
 
 
 def _replacing(names: Collection[str], whole: onnx.ValueInfoProto, nodes: Iterable[onnx.NodeProto]) -> Edit:

@@ -43,7 +43,7 @@ def canonicalize(model: Model) -> list[Change]:
     """
     changes = []
     lift_weights(model, *LINEAR_OPS)
-    for node in model.graph.nodes:
+    for node in list(model.graph.nodes):
         if is_op(node, "Pad"):
             _pad_all_axes(model, node)
     padded = sum(_fold_pad(model, node) for node in list(model.graph.nodes) if is_op(node, "Pad"))
@@ -105,7 +105,7 @@ def _fold_pad(model: Model, node: gs.Node) -> bool:
         or not plain
         or len(readers) != len(tensor.outputs)
         or is_output(model, tensor)
-        or any(r.inputs[0] is not tensor for r in readers)
+        or any(r.inputs[0] is not tensor or model.in_body(r) for r in readers)
     ):
         return False
     rank = pads.size // 2

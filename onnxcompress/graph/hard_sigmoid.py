@@ -63,6 +63,9 @@ def _fuse(model: Model, clip: gs.Node) -> bool:
     divided = clipped if product is None else product.outputs[0]
     if reader is None or not math.isclose(_factor(model, reader, divided) * top, 1, rel_tol=TOLERANCE):
         return False
+    shapes = tensor_shapes(model)
+    if len(shapes.get(reader.outputs[0].name, ())) != len(known[0]):  # a number of more axes than x
+        return False
     gate = reader if product is None else product
     _become(gate, "HardSigmoid", [x], alpha=1 / top, beta=offset / top)
     if product is not None:

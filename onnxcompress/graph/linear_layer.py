@@ -251,6 +251,8 @@ def as_linear(model: Model, node: gs.Node, rank: Rank) -> Linear | Refusal:
     weight = None if tensor is None else stored_value(tensor)
     if weight is None:  # rule 6
         remedy = "make it an initializer of a float type"
+        if tensor is not None and is_op(producer(tensor), "Reshape", "ScatterElements"):
+            remedy += "; where `prune --storage sparse` wrote it, do that last"
         return Refusal(node_label(node), f"the weight of {name} is not a constant", remedy)
     if node.op == "MatMul":
         refusal = _check_matmul(node, weight, weight_at, rank, name)

@@ -139,6 +139,19 @@ def is_output(model: Model, tensor: gs.Tensor) -> bool:
     return any(tensor is output for output in model.graph_outputs)
 
 
+def is_captured(model: Model, tensor: gs.Tensor) -> bool:
+    """Return whether the body of an If, Loop or Scan reads a tensor of the main graph.
+
+    Args:
+        model: The model.
+        tensor: The tensor.
+
+    Returns:
+        Whether one does: it must keep its name and its values, since bodies are not edited.
+    """
+    return any(model.in_body(node) for node in tensor.outputs)
+
+
 def sigmoid_outputs(model: Model) -> frozenset[str]:
     """Find the outputs that hold what a Sigmoid gives, alone or concatenated with other values.
 
@@ -187,10 +200,11 @@ def only_consumer(model: Model, tensor: gs.Tensor) -> gs.Node | None:
         tensor: The tensor.
 
     Returns:
-        The node; None where the tensor is a graph output, or read elsewhere or more than once.
+        The node; None where the tensor is a graph output, or read more than once or inside a body.
     """
     readers = list(tensor.outputs)
-    return readers[0] if len(readers) == 1 and not is_output(model, tensor) else None
+    alone = len(readers) == 1 and not is_output(model, tensor) and not model.in_body(readers[0])
+    return readers[0] if alone else None
 
 
 def reader_names(tensor: gs.Tensor, *but: gs.Node | None) -> str:

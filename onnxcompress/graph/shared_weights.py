@@ -48,7 +48,9 @@ def _extra_reads(model: Model, tensor: gs.Constant) -> list[tuple[gs.Node, int]]
     """List the inputs of linear layers at which a copy must replace the weight for none to share it."""
     readers = list({id(node): node for node in value_readers(tensor)}.values())
     reads = [(n, i) for n in readers for i, t in enumerate(n.inputs) if t is tensor]
-    of_layers = [(n, i) for n, i in reads if is_op(n, *LINEAR_OPS) and i == _weight_at(n)]
+    of_layers = [
+        (n, i) for n, i in reads if is_op(n, *LINEAR_OPS) and i == _weight_at(n) and not model.in_body(n)
+    ]
     alone = len(of_layers) == len(reads) and not is_output(model, tensor)
     return of_layers[1:] if alone else of_layers
 

@@ -47,13 +47,11 @@ from onnxcompress.graph.query import (
 from onnxcompress.graph.shape_inference import tensor_shapes, tensor_types
 from onnxcompress.graph.topology import Topology
 from onnxcompress.model import Model
+from onnxcompress.quantization.moving_ops import moves
 from onnxcompress.quantization.runtimes import RULES, Placement
 
 STREAM_BITS = 8
 """Bits, at least, of what sums, pools and the like read."""
-MOVING = ("MaxPool", "Reshape", "Flatten", "Transpose", "Squeeze", "Unsqueeze", "Slice", "Gather",
-          "Identity", "DepthToSpace", "SpaceToDepth", "Split", "Pad", "Dropout")  # fmt: skip
-"""Operators whose outputs contain only values of their first input, and zeros."""
 FUSED = ("Relu", "Clip")
 
 Key = tuple[str, int]
@@ -287,7 +285,8 @@ def _outputs(model: Model, nodes: list[gs.Node], plan: Plan, topology: Topology,
     """
     chosen, operators = {id(node) for node in nodes}, bits.placement.operators
     for node in nodes:
-        if id(node) not in plan.layers and not is_op(node, *operators, *MOVING, *FUSED):
+        computes = id(node) in plan.layers or is_op(node, *operators, *FUSED)
+        if not computes and not moves(model, node):
             continue
         if not any((id(node), index) in plan.edges for index in range(len(node.inputs))):
             continue
@@ -297,7 +296,7 @@ def _outputs(model: Model, nodes: list[gs.Node], plan: Plan, topology: Topology,
                 for index, read in enumerate(reader.inputs):
                     quantizable = read is tensor and _is_float(model, tensor)  # no mask, no index
                     floating = is_op(reader, *operators) and id(reader) not in chosen
-                    if quantizable and not floating and not is_op(reader, *MOVING):
+                    if quantizable and not floating and not moves(model, reader):
                         plan.edges.setdefault((id(reader), index), (tensor.name, bits.stream))
 
 
@@ -309,7 +308,7 @@ def _reads_data(node: gs.Node, topology: Topology) -> bool:
 def _moves(nodes: list[gs.Node], topology: Topology, plan: Plan, bits: int) -> None:
     """Quantize the inputs of operators that move numbers, with the grid of their readers."""
     for node in reversed(nodes):
-        if not is_op(node, *MOVING) or id(node.inputs[0]) not in topology.data:
+        if not moves(topology.model, node) or id(node.inputs[0]) not in topology.data:
             continue
         read = {
             plan.edges[id(reader), index]

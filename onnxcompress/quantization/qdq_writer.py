@@ -11,6 +11,8 @@ All readers of a quantizer share its DequantizeLinear.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import ml_dtypes
 import numpy as np
 import onnx_graphsurgeon as gs
@@ -21,13 +23,15 @@ from onnxcompress.graph.query import is_op
 from onnxcompress.graph.topology import Topology
 from onnxcompress.model import Model
 from onnxcompress.quantization.affine_grid import Grid
-from onnxcompress.quantization.qdq_plan import Key, Plan, QuantizedLayer
+from onnxcompress.quantization.qdq_plan import STREAM_BITS, Key, Plan, QuantizedLayer
 
 _TYPES = {
     "int8": np.int8, "uint8": np.uint8, "int4": ml_dtypes.int4, "uint4": ml_dtypes.uint4,
     "int16": np.int16, "uint16": np.uint16,
 }  # fmt: skip
 LARGEST_BIAS = 2**31 - 1
+BIAS_ROOM = 1.001
+"""Room above a bias, so that rounding of scales cannot bring it beyond int32."""
 
 
 class Emitter:
@@ -35,7 +39,7 @@ class Emitter:
 
     def __init__(self, model: Model) -> None:
         self.model = model
-        self.taken = set(model.graph.tensors())
+        self.taken = set(model.names)
         self.added: list[gs.Node] = []
 
     def constant(self, base: str, values: np.ndarray) -> gs.Constant:
@@ -104,9 +108,12 @@ def emit(
     for layer in plan.layers.values():
         grid = None if layer.input is None else grids[plan.root(layer.input)]
         integers, own = weights[id(layer.linear.node)]
+        bias, data = biases.get(id(layer.linear.node)), grid if integer_bias else None
+        if bias is not None and data is not None and data.bits <= STREAM_BITS and own.scale.ndim:
+            integers, own = _room_for_bias(integers, own, bias, data, channel_axis(layer))
         _weight(emitter, layer, integers, own)
-        if id(layer.linear.node) in biases:
-            _bias(emitter, layer, biases[id(layer.linear.node)], own, grid if integer_bias else None)
+        if bias is not None:
+            _bias(emitter, layer, bias, own, data)
     _activations(emitter, plan, grids)
     model.graph.nodes.extend(emitter.added)
     model.touch()
@@ -151,7 +158,7 @@ def _bias(
 ) -> None:
     base = layer.linear.bias_name or f"{layer.linear.output_name}_bias"
     scale = None if data is None else (data.scale * weight.scale).astype(np.float32)
-    if data is None or scale is None or (data.bits > 8 and _overflows(bias, scale)):
+    if data is None or scale is None or _overflows(bias, scale):
         set_input(
             layer.linear.node, BIAS_AT, emitter.constant(f"{base}_corrected", bias.astype(np.float32))
         )
@@ -166,6 +173,21 @@ def _bias(
     ]
     attrs = {"axis": 0} if scale.ndim else {}
     set_input(layer.linear.node, BIAS_AT, emitter.node("DequantizeLinear", inputs, f"{base}_dq", **attrs))
+
+
+def _room_for_bias(
+    integers: np.ndarray, weight: Grid, bias: np.ndarray, data: Grid, axis: int
+) -> tuple[np.ndarray, Grid]:
+    """Coarsen the grids of channels whose bias is beyond int32: their weights are nothing beside it.
+
+    A weight then moves by half a step at most, |b| / (2³² s), which times an input, 255 s, is less than
+    |b| / 2²⁴: what float32 loses of the bias.
+    """
+    needed = BIAS_ROOM * np.abs(bias.astype(np.float64)) / (LARGEST_BIAS * float(data.scale))
+    scale = np.maximum(weight.scale, needed).astype(np.float32)
+    shape = [-1 if at == axis else 1 for at in range(integers.ndim)]
+    moved = np.rint(integers * (weight.scale / scale).reshape(shape)).astype(integers.dtype)
+    return moved, replace(weight, scale=scale)
 
 
 def _overflows(bias: np.ndarray, scale: np.ndarray) -> bool:

@@ -165,6 +165,7 @@ def _walk(model: Model, groups: ChannelGroups, path: Path, approximate: bool) ->
             if node.inputs[0] is not tensor and not is_op(node, "Concat", "Max", "Min"):
                 raise _Blocked(node_label(node), f"({node.op}) takes it as a parameter")
             _pass(model, groups, path, node, approximate)
+            _check_channels(groups, path, node)
             new = [t for t in node.outputs if t.name in groups.tensors and id(t) not in seen]
             seen.update(id(t) for t in new)
             pending += new
@@ -204,6 +205,19 @@ def _pass(model: Model, groups: ChannelGroups, path: Path, node: gs.Node, approx
         _pad(path, node, approximate)
     else:
         raise _Blocked(label, f"({node.op}) does not move with its input")
+
+
+def _check_channels(groups: ChannelGroups, path: Path, node: gs.Node) -> None:
+    """Check that it is known which channel of the path each channel behind an operator is."""
+    written = [t for t in node.outputs if not t.is_empty()]
+    for tensor in written if is_op(node, "Split") else written[:1]:  # others are masks and indices
+        labels = groups.tensors.get(tensor.name)
+        if labels is not None and is_op(node, "Concat"):  # of images: channels of one are those of all
+            followed = attribute(node, "axis") in (1, 1 - labels.ndim)
+        else:
+            followed = labels is not None and bool(np.isin(labels, path.labels).all())
+        if not followed:
+            raise _Blocked(node_label(node), f"({node.op}) has outputs whose channels cannot be followed")
 
 
 def _clip(model: Model, groups: ChannelGroups, path: Path, node: gs.Node) -> None:

@@ -12,7 +12,7 @@ import onnx_graphsurgeon as gs
 
 from onnxcompress.graph.constant_folding import constant_attribute
 from onnxcompress.graph.edit import make_dense, remove_nodes, replace_uses, unique_name
-from onnxcompress.graph.query import is_op, is_output, producer, read
+from onnxcompress.graph.query import is_captured, is_op, is_output, producer, read
 from onnxcompress.model import Model
 from onnxcompress.passes.fp16.quantized import fold_biases
 
@@ -45,7 +45,8 @@ def stored_halves(model: Model) -> list[tuple[gs.Node, np.ndarray]]:
     casts = [
         n for n in model.graph.nodes if is_op(n, "Cast") and n.attrs.get("to") == onnx.TensorProto.FLOAT
     ]
-    values = [(n, _constant(n.inputs[0])) for n in casts if not is_output(model, n.outputs[0])]
+    free = [n for n in casts if not is_output(model, n.outputs[0]) and not is_captured(model, n.outputs[0])]
+    values = [(n, _constant(n.inputs[0])) for n in free]
     return [(n, v) for n, v in values if v is not None and v.dtype == np.float16]
 
 

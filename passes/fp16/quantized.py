@@ -16,7 +16,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from onnxcompress.graph.edit import remove_nodes, replace_uses, unique_name
-from onnxcompress.graph.query import is_op, is_output, read
+from onnxcompress.graph.query import is_captured, is_op, is_output, read
 from onnxcompress.model import Model
 
 MAX_ERROR, QUANTIZED_ERROR = 0.01, 0.1
@@ -57,6 +57,8 @@ def fold_biases(model: Model) -> int:
 def _is_bias(model: Model, node: gs.Node) -> bool:
     """Return whether a node dequantizes an int32 constant with zero point 0."""
     if not is_op(node, "DequantizeLinear") or is_output(model, node.outputs[0]):
+        return False
+    if is_captured(model, node.outputs[0]):
         return False
     if not all(isinstance(t, gs.Constant) for t in node.inputs) or node.inputs[0].dtype != np.int32:
         return False

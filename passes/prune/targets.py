@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
@@ -124,7 +125,8 @@ def check_reachable(options: PruneOptions, target: Target) -> None:
         hints.append(f"--scope layer prunes {names}, too, whose cost cannot be measured")
     hints += what_allows_more(options, target)
     raise OptionError(
-        f"--sparsity {options.sparsity:g}: at most {most:.2f} of {target.total} weights may become 0"
+        f"--sparsity {options.sparsity:g}: at most {math.floor(1000 * most) / 1000:.3f} of {target.total} weights may become "
+        "0"
         + (f" ({'; '.join(hints)})" if hints else "")
     )
 

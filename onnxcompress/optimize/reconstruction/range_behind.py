@@ -26,7 +26,8 @@ from onnxcompress.graph.self_gated import gated_output
 from onnxcompress.model import Model
 from onnxcompress.optimize.reconstruction.activation_range import fake
 from onnxcompress.quantization.affine_grid import Grid
-from onnxcompress.quantization.qdq_plan import FUSED, MOVING, Plan, behind_activation
+from onnxcompress.quantization.moving_ops import MOVING
+from onnxcompress.quantization.qdq_plan import FUSED, Plan, behind_activation
 
 IMAGES = 8
 """Images on which the readers run."""
