@@ -19,6 +19,8 @@ CONSTANTS: Arrays = {
     "six": np.array(6, np.float32),
     "sixth": np.array([1 / 6], np.float32),
     "few": np.array(0.1667, np.float32),
+    "deep": np.full((1, 1, 1, 1, 1), 6, np.float32),
+    "first": np.array([0]),
     "each": np.full((4, 1, 1), 3, np.float32),
 }
 GATES = {
@@ -33,6 +35,8 @@ OTHERS = {
     "what is divided by it": "a = Add(c, three) d = Clip(a, zero, six) e = Add(d, six) y = Div(six, e)",
     "no lower bound of 0": "a = Add(c, three) d = Clip(a, three, six) y = Div(d, six)",
     "an offset for each channel": "a = Add(c, each) d = Clip(a, zero, six) y = Div(d, six)",
+    "a number of more axes":
+        "a = Add(c, three) d = Clip(a, zero, six) m = Div(d, deep) y = Squeeze(m, first)",
     "another factor": "a = Add(c, three) d = Clip(a, zero, six) m = Mul(b3, d) y = Div(m, six)",
     "a clipped tensor that is read twice":
         "a = Add(c, three) d = Clip(a, zero, six) m = Mul(c, d) n = Div(m, six) y = Add(n, d)",

@@ -127,6 +127,8 @@ CONSTANTS: Arrays = {
     "pads": np.array([0, 0, 1, 1, 0, 0, 1, 1]),
     "order": np.array([2, 0, 1]),
     "parts": np.array([1, 2]),
+    "some": np.array([0]),
+    "k": weight(5, 1, 1, 1),
 }
 
 
@@ -247,6 +249,7 @@ def test_zero_padding(behind: str) -> None:
     assert gap[:, :, 0].max() > 0.01
 
 
+FOLLOWED = "has outputs whose channels cannot be followed"
 TWO = "(float[N,4,7,6] x) => (float[N,C,H,W] y, float[N,C,H,W] o)"
 
 
@@ -259,6 +262,12 @@ TWO = "(float[N,4,7,6] x) => (float[N,C,H,W] y, float[N,C,H,W] o)"
         ("z = Conv(x, w, b) r = Relu(z) s = Add(r, r) y = Conv(s, u, d)", "(Add) does not move", IMAGE),
         ("z = Conv(x, w, b) r = Relu(z) s = Mul(r, high) y = Conv(s, u, d)", "(Mul) does not move", IMAGE),
         ("p = Conv(x, w, b) q = Relu(p) z = Add(q, p) y = Conv(z, u, d)", "adds two tensors", IMAGE),
+        ("z = Conv(x, w, b) r = Relu(z) s = Gather<axis=0>(r, some) y = Conv(s, u, d)", FOLLOWED, IMAGE),
+        ("z = Conv(x, w, b) r = Relu(z) s = Concat<axis=0>(r, r) y = Conv(s, u, d)", FOLLOWED, IMAGE),
+        ("z = Conv(x, w, b) s = Concat<axis=2>(z, z) r = Relu(s) y = Conv(r, u, d)", FOLLOWED, IMAGE),
+        ("z = Conv(x, w, b) s = Concat<axis=-1>(z, z) r = Relu(s) y = Conv(r, u, d)", FOLLOWED, IMAGE),
+        ("z = Conv(x, w, b) s = Transpose<perm=[2,1,0,3]>(z) y = Conv(s, u, d)", FOLLOWED, IMAGE),
+        ("z = Conv(x, w, b) s = ReduceMean<axes=[1]>(z) y = Conv(s, k)", "separate channels", IMAGE),
         ("z = Conv(x, w, b) r = AveragePool<kernel_shape = [2,2], pads = [1,1,0,0], "
          "count_include_pad = 1>(z) y = Conv(r, u, d)", "counts zeros", IMAGE),
     ],

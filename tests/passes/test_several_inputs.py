@@ -66,7 +66,15 @@ def with_state() -> Model:
     return Model.from_proto(graph(signature, body, arrays))
 
 
-MAKERS = [two_images, with_time_and_mask, with_state]
+def with_switch() -> Model:
+    """An image, and a bool that is a setting."""
+    body = f"""a = Conv<pads=[1,1,1,1]>(x, w)  b = Where(bright, a, none)  r = Relu(b)
+        d = Conv<pads=[1,1,1,1]>(r, v)  e = Relu(d)  {HEAD}"""
+    arrays = {**LAYERS, "none": np.array(0, np.float32)}
+    return Model.from_proto(graph("(float[N,3,8,8] x, bool bright) => (float[N,5] y)", body, arrays))
+
+
+MAKERS = [two_images, with_time_and_mask, with_state, with_switch]
 PASSES: list[Pass] = [
     Calibrate(inputs="procedural", **FEW), Quantize(**FEW), Prune(sparsity=0.2, scope="layer", **FEW),
     HalfPrecision(),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,8 @@ from onnxcompress.optimize.executor import Executor
 from onnxcompress.optimize.executor.executor import UnsupportedOp
 from onnxcompress.passes.base import Pass, PassResult, run
 from onnxcompress.passes.calibrate import Calibrate
+from onnxcompress.passes.equalize import Equalize
+from onnxcompress.passes.fold_bn import FoldBatchNorm
 from onnxcompress.passes.fp16 import HalfPrecision
 from onnxcompress.passes.prune import Prune
 from onnxcompress.passes.quantize import Quantize
@@ -120,6 +123,65 @@ def test_bodies_stay_as_they_are_and_the_rest_is_done(pass_: Pass) -> None:
 )
 def test_layers_before_and_behind_a_recurrent_one_are_handled(pass_: Pass) -> None:
     assert applied(pass_, with_lstm()).modified
+
+
+CAPTURED = {
+    "a weight": ("", "t = Conv<pads=[1,1,1,1]>(r, w)"),
+    "a padded image": ("p = Pad(r, pads)", "t = Conv(p, w)"),
+    "the inside of a hard sigmoid": (
+        "h = Add(r, three)  k = Clip(h, zero, six)",
+        "t = Div(k, six)",
+    ),
+    "a weight stored as float16": ("f = Cast<to=1>(half)", "t = Conv<pads=[1,1,1,1]>(r, f)"),
+    "integers of a bias": ("f = DequantizeLinear(whole, step)", "t = Conv<pads=[1,1,1,1]>(r, w, f)"),
+    "a name that passes give": ("", "r_q = Neg(r)  t = Neg(r_q)"),
+}
+"""What the main graph computes, and what a body makes of it."""
+
+
+@pytest.mark.filterwarnings("ignore::onnxcompress.errors.CompressWarning")
+@pytest.mark.parametrize("case", CAPTURED)
+@pytest.mark.parametrize(
+    "pass_",
+    [
+        Quantize(**FEW, inputs="procedural", copy_shared=True),
+        Prune(sparsity=0.3, reconstruct=False, copy_shared=True),
+        HalfPrecision(),
+        FoldBatchNorm(),
+        Equalize(),
+    ],
+    ids=lambda p: str(p.name),
+)
+def test_what_a_body_reads_is_what_it_was(pass_: Pass, case: str) -> None:
+    """Its nodes are not edited: what they read keeps its name, and its values but for a pass's loss."""
+    before, inside = CAPTURED[case]
+    body = f"""
+        a = Conv<pads=[1,1,1,1]>(x, v)  r = Relu(a)  {before}
+        i = If(c) <
+            then_branch = g1 () => (float[N,4,8,8] t) {{ {inside} }},
+            else_branch = g2 () => (float[N,4,8,8] e) {{ e = Identity(r) }}
+        >
+        d = Conv<pads=[1,1,1,1]>(i, w)  m = GlobalAveragePool(d)  y = Flatten(m)
+    """
+    arrays = {
+        "v": weight(4, 3, 3, 3), "w": weight(4, 4, 3, 3, seed=1), "pads": np.array([0, 0, 1, 1] * 2),
+        "three": np.float32(3), "zero": np.float32(0), "six": np.float32(6),
+        "half": weight(4, 4, 3, 3, seed=2, dtype=np.float16), "whole": np.array([3, 2, 1, 4], np.int32),
+        "step": np.float32(0.1), "c": np.array(True),
+    }  # fmt: skip
+    used = {k: a for k, a in arrays.items() if re.search(rf"\b{k}\b", body)}
+    model = Model.from_proto(graph("(float[N,3,8,8] x) => (float[N,4] y)", body, used))
+    x = np.random.default_rng(0).uniform(-1, 1, (3, 3, 8, 8)).astype(np.float32)
+    (was,) = outputs(model.to_proto(), {"x": x})
+    run([pass_], model, guard=Guard(force=True))
+    after = model.to_proto()
+    onnx.checker.check_model(after, full_check=True)
+    (now,) = outputs(after, {"x": x})
+    assert np.abs(now - was).max() < (0.8 if pass_.name == "prune" else 0.1) * np.abs(was).max()
+    (kept,) = (n for n in after.graph.node if n.op_type == "If")
+    read = {name for branch in kept.attribute for node in branch.g.node for name in node.input}
+    stored = {t.name: onnx.numpy_helper.to_array(t) for t in after.graph.initializer}
+    assert all(np.array_equal(stored[name], used[name]) for name in read & used.keys())
 
 
 def test_an_output_that_a_body_reads_stays_float32() -> None:
