@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import re
+import types
 import typing
 from collections.abc import Callable
 from dataclasses import field
@@ -162,7 +163,9 @@ def flag(name: str) -> str:
 
 
 def check_limits(options: Any, flag: Callable[[str], str] = flag) -> None:
-    """Check that each option keeps to the limits that its field states.
+    """Check that each option is a word that its field allows, several of them, or within its limits.
+
+    A program may give what the command line and recipes never do: another word, or one in place of several.
 
     Args:
         options: An instance of a dataclass of options.
@@ -173,9 +176,17 @@ def check_limits(options: Any, flag: Callable[[str], str] = flag) -> None:
     """
     from pydantic import ValidationError
 
+    own: Any = type(options)  # mypy takes classes of dataclasses for unhashable
+    hints = _hints(own)
     for option_field in dataclasses.fields(options):
         limits = option_field.metadata.get("limits")
         value = getattr(options, option_field.name)
+        words, is_list = hints[option_field.name]
+        if words and value not in words:
+            choices = ", ".join(str(word) for word in words if word is not None)
+            raise OptionError(f"{flag(option_field.name)} {value!r}: expected one of {choices}")
+        if is_list and isinstance(value, str):
+            raise OptionError(f"{flag(option_field.name)} {value!r}: expected several; give ({value!r},)")
         if not limits or value is None:
             continue
         try:
@@ -183,6 +194,20 @@ def check_limits(options: Any, flag: Callable[[str], str] = flag) -> None:
         except ValidationError as error:
             wanted = _range(**limits) + (", or 0" if option_field.metadata["or_zero"] else "")
             raise OptionError(f"{flag(option_field.name)} {_shown(value)}: expected {wanted}") from error
+
+
+@functools.cache
+def _hints(cls: type[Any]) -> dict[str, tuple[tuple[object, ...], bool]]:
+    """Return the words that each field allows, none where it takes others, and whether it is a tuple."""
+    found = {}
+    for name, hint in typing.get_type_hints(cls).items():
+        is_union = typing.get_origin(hint) in (typing.Union, types.UnionType)
+        kinds = typing.get_args(hint) if is_union else (hint,)
+        given = [typing.get_args(kind) for kind in kinds if typing.get_origin(kind) is Literal]
+        alone = len(given) == len([kind for kind in kinds if kind is not type(None)])
+        words = tuple(word for some in given for word in some) + (None,) * (type(None) in kinds)
+        found[name] = words if given and alone else (), any(typing.get_origin(k) is tuple for k in kinds)
+    return found
 
 
 def _shown(value: Any) -> str:

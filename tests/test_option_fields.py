@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import pytest
 
@@ -19,6 +20,9 @@ class Options:
     steps: int | None = option(None, "Steps.", ge=1)
     factor: float = option(1.0, "Factor.", gt=0)
     free: int = option(0, "Anything.")
+    kind: Literal["left", "right"] = option("left", "A side.")
+    other: Literal["up", "down"] | None = option(None, "A direction.")
+    names: tuple[str, ...] = option((), "Names.")
 
 
 @pytest.mark.parametrize(
@@ -31,9 +35,13 @@ class Options:
         ({"share": float("nan")}, "--share nan: expected more than 0 and less than 1"),
         ({"steps": 0}, "--steps 0: expected 1 or more"),
         ({"factor": -2.5}, "--factor -2.5: expected more than 0"),
+        ({"kind": "middle"}, "--kind 'middle': expected one of left, right"),
+        ({"kind": None}, "--kind None: expected one of left, right"),
+        ({"other": "left"}, "--other 'left': expected one of up, down"),
+        ({"names": "conv1"}, "--names 'conv1': expected several; give ('conv1',)"),
     ],
 )
-def test_a_value_out_of_range_is_named_with_its_range(values: dict[str, float], message: str) -> None:
+def test_a_value_out_of_range_is_named_with_its_range(values: dict[str, object], message: str) -> None:
     with pytest.raises(OptionError) as caught:
         check_limits(Options(**values))  # type: ignore[arg-type]
     assert str(caught.value) == message
@@ -42,7 +50,8 @@ def test_a_value_out_of_range_is_named_with_its_range(values: dict[str, float], 
 def test_the_ends_of_a_range_and_what_was_not_given_pass() -> None:
     check_limits(Options())
     for values in ({"weight_bits": 2}, {"weight_bits": 8}, {"steps": 1}, {"free": -(10**9)}):
-        check_limits(Options(**values))
+        check_limits(Options(**values))  # type: ignore[arg-type]
+    check_limits(Options(kind="right", other="down", names=("conv1",)))
 
 
 def test_a_caller_names_flags_its_own_way() -> None:

@@ -153,8 +153,10 @@ def read_patterns(given: Sequence[str], flag: str) -> tuple[str, ...]:
         The patterns.
 
     Raises:
-        OptionError: A file cannot be read, or a regular expression is wrong.
+        OptionError: A file cannot be read, a regular expression is wrong, or there is one word alone.
     """
+    if isinstance(given, str):  # from a program: its letters would be taken for patterns
+        raise OptionError(f"{flag} {given!r}: expected several; give ({given!r},)")
     found: list[str] = []
     for pattern in given:
         found += _lines(pattern[1:], flag) if pattern.startswith(FILE) else [pattern]
