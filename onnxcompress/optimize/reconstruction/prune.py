@@ -204,8 +204,8 @@ def _random_sum(made: Mapping[str, Tensor], generator: torch.Generator) -> Tenso
     for value in made.values():
         if value.is_floating_point():
             v = torch.randn(value.shape, generator=generator).to(value)
-            spread = value.detach().std(correction=0)
-            total = total + (v * value).sum() / torch.where(spread > 1e-12, spread, 1.0)  # of one number: 0
+            spread = value.detach().std().clamp_min(1e-12) if value.numel() > 1 else value.new_ones(())
+            total = total + (v * value).sum() / spread
     return total
 
 
