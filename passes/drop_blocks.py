@@ -159,5 +159,13 @@ class DropBlocks(DropBlocksOptions, Pass):
                 near = get_close_matches(name, [b.name for b in found.blocks], n=1)
                 hint = f"did you mean {near[0]!r}?" if near else "`onnxcompress inspect` lists them"
                 raise OptionError(f"--drop {name!r}: no such block; {hint}")
+        inside = {b.exit: set(b.inner) for b in found.blocks if {b.name, b.exit} & set(self.drop)}
+        for block in found.blocks:
+            around = [o for o in found.blocks if o is not block and block.exit in inside.get(o.exit, ())]
+            if block.exit in inside and around:
+                raise OptionError(
+                    f"--drop {block.name!r}: it lies inside {around[0].name!r}, which goes as a whole; "
+                    "leave one of them out"
+                )
         if self.blocks is not None and self.blocks > len(found.blocks):
             raise OptionError(f"--blocks {self.blocks}: the network has {len(found.blocks)} to drop")

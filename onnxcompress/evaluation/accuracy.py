@@ -257,10 +257,17 @@ def preprocessing(
     choice = choose(given, metadata_of(model), label(model), spec.dtype)
     shape = named(parse_input_shapes(input_shape), [spec], label(model)).get(spec.name)
     chosen = choice.preprocess
-    if shape is None or len(shape) != 4 or chosen.size is not None:
+    if shape is None or len(shape) != 4:
         return choice
     sized(spec, shape, label(model))  # raises where the shape contradicts the file
     sides = shape[2:] if chosen.layout == "nchw" else shape[1:3]
+    if chosen.size is not None:
+        if tuple(chosen.size) != tuple(sides):
+            raise OptionError(
+                f"--input-shape gives {sides[0]}x{sides[1]}, --preprocess size={chosen.size[0]}x"
+                f"{chosen.size[1]}; leave one of them out"
+            )
+        return choice
     return replace(choice, explicit=replace(chosen, size=(sides[0], sides[1])), source="option")
 
 

@@ -95,7 +95,10 @@ def _bounds(model: Model, node: gs.Node) -> tuple[float, float]:
         return 0.0, float("inf")
     low, high = node.attrs.get("min"), node.attrs.get("max")
     if model.opset >= 11:
-        low, high = (None if (t := input_at(node, i)) is None else constant_value(model, t) for i in (1, 2))
+        given = [input_at(node, i) for i in (1, 2)]
+        low, high = (None if t is None else constant_value(model, t) for t in given)
+        if any(t is not None and value is None for t, value in zip(given, (low, high), strict=True)):
+            return float("nan"), float("nan")  # computed from data: comparisons with it are false
     return (
         float("-inf") if low is None else float(low),
         float("inf") if high is None else float(high),

@@ -21,7 +21,7 @@ from onnxcompress.errors import ModelError
 from onnxcompress.graph.linear_layer import LINEAR_OPS
 from onnxcompress.graph.macs import node_macs
 from onnxcompress.graph.query import consumers, input_at, is_op, is_output
-from onnxcompress.graph.shape_inference import infer, tensor_shapes
+from onnxcompress.graph.shape_inference import infer, tensor_shapes, tensor_types
 from onnxcompress.graph.topology import Topology
 from onnxcompress.model import Model, Shape
 
@@ -67,6 +67,9 @@ def check_legal(model: Model, topology: Topology, region: Region, elsewhere: Map
         raise IllegalRegion("the shape is unknown", remedy)
     if len(before) != len(after) or before[1:] != after[1:]:
         raise IllegalRegion(f"input {_dims(before)} and output {_dims(after)} differ in shape")
+    types = tensor_types(model)
+    if types.get(region.entry.name) != types.get(region.exit.name):
+        raise IllegalRegion("its input and output differ in type")
     if _differ(region, elsewhere):
         raise IllegalRegion(
             "its input and output have the same shape at some sizes of the network's input only"

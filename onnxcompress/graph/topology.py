@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import onnx
 import onnx_graphsurgeon as gs
 
 from onnxcompress.graph.order import node_reads, sorted_nodes
 from onnxcompress.graph.query import is_op, producer, read_inputs
-from onnxcompress.graph.shape_inference import tensor_shapes
+from onnxcompress.graph.shape_inference import tensor_shapes, tensor_types
 from onnxcompress.model import Model, Shape
+
+FLOATS = (
+    onnx.TensorProto.FLOAT,
+    onnx.TensorProto.FLOAT16,
+    onnx.TensorProto.DOUBLE,
+    onnx.TensorProto.BFLOAT16,
+)
+STEPPED = ("Round", "Floor", "Ceil", "Sign")
+"""Operators whose slope is 0 wherever it exists."""
 
 
 class Topology:
@@ -122,10 +132,40 @@ class Topology:
             A tensor of rank 4 (3 or 5 in 1-d and 3-d networks) with a spatial extent above 1, or None.
         """
         for tensor in reversed(self.trunk()):
-            shape = self.shape(tensor)
+            shape, maker = self.shape(tensor), producer(tensor)
+            if maker is None or is_op(maker, *STEPPED) or not self.is_float(tensor):
+                continue  # it can be matched with nothing, or has no gradient
             if shape is not None and len(shape) >= 3 and any(d != 1 for d in shape[2:]):
                 return tensor
         return None
+
+    def is_float(self, tensor: gs.Tensor) -> bool:
+        """Return whether a tensor may hold floats: that of an unknown type may.
+
+        Args:
+            tensor: The tensor.
+
+        Returns:
+            Whether it may.
+        """
+        return tensor_types(self.model).get(tensor.name) in (None, *FLOATS)
+
+    def last_floats(self, tensor: gs.Tensor) -> gs.Tensor:
+        """Go back from classes, masks or rounded pixels to the floats that they are made of.
+
+        Args:
+            tensor: A tensor, such as an output of the network.
+
+        Returns:
+            The last tensor of floats on the way to it; the tensor itself where it is one.
+        """
+        found = tensor
+        while not self.is_float(found):
+            maker = producer(found)
+            if maker is None or not maker.inputs:
+                return tensor
+            found = maker.inputs[0]
+        return found
 
 
 def _data_reads(node: gs.Node) -> list[gs.Tensor]:

@@ -25,6 +25,9 @@ from onnxcompress.runtime.providers import NAMED, Provider, ProviderLike, as_pro
 if TYPE_CHECKING:
     import onnxruntime
 
+MOST_THREADS = 8
+"""Threads for each core, at most: more only take memory."""
+
 
 def session(
     model: ModelLike,
@@ -60,6 +63,8 @@ def session(
 
     if threads < 0:
         raise OptionError(f"threads: {threads}; expected 0 (all cores) or more")
+    if threads > (most := MOST_THREADS * max(os.cpu_count() or 1, 8)):
+        raise OptionError(f"threads: {threads}; expected {most} at most on this machine, 0 for all cores")
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads or (0 if timed else thread_count())
     options.inter_op_num_threads = 1

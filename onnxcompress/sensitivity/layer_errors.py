@@ -30,6 +30,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from onnxcompress.errors import ModelError
 from onnxcompress.evaluation.accuracy import agreement, score_output
 from onnxcompress.graph.linear_layer import Linear
 from onnxcompress.optimize.deterministic_threads import one_thread_each, run_jobs
@@ -132,7 +133,13 @@ class _Walk(NetworkWalk):
         count = max(affordable(self.steps, len(self.context.images), COPIES) // fixed, 1) * fixed
         self.images = self.context.images[:count]
         self.measured = max(count // SHARE // fixed, 1) * fixed
-        outputs = {t.name: t for t in model.graph.outputs if id(t) in self.topology.data}
+        made = [self.topology.last_floats(t) for t in model.graph.outputs if id(t) in self.topology.data]
+        outputs = {t.name: t for t in made if self.topology.is_float(t)}
+        if not outputs:
+            raise ModelError(
+                f"{model.name}: none of its outputs is made of floats, so what a layer loses cannot be "
+                "measured; put out a tensor in front of them"
+            )
         self._places = {name: self.topology.position(tensor) for name, tensor in outputs.items()}
         self._site: _Site | None = None
         self._targets: dict[str, Tensor] = {}

@@ -49,6 +49,10 @@ class DropBlocksOptions(TuningOptions):
         super().check()
         if self.scores is not None and not Path(self.scores).parent.is_dir():
             raise OptionError(f"--scores {self.scores}: name a file in an existing folder")
+        if self.scores is not None and Path(self.scores).is_dir():
+            raise OptionError(f"--scores {self.scores}: it is a folder")
+        if self.scores is not None and self.drop:
+            raise OptionError("--scores goes with --latency-reduction or --blocks: --drop scores nothing")
 
     def hints(self) -> list[str]:
         """Suggest options that leave more of the network as it is.

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from onnxcompress.account import Refusal, StageSeconds, as_json
 from onnxcompress.errors import ModelError, OptionError
+from onnxcompress.formatting import counted
 from onnxcompress.graph.block_removal import drop_blocks
 from onnxcompress.graph.blocks import Block, Discovery
 from onnxcompress.graph.macs import node_macs
@@ -35,7 +36,7 @@ from onnxcompress.optimize.executor.open_batch import file_batch, small_batch
 from onnxcompress.optimize.executor.walk_plan import floats
 from onnxcompress.optimize.intermediate_results import array_digest
 from onnxcompress.optimize.reconstruction.feature_loss import Matched
-from onnxcompress.optimize.reconstruction.levels import feature_levels, pooled_features
+from onnxcompress.optimize.reconstruction.levels import feature_levels, named_feature, pooled_features
 from onnxcompress.optimize.reconstruction.tuning_inputs import gather_tuning_inputs
 from onnxcompress.optimize.reconstruction.tuning_outcome import TuningOutcome
 from onnxcompress.optimize.synthesis.statistics_alignment import StatisticsAlignment, standardize
@@ -296,6 +297,11 @@ class Dropper:
             additivity = Additivity(predicted, latency.saved, self.stopwatch.parts_clock)
         target = self.options.latency_reduction
         missed = "" if target is None else target_missed(latency, target, self.dropped, self._tau())
+        if (self.options.blocks or 0) > len(self.dropped):
+            missed = (
+                f"{counted(len(self.dropped), 'block')} dropped, {self.options.blocks} asked for: what is "
+                "left holds no other, or is not finite without it"
+            )
         self.progress("measuring the result", 1, 1)
         return DropBlocksFigures(
             feature=self.feature,
@@ -323,6 +329,4 @@ def _feature(model: Model, name: str | None) -> str:
                 f"{model.name}: no spatial tensor that all goes through; name one with --feature"
             )
         return str(found.name)
-    if name not in {t.name for node in model.graph.nodes for t in node.outputs}:
-        raise OptionError(f"--feature {name!r}: the model has no such tensor")
-    return name
+    return named_feature(model, name)

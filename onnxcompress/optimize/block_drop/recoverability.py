@@ -168,7 +168,8 @@ class Scorer:
             block: The block.
 
         Returns:
-            R, and the weights with the adapters folded in.
+            R, infinite where features without the block are not finite, and the weights with the adapters
+            folded in.
         """
         site = self.sites[block.exit]
         adapters = site.adapters(self.executor.device)
@@ -181,7 +182,8 @@ class Scorer:
                 return self._error(block, site, places, weights).sum().double()
 
         parts = list(in_turn(lost, -(-count // self.batch), self.executor.device))
-        return Recovery(float(torch.stack(parts).sum()) / self.probe.energy, weights)
+        loss = float(torch.stack(parts).sum()) / self.probe.energy
+        return Recovery(loss if loss < float("inf") else float("inf"), weights)  # not a number neither
 
     def _train(self, block: Block, site: AdapterSite, adapters: dict[str, Tensor]) -> dict[str, Tensor]:
         """Train all adapters by a few steps of SGD, starting at the identity; return the folded weights."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,10 @@ def read_scores(
         same = saved["of"] == dict(context)
         shares = {e: Share(*row["latency_share"]) for e, row in rows.items()}
         scores = {e: {k: float(row[k]) for k in ("recoverability", "score")} for e, row in rows.items()}
+        if not all(math.isfinite(float(number)) for share in shares.values() for number in share):
+            raise ValueError("a share of the latency is no number")
+        if any(math.isnan(number) for row in scores.values() for number in row.values()):
+            raise ValueError("a score is no number")
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise InputError(
             f"{path}: not a file of block scores ({error}); delete it to measure anew"

@@ -12,6 +12,7 @@ Accelerated greedy algorithms).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -90,10 +91,12 @@ def choose(
     choice = BlockSelection(model, probe.feature)
     known = dict(scores)
     while not enough(choice):
-        left = [b for b in find_blocks(model).blocks if b.exit in known]
+        left = [b for b in find_blocks(model).blocks if known.get(b.exit, math.inf) < math.inf]
         if not left:
             break
         block, recovery = _best(choice, left, known, shares, probe, (steps, batch), device)
+        if recovery.loss == math.inf:  # what is left is not finite without any of them
+            continue
         choice.drop(block, recovery)
         del known[block.exit]
         count = len(choice.dropped)

@@ -34,13 +34,14 @@ def cheapest_sets(
     """
     from scipy.optimize import Bounds, LinearConstraint, milp  # slow to import
 
-    cost, gain = np.maximum(losses, 0.0), np.asarray(shares, float)
+    finite = np.isfinite(losses)  # what a block leaves may not be
+    cost, gain = np.where(finite, np.maximum(losses, 0.0), 0.0), np.asarray(shares, float)
     rules = [LinearConstraint(gain[None], lb=target)]
     for _ in range(count):
         solved = milp(
             cost / max(cost.max(), 1e-30),
             integrality=np.ones(len(cost)),
-            bounds=Bounds(0, 1),
+            bounds=Bounds(0, finite.astype(float)),
             constraints=rules,
             options={"time_limit": TIME_LIMIT, "mip_rel_gap": 0.0},
         )
