@@ -250,7 +250,7 @@ def test_an_open_image_size_is_chosen_and_said(
     [
         ({"batch": 0}, "--batch 0"),
         ({"seed": -1}, "--seed -1"),
-        ({"inputs": "layerwise"}, "calibrate takes images, distilled or procedural"),
+        ({"inputs": "layerwise"}, "expected one of auto, images, distilled, procedural"),
         ({"inputs": "images"}, "name them with --images"),
     ],
 )
