@@ -95,7 +95,8 @@ def choose(
         if not left:
             break
         block, recovery = _best(choice, left, known, shares, probe, (steps, batch), device)
-        if recovery.loss == math.inf:  # what is left is not finite without any of them
+        if recovery.loss == math.inf:  # what is left is not finite without it
+            known[block.exit] = math.inf  # whatever its share: it is not tried again
             continue
         choice.drop(block, recovery)
         del known[block.exit]
