@@ -68,7 +68,7 @@ def scores(resnet: str, arguments: list[str], tmp_path_factory: pytest.TempPathF
         (["--blocks", "99"], "the network has 9"),
         (["--drop", "blocks.11"], "did you mean 'blocks.1'"),
         (["--latency-reduction", "120"], "expected more than 0 and less than 100"),
-        (["--blocks", "1", "--feature", "nowhere"], "no such tensor"),
+        (["--blocks", "1", "--feature", "nowhere"], "it is no tensor of the network"),
         (["--drop", "blocks.5", "--feature", "/blocks/blocks.1/Relu_output_0"], "do not depend on it"),
         (["--blocks", "3", "--feature", "/blocks/blocks.1/Relu_output_0"], "depend on 2 blocks"),
         (["--blocks", "1", "--batch", "0"], "expected 1 or more"),

@@ -208,7 +208,7 @@ def test_widths_are_chosen_by_what_the_clock_says(clock: Clock, monkeypatch: pyt
         ({"channels_kept": ("conv=3",)}, "no such group"),
         ({"channels_kept": ("a=7",)}, "it has 6 channels"),
         ({"macs_reduction": 10, "inputs": "layerwise"}, "layerwise"),
-        ({"macs_reduction": 10, "feature": "no"}, "has no such tensor"),
+        ({"macs_reduction": 10, "feature": "no"}, "it is no tensor of the network"),
     ],
 )
 def test_options_that_cannot_be_are_refused(options: dict[str, object], text: str) -> None:
