@@ -29,7 +29,9 @@ from onnxcompress.formatting import counted
 from onnxcompress.graph.batch_norm import OLDEST_OPSET
 from onnxcompress.graph.blocks import Discovery, find_blocks
 from onnxcompress.graph.edit import lift_weights
+from onnxcompress.graph.features import matched_feature
 from onnxcompress.graph.linear_layer import LINEAR_OPS
+from onnxcompress.graph.topology import Topology
 from onnxcompress.model import Model
 from onnxcompress.optimize.block_drop.figures import DropBlocksFigures
 from onnxcompress.optimize.block_drop.options import DropBlocksOptions
@@ -120,9 +122,7 @@ class DropBlocks(DropBlocksOptions, Pass):
         own = raised(model, OLDEST_OPSET)
         assume_sizes(own, self.request)
         FoldBatchNorm().apply(own)
-        lift_weights(own, *LINEAR_OPS)
-        found = find_blocks(own)
-        self._check_blocks(own, found)
+        found, _ = self._find(own)
         check_inputs(own, self.request)
         options = self.with_counts(self.name, own)
         options.announce(self.name, own, progress, options.request.expected)
@@ -133,21 +133,40 @@ class DropBlocks(DropBlocksOptions, Pass):
         assume_sizes(model, self.request)
         original = model.copy()
         folded = FoldBatchNorm().apply(model)
-        lift_weights(model, *LINEAR_OPS)
-        found = find_blocks(model)
-        self._check_blocks(model, found)
+        found, feature = self._find(model)
         from onnxcompress.optimize.block_drop.pipeline import Dropper
         from onnxcompress.optimize.deterministic_threads import one_thread_each
 
         with one_thread_each():
             options = self.with_counts(self.name, model)
-            work = Dropper(options, original, model, found, progress)
+            work = Dropper(options, original, model, found, feature, progress)
             figures = replace(work.run(), effort=options.effort)
         write_present(model, read_record(model))
         changes = [Change(b.name, f"{b.kind} block dropped") for b in work.dropped]
         if folded.measured.folded:
             changes.append(Change(model.name, f"{counted(folded.measured.folded, 'BatchNorm')} folded"))
         return PassResult(changes, work.discovery.near_misses, figures, work.inputs.gathered.shown)
+
+    def _find(self, model: Model) -> tuple[Discovery, str]:
+        """Find the features, and the blocks in front of them: others can be neither scored nor repaired."""
+        lift_weights(model, *LINEAR_OPS)
+        found = find_blocks(model)
+        self._check_blocks(model, found)
+        feature = matched_feature(model, self.feature)
+        known = model.analysis(Topology).made_of(feature)
+        behind = [b for b in found.blocks if b.exit not in known]
+        left = tuple(b for b in found.blocks if b.exit in known)
+        rule, remedy = f"the features {feature!r} do not depend on it", "name a later --feature"
+        for name in self.drop:
+            if found[name] in behind:
+                raise OptionError(f"--drop {name!r}: {rule}; {remedy}")
+        if len(left) < (self.blocks or 1):
+            names = ", ".join(b.name for b in behind)
+            raise OptionError(
+                f"the features {feature!r} depend on {len(left)} blocks, not on {names}; {remedy}"
+            )
+        misses = (*found.near_misses, *(Refusal(b.name, rule, remedy) for b in behind))
+        return Discovery(left, misses), feature
 
     def _check_blocks(self, model: Model, found: Discovery) -> None:
         if not found.blocks:

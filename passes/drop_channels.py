@@ -24,6 +24,7 @@ from onnxcompress.errors import ModelError, OptionError
 from onnxcompress.evaluation.guard import LOSSY, Floors
 from onnxcompress.formatting import counted
 from onnxcompress.graph.canonicalize import canonicalize
+from onnxcompress.graph.features import matched_feature
 from onnxcompress.model import Model
 from onnxcompress.optimize.calibration import assume_sizes
 from onnxcompress.optimize.channel_drop.figures import DropChannelsFigures
@@ -158,6 +159,8 @@ class DropChannels(DropChannelsOptions, Pass):
         return folded.measured.folded, groups
 
     def _check_groups(self, model: Model, groups: CutGroups) -> None:
+        if self.feature is not None:
+            matched_feature(model, self.feature)
         if not groups.free:
             raise ModelError(
                 f"{model.name}: no channels can be cut; `onnxcompress inspect {model.name}` says why"

@@ -15,8 +15,6 @@ from onnxcompress.errors import ModelError
 from onnxcompress.formatting import counted
 
 if TYPE_CHECKING:
-    from collections.abc import Collection
-
     from rich.console import Console
 
     from onnxcompress.evaluation.inspection import Inspection
@@ -71,7 +69,7 @@ def inspect(
     _show_channels(console, found.channel_groups, facts)
     if statistics:
         _show_statistics(console, loaded, facts)
-    console.print(f"try next: {_next(model, found, facts['operators'])}", markup=False)
+    console.print(f"try next: {_next(model, loaded, found)}", markup=False)
 
 
 def _chain(model: Model, found: Inspection, timing: TimingOptions, *, measured: bool) -> dict[str, Any]:
@@ -188,12 +186,15 @@ def _show_channels(console: Console, channels: CutGroups, facts: dict[str, Any])
     show_refusals(console, list(channels.refusals), title="groups of channels that stay")
 
 
-def _next(model: str, found: Inspection, operators: Collection[str]) -> str:
+def _next(path: str, model: Model, found: Inspection) -> str:
     """Write the command that makes most of what was found."""
-    if {"QuantizeLinear", "DequantizeLinear"} & {*operators}:
+    from onnxcompress.graph.topology import Topology
+
+    if {"QuantizeLinear", "DequantizeLinear"} & {*found.operators}:
         return "the float model that this one was quantized from: it can be changed and quantized again"
-    name = "NET.onnx" if model == "-" else shlex.quote(model)
-    if found.blocks:
+    name = "NET.onnx" if path == "-" else shlex.quote(path)
+    known = set() if found.feature is None else model.analysis(Topology).made_of(found.feature)
+    if any(block.exit in known for block in found.blocks):
         command = "onnxcompress drop-blocks {} OUT.onnx --images FOLDER --latency-reduction 20"
     elif found.channel_groups.free:
         command = "onnxcompress drop-channels {} OUT.onnx --images FOLDER --latency-reduction 20"

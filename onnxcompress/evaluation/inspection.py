@@ -10,7 +10,7 @@ from typing import Any
 
 from onnxcompress.account import Refusal
 from onnxcompress.errors import ModelError
-from onnxcompress.graph.blocks import Block, find_blocks
+from onnxcompress.graph.blocks import Block, find_blocks, outermost
 from onnxcompress.graph.chain import Segment, chain
 from onnxcompress.graph.channel_groups.cut_tracer import CutGroups, find_cut_groups
 from onnxcompress.graph.macs import count_macs, count_parameters
@@ -127,7 +127,8 @@ def chain_shares(model: Model, found: Inspection, clock: Stopwatch | None) -> Ch
     plain = tuple(count / whole for count in work)
     if clock is None or not found.blocks:
         return ChainShares(plain, None)
-    tau, is_noisy = usable(clock.shares(model, found.blocks, SECONDS), found.blocks, whole)
+    blocks = outermost(found.blocks)
+    tau, is_noisy = usable(clock.shares(model, blocks, SECONDS), blocks, whole)
     if is_noisy or sum(tau.values()) >= 1:
         return ChainShares(plain, None, noisy=True)
     rest = sum(s.macs for s in found.chain if not s.droppable)
@@ -196,5 +197,5 @@ def inspect_model(model: Model, name: str, size: int) -> Inspection:
         channel_groups=find_cut_groups(model),
         blocks=tuple(found.blocks),
         near_misses=tuple(found.near_misses),
-        chain=chain(model, found.blocks),
+        chain=chain(model, outermost(found.blocks)),
     )

@@ -19,7 +19,7 @@ Does not handle: regions inside If, Loop or Scan bodies; blocks that change the 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import onnx_graphsurgeon as gs
@@ -81,6 +81,19 @@ class Discovery:
             if name in (block.name, block.exit):
                 return block
         raise KeyError(name)
+
+
+def outermost(blocks: Sequence[Block]) -> tuple[Block, ...]:
+    """Leave out the blocks that lie inside others, so that shares add up.
+
+    Args:
+        blocks: Blocks.
+
+    Returns:
+        Those that do not lie inside another, in the same order.
+    """
+    inside = {tensor for block in blocks for tensor in block.inner[:-1]}
+    return tuple(block for block in blocks if block.exit not in inside)
 
 
 def find_blocks(model: Model) -> Discovery:

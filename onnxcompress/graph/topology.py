@@ -108,6 +108,21 @@ class Topology:
                 needed.update(map(id, node_reads(node)))
         return live
 
+    def made_of(self, name: str) -> set[str]:
+        """List the tensors whose values go into a tensor.
+
+        Args:
+            name: The name of the tensor.
+
+        Returns:
+            Their names, its own included.
+        """
+        found = {name}
+        for node in reversed(self.order):
+            if any(t.name in found for t in node.outputs):
+                found.update(t.name for t in _data_reads(node))
+        return found
+
     def between(self, entry: gs.Tensor, exit: gs.Tensor) -> tuple[gs.Node, ...]:
         """List the nodes between two neighbouring tensors of the trunk.
 

@@ -125,9 +125,8 @@ def check_reachable(options: PruneOptions, target: Target) -> None:
         hints.append(f"--scope layer prunes {names}, too, whose cost cannot be measured")
     hints += what_allows_more(options, target)
     raise OptionError(
-        f"--sparsity {options.sparsity:g}: at most {math.floor(1000 * most) / 1000:.3f} of {target.total} weights may become "
-        "0"
-        + (f" ({'; '.join(hints)})" if hints else "")
+        f"--sparsity {options.sparsity:g}: at most {math.floor(1000 * most) / 1000:.3f} of {target.total} "
+        "weights may become 0" + (f" ({'; '.join(hints)})" if hints else "")
     )
 
 

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 
 from onnxcompress.account import Refusal
 from onnxcompress.cli import benchmark, evaluate, inspect, options, sensitivity, sweep
 from onnxcompress.cli import compare as compare_command
+from onnxcompress.cli.main import main
 from onnxcompress.data.preprocess import Preprocess, PreprocessingChoice
 from onnxcompress.evaluation.accuracy import Accuracy
 from onnxcompress.evaluation.compare import Comparison, Side
@@ -26,6 +27,7 @@ from onnxcompress.runtime.io_binding import Placement
 from onnxcompress.runtime.latency import Timing
 from onnxcompress.sensitivity.analysis import Sensitivity
 from onnxcompress.sensitivity.rows import Row
+from tests.helpers.folding import graph, weight
 
 CHOICE = PreprocessingChoice(Preprocess(), "option")
 
@@ -170,20 +172,33 @@ def test_inspect_shows_shares_of_parameters_and_of_work(capsys: pytest.CaptureFi
     ]
 
 
-@pytest.mark.parametrize(
-    ("blocks", "groups", "operators", "words"),
-    [
-        (1, 1, ["Conv"], "onnxcompress drop-blocks 'my net.onnx' OUT.onnx"),
-        (0, 1, ["Conv"], "onnxcompress drop-channels 'my net.onnx' OUT.onnx"),
-        (0, 0, ["Conv"], "onnxcompress quantize 'my net.onnx' OUT.onnx --images FOLDER "),
-        (1, 1, ["Conv", "QuantizeLinear"], "the float model"),
-    ],
-)
+BLOCK = "a = Conv<pads=[1,1,1,1]>({x}, v) b = Relu(a) c = Conv<pads=[1,1,1,1]>(b, v) d = Add({x}, c)"
+BODIES = {
+    f"s = Conv<pads=[1,1,1,1]>(x, w) {BLOCK.format(x='s')} y = Relu(d)": "onnxcompress drop-blocks {} ",
+    "s = Conv<pads=[1,1,1,1]>(x, w) y = Conv<pads=[1,1,1,1]>(s, v)": "onnxcompress drop-channels {} ",
+    f"s = Conv<pads=[1,1,1,1]>(x, w) g = GlobalAveragePool(s) {BLOCK.format(x='g')} y = Relu(d)": (
+        "onnxcompress quantize {} OUT.onnx"  # its block lies behind the features
+    ),
+    "y = Conv<pads=[1,1,1,1]>(x, w)": "onnxcompress quantize {} OUT.onnx --images FOLDER ",
+    "q = QuantizeLinear(x, t) d = DequantizeLinear(q, t) y = Conv<pads=[1,1,1,1]>(d, w)": "the float model",
+}
+"""What a network computes, and the start of what is to be tried next."""
+
+
+@pytest.mark.parametrize(("body", "words"), BODIES.items())
 def test_inspect_ends_with_the_command_to_try(
-    blocks: int, groups: int, operators: list[str], words: str
+    body: str,
+    words: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    found: Any = SimpleNamespace(blocks=[0] * blocks, channel_groups=SimpleNamespace(free=[0] * groups))
-    assert inspect._next("my net.onnx", found, operators).startswith(words)
+    arrays = {"w": weight(4, 3, 3, 3), "v": weight(4, 4, 3, 3), "t": np.array(0.1, np.float32)}
+    used = {name: value for name, value in arrays.items() if f"{name})" in body}
+    monkeypatch.chdir(tmp_path)
+    onnx.save(graph("(float[1,3,8,8] x) => (float[1,4,h,k] y)", body, used), "my net.onnx")
+    assert main(["inspect", "my net.onnx"]) == 0
+    assert f"try next: {words.format(repr('my net.onnx'))}" in " ".join(printed(capsys))
 
 
 def test_inspect_shows_groups_of_channels_and_why_others_stay(capsys: pytest.CaptureFixture[str]) -> None:

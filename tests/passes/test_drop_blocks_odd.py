@@ -13,6 +13,7 @@ import pytest
 
 from onnxcompress.cli.main import main
 from onnxcompress.errors import CompressError, InputError, OptionError
+from onnxcompress.evaluation.inspection import inspect_model
 from onnxcompress.graph.block_removal import drop_blocks
 from onnxcompress.graph.blocks import find_blocks
 from onnxcompress.graph.topology import Topology
@@ -103,6 +104,18 @@ def test_a_feature_that_cannot_be_matched_is_refused(
     tail, output = HEADS["classes"]
     with pytest.raises(OptionError, match=reason):
         run([replace(one, feature=name)], network(f"{TWO} {tail}", output))
+    with pytest.raises(OptionError, match=reason):
+        replace(one, feature=name).preview(network(f"{TWO} {tail}", output))
+
+
+def test_a_dry_run_looks_at_the_blocks_in_front_of_the_feature() -> None:
+    ask = DropBlocks(blocks=1, feature="a", **FEW)
+    model = network(f"{TWO} y = Relu(b)")
+    assert "name a later --feature" in str([str(refusal) for refusal in ask.preview(model)])
+    with pytest.raises(OptionError, match="depend on 1 blocks, not on b"):
+        replace(ask, blocks=2).preview(model)
+    with pytest.raises(OptionError, match="--drop 'b': the features 'a' do not depend on it"):
+        replace(ask, blocks=None, drop=("b",)).preview(model)
 
 
 @pytest.mark.filterwarnings("ignore::onnxcompress.errors.CompressWarning")
@@ -138,6 +151,9 @@ def test_blocks_inside_others_do_not_count_twice() -> None:
     assert str(figures_of(result, DropBlocksFigures).target_missed).startswith(
         "2 blocks dropped, 3 asked for"
     )
+    found = inspect_model(network(f"{NESTED} y = Relu(o1)"), "n", 0)
+    assert [s.exit for s in found.chain if s.droppable] == ["o0", "o1"]
+    assert sum(s.macs for s in found.chain) == found.macs
     with pytest.raises(OptionError, match="'i0': it lies inside 'o0', which goes as a whole"):
         run([DropBlocks(drop=("i0", "o0"), **FEW)], network(f"{NESTED} y = Relu(o1)"))
 

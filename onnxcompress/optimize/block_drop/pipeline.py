@@ -8,15 +8,14 @@ from typing import Any
 
 from torch import Tensor
 
-from onnxcompress.account import Refusal, StageSeconds, as_json
-from onnxcompress.errors import ModelError, OptionError
+from onnxcompress.account import StageSeconds, as_json
+from onnxcompress.errors import ModelError
 from onnxcompress.formatting import counted
 from onnxcompress.graph.block_removal import drop_blocks
-from onnxcompress.graph.blocks import Block, Discovery
+from onnxcompress.graph.blocks import Block, Discovery, outermost
 from onnxcompress.graph.macs import node_macs
 from onnxcompress.graph.query import data_input
 from onnxcompress.graph.shape_inference import tensor_shapes
-from onnxcompress.graph.topology import Topology
 from onnxcompress.model import Model
 from onnxcompress.optimize.block_drop.figures import BlockRow, DropBlocksFigures
 from onnxcompress.optimize.block_drop.kept_scores import latency_shares, recoverabilities
@@ -36,7 +35,7 @@ from onnxcompress.optimize.executor.open_batch import file_batch, small_batch
 from onnxcompress.optimize.executor.walk_plan import floats
 from onnxcompress.optimize.intermediate_results import array_digest
 from onnxcompress.optimize.reconstruction.feature_loss import Matched
-from onnxcompress.optimize.reconstruction.levels import feature_levels, named_feature, pooled_features
+from onnxcompress.optimize.reconstruction.levels import feature_levels, pooled_features
 from onnxcompress.optimize.reconstruction.tuning_inputs import gather_tuning_inputs
 from onnxcompress.optimize.reconstruction.tuning_outcome import TuningOutcome
 from onnxcompress.optimize.synthesis.statistics_alignment import StatisticsAlignment, standardize
@@ -60,15 +59,16 @@ class Dropper:
         original: Model,
         model: Model,
         found: Discovery,
+        feature: str,
         progress: Progress,
     ) -> None:
         self.options, self.original, self.model, self.progress = options, original, model, progress
         self.latency_batch = file_batch(original) or options.latency_batch
         self.source = str(data_input(model).name)
-        self.feature = self.student_feature = _feature(model, options.feature)
+        self.feature = self.student_feature = feature
         self.device = pick_device(options.device)
         self.teacher = Executor.from_model(model, device=self.device)
-        self.discovery = self._in_front(found)
+        self.discovery = found
         self.dropped: list[Block] = []
         self.weights: dict[str, Tensor] = {}
         self.shares: dict[str, Share] = {}
@@ -119,23 +119,6 @@ class Dropper:
         if self.dropped:
             self._repair()
         return self._measure()
-
-    def _in_front(self, found: Discovery) -> Discovery:
-        """Keep the blocks in front of the feature tensor: others can be neither scored nor repaired."""
-        needed = self.teacher.needed([self.source], [self.feature])
-        seen = {t.name for node in needed for t in node.outputs}
-        behind = [b for b in found.blocks if b.exit not in seen]
-        left = tuple(b for b in found.blocks if b.exit in seen)
-        rule, remedy = f"the features {self.feature!r} do not depend on it", "name a later --feature"
-        for name in self.options.drop:
-            if found[name] in behind:
-                raise OptionError(f"--drop {name!r}: {rule}; {remedy}")
-        if len(left) < (self.options.blocks or 1):
-            names = ", ".join(b.name for b in behind)
-            raise OptionError(
-                f"the features {self.feature!r} depend on {len(left)} blocks, not on {names}; {remedy}"
-            )
-        return Discovery(left, (*found.near_misses, *(Refusal(b.name, rule, remedy) for b in behind)))
 
     def _probe(self) -> Probe:
         shapes = tensor_shapes(self.model)
@@ -258,7 +241,7 @@ class Dropper:
             return len(choice.dropped) >= self.options.blocks
         target = self._target
         tau = self._tau()  # corrected for a noisy clock: by its shares alone all blocks might be dropped
-        predicted = sum(tau[b.exit] for b in choice.dropped)
+        predicted = sum(tau[b.exit] for b in outermost(choice.dropped))
         if not choice.dropped or predicted < 0.9 * target:
             return False
         self.saved = self._saving(choice.model)
@@ -293,7 +276,7 @@ class Dropper:
         latency = self.stopwatch.compare_again(self.original, self.model, seconds=8.0)
         additivity = None
         if self.dropped and all(b.exit in self.shares for b in self.dropped):
-            predicted = added(self.shares[b.exit] for b in self.dropped)
+            predicted = added(self.shares[b.exit] for b in outermost(self.dropped))
             additivity = Additivity(predicted, latency.saved, self.stopwatch.parts_clock)
         target = self.options.latency_reduction
         missed = "" if target is None else target_missed(latency, target, self.dropped, self._tau())
@@ -318,15 +301,3 @@ class Dropper:
             seconds=StageSeconds(inputs=self.inputs.seconds),
             target_missed=f"{missed}; the file was written as it is" if missed else None,
         )
-
-
-def _feature(model: Model, name: str | None) -> str:
-    """Return the tensor at which student and teacher are matched."""
-    if name is None:
-        found = model.analysis(Topology).feature()
-        if found is None:
-            raise ModelError(
-                f"{model.name}: no spatial tensor that all goes through; name one with --feature"
-            )
-        return str(found.name)
-    return named_feature(model, name)

@@ -40,7 +40,7 @@ from onnxcompress.optimize.device import pick_device
 from onnxcompress.optimize.executor import Executor
 from onnxcompress.optimize.executor.open_batch import file_batch, small_batch
 from onnxcompress.optimize.reconstruction.feature_loss import Matched
-from onnxcompress.optimize.reconstruction.levels import feature_levels, named_feature, pooled_features
+from onnxcompress.optimize.reconstruction.levels import feature_levels, pooled_features
 from onnxcompress.optimize.reconstruction.tuning_inputs import gather_tuning_inputs
 from onnxcompress.optimize.reconstruction.tuning_outcome import TuningOutcome
 from onnxcompress.progress import Progress
@@ -89,8 +89,6 @@ class ChannelDropper:
             found = None
         self.tunes = options.feature is not None or found is not None
         self.feature = options.feature or str((found or model.graph.outputs[0]).name)
-        if options.feature:
-            named_feature(model, options.feature)
         self.device = pick_device(options.device)
         batch = file_batch(original) or options.latency_batch
         self.stopwatch = Stopwatch(options.runs_on, batch, options.threads, options.seed)

@@ -7,7 +7,6 @@ from collections.abc import Mapping
 
 import onnx_graphsurgeon as gs
 
-from onnxcompress.errors import OptionError
 from onnxcompress.graph.blocks import ACTIVATIONS
 from onnxcompress.graph.query import is_op, producer, value_readers
 from onnxcompress.graph.shape_inference import tensor_shapes
@@ -17,31 +16,6 @@ from onnxcompress.model import Model
 POOLS = ("GlobalAveragePool", "AveragePool", "ReduceMean", "GlobalMaxPool", "MaxPool", "ReduceMax")
 EACH = 3
 """Places of one resolution, at most. With one of each larger resolution, more is learned by heart."""
-
-
-def named_feature(model: Model, name: str) -> str:
-    """Check the name of a feature tensor that the user gives.
-
-    Args:
-        model: The network, its BatchNorms folded.
-        name: The name.
-
-    Returns:
-        The name.
-
-    Raises:
-        OptionError: Nodes give no such tensor, or it does not hold floats.
-    """
-    found = next((t for node in model.graph.nodes for t in node.outputs if t.name == name), None)
-    if found is None:
-        kind = "is an input" if name in {t.name for t in model.graph.inputs} else "is no tensor"
-        raise OptionError(
-            f"--feature {name!r}: it {kind} of the network with its BatchNorms folded; name what a node "
-            "gives, of a folded layer the output of its BatchNorm"
-        )
-    if not model.analysis(Topology).is_float(found):
-        raise OptionError(f"--feature {name!r}: it holds no floats; name a tensor in front of it")
-    return name
 
 
 def feature_levels(
