@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import numbers
 import re
 import types
 import typing
 from collections.abc import Callable
 from dataclasses import field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from onnxcompress.errors import OptionError
 
@@ -181,12 +182,15 @@ def check_limits(options: Any, flag: Callable[[str], str] = flag) -> None:
     for option_field in dataclasses.fields(options):
         limits = option_field.metadata.get("limits")
         value = getattr(options, option_field.name)
-        words, is_list = hints[option_field.name]
+        words, is_list, plain = hints[option_field.name]
         if words and value not in words:
             choices = ", ".join(str(word) for word in words if word is not None)
             raise OptionError(f"{flag(option_field.name)} {value!r}: expected one of {choices}")
         if is_list and isinstance(value, str):
             raise OptionError(f"{flag(option_field.name)} {value!r}: expected several; give ({value!r},)")
+        if plain and isinstance(value, str | numbers.Number) and not isinstance(value, plain):
+            wanted = "a text" if plain == (str,) else "a number"
+            raise OptionError(f"{flag(option_field.name)} {value!r}: expected {wanted}")
         if not limits or value is None:
             continue
         try:
@@ -196,9 +200,16 @@ def check_limits(options: Any, flag: Callable[[str], str] = flag) -> None:
             raise OptionError(f"{flag(option_field.name)} {_shown(value)}: expected {wanted}") from error
 
 
+class _Hint(NamedTuple):
+    words: tuple[object, ...]
+    """The words that a field allows; none: it takes others."""
+    is_list: bool
+    plain: tuple[type[Any], ...]
+    """The one kind of value that it takes, texts or numbers; none: it takes both, or something else."""
+
+
 @functools.cache
-def _hints(cls: type[Any]) -> dict[str, tuple[tuple[object, ...], bool]]:
-    """Return the words that each field allows, none where it takes others, and whether it is a tuple."""
+def _hints(cls: type[Any]) -> dict[str, _Hint]:
     found = {}
     for name, hint in typing.get_type_hints(cls).items():
         is_union = typing.get_origin(hint) in (typing.Union, types.UnionType)
@@ -206,7 +217,12 @@ def _hints(cls: type[Any]) -> dict[str, tuple[tuple[object, ...], bool]]:
         given = [typing.get_args(kind) for kind in kinds if typing.get_origin(kind) is Literal]
         alone = len(given) == len([kind for kind in kinds if kind is not type(None)])
         words = tuple(word for some in given for word in some) + (None,) * (type(None) in kinds)
-        found[name] = words if given and alone else (), any(typing.get_origin(k) is tuple for k in kinds)
+        is_list = any(typing.get_origin(kind) is tuple for kind in kinds)
+        values = {kind for kind in kinds if kind is not type(None)}
+        plain: tuple[type[Any], ...] = (str,) if values == {str} else ()
+        if values <= {int, float, bool}:
+            plain = (numbers.Number,)
+        found[name] = _Hint(words if given and alone else (), is_list, plain)
     return found
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
 import pytest
 
 from onnxcompress.errors import OptionError
@@ -23,6 +24,7 @@ class Options:
     kind: Literal["left", "right"] = option("left", "A side.")
     other: Literal["up", "down"] | None = option(None, "A direction.")
     names: tuple[str, ...] = option((), "Names.")
+    text: str | None = option(None, "A text.")
 
 
 @pytest.mark.parametrize(
@@ -38,6 +40,9 @@ class Options:
         ({"kind": "middle"}, "--kind 'middle': expected one of left, right"),
         ({"kind": None}, "--kind None: expected one of left, right"),
         ({"other": "left"}, "--other 'left': expected one of up, down"),
+        ({"steps": "3"}, "--steps '3': expected a number"),
+        ({"free": "3"}, "--free '3': expected a number"),
+        ({"text": 3}, "--text 3: expected a text"),
         ({"names": "conv1"}, "--names 'conv1': expected several; give ('conv1',)"),
     ],
 )
@@ -51,7 +56,8 @@ def test_the_ends_of_a_range_and_what_was_not_given_pass() -> None:
     check_limits(Options())
     for values in ({"weight_bits": 2}, {"weight_bits": 8}, {"steps": 1}, {"free": -(10**9)}):
         check_limits(Options(**values))  # type: ignore[arg-type]
-    check_limits(Options(kind="right", other="down", names=("conv1",)))
+    check_limits(Options(kind="right", other="down", names=("conv1",), text="a"))
+    check_limits(Options(steps=np.int64(3), factor=np.float32(2)))
 
 
 def test_a_caller_names_flags_its_own_way() -> None:

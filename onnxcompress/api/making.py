@@ -8,7 +8,7 @@ from typing import Any, Literal
 from onnxcompress.api.models import model_of
 from onnxcompress.api.results import Images, shown
 from onnxcompress.data.image_set import ImageSet
-from onnxcompress.errors import ModelError
+from onnxcompress.errors import ModelError, OptionError
 from onnxcompress.optimize.calibration import InputRequest, assume_sizes
 from onnxcompress.progress import Progress, silent
 from onnxcompress.report.run_data import File, Material
@@ -42,13 +42,15 @@ def synthesize(
 
     Raises:
         ModelError: The network takes no images.
-        OptionError: The preprocessing contradicts the model.
+        OptionError: The kind is unknown, or the preprocessing contradicts the model.
     """
     from onnxcompress.data.preprocess import choose
     from onnxcompress.optimize.device import pick_device
     from onnxcompress.optimize.synthesis.synthetic_inputs import best_kind, image_input, synthetic_images
     from onnxcompress.report.collect import pictures
 
+    if kind not in (None, "distilled", "procedural"):
+        raise OptionError(f"kind {kind!r}: expected distilled or procedural")
     start, read = time.perf_counter(), model_of(model).copy()
     assume_sizes(read, InputRequest(preprocess=preprocess, input_shape=input_shape))
     choice = choose(preprocess, read.metadata, read.name, image_input(read).dtype)

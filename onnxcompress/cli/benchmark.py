@@ -12,6 +12,7 @@ With several batches a name is `net.onnx, batch 8`.
 from __future__ import annotations
 
 from dataclasses import asdict
+from math import isnan
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -129,6 +130,8 @@ def ratio_text(ratio: Ratio) -> str:
         ratio: The ratio.
 
     Returns:
-        Such as `0.812 [0.805, 0.820]`.
+        Such as `0.812 [0.805, 0.820]`, `0.812 [?]` of a single round.
     """
+    if isnan(ratio.low):
+        return f"{ratio.value:.3f} [?]"
     return f"{ratio.value:.3f} [{ratio.low:.3f}, {ratio.high:.3f}]"

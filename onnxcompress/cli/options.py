@@ -239,6 +239,8 @@ def precision_text(precision: dict[str, Any], ratios: bool) -> str:
     Returns:
         A clause.
     """
+    if precision["within"] == math.inf:
+        return "a single run of each tells no interval: give it more --runs"
     text = f"{'ratios' if ratios else 'median'} within ± {100 * precision['within']:.2g} %"
     if precision["reached"] is None:
         return text

@@ -107,7 +107,7 @@ def _max_drop(limit: float, measurements: GateMeasurements) -> Verdict:
         raise OptionError("--max-drop needs labels: class folders, or y in the .npz")
     before, after = measurements.top1
     drop = 100 * (before - after)
-    moved = f"fell by {drop:.2f}" if drop > 0 else f"rose by {-drop:.2f}"
+    moved = f"{'rose' if drop < 0 else 'fell'} by {abs(drop):.2f}"
     text = (
         f"top-1 accuracy {moved} points ({before:.2%} to {after:.2%} on {measurements.inputs}), "
         f"it may fall by {limit:g}"

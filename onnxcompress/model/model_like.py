@@ -21,6 +21,7 @@ from google.protobuf.message import DecodeError, EncodeError
 from onnxcompress.errors import ModelError
 from onnxcompress.model import Model, Shape, load, protobuf_stream, save
 from onnxcompress.model.envelope import attributes
+from onnxcompress.model.onnx_file import check_file
 
 ModelLike = Model | onnx.ModelProto | bytes | str | os.PathLike[str]
 
@@ -209,8 +210,7 @@ def runnable(model: ModelLike) -> Iterator[str | bytes]:
     if isinstance(model, bytes):
         yield model
     elif isinstance(model, str | os.PathLike):
-        if not Path(model).is_file():
-            raise ModelError(f"{os.fspath(model)}: no such file")
+        check_file(model)
         yield os.fspath(model)
     elif isinstance(model, onnx.ModelProto):
         try:
@@ -244,8 +244,8 @@ def _proto(model: onnx.ModelProto | bytes | str | os.PathLike[str]) -> onnx.Mode
     """Parse the model; of a file, everything but the data of large initializers."""
     if isinstance(model, onnx.ModelProto):
         return model
-    if not isinstance(model, bytes) and not Path(model).is_file():
-        raise ModelError(f"{label(model)}: no such file")
+    if not isinstance(model, bytes):
+        check_file(model)
     try:
         data = model if isinstance(model, bytes) else protobuf_stream.split(Path(model))[0]
         return onnx.ModelProto.FromString(data)

@@ -15,6 +15,20 @@ from onnxcompress.model.stored_values import check_tensors, inline_nested, store
 from onnxcompress.model.validation import check_graph
 
 
+def check_file(path: str | os.PathLike[str]) -> None:
+    """Check that a path names a file.
+
+    Args:
+        path: The path of an ONNX file.
+
+    Raises:
+        ModelError: There is none, or it is a folder.
+    """
+    if not Path(path).is_file():
+        kind = "a folder; name an ONNX file" if Path(path).is_dir() else "no such file"
+        raise ModelError(f"{os.fspath(path)}: {kind}")
+
+
 def load(path: str | os.PathLike[str]) -> Model:
     """Read an ONNX file; weights, inside the file or external, stay on disk until they are needed.
 
@@ -29,8 +43,7 @@ def load(path: str | os.PathLike[str]) -> Model:
             file's folder.
     """
     file = Path(path)
-    if not file.is_file():
-        raise ModelError(f"{file}: {'a folder; name an ONNX file' if file.is_dir() else 'no such file'}")
+    check_file(file)
     try:
         skeleton, places = protobuf_stream.split(file)
         proto = onnx.ModelProto()

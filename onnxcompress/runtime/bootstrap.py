@@ -11,7 +11,7 @@ The jackknife and the bootstrap for general stationary observations).
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import ceil
+from math import ceil, inf, nan
 
 import numpy as np
 
@@ -20,7 +20,10 @@ RESAMPLES, QUICK_RESAMPLES = 2000, 300
 
 @dataclass(frozen=True)
 class Ratio:
-    """The median of b / a over the rounds, with its confidence interval: below 1, b is faster."""
+    """The median of b / a over the rounds, with its confidence interval: below 1, b is faster.
+
+    The ends of the interval of a single round are not numbers (NaN).
+    """
 
     value: float
     low: float
@@ -38,6 +41,8 @@ def ratio_of(pair: np.ndarray, confidence: float) -> Ratio:
         The ratio and its interval.
     """
     ratios = pair[:, 1:] / pair[:, :1]
+    if len(ratios) < 2:
+        return Ratio(float(ratios[0, 0]), nan, nan)
     tail = (1 - confidence) / 2
     low, high = np.quantile(bootstrap(ratios, RESAMPLES), [tail, 1 - tail])
     return Ratio(float(np.median(ratios)), float(low), float(high))
@@ -51,8 +56,10 @@ def half_width(samples: np.ndarray, resamples: int = QUICK_RESAMPLES) -> float:
         resamples: Number of bootstrap resamples.
 
     Returns:
-        Half of the interval's width, as a share of its centre.
+        Half of the interval's width, as a share of its centre; infinite for a single round.
     """
+    if len(samples) < 2:
+        return inf
     shown = bootstrap(samples if samples.shape[1] == 1 else samples[:, 1:] / samples[:, :1], resamples)
     low, high = np.quantile(shown, [0.025, 0.975], axis=0)
     return float(np.max((high - low) / 2 / np.median(shown, axis=0)))

@@ -152,7 +152,7 @@ def benchmark(
                 tolerance=None if tolerance is None else tolerance * sittings**0.5,
                 seed=seed + sitting,
                 between=watch,
-                progress=partial(_of_all, progress, sitting, sittings),
+                progress=partial(_of_all, progress, sitting, sittings, runs),
             )
             parts.append(part)
     clocks = None if watch is None else watch.found()
@@ -287,9 +287,12 @@ def _feeds(
     }
 
 
-def _of_all(progress: Progress, sitting: int, sittings: int, stage: str, done: int, total: int) -> None:
-    """Report the steps of one sitting as some of all sittings'."""
-    progress(stage, sitting * total + done, sittings * total)
+def _of_all(
+    progress: Progress, sitting: int, sittings: int, runs: int | None, stage: str, done: int, total: int
+) -> None:
+    """Report the steps of one sitting as some of all sittings', of which the later may have a run more."""
+    before = sitting * (total if runs is None else runs // sittings)
+    progress(stage, before + done, sittings * total if runs is None else runs)
 
 
 def _sit(timed: Sequence[Callable[[], float]], warm_up: float, **options: Any) -> np.ndarray:

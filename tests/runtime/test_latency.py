@@ -17,7 +17,7 @@ from onnxcompress.model import Model
 from onnxcompress.model.model_like import ModelLike, display_names
 from onnxcompress.runtime import latency
 from onnxcompress.runtime.io_binding import Placement, _check_provider, placement_of
-from onnxcompress.runtime.latency import Timing, benchmark, interleave, ratio
+from onnxcompress.runtime.latency import Timing, benchmark, interleave, precision, ratio
 from onnxcompress.runtime.session import cuda_devices, pick_provider, session
 
 
@@ -83,6 +83,31 @@ def test_open_dimensions_get_a_usual_size_and_a_warning() -> None:
 def test_fixed_batch_must_be_the_one_asked_for() -> None:
     with pytest.raises(OptionError, match="its batch is fixed to 8, got 1; use batch 8"):
         benchmark({"a": network("8,3,4,4")}, runs=1)
+
+
+def test_a_single_run_tells_no_interval() -> None:
+    found = benchmark({"a": network(), "b": network()}, runs=1, warm_up=0)
+    between = ratio(found["a"], found["b"])
+    assert between.value > 0
+    assert np.isnan([between.low, between.high]).all()
+    assert precision(found) == np.inf
+
+
+@pytest.mark.parametrize("runs", [3, 4])
+def test_progress_counts_the_runs_that_were_asked_for(runs: int) -> None:
+    told: list[tuple[str, int, int]] = []
+    benchmark(
+        {"a": network(), "b": network()},
+        runs=runs,
+        warm_up=0,
+        progress=lambda *step: told.append(step),
+    )
+    assert told == [("timing, rounds", done, runs) for done in range(1, runs + 1)]
+
+
+def test_a_folder_is_no_file(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="a folder; name an ONNX file"):
+        benchmark({"folder": tmp_path})
 
 
 def test_missing_file(tmp_path: Path) -> None:
