@@ -118,7 +118,7 @@ def running_options() -> list[click.Option]:
             ["--dry-run"], is_flag=True, help="Check everything, show what would be done, and stop."
         ),
         click.Option(["--json", "as_json"], is_flag=True, help="Print one JSON object, nothing else."),
-        click.Option(["--quiet", "-q"], is_flag=True, help="Print nothing but errors."),
+        click.Option(["--quiet", "-q"], is_flag=True, help="Print nothing but errors and notes."),
         click.Option(
             ["--verbose", "-v"], is_flag=True, help="List each change, and all that was left unchanged."
         ),

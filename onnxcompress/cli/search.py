@@ -234,7 +234,7 @@ search = SectionedCommand(
         *cache_options(),
         click.Option(["--dry-run"], is_flag=True, help="Check everything, show where it begins, and stop."),
         click.Option(["--json", "as_json"], is_flag=True, help="Print one JSON object, nothing else."),
-        click.Option(["--quiet", "-q"], is_flag=True, help="Print nothing but errors."),
+        click.Option(["--quiet", "-q"], is_flag=True, help="Print nothing but errors and notes."),
         *gate_options(judged=("images",)),
     ],
 )

@@ -169,6 +169,6 @@ sweep = click.Command(
         *cache_options(),
         click.Option(["--dry-run"], is_flag=True, help="Check the plan, list its runs, and stop."),
         click.Option(["--json", "as_json"], is_flag=True, help="Print one JSON object, nothing else."),
-        click.Option(["--quiet", "-q"], is_flag=True, help="Print nothing but errors."),
+        click.Option(["--quiet", "-q"], is_flag=True, help="Print nothing but errors and notes."),
     ],
 )
