@@ -26,10 +26,8 @@ FLOAT, HALF = onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16
 
 FUSED = "onnxruntime joins it to the MatMul behind it, and has no float16 kernel for both on the CPU"
 
-TYPED = frozenset(
-    {"Bernoulli", "EyeLike", "Multinomial", "RandomNormal", "RandomNormalLike", "RandomUniform",
-     "RandomUniformLike"}
-)  # fmt: skip
+TYPES = frozenset({"dtype", "output_datatype"})
+"""Attributes with the type of what an operator makes from no floats: of EyeLike, HannWindow, …."""
 
 
 @dataclass(frozen=True)
@@ -175,12 +173,12 @@ def _refusal(node: onnx.NodeProto, opset: int, dequantized: Collection[str]) -> 
         return f"{node.op_type} is of the domain {node.domain}"
     if node.op_type in blocked_operators():
         return f"onnxruntime's converter leaves {node.op_type} in float32: not every device has a kernel"
-    if node.op_type in TYPED:
-        return f"the type of what {node.op_type} gives is one of its attributes"
     if node.op_type == "Concat" and node.input[0] in dequantized:
         return "onnxruntime fuses a quantized Concat, and has no kernel for it with float16 scales"
     if not onnx.defs.has(node.op_type, opset, ""):
         return f"{node.op_type} is not known in opset {opset}"
+    if TYPES & onnx.defs.get_schema(node.op_type, opset, "").attributes.keys():
+        return f"the type of what {node.op_type} gives is one of its attributes"
     return ""
 
 

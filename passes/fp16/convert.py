@@ -30,6 +30,8 @@ from onnxcompress.passes.fp16.candidates import FLOAT, HALF, candidates, capture
 
 SMALLEST, LARGEST = 5.96e-8, 65504.0
 """Magnitudes of float16; values that are not zero stay so, and finite values stay finite."""
+OUTPUT_TYPES = ("to", "output_dtype")
+"""Attributes with the type of the output: of Cast and of DequantizeLinear."""
 SUFFIX: dict[int, str] = {HALF: "float16", FLOAT: "float32"}
 
 
@@ -197,12 +199,11 @@ def half_tensor(values: np.ndarray, like: onnx.TensorProto) -> onnx.TensorProto:
 
 
 def _halve_attributes(node: onnx.NodeProto) -> None:
-    """Convert a node's attributes from float32 to float16: a Cast's type, the values of constants."""
-    if node.op_type == "Cast":
-        for attribute in node.attribute:
-            if attribute.name == "to" and attribute.i == FLOAT:
-                attribute.i = HALF
-    elif node.op_type == "ConstantOfShape":
+    """Convert a node's attributes from float32 to float16: types of outputs, values of constants."""
+    for attribute in node.attribute:
+        if attribute.name in OUTPUT_TYPES and attribute.i == FLOAT:
+            attribute.i = HALF
+    if node.op_type == "ConstantOfShape":
         given = [numpy_helper.to_array(a.t) for a in node.attribute if a.name == "value"]
         del node.attribute[:]
         values = given[0] if given else np.zeros(1, np.float32)

@@ -58,15 +58,27 @@ FILES = {
     ),
     "classes only": ("int64[N,6,6] y", f"{CONV} y = ArgMax<axis = 1, keepdims = 0>(c)"),
     "names of dimensions": ("float[N,4,H,W] y", f"{CONV} y = Relu(c)"),
+    "window": (
+        "float[N,4,6,6] y",
+        f"{CONV} n = Constant<value_int = 6>() h = HannWindow<output_datatype = 1>(n) y = Mul(c, h)",
+    ),
+    "dequantized to a type": (
+        "float[N,4,6,6] y",
+        f"{CONV} k = DequantizeLinear<axis = 0, output_dtype = 1>(q, s) y = Conv(c, k)",
+    ),
     "foreign node": ("float[N,4,6,6] y", f"{CONV} g = com.microsoft.Gelu(c) r = Relu(g) y = Conv(r, v)"),
     "foreign node at the end": ("float[N,4,6,6] y", f"{CONV} r = Relu(c) y = com.microsoft.Gelu(r)"),
 }  # fmt: skip
 
 
+NEWER = {"dequantized to a type": 23}
+"""Operator sets other than 17."""
+
+
 def parse(which: str) -> onnx.ModelProto:
     results, body = FILES[which]
     proto: onnx.ModelProto = onnx.parser.parse_model(f"""
-        <ir_version: 8, opset_import: ["" : 17, "com.microsoft" : 1]>
+        <ir_version: 10, opset_import: ["" : {NEWER.get(which, 17)}, "com.microsoft" : 1]>
         net (float[N,3,6,6] x) => ({results}) {{ {body} }}
     """)
     rng = np.random.default_rng(0)
@@ -75,6 +87,11 @@ def parse(which: str) -> onnx.ModelProto:
     for name in known.keys() & read:
         tensor = onnx.numpy_helper.from_array(known[name].astype(np.float32), name)
         proto.graph.initializer.append(tensor)
+    if "q" in read:
+        integers = rng.integers(-128, 128, (4, 4, 1, 1)).astype(np.int8)
+        scale = np.full(4, 0.01, np.float32)
+        for name, values in (("q", integers), ("s", scale)):
+            proto.graph.initializer.append(onnx.numpy_helper.from_array(values, name))
     if "m" in read:
         proto.graph.initializer.append(onnx.numpy_helper.from_array(np.array([-1]), "m"))
     return proto
