@@ -20,32 +20,32 @@ text. Errors of such values count only as far as they exceed HALF_STEP. Where no
 the inputs tell nothing of a yes (`unseen`), and noise is held against answers of which a share YES varies.
 
 Besides, an output that is no longer finite, or has become the same for all inputs, is a fault whatever its
-ratio. Integers and booleans (the index of a class) have no noise: the share of equal values is used.
-Does not handle: outputs whose shape depends on the values of the inputs, as after NonMaxSuppression.
+ratio. Integers and booleans (the index of a class) are judged by how much of them is equal beyond chance
+(`decibels.integers_db`), and only where there are no floats: an index may change its place in a ranking.
+Does not handle: outputs whose shape depends on the values of the inputs, as after NonMaxSuppression, and
+floats that are not finite on any input.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from onnxcompress.errors import ModelError
+from onnxcompress.evaluation.decibels import FAITHFUL_DB, decibels, integers_db, variation_db, varying
 
 Runs = Mapping[str, Sequence[np.ndarray]]
 """Values of each output by name, one per run; the runs of both models have the same inputs."""
 
-EQUAL_DB = 200.0
-"""Signal to noise ratio that stands for no noise at all: float64 has about 300 dB."""
 UNLIKE = 10.0
 """Factor between root mean squares of channels from which on they belong to different parts."""
 KIND = 0.05
 """Least share of all channels that a part has."""
 SHORTER = 4
 """Least ratio of places to columns from which the axis of the columns is recognized."""
-FAITHFUL_DB = 30.0
-"""Signal to noise ratio above which the variation between inputs is not considered."""
 NO_VARIATION = 1e-3
 """Share of an output's energy below which it does not vary between inputs: -30 dB."""
 HALF_STEP = 1 / 510
@@ -107,6 +107,8 @@ class OutputFidelity:
     """Whether the output depended on the input before the pass, and does not after it."""
     unseen: bool = False
     """Whether all its values are noes, in parts that a Sigmoid gives: the inputs tell nothing of a yes."""
+    integers_db: float | None = None
+    """How far equal integers or booleans exceed others, decibels; None for floats."""
 
     @property
     def judged_db(self) -> float:
@@ -115,9 +117,9 @@ class OutputFidelity:
 
     @property
     def whole_db(self) -> float:
-        """The ratio of the whole output, decibels; integers have no noise."""
+        """The ratio of the whole output, decibels."""
         if self.snr_db is None or self.variation_db is None:
-            return EQUAL_DB
+            return math.inf if self.integers_db is None else self.integers_db
         return _judged(self.snr_db, self.variation_db)
 
 
@@ -128,16 +130,32 @@ class Fidelity:
     outputs: tuple[OutputFidelity, ...]
     not_compared: tuple[str, ...] = ()
     """Outputs whose shape depends on the values of the inputs."""
+    never_finite: tuple[str, ...] = ()
+    """Outputs that were not finite on any of the inputs."""
 
     @property
     def worst(self) -> OutputFidelity:
-        """The output that keeps least."""
-        return min(self.outputs, key=lambda one: one.judged_db)
+        """The output that keeps least: of the floats where there are any."""
+        floats = [one for one in self.outputs if one.snr_db is not None]
+        return min(floats or self.outputs, key=lambda one: one.judged_db)
 
     @property
     def furthest(self) -> OutputFidelity:
-        """The output with the largest relative difference of an element."""
-        return max(self.outputs, key=lambda one: one.max_rel)
+        """The output whose elements differ most, relatively: of the floats where there are any."""
+        floats = [one for one in self.outputs if one.snr_db is not None]
+        return max(floats or self.outputs, key=lambda one: one.max_rel)
+
+    @property
+    def furthest_text(self) -> str:
+        """What it differs by, for people."""
+        far = self.furthest
+        if far.snr_db is None:
+            changed = 100 * (1 - (far.agreement or 0.0))
+            return f"integers that differ: {changed:.2g} % (output {far.name!r})"
+        return (
+            f"largest output difference: {far.max_abs:.2e} absolute, {far.max_rel:.2e} relative "
+            f"(output {far.name!r})"
+        )
 
     @property
     def agreement(self) -> float | None:
@@ -163,17 +181,20 @@ def fidelity(before: Runs, after: Runs, answers: Collection[str] = ()) -> Fideli
     if len(before) != len(after):
         raise ModelError(f"the model had {len(before)} outputs and would have {len(after)}")
     outputs: list[OutputFidelity] = []
-    varying: list[str] = []
+    unlike: list[str] = []
+    never_finite: list[str] = []
     for name, other in zip(before, before if set(before) == set(after) else after, strict=True):
         a, b = _stacked(before[name]), _stacked(after[other])
         if a is None or b is None:
-            varying.append(name)
+            unlike.append(name)
         elif a.shape != b.shape:
             shapes = list(a.shape[1:]), list(b.shape[1:])
             raise ModelError(f"output {name!r} had the shape {shapes[0]} and would have {shapes[1]}")
+        elif a.dtype.kind == "f" and a.size and not np.isfinite(a).any():
+            never_finite.append(name)
         elif a.size:
             outputs.append(_compared(name, a, b, name in answers))
-    return Fidelity(tuple(outputs), tuple(varying))
+    return Fidelity(tuple(outputs), tuple(unlike), tuple(never_finite))
 
 
 def _stacked(runs: Sequence[np.ndarray]) -> np.ndarray | None:
@@ -186,7 +207,9 @@ def _compared(name: str, a: np.ndarray, b: np.ndarray, answers: bool) -> OutputF
     if a.dtype.kind in "iub":
         gap = np.abs(a.astype(np.float64) - b.astype(np.float64)).max()
         top = np.abs(a.astype(np.float64)).max()
-        return OutputFidelity(name, None, None, float(gap), _ratio(gap, top), float((a == b).mean()))
+        same = float((a == b).mean())
+        judged = integers_db(a, b)
+        return OutputFidelity(name, None, None, float(gap), _ratio(gap, top), same, integers_db=judged)
     y, z = a.astype(np.float64), b.astype(np.float64)
     lost = int((np.isfinite(y) & ~np.isfinite(z)).sum())
     usable = np.isfinite(y) & np.isfinite(z)
@@ -197,13 +220,13 @@ def _compared(name: str, a: np.ndarray, b: np.ndarray, answers: bool) -> OutputF
     noise = np.where(yes_or_no, np.sign(noise) * np.maximum(np.abs(noise) - HALF_STEP, 0), noise)
     unseen = bool(yes_or_no.any() and y[yes_or_no].max() < HALF_STEP)
     signal, wrong = float(np.square(y).sum()), float(np.square(noise).sum())
-    varying = float(np.square(_varying(y)).sum())
+    changed = float(np.square(varying(y)).sum())
     if unseen and yes_or_no.all():
-        signal = varying = YES * y.size
+        signal = changed = YES * y.size
     return OutputFidelity(
         name,
         decibels(signal, wrong),
-        _variation_db(signal, varying, wrong),
+        variation_db(signal, changed, wrong),
         float(gap),
         _ratio(gap, top),
         _agreement(y, z),
@@ -220,32 +243,6 @@ def _answers(y: np.ndarray) -> np.ndarray:
     others = None if axis is None else tuple(a for a in range(y.ndim) if a != axis)
     inside = (y.min(others, keepdims=True) >= 0) & (y.max(others, keepdims=True) <= 1)
     return np.broadcast_to(inside, y.shape)
-
-
-def decibels(signal: float, noise: float) -> float:
-    """Compute the signal to noise ratio of two sums of squares in decibels.
-
-    Args:
-        signal: Sum of squares of the signal.
-        noise: Sum of squares of the noise.
-
-    Returns:
-        The ratio, clipped to ±EQUAL_DB.
-    """
-    if noise == 0:
-        return EQUAL_DB
-    return float(np.clip(10 * np.log10(max(signal, 1e-300) / noise), -EQUAL_DB, EQUAL_DB))
-
-
-def _varying(y: np.ndarray) -> np.ndarray:
-    """Subtract the mean over inputs from (runs, batch, …)."""
-    axes = tuple(range(min(2, y.ndim)))
-    return np.asarray(y - y.mean(axis=axes, keepdims=True))
-
-
-def _variation_db(signal: float, variation: float, noise: float) -> float:
-    """Compute variation to noise in decibels; signal to noise for what does not vary."""
-    return decibels(variation if variation > 1e-12 * signal else signal, noise)
 
 
 def _judged(snr_db: float, variation_db: float) -> float:
@@ -267,7 +264,7 @@ def _agreement(y: np.ndarray, z: np.ndarray) -> float | None:
 
 def _is_constant(y: np.ndarray, z: np.ndarray) -> bool:
     """Return whether the output distinguished inputs before, and no longer does."""
-    was, now = (float(np.square(_varying(values)).sum()) for values in (y, z))
+    was, now = (float(np.square(varying(values)).sum()) for values in (y, z))
     return was > NO_VARIATION * float(np.square(y).sum()) and now < CONSTANT * was
 
 
@@ -277,7 +274,7 @@ def _worst_part(y: np.ndarray, noise: np.ndarray) -> Part | None:
     if axis is None or _is_distribution(y, axis):
         return None
     others = tuple(a for a in range(y.ndim) if a != axis)
-    signal, varying, wrong = (np.square(v).sum(axis=others) for v in (y, _varying(y), noise))
+    signal, changed, wrong = (np.square(v).sum(axis=others) for v in (y, varying(y), noise))
     parts = [
         Part(
             axis - 1,
@@ -285,7 +282,7 @@ def _worst_part(y: np.ndarray, noise: np.ndarray) -> Part | None:
             len(group),
             float(np.sqrt(signal[group].mean() * y.shape[axis] / y.size)),
             decibels(float(signal[group].sum()), float(wrong[group].sum())),
-            _variation_db(*(float(values[group].sum()) for values in (signal, varying, wrong))),
+            variation_db(*(float(values[group].sum()) for values in (signal, changed, wrong))),
         )
         for group in _like_sizes(np.sqrt(signal))
     ]

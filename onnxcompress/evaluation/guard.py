@@ -29,6 +29,8 @@ WORSE_WARN_DB, WORSE_REFUSE_DB = 0.5, 3.0
 """Decibels that a model may lose against its reference without a warning, and without a refusal."""
 EXACT_REL, EXACT_HALF_REL = 1e-4, 5e-2
 """Largest relative difference for a pass that preserves the function, in float32 and in float16."""
+EXACT_INTEGERS = 1e-3
+"""Share of integers that such a pass may change: rounding decides between scores that are nearly equal."""
 NAMED = 3
 """Number of layers that a warning names."""
 
@@ -164,6 +166,9 @@ def _complaints(measured: GuardMeasurements, floors: Floors) -> tuple[list[str],
     if measured.fidelity.not_compared:
         names = ", ".join(map(repr, measured.fidelity.not_compared))
         warnings.append(f"output {names} was not compared: its shape depends on the input's values")
+    if measured.fidelity.never_finite:
+        names = ", ".join(map(repr, measured.fidelity.never_finite))
+        warnings.append(f"output {names} was not compared: it is not finite on any of these inputs")
     if not measured.fidelity.outputs:
         return faults, warnings
     warnings += [
@@ -181,17 +186,41 @@ def _complaints(measured: GuardMeasurements, floors: Floors) -> tuple[list[str],
         elif lost > WORSE_WARN_DB:
             warnings.append(text)
         return faults, warnings
-    worst, furthest = measured.fidelity.worst, measured.fidelity.furthest
-    if measured.max_rel is not None and furthest.max_rel > measured.max_rel:
-        faults.append(
-            f"output {furthest.name!r} changes by {furthest.max_rel:.2g} of its largest magnitude, and the "
-            f"pass may change it by {measured.max_rel:g} at most"
-        )
+    worst = measured.fidelity.worst
+    faults += _inexact(measured.fidelity, measured.max_rel)
+    warnings += [
+        f"{_snr_text(one)}, below {floors.refuse_db:g} dB"
+        for one in measured.fidelity.outputs
+        if one.snr_db is None and one is not worst and one.judged_db < floors.refuse_db
+    ]
     if worst.judged_db < floors.refuse_db:
         faults.append(f"{_snr_text(worst)}, below {floors.refuse_db:g} dB")
     elif worst.judged_db < floors.warn_db:
         warnings.append(f"{_snr_text(worst)}, below {floors.warn_db:g} dB")
     return faults, warnings
+
+
+def _inexact(found: Fidelity, max_rel: float | None) -> list[str]:
+    """List the outputs that a pass changes although it preserves the function: the worst of each kind."""
+    if max_rel is None:
+        return []
+    faults = []
+    floats = [one for one in found.outputs if one.snr_db is not None]
+    furthest = max(floats, key=lambda one: one.max_rel, default=None)
+    if furthest is not None and furthest.max_rel > max_rel:
+        faults.append(
+            f"output {furthest.name!r} changes by {furthest.max_rel:.2g} of its largest magnitude, and the "
+            f"pass may change it by {max_rel:g} at most"
+        )
+    changed = {one.name: 1 - (one.agreement or 0.0) for one in found.outputs if one.snr_db is None}
+    name = max(changed, key=lambda one: changed[one], default="")
+    limit = max(max_rel, EXACT_INTEGERS)
+    if changed and changed[name] > limit:
+        faults.append(
+            f"output {name!r}: {100 * changed[name]:.2g} % of the values change, and the pass may change "
+            f"{100 * limit:g} % of them at most"
+        )
+    return faults
 
 
 def _broken(output: OutputFidelity) -> list[str]:
@@ -206,7 +235,8 @@ def _broken(output: OutputFidelity) -> list[str]:
 def _snr_text(output: OutputFidelity) -> str:
     """Format the ratio that is judged, and the plain signal to noise ratio beside it."""
     if output.variation_db is None:
-        return f"output {output.name!r}: {100 * (output.agreement or 0):.1f} % of the values are the same"
+        same = f"output {output.name!r}: {100 * (output.agreement or 0):.1f} % of the values are the same"
+        return same if output.agreement == 1 else f"{same}, which counts as {output.judged_db:.1f} dB"
     part = output.worst_part
     low = part if part is not None and part.judged_db < output.whole_db else output
     where = f" in {part.text}" if part is low and part is not None else ""

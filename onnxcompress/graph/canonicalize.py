@@ -27,7 +27,7 @@ from onnxcompress.graph.constant_folding import constant_value
 from onnxcompress.graph.edit import lift_weights, remove_unread, set_input, unique_name
 from onnxcompress.graph.hard_sigmoid import fuse_hard_sigmoids
 from onnxcompress.graph.linear_layer import BIAS_AT, LINEAR_OPS, Linear, as_linear
-from onnxcompress.graph.query import attribute, input_at, is_op, is_output, value_readers
+from onnxcompress.graph.query import attribute, auto_pad, input_at, is_op, is_output, value_readers
 from onnxcompress.graph.shape_inference import infer, tensor_shapes
 from onnxcompress.model import Model
 
@@ -94,7 +94,7 @@ def _fold_pad(model: Model, node: gs.Node) -> bool:
     pads = None if input_at(node, 1) is None else constant_value(model, node.inputs[1])
     value = input_at(node, 2)
     filled = 0 if value is None else constant_value(model, value)
-    plain = all(is_op(r, "Conv") and attribute(r, "auto_pad", "NOTSET") == "NOTSET" for r in readers)
+    plain = all(is_op(r, "Conv") and auto_pad(r) == "NOTSET" for r in readers)
     if (
         pads is None
         or filled is None

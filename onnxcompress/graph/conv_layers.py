@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import onnx_graphsurgeon as gs
 
 from onnxcompress.graph.linear_layer import BIAS_AT, Linear, as_linear
-from onnxcompress.graph.query import attribute, consumers, input_at, is_op, producer
+from onnxcompress.graph.query import attribute, auto_pad, consumers, input_at, is_op, producer
 from onnxcompress.model import Model
 
 
@@ -37,7 +37,7 @@ def conv_geometry(node: gs.Node | None) -> ConvGeometry | None:
     Returns:
         The geometry; None where the node is not such a convolution or uses auto_pad.
     """
-    if node is None or not is_op(node, "Conv") or attribute(node, "auto_pad", "NOTSET") != "NOTSET":
+    if node is None or not is_op(node, "Conv") or auto_pad(node) != "NOTSET":
         return None
     weight = node.inputs[1]
     for tensor in (weight, input_at(node, BIAS_AT)):

@@ -264,6 +264,18 @@ def attribute(node: gs.Node, key: str, default: Any = None) -> Any:
     return node.attrs.get(key, default)
 
 
+def auto_pad(node: gs.Node) -> str:
+    """Read how a node pads its input: an empty text is the default, as in onnxruntime.
+
+    Args:
+        node: A convolution or a pooling.
+
+    Returns:
+        `NOTSET`, `VALID`, `SAME_UPPER` or `SAME_LOWER`.
+    """
+    return str(attribute(node, "auto_pad") or "NOTSET")
+
+
 def input_at(node: gs.Node, index: int) -> gs.Tensor | None:
     """Look up an input of a node.
 

@@ -155,7 +155,7 @@ class AbsorbBias(Pass):
         if path is not None and not path.rectified:
             found += np.minimum(0.0, mean + reach)
         if path is not None:
-            found[mean + reach > path.ceiling] = 0.0
+            found[mean + reach - np.minimum(found, 0.0) > path.ceiling] = 0.0
         found[np.abs(found) <= NEGLIGIBLE * np.abs(mean)] = 0.0
         return found
 

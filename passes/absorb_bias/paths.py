@@ -18,6 +18,7 @@ from onnxcompress.graph.constant_folding import constant_value
 from onnxcompress.graph.linear_layer import LINEAR_OPS, Linear
 from onnxcompress.graph.query import (
     attribute,
+    auto_pad,
     input_at,
     is_op,
     is_output,
@@ -198,7 +199,7 @@ def _pass(model: Model, groups: ChannelGroups, path: Path, node: gs.Node, approx
     elif is_op(node, "Clip", "Max", "Min"):
         _clip(model, groups, path, node)
     elif is_op(node, "AveragePool"):
-        pads = any(attribute(node, "pads", [])) or attribute(node, "auto_pad", "NOTSET") != "NOTSET"
+        pads = any(attribute(node, "pads", [])) or auto_pad(node) != "NOTSET"
         if pads and attribute(node, "count_include_pad", 0):
             raise _Blocked(label, "(AveragePool) counts zeros around the image")
     elif is_op(node, "Pad"):

@@ -18,7 +18,7 @@ from itertools import product
 import numpy as np
 
 from onnxcompress.graph.linear_layer import Linear
-from onnxcompress.graph.query import attribute
+from onnxcompress.graph.query import attribute, auto_pad
 
 SAME = ("SAME_UPPER", "SAME_LOWER")
 
@@ -105,7 +105,7 @@ def window(layer: Linear, sizes: tuple[int, ...], extra: tuple[int, ...] | None 
 def _conv(layer: Linear, axis: int, rank: int, size: int, reach: int, stride: int) -> tuple[int, int]:
     """Return the padding before, and the number of output places."""
     pads = attribute(layer.node, "pads", [0] * 2 * rank)
-    auto = attribute(layer.node, "auto_pad", "NOTSET")
+    auto = auto_pad(layer.node)
     if auto in SAME:
         count = -(-size // stride)
         total = max(0, (count - 1) * stride + reach - size)
@@ -118,12 +118,12 @@ def _transposed(layer: Linear, axis: int, rank: int, size: int, reach: int, stri
     """Return what is cut off before, and the number of output places."""
     pads = attribute(layer.node, "pads", [0] * 2 * rank)
     more = attribute(layer.node, "output_padding", [0] * rank)[axis]
-    auto = attribute(layer.node, "auto_pad", "NOTSET")
+    auto = auto_pad(layer.node)
     shape = attribute(layer.node, "output_shape")
     full = stride * (size - 1) + more + reach
     if shape is None and auto not in SAME:
         begin, end = (0, 0) if auto == "VALID" else (pads[axis], pads[rank + axis])
         return begin, full - begin - end
-    count = shape[-rank:][axis] if shape is not None else size * stride
+    count = shape[-rank:][axis] if shape is not None else min(size * stride, full)
     total = max(0, full - count)
     return total // 2 if auto == "SAME_UPPER" else total - total // 2, count

@@ -14,7 +14,15 @@ from onnxcompress.graph.batch_norm import BatchNorm
 from onnxcompress.graph.constant_folding import constant_value
 from onnxcompress.graph.edit import remove_nodes, set_constant, unique_name
 from onnxcompress.graph.linear_layer import LINEAR_OPS, Linear, Rank, as_linear
-from onnxcompress.graph.query import attribute, is_op, is_output, node_label, only_consumer, reader_names
+from onnxcompress.graph.query import (
+    attribute,
+    auto_pad,
+    is_op,
+    is_output,
+    node_label,
+    only_consumer,
+    reader_names,
+)
 from onnxcompress.model import Model
 
 FARTHEST_MEAN = 64
@@ -141,13 +149,13 @@ def is_uneven(node: gs.Node, weight: np.ndarray) -> bool:
     if node.op not in ("Conv", "ConvTranspose"):
         return False
     pointwise = math.prod(weight.shape[2:]) == 1
-    auto_pad = attribute(node, "auto_pad", "NOTSET")
+    padding = auto_pad(node)
     if node.op == "Conv":
-        explicit = auto_pad == "NOTSET" and any(attribute(node, "pads", []))
-        return bool(explicit or (auto_pad.startswith("SAME") and not pointwise))
+        explicit = padding == "NOTSET" and any(attribute(node, "pads", []))
+        return bool(explicit or (padding.startswith("SAME") and not pointwise))
     strided = any(s != 1 for s in attribute(node, "strides", []))
     resized = any(attribute(node, "output_padding", [])) or attribute(node, "output_shape")
-    return bool(not pointwise or strided or resized or auto_pad.startswith("SAME"))
+    return bool(not pointwise or strided or resized or padding.startswith("SAME"))
 
 
 def add_behind(model: Model, layer: Linear, response: np.ndarray) -> str:

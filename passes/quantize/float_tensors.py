@@ -26,7 +26,8 @@ import onnx_graphsurgeon as gs
 from onnxcompress.account import Refusal
 from onnxcompress.data.image_set import image_count
 from onnxcompress.errors import CompressWarning
-from onnxcompress.evaluation.fidelity import EQUAL_DB, fidelity
+from onnxcompress.evaluation.decibels import EQUAL_DB
+from onnxcompress.evaluation.fidelity import fidelity
 from onnxcompress.evaluation.guard import Floors
 from onnxcompress.graph.edit import remove_unread, replace_uses
 from onnxcompress.graph.query import data_input, is_op, node_label, producer, sigmoid_outputs
@@ -141,8 +142,8 @@ class Judge:
         Returns:
             Variation to noise of the output, or part of one, that keeps least, decibels.
         """
-        found = fidelity(before, after, self.answers).outputs
-        return min((one.judged_db for one in found), default=EQUAL_DB)
+        found = fidelity(before, after, self.answers)
+        return found.worst.judged_db if found.outputs else EQUAL_DB
 
 
 def leave_floats(

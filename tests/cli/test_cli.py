@@ -116,7 +116,7 @@ def test_an_open_image_size_is_shown_and_compared_at_a_usual_one(
     assert main(["inspect", str(tmp_path / "net.onnx")]) == 0
     assert "N×1×H×28" in capsys.readouterr().out
     assert main(["fold-bn", str(tmp_path / "net.onnx"), str(tmp_path / "o.onnx")]) == 0
-    assert "largest output difference on 2 random inputs" in capsys.readouterr().out
+    assert "largest output difference: " in capsys.readouterr().out
     written = onnx.load(tmp_path / "o.onnx").graph.input[0].type.tensor_type.shape
     assert written.dim[2].dim_param == "H"
 

@@ -277,7 +277,7 @@ def test_a_pass_that_keeps_the_function_shows_the_largest_difference() -> None:
     found = measured(exact=True)
     show_guard(console, pass_, found, verdict(found, Floors()))
     assert lines_of(console) == [
-        "largest output difference on 16 images: 2.50e-01 absolute, 2.00e-02 relative (output 'far')"
+        "largest output difference: 2.50e-01 absolute, 2.00e-02 relative (output 'far'), on 16 images"
     ]
 
 

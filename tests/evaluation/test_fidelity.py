@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from onnxcompress.errors import ModelError
-from onnxcompress.evaluation.fidelity import EQUAL_DB, OutputFidelity, decibels, fidelity
+from onnxcompress.evaluation.decibels import EQUAL_DB, decibels
+from onnxcompress.evaluation.fidelity import OutputFidelity, fidelity
 
 
 def compared(a: np.ndarray, b: np.ndarray) -> OutputFidelity:
@@ -217,3 +218,46 @@ def test_answers_may_be_off_by_half_a_step_of_eight_bits() -> None:
         (found,) = fidelity({"y": list(before)}, {"y": list(before + off)}, ["y"]).outputs
         expected = 200.0 if noise is None else 10 * np.log10(0.32 / noise**2)
         assert found.snr_db == pytest.approx(expected)
+
+
+RNG = np.random.default_rng(0)
+CLASSES = RNG.integers(0, 20, (4, 8, 40, 40))
+MASK = RNG.random((4, 8, 40, 40)) < 0.3
+RARE = np.where(RNG.random((4, 8, 40, 40)) < 0.02, 1, 0)
+
+
+def mixed(a: np.ndarray, share: float) -> np.ndarray:
+    """Draw a share of the values anew."""
+    drawn = RNG.permutation(a.ravel()).reshape(a.shape)
+    return np.where(RNG.random(a.shape) < share, drawn, a)
+
+
+@pytest.mark.parametrize("a", [CLASSES, MASK, RARE], ids=["classes", "mask", "rare"])
+def test_integers_by_chance_are_below_every_floor_and_equal_ones_above(a: np.ndarray) -> None:
+    ratios = [compared(a, mixed(a, share)).judged_db for share in (0, 0.02, 0.1, 0.3, 0.6, 1)]
+    assert ratios[0] == EQUAL_DB
+    assert ratios == sorted(ratios, reverse=True)
+    assert ratios[2] > 5
+    assert ratios[4] < 0
+    assert ratios[5] < -2
+    assert compared(a, np.zeros_like(a)).judged_db < 0
+
+
+def test_numbers_that_were_rounded_are_judged_as_numbers() -> None:
+    pixels = RNG.integers(0, 256, (4, 8, 40, 40))
+    near = np.clip(pixels + RNG.integers(-2, 3, pixels.shape), 0, 255)
+    assert compared(pixels, near).judged_db > 30
+
+
+def test_few_classes_are_given_what_chance_explains() -> None:
+    one_differs = np.full((8, 4, 1), 5)
+    one_differs[3, 2] = 7
+    assert compared(one_differs, np.full((8, 4, 1), 5)).judged_db > 0
+    assert compared(np.full((8, 4, 1), 5), one_differs).judged_db > 10
+
+
+def test_what_is_never_finite_is_not_compared() -> None:
+    never, fine = np.full((2, 1, 3), np.nan), np.ones((2, 1, 3))
+    found = fidelity({"a": list(never), "b": list(fine)}, {"a": list(never), "b": list(fine)})
+    assert found.never_finite == ("a",)
+    assert [one.name for one in found.outputs] == ["b"]

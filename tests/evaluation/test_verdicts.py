@@ -78,7 +78,7 @@ def test_against_a_reference_only_what_is_lost_counts(after: float, status: Stat
 def test_what_is_said_of_each_fault() -> None:
     part = Part(1, 4, 2, 0.345, 3.04, 1.06)
     crushed = replace(GOOD, name="boxes", worst_part=part)
-    integers = OutputFidelity("index", None, None, 3.0, 0.5, 0.876)
+    integers = OutputFidelity("index", None, None, 3.0, 0.5, 0.876, integers_db=6.24)
     broken = replace(GOOD, name="nan", not_finite=7, constant=True)
     far = replace(GOOD, name="far", max_rel=0.25)
 
@@ -90,7 +90,18 @@ def test_what_is_said_of_each_fault() -> None:
         "dimension 1 (values near 0.34), below 3 dB"
     )
     assert text(GOOD) == "output 'good': variation to noise 38.0 dB (signal to noise 40.0 dB)"
-    assert text(integers) == "output 'index': 87.6 % of the values are the same"
+    ratio = "87.6 % of the values are the same, which counts as 6.2 dB"
+    assert text(integers) == f"output 'index': {ratio}, below 7 dB"
+    assert text(GOOD, integers) == text(GOOD)
+    low = replace(integers, agreement=0.1, integers_db=-9.0)
+    assert text(low, GOOD) == (
+        "output 'index': 10.0 % of the values are the same, which counts as -9.0 dB, below 3 dB"
+    )
+    assert verdict(measured(low, GOOD), Floors()).status == "warned"
+    assert verdict(measured(low), Floors()).status == "refused"
+    exact = replace(integers, agreement=0.9989, integers_db=29.0)
+    assert text(GOOD, exact, max_rel=1e-4).endswith("change, and the pass may change 0.1 % of them at most")
+    assert verdict(measured(GOOD, exact, max_rel=5e-2), Floors()).status == "kept"
     assert text(GOOD, broken) == (
         "output 'nan' would have 7 values that are not finite; output 'nan' would no longer depend on the "
         "input"

@@ -199,6 +199,7 @@ def test_every_kind_of_layer(body: str, arrays: Arrays, signature: str) -> None:
 def test_channels_that_are_clipped_from_above_stay() -> None:
     for clip, arrays in (
         ("r = Clip(z, zero, high)", {"zero": np.float32(0), "high": np.float32(35)}),
+        ("r = Min(z, high)", {"high": np.array([35, 6, -1], np.float32).reshape(3, 1, 1)}),
         ("p = Relu(z) r = Min(p, high)", {"high": np.array([35, 6, 6], np.float32).reshape(3, 1, 1)}),
     ):
         model, result, _ = absorb(f"z = Conv(x, w, b) {clip} y = Conv(r, u, d)", CONV | READER | arrays)

@@ -22,12 +22,7 @@ def show_guard(
     if measured is None or judged is None:
         return
     if pass_.preserves_function and measured.fidelity is not None and measured.fidelity.outputs:
-        furthest = measured.fidelity.furthest
-        console.print(
-            f"largest output difference on {measured.inputs}: {furthest.max_abs:.2e} absolute, "
-            f"{furthest.max_rel:.2e} relative (output {furthest.name!r})",
-            markup=False,
-        )
+        console.print(f"{measured.fidelity.furthest_text}, on {measured.inputs}", markup=False)
         if judged.status == "kept":
             return
     _show(console, measured, judged, "")

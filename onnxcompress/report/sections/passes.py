@@ -115,11 +115,7 @@ def _guard(measured: GuardMeasurements | None, verdict: Verdict | None, whose: s
     word = {"warned": "Warning: ", "forced": "Warning, written by --force: "}.get(verdict.status, "")
     fidelity = measured.fidelity
     if measured.max_rel is not None and fidelity is not None and fidelity.outputs:
-        worst = fidelity.furthest
-        text = (
-            f"largest difference of its outputs: {worst.max_abs:.3g} absolute, {worst.max_rel:.3g} "
-            f"relative (output {worst.name!r})"
-        )
+        text = fidelity.furthest_text
     else:
         same = None if fidelity is None else fidelity.agreement
         text = verdict.text + ("" if same is None else f", the same class for {percent(same)}")

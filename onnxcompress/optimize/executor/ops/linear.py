@@ -62,11 +62,12 @@ def _conv_transpose(site: Site) -> Kernel:
         for i, size in enumerate(full.shape[2:]):
             begin, end = pads[i], pads[rank + i]
             if shape is not None or window.same:
-                out = shape[i - rank] if shape is not None else x.shape[2 + i] * strides[i]
-                total = size + grow[i] - out
+                most = size + grow[i]
+                out = shape[i - rank] if shape is not None else min(x.shape[2 + i] * strides[i], most)
+                total = max(0, most - out)
                 # The reference and onnxruntime put the odd cell at the end for SAME_UPPER only.
                 begin = total // 2 if window.auto_pad == "SAME_UPPER" else total - total // 2
-                end = total - begin
+                end = most - out - begin
             edges.append((-begin, grow[i] - end))
         y = pad_spatial(full, edges)
         return y if b is None else y + b.reshape(-1, *[1] * rank)

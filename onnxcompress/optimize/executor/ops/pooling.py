@@ -53,7 +53,7 @@ def _max_pool(site: Site) -> Kernel:
     def padded(x: Tensor) -> Any:
         if not x.is_floating_point():
             return padded(x.double()).to(x.dtype)
-        x = pad_spatial(x, window.edges(x.shape[2:], kernel), float("-inf"))
+        x = pad_spatial(x, window.edges(x.shape[2:], kernel, pools=True), float("-inf"))
         return pool(x, kernel, strides, 0, dilations)
 
     return padded
@@ -67,7 +67,7 @@ def _max_pool_indices(site: Site, kernel: Sequence[int], window: Window) -> Kern
 
     def compute(x: Tensor) -> tuple[Tensor, Tensor]:
         size = x.shape[2:]
-        edges = window.edges(size, kernel)
+        edges = window.edges(size, kernel, pools=True)
         values = x if x.is_floating_point() else x.double()
         values = pad_spatial(values, edges, float("-inf"))
         maxima, found = pool(values, kernel, strides, 0, dilations, return_indices=True)
@@ -126,7 +126,7 @@ def _average_pool(site: Site) -> Kernel:
         return lambda x: pool(x, kernel, strides, padding, count_include_pad=include)
 
     def compute(x: Tensor) -> Tensor:
-        edges = window.edges(x.shape[2:], kernel)
+        edges = window.edges(x.shape[2:], kernel, pools=True)
         counted = x.new_ones((1, 1, *x.shape[2:]))
         declared = edges if window.same else _declared(window, rank)
         if include:
@@ -152,7 +152,7 @@ def _lp_pool(site: Site) -> Kernel:
     kernel, window, p = _kernel_shape(site), Window.of(site), site.integer("p", 2)
 
     def compute(x: Tensor) -> Tensor:
-        powers = pad_spatial(x.abs() ** p, window.edges(x.shape[2:], kernel))
+        powers = pad_spatial(x.abs() ** p, window.edges(x.shape[2:], kernel, pools=True))
         return window_sum(powers, kernel, window.strides, window.dilations) ** (1 / p)
 
     return compute

@@ -2,13 +2,15 @@
 
 Output position i along an axis of n cells with scale s reads the input at a coordinate x(i), by mode:
 
-    half_pixel          (i + ½)/s − ½                       pytorch_half_pixel  the same, −½ where s·n = 1
-    asymmetric          i/s                                 align_corners       i·(n − 1)/(s·n − 1)
-    tf_crop_and_resize  start·(n − 1) + i·(end − start)·(n − 1)/(s·n − 1)
+    half_pixel          (i + ½)/s − ½                       pytorch_half_pixel  the same, 0 where out = 1
+    asymmetric          i/s                                 align_corners       i·(n − 1)/(out − 1)
+    tf_crop_and_resize  start·(n − 1) + i·(end − start)·(n − 1)/(out − 1)
     half_pixel_symmetric  n/2·(1 − out/(s·n)) + (i + ½)/s − ½
 
 and weighs the cells around it by the linear or the cubic kernel (widened by 1/s with antialias); cells
-outside take the value of the edge (or are left out: exclude_outside). Semantics follow onnx's reference.
+outside take the value of the edge (or are left out: exclude_outside). Where s·n is
+no integer, onnx's reference has s·n for out; onnxruntime, which is followed, has the size that comes out, a
+float32 product rounded down.
 """
 
 from __future__ import annotations
@@ -66,20 +68,20 @@ class _Axis:
 
 
 def _coordinate(style: _Style, axis: _Axis, i: int) -> float:
-    """Map output position i to a coordinate in the input."""
-    exact = axis.scale * axis.size
+    """Map output position i to a coordinate in the input, rounded to float32 as onnxruntime does."""
+    at, scale, half = np.float32(i), np.float32(axis.scale), np.float32(0.5)
     if style.coordinates == "asymmetric":
-        return i / axis.scale
+        return float(at / scale)
     if style.coordinates == "align_corners":
-        return 0.0 if exact == 1 else i * (axis.size - 1) / (exact - 1)
+        return 0.0 if axis.out == 1 else i * (axis.size - 1) / (axis.out - 1)
     if style.coordinates == "tf_crop_and_resize":
         span = (axis.end - axis.start) * (axis.size - 1)
-        return axis.start * (axis.size - 1) + (span / 2 if exact == 1 else i * span / (exact - 1))
-    if style.coordinates == "pytorch_half_pixel" and exact == 1:
-        return -0.5
-    x = (i + 0.5) / axis.scale - 0.5
+        return axis.start * (axis.size - 1) + (span / 2 if axis.out == 1 else i * span / (axis.out - 1))
+    if style.coordinates == "pytorch_half_pixel" and axis.out == 1:
+        return 0.0
+    x = float((at + half) / scale - half)
     if style.coordinates == "half_pixel_symmetric":
-        x += axis.size / 2 * (1 - axis.out / exact)
+        x += axis.size / 2 * (1 - axis.out / (axis.scale * axis.size))
     return x
 
 
@@ -152,7 +154,7 @@ def _targets(
         return [_round_half_up(scale * shape[dim]) for dim in dims], [scale] * len(dims)
     if not scales or len(scales) != len(dims):
         raise ExecutionError(f"{len(scales or [])} scales for {len(dims)} axes")
-    out = [math.floor(scale * shape[dim]) for scale, dim in zip(scales, dims, strict=True)]
+    out = [math.floor(np.float32(s) * np.float32(shape[dim])) for s, dim in zip(scales, dims, strict=True)]
     return out, list(scales)
 
 
@@ -203,6 +205,8 @@ def _apply(site: Site, style: _Style, *, scales: int, sizes: int, roi: int) -> K
         wanted = _targets(x.shape, dims, read_scales(arguments), read_sizes(arguments), policy)
         y = x if x.is_floating_point() else x.double()
         cropped = style.coordinates == "tf_crop_and_resize"
+        if not cropped and wanted[0] == [x.shape[dim] for dim in dims]:
+            return x
         for i, dim in enumerate(dims):
             start, end = (region[i], region[len(dims) + i]) if cropped else (0.0, 1.0)
             axis = _Axis(x.shape[dim], wanted[0][i], wanted[1][i], start, end)

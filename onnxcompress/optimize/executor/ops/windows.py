@@ -71,12 +71,16 @@ class Window:
         fixed = not self.same and self.pads[:half] == self.pads[half:]
         return self.pads[:half] if fixed else None
 
-    def edges(self, size: Sequence[int], kernel: Sequence[int]) -> list[tuple[int, int]]:
+    def edges(
+        self, size: Sequence[int], kernel: Sequence[int], *, pools: bool = False
+    ) -> list[tuple[int, int]]:
         """Compute the padding of each spatial axis.
 
         Args:
             size: Size of the input along each spatial axis.
             kernel: Size of the kernel along each spatial axis.
+            pools: Whether the node is a pool: to keep the size, onnxruntime pads it as if it had no
+                dilations, and by less than nothing where its stride leaves cells out.
 
         Returns:
             (begin, end) of each axis. With ceil_mode, `end` includes the cells that the last window needs
@@ -89,8 +93,10 @@ class Window:
             width = dilations[i] * (kernel[i] - 1) + 1
             if self.same:
                 out = -(-size[i] // strides[i])
-                total = max((out - 1) * strides[i] + width - size[i], 0)
-                begin = total - total // 2 if self.auto_pad == "SAME_LOWER" else total // 2
+                reach = kernel[i] if pools else width
+                total = (out - 1) * strides[i] + reach - size[i]
+                total = total if pools else max(total, 0)
+                begin = int((total + (self.auto_pad == "SAME_LOWER")) / 2)  # towards zero
                 edges.append((begin, total - begin))
                 continue
             begin, end = (self.pads[i], self.pads[rank + i]) if self.pads else (0, 0)
