@@ -24,8 +24,13 @@ from onnxcompress.passes.several_inputs import PREFIX
 
 FLOAT, HALF = onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16
 
+SHAPED = ("Expand", "Reshape", "Tile")
+"""Operators whose first input has the values, and the others the shape."""
+SIZES = "it computes with sizes of tensors, which at another size float16 may not hold"
 FUSED = "onnxruntime joins it to the MatMul behind it, and has no float16 kernel for both on the CPU"
 
+FIXED = frozenset({"BitCast", "MeanVarianceNormalization"})
+"""Operators whose definition has a type: an attribute that counts bits, or a constant in a function."""
 TYPES = frozenset({"dtype", "output_datatype"})
 """Attributes with the type of what an operator makes from no floats: of EyeLike, HannWindow, …."""
 
@@ -86,7 +91,7 @@ def candidates(
     types = element_types(proto)
     opset = max((o.version for o in proto.opset_import if o.domain in DEFAULT_DOMAINS), default=1)
     dequantized = {n.output[0] for n in proto.graph.node if n.op_type == "DequantizeLinear"}
-    fused = _fused_transposes(proto)
+    fused, sizes = _fused_transposes(proto), _sizes(proto, types)
     can: list[Candidate] = []
     cannot: list[tuple[str, str]] = []
     for index, node in enumerate(proto.graph.node):
@@ -105,7 +110,9 @@ def candidates(
         schema = onnx.defs.get_schema(node.op_type, opset, "")
         inputs = _halvable(schema.inputs, node.input, types)
         outputs = _halvable(schema.outputs, node.output, types)
-        if not outputs and not quantizes(node):
+        if not sizes.isdisjoint((*(node.input[i] for i in inputs), *node.output)):
+            cannot.append((name, SIZES))
+        elif not outputs and not quantizes(node):
             cannot.append((name, f"{node.op_type} has no float16 form in opset {opset}"))
         else:
             can.append(Candidate(index, name, node.op_type, inputs, outputs))
@@ -177,9 +184,31 @@ def _refusal(node: onnx.NodeProto, opset: int, dequantized: Collection[str]) -> 
         return "onnxruntime fuses a quantized Concat, and has no kernel for it with float16 scales"
     if not onnx.defs.has(node.op_type, opset, ""):
         return f"{node.op_type} is not known in opset {opset}"
+    if node.op_type in FIXED:
+        return f"the definition of {node.op_type} fixes a type"
     if TYPES & onnx.defs.get_schema(node.op_type, opset, "").attributes.keys():
         return f"the type of what {node.op_type} gives is one of its attributes"
     return ""
+
+
+def _sizes(proto: onnx.ModelProto, types: dict[str, int]) -> frozenset[str]:
+    """Find the float32 tensors that hold sizes of tensors.
+
+    Measured at one size they tell nothing of others. What is also computed from the values of an input
+    holds none, nor does a constant in some size.
+    """
+    data, held = {i.name for i in proto.graph.input}, set[str]()
+    data -= {t.name for t in proto.graph.initializer}
+    for node in proto.graph.node:
+        read = set(node_reads(node))
+        own = read & {*node.input[:1]} if node.op_type in SHAPED else read
+        if node.op_type in ("Shape", "Size"):
+            held.update(node.output)
+        elif not data.isdisjoint(read):
+            data.update(node.output)
+        elif not held.isdisjoint(own) and node.op_type != "ConstantOfShape":
+            held.update(node.output)
+    return frozenset(name for name in held if types.get(name) == FLOAT)
 
 
 def _fused_transposes(proto: onnx.ModelProto) -> frozenset[str]:

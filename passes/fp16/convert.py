@@ -95,7 +95,9 @@ class _Conversion:
     def _native(self) -> dict[str, int]:
         """Return the type in which each float32 tensor is computed."""
         native: dict[str, int] = {name: FLOAT for name, kind in self.types.items() if kind == FLOAT}
-        native |= {i.name: self.ends for i in self.graph.input if i.name in native}
+        for end in self.graph.input:
+            if end.name in native and self.kept.get(end.name, self.ends) == self.ends:
+                native[end.name] = self.ends
         free = [t.name for t in self.graph.initializer]
         for at, node in enumerate(self.graph.node):
             if is_constant(node):

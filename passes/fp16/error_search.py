@@ -14,6 +14,8 @@ a norm count as float16, which overflow on some devices (REDUCTIONS):
 
     error(S) = max over outputs y:  √( mean (y_S − y)² / var y )        infinite where y_S is not finite
 
+In place of outputs of other types (classes, masks) the last floats on the way to them are measured.
+
 Choosing the nodes that stay float32: if error(all) is too large, nodes are ranked by the error({i}) of each
 alone on one batch, and bisection finds the shortest beginning of that ranking that must stay float32 for
 the rest to keep the bound. It assumes that errors shrink as more nodes stay; the final choice is measured.
@@ -31,15 +33,16 @@ from onnx import helper
 
 from onnxcompress.errors import ModelError, one_line
 from onnxcompress.evaluation.accuracy import image_input
+from onnxcompress.model.validation import node_reads
 from onnxcompress.passes.fp16.candidates import FLOAT, HALF, Candidate, element_types
 from onnxcompress.progress import Progress
 from onnxcompress.runtime.inference import unread_feeds
 from onnxcompress.runtime.session import session
 
 _GATE = "onnxcompress.gate"
-REDUCTIONS = ("ReduceMean", "ReduceL2")
-"""Reductions that divide or take a root at their end. Kernels that add in float16 overflow before that: a
-mean is zero or NaN on CUDA (microsoft/onnxconverter-common issues 299 and 323)."""
+REDUCTIONS = ("ReduceMean", "ReduceL2", "ReduceLogSum", "LpPool", "GlobalLpPool")
+"""Reductions that divide, take a root or a logarithm at their end. Kernels that add in float16 overflow
+before that: a mean is zero or NaN on CUDA (microsoft/onnxconverter-common issues 299 and 323)."""
 
 
 class Simulation:
@@ -51,6 +54,8 @@ class Simulation:
         nodes: Sequence[Candidate],
         batches: Sequence[np.ndarray],
         threads: int = 0,
+        *,
+        half_ends: bool = False,
     ) -> None:
         """Create one session with a gate for each candidate, and run it in float32.
 
@@ -59,15 +64,21 @@ class Simulation:
             nodes: The candidates.
             batches: Inputs, in batches as the network takes them.
             threads: Threads of onnxruntime; 0: its default.
+            half_ends: Whether inputs and outputs are float16, too.
         """
-        self.nodes, self.batches = nodes, batches
+        self.nodes, self.half_ends = nodes, half_ends
+        self.given = self.batches = batches
         self.input, self.others = image_input(proto).name, unread_feeds(proto)
         made = gated(proto, nodes)
-        if not any(o.type.tensor_type.elem_type == FLOAT for o in proto.graph.output):
-            made.graph.output.extend(map(helper.make_empty_tensor_value_info, _last_floats(proto)))
+        made.graph.output.extend(map(helper.make_empty_tensor_value_info, _last_floats(proto)))
         self.session = session(made, provider="cpu", threads=threads, optimize=False)
         self.outputs = [o.name for o in self.session.get_outputs() if o.type == "tensor(float)"]
         self.exact = self._run((), batches, self.outputs)
+        self.ends_error = 0.0
+        """Error with all candidates in float32, by inputs and outputs that are float16."""
+        if half_ends:
+            self.batches = [_through_half(x) for x in batches]
+            self.ends_error = self.error(())
 
     def error(self, half: Collection[int]) -> float:
         """Measure the error with some candidates in float16.
@@ -78,7 +89,7 @@ class Simulation:
         Returns:
             The error, as from `worst_error`.
         """
-        return worst_error(self.exact, self._run(half, self.batches, self.outputs))
+        return worst_error(self.exact, self._seen(half, self.batches))
 
     def first_batch_error(self, half: Collection[int]) -> float:
         """Measure the error on the first batch only.
@@ -89,7 +100,7 @@ class Simulation:
         Returns:
             The error, as from `worst_error`.
         """
-        return worst_error(self.exact[:1], self._run(half, self.batches[:1], self.outputs))
+        return worst_error(self.exact[:1], self._seen(half, self.batches[:1]))
 
     def exact_values(self, names: Sequence[str]) -> list[list[np.ndarray]]:
         """Compute outputs in float32, whatever their types.
@@ -100,7 +111,12 @@ class Simulation:
         Returns:
             Their values in each batch.
         """
-        return self.exact if names == self.outputs else self._run((), self.batches, names)
+        return self.exact if names == self.outputs else self._run((), self.given, names)
+
+    def _seen(self, half: Collection[int], batches: Sequence[np.ndarray]) -> list[list[np.ndarray]]:
+        """Return outputs of each batch as they leave the network."""
+        found = self._run(half, batches, self.outputs)
+        return [[_through_half(y) for y in values] for values in found] if self.half_ends else found
 
     def _run(
         self, half: Collection[int], batches: Sequence[np.ndarray], names: Sequence[str]
@@ -205,17 +221,26 @@ def choose(simulation: Simulation, bound: float, progress: Progress) -> Float32N
     return Float32Nodes(sorted(ranked[:high]), whole, error if high < count else 0.0, alone)
 
 
+def _through_half(values: np.ndarray) -> np.ndarray:
+    """Round float32 values to float16; others stay as they are."""
+    with np.errstate(over="ignore"):
+        return values.astype(np.float16).astype(np.float32) if values.dtype == np.float32 else values
+
+
 def _last_floats(proto: onnx.ModelProto) -> list[str]:
-    """Return the float32 tensors that nodes turn into other types: measured where no output is float32."""
+    """Return the float32 tensors of which outputs of other types are made: these are measured instead."""
     types = element_types(proto)
-    read = [
-        name
-        for node in proto.graph.node
-        if all(types.get(output) != FLOAT for output in node.output)
-        for name in node.input
-        if types.get(name) == FLOAT and not any(name == t.name for t in proto.graph.initializer)
-    ]
-    return list(dict.fromkeys(read))
+    given = {o.name for o in proto.graph.output}
+    fixed = {t.name for t in proto.graph.initializer}
+    wanted = {name for name in given if types.get(name) != FLOAT}
+    found: list[str] = []
+    for node in reversed(proto.graph.node):
+        if wanted.isdisjoint(node.output) or node.op_type in ("Shape", "Size"):
+            continue
+        floats = [name for name in node.input if types.get(name) == FLOAT]
+        found += [name for name in floats if name not in given | fixed]
+        wanted.update(name for name in node_reads(node) if name not in floats)
+    return list(dict.fromkeys(found))
 
 
 def gated(proto: onnx.ModelProto, nodes: Sequence[Candidate]) -> onnx.ModelProto:
@@ -281,13 +306,28 @@ def _half(source: str, target: str) -> list[onnx.NodeProto]:
     ]
 
 
+def _scalar(value: float, target: str) -> onnx.NodeProto:
+    """Write a float32 constant."""
+    tensor = onnx.numpy_helper.from_array(np.array(value, np.float32))
+    return helper.make_node("Constant", [], [target], value=tensor)
+
+
 def _reduced(node: onnx.NodeProto, target: str) -> list[onnx.NodeProto]:
-    """Compute what a mean or a norm gives where its sum is float16, from its exact output."""
+    """Compute what a reduction gives where its sum is float16, from its exact output."""
     exact = node.output[0]
-    if node.op_type == "ReduceL2":
-        squares = helper.make_node("Mul", [exact, exact], [f"{target}.sum"])
-        root = helper.make_node("Sqrt", [f"{target}.rounded"], [target])
-        return [squares, *_half(f"{target}.sum", f"{target}.rounded"), root]
+    if node.op_type == "ReduceLogSum":
+        whole = helper.make_node("Exp", [exact], [f"{target}.sum"])
+        logarithm = helper.make_node("Log", [f"{target}.rounded"], [target])
+        return [whole, *_half(f"{target}.sum", f"{target}.rounded"), logarithm]
+    if node.op_type != "ReduceMean":
+        power = float(next((helper.get_attribute_value(a) for a in node.attribute if a.name == "p"), 2))
+        return [
+            _scalar(power, f"{target}.power"),
+            helper.make_node("Pow", [exact, f"{target}.power"], [f"{target}.sum"]),
+            *_half(f"{target}.sum", f"{target}.rounded"),
+            _scalar(1 / power, f"{target}.root"),
+            helper.make_node("Pow", [f"{target}.rounded", f"{target}.root"], [target]),
+        ]
     return [
         helper.make_node("Size", [node.input[0]], [f"{target}.all"]),
         helper.make_node("Size", [exact], [f"{target}.left"]),

@@ -40,7 +40,7 @@ from onnxcompress.optimize.input_options import ImageOptions
 from onnxcompress.option_fields import PROVIDER_HELP, option, provider_options_option
 from onnxcompress.passes.base import Pass, PassResult
 from onnxcompress.passes.fold_bn import FoldBatchNorm
-from onnxcompress.passes.fp16.candidates import HALF, Candidate, candidates, element_types
+from onnxcompress.passes.fp16.candidates import FLOAT, HALF, Candidate, candidates, element_types
 from onnxcompress.passes.fp16.constants import make_plain, stored_halves
 from onnxcompress.passes.fp16.convert import convert
 from onnxcompress.passes.fp16.error_search import Float32Nodes, Simulation, choose, worst_error
@@ -62,6 +62,10 @@ OPSET = 9
 """From which on there is Where, by which float16 is switched on and off when it is measured."""
 QDQ_OPSET = 19
 """From which on scales of QuantizeLinear and DequantizeLinear may be float16."""
+FARTHER = (
+    "where it ran, the outputs' error is {:.3g} %, more than was asked for and foreseen: compare the file "
+    "there before you use it, or give a smaller --max-error"
+)
 IMAGES, BATCH = 16, 4
 """Images that are measured on, at most, and how many at once where the file leaves it open."""
 
@@ -159,9 +163,18 @@ class HalfPrecision(SelectionOptions, ImageOptions, Pass):
             return PassResult(refusals=refusals)
         inputs = gather_inputs(model, self.request, progress=progress)
         simulation = or_one_by_one(
-            lambda batch: Simulation(proto, nodes, _batches(model, inputs, batch), self.threads), BATCH
+            lambda batch: Simulation(
+                proto, nodes, _batches(model, inputs, batch), self.threads, half_ends=self.float16_io
+            ),
+            BATCH,
         )
         bound = self._bound(model)
+        if simulation.ends_error > bound:
+            raise ModelError(
+                f"{model.name}: float16 inputs and outputs alone make an error of "
+                f"{100 * simulation.ends_error:.2g} %, {100 * bound:g} % is allowed; leave --float16-io "
+                "out, or give a larger --max-error"
+            )
         choice = choose(simulation, bound, progress)
         kept = set(choice.kept)
         half = [c for i, c in enumerate(nodes) if i not in kept]
@@ -170,8 +183,16 @@ class HalfPrecision(SelectionOptions, ImageOptions, Pass):
         if half:
             converted = convert(proto, {c.index for c in half}, keep_io=not self.float16_io)
             runtime = self._runtime(converted, simulation)
-            if is_quantized(model) and runtime.error > 2 * bound:
-                warnings.warn(MISCOMPUTED.format(100 * runtime.error), CompressWarning, stacklevel=2)
+            if runtime.error > 2 * bound:
+                text = MISCOMPUTED if is_quantized(model) else FARTHER
+                warnings.warn(text.format(100 * runtime.error), CompressWarning, stacklevel=2)
+            if self.float16_io and (stay := _float_ends(converted)):
+                warnings.warn(
+                    f"--float16-io: {', '.join(map(repr, stay))}: float32 as before (bodies of If, Loop or "
+                    "Scan read them, or several inputs are joined)",
+                    CompressWarning,
+                    stacklevel=2,
+                )
             model.become(Model.from_proto(converted, model.name))
             changes += [Change(model.name, f"{counted(count, 'BatchNorm')} folded")] * bool(count)
         figures = HalfPrecisionFigures(
@@ -256,7 +277,7 @@ class HalfPrecision(SelectionOptions, ImageOptions, Pass):
         floats = [o.name for o in outputs if o.type in ("tensor(float)", "tensor(float16)")]
         names = floats or [o.name for o in outputs]
         exact = simulation.exact_values(names)
-        kind = np.float16 if self.float16_io else np.float32
+        kind = image_input(converted).dtype
         try:
             found = [opened.run(names, {fed: _in_type(x, kind), **others}) for x in simulation.batches]
         except Exception as error:  # onnxruntime's exceptions have no common base
@@ -264,6 +285,13 @@ class HalfPrecision(SelectionOptions, ImageOptions, Pass):
                 f"the float16 model does not run on {chosen.text} ({one_line(error)})"
             ) from error
         return ProviderRun(chosen.text, worst_error(exact, found))
+
+
+def _float_ends(proto: onnx.ModelProto) -> list[str]:
+    """List the inputs and outputs that are float32."""
+    weights = {t.name for t in proto.graph.initializer}
+    ends = [*proto.graph.input, *proto.graph.output]
+    return [e.name for e in ends if e.type.tensor_type.elem_type == FLOAT and e.name not in weights]
 
 
 def _lowest_opset(model: Model) -> int:
@@ -281,7 +309,7 @@ def _whole(model: Model) -> Refusal | None:
     return None
 
 
-def _in_type(x: np.ndarray, kind: type[np.floating[Any]]) -> np.ndarray:
+def _in_type(x: np.ndarray, kind: np.dtype[Any]) -> np.ndarray:
     """What the converted model is fed: inputs of other types than float32 stay as they are."""
     return x.astype(kind) if x.dtype == np.float32 else x
 

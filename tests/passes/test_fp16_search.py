@@ -72,9 +72,9 @@ def test_sixteen_images_are_measured_on(
     """Four at once, or as many as the file fixes."""
     seen: list[int] = []
 
-    def simulated(proto: Any, nodes: Any, batches: Any, threads: int = 0) -> Simulation:
+    def simulated(proto: Any, nodes: Any, batches: Any, threads: int = 0, **more: Any) -> Simulation:
         seen.extend(len(x) for x in batches)
-        return Simulation(proto, nodes, batches, threads)
+        return Simulation(proto, nodes, batches, threads, **more)
 
     monkeypatch.setattr(fp16, "Simulation", simulated)
     text = f"(float[{batch},3,8,8] x) => (float[{batch},4,8,8] y)"
