@@ -20,7 +20,8 @@ class QuantizeOptions(RuntimeOptions, SelectionOptions, InputOptions):
     for_runtime: Literal["cpu", "cuda", "tensorrt", "openvino", "qnn"] | None = option(
         None,
         "The runtime that will run the file: types, symmetry and places of quantizers become "
-        "what it fuses and accepts. Options that are given win.",
+        "what it fuses and accepts. Other values than the defaults of --activation-bits, "
+        "--activation-type, --symmetric and --float-tensors win.",
         alias="--for",
     )
     only_faster: bool = option(
@@ -151,13 +152,37 @@ class QuantizeOptions(RuntimeOptions, SelectionOptions, InputOptions):
                 f"--for {self.for_runtime} reads activations of {most} bits at most, got --activation-bits "
                 f"{self.activation_bits}"
             )
-        if self.only_faster and (self.activation_bits != 8 or not self.rules.activations):
+        if self.only_faster and not self.rules.activations:
+            raise OptionError(
+                f"--only-faster: {self.for_runtime} has no kernels for 8-bit activations; leave it out, or "
+                "--for"
+            )
+        if self.only_faster and self.activation_bits != 8:
             raise OptionError(
                 "--only-faster: runtimes have kernels for 8-bit activations alone; leave it out, or give "
                 "--activation-bits 8"
             )
+        self._check_pairs()
         if self.sensitivity is not None and not self.mixed:
             raise OptionError("--sensitivity: give a budget with it, --bits-budget or --size-budget")
+
+    def _check_pairs(self) -> None:
+        """Refuse pairs of types that a runtime which takes every type from the file has no kernels for."""
+        if self.rules.mixed_operands:
+            return
+        small = self.small_types and (self.weight_bits <= 4 or self.mixed)
+        if not self.activation_bits and not (small and not self.mixed):
+            raise OptionError(
+                f"--activation-bits 0: {self.for_runtime} reads no 8-bit weights beside floats; give "
+                "--weight-bits 4 --small-types, or --activation-bits 8"
+            )
+        if self.activation_bits and small:
+            raise OptionError(
+                f"--small-types: {self.for_runtime} reads no 4-bit weights beside 8-bit activations; leave "
+                "it out, or give --activation-bits 0"
+            )
+        if self.weight_type != "int8":
+            raise OptionError(f"--weight-type {self.weight_type}: {self.for_runtime} reads int8 alone")
 
     def options(self) -> dict[str, Any]:
         """Collect the options as JSON values, for the provenance.

@@ -172,3 +172,30 @@ def test_options_and_recipes_name_the_runtime() -> None:
     assert pass_.options()["for_runtime"] == "tensorrt"
     with pytest.raises(OptionError, match="for_runtime"):
         parse_recipe("passes: [{quantize: {for_runtime: tensorflow}}]")
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"activation_bits": 0}, "reads no 8-bit weights beside floats"),
+        ({"activation_bits": 0, "weight_bits": 4}, "reads no 8-bit weights beside floats"),
+        ({"weight_bits": 4, "small_types": True}, "reads no 4-bit weights beside 8-bit activations"),
+        ({"size_budget": 0.1, "small_types": True}, "reads no 4-bit weights beside 8-bit activations"),
+        ({"weight_type": "uint8"}, "reads int8 alone"),
+    ],
+)
+def test_pairs_of_types_without_kernels_are_refused(options: dict[str, Any], reason: str) -> None:
+    with pytest.raises(OptionError, match=reason):
+        Quantize(for_runtime="tensorrt", **options).check()
+    Quantize(for_runtime="openvino", **options).check()
+
+
+def test_four_bit_weights_beside_floats_are_what_it_reads() -> None:
+    Quantize(for_runtime="tensorrt", activation_bits=0, weight_bits=4, small_types=True).check()
+
+
+def test_the_remedy_for_only_faster_is_one_that_exists() -> None:
+    with pytest.raises(
+        OptionError, match="has no kernels for 8-bit activations; leave it out, or --for"
+    ):
+        Quantize(for_runtime="cuda", only_faster=True).check()

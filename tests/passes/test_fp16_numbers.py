@@ -73,7 +73,7 @@ def test_outputs_of_other_types_are_measured_beside_floats(head: str, output: st
     [
         (
             f"{CONV} {SIZED} g = Mul(f, three) i = Cast<to=7>(g) n = Shape<end=2>(c) "
-            "t = Concat<axis=0>(n, i) 'y = Resize<mode="nearest">(c, , , t)',
+            't = Concat<axis=0>(n, i) y = Resize<mode="nearest">(c, , , t)',
             (1, 3, 4, 683),
         ),
         (
