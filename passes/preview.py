@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from onnxcompress.data.image_set import image_count
+from onnxcompress.errors import InputError
 from onnxcompress.model import Model
 from onnxcompress.optimize.calibration import InputRequest, gather_inputs
 from onnxcompress.passes.opsets import converted, without_functions
@@ -46,7 +47,10 @@ def check_inputs(model: Model, request: InputRequest) -> None:
         ModelError: None can be synthesized for this network.
     """
     if request.images is not None:
-        count = min(SAMPLE, request.count or image_count(request.images))
+        total = image_count(request.images)
+        if request.count is not None and request.count > total:
+            raise InputError(f"{request.images}: {request.count} images were asked for, it has {total}")
+        count = min(SAMPLE, request.count or total)
         request = replace(request, count=count, inputs="images")
     elif request.inputs == "auto" or (request.inputs == "distilled" and known_statistics(model)):
         request = replace(request, inputs="procedural", synthetic=1)

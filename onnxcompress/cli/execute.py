@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from onnxcompress.model import Model
+    from onnxcompress.optimize.calibration import InputRequest
     from onnxcompress.passes.base import Pass
     from onnxcompress.runtime.timing_options import TimingOptions
 
@@ -85,13 +86,15 @@ def _work(job: Job, files: Files, model: Model, baseline: Baseline, show: Progre
     """Apply the chain, write the result, and judge it by the gates."""
     from onnxcompress.model import save
     from onnxcompress.model.model_like import model_bytes
-    from onnxcompress.optimize.calibration import InputRequest
 
-    gates = job.gates
-    judged_by = InputRequest(gates.images, gates.preprocess, input_shape=job.input_shape)
     with keeping(job.cache):
         run = job.chain.run(
-            model, show, cache=job.cache, guard=job.guard, judged_by=judged_by, timing=_seen_timing(job)
+            model,
+            show,
+            cache=job.cache,
+            guard=job.guard,
+            judged_by=_judged_by(job),
+            timing=_seen_timing(job),
         )
     save(run.model, files.target)
     verdicts = judge(job.gates.limits, job.gates.measure(baseline, files.target, show))
@@ -177,10 +180,22 @@ def _tell(job: Job, found: Outcome) -> None:
     )
 
 
+def _judged_by(job: Job) -> InputRequest:
+    """Return the images that results are judged by, as far as the gates name some."""
+    from onnxcompress.optimize.calibration import InputRequest
+
+    gates = job.gates
+    return InputRequest(gates.images, gates.preprocess, input_shape=job.input_shape)
+
+
 def _preview(job: Job, files: Files, model: Model) -> None:
     """Show what would be done, and which results are in the cache already."""
     chain = job.chain.keeping_aside(job.guard)
-    known = chain.cached(model, job.cache) if job.cache is not None else 0
+    known = (
+        chain.cached(model, job.cache, _judged_by(job) if job.guard.verify else None)
+        if job.cache is not None
+        else 0
+    )
     previews = chain.previews(model)
     steps = [
         {

@@ -50,7 +50,7 @@ def image_files(folder: Path) -> list[Path]:
     Raises:
         InputError: There are none.
     """
-    images = [file for file in _files(folder) if file.name.lower().endswith(SUFFIXES)]
+    images = [file for file in files_of(folder) if file.name.lower().endswith(SUFFIXES)]
     if not images:
         raise InputError(f"{folder}: no images; {_unread(folder) or f'expected files of {KINDS}'}")
     return sorted(images)
@@ -68,15 +68,22 @@ def warn_of_unread(folder: Path) -> None:
 
 def _unread(folder: Path) -> str | None:
     """Say which pictures are of kinds that are not read; None where there are none."""
-    suffixes = [s for file in _files(folder) if (s := file.suffix.lower()) in UNREAD]
+    suffixes = [s for file in files_of(folder) if (s := file.suffix.lower()) in UNREAD]
     if not suffixes:
         return None
     kinds = ", ".join(sorted(set(suffixes)))
     return f"{counted(len(suffixes), 'picture')} of {kinds} left out; convert them to .jpg or .png"
 
 
-def _files(folder: Path) -> Iterator[Path]:
-    """Yield the files of a folder, recursively, but hidden ones and those in hidden folders."""
+def files_of(folder: Path) -> Iterator[Path]:
+    """Find the files of a folder, recursively, but hidden ones and those in hidden folders.
+
+    Args:
+        folder: The folder; links are followed, each folder is read once.
+
+    Yields:
+        Paths.
+    """
     visited: set[str] = set()
     for root, folders, names in os.walk(folder, followlinks=True):
         real = os.path.realpath(root)
@@ -86,6 +93,23 @@ def _files(folder: Path) -> Iterator[Path]:
         visited.add(real)
         folders[:] = sorted(f for f in folders if not f.startswith("."))
         yield from (Path(root, name) for name in names if not name.startswith("."))
+
+
+def image_source(path: str | os.PathLike[str]) -> Path:
+    """Check a path that is to hold images: an empty one would be the current folder.
+
+    Args:
+        path: A folder or an .npz.
+
+    Returns:
+        The path.
+
+    Raises:
+        InputError: It is empty.
+    """
+    if not os.fspath(path):
+        raise InputError("the path of the images is empty; name a folder or an .npz")
+    return Path(path)
 
 
 def is_folder(source: Path) -> bool:

@@ -24,6 +24,7 @@ from onnxcompress.data.image_files import (
     as_pixels,
     folder_labels,
     image_files,
+    image_source,
     is_folder,
     npz_length,
     read_npz,
@@ -187,7 +188,7 @@ def load_images(
     """
     if count is not None and count < 1:
         raise OptionError(f"count: {count}; expected 1 or more")
-    source, draw = Path(path), _Draw(count, seed, left_out)
+    source, draw = image_source(path), _Draw(count, seed, left_out)
     if is_folder(source):
         images = _load_folder(source, preprocess, draw, labels, progress)
     else:
@@ -256,7 +257,7 @@ def image_count(path: str | os.PathLike[str], *, labels: bool = False) -> int:
     Raises:
         InputError: It is neither a folder with images nor an .npz that has some, or labels are missing.
     """
-    source = Path(path)
+    source = image_source(path)
     if not is_folder(source):
         return npz_length(source, labels)
     files = image_files(source)

@@ -14,12 +14,13 @@ import hashlib
 import importlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from onnxcompress.data.image_files import files_of
 from onnxcompress.model import Model, load
 from onnxcompress.model.tensor_storage import file_digest
 from onnxcompress.passes.base import Pass
@@ -29,12 +30,13 @@ HASHED = 1_000_000_000
 _LIBRARIES = ("numpy", "onnx", "onnx-graphsurgeon", "onnxruntime", "onnxruntime-gpu", "torch")
 
 
-def step_key(digest: str, pass_: Pass) -> str:
+def step_key(digest: str, pass_: Pass, judged_by: str = "") -> str:
     """Compute the cache key of applying a pass to a model, with the option files as they are now.
 
     Args:
         digest: Digest of the input model.
         pass_: The pass.
+        judged_by: Digest of the images that are kept to judge results by; empty: none are.
 
     Returns:
         A SHA-256 in hexadecimal.
@@ -46,6 +48,7 @@ def step_key(digest: str, pass_: Pass) -> str:
             is_model = f.metadata.get("metavar") == "ONNX"
             options[f.name] = (model_file_digest if is_model else content_digest)(Path(path))
     parts = {"input": digest, "pass": pass_.name, "options": options, "software": software(type(pass_))}
+    parts |= {"judged_by": judged_by} if judged_by else {}
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
@@ -107,7 +110,7 @@ def model_file_digest(path: Path) -> str:
 
 
 def content_digest(path: Path) -> str:
-    """Compute the SHA-256 of a file, or of the names and contents of a folder's files.
+    """Compute the SHA-256 of a file, or of the names and contents of a folder's files, links followed.
 
     Of folders with more than HASHED bytes sizes and times of change stand for the contents: a training set
     takes longer to read than most passes to run.
@@ -122,11 +125,11 @@ def content_digest(path: Path) -> str:
         return file_digest(path)
     if not path.is_dir():
         return "absent"
-    sha, found = hashlib.sha256(), {file: file.stat() for file in sorted(_files(path))}
+    sha, found = hashlib.sha256(), {file: file.stat() for file in sorted(files_of(path)) if file.is_file()}
     large = sum(known.st_size for known in found.values()) > HASHED
     for file, known in found.items():
         content = f"{known.st_size} {known.st_mtime_ns}" if large else file_digest(file)
-        sha.update(f"{file.relative_to(path).as_posix()}\0{content}\0".encode())
+        sha.update(os.fsencode(f"{file.relative_to(path).as_posix()}\0{content}\0"))
     return sha.hexdigest()
 
 
@@ -160,8 +163,3 @@ def _source_digest(package: str) -> str:
             if file.is_file():
                 sha.update(file.read_bytes())
     return sha.hexdigest()
-
-
-def _files(folder: Path) -> Iterator[Path]:
-    for root, _, names in os.walk(folder, followlinks=False):
-        yield from (Path(root, name) for name in names if Path(root, name).is_file())

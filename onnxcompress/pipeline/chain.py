@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from onnxcompress.account import Figures
@@ -17,6 +18,7 @@ from onnxcompress.progress import Progress
 
 if TYPE_CHECKING:
     from onnxcompress.model import Model
+    from onnxcompress.optimize.calibration import InputRequest
     from onnxcompress.passes.judging import Watch
     from onnxcompress.pipeline.cache import Cache, Entry
 
@@ -71,16 +73,25 @@ def guard_account(measured: GuardMeasurements | None, verdict: Verdict | None) -
 class Chain:
     """The model between two passes. Only the last of several cached results is ever loaded."""
 
-    def __init__(self, model: Model, cache: Cache | None, watch: Watch | None = None) -> None:
+    def __init__(
+        self,
+        model: Model,
+        cache: Cache | None,
+        watch: Watch | None = None,
+        judged_by: InputRequest | None = None,
+    ) -> None:
         self._given = model
         self._watch = watch
+        self._judges = ""
         self._own: Model | None = None
         self._last: Entry | None = None
         self._cache = cache
         if cache is not None:
-            from onnxcompress.pipeline.cache_keys import model_digest
+            from onnxcompress.pipeline.cache_keys import content_digest, model_digest
 
             self._digest = model_digest(model)
+            if judged_by is not None and judged_by.images:
+                self._judges = f"{content_digest(Path(judged_by.images))} {judged_by.preprocess}"
 
     def model(self) -> Model:
         """Return the current model, which may be changed.
@@ -106,7 +117,7 @@ class Chain:
             return None
         from onnxcompress.pipeline.cache_keys import step_key
 
-        entry = self._cache.find(step_key(self._digest, pass_), pass_.figures)
+        entry = self._cache.find(step_key(self._digest, pass_, self._judges), pass_.figures)
         if entry is not None:
             self._last, self._own = entry, None
             if entry.result.modified:
@@ -140,7 +151,7 @@ class Chain:
             return ""
         from onnxcompress.pipeline.cache_keys import step_key
 
-        return step_key(self._digest, pass_)
+        return step_key(self._digest, pass_, self._judges)
 
     def _store(
         self, key: str, pass_: Pass, model: Model, result: PassResult[Figures | None], seconds: float

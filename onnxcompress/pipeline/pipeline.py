@@ -178,7 +178,7 @@ class Pipeline(Pass):
         judge = Guard(verify=False) if guard is None else guard
         passes = self.keeping_aside(judge).passes
         watch = watch_over(passes, model, judged_by) if judge.verify else None
-        chain = Chain(model, cache, watch)
+        chain = Chain(model, cache, watch, judged_by if judge.verify else None)
         steps = []
         for at, pass_ in enumerate(passes):
             with self._placed(at):
@@ -210,17 +210,18 @@ class Pipeline(Pass):
         """
         return Pipeline(_keeping_aside(pass_) if guard.verify else pass_ for pass_ in self.passes)
 
-    def cached(self, model: Model, cache: Cache) -> int:
+    def cached(self, model: Model, cache: Cache, judged_by: InputRequest | None = None) -> int:
         """Count the first passes whose results are in the cache.
 
         Args:
             model: The model that the chain would be applied to.
             cache: The cache.
+            judged_by: Images that are kept to judge by.
 
         Returns:
             The number of passes, from the first on, that need not run.
         """
-        chain = Chain(model, cache)
+        chain = Chain(model, cache, judged_by=judged_by)
         for index, pass_ in enumerate(self.passes):
             if chain.known(pass_) is None:
                 return index

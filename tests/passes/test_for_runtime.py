@@ -195,7 +195,5 @@ def test_four_bit_weights_beside_floats_are_what_it_reads() -> None:
 
 
 def test_the_remedy_for_only_faster_is_one_that_exists() -> None:
-    with pytest.raises(
-        OptionError, match="has no kernels for 8-bit activations; leave it out, or --for"
-    ):
+    with pytest.raises(OptionError, match="has no kernels for 8-bit activations; leave it out, or --for"):
         Quantize(for_runtime="cuda", only_faster=True).check()
