@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from onnxcompress.api.models import like, model_of
 from onnxcompress.api.results import Accuracy, Benchmark, Comparison, Inspection, Sensitivity, shown
+from onnxcompress.errors import OptionError
 from onnxcompress.evaluation import accuracy as accuracies
 from onnxcompress.evaluation.compare import compare as compare_models
 from onnxcompress.evaluation.inspection import chain_shares, inspect_model
@@ -200,10 +201,12 @@ def compare(
 
     left, right, loaded = like(a), like(b), None
     if images is not None:
-        choice = accuracies.preprocessing(left, preprocess)
+        choice = accuracies.preprocessing(left, preprocess, shapes)
         loaded = load_images(
             images, preprocess=choice.preprocess, count=count, seed=seed, progress=progress
         )
+    elif preprocess is not None or count is not None:
+        raise OptionError("preprocess and count need images")
     found = compare_models(
         left,
         right,

@@ -79,7 +79,9 @@ def compare(
     gates = Gates(images=images, **take_gates(chosen))
     chosen = options.take_provider(chosen)
     gates.check(images="--images")
-    choice = choose(preprocess, metadata_of(a), a) if images is None else preprocessing(a, preprocess)
+    choice = choose(preprocess, metadata_of(a), a)
+    if images is not None:
+        choice = preprocessing(a, preprocess, chosen["shapes"])
     draw: dict[str, Any] = {
         "preprocess": choice.preprocess,
         "count": count,

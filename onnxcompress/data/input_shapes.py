@@ -20,6 +20,7 @@ import json
 import warnings
 from collections.abc import Mapping, Sequence
 
+from onnxcompress.data.preprocess import PREPROCESSING, Preprocess
 from onnxcompress.errors import CompressWarning, OptionError
 from onnxcompress.model import Shape
 from onnxcompress.model.model_like import InputSpec, dims
@@ -121,6 +122,7 @@ def sized(
     places = [axis for axis in range(1, len(spec.shape)) if _is_open(spec.shape, axis)]
     if not places or not spec.read:
         return tuple(1 if axis in places else d for axis, d in enumerate(spec.shape))
+    size = size or _preprocessed_size(metadata or {})
     noted = _noted_size(metadata or {})
     sides = size or noted
     chosen = _usual(spec.shape, sides or guess, known=sides is not None)
@@ -147,7 +149,8 @@ def is_guessed(spec: InputSpec, metadata: Mapping[str, str]) -> bool:
     """
     shape = spec.shape or ()
     sides = (2, 3) if len(shape) == 4 and (isinstance(shape[1], int) or shape[3] is None) else (1, 2)
-    return len(shape) == 4 and all(_is_open(shape, at) for at in sides) and _noted_size(metadata) is None
+    known = _preprocessed_size(metadata) or _noted_size(metadata)
+    return len(shape) == 4 and all(_is_open(shape, at) for at in sides) and known is None
 
 
 def _is_open(shape: Shape, axis: int) -> bool:
@@ -170,6 +173,14 @@ def _usual(shape: Shape, sides: tuple[int, int], *, known: bool) -> Shape:
         if not known and isinstance(height, int):
             usual[3] = LINE_WIDTH if height <= LINE_HEIGHT else height
     return tuple(usual[axis] if axis and _is_open(shape, axis) else size for axis, size in enumerate(shape))
+
+
+def _preprocessed_size(metadata: Mapping[str, str]) -> tuple[int, int] | None:
+    """Read the size that images are brought to by the metadata; a text that cannot be read says nothing."""
+    try:
+        return Preprocess.parse(metadata.get(PREPROCESSING, "")).size
+    except OptionError:
+        return None
 
 
 def _noted_size(metadata: Mapping[str, str]) -> tuple[int, int] | None:

@@ -256,9 +256,16 @@ def _whole(choice: PreprocessingChoice, dtype: np.dtype[Any] | None, model: str)
         channels = max(len(p.mean), len(p.std))
         levels = np.repeat(np.arange(256, dtype=np.uint8).reshape(1, -1, 1, 1), channels, 3)
         x = p.normalize(levels)
+        own = "raw mean=128" if dtype == np.int8 else "raw"
         if not np.array_equal(x, np.round(x)):
             raise OptionError(
-                f"{model}: its input takes {dtype} pixels; use --preprocess raw, not mean and std"
+                f"{model}: its input takes {dtype} pixels; use --preprocess {own!r}, not other mean and std"
+            )
+        ends = np.iinfo(dtype)
+        if x.min() < ends.min or x.max() > ends.max:
+            raise OptionError(
+                f"{model}: its input takes {dtype} pixels, from {ends.min} to {ends.max}, and would get "
+                f"some from {x.min():g} to {x.max():g}; use --preprocess {own!r}"
             )
     return choice
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
-from onnxcompress.data.image_set import ImageSet, check_fits
+from onnxcompress.data.image_set import ImageSet, check_fits, check_layout
 from onnxcompress.data.input_shapes import named, parse_input_shapes, sized
 from onnxcompress.data.preprocess import PreprocessingChoice, choose
 from onnxcompress.errors import InputError, ModelError, OptionError, one_line
@@ -237,14 +237,15 @@ def image_input(model: ModelLike) -> InputSpec:
 
 
 def preprocessing(
-    model: ModelLike, given: str | None, input_shape: str | None = None
+    model: ModelLike, given: str | None, input_shape: str | Mapping[str, Sequence[int]] | None = None
 ) -> PreprocessingChoice:
     """Choose how images become the model's input.
 
     Args:
         model: A model with one input.
         given: The text of --preprocess, if it is given.
-        input_shape: The text of --input-shape; images are brought to its size where no other is given.
+        input_shape: The text of --input-shape, or the shapes in it by name; images are brought to its size
+            where no other is given.
 
     Returns:
         The preprocessing and where it comes from.
@@ -255,8 +256,13 @@ def preprocessing(
     """
     spec = image_input(model)
     choice = choose(given, metadata_of(model), label(model), spec.dtype)
-    shape = named(parse_input_shapes(input_shape), [spec], label(model)).get(spec.name)
+    if isinstance(input_shape, Mapping):
+        shapes = {name: tuple(sizes) for name, sizes in input_shape.items() if name in ("", spec.name)}
+    else:
+        shapes = parse_input_shapes(input_shape)
+    shape = named(shapes, [spec], label(model)).get(spec.name)
     chosen = choice.preprocess
+    check_layout(spec.shape, chosen.layout, f"{label(model)}: input {spec.name!r}")
     if shape is None or len(shape) != 4:
         return choice
     sized(spec, shape, label(model))  # raises where the shape contradicts the file

@@ -124,6 +124,7 @@ def compare(
         outputs = _on_random(a, b, seed, shapes)
     else:
         outputs = _on_images(a, b, images, provider, threads, progress)
+        shapes = _at_size((a, b), images, batch, shapes or {})
     timings = benchmark(
         dict(zip(names, (a, b), strict=True)),
         provider=provider,
@@ -137,6 +138,18 @@ def compare(
         progress=progress,
     )
     return _joined((a, b), [timings[name] for name in names], outputs)
+
+
+def _at_size(
+    models: Sequence[ModelLike], images: ImageSet, batch: int, shapes: Mapping[str, Sequence[int]]
+) -> dict[str, Sequence[int]]:
+    """Time models at the size of the images, where their files leave it open."""
+    found = dict(shapes)
+    for spec in map(image_input, models):
+        fixed = spec.shape is not None and all(isinstance(size, int) for size in spec.shape[1:])
+        if not fixed and spec.name not in found and "" not in found:
+            found[spec.name] = (batch, *images.shape)
+    return found
 
 
 def _joined(

@@ -30,15 +30,15 @@ from typing import Any
 import numpy as np
 
 from onnxcompress.errors import OptionError
-from onnxcompress.model.model_like import ModelLike, input_specs
+from onnxcompress.model.model_like import ModelLike
 from onnxcompress.progress import Progress, silent
 from onnxcompress.runtime.bootstrap import RESAMPLES, Ratio, half_width, ratio_of
 from onnxcompress.runtime.clocks import Clock, clock_reader
 from onnxcompress.runtime.gpu_clocks import Clocks, watching
-from onnxcompress.runtime.inference import random_feeds
 from onnxcompress.runtime.io_binding import Placement, Runner, bind
 from onnxcompress.runtime.providers import Provider, ProviderLike, described
 from onnxcompress.runtime.session import pick_provider, session
+from onnxcompress.runtime.timed_inputs import timed_feeds
 
 __all__ = ["Placement", "Ratio", "Timing", "benchmark", "ratio", "session"]
 
@@ -131,7 +131,7 @@ def benchmark(
     if runs is None and seconds is None:
         seconds = DEFAULT_SECONDS
     chosen = pick_provider(provider)
-    feeds = _feeds(models, batch, seed, shapes or {})
+    feeds = timed_feeds(models, batch, seed, shapes or {})
     names, several = list(models), len(models) > 1
     threads, read = threads if clock == "wall" else 1, clock_reader(clock, chosen)
     # on a GPU engines may be built for each session, and nothing of the kind was seen there
@@ -264,27 +264,6 @@ def _check(
     for name, limit in (("seconds", seconds), ("tolerance", tolerance)):
         if limit is not None and limit <= 0:
             raise OptionError(f"{name}: {limit}; expected more than 0")
-
-
-def _feeds(
-    models: Mapping[str, ModelLike], batch: int, seed: int, shapes: Mapping[str, Sequence[int]]
-) -> dict[str, dict[str, np.ndarray]]:
-    """Random inputs by model; a shape counts for each model that has an input of its name."""
-    inputs = {name: {s.name for s in input_specs(model)} for name, model in models.items()}
-    for name in shapes:
-        if name and not any(name in known for known in inputs.values()):
-            known = ", ".join(sorted(set().union(*inputs.values()))) or "none"
-            raise OptionError(f"shape for {name!r}: no model has this input; inputs are {known}")
-    return {
-        name: random_feeds(
-            model,
-            batch=batch,
-            seed=seed,
-            shapes={k: v for k, v in shapes.items() if not k or k in inputs[name]},
-            fixed_batch_ok=False,
-        )
-        for name, model in models.items()
-    }
 
 
 def _of_all(
