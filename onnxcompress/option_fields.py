@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import numbers
+import os
 import re
 import types
 import typing
@@ -182,15 +183,15 @@ def check_limits(options: Any, flag: Callable[[str], str] = flag) -> None:
     for option_field in dataclasses.fields(options):
         limits = option_field.metadata.get("limits")
         value = getattr(options, option_field.name)
-        words, is_list, plain = hints[option_field.name]
+        words, is_list, kind = hints[option_field.name]
         if words and value not in words:
             choices = ", ".join(str(word) for word in words if word is not None)
             raise OptionError(f"{flag(option_field.name)} {value!r}: expected one of {choices}")
         if is_list and isinstance(value, str):
             raise OptionError(f"{flag(option_field.name)} {value!r}: expected several; give ({value!r},)")
-        if plain and isinstance(value, str | numbers.Number) and not isinstance(value, plain):
-            wanted = "a text" if plain == (str,) else "a number"
-            raise OptionError(f"{flag(option_field.name)} {value!r}: expected {wanted}")
+        for one in value if is_list else (value,):
+            if kind and one is not None and not _is(one, kind):
+                raise OptionError(f"{flag(option_field.name)} {one!r}: expected {kind}")
         if not limits or value is None:
             continue
         try:
@@ -204,8 +205,27 @@ class _Hint(NamedTuple):
     words: tuple[object, ...]
     """The words that a field allows; none: it takes others."""
     is_list: bool
-    plain: tuple[type[Any], ...]
-    """The one kind of value that it takes, texts or numbers; none: it takes both, or something else."""
+    kind: str
+    """What it takes, or each of several: one of KINDS; empty: something else."""
+
+
+KINDS: dict[frozenset[type[Any]], str] = {
+    frozenset({str}): "a text",
+    frozenset({bool}): "True or False",
+    frozenset({int}): "a whole number",
+    frozenset({float}): "a number",
+    frozenset({int, float}): "a number",
+}
+"""Types of a field, and how they are called."""
+
+
+def _is(value: object, kind: str) -> bool:
+    """Return whether a value is of a kind: a whole number is a number, True is none, a path is a text."""
+    if kind == "True or False" or isinstance(value, bool):
+        return kind == "True or False" and isinstance(value, bool)
+    if kind == "a text":
+        return isinstance(value, str | os.PathLike)
+    return isinstance(value, numbers.Integral if kind == "a whole number" else numbers.Real)
 
 
 @functools.cache
@@ -217,12 +237,13 @@ def _hints(cls: type[Any]) -> dict[str, _Hint]:
         given = [typing.get_args(kind) for kind in kinds if typing.get_origin(kind) is Literal]
         alone = len(given) == len([kind for kind in kinds if kind is not type(None)])
         words = tuple(word for some in given for word in some) + (None,) * (type(None) in kinds)
-        is_list = any(typing.get_origin(kind) is tuple for kind in kinds)
+        several = [kind for kind in kinds if typing.get_origin(kind) is tuple]
         values = {kind for kind in kinds if kind is not type(None)}
-        plain: tuple[type[Any], ...] = (str,) if values == {str} else ()
-        if values <= {int, float, bool}:
-            plain = (numbers.Number,)
-        found[name] = _Hint(words if given and alone else (), is_list, plain)
+        if several:
+            values = {one for one in typing.get_args(several[0]) if one is not Ellipsis}
+        usable = frozenset(values) if not any(typing.get_origin(one) for one in values) else frozenset()
+        kind = KINDS.get(usable, "")
+        found[name] = _Hint(words if given and alone else (), bool(several), kind)
     return found
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 from onnxcompress.account import Change, Figures, InputSource, Refusal, as_json
 from onnxcompress.errors import ModelError, ResultRefused
 from onnxcompress.evaluation.guard import NAMED, Floors, Guard, GuardMeasurements, Verdict, verdict
+from onnxcompress.option_fields import check_limits
 from onnxcompress.progress import Progress, silent
 
 if TYPE_CHECKING:
@@ -131,7 +132,7 @@ class Pass(ABC):
         Raises:
             OptionError: Options are out of range or contradict each other.
         """
-        return
+        check_limits(self)
 
     def is_repeatable(self, figures: Figures) -> bool:
         """Return whether another run would come to the same result: a cache keeps no other.

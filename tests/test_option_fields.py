@@ -25,6 +25,7 @@ class Options:
     other: Literal["up", "down"] | None = option(None, "A direction.")
     names: tuple[str, ...] = option((), "Names.")
     text: str | None = option(None, "A text.")
+    alone: bool = option(False, "A switch.")
 
 
 @pytest.mark.parametrize(
@@ -40,8 +41,14 @@ class Options:
         ({"kind": "middle"}, "--kind 'middle': expected one of left, right"),
         ({"kind": None}, "--kind None: expected one of left, right"),
         ({"other": "left"}, "--other 'left': expected one of up, down"),
-        ({"steps": "3"}, "--steps '3': expected a number"),
-        ({"free": "3"}, "--free '3': expected a number"),
+        ({"steps": "3"}, "--steps '3': expected a whole number"),
+        ({"free": "3"}, "--free '3': expected a whole number"),
+        ({"free": 3.0}, "--free 3.0: expected a whole number"),
+        ({"free": True}, "--free True: expected a whole number"),
+        ({"factor": "3"}, "--factor '3': expected a number"),
+        ({"text": (1, 3)}, "--text (1, 3): expected a text"),
+        ({"names": (3,)}, "--names 3: expected a text"),
+        ({"alone": "no"}, "--alone 'no': expected True or False"),
         ({"text": 3}, "--text 3: expected a text"),
         ({"names": "conv1"}, "--names 'conv1': expected several; give ('conv1',)"),
     ],

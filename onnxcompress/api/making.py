@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from numbers import Integral
 from typing import Any, Literal
 
 from onnxcompress.api.models import model_of
@@ -51,6 +52,9 @@ def synthesize(
 
     if kind not in (None, "distilled", "procedural"):
         raise OptionError(f"kind {kind!r}: expected distilled or procedural")
+    for name, value, least in (("count", count, 1), ("seed", seed, 0)):
+        if not (isinstance(value, Integral) and value >= least):
+            raise OptionError(f"{name}: {value}; expected a whole number, {least} or more")
     start, read = time.perf_counter(), model_of(model).copy()
     assume_sizes(read, InputRequest(preprocess=preprocess, input_shape=input_shape))
     choice = choose(preprocess, read.metadata, read.name, image_input(read).dtype)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import click
 
 from onnxcompress.account import Figures
-from onnxcompress.cli.files import Files, opened
+from onnxcompress.cli.files import Files, opened, reader_may_leave
 from onnxcompress.cli.job import Job, Outcome
 from onnxcompress.cli.options import print_json
 from onnxcompress.cli.report_option import write_job_report
@@ -71,7 +71,8 @@ def execute(job: Job) -> None:
         if outcome is None:
             _preview(job, files, model)
             return
-        _tell(job, outcome)
+        with reader_may_leave():
+            _tell(job, outcome)
         _warn_few(outcome.run)
         _warn_unchanged(outcome.run)
         files.send()

@@ -6,6 +6,7 @@ must get a complete model. With OUT `-` only the model goes to standard output, 
 
 from __future__ import annotations
 
+import os
 import shutil
 import sys
 import tempfile
@@ -61,6 +62,28 @@ class Files:
         with self.target.open("rb") as file:
             shutil.copyfileobj(file, out, PIECE)
         out.flush()
+
+
+@contextmanager
+def reader_may_leave() -> Iterator[None]:
+    """Go on where the reader of standard output closes it: what else a command has to do is done.
+
+    Yields:
+        Nothing.
+    """
+    try:
+        yield
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        pass
+    except SystemExit:  # rich's answer to it
+        if not sys.stdout.isatty():
+            pass
+    else:
+        return
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, sys.stdout.fileno())
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import sys
@@ -174,17 +175,27 @@ def _run(argv: Sequence[str] | None, signals: list[int]) -> int:
     except MemoryError:
         click.echo("error: out of memory; try a smaller --batch or fewer images", err=True)
         return 1
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EIO, errno.EDQUOT):
+            return _defect(error)
+        click.echo(f"error: the output cannot be written ({error.strerror})", err=True)
+        return 1
     except Exception as error:
         if type(error).__name__ == "OutOfMemoryError":  # torch's, which only its users import
             text = "error: out of the GPU's memory; try a smaller --batch, fewer images, or --device cpu"
             click.echo(text, err=True)
             return 1
-        if os.environ.get(TRACEBACK):
-            raise
-        text = printable(f"{type(error).__name__}: {error}")
-        click.echo(f"error: a defect of onnxcompress, or a broken file ({text}); {REPORT}", err=True)
-        return 1
+        return _defect(error)
     return 0
+
+
+def _defect(error: Exception) -> int:
+    """Tell of an exception that nobody expected."""
+    if os.environ.get(TRACEBACK):
+        raise error
+    text = printable(f"{type(error).__name__}: {error}")
+    click.echo(f"error: a defect of onnxcompress, or a broken file ({text}); {REPORT}", err=True)
+    return 1
 
 
 def _hint(error: click.ClickException) -> str:

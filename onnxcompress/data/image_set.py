@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -186,8 +187,8 @@ def load_images(
         OptionError: `count` is below 1.
         InputError: Something cannot be used; the message names the file.
     """
-    if count is not None and count < 1:
-        raise OptionError(f"count: {count}; expected 1 or more")
+    if count is not None and not (isinstance(count, Integral) and count >= 1):
+        raise OptionError(f"count: {count}; expected a whole number, 1 or more")
     source, draw = image_source(path), _Draw(count, seed, left_out)
     if is_folder(source):
         images = _load_folder(source, preprocess, draw, labels, progress)

@@ -73,6 +73,9 @@ class Preprocess:
                 values = _preset(word)
             else:
                 raise OptionError(f"preprocess: {word!r} is no key=value; a preset comes first")
+        short = values.resize if isinstance(values.resize, int) and "resize=" not in text else None
+        if short is not None and values.size is not None and short < max(values.size):
+            values = replace(values, resize=None)  # the preset's short side is that of its own crop
         _check(values)
         return values
 

@@ -14,6 +14,7 @@ and after it with that reference: the model after must not be further from it th
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -71,9 +72,12 @@ class Guard:
         """Check that the options do not contradict each other.
 
         Raises:
-            OptionError: They do.
+            OptionError: They do, or one is no number.
         """
         set_options = [n for n in ("warn_snr", "min_snr") if getattr(self, n) is not None]
+        for name in set_options:
+            if not math.isfinite(value := getattr(self, name)):
+                raise OptionError(f"--{name.replace('_', '-')} {value}: expected a number of decibels")
         set_options += ["force"] * self.force
         if set_options and not self.verify:
             raise OptionError(

@@ -81,6 +81,9 @@ def check_finite(layer: Linear, label: str, *values: np.ndarray) -> Refusal | No
     """
     if all(np.isfinite(v).all() for v in values):
         return None
+    if not np.isfinite(layer.weight).all():
+        rule = f"the weights of {layer.node.op} {layer.label!r} are not finite"
+        return Refusal(label, rule, "repair the file")
     rule = f"values folded into {layer.node.op} {layer.label!r} exceed {values[0].dtype}"
     return Refusal(label, rule, "convert the model to a wider type")
 

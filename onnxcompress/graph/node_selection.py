@@ -153,12 +153,15 @@ def read_patterns(given: Sequence[str], flag: str) -> tuple[str, ...]:
         The patterns.
 
     Raises:
-        OptionError: A file cannot be read, a regular expression is wrong, or there is one word alone.
+        OptionError: A file cannot be read, a regular expression is wrong, or there is one word alone,
+            or something else than a text.
     """
     if isinstance(given, str):  # from a program: its letters would be taken for patterns
         raise OptionError(f"{flag} {given!r}: expected several; give ({given!r},)")
     found: list[str] = []
     for pattern in given:
+        if not isinstance(pattern, str):
+            raise OptionError(f"{flag} {pattern!r}: expected a text")
         found += _lines(pattern[1:], flag) if pattern.startswith(FILE) else [pattern]
     for pattern in found:
         if pattern in ("", REGEX, OPERATOR):

@@ -91,7 +91,9 @@ def check_target(source: Path | None, target: Path) -> None:
     """
     if source is not None and target.exists() and source.exists() and os.path.samefile(source, target):
         raise ModelError(f"{target}: the output would replace the input; name another file")
-    if target.exists() and not target.is_file() and not target.is_dir():
+    if tensor_storage.is_device(target) or (
+        target.exists() and not target.is_file() and not target.is_dir()
+    ):
         raise ModelError(f"{target}: no regular file; for standard output write -")
     if target.is_dir() or not target.parent.is_dir() or not os.access(target.parent, os.W_OK):
         raise ModelError(f"{target}: cannot be written; name a file in an existing, writable folder")

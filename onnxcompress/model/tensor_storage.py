@@ -198,7 +198,7 @@ def write_files(fills: Sequence[tuple[Path, Callable[[BinaryIO], None]]]) -> Non
     path = fills[0][0]
     try:
         for path, fill in fills:
-            if path.exists() and not path.is_file():  # renaming would replace a device or a pipe
+            if is_device(path) or (path.exists() and not path.is_file()):  # a rename would replace it
                 kind = "a folder" if path.is_dir() else "no regular file"
                 raise ModelError(f"{path}: cannot be written (it is {kind})")
             _write_beside(path, fill, written)
@@ -209,6 +209,19 @@ def write_files(fills: Sequence[tuple[Path, Callable[[BinaryIO], None]]]) -> Non
     finally:
         for temporary, _ in written:
             temporary.unlink(missing_ok=True)
+
+
+def is_device(path: Path) -> bool:
+    """Return whether a path is one of the system's names for streams and devices, whatever it leads to.
+
+    Args:
+        path: The path of a file.
+
+    Returns:
+        Whether it is, such as `/dev/stdout`.
+    """
+    folder = str(path.absolute().parent)
+    return folder in ("/dev", "/dev/fd") or folder.startswith("/proc/")
 
 
 def _write_external(file: BinaryIO, name: str, tensors: list[Stored]) -> None:

@@ -176,6 +176,7 @@ class Pipeline(Pass):
         """
         self.check()
         judge = Guard(verify=False) if guard is None else guard
+        judge.check()
         passes = self.keeping_aside(judge).passes
         watch = watch_over(passes, model, judged_by) if judge.verify else None
         chain = Chain(model, cache, watch, judged_by if judge.verify else None)

@@ -126,6 +126,13 @@ def change(
         first.assume(shapes)
         second.assume(shapes)
         batch = file_batch(before) or options.latency_batch
+        if options.latency_batch not in (1, batch):
+            warnings.warn(
+                f"--latency-batch {options.latency_batch}: the file fixes the batch to {batch}, at which "
+                "it was timed",
+                CompressWarning,
+                stacklevel=2,
+            )
         stopwatch = Stopwatch(options.runs_on, batch, options.threads, warm_up=WARM_UP, tolerance=TOLERANCE)
         return stopwatch.compare(first, second, SECONDS)
     except CompressError as error:

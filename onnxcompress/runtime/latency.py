@@ -25,6 +25,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from math import ceil
+from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -259,10 +260,10 @@ def _check(
     if not models:
         raise OptionError("no model to time; give at least one")
     for name, value in (("batch", batch), ("runs", runs)):
-        if value is not None and value < 1:
-            raise OptionError(f"{name}: {value}; expected 1 or more")
+        if value is not None and not (isinstance(value, Integral) and value >= 1):
+            raise OptionError(f"{name}: {value}; expected a whole number, 1 or more")
     for name, limit in (("seconds", seconds), ("tolerance", tolerance)):
-        if limit is not None and limit <= 0:
+        if limit is not None and not limit > 0:
             raise OptionError(f"{name}: {limit}; expected more than 0")
 
 

@@ -286,10 +286,14 @@ class Balance:
 
 
 def _magnitudes(layer: LabelledLayer) -> np.ndarray:
-    """Compute the largest magnitude over the taps of the kernel, (groups, outputs, inputs)."""
+    """Compute the largest magnitude over the taps of the kernel, (groups, outputs, inputs).
+
+    Weights that are not finite tell nothing of a range: the layer's others, and other layers, go by theirs.
+    """
     linear = layer.linear
     weight = linear.view(linear.weight)
     largest = np.maximum(weight.max(3), -weight.min(3)).astype(np.float64)
+    largest = np.where(np.isfinite(largest), largest, 0.0)
     return np.asarray(
         largest * abs(attribute(linear.node, "alpha", 1.0)) if linear.node.op == "Gemm" else largest
     )

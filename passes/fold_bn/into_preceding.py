@@ -104,13 +104,13 @@ def _match(model: Model, norm: BatchNorm, rank: Rank) -> _Match | Refusal | None
     layer = as_linear(model, node, rank)
     if isinstance(layer, Refusal):
         return Refusal(label, layer.rule, layer.remedy)
-    if layer.outputs != norm.channels:  # rule 9
-        rule = f"it has {norm.channels} channels, {node.op} {node_label(node)!r} has {layer.outputs}"
-        return Refusal(label, rule, "correct the parameters' lengths")
     if constant is not None and not layer.fits(constant):
         shape = list(constant.shape)
         rule = f"Add {node_label(add)!r} before it broadcasts over the channels, shape {shape}"
         return Refusal(label, rule)
+    if layer.outputs != norm.channels:  # rule 9
+        rule = f"it has {norm.channels} channels, {node.op} {node_label(node)!r} has {layer.outputs}"
+        return Refusal(label, rule, "correct the parameters' lengths")
     return _Match(layer, add, constant_at, constant)
 
 

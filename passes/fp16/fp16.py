@@ -205,7 +205,7 @@ class HalfPrecision(SelectionOptions, ImageOptions, Pass):
             runtime=runtime,
             inputs=tuple(map(self._explained, inputs.sources)),
         )
-        return PassResult(changes, refusals + _kept(nodes, choice), figures, inputs.shown)
+        return PassResult(changes, refusals + _kept(nodes, choice, bound), figures, inputs.shown)
 
     def no_gain_on(self, provider: str, batch: int) -> str:
         """Say why the result is not expected to be faster, where that is known before the work.
@@ -314,11 +314,12 @@ def _in_type(x: np.ndarray, kind: np.dtype[Any]) -> np.ndarray:
     return x.astype(kind) if x.dtype == np.float32 else x
 
 
-def _kept(nodes: Sequence[Candidate], choice: Float32Nodes) -> list[Refusal]:
+def _kept(nodes: Sequence[Candidate], choice: Float32Nodes, bound: float) -> list[Refusal]:
     return [
         Refusal(
             nodes[i].name,
-            f"{nodes[i].op} stays float32: alone in float16 it makes an error of {choice.alone[i]:.2g}",
+            f"{nodes[i].op} stays float32: alone in float16 it makes an error of {choice.alone[i]:.2g}"
+            + ", together with others more than is allowed" * (choice.alone[i] < bound),
             "a larger --max-error",
         )
         for i in choice.kept

@@ -89,6 +89,10 @@ def choose_target(options: PruneOptions, model: Model) -> Target:
             rule = f"{inputs} inputs are no multiple of {pattern.group}: it stays dense"
             refusals.append(Refusal(layer.linear.label, rule, "prune it with --pattern unstructured"))
             continue
+        if not np.isfinite(layer.linear.weight).all():
+            rule = "its weight has values that are not finite: it stays dense"
+            refusals.append(Refusal(layer.linear.label, rule, "repair the file"))
+            continue
         layers[layer.linear.weight_name] = layer
 
     def all_layers() -> int:

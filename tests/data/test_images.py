@@ -77,6 +77,10 @@ def test_a_preset_and_changes() -> None:
     found = Preprocess.parse("imagenet size=192 order=bgr")
     assert (found.size, found.resize, found.order) == ((192, 192), 256, "bgr")
     assert found.mean == PRESETS["imagenet"].mean
+    larger = Preprocess.parse("imagenet size=299")  # its short side of 256 is that of a crop of 224
+    assert (larger.size, larger.resize) == ((299, 299), None)
+    with pytest.raises(OptionError, match="resize=256"):
+        Preprocess.parse("imagenet size=299 resize=256")
 
 
 @pytest.mark.parametrize(

@@ -175,7 +175,7 @@ def test_far_mean_before_a_layer() -> None:
 
 def test_add_that_broadcasts_over_the_channels() -> None:
     arrays = {"w": weight(1, 4, 3, 3), "a": weight(5, 1, 1), **norm(5)}
-    stays(graph(IMAGE, f"r = Conv(x, w) c = Add(r, a) {BN}", arrays), "has 1")
+    stays(graph(IMAGE, f"r = Conv(x, w) c = Add(r, a) {BN}", arrays), "broadcasts over the channels")
 
 
 def test_other_domain() -> None:
