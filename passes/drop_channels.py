@@ -127,6 +127,7 @@ class DropChannels(DropChannelsOptions, Pass):
         return list(groups.refusals)
 
     def _drop(self, model: Model, progress: Progress) -> PassResult[DropChannelsFigures]:
+        assume_sizes(model, self.request)  # before it is copied: both are timed at the same size
         original = model.copy()
         folded, groups = self._prepare(model)
         from onnxcompress.optimize.channel_drop.pipeline import ChannelDropper

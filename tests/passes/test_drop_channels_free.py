@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,6 +12,8 @@ import pytest
 from onnxcompress.graph.macs import count_macs
 from onnxcompress.model import Model
 from onnxcompress.optimize.channel_drop.widths import Narrowing, choose_widths, narrowings
+from onnxcompress.passes.base import run
+from onnxcompress.passes.drop_blocks import DropBlocks
 from onnxcompress.passes.drop_channels import DropChannels
 from onnxcompress.runtime.inference import random_feeds
 from onnxcompress.runtime.inference import run as outputs
@@ -96,3 +99,15 @@ def test_the_last_step_goes_no_further_than_needed() -> None:
     choice = choose_widths(steps, 0.25, lambda widths: saved[widths.get("a", 12)])
     assert (choice.kept, choice.saved) == ({"a": 8}, 0.3)
     assert choose_widths(steps, 0.5, lambda widths: saved[widths.get("a", 12)]).kept == {"a": 4}
+
+
+@pytest.mark.filterwarnings("error:.*a usual size:onnxcompress.errors.CompressWarning")
+@pytest.mark.parametrize("one", [DropChannels(macs_reduction=15), DropBlocks(blocks=1)])
+def test_the_network_before_is_timed_at_the_given_size(one: DropChannels | DropBlocks) -> None:
+    body = """s = Conv<pads=[1,1,1,1]>(x, w) a = Conv<pads=[1,1,1,1]>(s, v) b = Relu(a)
+        c = Conv<pads=[1,1,1,1]>(b, v) d = Add(s, c) y = Relu(d)"""
+    arrays = {"w": weight(8, 3, 3, 3), "v": weight(8, 8, 3, 3) / 9}
+    model = Model.from_proto(graph("(float[N,3,h,k] x) => (float[N,8,h,k] y)", body, arrays))
+    few: dict[str, Any] = {"effort": "fast", "inputs": "procedural", "synthetic": 40, "steps": 2}
+    (result,) = run([replace(one, input_shape="1x3x13x13", **few)], model)
+    assert result.modified
