@@ -105,8 +105,8 @@ def test_the_last_step_goes_no_further_than_needed() -> None:
 @pytest.mark.parametrize("one", [DropChannels(macs_reduction=15), DropBlocks(blocks=1)])
 def test_the_network_before_is_timed_at_the_given_size(one: DropChannels | DropBlocks) -> None:
     body = """s = Conv<pads=[1,1,1,1]>(x, w) a = Conv<pads=[1,1,1,1]>(s, v) b = Relu(a)
-        c = Conv<pads=[1,1,1,1]>(b, v) d = Add(s, c) y = Relu(d)"""
-    arrays = {"w": weight(8, 3, 3, 3), "v": weight(8, 8, 3, 3) / 9}
+        c = Conv<pads=[1,1,1,1]>(b, u) d = Add(s, c) y = Relu(d)"""
+    arrays = {"w": weight(8, 3, 3, 3), "v": weight(8, 8, 3, 3) / 9, "u": weight(8, 8, 3, 3, seed=1) / 9}
     model = Model.from_proto(graph("(float[N,3,h,k] x) => (float[N,8,h,k] y)", body, arrays))
     few: dict[str, Any] = {"effort": "fast", "inputs": "procedural", "synthetic": 40, "steps": 2}
     (result,) = run([replace(one, input_shape="1x3x13x13", **few)], model)
