@@ -87,7 +87,7 @@ class Preprocess:
         for f in fields(self):
             value = getattr(self, f.name)
             if f.name not in ("mean", "std", "size") and value != f.default:
-                parts.append(f"{f.name}={value:g}" if f.name == "scale" else f"{f.name}={value}")
+                parts.append(f"{f.name}={value:.15g}" if f.name == "scale" else f"{f.name}={value}")
         return " ".join(parts)
 
     def normalize(self, pixels: np.ndarray) -> np.ndarray:
@@ -355,4 +355,4 @@ def _check(values: Preprocess) -> None:
 
 
 def _commas(values: tuple[float, ...]) -> str:
-    return ",".join(f"{v:g}" for v in values)
+    return ",".join(f"{v:.15g}" for v in values)

@@ -103,7 +103,14 @@ def test_every_preset_has_its_figures_checked() -> None:
     assert list(PRESETS) == ["unit", "raw", "imagenet", "imagenet-inception", "cifar10", "fashion-mnist"]
 
 
-@pytest.mark.parametrize("text", [*PRESETS, "size=8x6 resize=stretch layout=nhwc scale=1 channels=1"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        *PRESETS,
+        "size=8x6 resize=stretch layout=nhwc scale=1 channels=1",
+        "mean=0.48145466,0.4578275,0.40821073 std=0.26862954,0.26130258,0.27577711",
+    ],
+)
 def test_text_round_trip(text: str) -> None:
     parsed = Preprocess.parse(text)
     assert Preprocess.parse(str(parsed)) == parsed
