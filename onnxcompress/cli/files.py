@@ -11,7 +11,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -64,6 +64,12 @@ class Files:
         out.flush()
 
 
+def discard_output() -> None:
+    """Let what is still to go to standard output go nowhere: at its end, Python would try to write it."""
+    with suppress(OSError, ValueError):  # no file, in a test
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 @contextmanager
 def reader_may_leave() -> Iterator[None]:
     """Go on where the reader of standard output closes it: what else a command has to do is done.
@@ -75,15 +81,8 @@ def reader_may_leave() -> Iterator[None]:
         yield
         if sys.stdout is not None:
             sys.stdout.flush()
-    except BrokenPipeError:
-        pass
-    except SystemExit:  # rich's answer to it
-        if not sys.stdout.isatty():
-            pass
-    else:
-        return
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, sys.stdout.fileno())
+    except (BrokenPipeError, SystemExit):  # the latter is rich's answer to it
+        discard_output()
 
 
 @contextmanager

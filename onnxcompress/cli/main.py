@@ -154,6 +154,8 @@ def _run(argv: Sequence[str] | None, signals: list[int]) -> int:
         with warnings.catch_warnings():
             warnings.showwarning = _notes()
             cli.main(args=argv, prog_name="onnxcompress", standalone_mode=False, obj=argv and list(argv))
+            if sys.stdout is not None:
+                sys.stdout.flush()
     except click.exceptions.NoArgsIsHelpError as error:
         error.show()
         return error.exit_code
@@ -176,9 +178,13 @@ def _run(argv: Sequence[str] | None, signals: list[int]) -> int:
         click.echo("error: out of memory; try a smaller --batch or fewer images", err=True)
         return 1
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EIO, errno.EDQUOT):
+        if error.errno not in (errno.ENOSPC, errno.EIO, errno.EDQUOT, errno.EPIPE):
             return _defect(error)
-        click.echo(f"error: the output cannot be written ({error.strerror})", err=True)
+        from onnxcompress.cli.files import discard_output
+
+        discard_output()
+        if error.errno != errno.EPIPE:  # else its reader knows
+            click.echo(f"error: the output cannot be written ({error.strerror})", err=True)
         return 1
     except Exception as error:
         if type(error).__name__ == "OutOfMemoryError":  # torch's, which only its users import

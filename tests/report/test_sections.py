@@ -359,7 +359,7 @@ def guarded(*, exact: bool, refuse: float = 3.0) -> list[str]:
 
 def test_the_guard_tells_of_the_output_that_changed_most() -> None:
     assert guarded(exact=True) == [
-        "Largest difference of its outputs: 0.25 absolute, 0.02 relative (output 'far'), on 16 images."
+        "Largest output difference: 2.50e-01 absolute, 2.00e-02 relative (output 'far'), on 16 images."
     ]
     assert guarded(exact=False) == [
         "Output 'far': variation to noise 16.1 dB (signal to noise 21.0 dB), the same class for 75.00 %, "

@@ -344,7 +344,7 @@ def test_images_come_in_the_type_of_the_input(kind: str, low: float, high: float
 
 def test_fractions_for_an_input_of_integers_are_refused() -> None:
     request = InputRequest(inputs="procedural", preprocess="imagenet", synthetic=2)
-    with pytest.raises(OptionError, match="takes uint8 pixels; use --preprocess raw"):
+    with pytest.raises(OptionError, match="takes uint8 pixels; use --preprocess 'raw'"):
         gather_inputs(model_of("uint8"), request)
     sized = InputRequest(inputs="procedural", preprocess="size=8", synthetic=2)
     images = gather_inputs(model_of("uint8"), sized).images
