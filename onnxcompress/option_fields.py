@@ -183,7 +183,7 @@ def check_limits(options: Any, flag: Callable[[str], str] = flag) -> None:
     for option_field in dataclasses.fields(options):
         limits = option_field.metadata.get("limits")
         value = getattr(options, option_field.name)
-        words, is_list, kind = hints[option_field.name]
+        words, is_list, kind = hints.get(option_field.name, _Hint((), False, ""))
         if words and value not in words:
             choices = ", ".join(str(word) for word in words if word is not None)
             raise OptionError(f"{flag(option_field.name)} {value!r}: expected one of {choices}")
@@ -221,8 +221,9 @@ KINDS: dict[frozenset[type[Any]], str] = {
 
 def _is(value: object, kind: str) -> bool:
     """Return whether a value is of a kind: a whole number is a number, True is none, a path is a text."""
-    if kind == "True or False" or isinstance(value, bool):
-        return kind == "True or False" and isinstance(value, bool)
+    is_switch = isinstance(value, bool) or type(value).__name__ in ("bool_", "bool")  # numpy's, too
+    if kind == "True or False" or is_switch:
+        return kind == "True or False" and is_switch
     if kind == "a text":
         return isinstance(value, str | os.PathLike)
     return isinstance(value, numbers.Integral if kind == "a whole number" else numbers.Real)
@@ -230,8 +231,12 @@ def _is(value: object, kind: str) -> bool:
 
 @functools.cache
 def _hints(cls: type[Any]) -> dict[str, _Hint]:
+    try:
+        known = typing.get_type_hints(cls)
+    except NameError:  # a pass of another package, whose annotations are imported for a type checker alone
+        return {}
     found = {}
-    for name, hint in typing.get_type_hints(cls).items():
+    for name, hint in known.items():
         is_union = typing.get_origin(hint) in (typing.Union, types.UnionType)
         kinds = typing.get_args(hint) if is_union else (hint,)
         given = [typing.get_args(kind) for kind in kinds if typing.get_origin(kind) is Literal]

@@ -331,4 +331,4 @@ def _plain(value: Any) -> Any:
         return value
     if isinstance(value, list | tuple):
         return [_plain(v) for v in value]
-    return str(value)
+    return value.item() if hasattr(value, "item") else str(value)  # of numpy; a path

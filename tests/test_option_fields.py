@@ -75,3 +75,15 @@ def test_a_caller_names_flags_its_own_way() -> None:
 def test_the_schema_of_an_option_has_its_limits() -> None:
     schema = option_adapter(Options, "weight_bits").json_schema()
     assert (schema["minimum"], schema["maximum"]) == (2, 8)
+
+
+def test_annotations_that_only_a_type_checker_has_are_not_looked_at() -> None:
+    @dataclass(frozen=True)
+    class Foreign:
+        several: "Missing" = option(3, "Something.")  # type: ignore[name-defined]  # noqa: F821, RUF009, UP037
+
+    check_limits(Foreign())
+
+
+def test_a_switch_of_numpy_is_one() -> None:
+    check_limits(Options(alone=np.True_))  # type: ignore[arg-type]

@@ -147,6 +147,7 @@ def _at_size(
     found = dict(shapes)
     for spec in map(image_input, models):
         fixed = spec.shape is not None and all(isinstance(size, int) for size in spec.shape[1:])
+        fixed |= spec.shape is not None and isinstance(spec.shape[0], int) and spec.shape[0] != batch
         if not fixed and spec.name not in found and "" not in found:
             found[spec.name] = (batch, *images.shape)
     return found

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 
 EQUAL_DB = 200.0
@@ -58,8 +60,8 @@ def integers_db(a: np.ndarray, b: np.ndarray) -> float:
     Whether they are classes or numbers (pixels that were rounded) is unknown, so the kinder ratio counts:
     that of numbers, and κ / (1 − κ) of classes, with κ the agreement beyond chance (Cohen 1960, A
     coefficient of agreement for nominal scales). What chance explains of few values is to their good: κ is
-    the upper end of its 95 % interval. Where all values were the same, or nearly all are equal, chance is
-    not subtracted.
+    the upper end of its 95 % interval (Wilson's). Where all values were the same, or nearly all are equal,
+    chance is not subtracted.
 
     Args:
         a: Integers or booleans before, (runs, batch, …).
@@ -70,16 +72,26 @@ def integers_db(a: np.ndarray, b: np.ndarray) -> float:
     """
     if np.array_equal(a, b):
         return EQUAL_DB
+    equal = float((a == b).mean())
+    plain = decibels(equal, 1 - equal)
+    if (a == a.flat[0]).all():
+        return plain
     y, z = a.astype(np.float64), b.astype(np.float64)
     signal, changed, noise = (float(np.square(v).sum()) for v in (y, varying(y), z - y))
     numbers = variation_db(signal, changed, noise)
-    equal = float((a == b).mean())
-    plain = decibels(equal, 1 - equal)
-    if plain >= FAITHFUL_DB or (a == a.flat[0]).all():
+    if plain >= FAITHFUL_DB:
         return max(numbers, plain)
     known, places = np.unique(np.concatenate([a.ravel(), b.ravel()]), return_inverse=True)
     shares = [np.bincount(half, minlength=len(known)) / a.size for half in np.split(places.ravel(), 2)]
     chance = float(shares[0] @ shares[1])
-    spread = 1.96 * np.sqrt(equal * (1 - equal) / a.size)
-    kappa = float(np.clip((equal + spread - chance) / (1 - chance), 0, 1))
+    kappa = (_upper_end(equal, a.size) - chance) / (1 - chance)
+    kappa = min(max(kappa, 0.0), 1 - 0.5 / a.size)
     return max(numbers, decibels(kappa, 1 - kappa))
+
+
+def _upper_end(share: float, count: int) -> float:
+    """Return the upper end of the 95 % interval of a share (Wilson 1927)."""
+    z = 1.96
+    middle = share + z * z / (2 * count)
+    spread = z * math.sqrt(share * (1 - share) / count + (z / (2 * count)) ** 2)
+    return (middle + spread) / (1 + z * z / count)

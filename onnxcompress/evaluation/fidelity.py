@@ -52,6 +52,8 @@ HALF_STEP = 1 / 510
 """Half a step of a probability with 8 bits."""
 YES = 0.01
 """Share of yes among answers, where the inputs show none."""
+MANY = 1000
+"""Number of integers from which on it says something that they have become all the same."""
 CONSTANT = 1e-4
 """Share of the former variation between inputs below which an output has become constant."""
 
@@ -208,8 +210,11 @@ def _compared(name: str, a: np.ndarray, b: np.ndarray, answers: bool) -> OutputF
         gap = np.abs(a.astype(np.float64) - b.astype(np.float64)).max()
         top = np.abs(a.astype(np.float64)).max()
         same = float((a == b).mean())
-        judged = integers_db(a, b)
-        return OutputFidelity(name, None, None, float(gap), _ratio(gap, top), same, integers_db=judged)
+        ruined = a.size >= MANY and _is_constant(a.astype(np.float64), b.astype(np.float64))
+        return OutputFidelity(
+            name, None, None, float(gap), _ratio(gap, top), same,
+            constant=ruined, integers_db=integers_db(a, b),
+        )  # fmt: skip
     y, z = a.astype(np.float64), b.astype(np.float64)
     lost = int((np.isfinite(y) & ~np.isfinite(z)).sum())
     usable = np.isfinite(y) & np.isfinite(z)

@@ -191,7 +191,8 @@ def _complaints(measured: GuardMeasurements, floors: Floors) -> tuple[list[str],
             warnings.append(text)
         return faults, warnings
     worst = measured.fidelity.worst
-    faults += _inexact(measured.fidelity, measured.max_rel)
+    inexact, reordered = _inexact(measured.fidelity, measured.max_rel)
+    faults, warnings = faults + inexact, warnings + reordered
     warnings += [
         f"{_snr_text(one)}, below {floors.refuse_db:g} dB"
         for one in measured.fidelity.outputs
@@ -204,11 +205,15 @@ def _complaints(measured: GuardMeasurements, floors: Floors) -> tuple[list[str],
     return faults, warnings
 
 
-def _inexact(found: Fidelity, max_rel: float | None) -> list[str]:
-    """List the outputs that a pass changes although it preserves the function: the worst of each kind."""
+def _inexact(found: Fidelity, max_rel: float | None) -> tuple[list[str], list[str]]:
+    """List the outputs that a pass changes although it preserves the function: the worst of each kind.
+
+    Integers beside floats, such as places in a ranking, are a reason to warn.
+    """
+    faults: list[str] = []
+    warnings: list[str] = []
     if max_rel is None:
-        return []
-    faults = []
+        return faults, warnings
     floats = [one for one in found.outputs if one.snr_db is not None]
     furthest = max(floats, key=lambda one: one.max_rel, default=None)
     if furthest is not None and furthest.max_rel > max_rel:
@@ -220,11 +225,11 @@ def _inexact(found: Fidelity, max_rel: float | None) -> list[str]:
     name = max(changed, key=lambda one: changed[one], default="")
     limit = max(max_rel, EXACT_INTEGERS)
     if changed and changed[name] > limit:
-        faults.append(
+        (warnings if floats else faults).append(
             f"output {name!r}: {100 * changed[name]:.2g} % of the values change, and the pass may change "
             f"{100 * limit:g} % of them at most"
         )
-    return faults
+    return faults, warnings
 
 
 def _broken(output: OutputFidelity) -> list[str]:

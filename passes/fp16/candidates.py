@@ -24,8 +24,11 @@ from onnxcompress.passes.several_inputs import PREFIX
 
 FLOAT, HALF = onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16
 
-SHAPED = ("Expand", "Reshape", "Tile")
-"""Operators whose first input has the values, and the others the shape."""
+SHAPED = (
+    "Expand", "Gather", "GatherElements", "GatherND", "Pad", "Reshape", "Resize", "Slice", "Split",
+    "Squeeze", "Tile", "TopK", "Trilu", "Unsqueeze", "Upsample",
+)  # fmt: skip
+"""Operators whose first input has the values, and the others places or the shape."""
 SIZES = "it computes with sizes of tensors, which at another size float16 may not hold"
 FUSED = "onnxruntime joins it to the MatMul behind it, and has no float16 kernel for both on the CPU"
 

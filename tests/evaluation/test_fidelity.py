@@ -256,6 +256,24 @@ def test_few_classes_are_given_what_chance_explains() -> None:
     assert compared(np.full((8, 4, 1), 5), one_differs).judged_db > 10
 
 
+def test_a_class_that_was_always_the_same_counts_by_itself() -> None:
+    ratio = compared(np.full((8, 4, 1), 900), np.full((8, 4, 1), 850)).judged_db
+    assert ratio < 0
+
+
+@pytest.mark.parametrize(("equal", "count"), [(1, 2), (3, 4), (6, 8), (14, 16)])
+def test_unequal_values_never_count_as_equal(equal: int, count: int) -> None:
+    a = np.arange(count).reshape(2, -1, 1) % 3
+    b = np.where(np.arange(count).reshape(a.shape) < equal, a, a + 1)
+    assert compared(a, b).judged_db < 20
+
+
+def test_a_rare_mask_that_is_lost_is_a_fault() -> None:
+    rare = (RNG.random((4, 8, 40, 40)) < 5e-4).astype(np.uint8)
+    assert compared(rare, np.zeros_like(rare)).constant
+    assert not compared(rare, rare).constant
+
+
 def test_what_is_never_finite_is_not_compared() -> None:
     never, fine = np.full((2, 1, 3), np.nan), np.ones((2, 1, 3))
     found = fidelity({"a": list(never), "b": list(fine)}, {"a": list(never), "b": list(fine)})

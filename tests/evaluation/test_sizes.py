@@ -56,6 +56,14 @@ def test_models_are_timed_at_the_size_of_the_images(monkeypatch: pytest.MonkeyPa
     assert seen == [{"x": (1, 3, 12, 10)}]
 
 
+def test_a_fixed_batch_is_told_as_such() -> None:
+    proto = sizes_open("h,w")
+    proto.graph.input[0].type.tensor_type.shape.dim[0].dim_value = 4
+    images = ImageSet(np.zeros((4, 12, 10, 3), np.uint8), None, ("a",) * 4, Preprocess())
+    with pytest.raises(OptionError, match="use batch 4"):
+        compare(proto, proto, images=images, runs=2)
+
+
 def test_images_are_brought_to_the_given_shape(tmp_path: Path) -> None:
     np.savez(tmp_path / "i.npz", x=np.zeros((8, 40, 40, 3), np.uint8), y=np.zeros(8, int))
     onnx.save(sizes_open("h,w"), tmp_path / "n.onnx")

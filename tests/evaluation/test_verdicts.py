@@ -100,7 +100,11 @@ def test_what_is_said_of_each_fault() -> None:
     assert verdict(measured(low, GOOD), Floors()).status == "warned"
     assert verdict(measured(low), Floors()).status == "refused"
     exact = replace(integers, agreement=0.9989, integers_db=29.0)
-    assert text(GOOD, exact, max_rel=1e-4).endswith("change, and the pass may change 0.1 % of them at most")
+    assert text(exact, max_rel=1e-4).endswith("change, and the pass may change 0.1 % of them at most")
+    assert verdict(measured(GOOD, exact, max_rel=1e-2), Floors()).status == "kept"
+    few = measured(replace(GOOD, max_rel=1e-7), exact, max_rel=1e-4)  # a ranking with ties
+    assert verdict(few, Floors()).status == "warned"
+    assert verdict(measured(exact, max_rel=1e-4), Floors()).status == "refused"
     assert verdict(measured(GOOD, exact, max_rel=5e-2), Floors()).status == "kept"
     assert text(GOOD, broken) == (
         "output 'nan' would have 7 values that are not finite; output 'nan' would no longer depend on the "

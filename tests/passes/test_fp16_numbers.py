@@ -95,6 +95,27 @@ def test_sizes_are_no_halves(body: str, shape: tuple[int, ...]) -> None:
 
 
 @pytest.mark.parametrize(
+    "choose",
+    [
+        "p = Slice(t, zero, one_, axis)",
+        "p = Gather<axis=1>(t, zero)",
+        'p = Resize<mode="nearest">(t, , , s)',
+    ],
+)
+def test_weights_that_a_size_only_selects_are_halves(choose: str) -> None:
+    arrays = {
+        "w": ARRAYS["w"],
+        "t": weight(1, 4, 8, 8),
+        "axis": np.array([1], np.int64),
+        "zero": np.array([0], np.int64),
+    }
+    body = f"{CONV} s = Shape(c) {choose} y = Add(c, p)"
+    used = {name: value for name, value in arrays.items() if f"{name})" in body or f"{name}," in body}
+    model = Model.from_proto(graph("(float[1,3,8,8] x) => (float[1,4,8,8] y)", body, used))
+    assert SIZES not in {r.rule for r in HalfPrecision(provider="cpu", threads=1).apply(model).refusals}
+
+
+@pytest.mark.parametrize(
     "end",
     [
         "y = ReduceLogSum(d, sides)",
