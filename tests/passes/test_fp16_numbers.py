@@ -97,8 +97,7 @@ def test_sizes_are_no_halves(body: str, shape: tuple[int, ...]) -> None:
 @pytest.mark.parametrize(
     "choose",
     [
-        "p = Slice(t, zero, one_, axis)",
-        "p = Gather<axis=1>(t, zero)",
+        "e = Gather(s, axis) p = Slice(t, zero, e, axis)",
         'p = Resize<mode="nearest">(t, , , s)',
     ],
 )
