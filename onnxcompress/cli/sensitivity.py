@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -213,7 +214,7 @@ def _list(found: FloatLayers, allowed: float) -> None:
         f"# all layers changed: error {found.whole:.3g}; without these {found.left:.3g} <= {allowed:g}"
     )
     for name in found.names:
-        click.echo(name)
+        click.echo(glob.escape(name))
 
 
 def _target(source: Path, text: str) -> Path:

@@ -221,10 +221,10 @@ class _Cut:
         rank, pads = self.tensors[source].ndim, self._value(node, 1).copy()
         axes_input = input_at(node, 3)
         axes = list(range(rank)) if axes_input is None else [int(a) % rank for a in self._value(node, 3)]
-        axis = self.kept[target].axis
+        axis = (self.kept.get(target) or self.kept[source]).axis  # of a crop, all that goes may be cropped
         if axis not in axes:
             return {}
-        own, made = self._mask(source, axis), self.kept[target].mask
+        own, made = self._mask(source, axis), self._mask(target, axis)
         first, last = axes.index(axis), axes.index(axis) + len(axes)
         before, after = int(pads[first]), int(pads[last])
         pads[first] = made[:before].sum() if before >= 0 else -own[:-before].sum()

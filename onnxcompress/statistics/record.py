@@ -21,8 +21,10 @@ from typing import Any
 import numpy as np
 import onnx_graphsurgeon as gs
 
+from onnxcompress.errors import ModelError
 from onnxcompress.graph.batch_norm import BatchNorm, is_batch_norm, read_batch_norm
-from onnxcompress.model import Model
+from onnxcompress.graph.shape_inference import tensor_shapes
+from onnxcompress.model import Model, Shape
 
 KEY = "onnxcompress.statistics"
 """Key in metadata_props: JSON {tensor: {"mean": base64 of float32 little endian, "std": …, "source"}}."""
@@ -114,11 +116,15 @@ def live_record(model: Model) -> dict[str, ChannelStatistics]:
     Returns:
         Statistics by tensor name.
     """
-    tensors = {t.name: t for t in _tensors(model)}
+    present, record = {t.name for t in _tensors(model)}, read_record(model)
+    try:
+        shapes = tensor_shapes(model) if record else {}
+    except ModelError:  # they contradict each other: the file's reader says so, this does not
+        shapes = {}
     return {
         name: statistics
-        for name, statistics in read_record(model).items()
-        if name in tensors and _fits(tensors[name], len(statistics.mean))
+        for name, statistics in record.items()
+        if name in present and _fits(shapes.get(name, ()), len(statistics.mean))
     }
 
 
@@ -179,11 +185,9 @@ def _tensors(model: Model) -> Iterator[gs.Tensor]:
         yield from node.outputs
 
 
-def _fits(tensor: gs.Tensor, channels: int) -> bool:
-    """Return whether the tensor's declared shape, if any, has that many channels."""
-    shape = tensor.shape
-    known = shape is not None and len(shape) > 1 and isinstance(shape[1], int)
-    return not known or shape[1] == channels
+def _fits(shape: Shape, channels: int) -> bool:
+    """Return whether a tensor of this shape, as far as it is known, has that many channels."""
+    return len(shape) < 2 or not isinstance(shape[1], int) or shape[1] == channels
 
 
 def _parse_record(text: str | None) -> dict[str, ChannelStatistics]:
@@ -200,7 +204,8 @@ def _parse(entry: Any) -> ChannelStatistics | None:
         mean, std, source = _decode(entry["mean"]), _decode(entry["std"]), entry["source"]
     except (ValueError, KeyError, TypeError):
         return None
-    whole = mean.shape == std.shape and np.isfinite(mean).all() and np.isfinite(std).all()
+    whole = isinstance(source, str) and mean.size and mean.shape == std.shape
+    whole = whole and np.isfinite(mean).all() and np.isfinite(std).all()
     return ChannelStatistics(mean, std, source) if whole and (std >= 0).all() else None
 
 

@@ -62,6 +62,16 @@ def test_channels_that_nothing_depends_on_go_first(make: Callable[[], Model], fr
     assert count_macs(model) <= 0.9 * count_macs(before)
 
 
+def test_channels_that_a_pad_crops_go_first() -> None:
+    body = f"{STEM} q = Pad(r, crop) y = Conv(q, v)"
+    arrays = {"w": weight(16, 4, 3, 3), "b": weight(16), "v": weight(5, 8, 1, 1)}
+    arrays |= {"crop": np.array([0, -3, 0, 0, 0, -5, 0, 0])}
+    model, before = (Model.from_proto(graph(IMAGE, body, arrays)) for _ in range(2))
+    kept(model)
+    assert same_outputs(before, model)
+    assert count_macs(model) <= 0.9 * count_macs(before)
+
+
 def test_an_output_that_is_zero_says_nothing_of_the_others() -> None:
     body = f"{STEM} y = Conv(r, v) z = Conv(r, nothing)"
     arrays = {"w": weight(12, 4, 3, 3), "b": weight(12), "v": weight(5, 12, 1, 1)}

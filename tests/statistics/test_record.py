@@ -106,6 +106,15 @@ def test_entries_that_name_nothing_or_do_not_fit_are_ignored() -> None:
     assert set(read_record(model)) == {"y", "x", "gone"}
 
 
+def test_entries_do_not_fit_where_the_file_declares_no_shapes_either() -> None:
+    model = Model.from_proto(graph(IMAGE, "c = Conv(x, w) y = Relu(c)", CONV))
+    right, wrong, none = (ChannelStatistics(np.zeros(n, "f4"), np.ones(n, "f4")) for n in (5, 3, 0))
+    write_record(model, {"c": wrong, "y": right})
+    assert set(live_record(model)) == {"y"}
+    write_record(model, {"c": none, "y": right})
+    assert set(read_record(model)) == {"y"}
+
+
 def test_what_something_else_broke_is_left_out() -> None:
     model = Model.from_proto(graph(IMAGE, "y = Conv(x, w)", CONV))
     write_record(model, {"y": ChannelStatistics(np.zeros(5, "f4"), np.ones(5, "f4"))})
@@ -116,6 +125,7 @@ def test_what_something_else_broke_is_left_out() -> None:
         "a": 3,
         "b": {"mean": "?"},
         "c": entries["y"] | {"std": ""},
+        "d": entries["y"] | {"source": 5},
     }
     model.set_metadata(KEY, json.dumps(entries))
     assert set(read_record(model)) == {"y"}
