@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import glob
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -214,7 +213,7 @@ def _list(found: FloatLayers, allowed: float) -> None:
         f"# all layers changed: error {found.whole:.3g}; without these {found.left:.3g} <= {allowed:g}"
     )
     for name in found.names:
-        click.echo(glob.escape(name))
+        click.echo(name)
 
 
 def _target(source: Path, text: str) -> Path:
