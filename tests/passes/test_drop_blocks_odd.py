@@ -19,8 +19,10 @@ from onnxcompress.graph.blocks import find_blocks
 from onnxcompress.graph.topology import Topology
 from onnxcompress.model import Model, save
 from onnxcompress.optimize.block_drop.figures import DropBlocksFigures
+from onnxcompress.optimize.block_drop.repair import Repair
 from onnxcompress.optimize.block_drop.score_file import read_scores
 from onnxcompress.optimize.block_drop.subsets import cheapest_sets
+from onnxcompress.optimize.reconstruction.feature_loss import Matched
 from onnxcompress.passes.base import run
 from onnxcompress.passes.drop_blocks import DropBlocks
 from onnxcompress.passes.drop_channels import DropChannels
@@ -130,6 +132,25 @@ def test_a_block_without_which_nothing_is_finite_stays(target: dict[str, Any]) -
     assert "n" not in {change.node for change in result.changes}
     rows = figures_of(result, DropBlocksFigures).blocks
     assert [row.recoverability == float("inf") for row in rows] == [True, False, False]
+
+
+@pytest.mark.filterwarnings("ignore::onnxcompress.errors.CompressWarning")
+@pytest.mark.parametrize("fewest", [20, 200])
+def test_pooled_features_of_few_images_are_not_matched(
+    fewest: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Matched] = []
+    original = Repair.__init__
+
+    def repair(self: Repair, *arguments: Any, **named: Any) -> None:
+        seen.append(arguments[4])
+        original(self, *arguments, **named)
+
+    monkeypatch.setattr(Repair, "__init__", repair)
+    monkeypatch.setattr("onnxcompress.optimize.block_drop.pipeline.FEWEST_POOLED", fewest)
+    body = f"{TWO} p = GlobalAveragePool(b) y = Conv(p, h)"
+    run([DropBlocks(blocks=1, **FEW)], network(body, "float[N,4,1,1] y"))
+    assert [bool(matched.pooled) for matched in seen] == [fewest == 20]
 
 
 def test_sets_have_no_block_without_which_nothing_is_finite() -> None:

@@ -64,9 +64,9 @@ def classifier() -> Model:
     return Model.from_proto(graph("(float[N,3,8,8] x) => (float[N,4] y)", body, arrays))
 
 
-@pytest.mark.parametrize("real", [True, False])
+@pytest.mark.parametrize(("real", "enough"), [(True, True), (False, True), (False, False)])
 def test_the_repair_gets_what_it_learns_from(
-    real: bool, photos: str, monkeypatch: pytest.MonkeyPatch
+    real: bool, enough: bool, photos: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """All tensors that are matched, real inputs as such, and the steps asked for."""
     seen: list[ChannelRepair] = []
@@ -76,6 +76,7 @@ def test_the_repair_gets_what_it_learns_from(
         return 0.25, None
 
     monkeypatch.setattr(ChannelRepair, "run", run)
+    monkeypatch.setattr("onnxcompress.optimize.channel_drop.pipeline.FEWEST_POOLED", 24 if enough else 97)
     model = classifier()
     options = {"inputs": "images", "synthetic": None, "images": photos} if real else {}
     figures = replace(named(a=6, c=5), steps=7, **options).apply(model).measured  # type: ignore[arg-type]
@@ -83,8 +84,7 @@ def test_the_repair_gets_what_it_learns_from(
     assert figures.feature_error == 0.25
     assert repair.matched.feature[0] == "t"
     assert [name for name, _ in repair.matched.levels] == ["r", "s"]
-    assert [name for name, _ in repair.matched.pooled] == ["p"]
-    assert repair.kept["p"].mask.sum() == 5
+    assert [name for name, _ in repair.matched.pooled] == ["p"] * enough
     assert repair.kept["t"].mask.sum() == 5
     assert (repair.inputs.gathered.real, repair.inputs.nhwc, repair.options.steps) == (real, False, 7)
     assert len(repair.inputs.images) + len(repair.inputs.aside) == (96 if real else 24 + 32)

@@ -35,6 +35,7 @@ from onnxcompress.optimize.executor.open_batch import file_batch, small_batch
 from onnxcompress.optimize.executor.walk_plan import floats
 from onnxcompress.optimize.intermediate_results import array_digest
 from onnxcompress.optimize.reconstruction.feature_loss import Matched
+from onnxcompress.optimize.reconstruction.finetune import FEWEST_POOLED
 from onnxcompress.optimize.reconstruction.levels import feature_levels, pooled_features
 from onnxcompress.optimize.reconstruction.tuning_inputs import gather_tuning_inputs
 from onnxcompress.optimize.reconstruction.tuning_outcome import TuningOutcome
@@ -259,11 +260,12 @@ class Dropper:
     def _repair(self) -> None:
         """Refit and fine-tune what is left."""
         instead = drop_blocks(self.whole.copy(), [b.exit for b in self.dropped])
+        enough = len(self.inputs.images) >= FEWEST_POOLED
         matched = Matched(
             self.source,
             (self.student_feature, self.feature),
             feature_levels(self.whole, self.model, self.feature, instead),
-            pooled_features(self.whole, self.model, self.feature, instead),
+            pooled_features(self.whole, self.model, self.feature, instead) if enough else (),
         )
         repair = Repair(
             self.options, self.model, self.whole, self.teacher, matched, self.inputs, self.alignment,

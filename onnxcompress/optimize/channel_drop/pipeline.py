@@ -40,6 +40,7 @@ from onnxcompress.optimize.device import pick_device
 from onnxcompress.optimize.executor import Executor
 from onnxcompress.optimize.executor.open_batch import file_batch, small_batch
 from onnxcompress.optimize.reconstruction.feature_loss import Matched
+from onnxcompress.optimize.reconstruction.finetune import FEWEST_POOLED
 from onnxcompress.optimize.reconstruction.levels import feature_levels, pooled_features
 from onnxcompress.optimize.reconstruction.tuning_inputs import gather_tuning_inputs
 from onnxcompress.optimize.reconstruction.tuning_outcome import TuningOutcome
@@ -225,7 +226,8 @@ class ChannelDropper:
     def _repair(self) -> None:
         """Refit and fine-tune what is left."""
         levels = feature_levels(self.whole, self.model, self.feature)
-        pooled = pooled_features(self.whole, self.model, self.feature)
+        enough = len(self.inputs.images) >= FEWEST_POOLED
+        pooled = pooled_features(self.whole, self.model, self.feature) if enough else ()
         names = [self.feature, *(name for _, name in (*levels, *pooled))]
         whole, named = with_kept_channels(self.whole, names, self.kept)
         matched = Matched(
