@@ -31,6 +31,7 @@ from onnxcompress.data.image_files import (
     read_npz,
     warn_of_unread,
 )
+from onnxcompress.data.input_shapes import check_layout
 from onnxcompress.data.preprocess import Preprocess
 from onnxcompress.errors import CompressError, InputError, OptionError
 from onnxcompress.progress import Progress, silent
@@ -228,29 +229,6 @@ def check_fits(images: ImageSet, shape: Sequence[int | str | None] | None, name:
         f"input {name!r} takes {expected}, the images are {text} ({images.preprocess.layout}); "
         + _advice(shape, images)
     )
-
-
-def check_layout(shape: Sequence[int | str | None] | None, layout: str, where: str) -> None:
-    """Check that an input whose last dimension alone can be channels gets them there.
-
-    Args:
-        shape: Shape of the input; None: unknown, nothing is checked.
-        layout: The layout of the preprocessing, `nchw` or `nhwc`.
-        where: The input, for a message.
-
-    Raises:
-        OptionError: Images would be read with their rows as channels.
-    """
-    if shape is None or len(shape) != 4:
-        return
-    first, last = (shape[at] in (1, 3) for at in (1, 3))
-    if first != last and last != (layout == "nhwc") and not isinstance(shape[1 if last else 3], int):
-        right = "nhwc" if last else "nchw"
-        text = "x".join("?" if not isinstance(d, int) else str(d) for d in shape[1:])
-        place = "last" if last else "first"
-        raise OptionError(
-            f"{where} takes {text}, with channels {place}; add layout={right} to --preprocess"
-        )
 
 
 def _advice(shape: Sequence[int | str | None], images: ImageSet) -> str:

@@ -137,6 +137,29 @@ def sized(
     return chosen
 
 
+def check_layout(shape: Sequence[int | str | None] | None, layout: str, where: str) -> None:
+    """Check that an input whose last dimension alone can be channels gets them there.
+
+    Args:
+        shape: Shape of the input; None: unknown, nothing is checked.
+        layout: The layout of the preprocessing, `nchw` or `nhwc`.
+        where: The input, for a message.
+
+    Raises:
+        OptionError: Images would be read with their rows as channels.
+    """
+    if shape is None or len(shape) != 4:
+        return
+    first, last = (shape[at] in (1, 3) for at in (1, 3))
+    if first != last and last != (layout == "nhwc") and not isinstance(shape[1 if last else 3], int):
+        right = "nhwc" if last else "nchw"
+        text = "x".join("?" if not isinstance(d, int) else str(d) for d in shape[1:])
+        place = "last" if last else "first"
+        raise OptionError(
+            f"{where} takes {text}, with channels {place}; add layout={right} to --preprocess"
+        )
+
+
 def is_guessed(spec: InputSpec, metadata: Mapping[str, str]) -> bool:
     """Return whether height and width of an input are open and the metadata has no size for them.
 

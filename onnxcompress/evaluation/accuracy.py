@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from onnxcompress.data.image_set import ImageSet, check_fits, check_layout
-from onnxcompress.data.input_shapes import named, parse_input_shapes, sized
+from onnxcompress.data.image_set import ImageSet, check_fits
+from onnxcompress.data.input_shapes import check_layout, named, parse_input_shapes, sized
 from onnxcompress.data.preprocess import PreprocessingChoice, choose
 from onnxcompress.errors import InputError, ModelError, OptionError, one_line
 from onnxcompress.model.model_like import (
