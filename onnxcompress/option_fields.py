@@ -187,9 +187,9 @@ def check_limits(options: Any, flag: Callable[[str], str] = flag) -> None:
         if words and value not in words:
             choices = ", ".join(str(word) for word in words if word is not None)
             raise OptionError(f"{flag(option_field.name)} {value!r}: expected one of {choices}")
-        if is_list and isinstance(value, str):
+        if is_list and not isinstance(value, tuple | list | None):
             raise OptionError(f"{flag(option_field.name)} {value!r}: expected several; give ({value!r},)")
-        for one in value if is_list else (value,):
+        for one in value if is_list and value is not None else (value,):
             if kind and one is not None and not _is(one, kind):
                 raise OptionError(f"{flag(option_field.name)} {one!r}: expected {kind}")
         if not limits or value is None:

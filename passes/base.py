@@ -224,6 +224,7 @@ def run(
         ResultRefused: The outputs are too far from what they were, and `guard` does not force it.
     """
     judge = Guard(verify=False) if guard is None else guard
+    judge.check()
     watch = watch_over(passes, model) if judge.verify else None
     results = []
     for pass_ in passes:

@@ -47,6 +47,7 @@ class Options:
         ({"free": True}, "--free True: expected a whole number"),
         ({"factor": "3"}, "--factor '3': expected a number"),
         ({"text": (1, 3)}, "--text (1, 3): expected a text"),
+        ({"names": 3}, "--names 3: expected several; give (3,)"),
         ({"names": (3,)}, "--names 3: expected a text"),
         ({"alone": "no"}, "--alone 'no': expected True or False"),
         ({"text": 3}, "--text 3: expected a text"),

@@ -45,7 +45,7 @@ def synthesize(
         ModelError: The network takes no images.
         OptionError: The kind is unknown, or the preprocessing contradicts the model.
     """
-    from onnxcompress.data.preprocess import choose
+    from onnxcompress.data.preprocessing_choice import choose
     from onnxcompress.optimize.device import pick_device
     from onnxcompress.optimize.synthesis.synthetic_inputs import best_kind, image_input, synthetic_images
     from onnxcompress.report.collect import pictures

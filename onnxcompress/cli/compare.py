@@ -28,7 +28,7 @@ from onnxcompress.errors import OptionError, TargetMissed
 
 if TYPE_CHECKING:
     from onnxcompress.data.image_set import ImageSet
-    from onnxcompress.data.preprocess import PreprocessingChoice
+    from onnxcompress.data.preprocessing_choice import PreprocessingChoice
     from onnxcompress.evaluation.compare import Comparison
     from onnxcompress.evaluation.gate_results import Verdict
 
@@ -67,7 +67,7 @@ def compare(
     """
     from onnxcompress.cli.console import progress, show_verdicts, stdout
     from onnxcompress.data.image_set import load_images
-    from onnxcompress.data.preprocess import choose
+    from onnxcompress.data.preprocessing_choice import choose
     from onnxcompress.evaluation import compare as measure
     from onnxcompress.evaluation.accuracy import preprocessing
     from onnxcompress.evaluation.gate_results import GateMeasurements, judge, summary

@@ -172,7 +172,7 @@ def learned_from(inputs: Sequence[InputSource], verb: str = "learned") -> list[s
     Returns:
         A line for each source.
     """
-    from onnxcompress.data.preprocess import preprocess_text
+    from onnxcompress.data.preprocessing_choice import preprocess_text
 
     return [
         f"{verb} from {source.count} {source.source} ({source.why})"

@@ -10,7 +10,7 @@ import click
 from onnxcompress.cli import options, report_option
 
 if TYPE_CHECKING:
-    from onnxcompress.data.preprocess import PreprocessingChoice
+    from onnxcompress.data.preprocessing_choice import PreprocessingChoice
     from onnxcompress.evaluation.accuracy import Accuracy
 
 

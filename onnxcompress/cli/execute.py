@@ -192,11 +192,8 @@ def _judged_by(job: Job) -> InputRequest:
 def _preview(job: Job, files: Files, model: Model) -> None:
     """Show what would be done, and which results are in the cache already."""
     chain = job.chain.keeping_aside(job.guard)
-    known = (
-        chain.cached(model, job.cache, _judged_by(job) if job.guard.verify else None)
-        if job.cache is not None
-        else 0
-    )
+    judged_by = _judged_by(job) if job.guard.verify else None
+    known = 0 if job.cache is None else chain.cached(model, job.cache, judged_by)
     previews = chain.previews(model)
     steps = [
         {

@@ -14,7 +14,7 @@ from onnxcompress.errors import ModelError, OptionError
 
 if TYPE_CHECKING:
     from onnxcompress.data.image_set import ImageSet
-    from onnxcompress.data.preprocess import PreprocessingChoice
+    from onnxcompress.data.preprocessing_choice import PreprocessingChoice
     from onnxcompress.model import Model
     from onnxcompress.progress import Progress
 
@@ -76,7 +76,7 @@ def synthesize(
       onnxcompress synthesize net.onnx images.npz --count 500 --preprocess imagenet
     """
     from onnxcompress.cli.console import progress
-    from onnxcompress.data.preprocess import choose
+    from onnxcompress.data.preprocessing_choice import choose
     from onnxcompress.optimize.calibration import InputRequest, assume_sizes
     from onnxcompress.optimize.intermediate_results import keeping
     from onnxcompress.optimize.synthesis.synthetic_inputs import best_kind, image_input

@@ -12,7 +12,7 @@ import numpy as np
 
 from onnxcompress.data.image_set import ImageSet, check_fits
 from onnxcompress.data.input_shapes import check_layout, named, parse_input_shapes, sized
-from onnxcompress.data.preprocess import PreprocessingChoice, choose
+from onnxcompress.data.preprocessing_choice import PreprocessingChoice, choose
 from onnxcompress.errors import InputError, ModelError, OptionError, one_line
 from onnxcompress.model.model_like import (
     InputSpec,
@@ -312,7 +312,8 @@ def _feeds(images: ImageSet, spec: InputSpec, size: int, *, pad: bool) -> Iterat
     for x in images.batches(size):
         if spec.dtype.kind in "iu" and not np.array_equal(x, np.round(x)):
             raise InputError(
-                f"input {spec.name!r} takes {spec.dtype} pixels; use --preprocess raw, not mean and std"
+                f"input {spec.name!r} takes {spec.dtype} pixels; leave --preprocess out, or give one of "
+                "whole numbers"
             )
         real = len(x)
         if pad and real < size:

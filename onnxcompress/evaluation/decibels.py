@@ -81,9 +81,9 @@ def integers_db(a: np.ndarray, b: np.ndarray) -> float:
     numbers = variation_db(signal, changed, noise)
     if plain >= FAITHFUL_DB:
         return max(numbers, plain)
-    known, places = np.unique(np.concatenate([a.ravel(), b.ravel()]), return_inverse=True)
-    shares = [np.bincount(half, minlength=len(known)) / a.size for half in np.split(places.ravel(), 2)]
-    chance = float(shares[0] @ shares[1])
+    (known, before), (found, after) = (np.unique(v, return_counts=True) for v in (a, b))
+    _, i, j = np.intersect1d(known, found, assume_unique=True, return_indices=True)
+    chance = float((before[i] / a.size) @ (after[j] / a.size))
     kappa = (_upper_end(equal, a.size) - chance) / (1 - chance)
     kappa = min(max(kappa, 0.0), 1 - 0.5 / a.size)
     return max(numbers, decibels(kappa, 1 - kappa))

@@ -136,16 +136,19 @@ class Fidelity:
     """Outputs that were not finite on any of the inputs."""
 
     @property
+    def floats(self) -> tuple[OutputFidelity, ...]:
+        """The outputs that are no integers or booleans."""
+        return tuple(one for one in self.outputs if one.snr_db is not None)
+
+    @property
     def worst(self) -> OutputFidelity:
         """The output that keeps least: of the floats where there are any."""
-        floats = [one for one in self.outputs if one.snr_db is not None]
-        return min(floats or self.outputs, key=lambda one: one.judged_db)
+        return min(self.floats or self.outputs, key=lambda one: one.judged_db)
 
     @property
     def furthest(self) -> OutputFidelity:
         """The output whose elements differ most, relatively: of the floats where there are any."""
-        floats = [one for one in self.outputs if one.snr_db is not None]
-        return max(floats or self.outputs, key=lambda one: one.max_rel)
+        return max(self.floats or self.outputs, key=lambda one: one.max_rel)
 
     @property
     def furthest_text(self) -> str:

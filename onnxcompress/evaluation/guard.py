@@ -214,9 +214,8 @@ def _inexact(found: Fidelity, max_rel: float | None) -> tuple[list[str], list[st
     warnings: list[str] = []
     if max_rel is None:
         return faults, warnings
-    floats = [one for one in found.outputs if one.snr_db is not None]
-    furthest = max(floats, key=lambda one: one.max_rel, default=None)
-    if furthest is not None and furthest.max_rel > max_rel:
+    furthest = found.furthest
+    if found.floats and furthest.max_rel > max_rel:
         faults.append(
             f"output {furthest.name!r} changes by {furthest.max_rel:.2g} of its largest magnitude, and the "
             f"pass may change it by {max_rel:g} at most"
@@ -225,7 +224,7 @@ def _inexact(found: Fidelity, max_rel: float | None) -> tuple[list[str], list[st
     name = max(changed, key=lambda one: changed[one], default="")
     limit = max(max_rel, EXACT_INTEGERS)
     if changed and changed[name] > limit:
-        (warnings if floats else faults).append(
+        (warnings if found.floats else faults).append(
             f"output {name!r}: {100 * changed[name]:.2g} % of the values change, and the pass may change "
             f"{100 * limit:g} % of them at most"
         )

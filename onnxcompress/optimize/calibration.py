@@ -27,7 +27,8 @@ import numpy as np
 from onnxcompress.account import InputSource
 from onnxcompress.data.image_set import ImageSet, check_fits, image_count, image_size, load_images
 from onnxcompress.data.input_shapes import USUAL, named, parse_input_shapes, sized
-from onnxcompress.data.preprocess import Preprocess, choose
+from onnxcompress.data.preprocess import Preprocess
+from onnxcompress.data.preprocessing_choice import choose
 from onnxcompress.errors import OptionError
 from onnxcompress.model import Model
 from onnxcompress.model.model_like import InputSpec, input_specs

@@ -18,7 +18,7 @@ import numpy as np
 
 from onnxcompress.data.image_set import ImageSet, as_type, check_fits, image_count, load_images
 from onnxcompress.data.input_shapes import parse_input_shapes
-from onnxcompress.data.preprocess import choose
+from onnxcompress.data.preprocessing_choice import choose
 from onnxcompress.errors import CompressError, InputError, ModelError
 from onnxcompress.formatting import counted
 from onnxcompress.graph.query import read_inputs

@@ -116,7 +116,7 @@ def change(
     Returns:
         The latencies; None, with a warning, where they cannot be measured: the result is not lost for that.
     """
-    from onnxcompress.optimize.executor.open_batch import file_batch
+    from onnxcompress.optimize.executor.open_batch import timed_batch
     from onnxcompress.runtime.stopwatch import Stopwatch
 
     progress("measuring the latency before and after", 0, 1)
@@ -125,14 +125,7 @@ def change(
     try:
         first.assume(shapes)
         second.assume(shapes)
-        batch = file_batch(before) or options.latency_batch
-        if options.latency_batch not in (1, batch):
-            warnings.warn(
-                f"--latency-batch {options.latency_batch}: the file fixes the batch to {batch}, at which "
-                "it was timed",
-                CompressWarning,
-                stacklevel=2,
-            )
+        batch = timed_batch(before, options.latency_batch)
         stopwatch = Stopwatch(options.runs_on, batch, options.threads, warm_up=WARM_UP, tolerance=TOLERANCE)
         return stopwatch.compare(first, second, SECONDS)
     except CompressError as error:

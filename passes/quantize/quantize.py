@@ -183,11 +183,11 @@ class Quantize(QuantizeOptions, Pass):
         self, made: Quantized, before: Model, model: Model, judge: Judge, progress: Progress
     ) -> PassResult[QuantizeFigures | None]:
         """Leave layers in floats that gain no time by being quantized, and cost accuracy."""
-        from onnxcompress.optimize.executor.open_batch import file_batch
+        from onnxcompress.optimize.executor.open_batch import timed_batch
         from onnxcompress.passes.quantize.unprofitable_layers import leave_unprofitable
         from onnxcompress.runtime.stopwatch import Stopwatch
 
-        batch = file_batch(before) or self.latency_batch
+        batch = timed_batch(before, self.latency_batch)
         stopwatch = Stopwatch(self.runs_on, batch, self.threads, self.seed)
         found = leave_unprofitable(before, model, made.parameters, judge, stopwatch, progress)
         return made.result if found is None else _with_float_layers(made, before, model, found)

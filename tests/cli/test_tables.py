@@ -13,7 +13,8 @@ from onnxcompress.account import Refusal
 from onnxcompress.cli import benchmark, evaluate, inspect, options, sensitivity, sweep
 from onnxcompress.cli import compare as compare_command
 from onnxcompress.cli.main import main
-from onnxcompress.data.preprocess import Preprocess, PreprocessingChoice
+from onnxcompress.data.preprocess import Preprocess
+from onnxcompress.data.preprocessing_choice import PreprocessingChoice
 from onnxcompress.evaluation.accuracy import Accuracy
 from onnxcompress.evaluation.compare import Comparison, Side
 from onnxcompress.evaluation.equivalence import Difference

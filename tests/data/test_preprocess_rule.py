@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from onnxcompress.cli.main import main
-from onnxcompress.data.preprocess import PREPROCESSING, PRESETS, choose
+from onnxcompress.data.preprocess import PREPROCESSING, PRESETS
+from onnxcompress.data.preprocessing_choice import choose
 from onnxcompress.errors import OptionError
 from onnxcompress.model import load, save
 

@@ -81,7 +81,7 @@ def test_two_inputs() -> None:
 
 
 def test_integer_input_takes_raw_pixels_only() -> None:
-    with pytest.raises(InputError, match="use --preprocess raw"):
+    with pytest.raises(InputError, match="give one of whole numbers"):
         logits(network(kind="uint8"), images(None, text="unit"))
 
 

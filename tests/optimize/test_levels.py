@@ -66,4 +66,4 @@ def test_the_pool_behind_the_features_is_found(head: str, feature: str, pooled: 
     body = BODY.replace("p = GlobalAveragePool(h) y = Flatten(p)", head)
     arrays = {"w": weight(4, 3, 3, 3), "v": weight(4, 4, 3, 3), "t": weight(16, 4)}
     whole = Model.from_proto(graph("(float[N,3,8,8] x) => (float[N,4] y)", body, arrays))
-    assert pooled_features(whole, whole, feature) == tuple((name, name) for name in pooled)
+    assert pooled_features(whole, whole, feature, 200) == tuple((name, name) for name in pooled)

@@ -147,7 +147,7 @@ def test_pooled_features_of_few_images_are_not_matched(
         original(self, *arguments, **named)
 
     monkeypatch.setattr(Repair, "__init__", repair)
-    monkeypatch.setattr("onnxcompress.optimize.block_drop.pipeline.FEWEST_POOLED", fewest)
+    monkeypatch.setattr("onnxcompress.optimize.reconstruction.levels.FEWEST_POOLED", fewest)
     body = f"{TWO} p = GlobalAveragePool(b) y = Conv(p, h)"
     run([DropBlocks(blocks=1, **FEW)], network(body, "float[N,4,1,1] y"))
     assert [bool(matched.pooled) for matched in seen] == [fewest == 20]

@@ -76,7 +76,7 @@ def test_the_repair_gets_what_it_learns_from(
         return 0.25, None
 
     monkeypatch.setattr(ChannelRepair, "run", run)
-    monkeypatch.setattr("onnxcompress.optimize.channel_drop.pipeline.FEWEST_POOLED", 24 if enough else 97)
+    monkeypatch.setattr("onnxcompress.optimize.reconstruction.levels.FEWEST_POOLED", 24 if enough else 97)
     model = classifier()
     options = {"inputs": "images", "synthetic": None, "images": photos} if real else {}
     figures = replace(named(a=6, c=5), steps=7, **options).apply(model).measured  # type: ignore[arg-type]

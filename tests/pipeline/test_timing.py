@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,8 @@ import pytest
 from onnxcompress.cli.main import main
 from onnxcompress.errors import CompressWarning, ModelError
 from onnxcompress.formatting import milliseconds
-from onnxcompress.model import load
+from onnxcompress.model import Model, load
+from onnxcompress.optimize.executor.open_batch import timed_batch
 from onnxcompress.passes import CATALOGUE, load_pass
 from onnxcompress.passes.fp16 import HalfPrecision
 from onnxcompress.passes.prune import Prune
@@ -220,3 +222,15 @@ def test_what_a_provider_has_no_kernels_for_is_known(
     found = pass_.no_gain_on(provider, batch)
     assert words in found
     assert bool(words) == bool(found)
+
+
+def test_a_batch_that_the_file_fixes_is_told_where_another_was_asked_for() -> None:
+    fixed, free = (
+        Model.from_proto(graph(f"(float[{batch},3] x) => (float[{batch},3] y)", "y = Relu(x)", {}))
+        for batch in ("4", "N")
+    )
+    with pytest.warns(CompressWarning, match="--latency-batch 8: the file fixes the batch to 4"):
+        assert timed_batch(fixed, 8) == 4
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert [timed_batch(fixed, 1), timed_batch(fixed, 4), timed_batch(free, 8)] == [4, 4, 8]

@@ -31,11 +31,10 @@ from onnxcompress.optimize.block_drop.selection import (
 )
 from onnxcompress.optimize.device import fitting, pick_device
 from onnxcompress.optimize.executor import Executor
-from onnxcompress.optimize.executor.open_batch import file_batch, small_batch
+from onnxcompress.optimize.executor.open_batch import small_batch, timed_batch
 from onnxcompress.optimize.executor.walk_plan import floats
 from onnxcompress.optimize.intermediate_results import array_digest
 from onnxcompress.optimize.reconstruction.feature_loss import Matched
-from onnxcompress.optimize.reconstruction.finetune import FEWEST_POOLED
 from onnxcompress.optimize.reconstruction.levels import feature_levels, pooled_features
 from onnxcompress.optimize.reconstruction.tuning_inputs import gather_tuning_inputs
 from onnxcompress.optimize.reconstruction.tuning_outcome import TuningOutcome
@@ -64,7 +63,7 @@ class Dropper:
         progress: Progress,
     ) -> None:
         self.options, self.original, self.model, self.progress = options, original, model, progress
-        self.latency_batch = file_batch(original) or options.latency_batch
+        self.latency_batch = timed_batch(original, options.latency_batch)
         self.source = str(data_input(model).name)
         self.feature = self.student_feature = feature
         self.device = pick_device(options.device)
@@ -260,12 +259,11 @@ class Dropper:
     def _repair(self) -> None:
         """Refit and fine-tune what is left."""
         instead = drop_blocks(self.whole.copy(), [b.exit for b in self.dropped])
-        enough = len(self.inputs.images) >= FEWEST_POOLED
         matched = Matched(
             self.source,
             (self.student_feature, self.feature),
             feature_levels(self.whole, self.model, self.feature, instead),
-            pooled_features(self.whole, self.model, self.feature, instead) if enough else (),
+            pooled_features(self.whole, self.model, self.feature, len(self.inputs.images), instead),
         )
         repair = Repair(
             self.options, self.model, self.whole, self.teacher, matched, self.inputs, self.alignment,

@@ -38,9 +38,8 @@ from onnxcompress.optimize.channel_drop.worth import (
 )
 from onnxcompress.optimize.device import pick_device
 from onnxcompress.optimize.executor import Executor
-from onnxcompress.optimize.executor.open_batch import file_batch, small_batch
+from onnxcompress.optimize.executor.open_batch import small_batch, timed_batch
 from onnxcompress.optimize.reconstruction.feature_loss import Matched
-from onnxcompress.optimize.reconstruction.finetune import FEWEST_POOLED
 from onnxcompress.optimize.reconstruction.levels import feature_levels, pooled_features
 from onnxcompress.optimize.reconstruction.tuning_inputs import gather_tuning_inputs
 from onnxcompress.optimize.reconstruction.tuning_outcome import TuningOutcome
@@ -91,7 +90,7 @@ class ChannelDropper:
         self.tunes = options.feature is not None or found is not None
         self.feature = options.feature or str((found or model.graph.outputs[0]).name)
         self.device = pick_device(options.device)
-        batch = file_batch(original) or options.latency_batch
+        batch = timed_batch(original, options.latency_batch)
         self.stopwatch = Stopwatch(options.runs_on, batch, options.threads, options.seed)
         self.stopwatch.check(original)
         announce = partial(options.announce, "drop-channels", model, progress)
@@ -226,8 +225,7 @@ class ChannelDropper:
     def _repair(self) -> None:
         """Refit and fine-tune what is left."""
         levels = feature_levels(self.whole, self.model, self.feature)
-        enough = len(self.inputs.images) >= FEWEST_POOLED
-        pooled = pooled_features(self.whole, self.model, self.feature) if enough else ()
+        pooled = pooled_features(self.whole, self.model, self.feature, len(self.inputs.images))
         names = [self.feature, *(name for _, name in (*levels, *pooled))]
         whole, named = with_kept_channels(self.whole, names, self.kept)
         matched = Matched(

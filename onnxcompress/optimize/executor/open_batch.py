@@ -7,9 +7,12 @@ each gives by itself.
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 from torch import Tensor
 
+from onnxcompress.errors import CompressWarning
 from onnxcompress.graph.query import data_input
 from onnxcompress.graph.shape_inference import tensor_shapes
 from onnxcompress.graph.topology import Topology
@@ -45,6 +48,27 @@ def file_batch(model: Model) -> int | None:
     name = data_input(model).name
     shape = next(spec.shape for spec in input_specs(model) if spec.name == name)
     return int(shape[0]) if shape and isinstance(shape[0], int) else None
+
+
+def timed_batch(model: Model, asked: int) -> int:
+    """Choose the batch at which a network is timed.
+
+    Args:
+        model: The network, with one input.
+        asked: The batch that is asked for.
+
+    Returns:
+        The batch that its file fixes, with a CompressWarning where another than one image was asked for;
+        else the one asked for.
+    """
+    fixed = file_batch(model)
+    if fixed is not None and asked not in (1, fixed):
+        warnings.warn(
+            f"--latency-batch {asked}: the file fixes the batch to {fixed}, at which it is timed",
+            CompressWarning,
+            stacklevel=2,
+        )
+    return fixed or asked
 
 
 def images_at_once(model: Model, images: Tensor) -> int | None:

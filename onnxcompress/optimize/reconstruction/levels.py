@@ -14,6 +14,9 @@ from onnxcompress.graph.topology import Topology
 from onnxcompress.model import Model
 
 POOLS = ("GlobalAveragePool", "AveragePool", "ReduceMean", "GlobalMaxPool", "MaxPool", "ReduceMax")
+FEWEST_POOLED = 200
+"""Images from which on pooled features are matched: of fewer they are learned by heart. ResNet-56 without
+eight blocks, on 50 images, keeps 97.8 % of the classes of other training images without, 96.4 % with."""
 EACH = 3
 """Places of one resolution, at most. With one of each larger resolution, more is learned by heart."""
 
@@ -55,7 +58,7 @@ def feature_levels(
 
 
 def pooled_features(
-    teacher: Model, student: Model, feature: str, instead: Mapping[str, str] | None = None
+    teacher: Model, student: Model, feature: str, images: int, instead: Mapping[str, str] | None = None
 ) -> tuple[tuple[str, str], ...]:
     """Find what the global pool makes of the features: one number for each image and channel.
 
@@ -63,14 +66,16 @@ def pooled_features(
         teacher: The whole network.
         student: The network without some of the teacher's blocks or channels.
         feature: Name of the teacher's feature tensor.
+        images: Number of images to learn from.
         instead: {tensor that the student lacks: tensor that is read in its place}.
 
     Returns:
-        Its name in the student and in the teacher; none where no pool reads the features alone.
+        Its name in the student and in the teacher; none where no pool reads the features alone, or of so
+        few images that they would be learned by heart.
     """
     shapes, trunk = tensor_shapes(teacher), teacher.analysis(Topology).trunk()
     names = [str(tensor.name) for tensor in trunk]
-    if feature not in names[:-1]:
+    if images < FEWEST_POOLED or feature not in names[:-1]:
         return ()
     pooled = trunk[names.index(feature) + 1]
     shape, name = shapes.get(pooled.name, ()), str(pooled.name)

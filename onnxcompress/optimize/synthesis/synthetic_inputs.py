@@ -6,7 +6,8 @@ import math
 from dataclasses import replace
 
 from onnxcompress.data.image_set import ImageSet, check_fits
-from onnxcompress.data.preprocess import Preprocess, base_for
+from onnxcompress.data.preprocess import Preprocess
+from onnxcompress.data.preprocessing_choice import base_for
 from onnxcompress.errors import ModelError
 from onnxcompress.formatting import counted
 from onnxcompress.graph.query import data_input

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from onnxcompress.data.preprocess import preprocess_text
+from onnxcompress.data.preprocessing_choice import preprocess_text
 from onnxcompress.evaluation.accuracy import Accuracy
 from onnxcompress.formatting import milliseconds, percent, points, where
 from onnxcompress.report.charts import Intervals, Spread

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from onnxcompress.account import InputSource, Refusal
-from onnxcompress.data.preprocess import preprocess_text
+from onnxcompress.data.preprocessing_choice import preprocess_text
 from onnxcompress.formatting import counted, number, percent, size
 from onnxcompress.report.chain_chart import Box, ChainChart
 from onnxcompress.report.charts import Bars
